@@ -13,7 +13,17 @@ from surgery.consumers.scales import Formula
 from surgery.consumers.traits import Trait
 from surgery.consumers.verdict import Outcome, Remedy, Verdict
 
-__all__ = ["Consumer", "ModuleGroup", "RuledConsumer", "SourceRead", "TraitRule", "honoured", "ignored", "refused"]
+__all__ = [
+    "Consumer",
+    "ModuleGroup",
+    "RuledConsumer",
+    "SourceRead",
+    "TraitRule",
+    "honoured",
+    "ignored",
+    "refused",
+    "remedy_of_kind",
+]
 
 _SAME = 1e-6
 """Relative difference of two scales that counts as none."""
@@ -101,6 +111,13 @@ def ignored(why: str, remedy: Remedy = "") -> TraitRule:
 def refused(why: str, remedy: Remedy = "") -> TraitRule:
     """A rule for what stops the program from loading the adapter."""
     return TraitRule("refused", why, remedy)
+
+
+def remedy_of_kind(part: AdapterPart) -> Remedy:
+    """What helps a part of an adapter whose kind a program does not load at all."""
+    if part.trait == "virtual tokens":
+        return ""
+    return "lora" if part.trait == "other kind" else "drop"
 
 
 @dataclass(frozen=True, slots=True)

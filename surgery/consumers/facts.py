@@ -24,16 +24,18 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.eras import expert_counts
 from surgery_formats.models.families.family import role_of
 from surgery_formats.updates import Update, is_refusing
 
-__all__ = ["AdapterFacts", "AdapterPart", "bound_facts", "facts_of"]
+__all__ = ["AdapterFacts", "AdapterPart", "bound_facts", "facts_of", "lacks_experts"]
 
 _HEADS = frozenset(["lm_head", "embed_out", "output_projection"])
 _CLASSIFIERS = frozenset(["score", "classifier", "qa_outputs"])
 _IN_MEMORY = re.compile(
     r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.(?!weight$|bias$)\w+(\.weight|\.bias)?$"
 )
+_PROJECTIONS = 3  # of an expert: gate, up, down; unless the base stores others
 _ALL = frozenset(["all-linear", "all"])
 
 
@@ -108,6 +110,17 @@ class AdapterFacts:
     def modules(self) -> frozenset[str]:
         """Paths of the modules with a LoRA."""
         return frozenset(part.module for part in self.parts if part.scale is not None)
+
+
+def lacks_experts(part: AdapterPart, facts: AdapterFacts) -> bool:
+    """Whether a layer has LoRAs of single experts, and not of all projections of all experts."""
+    layer, _, _ = part.module.partition(".experts.")
+    beside = [path.removeprefix(f"{layer}.experts.") for path in facts.modules if path.startswith(f"{layer}.experts.")]
+    numbers = {path.partition(".")[0] for path in beside}
+    counts = expert_counts(facts.base.main.config)
+    stored = [name for name in facts.base.main.parameters if name.startswith(f"{layer}.experts.0.")]
+    projections = sum(name.endswith(".weight") for name in stored) or _PROJECTIONS
+    return len(numbers) < max(counts, default=len(numbers)) or len(beside) < projections * len(numbers)
 
 
 def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = None) -> AdapterFacts:

@@ -76,6 +76,8 @@ def fitted(
     seen = replace(adapter, format=target.name) if adapter.format != target.name else adapter
     facts = facts_of(seen, base, consent.greatest_rank)
     verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
+    if not verdicts and adapter.format == target.name:
+        return Fitted(adapter, adapter, None, None, (), {})
     _check_remedies(verdicts, adapter, consumer)
     out = _left_out(verdicts, adapter, consumer, consent)
     if target.name != "peft":  # whose files alone bring the base's own values along

@@ -67,7 +67,8 @@ def write_for(
     bound_facts(original, base)
     target = _in_its_dialect(target, original, base, consumer, version)
     made = fitted(original, base, consumer, version, target, consent)
-    binding = bound_source(made.adapter, base)
+    biases = any(part.trait == "bias of a LoRA" for part in facts_of(made.adapter, base).parts)
+    binding = None if biases else bound_source(made.adapter, base)  # a base need not have them: see `bound_facts`
     plan = plan_conversion(made.adapter, target, base, binding, dtype=dtype, allow_loss=consent.loss)
     result = ConvertResult(
         None,

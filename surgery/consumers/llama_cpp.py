@@ -6,23 +6,24 @@ Versions are those of llama-cpp-python, which has both.
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused, remedy_of_kind
+from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
 from surgery.consumers.scales import alpha_over_own_rank
-from surgery.consumers.verdict import Remedy
 
 __all__ = ["LLAMA_CPP"]
 
 _UNEXPECTED = "the converter exits at any tensor that is no lora_A or lora_B: 'Unexpected name'"
 
 
-def _without_alpha(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
-    """Configurations of other kinds, whatever their tensors are."""
-    return None if "lora_alpha" in facts.config else refused("its configuration has no 'lora_alpha'", _remedy(part))
-
-
-def _remedy(part: AdapterPart) -> Remedy:
-    return "lora" if part.trait == "other kind" else "" if part.trait == "virtual tokens" else "drop"
+def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Configurations of other kinds, whatever their tensors are; tied vocabularies; layers that lack experts."""
+    if "lora_alpha" not in facts.config:
+        return refused("its configuration has no 'lora_alpha'", remedy_of_kind(part))
+    if part.trait in ("LoRA of an embedding", "LoRA of the head") and facts.base.main.tied:
+        return refused("head and embedding are one tensor: the runtime dies at the first token", "drop")
+    if part.trait == "LoRA of one expert" and lacks_experts(part, facts):
+        return refused("it stacks all experts of a layer: 'Unprocessed experts'", "dialect")
+    return None
 
 
 LLAMA_CPP = RuledConsumer(
@@ -37,8 +38,8 @@ LLAMA_CPP = RuledConsumer(
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.h", "llama_adapter_lora_weight::get_scale"),
     ),
     scale=alpha_over_own_rank,
-    dialect="per-expert",
-    exceptions=_without_alpha,
+    dialect="vllm",
+    exceptions=_exceptions,
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,

@@ -3,12 +3,23 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused, remedy_of_kind
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.scales import alpha_over_r_or_root
 
 __all__ = ["OLIVE"]
 
 _UNBOUND = "it is written, and no input of the graph has its name"
+
+
+def _of_kind(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Configurations of other kinds, of which AdaLoRA's has all that is asked for."""
+    if "lora_alpha" not in facts.config:
+        return refused("its configuration has no 'lora_alpha'", remedy_of_kind(part))
+    if facts.adapter.kind == "ADALORA" and part.trait == "other kind":
+        return ignored("its factors have other names than the graph's inputs", "lora")
+    return None
+
 
 OLIVE = RuledConsumer(
     name="olive",
@@ -17,6 +28,7 @@ OLIVE = RuledConsumer(
     oldest="0.13.0",
     sources=(SourceRead("olive-ai", "0.13.0", "olive/cli/convert_adapters.py", "ConvertAdaptersCommand.run"),),
     scale=alpha_over_r_or_root,
+    exceptions=_of_kind,
     rules={
         "LoRA of an embedding": ignored(_UNBOUND, "drop"),
         "LoRA of the head": honoured,
@@ -39,7 +51,7 @@ OLIVE = RuledConsumer(
         "virtual tokens": refused("its configuration is not one of LoRA"),
         "pattern of targets": honoured,  # it goes by the tensors' names
         "null patterns": honoured,
-        "block-diagonal factors": ignored("its factors have the sizes of blocks", "rewrite"),
+        "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
         "bare names": honoured,
         "wrapped names": ignored(_UNBOUND, "rewrite"),
         "names of an adapter": ignored(_UNBOUND, "rewrite"),

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
 from surgery.consumers.scales import alpha_over_r_or_root
 from surgery_formats.adapters.peft.dialects.vllm import STACKED
 
@@ -63,6 +63,8 @@ def _of_model(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) 
             return refused("it takes stacks as PEFT has them since 0.19", "dialect")
         if not stacked and kind.startswith(STACKED):
             return refused("its class for this model takes stacks of experts", "dialect")
+        if not stacked and lacks_experts(part, facts):
+            return refused("it packs all projections of all experts of a layer", "dialect")
     return None
 
 

@@ -309,6 +309,8 @@ def _copies(
             plan.dropped[parameter.pair.name] = "it belongs to no module that PEFT could store in full"
         elif not only_bias:
             plan.saved_modules.add(parameter.module)
+            if parameter.form == "whole":
+                plan.why[parameter.pair.name] = "no LoRA of PEFT acts here: a copy of its module does"
     # PEFT copies every module whose path ends as a listed one, and asks the file for all of them.
     own = {module for module in plan.saved_modules if module in modules}
     while more := {module for module in modules if any(module.endswith(kept) for kept in own)} - own:

@@ -283,6 +283,22 @@ def test_the_rest_is_merged_into_a_copy_of_the_base(base: Path, tmp_path: Path) 
         )
 
 
+@pytest.mark.parametrize("kind", ["prompt", "biases"])
+def test_what_is_honoured_is_written_as_it_is(base: Path, tmp_path: Path, kind: str) -> None:
+    tensors, config = {
+        "prompt": (
+            {"prompt_embeddings": draw(1, 3, 6)},
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"},
+        ),
+        "biases": (_lora(1, MODULES) | {f"{ROOT}.{Q}.lora_B.bias": draw(7, 6)}, {"lora_bias": True}),
+    }[kind]
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=TARGETS, **config)
+    surgery.check(base, adapter, consumer="peft", fix=tmp_path / "fixed")
+    written = load_file(tmp_path / "fixed" / "adapter_model.safetensors")
+    assert written.keys() == tensors.keys()
+    assert all(np.array_equal(written[name], value) for name, value in tensors.items())
+
+
 def test_a_sum_of_adapters_is_honoured_by_servers_with_one_alpha(base: Path, tmp_path: Path) -> None:
     parts = [
         write_peft(

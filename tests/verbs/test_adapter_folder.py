@@ -101,6 +101,8 @@ def test_a_value_head_goes_along_and_is_spoken_of(name: str, pair: tuple[Path, P
         ("adapters.safetensors", {"layers.0.q_proj.lora_a": draw(1, 4, 4)}, "another adapter by its tensors: not read"),
         ("model.onnx", {NORM: draw(1, HIDDEN)}, "weights that are not read here"),
         ("notes.bin", None, "is not read"),
+        ("adapter_model.bin", None, "where there is another: not read"),
+        ("adapter_model-00001-of-00002.safetensors", {NORM: draw(1, HIDDEN)}, "where there is another: not read"),
     ],
 )
 def test_other_weights_are_named(

@@ -16,7 +16,7 @@ states of a training             passed over
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,8 +61,8 @@ class Beside:
         return tuple(sorted({path.rpartition(".")[0] for path in self.parameters}))
 
 
-def weights_beside(folder: Path) -> Beside:
-    """The files of weights in the folder of an adapter, but for the adapter's own.
+def weights_beside(folder: Path, own: Collection[Path] = ()) -> Beside:
+    """The files of weights in the folder of an adapter, but for those that were read as the adapter's own.
 
     Raises:
         MalformedError: a parameter is in two of them.
@@ -70,7 +70,12 @@ def weights_beside(folder: Path) -> Beside:
     beside = Beside()
     for path in _candidates(folder):
         name = show(path.name)
-        if path.name.endswith(UNREAD_SUFFIXES):
+        if path.name.startswith(WEIGHTS):
+            if path not in own:
+                beside.issues.append(
+                    f"'{name}' lies beside it, which PEFT does not read where there is another: not read"
+                )
+        elif path.name.endswith(UNREAD_SUFFIXES):
             beside.issues.append(f"'{name}' lies beside it, weights that are not read here")
         else:
             _sort(path, beside)
@@ -129,6 +134,6 @@ def _add(shard: Shard, beside: Beside) -> None:
 def _candidates(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         known = is_weight_file(path.name) or path.name.endswith(UNREAD_SUFFIXES)
-        own = path.name.startswith((WEIGHTS, ".")) or is_training_state(path.name)
-        if known and not own and path.is_file() and stays_inside(path):
+        passed = path.name.startswith(".") or is_training_state(path.name)
+        if known and not passed and path.is_file() and stays_inside(path):
             yield path

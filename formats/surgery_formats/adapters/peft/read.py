@@ -68,7 +68,7 @@ def read_peft(path: Path) -> Adapter:
     config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json", switches())
     opened = open_folder_tensors(path, (WEIGHTS,))
     tensors = tuple(opened.tensors.values())
-    beside = weights_beside(path)
+    beside = weights_beside(path, {shard.path for shard in opened.shards})
     whole = Adapter(
         path=path,
         format="peft",
