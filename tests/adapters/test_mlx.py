@@ -57,6 +57,10 @@ def test_every_tensor_is_consumed(folder: Path) -> None:
 @pytest.mark.parametrize("with_base", [False, True])
 def test_survives_the_way_through_peft(folder: Path, tmp_path: Path, with_base: bool) -> None:
     base = folder.parent / "base"
+    if folder.parent.name == "gpt_oss" and not with_base:  # its paths are those of PEFT's stacks
+        with pytest.raises(FitError, match="only the base"):
+            convert(folder, "peft", output=tmp_path / "peft")
+        return
     there = convert(folder, "peft", output=tmp_path / "peft", base=base if with_base else None)
     back = convert(tmp_path / "peft", "mlx", output=tmp_path / "mlx", base=base if with_base else None)
     assert max(there.max_error, back.max_error) <= 1e-6

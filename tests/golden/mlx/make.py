@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 3, "head_dim": 4}
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 24, "norm_topk_prob": True}
     | {"tie_word_embeddings": False},
+    "gpt_oss": MOE
+    | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "num_local_experts": 3, "head_dim": 4}
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16, "tie_word_embeddings": False},
 }
 
 
@@ -135,6 +139,15 @@ CASES = [
         num_layers=-1,
         keys=["mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj"],
     ),
+    # no switch_mlp; on the disk experts are (E, in, out), and rows of gate and up alternate.
+    Case(
+        "gpt_oss",
+        "lora-experts",
+        rank=2,
+        scale=5.0,
+        num_layers=-1,
+        keys=["mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj"],
+    ),
 ]
 
 
@@ -172,7 +185,15 @@ def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 out[f"{p}.self_attn.{n}_proj.bias"] = (width,)
         out[f"{p}.self_attn.o_proj.weight"] = (h, heads * d)
         gate, up, down = (inner, h), (inner, h), (h, inner)
-        if kind == "mixtral":
+        if kind == "gpt_oss":
+            count = config["num_local_experts"]
+            out[f"{p}.self_attn.sinks"] = (heads,)
+            for n, width in (("q", heads * d), ("k", kv * d), ("v", kv * d), ("o", h)):
+                out[f"{p}.self_attn.{n}_proj.bias"] = (width,)
+            out[f"{p}.mlp.router.weight"], out[f"{p}.mlp.router.bias"] = (count, h), (count,)
+            for n, width, size in (("gate_up_proj", h, 2 * inner), ("down_proj", inner, h)):
+                out[f"{p}.mlp.experts.{n}"], out[f"{p}.mlp.experts.{n}_bias"] = (count, width, size), (count, size)
+        elif kind == "mixtral":
             out[f"{p}.block_sparse_moe.gate.weight"] = (config["num_local_experts"], h)
             for e in range(config["num_local_experts"]):
                 for n, shape in (("w1", gate), ("w2", down), ("w3", up)):
@@ -202,6 +223,52 @@ def make_base(name: str) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=2, sort_keys=True) + "\n")
 
 
+def mlx_base(name: str) -> Path:
+    """The base for mlx-lm: of gpt-oss it reads codes of the hub's release or its own names, and no plain stacks."""
+    folder = HERE / name / "base"
+    if name != "gpt_oss":
+        return folder
+    tensors: Tensors = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        stem, _, leaf = key.partition(".mlp.experts.")
+        if leaf:
+            tensors |= {f"{stem}.mlp.experts.{part}": turned for part, turned in stack_parts(leaf, value).items()}
+        else:
+            tensors[key] = value
+    other = Path(mkdtemp())
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(folder / "config.json", other)
+    return other
+
+
+def stack_parts(leaf: str, value: np.ndarray) -> Tensors:
+    """A stack of gpt-oss as mlx-lm has it."""
+    turned = value if leaf.endswith("_bias") else np.ascontiguousarray(value.swapaxes(1, 2))
+    kind = "bias" if leaf.endswith("_bias") else "weight"
+    if leaf.startswith("gate_up_proj"):
+        parts = {"gate_proj": turned[:, ::2], "up_proj": turned[:, 1::2]}
+        return {f"{part}.{kind}": np.ascontiguousarray(of) for part, of in parts.items()}
+    return {f"down_proj.{kind}": turned}
+
+
+def stacked_again(parts: Tensors) -> Tensors:
+    """Parameters with mlx-lm's names for gpt-oss under those of the checkpoint."""
+    out: Tensors = {}
+    for name, value in parts.items():
+        stem, _, leaf = name.partition(".mlp.experts.")
+        part, _, kind = leaf.partition(".")
+        end = "_bias" if kind == "bias" else ""
+        if not leaf:
+            out[name] = value
+        elif part == "gate_proj":
+            up = parts[name.replace("gate_proj", "up_proj")]
+            both = np.stack([value, up], axis=2).reshape(len(value), -1, *value.shape[2:])
+            out[f"{stem}.mlp.experts.gate_up_proj{end}"] = both if end else np.ascontiguousarray(both.swapaxes(1, 2))
+        elif part == "down_proj":
+            out[f"{stem}.mlp.experts.down_proj{end}"] = value if end else np.ascontiguousarray(value.swapaxes(1, 2))
+    return out
+
+
 def hf_names(name: str, value: np.ndarray) -> Tensors:
     """One mlx-lm parameter under the names of the checkpoint: stacked experts become one matrix each."""
     found = re.fullmatch(r"(.*)\.switch_mlp\.(gate|up|down)_proj\.weight", name)
@@ -222,7 +289,7 @@ def fused(base: Path, adapter: Path) -> Tensors:
     out: Tensors = {}
     for name, value in tree_flatten(model.parameters()):
         out.update(hf_names(name, np.array(value.astype(mx.float32))))
-    return out
+    return stacked_again(out)
 
 
 def formula(base: Tensors, adapter: Tensors, scale: float) -> Tensors:
@@ -237,6 +304,13 @@ def formula(base: Tensors, adapter: Tensors, scale: float) -> Tensors:
             delta = scale * a @ b
         else:  # a (in, r), b (r, out)
             delta = scale * (a @ b).T
+        if ".mlp.experts." in module:
+            stem, _, leaf = module.rpartition(".")
+            name = f"{stem}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
+            new = out.setdefault(name, base[name].astype(np.float64))
+            columns = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}.get(leaf, slice(None))
+            new[:, :, columns] += delta.swapaxes(1, 2)
+            continue
         for name, part in hf_names(f"{module}.weight", delta).items():
             new = base[name].astype(np.float64) + part
             if (m := adapter.get(f"{module}.m")) is not None:  # magnitude per row, norm over the columns
@@ -266,12 +340,12 @@ def make_case(case: Case) -> None:
         | {"iters": 6, "learning_rate": 0.02, "max_seq_length": 64, "steps_per_eval": 1000}
     )
     np.random.seed(args.seed)
-    model, _ = load_model(base_folder, lazy=False, strict=True)
+    model, _ = load_model(mlx_base(case.base), lazy=False, strict=True)
     tokens = Tokens(CONFIGS[case.base]["vocab_size"], np.random.default_rng(args.seed))
     train_model(args, model, tokens, [])
 
     base, adapter = load_file(base_folder / "model.safetensors"), load_file(folder / "adapters.safetensors")
-    new = fused(base_folder, folder)
+    new = fused(mlx_base(case.base), folder)
     if set(new) != set(base):
         sys.exit(f"{folder}: names differ: {sorted(set(new) ^ set(base))}")
     changed = {k: v for k, v in new.items() if not np.array_equal(v, base[k])}
@@ -291,13 +365,15 @@ def make_case(case: Case) -> None:
 
 
 def main() -> None:
-    """Makes everything anew."""
+    """Makes everything anew, or the bases that are named."""
     mx.set_default_device(mx.cpu)
-    for name in CONFIGS:
+    names = sys.argv[1:] or list(CONFIGS)
+    for name in names:
         shutil.rmtree(HERE / name, ignore_errors=True)
         make_base(name)
     for case in CASES:
-        make_case(case)
+        if case.base in names:
+            make_case(case)
     packages = ("mlx", "mlx-lm", "numpy", "safetensors")
     (HERE / "versions.json").write_text(json.dumps({p: version(p) for p in packages}, indent=2) + "\n")
 

@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.expert_layers import ExpertLayer, expert_layers
+from surgery_formats.adapters.peft.dialects.stacks import PEFT_STACKS
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.writing import commonest
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.expert_stacks import parse_expert_path
 from surgery_formats.updates import LoRA, Update
 
-__all__ = ["put_experts"]
+if TYPE_CHECKING:
+    from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
+
+__all__ = ["needed_dialect", "put_experts"]
 
 
 def put_experts(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> list[tuple[Site, Update]]:
@@ -44,6 +50,16 @@ def put_experts(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> list[
         for site, update in layer.updates:
             file.ledger.keep(site, update, "folded" if said else "exact", said or f"{dialect.name}: {layer.module}")
     return others
+
+
+def needed_dialect(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> ExpertDialect | None:
+    """PEFT's own dialect where stacks of other programs meet a base that no record takes apart; None elsewhere."""
+    for site, update in updates:
+        named = parse_expert_path(site.path)
+        foreign = named is not None and site.path != named.stack and contents_of(update).stack is not None
+        if foreign and file.base is not None and not component_of(site, file.base).family.fused:
+            return PEFT_STACKS
+    return None
 
 
 def _even(layers: Sequence[ExpertLayer], others: Sequence[tuple[Site, Update]]) -> tuple[int, float] | None:
