@@ -1,227 +1,219 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast weights take an update, by kind of update and stored type: `python benchmarks/kinds.py`.
-
-Gigabytes of base per second that the arithmetic of a merge reads, computes, rounds, measures and hashes, on one core and on all, files in
-memory and the output thrown away. Every result is compared with the kind's equation in float64.
-"""
+"""Merging every kind of PEFT adapter into 0.24 B of Llama's shapes, beside PEFT: `python benchmarks/merge.py --kind all`."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from measure import ROOT, median, versions
-from numpy.typing import NDArray
-
-from surgery.engine.arithmetic import compute
-from surgery.engine.execute import default_workers
-from surgery.engine.plan import Compute
-from surgery_formats.arrays import as_torch, cast
-from surgery_formats.binding.edits import Operation
-from surgery_formats.canonical.adapter import Site
-from surgery_formats.dtypes import DType
-from surgery_formats.files.raw import open_file
-from surgery_formats.storage.plain import Elements, Plain
-from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import whole
-from surgery_formats.threads import one_thread
-from surgery_formats.updates import IA3, OFT, DoRA, Factor, LoHa, LoKr, LoRA, Offset, TokenRows, Update, VeRA
+import peft
+import torch
+import transformers
+from measure import ROOT, Sample, forked, median, run, versions
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from shapes import Shape, write_base
 
 sys.path.insert(0, str(ROOT))
-from tests.oracles.measure import relative_error, ulp_error  # what an error is, is the tests'
+from tests.oracles.peft_oracle import randomise
 
-SIDE = 4096
-TYPES = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "fp64": DType.F64}
-SAMPLE = slice(3, None, 8)  # rows that are compared: some of every block
+WHOLE = Shape(2048, 4, 32, 8, 8192, 1024)  # layers of Llama 3.2 1B
+HALF = replace(WHOLE, layers=2)
+_CHECKED = (".layers.1.", f".layers.{WHOLE.layers - 1}.")
+_NOISE = 12.0
+"""MB by which peaks of one and the same work differ; the largest of the modules that the second half adds has 34 in bf16."""
 
-Matrix = NDArray[np.float64]
-
-
-class Store:
-    """Seeded normal numbers in files of a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._random = np.random.default_rng(0)
-        self._count = 0
-
-    def tensor(
-        self, shape: tuple[int, ...], spread: float, centre: float = 0.0, dtype: DType = DType.F32
-    ) -> StoredTensor:
-        """A tensor of its own file."""
-        self._count += 1
-        values = cast(centre + spread * self._random.standard_normal(shape, np.float32), dtype)
-        path = self._folder / f"{self._count}.bin"
-        path.write_bytes(values.tobytes())
-        return StoredTensor(path.stem, dtype, shape, open_file(path), 0, values.nbytes)
-
-    def factor(self, *shape: int, spread: float, centre: float = 0.0) -> Factor:
-        """A trained factor, stored in float32 as trainers do."""
-        return Factor.of(self.tensor(shape, spread, centre))
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NARROW = ("k_proj", "v_proj")  # where PEFT factorises each weight, which takes it seconds for a larger one
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An update, and its equation for the sampled rows; without an update the weight is replaced by `source`."""
+    """A kind of adapter, by PEFT's configuration of it."""
 
     name: str
-    update: Update | None
-    expected: Callable[[Matrix], Matrix]
-    source: StoredTensor | None = None
+    config: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    targets: Sequence[str] = LINEAR
 
 
-def made(store: Store) -> list[Kind]:
-    """One update of every kind."""
-    f = store.factor
-    A, B = f(16, SIDE, spread=0.02), f(SIDE, 16, spread=0.02)
-    magnitude = f(SIDE, spread=0.1, centre=1.3)
-    pairs = [f(*shape, spread=0.1) for shape in ((SIDE, 16), (16, SIDE)) * 2]
-    C, D = (f(64, 64, spread=0.05) for _ in "CD")
-    rows, columns = (f(SIDE, spread=0.1, centre=1.0) for _ in "rc")
-    angles = f(SIDE // 32, 32 * 31 // 2, spread=0.03)
-    b, d = f(SIDE, spread=0.5), f(256, spread=0.1)
-    wide, tall = f(256, SIDE, spread=0.02), f(SIDE, 256, spread=0.1)
-    full, other = f(SIDE, SIDE, spread=0.002), store.tensor((SIDE, SIDE), 0.02)
-    tokens, indices = f(16, SIDE, spread=0.02), tuple(range(3, SIDE, SIDE // 16))
-    lora = LoRA(A, B, 2.0)
-
-    def v(factor: Factor) -> Matrix:
-        return factor.load(DType.F64)  # type: ignore[no-any-return]
-
-    def moved(w: Matrix) -> Matrix:
-        return w + 2.0 * (v(B)[SAMPLE] @ v(A))
-
-    def stretched(w: Matrix) -> Matrix:
-        V = moved(w)
-        return V * (v(magnitude)[SAMPLE] / np.sqrt((V * V).sum(1)))[:, None]
-
-    def hadamard(w: Matrix) -> Matrix:
-        a1, b1, a2, b2 = map(v, pairs)
-        return w + 0.5 * (a1[SAMPLE] @ b1) * (a2[SAMPLE] @ b2)
-
-    def rotated(w: Matrix, series: bool) -> Matrix:
-        result = np.empty_like(w)
-        upper, one = np.triu_indices(32, 1), np.eye(32)
-        for i, row in enumerate(v(angles)):
-            Q = np.zeros((32, 32))
-            Q[upper] = row
-            Q -= Q.T
-            R = (
-                one + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q
-                if series
-                else (one - Q) @ np.linalg.inv(one + Q)
-            )
-            at = slice(i * 32, i * 32 + 32)
-            result[:, at] = w[:, at] @ R.T
-        return result
-
-    def some(w: Matrix) -> Matrix:
-        table = np.full((SIDE, SIDE), np.nan)
-        table[SAMPLE] = w
-        table[list(indices)] = v(tokens)
-        return table[SAMPLE]
-
-    return [
-        Kind("LoRA, rank 16", lora, moved),
-        Kind("DoRA, rank 16", DoRA(lora, magnitude), stretched),
-        Kind("LoHa, rank 16", LoHa(*pairs, scale=0.5), hadamard),
-        Kind("LoKr, 64 x 64", LoKr(C, D, 0.5), lambda w: w + 0.5 * np.kron(v(C), v(D))[SAMPLE]),
-        Kind("(IA)^3 on outputs", IA3(rows, True, SIDE), lambda w: w * v(rows)[SAMPLE, None]),
-        Kind("(IA)^3 on inputs", IA3(columns, False, SIDE), lambda w: w * v(columns)),
-        Kind("OFT, series, blocks of 32", OFT(angles, 32, 5, outputs=SIDE, inputs=SIDE), lambda w: rotated(w, True)),
-        Kind("OFT, exact, blocks of 32", OFT(angles, 32, 0, outputs=SIDE, inputs=SIDE), lambda w: rotated(w, False)),
-        Kind("VeRA, rank 256", VeRA(b, d, (wide, tall), 1.0, SIDE),
-             lambda w: w + v(b)[SAMPLE, None] * (v(tall)[SAMPLE] @ (v(d)[:, None] * v(wide)))),
-        Kind("offset in full", Offset(full), lambda w: w + v(full)[SAMPLE]),
-        Kind("replacement, from fp32", None, lambda w: v(Factor.of(other))[SAMPLE], other),
-        Kind("16 token rows", TokenRows(tokens, indices, SIDE), some),
-    ]  # fmt: skip
+def _lora(name: str, targets: Sequence[str] = LINEAR, **fields: Any) -> Kind:
+    return Kind(name, "Lora", {"r": 16, "lora_alpha": 32, **fields}, targets)
 
 
-def step(kind: Kind, base: StoredTensor) -> Compute:
-    """As a plan has it."""
-    target = Elements(base.shape, base.matrix, base.dtype)
-    source = Plain.of(kind.source or base)
-    operations = () if kind.update is None else (Operation(kind.update, whole(base.matrix), Site(path="weight"), 0),)
-    return Compute(source, operations, target)
+KINDS = (
+    _lora("LoRA"),
+    _lora("rsLoRA", use_rslora=True),
+    _lora("DoRA", use_dora=True),
+    _lora("PiSSA", NARROW, init_lora_weights="pissa"),
+    _lora("OLoRA", NARROW, init_lora_weights="olora"),
+    _lora("KaSA", NARROW, kasa_config=peft.KasaConfig()),
+    _lora("MiCA", NARROW, init_lora_weights="mica"),
+    _lora("EVA", init_lora_weights="eva", eva_config=peft.EvaConfig()),
+    _lora("VeLoRA", velora_config={"num_groups": 4, "scale": 1.0}),
+    _lora("MonteCLoRA", monteclora_config=peft.MontecloraConfig(num_samples=2)),
+    _lora("BD-LoRA", use_bdlora=peft.BdLoraConfig(
+        target_modules_bd_a=["o_proj", "down_proj"], target_modules_bd_b=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+        nblocks=2,
+    )),
+    Kind("AdaLoRA", "AdaLora", {"init_r": 16, "total_step": 10}),
+    Kind("BOFT", "BOFT", {"boft_block_size": 8}, NARROW),
+    Kind("C3A", "C3A", {"block_size": 128}),
+    Kind("DEFT", "Deft", {"r": 16}),
+    Kind("PaRa", "Deft", {"r": 16, "decomposition_method": "qr", "para": True}),
+    Kind("DeLoRA", "Delora", {"r": 16}),
+    Kind("FourierFT", "FourierFT", {"n_frequency": 1000}),
+    Kind("FRoD", "Frod", {}, NARROW),
+    Kind("GLoRA", "Glora", {"r": 16}),
+    Kind("GraLoRA", "Gralora", {"r": 32, "gralora_k": 2}),
+    Kind("HiRA", "Hira", {"r": 16}),
+    Kind("HRA", "HRA", {"r": 8}),
+    Kind("(IA)^3", "IA3", {"feedforward_modules": ["down_proj"]}, ("k_proj", "v_proj", "down_proj")),
+    Kind("LN tuning", "LNTuning", {}, ("input_layernorm", "post_attention_layernorm")),
+    Kind("LoHa", "LoHa", {"r": 16, "alpha": 16}),
+    Kind("LoKr", "LoKr", {"r": 16, "alpha": 16}),
+    Kind("MiSS", "Miss", {"r": 64}),
+    Kind("BAT", "Miss", {"r": 64, "init_weights": "bat"}),
+    Kind("OFT", "OFT", {"oft_block_size": 32}),
+    Kind("OSF", "OSF", {"effective_rank": 256}, NARROW),
+    Kind("PEANuT", "Peanut", {"r": 16}),
+    Kind("PVeRA", "Pvera", {"r": 256}),
+    Kind("RandLoRA", "RandLora", {"r": 32}, ("q_proj", "v_proj")),
+    Kind("RoAd", "Road", {"group_size": 64}),
+    Kind("SHiRA", "Shira", {"r": 16}),
+    Kind("SuperTuning", "Supertuning", {"r": 16, "sparsity": 0.99}),
+    Kind("TinyLoRA", "TinyLora", {"r": 2, "u": 64, "weight_tying": 1.0}, NARROW),
+    Kind("trainable tokens", "TrainableTokens", {"token_indices": list(range(3, 1000, 60))}, ("embed_tokens",)),
+    Kind("Uni-LoRA", "UniLora", {"r": 16, "theta_d_length": 4096, "save_indices": True}),
+    Kind("VB-LoRA", "VBLoRA", {"r": 4, "num_vectors": 256, "vector_length": 256}),
+    Kind("VeRA", "Vera", {"r": 256}),
+    Kind("WaveFT", "WaveFT", {"n_frequency": 1000}),
+)  # fmt: skip
 
 
-def run(steps: list[Compute], workers: int) -> tuple[float, list[str]]:
-    """Seconds as the engine takes them, and what was computed by its hash."""
-
-    def one(step: Compute) -> str:
-        (measured,) = compute("weight", step, lambda *_: None, lambda: False)
-        return measured.xxh3
-
-    with one_thread(), ThreadPoolExecutor(workers) as pool:
-        started = time.perf_counter()
-        hashes = list(pool.map(one, steps))
-        return time.perf_counter() - started, hashes
+OURS = """
+import sys, time
+import surgery, surgery.verbs.merge
+started, processor = time.perf_counter(), time.process_time()
+surgery.merge(sys.argv[1], sys.argv[2], output=sys.argv[3])
+print(time.perf_counter() - started, time.process_time() - processor)
+"""
+IMPORTS = "import torch, transformers, peft; transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM"
 
 
-def check(kind: Kind, base: StoredTensor) -> None:
-    """The result is the equation's, rounded once."""
-    raw = bytearray()
-    with one_thread():
-        compute("weight", step(kind, base), lambda _, at, block: raw.extend(block), lambda: False)
-    before = cast(base.read(), DType.F64)[SAMPLE]
-    after = as_torch(np.frombuffer(raw, base.dtype.numpy).reshape(base.shape)[SAMPLE].copy())
-    expected = as_torch(kind.expected(before))
-    if base.dtype in (DType.F64, DType.F32):
-        error, limit = relative_error(after, expected), 1e-6 if base.dtype is DType.F32 else 1e-13
-    else:
-        error, limit = ulp_error(after, expected, as_torch(before)), 0.51
-    assert error <= limit, (kind.name, base.dtype, error)
+def _load(base: Path) -> Any:
+    transformers.logging.set_verbosity_error()
+    return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--matrices", type=int, default=6)
-    parser.add_argument("--kinds", default="", help="only those whose name contains this")
-    parser.add_argument("--folder", type=Path, help="where to work; needs 1.2 GB, best in memory")
-    options = parser.parse_args()
-    cores = default_workers()
-    cells: dict[str, list[str]] = {}
-    for dtype in TYPES.values():
-        with tempfile.TemporaryDirectory(prefix="surgery-bench-", dir=options.folder) as folder:
-            store = Store(Path(folder))
-            kinds = [kind for kind in made(store) if options.kinds in kind.name]
-            bases = [store.tensor((SIDE, SIDE), 0.02, dtype=dtype) for _ in range(options.matrices)]
-            measured(kinds, bases, sorted({1, cores}), options.rounds, cells)
-    print(f"{options.matrices} matrices of {SIDE} x {SIDE}, GB of base per second on 1 core / on {cores}\n")
-    print("\n".join([f"| | {' | '.join(TYPES)} |", "|---|" + "---|" * len(TYPES)]))
-    for name, row in cells.items():
-        print(f"| {name} | {' | '.join(row)} |")
-    print(f"\n{versions('numpy', 'ml_dtypes')}")
+def write_adapter(kind: Kind, base: Path, folder: Path) -> None:
+    """By PEFT, every trained number random."""
+    config = getattr(peft, f"{kind.config}Config")(target_modules=list(kind.targets), **kind.fields)
+    model = peft.get_peft_model(_load(base), config)
+    randomise(model, torch.Generator().manual_seed(1))
+    model.save_pretrained(folder)
 
 
-def measured(
-    kinds: list[Kind], bases: list[StoredTensor], counts: list[int], rounds: int, cells: dict[str, list[str]]
-) -> None:
-    """Append one column to the rows of `cells`."""
-    steps = {kind.name: [step(kind, base) for base in bases] for kind in kinds}
-    for kind in kinds:
-        check(kind, bases[0])
-    found = {name: run(made, counts[-1])[1] for name, made in steps.items()}
-    seconds: dict[tuple[str, int], list[float]] = {(name, count): [] for name in steps for count in counts}
-    for _ in range(rounds):
-        for (name, count), walls in seconds.items():
-            wall, hashes = run(steps[name], count)
-            assert hashes == found[name], (name, "differs from the run before")
-            walls.append(wall)
-    size = sum(base.nbytes for base in bases) / 1e9
-    for name in steps:
-        rates = [f"{size / median(seconds[name, count]):.2f}" for count in counts]
-        cells.setdefault(name, []).append(" / ".join(rates))
+def write_half(adapter: Path, folder: Path) -> None:
+    """The part of an adapter that is of the first half of the layers."""
+    folder.mkdir()
+    shutil.copy(adapter / "adapter_config.json", folder)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    left_out = tuple(f".layers.{number}." for number in range(HALF.layers, WHOLE.layers))
+    kept = {name: value for name, value in tensors.items() if not any(part in name for part in left_out)}
+    save_file(kept, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-if __name__ == "__main__":
-    main()
+def merge_by_peft(base: Path, adapter: Path, out: Path) -> None:
+    """Load, merge, save."""
+    model = peft.PeftModel.from_pretrained(_load(base), adapter)
+    model.merge_and_unload().save_pretrained(out, max_shard_size="1GB")
+
+
+def _some(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a middle layer, the last layer, and of no layer."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as opened:
+            stored = list(opened.keys())
+            names = [name for name in stored if ".layers." not in name or any(part in name for part in _CHECKED)]
+            found |= {name: opened.get_tensor(name) for name in names}
+    return found
+
+
+def check(base: Path, ours: Path, theirs: Path) -> None:
+    """As PEFT's: its rounding on the way to bfloat16, which is not ours, is a twentieth of what changed, at the most."""
+    before, actual, wanted = map(_some, (base, ours, theirs))
+    change = error = 0.0
+    for name, value in wanted.items():
+        if torch.equal(value, before[name]):
+            assert torch.equal(actual[name], value), name
+        change += float((value.double() - before[name].double()).square().sum())
+        error += float((value.double() - actual[name].double()).square().sum())
+    assert change
+    assert error <= 0.05**2 * change, (error / change) ** 0.5
+
+
+def bench(work: Path, options: argparse.Namespace) -> None:
+    """Measure and print the table."""
+    chosen = [kind for kind in KINDS if options.kind in ("all", kind.name)]
+    if not chosen:
+        raise SystemExit(f"kinds are: {', '.join(kind.name for kind in KINDS)}")
+    for name, shape in (("whole", WHOLE), ("half", HALF)):
+        write_base(shape, work / name, shards=1)
+    print(f"{WHOLE.parameters / 1e9:.2f} B parameters, bf16, and half of its layers\n")
+    imports = run([sys.executable, "-c", IMPORTS], work / "log").wall
+    print(f"PEFT's imports, measured once and added to its seconds: {imports:.2f} s\n")
+    print(
+        "| kind | modules | merge, s | PEFT, s | PEFT / merge | without imports | peak, MB | half the layers | PEFT, peak, MB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    slow, grown = [], []
+    for kind in chosen:
+        found = measured(kind, work, options.rounds)
+        ours, bare, theirs = (
+            median([one.wall for one in found[name]]) for name in ("whole", "whole, imported", "PEFT")
+        )
+        peaks = {name: max(sample.peak for sample in samples) / 1e6 for name, samples in found.items()}
+        ratio = (theirs + imports) / ours
+        count = len(kind.targets) * (1 if kind.config == "TrainableTokens" else WHOLE.layers)
+        print(
+            f"| {kind.name} | {count} | {ours:.2f} | {theirs + imports:.2f} | {ratio:.1f} | {theirs / bare:.1f} | "
+            f"{peaks['whole']:.0f} | {peaks['half']:.0f} | {peaks['PEFT']:.0f} |",
+            flush=True,
+        )
+        slow += [kind.name] if ratio < 1 else []
+        grown += [kind.name] if peaks["whole"] > peaks["half"] + _NOISE else []
+    print(f"\n{versions('peft', 'torch', 'transformers', 'numpy')}")
+    assert not slow, f"slower than PEFT: {slow}"
+    assert not grown, f"memory grows with the model: {grown}"
+
+
+def measured(kind: Kind, work: Path, rounds: int) -> dict[str, list[Sample]]:
+    """Ours, ours of half the model, and PEFT's, in turn."""
+    log, adapter = work / "log", work / "adapter"
+    forked(lambda: write_adapter(kind, work / "whole", adapter), log)
+    write_half(adapter, work / "half-adapter")
+    adapters = {"whole": adapter, "half": work / "half-adapter"}
+    found: dict[str, list[Sample]] = defaultdict(list)
+    for number in range(rounds):
+        for name, one in adapters.items():
+            words = [str(work / name), str(one), str(work / f"{name}-out")]
+            sample = run([sys.executable, "-P", "-c", OURS, *words], log)
+            wall, processor = map(float, log.read_text().split()[-2:])
+            found[name].append(replace(sample, cpu=processor))
+            found[f"{name}, imported"].append(replace(sample, wall=wall, cpu=processor))
+        found["PEFT"].append(forked(lambda: merge_by_peft(work / "whole", adapter, work / "peft-out"), log))
+        if not number:
+            forked(lambda: check(work / "whole", work / "whole-out", work / "peft-out"), log)
+        for name in ("whole-out", "half-out", "peft-out"):
+            shutil.rmtree(work / name)
+    for one in adapters.values():
+        shutil.rmtree(one)
+    return found

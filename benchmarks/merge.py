@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging a rank-16 LoRA on all linear layers into a 1.24 B bf16 Llama shape, beside copying the folder and beside PEFT.
 
+    python benchmarks/merge.py --kind KIND|all [--rounds 1]    # every kind of adapter: benchmarks/kinds.py
     python benchmarks/merge.py [--rounds 5] [--peft-rounds 2] [--pause 5] [--folder DIR] [--device cuda] [--against TREE]
 
 Every round runs each contender once, in turn, on warm files, as whole processes. Correctness is asserted inside: sampled
@@ -61,7 +62,8 @@ def check(shape: Shape, base: Path, adapter: Path, out: Path, peft: Path | None)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--kind", help="a kind of adapter, or all: each beside PEFT, on a smaller model")
+    parser.add_argument("--rounds", type=int, help="5, or 1 with --kind")
     parser.add_argument("--peft-rounds", type=int, default=2)
     parser.add_argument("--pause", type=float, default=5.0, help="seconds before each run")
     parser.add_argument("--folder", type=Path, help="where to work; needs 12 GB")
@@ -69,8 +71,14 @@ def main() -> None:
     add_against(parser)
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="surgery-bench-", dir=options.folder))
+    options.rounds = options.rounds or (1 if options.kind else 5)
     try:
-        bench(work, options)
+        if options.kind:
+            import kinds  # with PEFT, which the other table needs only in processes of its own
+
+            kinds.bench(work, options)
+        else:
+            bench(work, options)
     finally:
         shutil.rmtree(work)
 

@@ -32,7 +32,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-import kinds
+import updates
 
 MODULE = "model.layers.0.self_attn.q_proj"
 NUMPY = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
@@ -59,20 +59,18 @@ def sizes(work: Path, options: argparse.Namespace) -> None:
     print("| update | of the weight | bf16 | fp16 | fp32 | adapter, of the bf16 weight |")
     print("|---|---|---|---|---|---|")
     (work / "store").mkdir()
-    store = kinds.Store(work / "store")
-    values = np.random.default_rng(0).normal(0, 0.02, (kinds.SIDE, kinds.SIDE)).astype(np.float32)
+    store = updates.Store(work / "store")
+    values = np.random.default_rng(0).normal(0, 0.02, (updates.SIDE, updates.SIDE)).astype(np.float32)
     bases = {name: one_matrix(work / name, values.astype(dtype)) for name, dtype in NUMPY.items()}
-    for kind in kinds.made(store):
-        if kind.update is None:
-            continue
+    for name, update in updates.made(store):
         site = Site(f"{MODULE}.weight", module_kind="linear")
-        path = kind.update.tensors[0].path
+        path = update.tensors[0].path
         assert path is not None
-        adapter = Adapter(path, "bench", kind.update.kind, {site: (kind.update,)}, kind.update.tensors)
+        adapter = Adapter(path, "bench", update.kind, {site: (update,)}, update.tensors)
         cells, change = [], 0.0
-        for name, base in bases.items():
+        for stored, base in bases.items():
             result = surgery.merge(base, adapter, output=work / "out", reversible=True)
-            if name == "fp32":
+            if stored == "fp32":
                 after = surgery.open(work / "out").main.tensors[f"{MODULE}.weight"].read()
                 change = float(np.linalg.norm(after - values) / np.linalg.norm(values))
             surgery.unmerge(work / "out", adapter, output=work / "back")
@@ -80,8 +78,8 @@ def sizes(work: Path, options: argparse.Namespace) -> None:
             cells.append(f"{result.rounding_nbytes / size(base / 'model.safetensors'):.2%}")
             shutil.rmtree(work / "out")
             shutil.rmtree(work / "back")
-        trained = sum(tensor.nbytes for tensor in kind.update.tensors) / size(bases["bf16"] / "model.safetensors")
-        print(f"| {kind.name} | {change:.1%} | {' | '.join(cells)} | {trained:.2%} |", flush=True)
+        trained = sum(tensor.nbytes for tensor in update.tensors) / size(bases["bf16"] / "model.safetensors")
+        print(f"| {name} | {change:.1%} | {' | '.join(cells)} | {trained:.2%} |", flush=True)
 
 
 def model(work: Path, options: argparse.Namespace) -> None:

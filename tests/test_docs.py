@@ -20,6 +20,7 @@ from surgery_cli.group import surgery as surgery_command
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.containers.registry import BUILT_IN as CONTAINERS
 from tests.oracles.cases import CASES
+from tests.support.peft_kinds import COMBINATIONS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
@@ -66,6 +67,16 @@ def test_every_container_is_documented_as_it_is_written(container):
     )
     assert row
     assert row[1].startswith("yes" if container.written_as == container.name else f"as `{container.written_as}`")
+
+
+def test_the_page_of_kinds_is_of_the_combinations_that_are_tested():
+    rows = re.findall(r"^\| (.+?) \| (.+?) \| (\d+) \| (\d+) \|", (ROOT / "docs" / "kinds.md").read_text(), re.M)
+    told = {kind: (layers, int(count), int(types)) for kind, layers, count, types in rows}
+    for kind in KINDS:
+        own = [one for one in COMBINATIONS if one.kind is kind]
+        layers = ", ".join(dict.fromkeys(one.layer for one in own))
+        assert told.pop(kind.name) == (layers, len(own), len({one.model_type for one in own})), "tools/kinds_page.py"
+    assert not told
 
 
 def test_the_container_in_the_guide_is_the_one_in_the_tests():

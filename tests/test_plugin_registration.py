@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from surgery.consumers.registry import consumers
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft.kinds import kinds
 from surgery_formats.adapters.registry import BUILT_IN, ENTRY_POINTS, formats
@@ -18,6 +19,7 @@ from surgery_formats.storage.registry import storage_kinds
 from surgery_formats.testing.plugins import installed
 
 REGISTRIES = {
+    "consumers": consumers,
     "containers": containers,
     "storages": storage_kinds,
     "adapter_formats": formats,
@@ -48,7 +50,7 @@ def test_a_plugin_must_not_take_a_built_in_name() -> None:
         formats()
 
 
-@pytest.mark.parametrize("group", ["containers", "storages", "adapter_formats", "peft_kinds"])
+@pytest.mark.parametrize("group", ["consumers", "containers", "storages", "adapter_formats", "peft_kinds"])
 def test_a_plugin_without_a_name_is_named_by_its_entry_point(group: str) -> None:
     with (
         installed(f"surgery.{group}", "nameless", object()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.eras import expert_counts
 from surgery_formats.models.families.family import role_of
 from surgery_formats.updates import Update, is_refusing
@@ -35,6 +35,7 @@ _CLASSIFIERS = frozenset(["score", "classifier", "qa_outputs"])
 _IN_MEMORY = re.compile(
     r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.(?!weight$|bias$)\w+(\.weight|\.bias)?$"
 )
+_EXPERTS = ".experts."
 _PROJECTIONS = 3  # of an expert: gate, up, down; unless the base stores others
 _ALL = frozenset(["all-linear", "all"])
 
@@ -99,12 +100,30 @@ class AdapterFacts:
         found = dialect_of(self.adapter)
         return "" if found is None else found.name
 
+    @property
+    def main(self) -> Component:
+        """The base, or the first part of a pipeline: what rules about language models look at."""
+        return next(iter(self.base.components.values()))
+
     @cached_property
     def model_type(self) -> str:
         """Of the base's language model."""
-        config = next(iter(self.base.components.values())).config
+        config = self.main.config
         nested = config.get("text_config")
         return str((nested if isinstance(nested, Mapping) else config).get("model_type", ""))
+
+    @cached_property
+    def incomplete_layers(self) -> frozenset[str]:
+        """Paths of layers with LoRAs of single experts, and not of all projections of all experts."""
+        trained, stored = _by_layer(self.modules), _by_layer(self.main.parameters)
+        count = max(expert_counts(self.main.config), default=0)
+        lacking = set()
+        for layer, paths in trained.items():
+            numbers = {path.partition(".")[0] for path in paths}
+            own = [name for name in stored.get(layer, ()) if name.startswith("0.") and name.endswith(".weight")]
+            if len(numbers) < count or len(paths) < (len(own) or _PROJECTIONS) * len(numbers):
+                lacking.add(layer)
+        return frozenset(lacking)
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -113,14 +132,18 @@ class AdapterFacts:
 
 
 def lacks_experts(part: AdapterPart, facts: AdapterFacts) -> bool:
-    """Whether a layer has LoRAs of single experts, and not of all projections of all experts."""
-    layer, _, _ = part.module.partition(".experts.")
-    beside = [path.removeprefix(f"{layer}.experts.") for path in facts.modules if path.startswith(f"{layer}.experts.")]
-    numbers = {path.partition(".")[0] for path in beside}
-    counts = expert_counts(facts.base.main.config)
-    stored = [name for name in facts.base.main.parameters if name.startswith(f"{layer}.experts.0.")]
-    projections = sum(name.endswith(".weight") for name in stored) or _PROJECTIONS
-    return len(numbers) < max(counts, default=len(numbers)) or len(beside) < projections * len(numbers)
+    """Whether its layer has LoRAs of single experts, and not of all projections of all experts."""
+    return part.module.partition(_EXPERTS)[0] in facts.incomplete_layers
+
+
+def _by_layer(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of single experts' modules or parameters, from the expert's number on, by the path of their layer."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layer, found, rest = name.partition(_EXPERTS)
+        if found and rest.partition(".")[0].isdecimal():
+            layers.setdefault(layer, []).append(rest)
+    return layers
 
 
 def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = None) -> AdapterFacts:

@@ -19,7 +19,7 @@ def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]
     """Configurations of other kinds, whatever their tensors are; tied vocabularies; layers that lack experts."""
     if "lora_alpha" not in facts.config:
         return refused("its configuration has no 'lora_alpha'", remedy_of_kind(part))
-    if part.trait in ("LoRA of an embedding", "LoRA of the head") and facts.base.main.tied:
+    if part.trait in ("LoRA of an embedding", "LoRA of the head") and facts.main.tied:
         return refused("head and embedding are one tensor: the runtime dies at the first token", "drop")
     if part.trait == "LoRA of one expert" and lacks_experts(part, facts):
         return refused("it stacks all experts of a layer: 'Unprocessed experts'", "dialect")

@@ -127,6 +127,11 @@ def plan_storage(
         if not covered.intersection(target.names) and any(measures[name].changed for name in target.names):
             plan.targets.append(target)
     _refuse_nests(plan)
+    for target in [target for target in plan.targets if _is_shared(target.path, base)]:
+        plan.targets.remove(target)
+        plan.dropped |= dict.fromkeys(
+            target.names, "the encoder has it too, and PEFT attaches factors to the decoder alone"
+        )
     held = {name for target in targets for name in target.names}
     for parameter in rest:
         name = parameter.pair.name
@@ -140,6 +145,11 @@ def plan_storage(
             else:
                 plan.dropped[name] = f"{parameter.form} changes were not asked for (--dense)"
     return plan
+
+
+def _is_shared(path: str, base: Component) -> bool:
+    """Whether two modules of the class share the parameter, of which the file names one."""
+    return base.config.get("model_type") == "diffusion_gemma" and path.startswith("model.decoder.layers.")
 
 
 def _inside(path: str, modules: Iterable[str]) -> bool:

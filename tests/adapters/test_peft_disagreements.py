@@ -338,3 +338,17 @@ def test_a_module_that_is_there_twice_under_a_wrapper_is_refused(tmp_path: Path)
     twice = factors() | {f"_orig_mod.{key}": value for key, value in factors().items()}
     with pytest.raises(MalformedError, match="twice"):
         surgery.inspect(write_peft(tmp_path / "a", twice))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_token_rows_beside_a_tied_head_with_a_bias_are_told(tmp_path: Path, tied: bool) -> None:
+    """PEFT's wrapper of such a head leaves the bias out, so that the attached logits lack what the merged have."""
+    base = models.build_base("bert_mlm", tmp_path / "base", tie_word_embeddings=tied)
+    config = {"target_modules": ["query"], "r": 2, "trainable_token_indices": [3, 5]}
+    trained = peft_oracle.train("bert_mlm", base, "LoraConfig", config, tmp_path / "adapter", seed=1)
+    result = surgery.merge(base, [tmp_path / "adapter"], output=tmp_path / "merged")
+    merged = models.logits_of("bert_mlm", tmp_path / "merged")
+    bias = load_file(base / "model.safetensors")["cls.predictions.bias"]
+    told = [text for text in result.warnings if "without 'cls.predictions.bias'" in text]
+    assert len(told) == tied
+    np.testing.assert_allclose(merged.numpy() - trained.numpy(), np.broadcast_to(bias * tied, merged.shape), atol=1e-5)

@@ -16,7 +16,17 @@ from surgery.consumers.consumer import RuledConsumer, honoured, refused
 from surgery.consumers.registry import BUILT_IN, ENTRY_POINTS, consumer_named, consumers
 from surgery.consumers.traits import TRAITS
 from surgery_formats.testing.plugins import installed
-from tests.support.adapter_files import assert_close, config_of, draw, mlx_deltas, peft_deltas, write_base, write_peft
+from tests.support.adapter_files import (
+    assert_close,
+    config_of,
+    draw,
+    kohya_deltas,
+    mlx_deltas,
+    peft_deltas,
+    unet,
+    write_base,
+    write_peft,
+)
 
 ROOT = "base_model.model.model.layers"
 
@@ -360,6 +370,49 @@ def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
     assert_close(mlx_deltas(tmp_path / "fixed"), peft_deltas(adapter))
     (back,) = surgery.check(base, tmp_path / "fixed", consumer="vllm").consumers
     assert [fault.why for fault in back.faults] == ["it loads peft, this is mlx"]
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "vllm@0.30", "llama.cpp"])
+def test_experts_that_were_not_trained_are_zeros_where_a_program_wants_all(tmp_path: Path, consumer: str) -> None:
+    experts = {
+        f"model.layers.0.mlp.experts.{e}.{name}.weight": shape
+        for e in range(2)
+        for name, shape in (("gate_proj", (4, 6)), ("up_proj", (4, 6)), ("down_proj", (6, 4)))
+    }
+    shapes = {"model.embed_tokens.weight": (11, 6), **experts, "lm_head.weight": (11, 6)}
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2}
+    moe = write_base(tmp_path / "moe", shapes, config)
+    trained = {f"0.mlp.experts.{e}.down_proj": (6, 4) for e in range(2)}
+    adapter = write_peft(tmp_path / "a", _lora(1, trained, rank=3), target_modules=["down_proj"])
+    (check,) = surgery.check(moe, adapter, consumer=consumer).consumers
+    assert {fault.remedy for fault in check.faults} == {"dialect"}
+    surgery.check(moe, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    assert surgery.check(moe, tmp_path / "fixed", consumer=consumer).honoured
+    got, want = peft_deltas(tmp_path / "fixed"), peft_deltas(adapter)
+    assert len(got) == len(experts)
+    assert_close({name: got[name] for name in want}, want)
+    assert not any(value.any() for name, value in got.items() if name not in want)
+
+
+@pytest.mark.parametrize("consumer", ["diffusers", "comfyui"])
+def test_diffusion_programs_get_one_file_with_the_scale_inside(tmp_path: Path, consumer: str) -> None:
+    network = unet(tmp_path / "unet")
+    linear = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    convolution = "base_model.model.down_blocks.0.resnets.0.conv1"
+    tensors = {
+        f"{linear}.lora_A.weight": draw(1, 2, 4),
+        f"{linear}.lora_B.weight": draw(2, 6, 2),
+        f"{convolution}.lora_A.weight": draw(3, 2, 4, 3, 3),
+        f"{convolution}.lora_B.weight": draw(4, 4, 2, 1, 1),
+    }
+    adapter = write_peft(tmp_path / "a", tensors, target_modules=["to_q", "conv1"], use_rslora=True)
+    fixed = tmp_path / "style.safetensors"
+    surgery.check(network, adapter, consumer=consumer, fix=fixed)
+    assert surgery.check(network, fixed, consumer=consumer).honoured
+    assert_close(
+        {name.replace(".", "_"): value for name, value in peft_deltas(adapter).items()},
+        {name.removeprefix("lora_unet_"): value for name, value in kohya_deltas(fixed).items()},
+    )
 
 
 def test_results_are_json_and_markdown_without_values_read_twice(base: Path, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ ARCHS: dict[str, Arch] = {
     "gpt2_bare": Arch("GPT2Model", _GPT2, ("c_attn", "c_proj", "c_fc")),
     "bert": Arch("BertForSequenceClassification", _BERT, ("query", "value", "dense")),
     "bert_bare": Arch("BertModel", _BERT, ("query", "value")),
+    "bert_mlm": Arch("BertForMaskedLM", _BERT, ("query", "value")),
     "t5": Arch(
         "T5ForConditionalGeneration",
         _config(

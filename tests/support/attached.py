@@ -30,6 +30,9 @@ _READ_DIRECTLY: Mapping[str, tuple[str, ...]] = {
 }
 """Linear modules whose weight the model's code reads without calling them, so that PEFT attaches nothing there."""
 
+_FORWARDS = (torch.nn.Linear.forward, transformers.pytorch_utils.Conv1D.forward)
+"""Those of plain modules: some routers are linear modules that give more than their output."""
+
 
 @dataclass(frozen=True)
 class Attached:
@@ -103,8 +106,12 @@ def linear_modules(model: Any) -> list[str]:
     recurrent = any("A_log" in name or "mixer" in name or "mamba" in name for name, _ in model.named_parameters())
     read = _READ_DIRECTLY.get("recurrent" if recurrent else model.config.model_type, ())
     left_out = ("lm_head", "router.classifier", *read)
-    kinds = torch.nn.Linear | transformers.pytorch_utils.Conv1D
-    return [name for name, one in model.named_modules() if isinstance(one, kinds) and not name.endswith(left_out)]
+    linear = torch.nn.Linear, transformers.pytorch_utils.Conv1D
+    return [
+        name
+        for name, one in model.named_modules()
+        if isinstance(one, linear) and type(one).forward in _FORWARDS and not name.endswith(left_out)
+    ]
 
 
 def stacks(model: Any) -> list[str]:

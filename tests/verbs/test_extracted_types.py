@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ _SMALLEST = 180
 """Types of which a tiny model can be made with the installed transformers, at the least."""
 
 
+NOT_ATTACHED = {
+    "diffusion_gemma": "refused: encoder and decoder share layers",
+    "molmo2": "refused: a projection is split by sizes that only the model's code has",
+    "mistral_large4": "PEFT 0.21 misses the factors of the experts",
+}
+"""Types of which PEFT does not attach what changed in this test: the list can only shrink."""
+
+
 def _tune(model: Any) -> None:
     """Change every linear layer and every expert by rank 2."""
     generator = torch.Generator().manual_seed(3)
@@ -47,6 +56,7 @@ def _tune(model: Any) -> None:
 
 def _logits(model: Any) -> torch.Tensor:
     ids = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(1)  # a model of diffusion draws
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids).logits
     return logits
@@ -70,7 +80,11 @@ def _attached(base: Any, adapter: Path) -> Any:
 
 
 def _difference(
-    model_type: str, folder: Path, change: Callable[[Path], Path] = lambda folder: folder / "lora"
+    model_type: str,
+    folder: Path,
+    change: Callable[[Path], Path] = lambda folder: folder / "lora",
+    tune: Callable[[Any], None] = _tune,
+    rank: int = 2,
 ) -> float:
     """The greatest difference of the attached model's logits from the tuned, as a share of the tuning's effect.
 
@@ -78,16 +92,18 @@ def _difference(
         model_type: Of the model.
         folder: For files.
         change: Makes another adapter of the extracted one.
+        tune: Changes the model.
+        rank: Of the extraction.
     """
     model = tiny(model_type)
     _logits(model)
     model.save_pretrained(folder / "base")
-    _tune(model)
+    tune(model)
     model.save_pretrained(folder / "tuned")
     made = type(model)
     base, wanted = _loaded(made, folder / "base"), _logits(_loaded(made, folder / "tuned"))
     without = _logits(base)
-    surgery.extract_lora(folder / "base", folder / "tuned", output=folder / "lora", rank=2, kind="lora")
+    surgery.extract_lora(folder / "base", folder / "tuned", output=folder / "lora", rank=rank, kind="lora")
     attached = _attached(base, change(folder))
     return float((_logits(attached) - wanted).abs().max() / (wanted - without).abs().max())
 
@@ -104,6 +120,24 @@ def _quiet() -> Iterator[None]:
 @pytest.mark.parametrize("model_type", SOME)
 def test_peft_attaches_what_was_extracted(model_type: str, tmp_path: Path) -> None:
     assert _difference(model_type, tmp_path) < 1e-3
+
+
+def _tune_biases(model: Any) -> None:
+    """Change biases too, those of experts among them."""
+    _tune(model)
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj_bias", "_proj.bias", "norm.weight")):
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+
+
+def test_experts_with_biases_become_factors_and_are_not_copied(tmp_path: Path) -> None:
+    assert _difference("gpt_oss", tmp_path, tune=_tune_biases, rank=4) < 1e-3
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert not any("experts" in name for name in config["modules_to_save"])
+    assert {name.rpartition(".")[2] for name in config["target_parameters"]} == {
+        *("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"),
+    }
 
 
 def _combined(folder: Path) -> Path:
@@ -126,6 +160,11 @@ def test_peft_attaches_what_was_combined_or_converted(
     assert _difference(model_type, tmp_path, change) < 1e-3
 
 
+def test_layers_that_encoder_and_decoder_share_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(surgery.SurgeryError, match="the encoder has it too"):
+        _difference("diffusion_gemma", tmp_path)
+
+
 @pytest.mark.slow
 def test_peft_attaches_what_was_extracted_from_every_type(tmp_path: Path) -> None:
     right: list[str] = []
@@ -144,5 +183,5 @@ def test_peft_attaches_what_was_extracted_from_every_type(tmp_path: Path) -> Non
                 wrong[model_type] = f"{difference:.1e}"
     print(f"right: {len(right)}", *right)
     print(f"no tiny model: {len(unmade)}", *unmade)
-    assert not wrong
+    assert set(wrong) <= NOT_ATTACHED.keys(), wrong
     assert len(right) >= _SMALLEST

@@ -18,7 +18,7 @@ SOME = (
 )
 """Types that stand for the ways in which names on disk differ from those of the modules."""
 
-_SMALLEST = 320
+_SMALLEST = 325
 """Types that merge right, at the least, of those of which a tiny model can be made with the installed transformers."""
 
 

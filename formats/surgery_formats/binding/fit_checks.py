@@ -110,7 +110,23 @@ def disagreements(adapter: Adapter, checkpoint: Checkpoint, edits: Sequence[Edit
     }
     if adapter.stored_transposed and turned == {False}:
         found += ("fan_in_fan_out is true, but the base stores linear layers as (out, in): taken as such",)
-    return found
+    return found + _silent_biases(checkpoint, edits)
+
+
+def _silent_biases(checkpoint: Checkpoint, edits: Sequence[Edit]) -> tuple[str, ...]:
+    """Biases of tied heads that PEFT's model did without: its head of trained token rows multiplies and adds nothing."""
+    found: list[str] = []
+    for edit in edits:
+        component = checkpoint.components[edit.component]
+        trains_rows = any(is_row_setting(operation.update) for operation in edit.operations)
+        if component.tied and edit.name == component.embedding and trains_rows:
+            bias = component.head.removesuffix("weight") + "bias"
+            bias = component.aliases.get(bias, bias)
+            if bias in component.parameters:
+                found.append(
+                    f"PEFT trains token rows without '{bias}', which the merged model has: logits differ by it"
+                )
+    return tuple(found)
 
 
 def check_overlap(name: str, operations: Sequence[Operation], adapters: Sequence[tuple[Adapter, float]]) -> None:

@@ -31,7 +31,14 @@ _SINGLE = re.compile(r"\.experts\.\d+\.\w+\.lora_")
 _LINEARS = re.compile(r"\.experts\.(gate_up|down)_projs\.\d+\.lora_")
 
 
-def put_single(file: PeftFile, stack: ExpertStack, names: Mapping[int, str], *, complete: bool = False) -> str:
+def put_single(
+    file: PeftFile,
+    stack: ExpertStack,
+    names: Mapping[int, str],
+    *,
+    complete: bool = False,
+    like: ExpertStack | None = None,
+) -> str:
     """One module for every expert.
 
     Args:
@@ -39,6 +46,7 @@ def put_single(file: PeftFile, stack: ExpertStack, names: Mapping[int, str], *, 
         stack: The projection.
         names: Paths of its modules, without ``.weight``.
         complete: Whether every expert gets one, of the same rank, with zeros where it was not trained.
+        like: Another projection, whose rank and scale the zeros get where none of `stack` was trained.
     """
     said = set[str]()
     for number, path in names.items():
@@ -46,7 +54,7 @@ def put_single(file: PeftFile, stack: ExpertStack, names: Mapping[int, str], *, 
         if lora is None and not complete:
             continue
         if lora is None or (complete and lora.rank != stack.rank) or file.even is not None:
-            rank, scale = file.rank_and_scale(stack)
+            rank, scale = file.rank_and_scale(stack if stack.loras or like is None else like)
             _put_zeros_or_padded(file, stack, number, path, rank, scale)
             said.add(stack.evened(rank, scale))
         else:

@@ -57,8 +57,9 @@ class _Vllm:
         stacks = {role: held.get(role) or layer.empty(role) for role in wanted}
         if stacked:
             return put_stacks(file, layer, list(stacks.values()))
+        trained = next((stack for stack in stacks.values() if stack.loras), None)
         said = [
-            put_single(file, stack, {e: layer.single(role, e) for e in range(stack.count)}, complete=True)
+            put_single(file, stack, {e: layer.single(role, e) for e in range(stack.count)}, complete=True, like=trained)
             for role, stack in stacks.items()
         ]
         return ", ".join(filter(None, said))
