@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tests.loaders.judging import HOME, LOADERS, MAX_RANK, MEANING, Made, comman
 from tests.loaders.record import PAGE, page, read
 
 RECORDED = read()
+UNREAD = frozenset(["layer-replication", "activated", "rank-contradicts", "factor-missing"])
+"""Refused as they are read: no weight of the base holds the first two, and of the others nobody knows what was trained."""
 FEW = ("plain", "rslora", "alpha-pattern", "dora", "head-saved", "names-bare", "loha", "qwen2-tied-embedding")
 
 
@@ -26,26 +29,29 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Made]:
 
 @pytest.fixture(scope="module")
 def checked(made: Mapping[str, Made]) -> Mapping[str, Mapping[str, str]]:
-    """What check says of each adapter, by consumer; an adapter that it refuses to read is one that nothing should load."""
+    """What check says of each adapter that it reads, by consumer."""
     said: dict[str, dict[str, str]] = {consumer: {} for consumer in LOADERS}
     for name, one in made.items():
-        try:
-            checks = surgery.check(one.base, one.adapter).consumers
-        except SurgeryError:
+        if name in UNREAD:
             continue
-        for check in checks:
+        for check in surgery.check(one.base, one.adapter).consumers:
             if check.name in said:
                 said[check.name][name] = MEANING[check.outcome]
     return said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("consumer", LOADERS)
 def test_check_says_what_the_program_did(consumer: str, checked: Mapping[str, Mapping[str, str]]) -> None:
     did = {name: entry["did"] for name, entry in RECORDED[consumer]["adapters"].items()}
     assert did.keys() == ADAPTERS.keys()
-    assert len(checked[consumer]) >= 30
+    assert checked[consumer].keys() == ADAPTERS.keys() - UNREAD
     assert {name: (said, did[name]) for name, said in checked[consumer].items() if said != did[name]} == {}
+
+
+@pytest.mark.parametrize("name", sorted(UNREAD))
+def test_what_has_two_readings_is_refused(name: str, made: Mapping[str, Made]) -> None:
+    with pytest.raises(SurgeryError):
+        surgery.check(made[name].base, made[name].adapter)
 
 
 @pytest.mark.parametrize("consumer", LOADERS)
@@ -65,7 +71,6 @@ def _observed(consumer: str, made: Mapping[str, Made], folder: Path) -> dict[str
     return {name: one.outcome for name, one in did.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("consumer", HOME)
 def test_the_installed_library_does_what_was_recorded(consumer: str, made: Mapping[str, Made], tmp_path: Path) -> None:
     recorded = {name: entry["did"] for name, entry in RECORDED[consumer]["adapters"].items()}
@@ -81,14 +86,12 @@ def test_a_program_does_what_was_recorded(consumer: str, made: Mapping[str, Made
     assert _observed(consumer, made, tmp_path) == recorded
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("consumer", HOME)
 def test_the_installed_library_loads_what_is_written_for_it(
     consumer: str, made: Mapping[str, Made], tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     written = {}
+    (tmp_path / "written").mkdir()
     for name in FEW:
         if not fix(consumer, made[name], tmp_path / "written" / name):
             written[name] = replace(made[name], adapter=tmp_path / "written" / name)

@@ -104,6 +104,9 @@ def _judged(made: Made, out: Path) -> Did:
     if "refused" in said:
         return Did("refused", said["refused"])
     found = dict(np.load(out.with_suffix(".npz")))
+    grow = ADAPTERS[out.name].grow
+    if grow and ("logits" not in found or found["logits"].shape[1] < VOCAB + grow):
+        return Did("wrong", "the new rows are missing")
     got = torch.from_numpy(found["logits"]).double()[:, :VOCAB] if "logits" in found else _with(made.base, found)
     change = (made.meant - made.before).abs().max()
     distance = float((got - made.meant).abs().max() / change)

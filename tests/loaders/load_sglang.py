@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from loading import Found, run
+from loading import Found, Loaded, run
 from stubs import stand_in
 
 _ = transformers.AutoProcessor, transformers.utils.is_torchvision_available()  # asked before the stand-ins exist
@@ -51,7 +51,33 @@ def dense(module: str, layer: int, a: torch.Tensor, b: torch.Tensor, rows: list[
         begin += count
 
 
-def opened(base: Path) -> Callable[[Path], Found]:
+def experts(layer: int, module: str, a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[str, Any]]:
+    """A (experts, parts rank, in), B (experts, out, rank)."""
+    name, rank = f"model.layers.{layer}.mlp.experts.{module}", b.shape[-1]
+    parts = b.split(b.shape[1] // 2, 1) if module == "gate_up_proj" else (b,)
+    yield name, torch.cat([part @ a[:, i * rank : (i + 1) * rank] for i, part in enumerate(parts)], 1)
+
+
+def held(manager: LoRAManager, uid: str, rows: dict[str, list[int]]) -> Found:
+    """What lies in the slot of an adapter."""
+    pool, scale, found = manager.memory_pool, manager.loras[uid].scaling, {}
+    slot, applied = pool.get_buffer_id(uid), {}
+    for module, layers in pool.A_buffer.items():
+        for layer, buffer in enumerate(layers):
+            a, b = buffer[slot], pool.B_buffer[module][layer][slot]
+            if module.endswith("_moe"):
+                applied.update(experts(layer, module.removesuffix("_moe"), a, b))  # B has the scale in it
+            elif module in BLOCKS:
+                found.update(dense(module, layer, a, b, rows.get(module, [b.shape[0]])))
+    for module, a in pool.embedding_A_buffer.items():
+        found[f"model.{module}.weight"] = (pool.embedding_B_buffer[module][slot] @ a[slot]).T
+    for module, a in pool.lm_head_A_buffer.items():
+        found[f"{module}.weight"] = pool.lm_head_B_buffer[module][slot] @ a[slot]
+    found = {name: scale * delta for name, delta in found.items()} | applied
+    return {f"delta/{name}": delta.float().numpy() for name, delta in found.items() if delta.abs().max() > 0}
+
+
+def opened(base: Path) -> Callable[[Path], Loaded]:
     arguments = ServerArgs(
         model_path=str(base), device="cpu", dtype="float32", enable_lora=True, skip_tokenizer_init=True
     )
@@ -64,7 +90,7 @@ def opened(base: Path) -> Callable[[Path], Found]:
     q, kv = sizes.num_attention_heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
     rows = {"qkv_proj": [q, kv, kv], "gate_up_proj": [sizes.intermediate_size] * 2}
 
-    def load(adapter: Path) -> Found:
+    def load(adapter: Path) -> Loaded:
         model = get_model(model_config=config, load_config=loading, device_config=DeviceConfig("cpu"))
         manager = LoRAManager(
             base_model=model,
@@ -78,20 +104,7 @@ def opened(base: Path) -> Callable[[Path], Found]:
         )
         (uid,) = manager.loras
         manager.fetch_new_loras({uid})
-        pool, scale = manager.memory_pool, manager.loras[uid].scaling
-        slot = pool.get_buffer_id(uid)
-        found = {}
-        for module, layers in pool.A_buffer.items():
-            for layer, a in enumerate(layers):
-                b = pool.B_buffer[module][layer][slot]
-                for name, delta in dense(module, layer, a[slot], b, rows.get(module, [b.shape[0]])):
-                    found[f"delta/{name}"] = scale * delta
-        for module, a in pool.embedding_A_buffer.items():
-            delta = (pool.embedding_B_buffer[module][slot] @ a[slot]).T
-            found[f"delta/model.{module}.weight"] = scale * delta
-        for module, a in pool.lm_head_A_buffer.items():
-            found[f"delta/{module}.weight"] = scale * (pool.lm_head_B_buffer[module][slot] @ a[slot])
-        return {key: delta.float().numpy() for key, delta in found.items() if delta.abs().max() > 0}
+        return lambda: held(manager, uid, rows)
 
     return load
 

@@ -16,7 +16,7 @@ os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 
 import torch
 import transformers
-from loading import Found, run
+from loading import Found, Loaded, run
 from stubs import stand_in
 
 _ = transformers.AutoProcessor, transformers.utils.is_torchvision_available()  # asked before the stand-ins exist
@@ -62,7 +62,7 @@ def held(name: str, layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from linear(name, layer)
 
 
-def opened(base: Path) -> Callable[[Path], Found]:
+def opened(base: Path) -> Callable[[Path], Loaded]:
     arguments = EngineArgs(
         model=str(base),
         skip_tokenizer_init=True,
@@ -81,13 +81,16 @@ def opened(base: Path) -> Callable[[Path], Found]:
     manager = WorkerLoRAManager(config, torch.device("cpu"), getattr(model, "embedding_modules", {}))
     manager.create_lora_manager(model, config)
 
-    def load(adapter: Path) -> Found:
-        manager.remove_all_adapters()
-        manager.add_adapter(LoRARequest("adapter", 1, str(adapter)))
-        manager._adapter_manager.activate_adapter(1)
+    def read() -> Found:
         layers = manager._adapter_manager.modules.items()
         found = {f"delta/{key}": delta for name, layer in layers for key, delta in held(name, layer)}
         return {key: delta.float().numpy() for key, delta in found.items() if delta.abs().max() > 0}
+
+    def load(adapter: Path) -> Loaded:
+        manager.remove_all_adapters()
+        manager.add_adapter(LoRARequest("adapter", 1, str(adapter)))
+        manager._adapter_manager.activate_adapter(1)
+        return read
 
     return load
 

@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["IDS", "Found", "run"]
+__all__ = ["IDS", "Found", "Loaded", "run"]
 
 IDS = [5, 17, 99, 3, 64, 127, 20, 41, 77, 11, 2, 8]
 Found = dict[str, np.ndarray]
+Loaded = (
+    Found | Callable[[], Found]
+)  # what a program says, or how to read what it holds: a fault of that is none of its own
 
 
 def _refusal(error: BaseException, base: Path, adapter: Path) -> str:
@@ -30,7 +33,7 @@ def _refusal(error: BaseException, base: Path, adapter: Path) -> str:
     return " ".join(text.split())[:300]
 
 
-def run(opened: Callable[[Path], Callable[[Path], Found]], *packages: str) -> None:
+def run(opened: Callable[[Path], Callable[[Path], Loaded]], *packages: str) -> None:
     """Load every adapter of the command line into the base with ``opened(base)``, and write what became of each."""
     base, *rest = (Path(argument).resolve() for argument in sys.argv[1:])
     load = opened(base)
@@ -38,10 +41,11 @@ def run(opened: Callable[[Path], Callable[[Path], Found]], *packages: str) -> No
     for adapter, out in zip(rest[::2], rest[1::2], strict=True):
         said: dict[str, Any] = {"versions": versions}
         try:
-            found = load(adapter)
+            loaded = load(adapter)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             said["refused"] = _refusal(error, base, adapter)
         else:
+            found = loaded() if callable(loaded) else loaded
             np.savez(out.with_suffix(".npz"), **{name: np.asarray(value, np.float32) for name, value in found.items()})
         out.with_suffix(".json").write_text(json.dumps(said))

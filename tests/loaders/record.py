@@ -35,12 +35,18 @@ _TITLES = {
 _HEAD = """\
 # What programs really did
 
-Made by `python -m tests.loaders.record`; do not edit. {adapters} small adapters were given to the loaders of {programs} programs,
-each run in its own environment by its own code: the whole manager of vLLM and SGLang on their own models, llama.cpp's converter and
-runtime, mlx-lm, PEFT and transformers. *Right* is what gives the logits of the model that was trained, to 1% of the change;
-*wrong* was loaded and gives others; *refused* was not loaded. After the arrow: what the program did with what
-`surgery check --fix` wrote for it (`--rank 64 --saved lora` where it takes a consent; vLLM then started with
-`--max-lora-rank 64`); a dash is where `--fix` refused. A test holds [`check`](check.md) to every cell.
+Made by `python -m tests.loaders.record`; do not edit. {adapters} small adapters were given to the loaders of {programs} programs, each run
+in its own environment by its own code: the managers of vLLM and SGLang on their own models (kernels are stood in for: what
+lies in their slots is read), llama.cpp's converter and runtime, mlx-lm, Olive's converter and onnxruntime, PEFT and
+transformers.
+
+*Right* is what gives the logits of the model that was trained, to 1% of the change; *wrong* was loaded and gives others;
+*refused* was not loaded. After the arrow: what the program did with what `surgery check --fix` wrote for it (with
+`--rank 64 --saved lora` where it takes consent; vLLM is then started with `--max-lora-rank 64`). A dash is where `--fix`
+refused: what is left can only be merged into the base (`--merge-rest`) or left out.
+
+A test holds [`check`](check.md) to every cell. `layer-replication`, `activated`, `rank-contradicts` and `factor-missing`
+are refused as they are read, for every program.
 
 """
 
