@@ -60,6 +60,7 @@ SGLANG = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": refused("its targets are parameters, and it reads lists of modules", "dialect"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": refused("it has no buffer for a module of this name", "drop"),
         "LoRA of a convolution": refused("it has no buffer for a module of this name", "drop"),
         "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
