@@ -98,6 +98,8 @@ class _Job:
         own = self.spelt.at(site)
         if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
             return f"this format has no {source.kind}"
+        if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
+            return f"the format's own program loads no {source.kind}"
         if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
             return "this format names modules, not parameters"
         if site.module_kind in ("embedding", "experts", "attention output"):
