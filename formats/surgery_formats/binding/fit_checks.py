@@ -83,10 +83,13 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
 def check_kernel(update: Update, site: Site, places: tuple[WeightSlice, ...]) -> None:
     """Refuse factors of a convolution for one of other axes.
 
-    A linear layer has none, but may have the factors of a kernel ``(1, 1)``, which is one.
+    A linear layer has none, but may have the factors of a kernel ``(1, 1)``, which is one; PEFT's cores (CP form) have two
+    even for a kernel of one axis.
     """
     sizes, axes = places[0].parameter.storage.sizes, len(site.kernel)
-    if is_replacing(update) or not axes or axes == len(sizes) - 2 or (len(sizes) == 2 and site.kernel == (1, 1)):
+    if is_replacing(update) or not axes or len(sizes) < 2 or axes == len(sizes) - 2:
+        return
+    if axes == 2 and site.kernel[len(sizes) - 2 :] == (1,) * (4 - len(sizes)):
         return
     stored = max(update.tensors, key=lambda tensor: len(tensor.shape))
     linear = len(sizes) == 2
