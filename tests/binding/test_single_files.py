@@ -181,7 +181,7 @@ def test_names_that_several_families_mean_differently_are_refused(
     rules = [swapped("out.mod", "norm_out"), same("out.mod", "norm_out")]
     networks = tuple(Network(f"Net {n}", (), (lambda _, rule=rule: (rule,),)) for n, rule in enumerate(rules))
     monkeypatch.setattr(registry, "NETWORKS", networks)
-    with pytest.raises(FitError, match="'norm_out.weight' means different weights in Net 0, Net 1"):
+    with pytest.raises(FitError, match=r"'norm_out\.weight' means different weights in Net 0, Net 1"):
         _merged({"out.mod.weight": draw(1, 6, 4)}, _loras(("lora_unet_norm_out", 6, 4)), tmp_path)
 
 
