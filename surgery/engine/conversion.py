@@ -25,6 +25,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
+from surgery_formats.updates import PairedRows
 
 __all__ = [
     "Conversion",
@@ -187,8 +188,10 @@ def plan_conversion(
         allow_loss: Whether updates that the format cannot hold may be left out.
 
     Raises:
-        FitError: an update would be lost, or nothing is left.
+        FitError: an update would be lost, nothing is left, or only a base would tell how its rows lie.
     """
+    if base is None and source.format != target.name:
+        check_heads(source)
     source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
@@ -199,6 +202,22 @@ def plan_conversion(
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
     return Conversion(source, target, stored_as(rendering, dtype), base, binding, dtype)
+
+
+def check_heads(source: Adapter) -> None:
+    """Refuse rows in rotary pairs: another format has other rows, and no base tells the heads.
+
+    Raises:
+        FitError: there are some.
+    """
+    for site, chain in source.updates.items():
+        if any(isinstance(update, PairedRows) for update in chain):
+            raise FitError(
+                "its rows lie in rotary pairs, and only the base tells how many rows a head has",
+                file=source.path,
+                tensor=str(site),
+                hint="give it with `base=`",
+            )
 
 
 def tolerance_of(dtype: DType | None) -> float:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
@@ -29,12 +31,17 @@ def component_of(site: Site, base: Checkpoint) -> Component:
     return component
 
 
-def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int], beside: Parameter | None = None) -> Fit:
+def fit_of(
+    places: tuple[WeightSlice, ...],
+    widest: tuple[int, int],
+    beside: Parameter | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Fit:
     """Facts about the weight at `places` that an update may need; see `Fit`."""
     storage = places[0].parameter.storage
     sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
-    return Fit(extent(places), kernel, widest, beside)
+    return Fit(extent(places), kernel, widest, beside, config or {})
 
 
 def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -65,12 +72,13 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
     def fitted(site: Site, update: Update) -> Update:
         if not is_unsized(update):
             return update
-        places = component_of(site, base).names.resolve(site.path, flat=site.flat)
+        component = component_of(site, base)
+        places = component.names.resolve(site.path, flat=site.flat)
         if not places:
             return update
         if update.kind not in widest:
             widest[update.kind] = widest_of(update.kind, adapter, base)
-        return update.fitted(fit_of(places, widest[update.kind], _beside(site, base)))
+        return update.fitted(fit_of(places, widest[update.kind], _beside(site, base), component.config))
 
     return replace(
         adapter,

@@ -40,6 +40,7 @@ from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
 from surgery_formats.updates.output_rotations import OutputRotation
+from surgery_formats.updates.paired_rows import PairedRows, halved, head_rows, paired
 from surgery_formats.updates.peanut import PEANuT
 from surgery_formats.updates.product_glora import ProductGLoRA
 from surgery_formats.updates.pvera import PVeRA
@@ -135,6 +136,7 @@ __all__ = [
     "OutputRotation",
     "PEANuT",
     "PVeRA",
+    "PairedRows",
     "Part",
     "ProductGLoRA",
     "RandLoRA",
@@ -164,6 +166,8 @@ __all__ = [
     "equal_factors",
     "expanded",
     "experts_of",
+    "halved",
+    "head_rows",
     "in_full",
     "is_directed",
     "is_either_way",
@@ -180,6 +184,7 @@ __all__ = [
     "is_sharing",
     "is_unsized",
     "low_rank_part",
+    "paired",
     "plain_form",
     "same_update",
     "settings",
