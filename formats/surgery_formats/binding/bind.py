@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery_formats.binding.containers import housed
-from surgery_formats.binding.edits import Edit, Operation, at_weight
+from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.fit_checks import (
     check_family,
     check_fit,
@@ -21,6 +21,7 @@ from surgery_formats.binding.fit_checks import (
     check_overlap,
     disagreements,
 )
+from surgery_formats.binding.operation import Operation, at_weight
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.binding.together import side_by_side

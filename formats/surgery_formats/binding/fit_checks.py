@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
