@@ -17,7 +17,7 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.sizes import sized
+from surgery_formats.binding.sizes import check_heads, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -25,7 +25,6 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import PairedRows
 
 __all__ = [
     "Conversion",
@@ -202,22 +201,6 @@ def plan_conversion(
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
     return Conversion(source, target, stored_as(rendering, dtype), base, binding, dtype)
-
-
-def check_heads(source: Adapter) -> None:
-    """Refuse rows in rotary pairs: another format has other rows, and no base tells the heads.
-
-    Raises:
-        FitError: there are some.
-    """
-    for site, chain in source.updates.items():
-        if any(isinstance(update, PairedRows) for update in chain):
-            raise FitError(
-                "its rows lie in rotary pairs, and only the base tells how many rows a head has",
-                file=source.path,
-                tensor=str(site),
-                hint="give it with `base=`",
-            )
 
 
 def tolerance_of(dtype: DType | None) -> float:
