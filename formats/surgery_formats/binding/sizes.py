@@ -14,9 +14,9 @@ from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.text import listing
-from surgery_formats.updates import Fit, PairedRows, Update, is_unsized
+from surgery_formats.updates import Fit, Update, is_unsized, is_waiting
 
-__all__ = ["check_heads", "component_of", "fit_of", "sized", "widest_of"]
+__all__ = ["check_complete", "component_of", "fit_of", "sized", "widest_of"]
 
 
 def component_of(site: Site, base: Checkpoint) -> Component:
@@ -86,17 +86,12 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
     )
 
 
-def check_heads(source: Adapter) -> None:
-    """Refuse rows in rotary pairs: another format has other rows, and no base tells the heads.
+def check_complete(source: Adapter) -> None:
+    """Refuse updates that mean nothing before a base is known.
 
     Raises:
         FitError: there are some.
     """
     for site, chain in source.updates.items():
-        if any(isinstance(update, PairedRows) for update in chain):
-            raise FitError(
-                "its rows lie in rotary pairs, and only the base tells how many rows a head has",
-                file=source.path,
-                tensor=str(site),
-                hint="give it with `base=`",
-            )
+        if why := next((update.waits for update in chain if is_waiting(update)), ""):
+            raise FitError(why, file=source.path, tensor=str(site), hint="give it with `base=`")

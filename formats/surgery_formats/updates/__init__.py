@@ -72,6 +72,7 @@ from surgery_formats.updates.update import (
     Sharing,
     Unsized,
     Update,
+    Waiting,
     is_directed,
     is_either_way,
     is_expanding,
@@ -86,6 +87,7 @@ from surgery_formats.updates.update import (
     is_row_setting,
     is_sharing,
     is_unsized,
+    is_waiting,
 )
 from surgery_formats.updates.vblora import VBLoRA
 from surgery_formats.updates.vera import Seed, VeRA
@@ -183,6 +185,7 @@ __all__ = [
     "is_row_setting",
     "is_sharing",
     "is_unsized",
+    "is_waiting",
     "low_rank_part",
     "paired",
     "plain_form",

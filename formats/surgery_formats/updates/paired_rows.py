@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError
@@ -33,6 +33,8 @@ class PairedRows:
         unpaired: Types of models (``model_type``) for which the program that wrote the file leaves rows as transformers
             has them.
     """
+
+    waits: ClassVar[str] = "its rows lie in rotary pairs, and only the base tells how many rows a head has"
 
     update: LoRA | DoRA
     of: Heads
@@ -112,11 +114,7 @@ class PairedRows:
             FitError: always.
         """
         tensor = self.update.tensors[0]
-        raise FitError(
-            "its rows lie in rotary pairs, and only the base tells how many rows a head has",
-            file=tensor.path,
-            tensor=tensor.name,
-        )
+        raise FitError(self.waits, file=tensor.path, tensor=tensor.name)
 
 
 def head_rows(config: Mapping[str, Any], of: Heads, rows: int, tensor: Tensor) -> int:
