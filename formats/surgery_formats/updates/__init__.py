@@ -162,6 +162,7 @@ __all__ = [
     "Update",
     "VBLoRA",
     "VeRA",
+    "Waiting",
     "WaveFT",
     "Weight",
     "blend",
