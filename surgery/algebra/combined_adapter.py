@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.adapters.format import Format, Inheriting
+from surgery_formats.adapters.format import Format, Inheriting, Spelling
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.updates import Update, low_rank_part
 
@@ -50,6 +50,7 @@ def combined_adapter(
         keeps_ties=first.keeps_ties,
         task=first.task if same else "",
         stored_transposed=same and first.stored_transposed,
+        spelling={target.name: target.spelt_as(adapters)} if isinstance(target, Spelling) else {},
     )
 
 

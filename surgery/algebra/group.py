@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
+from surgery_formats.canonical.site_names import flattened, same_denoiser
 from surgery_formats.errors import FitError
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, stack_of_loras
@@ -52,8 +53,7 @@ def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
 
     Dots become underscores where one of the adapters writes them so.
     """
-    module, _, leaf = site.path.rpartition(".")
-    return site.component, f"{module.replace('.', '_')}.{leaf}" if flat else site.path
+    return site.component, flattened(site.path) if flat else site.path
 
 
 def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tuple[str, str], list[Contribution]]:
@@ -66,6 +66,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     """
     flat = any(site.flat for term in terms for site in term.adapter.updates)
     components = {site.component for term in terms for site in term.adapter.updates} - {""}
+    called = same_denoiser(components)
     groups: dict[tuple[str, str], list[Contribution]] = {}
     seen: list[set[tuple[str, str]]] = []
     for owner, term in enumerate(terms):
@@ -77,9 +78,9 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
                     f"which of {listing(sorted(components))} it belongs to is not known", file=term.adapter.path
                 )
             named = replace(site, component=site.component or next(iter(components), ""))
-            key = key_of(named, flat=flat)
+            key = key_of(replace(named, component=called.get(named.component, named.component)), flat=flat)
             if base is not None and (whole := whole_place(places_of(named, base, chain[0].tensors))):
-                key = named.component, whole[0]
+                key = key[0], whole[0]
             contributions = groups.setdefault(key, [])
             if contributions:
                 named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)

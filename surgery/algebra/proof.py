@@ -22,6 +22,7 @@ from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.site_names import same_denoiser
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_replacing
@@ -103,12 +104,17 @@ def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]]
     """The written updates by the sites they were meant for; None if names or kinds changed on the way."""
     flat = any(site.flat for adapter in (meant, written) for site in adapter.updates)
     components = {site.component for site in meant.updates}
+    called = same_denoiser({*components, *(site.component for site in written.updates)})
+
+    def key(site: Site) -> tuple[str, str]:
+        return key_of(replace(site, component=called.get(site.component, site.component)), flat=flat)
+
     bare = all(not site.component for site in written.updates) and len(components) == 1
     by_key = {
-        key_of(replace(site, component=min(components)) if bare else site, flat=flat): chain
+        key(replace(site, component=min(components)) if bare else site): chain
         for site, chain in written.updates.items()
     }
-    keys = {site: key_of(site, flat=flat) for site in meant.updates}
+    keys = {site: key(site) for site in meant.updates}
     if set(keys.values()) != by_key.keys() or len(by_key) != len(written.updates):
         return None
     matched = {site: by_key[key] for site, key in keys.items()}

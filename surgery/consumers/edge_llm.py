@@ -26,6 +26,7 @@ EDGE_LLM = RuledConsumer(
         "LoRA of the head": ignored("tensors of lm_head are not kept", "drop"),
         "LoRA of one expert": ignored(_UNBOUND, "drop"),
         "LoRA of stacked experts": ignored(_UNBOUND, "drop"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": honoured,
         "LoRA of a convolution": ignored(_UNBOUND, "drop"),
         "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),

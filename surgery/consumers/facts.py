@@ -24,7 +24,7 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint, Component
-from surgery_formats.models.eras import expert_counts
+from surgery_formats.models.eras import expert_counts, taken_for_experts
 from surgery_formats.models.families.family import role_of
 from surgery_formats.updates import Update, is_refusing
 
@@ -150,6 +150,8 @@ def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = Non
     """Take an adapter apart."""
     updates = applicable_updates(adapter, base)
     parts = [replace(_part(site, update, base), update=update) for site, chain in updates.items() for update in chain]
+    if adapter.format == "peft":
+        parts = [_as_taken(part, adapter, base) for part in parts]
     if adapter.prompt is not None:
         parts.append(AdapterPart(adapter.prompt.table.name, "virtual tokens", adapter.kind))
     if adapter.format == "peft":
@@ -219,6 +221,15 @@ def _lora(site: Site, update: Update, base: Checkpoint) -> Trait:
     if place is not None and len(place[1]) > 2:
         return "LoRA of a convolution"
     return "LoRA"
+
+
+def _as_taken(part: AdapterPart, adapter: Adapter, base: Checkpoint) -> AdapterPart:
+    """The part, where PEFT takes its module for experts of an older release unless it is a parameter's LoRA."""
+    if part.trait != "LoRA" or base.is_pipeline or part.leaf not in taken_for_experts(base.main.config):
+        return part
+    own = adapter.config.get("target_parameters") or ()
+    is_parameter = any(f".{part.module}.weight".endswith(f".{name}") for name in own)
+    return part if is_parameter else replace(part, trait="LoRA taken for experts")
 
 
 def _saved(site: Site, shape: tuple[int, ...], base: Checkpoint) -> Trait:

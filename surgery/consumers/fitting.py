@@ -99,6 +99,8 @@ def fitted(
     form = _as_loras(left, turned, base, target, consent)
     updates = {**left.updates, **(form.adapter.updates if form is not None else {})}
     made = combined_adapter([WeightedAdapter(left, 1.0)], updates, target)
+    if any(one.what == "LoRA taken for experts" for one in verdicts):  # its own configuration names them as modules
+        made = replace(made, format="combined", config={})
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
         facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)

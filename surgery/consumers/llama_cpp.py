@@ -45,6 +45,7 @@ LLAMA_CPP = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": refused("its names are of no tensor of the model", "dialect"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": refused(
             "the converter turns the product as it turns the weight, and PEFT's factors are not stored so"
         ),

@@ -25,6 +25,7 @@ MLX_LM = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": honoured,
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": honoured,
         "LoRA of a convolution": refused(_NOT, "drop"),
         "LoRA on a changed base": refused(_NOT, "lora"),

@@ -23,6 +23,7 @@ ONNXRUNTIME_GENAI = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": ignored("experts are written from the base's weights", "drop"),
         "LoRA of stacked experts": ignored("experts are written from the base's weights", "drop"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": refused("it builds no model with such layers", "drop"),
         "LoRA of a convolution": ignored(_LEFT, "drop"),
         "LoRA on a changed base": honoured,  # PEFT takes the part away as it attaches the adapter

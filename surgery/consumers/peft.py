@@ -7,13 +7,26 @@ from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, hon
 from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.traits import TRAITS
 
-__all__ = ["PEFT", "of_experts"]
+__all__ = ["PEFT", "TAKEN", "of_experts"]
+
+TAKEN = (
+    "in this model type it takes every module of this name for experts of an older release, and attaches nothing here"
+)
 
 _NO_NAMES = "its keys are of no module: 'Found missing adapter keys', and the adapter does nothing"
 
 
+_FUSED = (frozenset({"gate_proj", "up_proj"}), frozenset({"w1", "w3"}))
+"""Names that PEFT takes for two halves of one parameter, and not one without the other."""
+
+
 def of_experts(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
-    """Experts in dialects of other programs."""
+    """Experts in dialects of other programs, and what PEFT takes for experts."""
+    if part.trait == "LoRA taken for experts":
+        leaves = {other.leaf for other in facts.parts if other.trait == part.trait}
+        if half := next((pair - leaves for pair in _FUSED if leaves & pair and not pair <= leaves), None):
+            why = f"it takes '{part.leaf}' for experts of an older release, and asks for {min(half)} too"
+            return refused(why, "rewrite")
     experts = part.trait in ("LoRA of stacked experts", "LoRA of one expert")
     if not experts or facts.dialect in ("", "peft", "peft-0.18", "unsloth-linears"):
         return None
@@ -29,6 +42,7 @@ PEFT = RuledConsumer(
     oldest="0.21.2",
     sources=(
         SourceRead("peft", "0.21.2", "peft/peft_model.py", "PeftModel.from_pretrained"),
+        SourceRead("peft", "0.21.2", "peft/utils/transformers_weight_conversion.py", "_convert_peft_config_moe"),
         SourceRead("peft", "0.21.2", "peft/utils/save_and_load.py", "load_peft_weights, set_peft_model_state_dict"),
     ),
     dialect="peft",
@@ -37,6 +51,7 @@ PEFT = RuledConsumer(
     | {
         "added rows": refused("the base has fewer rows, until somebody resizes it: 'size mismatch'", "drop"),
         "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),
+        "LoRA taken for experts": ignored(TAKEN, "rewrite"),
         "bare names": ignored(_NO_NAMES, "rewrite"),
         "wrapped names": ignored(_NO_NAMES, "rewrite"),
         "other weight files": refused(

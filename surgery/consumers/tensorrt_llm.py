@@ -29,6 +29,7 @@ TENSORRT_LLM = RuledConsumer(
         "LoRA of the head": ignored("keys with lm_head are passed over", "drop"),
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": refused(_KEY, "drop"),
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": refused("'hf_module is not in supported list'", "drop"),
         "LoRA of a convolution": refused(_KEY, "drop"),
         "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),

@@ -15,6 +15,7 @@ Trait = Literal[
     "LoRA of one expert",
     "LoRA of stacked experts",
     "LoRA of a turned weight",
+    "LoRA taken for experts",
     "LoRA on a changed base",
     "DoRA",
     "other kind",
@@ -42,6 +43,8 @@ Trait = Literal[
 """
 ``LoRA of a turned weight``
     Of a layer that the base stores as ``(in, out)``: GPT-2's ``Conv1D``.
+``LoRA taken for experts``
+    Of a dense layer or of shared experts, under a name that PEFT has for experts of older releases in this model type.
 ``LoRA on a changed base``
     PiSSA, OLoRA and others as they were trained: beside a part of the base that was taken away.
 ``other kind``

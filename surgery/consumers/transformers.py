@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
 from surgery.consumers.facts import AdapterFacts, AdapterPart
-from surgery.consumers.peft import of_experts
+from surgery.consumers.peft import TAKEN, of_experts
 from surgery.consumers.traits import TRAITS
 
 __all__ = ["TRANSFORMERS"]
@@ -35,6 +35,7 @@ TRANSFORMERS = RuledConsumer(
     rules=dict.fromkeys(TRAITS, honoured)
     | {
         "DoRA": ignored("its magnitudes are found under no name of its own", "lora"),
+        "LoRA taken for experts": ignored(TAKEN, "rewrite"),
         "added rows": refused("the base has fewer rows: 'ignore_mismatched_sizes'", "drop"),
         "virtual tokens": refused("it knows no prompt learning"),
         "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),

@@ -101,6 +101,7 @@ VLLM = RuledConsumer(
         "LoRA of the head": honoured,
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": honoured,
+        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": honoured,
         "LoRA of a convolution": refused("it has LoRA for linear layers and embeddings", "drop"),
         "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),

@@ -67,7 +67,7 @@ def open(reference: StrPath) -> Checkpoint | Adapter:
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    from surgery_formats.adapters.registry import format_at, is_adapter_file
+    from surgery_formats.adapters.registry import format_at, is_adapter_file, refuse_unread
 
     path = as_path(reference, "reference")
     if not path.exists():
@@ -75,7 +75,11 @@ def open(reference: StrPath) -> Checkpoint | Adapter:
     # A merged model may have kept adapter_config.json.
     only_a_model = _model_files(path) and not any(is_adapter_file(name) for name in _weight_files(path))
     adapter_format = None if only_a_model else format_at(path)
-    return open_checkpoint(path) if adapter_format is None else adapter_format.read(path)
+    if adapter_format is not None:
+        return adapter_format.read(path)
+    if not only_a_model:
+        refuse_unread(path)
+    return open_checkpoint(path)
 
 
 def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:

@@ -243,15 +243,15 @@ def _families() -> list[FamilyEntry]:
 
 
 def _updates() -> list[UpdateKind]:
-    """Kinds with a name of their own; a share or a stack of another kind has that kind's."""
-    kinds = []
-    for name in updates.__all__:
-        kind: Any = getattr(updates, name)
-        if not isinstance(getattr(kind, "kind", None), str):
-            continue
-        title = _first_line(sys.modules[kind.__module__])
+    """Kinds with names of their own, one or several; a share or a stack of another kind has that kind's."""
+    kinds: list[UpdateKind] = []
+    for exported in updates.__all__:
+        kind: Any = getattr(updates, exported)
+        own = getattr(kind, "kind", None)
+        names = (own,) if isinstance(own, str) else getattr(kind, "kinds", ())
+        title = _first_line(sys.modules[kind.__module__]) if names else ""
         equation = re.search(r"``(.+?)``", title)
-        kinds.append(UpdateKind(kind.kind, equation[1] if equation else "", title, kind.needs_weight))
+        kinds += [UpdateKind(name, equation[1] if equation else "", title, kind.needs_weight) for name in names]
     return kinds
 
 

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from surgery_formats.adapters.bare import BARE
+from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
+from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
@@ -197,6 +201,22 @@ def _with_base(fmt, path: Path, base: Path, tolerance: float = 1e-6) -> FormatCa
     return FormatCase(fmt, _copied(path), open_checkpoint(base), tolerance)
 
 
+LYCORIS = json.loads((GOLDEN / "lycoris/expected.json").read_text())["files"]
+NEEDS_A_BASE = {"locon-core", "loha-core", "lokr-core"}  # kernels of convolutions that factors in memory have lost
+
+
+def _dotted(folder: Path, name: str) -> Path:
+    """A file of LyCORIS under dotted names, as ai-toolkit has them."""
+    dotted = {"blocks_0_to_q": "blocks.0.to_q", "blocks_0_to_out_0": "blocks.0.to_out.0", "blocks_0_": "blocks.0."}
+    tensors = {}
+    for key, value in load_file(GOLDEN / "lycoris" / name / "adapter.safetensors").items():
+        module, _, leaf = key.removeprefix("lora_unet_").removeprefix("lycoris_").partition(".")
+        start = next(start for start in dotted if module.startswith(start))
+        tensors[f"diffusion_model.{dotted[start]}{module.removeprefix(start)}.{leaf}"] = value
+    save_file(tensors, folder / "dotted.safetensors")
+    return folder / "dotted.safetensors"
+
+
 CASES: dict[str, Callable[[], FormatCase]] = {
     **{f"peft {name}": lambda name=name: _peft(name) for name in PEFT_FILES},
     **{
@@ -221,6 +241,24 @@ CASES: dict[str, Callable[[], FormatCase]] = {
             KOHYA, GOLDEN / "kohya/sd1" / name / "adapter.safetensors", GOLDEN / "kohya/sd1/base"
         )
         for name in ("mixed", "conv", "mid", "dora-in")
+    },
+    **{
+        f"{format.name} {name}": lambda format=format, name=name: FormatCase(
+            format, _copied(GOLDEN / "dotted" / name / "adapter.safetensors")
+        )
+        for name, format in {
+            "diffusers": DIFFUSERS,
+            "diffusers-lora-down": DIFFUSERS,
+            "diffusers-processors": DIFFUSERS,
+            "lightx2v": COMFYUI,
+            "lightning": BARE,
+            "diffsynth": BARE,
+        }.items()
+    },
+    **{
+        f"comfyui {name}": lambda name=name: FormatCase(COMFYUI, lambda folder: _dotted(folder, name))
+        for name in LYCORIS
+        if name not in NEEDS_A_BASE
     },
 }
 

@@ -74,7 +74,11 @@ def test_peft_to_kohya_and_back(component: str, tmp_path: Path) -> None:
     folder = GOLDEN / "kohya/sd1" / f"peft-{component}"
     base = GOLDEN / "kohya/sd1/base"
     convert(folder, "kohya", output=tmp_path / "x.safetensors", base=base)
-    assert_expected(base, merged(base, tmp_path / "x.safetensors", tmp_path / "out"), folder / "expected.safetensors")
+    assert_expected(
+        base,
+        merged(base, tmp_path / "x.safetensors", tmp_path / "out"),
+        folder.with_name(f"{folder.name}-expected.safetensors"),
+    )
     convert(tmp_path / "x.safetensors", "peft", output=tmp_path / "back", base=base)
     convert(tmp_path / "back", "kohya", output=tmp_path / "y.safetensors", base=base)
     assert_close(kohya_deltas(tmp_path / "y.safetensors"), kohya_deltas(tmp_path / "x.safetensors"))

@@ -216,3 +216,11 @@ class Inheriting(Format, Protocol):
         Raises:
             FitError: no one configuration describes such an adapter.
         """
+
+
+@runtime_checkable
+class Spelling(Format, Protocol):
+    """A format whose files spell each module their own way, and keep that spelling when they are written again."""
+
+    def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+        """The spelling (`Adapter.spelling`, of this format) of an adapter that was made from `adapters`."""

@@ -22,7 +22,16 @@ from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
 
-__all__ = ["BUILT_IN", "ENTRY_POINTS", "format_at", "format_named", "formats", "is_adapter_file", "read_adapter"]
+__all__ = [
+    "BUILT_IN",
+    "ENTRY_POINTS",
+    "format_at",
+    "format_named",
+    "formats",
+    "is_adapter_file",
+    "read_adapter",
+    "refuse_unread",
+]
 
 BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
@@ -64,6 +73,16 @@ def is_adapter_file(name: str) -> bool:
     return any(fnmatchcase(stem, pattern) for known in formats().values() for pattern in known.file_stems)
 
 
+def refuse_unread(path: Path) -> None:
+    """Say what an adapter is that no format reads; nothing is said of other files.
+
+    Raises:
+        FitError: it is one.
+    """
+    if what := named_adapter(keys_at(path).keys()):
+        raise FitError(f"{what}, which no format here reads", file=path)
+
+
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
     """Read an adapter of any known format, found by content.
 
@@ -84,6 +103,5 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
             file=where,
             hint="where a command takes both, BASE comes before ADAPTER",
         )
-    if what := named_adapter(keys_at(where).keys()):
-        raise FitError(f"{what}, which no format here reads", file=where)
+    refuse_unread(where)
     raise MalformedError("not an adapter of a known format", file=where, hint=f"known: {listing(formats(), 20)}")

@@ -98,6 +98,8 @@ class Adapter:
             does not tell.
         stored_transposed: Whether the file says that its base stores the weights of linear layers as ``(in, out)``.
         provenance: What the file tells of its making, for reports.
+        spelling: How files spell its modules, as plain values, by the format of the files: for that format's writer, which
+            writes them again as they were.
     """
 
     path: Path
@@ -122,6 +124,7 @@ class Adapter:
     task: str = ""
     stored_transposed: bool = False
     provenance: Provenance = field(default_factory=Provenance)
+    spelling: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"

@@ -38,6 +38,7 @@ def adapter_of(updates: Mapping[Site, tuple[Update, ...]], like: Adapter) -> Ada
         metadata={},
         stated_issues=(),
         examine=tuple,
+        spelling={},
     )
 
 

@@ -27,6 +27,7 @@ class Decomposed:
         per_row: As a DoRA's.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("DoHa", "DoKr")
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
     of_base: ClassVar[bool] = True
@@ -37,8 +38,8 @@ class Decomposed:
 
     @property
     def kind(self) -> str:
-        """``DoHa``, ``DoKr``."""
-        return f"Do{self.delta.kind.removeprefix('Lo')}"
+        """Of `kinds`, by the addition."""
+        return self.kinds[isinstance(self.delta, LoKr)]
 
     @property
     def shape(self) -> tuple[int, int]:

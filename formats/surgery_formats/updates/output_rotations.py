@@ -34,6 +34,7 @@ class OutputRotation:
         noted: Stored tensors that `limit` was read from.
     """
 
+    kinds: ClassVar[tuple[str, ...]] = ("OFT of outputs", "BOFT of outputs")
     needs_weight: ClassVar[bool] = True
     effect: ClassVar[Effect] = "maps"
     rank: ClassVar[None] = None
@@ -48,8 +49,8 @@ class OutputRotation:
 
     @property
     def kind(self) -> str:
-        """``OFT of outputs``, or ``BOFT of outputs``."""
-        return f"{'B' * self._butterfly}OFT of outputs"
+        """Of `kinds`, by the axes of the generators."""
+        return self.kinds[self._butterfly]
 
     @property
     def _butterfly(self) -> bool:

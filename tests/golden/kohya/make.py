@@ -481,7 +481,7 @@ def make_peft(folder: Path, component: str) -> None:
         stored[target] = value
     if 2 * len(stored) != len(tensors):
         sys.exit(f"{folder}: {len(stored)} weights changed by {len(tensors)} tensors")
-    save_file(stored, folder / "expected.safetensors", metadata={"format": "pt"})
+    save_file(stored, folder.with_name(f"{folder.name}-expected.safetensors"), metadata={"format": "pt"})
     print(folder.name, len(tensors), "tensors,", len(stored), "weights")
 
 

@@ -28,6 +28,8 @@ class Dialect:
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
         in_header: Whether they are written into the header instead, as diffusers does.
+        loaded: Kinds of updates that the format's own program loads; others are written only where a file had them. None
+            for all that the grammar has.
     """
 
     name: str
@@ -38,16 +40,20 @@ class Dialect:
     leaves: Mapping[str, str] = field(default_factory=dict)
     with_alpha: bool = True
     in_header: bool = False
+    loaded: frozenset[str] | None = None
 
     def claims(self, names: Collection[str]) -> bool:
         """Whether a file with these keys is of this format: it has its beginnings, and holds factors alone."""
         if self.foreign and any(name.startswith(self.foreign) for name in names):
             return False
-        if not self.own:
-            return holds_factors_alone(names) and all(self._is_leaf(name, names) for name in names)
-        if not any(name.startswith(self.own) for name in names):
+        if self.own and not any(name.startswith(self.own) for name in names):
             return False
-        return any(self._is_leaf(name, names) for name in names) and (self.flat or holds_factors_alone(names))
+        if not self.own and not holds_factors_alone(names):  # before every name of a model is taken apart
+            return False
+        leaves = [self._is_leaf(name, names) for name in names]
+        if not self.own:
+            return all(leaves)
+        return any(leaves) and (self.flat or all(leaves) or holds_factors_alone(names))
 
     @property
     def flat(self) -> bool:

@@ -13,9 +13,8 @@ from surgery_formats.adapters.grammar.files import keys_at
 
 if TYPE_CHECKING:
     from surgery_formats.adapters.format import Rendering
-    from surgery_formats.canonical.adapter import Adapter, Site
+    from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.models.checkpoint import Checkpoint
-    from surgery_formats.updates import Update
 
 __all__ = ["WeightFileFormat"]
 
@@ -59,8 +58,8 @@ class WeightFileFormat:
 
         return render_weight_file(adapter, base, self.dialect)
 
-    def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
+    def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         """The spelling of all modules of `adapters`, for what was made from them."""
-        from surgery_formats.adapters.grammar.layout import Layout
+        from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 
-        return Layout.joined(adapters).as_config()
+        return SpeltModules.joined(adapters, self.name).as_values()

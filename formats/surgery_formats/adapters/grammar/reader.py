@@ -2,7 +2,7 @@
 """Read an adapter in one file of weights into the canonical form, by the dialect of its format.
 
 Names are not resolved: of a flat one only a base can tell the dots. Sites keep what the file has, without prefixes, and
-`layout` how it was spelt, so that the same file can be written again without a base.
+`Adapter.spelling` how it was spelt, so that the same file can be written again without a base.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from surgery_formats.adapters.grammar.files import open_adapter_file
 from surgery_formats.adapters.grammar.kinds import KINDS
 from surgery_formats.adapters.grammar.kinds.kind import ReadUpdate
 from surgery_formats.adapters.grammar.known_issues import stated_issues
-from surgery_formats.adapters.grammar.layout import Layout
 from surgery_formats.adapters.grammar.leaves import LEAVES, NOT_READ
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scales import Scales
 from surgery_formats.adapters.grammar.spelling import Key, split_key
+from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.grammar.tools import tool_of
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.canonical.provenance import Provenance, ScaleSource
@@ -80,7 +80,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         tensors=tensors,
         ignored=tuple(ignored),
         base_name=metadata.get("ss_sd_model_name", ""),
-        config=Layout.of(modules).as_config(),
+        spelling={dialect.name: SpeltModules.of(modules).as_values()},
         metadata=metadata,
         stated_issues=tuple(stated_issues(updates, scales, metadata, flat=dialect.flat)),
         provenance=Provenance(tool_of(shards.tensors, metadata), family.name if family else "", dict(sources)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.format import Rendering
@@ -16,7 +17,7 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
-from surgery_formats.adapters.grammar.layout import Layout
+from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -24,17 +25,13 @@ from surgery_formats.adapters.writing import (
     surviving_metadata,
     whole_place,
 )
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import Update, is_replacing, low_rank_part
 
-__all__ = ["has_own_keys", "render_weight_file"]
-
-
-def has_own_keys(adapter: Adapter, dialect: Dialect) -> bool:
-    """Whether every module of an adapter has keys of a file that it came from, of this format."""
-    layout = Layout.in_config(adapter.config) if adapter.format == dialect.name else Layout()
-    return bool(adapter.updates) and all(layout.at(site) is not None for site in adapter.updates)
+__all__ = ["render_weight_file"]
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -43,8 +40,8 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
     Raises:
         FitError: a weight that the base does not have.
     """
-    layout = Layout.in_config(adapter.config) if adapter.format == dialect.name else Layout()
-    job = _Job(adapter, base, dialect, layout)
+    spelt = SpeltModules.in_adapter(adapter, dialect.name)
+    job = _Job(adapter, base, dialect, spelt)
     ledger = ConversionLedger()
     for site, chain in adapter.updates.items():
         for source in chain:
@@ -74,7 +71,7 @@ class _Job:
     adapter: Adapter
     base: Checkpoint | None
     dialect: Dialect
-    layout: Layout
+    spelt: SpeltModules
     writers: dict[str, LeafWriter] = field(default_factory=dict)
     ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -83,14 +80,14 @@ class _Job:
     @property
     def with_alpha(self) -> bool:
         """Whether scales stand beside factors."""
-        return self.layout.has_alphas if self.layout.modules else self.dialect.with_alpha
+        return self.spelt.has_alphas if self.spelt.modules else self.dialect.with_alpha
 
     @property
     def in_header(self) -> bool:
         """Whether scales stand in the header."""
         if self.with_alpha:
             return False
-        return ADAPTER_METADATA in self.adapter.metadata if self.layout.modules else self.dialect.in_header
+        return ADAPTER_METADATA in self.adapter.metadata if self.spelt.modules else self.dialect.in_header
 
     def write(self, site: Site, source: Update) -> str:
         """Write one update; why it cannot be, or empty."""
@@ -98,19 +95,23 @@ class _Job:
         update: Update = source if kind_of_update(source.kind) else (held.lora or held.offset or source)
         kind = kind_of_update(update.kind)
         module, _, parameter = site.path.rpartition(".")
-        own = self.layout.at(site)
+        own = self.spelt.at(site)
         if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
             return f"this format has no {source.kind}"
+        if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
+            return f"the format's own program loads no {source.kind}"
         if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
             return "this format names modules, not parameters"
         if site.module_kind in ("embedding", "experts", "attention output"):
             return f"this format has no place for an {site.module_kind}"
         stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
+        if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
+            return f"this format has no place for '{site.component}'"
         if not stem:
-            return kernel if isinstance(kernel, str) else "its name is flattened, and only the base can tell its dots"
+            return "its name is flattened, and only the base can tell its dots"
         writer = LeafWriter(
             stem,
-            {**self.dialect.leaves, **self.layout.usual, **(own.leaves if own else {})},
+            {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})},
             kernel if all(kernel) or not self.base else self._kernel(site, update),
             self.with_alpha,
             self.in_header and low_rank_part(update) is not None,
@@ -122,7 +123,7 @@ class _Job:
                 return "a second one of this kind on one module"
             known.tensors.update(writer.tensors)
         if writer.alpha is not None and update.rank:
-            owner = (self.dialect.prefix_for(site.component) or "").rstrip(".")
+            owner = (self.dialect.prefix_for(self._component(site)) or "").rstrip(".")
             self.ranks.setdefault(owner, {})[module] = update.rank, writer.alpha
         self.notes, self.stem = writer.notes, stem
         if not self.notes and type(update) is not type(source):
@@ -131,12 +132,30 @@ class _Job:
 
     def _spelt(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
-        prefix = self.dialect.prefix_for(site.component)
+        prefix = self.dialect.prefix_for(self._component(site))
         if prefix is None:
             return "", ()
+        name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
-            return f"{prefix}{where[0].rpartition('.')[0]}.", where[1][2:]
-        return ("" if site.flat else f"{prefix}{site.path.rpartition('.')[0]}."), site.kernel
+            name, kernel = where[0], where[1][2:]
+        elif site.flat and not self.dialect.flat:
+            return "", ()
+        module = name.rpartition(".")[0]
+        return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
+
+    def _component(self, site: Site) -> str:
+        """What diffusers calls the component of a site; ``lora_unet_`` and ``diffusion_model.`` say it of any denoiser."""
+        if self.spelt.at(site) is not None or site.component not in (*COMPONENTS, ""):
+            return site.component
+        if self.base is not None and self.base.is_pipeline:
+            return component_of(site, self.base).name
+        return self._denoiser or site.component
+
+    @cached_property
+    def _denoiser(self) -> str:
+        names = self.base.main.parameters if self.base else [site.path for site in self.adapter.updates]
+        family = denoiser_of(name.rpartition(".")[0] for name in names)
+        return family.component if family else ""
 
     def _kernel(self, site: Site, update: Update) -> tuple[int, ...]:
         assert self.base is not None

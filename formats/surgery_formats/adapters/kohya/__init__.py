@@ -13,9 +13,8 @@ from surgery_formats.adapters.kohya.dialect import DIALECT
 
 if TYPE_CHECKING:
     from surgery_formats.adapters.format import Rendering
-    from surgery_formats.canonical.adapter import Adapter, Site
+    from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.models.checkpoint import Checkpoint
-    from surgery_formats.updates import Update
 
 __all__ = ["KOHYA"]
 
@@ -47,11 +46,11 @@ class _Kohya:
 
         return render_kohya(adapter, base)
 
-    def inherited(self, adapters: Sequence[Adapter], updates: Mapping[Site, tuple[Update, ...]]) -> Mapping[str, Any]:
+    def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         """The spelling of all modules of `adapters`, for what was made from them."""
-        from surgery_formats.adapters.grammar.layout import Layout
+        from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 
-        return {**Layout.joined(adapters).as_config(), "combined": True}
+        return SpeltModules.joined(adapters, self.name).as_values()
 
 
 KOHYA = _Kohya()

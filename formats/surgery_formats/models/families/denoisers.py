@@ -25,11 +25,13 @@ class Denoiser:
         name: As people call it; several where the names cannot tell them apart.
         marks: Regular expressions, each found in some flattened name.
         without: Expressions that are found in none.
+        component: What diffusers' pipelines call the network.
     """
 
     name: str
     marks: tuple[str, ...]
     without: tuple[str, ...] = ()
+    component: str = "transformer"
 
     def matches(self, names: str) -> bool:
         """Whether flattened names, one a line, are of this family."""
@@ -40,10 +42,12 @@ class Denoiser:
 _IN_UNET = r"^(down|up|mid)_blocks?_(\d+_)?(attentions|resnets|downsamplers|upsamplers)_"
 
 DENOISERS = (
-    Denoiser("Stable Diffusion XL", (r"^(input|middle|output)_blocks?_.*transformer_blocks_[1-9]",)),
-    Denoiser("Stable Diffusion XL", (_IN_UNET, r"attentions_\d+_transformer_blocks_[1-9]|^add_embedding_")),
-    Denoiser("Stable Diffusion 1, 2 or XL", (r"^(input|middle|output)_blocks?_\d+_\d+_",)),
-    Denoiser("Stable Diffusion 1, 2 or XL", (_IN_UNET,)),
+    Denoiser("Stable Diffusion XL", (r"^(input|middle|output)_blocks?_.*transformer_blocks_[1-9]",), component="unet"),
+    Denoiser(
+        "Stable Diffusion XL", (_IN_UNET, r"attentions_\d+_transformer_blocks_[1-9]|^add_embedding_"), component="unet"
+    ),
+    Denoiser("Stable Diffusion 1, 2 or XL", (r"^(input|middle|output)_blocks?_\d+_\d+_",), component="unet"),
+    Denoiser("Stable Diffusion 1, 2 or XL", (_IN_UNET,), component="unet"),
     Denoiser("Stable Diffusion 3", (r"^joint_blocks_\d+_",)),
     Denoiser("Chroma", (r"^distilled_guidance_layer_",)),
     Denoiser("Flux 2", (r"^(double_stream_modulation|single_stream_modulation)",)),

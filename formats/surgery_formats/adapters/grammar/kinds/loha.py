@@ -49,6 +49,6 @@ LOHA = LeafKind(
     roles=frozenset([*_FACTORS, "alpha", "dora_scale"]),
     marks=frozenset(_FACTORS),
     read=_read,
-    writes=frozenset([LoHa.kind, "DoHa"]),
+    writes=frozenset([LoHa.kind, Decomposed.kinds[0]]),
     write=_write,
 )

@@ -94,6 +94,6 @@ LOKR = LeafKind(
     roles=frozenset([*_FACTORS, "alpha", "dora_scale"]),
     marks=frozenset(_FACTORS),
     read=_read,
-    writes=frozenset([LoKr.kind, "DoKr"]),
+    writes=frozenset([LoKr.kind, Decomposed.kinds[1]]),
     write=_write,
 )

@@ -61,6 +61,6 @@ ROTATIONS = LeafKind(
     roles=frozenset(["oft_blocks", "rescale", "alpha"]),
     marks=frozenset(["oft_blocks", "rescale"]),
     read=_read,
-    writes=frozenset(["OFT of outputs", "BOFT of outputs"]),
+    writes=frozenset(OutputRotation.kinds),
     write=_write,
 )

@@ -11,13 +11,11 @@ from typing import Any
 from surgery_formats.adapters.grammar.module import ModuleTensors
 from surgery_formats.canonical.adapter import Adapter, Site
 
-__all__ = ["Layout", "ModuleLayout"]
-
-_FIELD = "layout"  # of an adapter's configuration
+__all__ = ["ModuleSpelling", "SpeltModules"]
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleLayout:
+class ModuleSpelling:
     """The spelling of one module.
 
     Attributes:
@@ -30,39 +28,39 @@ class ModuleLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SpeltModules:
     """The spelling of a file.
 
     Attributes:
         modules: By component and path of the module.
     """
 
-    modules: Mapping[str, ModuleLayout] = field(default_factory=dict)
+    modules: Mapping[str, ModuleSpelling] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, modules: Iterable[ModuleTensors]) -> Layout:
+    def of(cls, modules: Iterable[ModuleTensors]) -> SpeltModules:
         """The spelling of modules that were read."""
-        return cls({module.name: ModuleLayout(module.stem, module.leaves) for module in modules})
+        return cls({module.name: ModuleSpelling(module.stem, module.leaves) for module in modules})
 
     @classmethod
-    def in_config(cls, config: Mapping[str, Any]) -> Layout:
-        """The spelling in an adapter's configuration; empty if it has none."""
-        stored = config.get(_FIELD, {})
-        return cls({name: ModuleLayout(stem, leaves) for name, (stem, leaves) in stored.items()})
+    def in_adapter(cls, adapter: Adapter, format: str) -> SpeltModules:
+        """The spelling of an adapter's modules in files of a format; empty if none was read from one."""
+        stored = adapter.spelling.get(format, {})
+        return cls({name: ModuleSpelling(stem, leaves) for name, (stem, leaves) in stored.items()})
 
-    def as_config(self) -> dict[str, Any]:
-        """Plain values, for an adapter's configuration."""
-        return {_FIELD: {name: [module.stem, dict(module.leaves)] for name, module in self.modules.items()}}
+    def as_values(self) -> dict[str, Any]:
+        """Plain values, for `Adapter.spelling`."""
+        return {name: [module.stem, dict(module.leaves)] for name, module in self.modules.items()}
 
     @classmethod
-    def joined(cls, adapters: Sequence[Adapter]) -> Layout:
-        """The spelling of all modules of several files; the first file that has a module spells it."""
-        modules: dict[str, ModuleLayout] = {}
+    def joined(cls, adapters: Sequence[Adapter], format: str) -> SpeltModules:
+        """The spelling of all modules of several adapters; the first that has a module spells it."""
+        modules: dict[str, ModuleSpelling] = {}
         for adapter in adapters:
-            modules = {**cls.in_config(adapter.config).modules, **modules}
+            modules = {**cls.in_adapter(adapter, format).modules, **modules}
         return cls(modules)
 
-    def at(self, site: Site) -> ModuleLayout | None:
+    def at(self, site: Site) -> ModuleSpelling | None:
         """The spelling of the module of a site; None if no file had it."""
         return self.modules.get(f"{site.component}:{site.path.rpartition('.')[0]}")
 

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in one file through the verbs: summed, cut and split under their own keys, merged into what people have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from surgery import combine, convert, inspect, merge, resize
+from surgery_formats.errors import FitError
+from tests.support.adapter_files import Arrays, assert_close, draw, kohya_deltas, merged, write_base
+
+BLOCK = "lora_unet_double_blocks_0_img_attn_qkv"
+
+
+def _kohya(
+    path: Path, seed: int, rank: int, alpha: float, modules: dict[str, tuple[int, ...]], **metadata: str
+) -> Path:
+    tensors: Arrays = {}
+    for number, (stem, (out, *inputs)) in enumerate(modules.items()):
+        ones = (1,) * (len(inputs) - 1)
+        tensors[f"{stem}.lora_down.weight"] = draw(seed + number, rank, *inputs)
+        tensors[f"{stem}.lora_up.weight"] = draw(seed + number + 50, out, rank, *ones)
+        tensors[f"{stem}.alpha"] = np.array(alpha, np.float32)
+    save_file(tensors, path, metadata or None)
+    return path
+
+
+def test_files_of_other_rank_and_alpha_become_one_without_a_base(tmp_path: Path) -> None:
+    modules = {BLOCK: (18, 6), "lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 6)}
+    facts = {"ss_network_dim": "2", "ss_network_alpha": "1.0", "ss_network_module": "networks.lora", "ss_tag": "x"}
+    style = _kohya(tmp_path / "style.safetensors", 1, 2, 1.0, modules, **facts)
+    face = _kohya(tmp_path / "face.safetensors", 2, 3, 3.0, {BLOCK: (18, 6)}, **facts | {"ss_tag": "y"})
+    result = combine({style: 0.8, face: 0.5}, output=tmp_path / "both.safetensors")
+    assert sorted(module.rank for module in result.modules) == [2, 5]
+    both = tmp_path / "both.safetensors"
+    assert load_file(both).keys() == load_file(style).keys()
+    wanted = {name: 0.8 * delta for name, delta in kohya_deltas(style).items()}
+    for name, delta in kohya_deltas(face).items():
+        wanted[name] = wanted[name] + 0.5 * delta
+    assert_close(kohya_deltas(both), wanted)
+    with safe_open(both, "np") as opened:
+        kept = opened.metadata()
+    assert kept["ss_network_module"] == "networks.lora"
+    assert "ss_tag" not in kept  # what one training wrote is not true of two
+
+
+def test_convolutions_and_names_that_other_tools_trip_over_are_resized(tmp_path: Path) -> None:
+    modules = {
+        "lora_te2_text_projection": (10, 8),
+        "lora_unet_down_blocks_0_resnets_0_conv1": (8, 6, 3, 3),
+        "lora_unet_add_embedding_linear_1": (8, 12),
+    }
+    file = _kohya(tmp_path / "ot.safetensors", 3, 6, 4.0, modules, **{"modelspec.title": "t"})
+    resize(file, rank=2, output=tmp_path / "small.safetensors")
+    small, source = load_file(tmp_path / "small.safetensors"), load_file(file)
+    assert small.keys() == source.keys()
+    assert small["lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"].shape == (2, 6, 3, 3)
+    for name, delta in kohya_deltas(file).items():
+        u, s, v = np.linalg.svd(delta.reshape(len(delta), -1), full_matrices=False)
+        best = (u[:, :2] * s[:2]) @ v[:2]
+        assert np.allclose(kohya_deltas(tmp_path / "small.safetensors")[name].reshape(best.shape), best, atol=1e-5)
+    with safe_open(tmp_path / "small.safetensors", "np") as opened:
+        assert opened.metadata() == {"modelspec.title": "t"}
+
+
+def test_kronecker_products_are_summed_in_a_merge_and_cut_in_a_combination(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"blocks.0.q.weight": (12, 12)}, {})
+    total = np.zeros((12, 12))
+    weights = {}
+    for seed, weight in ((1, 1.0), (3, -2.0), (5, 2.0)):
+        left, right = draw(seed, 3, 2), draw(seed + 1, 4, 6)
+        save_file(
+            {"lora_unet_blocks_0_q.lokr_w1": left, "lora_unet_blocks_0_q.lokr_w2": right},
+            tmp_path / f"{seed}.safetensors",
+        )
+        weights[tmp_path / f"{seed}.safetensors"] = weight
+        total += weight * np.kron(left, right)
+    merge(base, weights, output=tmp_path / "m")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "m" / "model.safetensors")
+    assert np.allclose(after["blocks.0.q.weight"] - before["blocks.0.q.weight"], total, atol=1e-5)
+    with pytest.raises(FitError, match="no low rank"):
+        combine(weights, output=tmp_path / "c.safetensors")
+    combine(weights, rank=5, output=tmp_path / "c.safetensors")
+    u, s, v = np.linalg.svd(total)
+    ((delta),) = kohya_deltas(tmp_path / "c.safetensors").values()
+    assert np.allclose(delta, (u[:, :5] * s[:5]) @ v[:5], atol=1e-4)
+
+
+def test_two_spellings_of_one_network_meet_at_the_base(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"blocks.0.self_attn.q.weight": (8, 6)}, {})
+    flat = _kohya(tmp_path / "flat.safetensors", 1, 2, 2.0, {"lora_unet_blocks_0_self_attn_q": (8, 6)})
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    dotted = tmp_path / "dotted.safetensors"
+    save_file({f"{stem}.lora_A.weight": draw(7, 3, 6), f"{stem}.lora_B.weight": draw(8, 8, 3)}, dotted)
+    for number, pair in enumerate(([flat, dotted], [dotted, flat])):
+        result = combine(pair, base=base, output=tmp_path / f"{number}.safetensors")
+        assert [module.rank for module in result.modules] == [5]
+        got = merged(base, tmp_path / f"{number}.safetensors", tmp_path / f"out{number}")
+        both = sum(kohya_deltas(flat).values()) + draw(8, 8, 3) @ draw(7, 3, 6)
+        before = load_file(base / "model.safetensors")
+        assert np.allclose(got["blocks.0.self_attn.q.weight"] - before["blocks.0.self_attn.q.weight"], both, atol=1e-5)
+
+
+def test_a_dotted_file_is_converted_where_the_base_knows_its_names(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"blocks.0.self_attn.q.weight": (8, 6)}, {})
+    flat = _kohya(tmp_path / "flat.safetensors", 1, 2, 3.0, {"lora_unet_blocks_0_self_attn_q": (8, 6)})
+    for target, stem in (("comfyui", "diffusion_model."), ("diffusers", "transformer."), ("bare", "")):
+        convert(flat, target, output=tmp_path / f"{target}.safetensors", base=base)
+        written = load_file(tmp_path / f"{target}.safetensors")
+        assert all(key.startswith(f"{stem}blocks.0.self_attn.q.") for key in written)
+        assert inspect(tmp_path / f"{target}.safetensors").scales == {1.5: 1}
+        convert(tmp_path / f"{target}.safetensors", "peft", output=tmp_path / f"{target}-peft", base=base)
+    with pytest.raises(FitError, match="only the base can tell"):
+        convert(flat, "comfyui", output=tmp_path / "no.safetensors")
+
+
+def test_dotted_names_of_a_denoiser_are_flattened_without_a_base(tmp_path: Path) -> None:
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    file = tmp_path / "d.safetensors"
+    save_file({f"{stem}.lora_A.weight": draw(7, 3, 6), f"{stem}.lora_B.weight": draw(8, 8, 3)}, file)
+    convert(file, "kohya", output=tmp_path / "k.safetensors")
+    assert kohya_deltas(tmp_path / "k.safetensors").keys() == {"lora_unet_blocks_0_self_attn_q"}
+    save_file({f"model.layers.0.q_proj.{side}.weight": draw(1, 4, 4) for side in ("lora_A", "lora_B")}, file)
+    with pytest.raises(FitError, match="come from the base"):
+        convert(file, "kohya", output=tmp_path / "no.safetensors")
