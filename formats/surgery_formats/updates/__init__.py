@@ -39,6 +39,7 @@ from surgery_formats.updates.miss import MiSS
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
+from surgery_formats.updates.output_dora import DoRABias, OutputDoRA
 from surgery_formats.updates.output_rotations import OutputRotation
 from surgery_formats.updates.peanut import PEANuT
 from surgery_formats.updates.product_glora import ProductGLoRA
@@ -109,6 +110,7 @@ __all__ = [
     "Decomposed",
     "Directed",
     "DoRA",
+    "DoRABias",
     "Effect",
     "EitherWay",
     "Expanding",
@@ -132,6 +134,7 @@ __all__ = [
     "Mixing",
     "OfBase",
     "Offset",
+    "OutputDoRA",
     "OutputRotation",
     "PEANuT",
     "PVeRA",
