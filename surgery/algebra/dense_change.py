@@ -24,7 +24,8 @@ from surgery.algebra.sums import DenseDelta, Recipe, merged_delta
 from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.arrays import Array
-from surgery_formats.binding.edits import Operation, at_weight, prepared
+from surgery_formats.binding.edits import prepared
+from surgery_formats.binding.operation import Operation, at_weight
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint

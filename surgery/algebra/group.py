@@ -3,22 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.sizes import component_of, sized
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
+from surgery_formats.canonical.site_names import flattened, same_denoiser
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, stack_of_loras
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["Contribution", "applicable_updates", "group", "key_of", "same_denoiser"]
+__all__ = ["Contribution", "applicable_updates", "group", "key_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,7 @@ def key_of(site: Site, *, flat: bool) -> tuple[str, str]:
 
     Dots become underscores where one of the adapters writes them so.
     """
-    module, _, leaf = site.path.rpartition(".")
-    return site.component, f"{module.replace('.', '_')}.{leaf}" if flat else site.path
+    return site.component, flattened(site.path) if flat else site.path
 
 
 def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tuple[str, str], list[Contribution]]:
@@ -91,12 +90,6 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     if base is None:
         _check_spellings(terms, seen)
     return groups
-
-
-def same_denoiser(components: Iterable[str]) -> Mapping[str, str]:
-    """One name for the network that removes noise, where adapters or files call it by several; nothing where they do not."""
-    names = sorted(set(components) & set(COMPONENTS))
-    return dict.fromkeys(names, names[0]) if len(names) > 1 else {}
 
 
 def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:

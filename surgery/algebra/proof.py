@@ -15,13 +15,14 @@ import numpy
 
 from surgery.algebra.combination import CombinationPlan
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
-from surgery.algebra.group import key_of, same_denoiser
+from surgery.algebra.group import key_of
 from surgery.algebra.sums import DeltaTarget, stacked
 from surgery.engine.factor_proof import approximation_errors
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.site_names import same_denoiser
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_replacing

@@ -20,7 +20,7 @@ COMFYUI = RuledConsumer(
         SourceRead("comfyanonymous/ComfyUI", "0bca89eb", "comfy/weight_adapter/__init__.py", "adapters"),
     ),
     format="kohya",
-    reads=frozenset({"kohya"}),
+    reads=frozenset({"kohya", "diffusers", "comfyui", "bare"}),
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,

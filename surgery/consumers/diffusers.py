@@ -24,7 +24,7 @@ DIFFUSERS = RuledConsumer(
         SourceRead("diffusers", "0.42.1", "diffusers/loaders/peft.py", "PeftAdapterMixin.load_lora_adapter"),
     ),
     format="kohya",
-    reads=frozenset({"kohya"}),
+    reads=frozenset({"kohya", "diffusers"}),
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,

@@ -31,7 +31,7 @@ OLIVE = RuledConsumer(
     exceptions=_of_kind,
     rules={
         "LoRA of an embedding": ignored(_UNBOUND, "drop"),
-        "LoRA of the head": honoured,
+        "LoRA of the head": ignored("the file calls it 'base_model.model.lm_head', the graph 'lm_head'", "drop"),
         "LoRA of one expert": honoured,
         "LoRA of stacked experts": ignored(_UNBOUND, "drop"),
         "LoRA taken for experts": honoured,

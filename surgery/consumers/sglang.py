@@ -17,9 +17,19 @@ _NAMES = (
 )
 
 
-def _of_dialect(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
-    """Stacks of experts by projection, which are called as single experts are, without a number."""
-    return honoured if part.trait == "LoRA of stacked experts" and facts.dialect in ("sglang", "tinker") else None
+_UP, _DOWN = frozenset(["gate_proj", "up_proj", "gate_up_proj", "w1", "w3"]), frozenset(["down_proj", "w2"])
+
+
+def _of_experts(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """Stacks of experts by projection, which are called as single experts are, without a number; both halves, or neither acts."""
+    if part.trait not in ("LoRA of one expert", "LoRA of stacked experts"):
+        return None
+    named = part.trait == "LoRA of one expert" or facts.dialect in ("sglang", "tinker")
+    leaves = {module.rpartition(".")[2] for module in facts.modules}
+    if not (leaves & _UP and leaves & _DOWN):
+        why = "its experts have LoRA only where gate_up_proj and down_proj are both targets"
+        return ignored(why, "drop") if named else refused(why, "drop")
+    return honoured if named else None
 
 
 SGLANG = RuledConsumer(
@@ -35,7 +45,7 @@ SGLANG = RuledConsumer(
     ),
     scale=alpha_over_r,
     dialect="sglang",
-    exceptions=_of_dialect,
+    exceptions=_of_experts,
     one_rank=refused("its buffers have r rows: 'LoRA buffer shape does not match weight shape'", "pad"),
     leaves=frozenset(_NAMES.split()),
     other_leaf=refused("it has no buffer for a module of this name", "drop"),

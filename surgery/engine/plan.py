@@ -20,7 +20,7 @@ from surgery_formats.text import listing
 
 if TYPE_CHECKING:
     from surgery_formats.binding.bind import Binding
-    from surgery_formats.binding.edits import Operation
+    from surgery_formats.binding.operation import Operation
     from surgery_formats.canonical.adapter import Ignored
     from surgery_formats.storage.base import Encoding, Storage
 

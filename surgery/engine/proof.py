@@ -10,7 +10,7 @@ two for its parts meet at the same bytes. What a format only approximates is com
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
+from surgery_formats.canonical.site_names import common_names
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError, ProofError
 from surgery_formats.storage.base import Storage, read_values
@@ -146,7 +147,8 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
         ProofError: they touch different weights, or in different ways.
     """
     if binding is None:
-        expected, actual = dict(_unbound(source.updates)), dict(_unbound(written.updates))
+        name = common_names([*source.updates, *written.updates])
+        expected, actual = dict(_unbound(source.updates, name)), dict(_unbound(written.updates, name))
     else:
         # The written adapter is bound anew: this proves its names, which the source's binding cannot.
         expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
@@ -192,7 +194,9 @@ def _bound(binding: Binding) -> dict[str, _ProofTarget]:
     return targets
 
 
-def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, _ProofTarget]]:
+def _unbound(
+    updates: Mapping[Site, tuple[Update, ...]], name: Callable[[Site], str]
+) -> Iterator[tuple[str, _ProofTarget]]:
     """Updates by the adapter's own names; stacked experts one by one."""
     for site, chain in updates.items():
         if len(chain) == 1 and experts_of(chain[0]):
@@ -203,7 +207,7 @@ def _unbound(updates: Mapping[Site, tuple[Update, ...]]) -> Iterator[tuple[str, 
         value = next((Plain.of(update.stored) for update in chain if is_replacing(update)), None)
         rest = tuple((update, whole(update.shape)) for update in chain if not is_replacing(update))
         shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
-        yield str(site), _ProofTarget(shape, rest, value)
+        yield name(site), _ProofTarget(shape, rest, value)
 
 
 def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Adapter) -> float:

@@ -17,7 +17,8 @@ from surgery.extraction.stream.lanes import in_threads
 from surgery.extraction.stream.scratch import digest
 from surgery_formats.arrays import Array, energy
 from surgery_formats.binding.bind import Binding
-from surgery_formats.binding.edits import Edit, Operation, prepared
+from surgery_formats.binding.edits import Edit, prepared
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.straight import straightened
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError

@@ -16,7 +16,7 @@ from typing import Literal
 
 from surgery.extraction.pairing import path_of
 from surgery.extraction.stream.tally import PairMeasure
-from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
+from surgery.extraction.targets import LowRankTarget, TunedParameter, is_renamed_again, tree_name
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
@@ -127,11 +127,10 @@ def plan_storage(
         if not covered.intersection(target.names) and any(measures[name].changed for name in target.names):
             plan.targets.append(target)
     _refuse_nests(plan)
-    for target in [target for target in plan.targets if _is_shared(target.path, base)]:
-        plan.targets.remove(target)
-        plan.dropped |= dict.fromkeys(
-            target.names, "the encoder has it too, and PEFT attaches factors to the decoder alone"
-        )
+    for target in list(plan.targets):
+        if why := _not_attached(target, base):
+            plan.targets.remove(target)
+            plan.dropped |= dict.fromkeys(target.names, why)
     held = {name for target in targets for name in target.names}
     for parameter in rest:
         name = parameter.pair.name
@@ -147,9 +146,13 @@ def plan_storage(
     return plan
 
 
-def _is_shared(path: str, base: Component) -> bool:
-    """Whether two modules of the class share the parameter, of which the file names one."""
-    return base.config.get("model_type") == "diffusion_gemma" and path.startswith("model.decoder.layers.")
+def _not_attached(target: LowRankTarget, base: Component) -> str:
+    """Why PEFT would not attach factors of the target as a whole; empty if it does."""
+    if base.config.get("model_type") == "diffusion_gemma" and target.path.startswith("model.decoder.layers."):
+        return "the encoder has it too, and PEFT attaches factors to the decoder alone"
+    if target.form == "experts" and is_renamed_again(f"{target.path.rpartition('.')[0]}.lora_A.weight", base):
+        return "PEFT renames factors of these experts as if they had the names on disk, and then misses them"
+    return ""
 
 
 def _inside(path: str, modules: Iterable[str]) -> bool:

@@ -20,7 +20,16 @@ from surgery_formats.models.eras import Era, Eras, expert_counts, is_known
 from surgery_formats.models.families.family import Fused
 from surgery_formats.storage.aligned import turned
 
-__all__ = ["Form", "LowRankTarget", "TunedParameter", "low_rank_targets", "sharing", "tree_name", "tuned_parameters"]
+__all__ = [
+    "Form",
+    "LowRankTarget",
+    "TunedParameter",
+    "is_renamed_again",
+    "low_rank_targets",
+    "sharing",
+    "tree_name",
+    "tuned_parameters",
+]
 
 Form = Literal["linear", "conv", "embedding", "experts", "norm", "bias", "whole", "owner", "part"]
 """``whole``: a weight that only a copy of its module can hold; ``owner``: a parameter that belongs to a module of
@@ -162,7 +171,7 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
         )
     if len(shape) == 1:
         return "norm"
-    if last in _BARE.get(str(base.config.get("model_type")), ()) or _is_renamed_again(path, base):
+    if last in _BARE.get(str(base.config.get("model_type")), ()) or is_renamed_again(path, base):
         return "whole"
     if len(shape) == 2:
         if pair.name in (base.embedding, base.head) or last in _TABLES:
@@ -185,8 +194,8 @@ def _routes(module: str, routed: set[str]) -> bool:
     return beside.rpartition(".")[2] in _ROUTERS and beside.rpartition(".")[0] in routed
 
 
-def _is_renamed_again(path: str, base: Component) -> bool:
-    """Whether PEFT, which renames the factors it loads as if they had the names on disk, would miss this one's."""
+def is_renamed_again(path: str, base: Component) -> bool:
+    """Whether PEFT, which renames the factors it loads as if they had the names on disk, would miss that of `path`."""
     return is_known(base.config) and base.names.eras.renamed(path) != path
 
 

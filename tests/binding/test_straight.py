@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.straight import straightened
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from surgery import combine, convert, inspect, merge, resize
-from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
 from tests.support.adapter_files import Arrays, assert_close, draw, kohya_deltas, merged, write_base
 
@@ -120,12 +119,12 @@ def test_a_dotted_file_is_converted_where_the_base_knows_its_names(tmp_path: Pat
         convert(flat, "comfyui", output=tmp_path / "no.safetensors")
 
 
-def test_names_that_no_file_of_this_format_had_need_the_base(tmp_path: Path) -> None:
-    flat = _kohya(tmp_path / "flat.safetensors", 1, 2, 3.0, {"lora_unet_blocks_0_self_attn_q": (8, 6)})
+def test_dotted_names_of_a_denoiser_are_flattened_without_a_base(tmp_path: Path) -> None:
     stem = "diffusion_model.blocks.0.self_attn.q"
-    save_file(
-        {f"{stem}.lora_A.weight": draw(7, 3, 6), f"{stem}.lora_B.weight": draw(8, 8, 3)}, tmp_path / "d.safetensors"
-    )
+    file = tmp_path / "d.safetensors"
+    save_file({f"{stem}.lora_A.weight": draw(7, 3, 6), f"{stem}.lora_B.weight": draw(8, 8, 3)}, file)
+    convert(file, "kohya", output=tmp_path / "k.safetensors")
+    assert kohya_deltas(tmp_path / "k.safetensors").keys() == {"lora_unet_blocks_0_self_attn_q"}
+    save_file({f"model.layers.0.q_proj.{side}.weight": draw(1, 4, 4) for side in ("lora_A", "lora_B")}, file)
     with pytest.raises(FitError, match="come from the base"):
-        convert(tmp_path / "d.safetensors", "kohya", output=tmp_path / "no.safetensors")
-    assert read_adapter(flat).format == "kohya"
+        convert(file, "kohya", output=tmp_path / "no.safetensors")

@@ -6,36 +6,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.together import side_by_side, summed, untouched
-from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.views import View
-from surgery_formats.updates import Update, blend, is_linear, is_of_base
+from surgery_formats.updates import blend, is_of_base
 from surgery_formats.updates.weights import WeightView
 
-__all__ = ["Edit", "Operation", "at_weight", "prepared", "seen_by"]
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One update meeting one view of a storage.
-
-    Attributes:
-        update: The equation.
-        view: Where its rows and columns lie in the storage.
-        site: Its site in the adapter.
-        adapter: Index of its adapter in the bound list.
-        share: How far to go from the old weight to the updated one. Other than 1 only for kinds that are not linear in
-            their factors; a linear update is scaled itself.
-    """
-
-    update: Update
-    view: View
-    site: Site
-    adapter: int
-    share: float = 1.0
+__all__ = ["Edit", "prepared", "seen_by"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +39,6 @@ class Edit:
     replaced: Operation | None = None
     added: bool = False
     why: str = ""
-
-
-def at_weight(update: Update, weight: float) -> tuple[Update, float]:
-    """An update and its share, so that it counts `weight` times: an addition is scaled, of others a share is applied."""
-    if is_linear(update):
-        return (update if weight == 1.0 else update.scaled(weight)), 1.0
-    return update, weight
 
 
 def prepared(

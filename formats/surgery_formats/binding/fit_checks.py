@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
@@ -13,6 +14,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
+from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.views import intersect
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Update, is_refusing, is_replacing, is_row_setting
@@ -25,6 +27,7 @@ __all__ = [
     "check_missing",
     "check_overlap",
     "disagreements",
+    "has_rows_to_resize",
 ]
 
 
@@ -78,17 +81,46 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
 
 
 def check_kernel(update: Update, site: Site, places: tuple[WeightSlice, ...]) -> None:
-    """Refuse factors of a convolution for a linear layer, unless they are those of a kernel ``(1, 1)``, which is one."""
-    sizes = places[0].parameter.storage.sizes
-    if is_replacing(update) or len(sizes) != 2 or not site.kernel or site.kernel == (1, 1):
+    """Refuse factors of a convolution for one of other axes.
+
+    A linear layer has none, but may have the factors of a kernel ``(1, 1)``, which is one; PEFT's cores (CP form) have two
+    even for a kernel of one axis.
+    """
+    sizes, axes = places[0].parameter.storage.sizes, len(site.kernel)
+    if is_replacing(update) or not axes or len(sizes) < 2 or axes == len(sizes) - 2:
         return
-    tensor = update.tensors[0]
+    if axes == 2 and site.kernel[len(sizes) - 2 :] == (1,) * (4 - len(sizes)):
+        return
+    stored = max(update.tensors, key=lambda tensor: len(tensor.shape))
+    linear = len(sizes) == 2
     raise FitError(
-        f"a factor of a convolution, {list(tensor.shape)}, but '{places[0].parameter.name}' is {list(sizes)}",
-        file=tensor.path,
-        tensor=tensor.name,
-        hint="a linear layer has factors of two dimensions",
+        f"a factor of a convolution{'' if linear else f' of {axes} axes'}, {list(stored.shape)}, "
+        f"but '{places[0].parameter.name}' is {list(sizes)}",
+        file=stored.path,
+        tensor=stored.name,
+        hint="a linear layer has factors of two dimensions" if linear else "is this the base it was trained on?",
     )
+
+
+def has_rows_to_resize(parameter: Parameter, component: Component) -> bool:
+    """Whether a copy of the parameter may have another number of rows: a row for each token, or for each label.
+
+    Of a base whose configuration does not say what it is, every matrix outside of its layers may be such a table.
+    """
+    storage, config = parameter.storage, component.config
+    if storage.elements is None or len(storage.sizes) != 2:
+        return False
+    if parameter.name in (component.embedding, component.head):
+        return True
+    if any(segment.isdigit() for segment in parameter.name.split(".")):
+        return False
+    if not config.get("model_type"):
+        return True
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    counts = [part[key] for part in parts for key in part if key.startswith("vocab_size") or key == "num_labels"]
+    labels = config.get("id2label")
+    counts.append(len(labels) if isinstance(labels, Mapping) else 2)  # transformers' default
+    return storage.sizes[0] in counts
 
 
 def disagreements(adapter: Adapter, checkpoint: Checkpoint, edits: Sequence[Edit]) -> tuple[str, ...]:

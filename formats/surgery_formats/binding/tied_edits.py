@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from surgery_formats.arrays import cast
-from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.operation import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component

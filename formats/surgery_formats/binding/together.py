@@ -8,17 +8,14 @@ Those with `together` all see the same weight. Adapters of two kinds are merged 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from surgery_formats.arrays import Array, namespace
+from surgery_formats.binding.operation import Operation
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.apply import Apply
 from surgery_formats.tensors.views import Index, intersect
 from surgery_formats.text import show
 from surgery_formats.updates import is_sharing
-
-if TYPE_CHECKING:
-    from surgery_formats.binding.edits import Operation
 
 __all__ = ["side_by_side", "summed", "untouched"]
 

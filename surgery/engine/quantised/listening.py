@@ -12,7 +12,7 @@ import numpy
 from surgery.engine.blocks import row_group
 from surgery.engine.plan import Compute
 from surgery_formats.arrays import Array, cast
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.operation import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.feedback import leading_inputs
 from surgery_formats.tensors.views import positions

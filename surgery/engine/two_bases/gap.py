@@ -16,7 +16,7 @@ import numpy
 
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.binding.bind import Binding
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.operation import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.factored import factored_norm
 from surgery_formats.storage.aligned import oriented, release

@@ -17,7 +17,7 @@ from typing import Any
 from surgery.engine.undo.restore import check_adapters
 from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import Binding
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.operation import Operation
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, SurgeryError

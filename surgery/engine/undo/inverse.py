@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from surgery_formats.arrays import Array, assign, empty, namespace
-from surgery_formats.binding.edits import Operation, prepared, seen_by
+from surgery_formats.binding.edits import prepared, seen_by
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.together import side_by_side
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage

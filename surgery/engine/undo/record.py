@@ -27,7 +27,7 @@ from surgery.engine.undo.residue import LINE, MARGIN, decode, encode
 from surgery.engine.undo.sidecar import SidecarWriter
 from surgery_formats.arrays import Array, dtype_of, empty
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.operation import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import OutputFolder

@@ -28,7 +28,7 @@ from surgery.engine.undo.residue import LINE, decode
 from surgery.engine.undo.sidecar import Segments, Sidecar
 from surgery_formats.arrays import Array, dtype_of
 from surgery_formats.binding.bind import Binding
-from surgery_formats.binding.edits import Operation
+from surgery_formats.binding.operation import Operation
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, ProofError, SurgeryError

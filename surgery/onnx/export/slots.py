@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.edits import Edit, Operation
+from surgery_formats.binding.edits import Edit
+from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType

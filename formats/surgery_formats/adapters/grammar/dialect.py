@@ -28,6 +28,8 @@ class Dialect:
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
         in_header: Whether they are written into the header instead, as diffusers does.
+        loaded: Kinds of updates that the format's own program loads; others are written only where a file had them. None
+            for all that the grammar has.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Dialect:
     leaves: Mapping[str, str] = field(default_factory=dict)
     with_alpha: bool = True
     in_header: bool = False
+    loaded: frozenset[str] | None = None
 
     def claims(self, names: Collection[str]) -> bool:
         """Whether a file with these keys is of this format: it has its beginnings, and holds factors alone."""

@@ -31,13 +31,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import Update, is_replacing, low_rank_part
 
-__all__ = ["has_own_keys", "render_weight_file"]
-
-
-def has_own_keys(adapter: Adapter, dialect: Dialect) -> bool:
-    """Whether every module of an adapter has keys of a file that it came from, of this format."""
-    spelt = SpeltModules.in_adapter(adapter, dialect.name)
-    return bool(adapter.updates) and all(spelt.at(site) is not None for site in adapter.updates)
+__all__ = ["render_weight_file"]
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -104,6 +98,8 @@ class _Job:
         own = self.spelt.at(site)
         if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
             return f"this format has no {source.kind}"
+        if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
+            return f"the format's own program loads no {source.kind}"
         if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
             return "this format names modules, not parameters"
         if site.module_kind in ("embedding", "experts", "attention output"):
@@ -139,9 +135,13 @@ class _Job:
         prefix = self.dialect.prefix_for(self._component(site))
         if prefix is None:
             return "", ()
+        name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
-            return f"{prefix}{where[0].rpartition('.')[0]}.", where[1][2:]
-        return ("" if site.flat else f"{prefix}{site.path.rpartition('.')[0]}."), site.kernel
+            name, kernel = where[0], where[1][2:]
+        elif site.flat and not self.dialect.flat:
+            return "", ()
+        module = name.rpartition(".")[0]
+        return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
 
     def _component(self, site: Site) -> str:
         """What diffusers calls the component of a site; ``lora_unet_`` and ``diffusion_model.`` say it of any denoiser."""

@@ -12,5 +12,10 @@ __all__ = ["DIALECT"]
 _DOWN, _UP = LORA_SPELLINGS["lora_down"]
 
 DIALECT = Dialect(
-    name="kohya", prefixes=FLAT, own=tuple(prefix.text for prefix in FLAT), leaves={"down": _DOWN, "up": _UP}
+    name="kohya",
+    prefixes=FLAT,
+    own=tuple(prefix.text for prefix in FLAT),
+    # Of every denoiser, as musubi-tuner has it. Which number a text encoder has depends on the pipeline: `write` knows.
+    written={"unet": "lora_unet_"},
+    leaves={"down": _DOWN, "up": _UP},
 )

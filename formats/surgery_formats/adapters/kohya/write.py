@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.grammar.writer import has_own_keys, render_weight_file
+from surgery_formats.adapters.grammar.writer import render_weight_file
 from surgery_formats.adapters.kohya.dialect import DIALECT
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -40,21 +40,20 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     """Render an adapter as one kohya file.
 
     It holds LoRA and DoRA of linear layers and convolutions, and differences of weights and biases. Other updates are
-    dropped. An adapter that came from such a file keeps its keys where there is no base, or where the base's names give
-    the format no name for something.
+    dropped. Where there is no base, or its names give the format no name for something, an adapter keeps the keys of the
+    files that it came from, and modules of a denoiser get their own names flattened.
 
     Raises:
         FitError: no base, or a weight it does not have.
     """
-    own = has_own_keys(adapter, DIALECT)
     if base is None:
-        if own:
-            return render_weight_file(adapter, None, DIALECT)
+        kept = render_weight_file(adapter, None, DIALECT)
+        if adapter.updates and not _dropped(kept):
+            return kept
         raise FitError("module names of this format come from the base", file=adapter.path, hint="give it with `base=`")
     rendering = _render_with_base_names(adapter, base)
-    if own and _dropped(rendering):
-        kept = render_weight_file(adapter, base, DIALECT)
-        return min(rendering, kept, key=_dropped)
+    if _dropped(rendering):
+        return min(rendering, render_weight_file(adapter, base, DIALECT), key=_dropped)
     return rendering
 
 

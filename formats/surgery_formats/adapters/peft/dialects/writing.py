@@ -56,8 +56,11 @@ def needed_dialect(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> Ex
     """PEFT's own dialect where stacks of other programs meet a base that no record takes apart; None elsewhere."""
     for site, update in updates:
         named = parse_expert_path(site.path)
-        foreign = named is not None and site.path != named.stack and contents_of(update).stack is not None
-        if foreign and file.base is not None and not component_of(site, file.base).family.fused:
+        if file.base is None or named is None or site.path == named.stack or contents_of(update).stack is None:
+            continue
+        component = component_of(site, file.base)
+        own = site.path in component.names.eras.parameters  # experts without a gate, as Nemotron H's
+        if not own and not component.family.fused:
             return PEFT_STACKS
     return None
 
