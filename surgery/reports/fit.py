@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from surgery.reports.targets import site_role
 from surgery_formats.binding.containers import housed
-from surgery_formats.binding.sizes import fit_of
+from surgery_formats.binding.sizes import fit_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     heads = 0
     for site, chain in adapter.updates.items():
         component = base.component(site.component)
-        places = component.names.resolve(site.path, flat=site.flat) if component else ()
+        places = slices_of(site, base)
         if not places and is_replacing(chain[0]) and adapter.new_modules & set(site.path.split(".")):
             heads += chain[0].stored.numel
             continue

@@ -23,7 +23,7 @@ from surgery_formats.binding.fit_checks import (
     has_rows_to_resize,
 )
 from surgery_formats.binding.operation import Operation, at_weight
-from surgery_formats.binding.sizes import component_of, sized
+from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.binding.together import side_by_side
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
@@ -153,8 +153,11 @@ def _locate(
     chains: list[_LocatedChain] = []
     missing: list[Site] = []
     for site, updates in adapter.updates.items():
-        component = component_of(site, checkpoint)
-        slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
+        component = checkpoint.component(site.component)
+        if component is None:
+            missing.append(site)
+            continue
+        slices = slices_of(site, checkpoint) or _new_head(site, updates, adapter, component)
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
         if slices:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.operation import Operation
@@ -16,7 +16,7 @@ from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.views import intersect
-from surgery_formats.text import closest, listing, show
+from surgery_formats.text import closest, listing, show, summed_up
 from surgery_formats.updates import Update, is_refusing, is_replacing, is_row_setting
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "disagreements",
     "has_rows_to_resize",
 ]
+
+_LISTED = 40  # groups of missing parameters that an error names
 
 
 def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -47,7 +49,7 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
     components = sorted({site.component for site in adapter.updates})
-    if len(components) > 1 and not checkpoint.is_pipeline:
+    if len(components) > 1 and not (checkpoint.is_pipeline or checkpoint.main.parts):
         raise FitError(f"the adapter changes {listing(components)}, the base is one model", file=adapter.path)
 
 
@@ -191,12 +193,24 @@ def check_family(name: str, storage: Storage, component: Component) -> None:
 
 
 def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Refuse an adapter with updates of parameters that the base lacks; the error names the first of them."""
+    """Refuse an adapter with updates of parameters that the base lacks; the error lists them, equal layers once."""
     if not missing:
         return
+    absent = sorted({site.component for site in missing if checkpoint.names_of(site.component) is None})
     site = missing[0]
-    component_of(site, checkpoint).check_read()  # a name that is near it is one of its codes
-    tensor, parameters = adapter.updates[site][0].tensors[0], component_of(site, checkpoint).parameters
+    tensor = adapter.updates[site][0].tensors[0]
+    lacking = listing(summed_up(map(str, missing)), _LISTED)
+    if absent:
+        raise FitError(
+            f"the adapter changes {listing(absent)}, the base has {listing(sorted(_networks(checkpoint)))}: "
+            f"{len(missing)} of {len(adapter.updates)} parameters are not there, {lacking}",
+            file=adapter.path,
+            hint=f"to merge the rest, leave them out: {_without(absent)}",
+        )
+    owner = component_of(site, checkpoint)
+    owner.check_read()  # a name that is near it is one of its codes
+    names = checkpoint.names_of(site.component)
+    parameters = names.parameters if names is not None else owner.parameters
     module, _, leaf = site.path.rpartition(".")
     if leaf == "bias" and f"{module}.weight" in parameters:
         raise FitError(
@@ -205,9 +219,19 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
             tensor=tensor.name,
             hint="keep the adapter beside the base, in PEFT: a merged model has no place for the bias",
         )
+    others = f": {lacking}" if len(missing) > 1 else ""
     raise FitError(
-        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
+        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,
         tensor=tensor.name,
         hint=closest(site.path, parameters) or "is this the base it was trained on?",
     )
+
+
+def _without(components: Sequence[str]) -> str:
+    return " ".join(f"--without '{show(name)}:*'" for name in components)
+
+
+def _networks(checkpoint: Checkpoint) -> Iterator[str]:
+    for name, component in checkpoint.components.items():
+        yield from (component.parts or (name or "one model",))

@@ -14,7 +14,7 @@ from surgery_formats.storage.parameter import Parameter
 from surgery_formats.text import listing
 from surgery_formats.updates import Fit, Update, is_unsized
 
-__all__ = ["component_of", "fit_of", "sized", "widest_of"]
+__all__ = ["component_of", "fit_of", "sized", "slices_of", "widest_of"]
 
 
 def component_of(site: Site, base: Checkpoint) -> Component:
@@ -27,6 +27,16 @@ def component_of(site: Site, base: Checkpoint) -> Component:
         changed, has = site.component or "one model", listing(sorted(base.components))
         raise FitError(f"the adapter changes '{changed}', the base has {has}", file=base.path)
     return component
+
+
+def slices_of(site: Site, base: Checkpoint) -> tuple[WeightSlice, ...]:
+    """Every piece of the weight that `site` names; empty if the base has no such weight, or no such network.
+
+    Raises:
+        FitError: the name fits several weights.
+    """
+    names = base.names_of(site.component)
+    return names.resolve(site.path, flat=site.flat) if names else ()
 
 
 def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int], beside: Parameter | None = None) -> Fit:
@@ -42,15 +52,14 @@ def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int,
     shapes = [(0, 0)]
     for site, chain in adapter.updates.items():
         if any(update.kind == kind for update in chain):
-            names = component_of(site, checkpoint).names
-            shapes += [extent(slices)] if (slices := names.resolve(site.path, flat=site.flat)) else []
+            shapes += [extent(slices)] if (slices := slices_of(site, checkpoint)) else []
     return max(rows for rows, _ in shapes), max(cols for _, cols in shapes)
 
 
 def _beside(site: Site, base: Checkpoint) -> Parameter | None:
     """The weight of the layer whose bias `site` is."""
     module, _, leaf = site.path.rpartition(".")
-    weights = component_of(site, base).names.resolve(f"{module}.weight", flat=site.flat) if leaf == "bias" else ()
+    weights = slices_of(replace(site, path=f"{module}.weight"), base) if leaf == "bias" else ()
     return weights[0].parameter if len(weights) == 1 else None
 
 
@@ -65,7 +74,7 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
     def fitted(site: Site, update: Update) -> Update:
         if not is_unsized(update):
             return update
-        places = component_of(site, base).names.resolve(site.path, flat=site.flat)
+        places = slices_of(site, base)
         if not places:
             return update
         if update.kind not in widest:
