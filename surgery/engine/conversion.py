@@ -17,7 +17,7 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.sizes import sized
+from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -189,8 +189,10 @@ def plan_conversion(
         as_loras: How the caller makes LoRAs of other kinds, for the hint where the format lacks those.
 
     Raises:
-        FitError: an update would be lost, or nothing is left.
+        FitError: an update would be lost, nothing is left, or only a base would tell how its rows lie.
     """
+    if base is None and source.format != target.name:
+        check_complete(source)
     source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:

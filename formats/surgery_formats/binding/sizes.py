@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
@@ -12,9 +14,9 @@ from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.text import listing
-from surgery_formats.updates import Fit, Update, is_unsized
+from surgery_formats.updates import Fit, Update, is_unsized, is_waiting
 
-__all__ = ["component_of", "fit_of", "sized", "slices_of", "widest_of"]
+__all__ = ["check_complete", "component_of", "fit_of", "sized", "slices_of", "widest_of"]
 
 
 def component_of(site: Site, base: Checkpoint) -> Component:
@@ -39,12 +41,17 @@ def slices_of(site: Site, base: Checkpoint) -> tuple[WeightSlice, ...]:
     return names.resolve(site.path, flat=site.flat) if names else ()
 
 
-def fit_of(places: tuple[WeightSlice, ...], widest: tuple[int, int], beside: Parameter | None = None) -> Fit:
+def fit_of(
+    places: tuple[WeightSlice, ...],
+    widest: tuple[int, int],
+    beside: Parameter | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Fit:
     """Facts about the weight at `places` that an update may need; see `Fit`."""
     storage = places[0].parameter.storage
     sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
-    return Fit(extent(places), kernel, widest, beside)
+    return Fit(extent(places), kernel, widest, beside, config or {})
 
 
 def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:
@@ -79,9 +86,23 @@ def sized(adapter: Adapter, base: Checkpoint) -> Adapter:
             return update
         if update.kind not in widest:
             widest[update.kind] = widest_of(update.kind, adapter, base)
-        return update.fitted(fit_of(places, widest[update.kind], _beside(site, base)))
+        component = base.component(site.component)
+        return update.fitted(
+            fit_of(places, widest[update.kind], _beside(site, base), component.config if component else {})
+        )
 
     return replace(
         adapter,
         updates={site: tuple(fitted(site, update) for update in chain) for site, chain in adapter.updates.items()},
     )
+
+
+def check_complete(source: Adapter) -> None:
+    """Refuse updates that mean nothing before a base is known.
+
+    Raises:
+        FitError: there are some.
+    """
+    for site, chain in source.updates.items():
+        if why := next((update.waits for update in chain if is_waiting(update)), ""):
+            raise FitError(why, file=source.path, tensor=str(site), hint="give it with `base=`")
