@@ -16,6 +16,7 @@ from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
+from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
@@ -236,6 +237,12 @@ CASES: dict[str, Callable[[], FormatCase]] = {
         for name in ("lora-keys", "dora-embed", "full")
     },
     "mlx experts": lambda: _with_base(MLX, GOLDEN / "mlx/mixtral/lora", GOLDEN / "mlx/mixtral/base"),
+    **{
+        f"gguf {name}": lambda name=name: _with_base(
+            GGUF_LORA, GOLDEN / "gguf" / name / "adapter.gguf", (GOLDEN / "gguf" / name).parent / "base"
+        )
+        for name in ("llama/embedding", "qwen2/lora", "mixtral/lora")
+    },
     **{
         f"kohya {name}": lambda name=name: _with_base(
             KOHYA, GOLDEN / "kohya/sd1" / name / "adapter.safetensors", GOLDEN / "kohya/sd1/base"

@@ -40,6 +40,7 @@ from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
 from surgery_formats.updates.output_rotations import OutputRotation
+from surgery_formats.updates.paired_rows import PairedRows, halved, head_rows, paired
 from surgery_formats.updates.peanut import PEANuT
 from surgery_formats.updates.product_glora import ProductGLoRA
 from surgery_formats.updates.pvera import PVeRA
@@ -71,6 +72,7 @@ from surgery_formats.updates.update import (
     Sharing,
     Unsized,
     Update,
+    Waiting,
     is_directed,
     is_either_way,
     is_expanding,
@@ -85,6 +87,7 @@ from surgery_formats.updates.update import (
     is_row_setting,
     is_sharing,
     is_unsized,
+    is_waiting,
 )
 from surgery_formats.updates.vblora import VBLoRA
 from surgery_formats.updates.vera import Seed, VeRA
@@ -135,6 +138,7 @@ __all__ = [
     "OutputRotation",
     "PEANuT",
     "PVeRA",
+    "PairedRows",
     "Part",
     "ProductGLoRA",
     "RandLoRA",
@@ -158,12 +162,15 @@ __all__ = [
     "Update",
     "VBLoRA",
     "VeRA",
+    "Waiting",
     "WaveFT",
     "Weight",
     "blend",
     "equal_factors",
     "expanded",
     "experts_of",
+    "halved",
+    "head_rows",
     "in_full",
     "is_directed",
     "is_either_way",
@@ -179,7 +186,9 @@ __all__ = [
     "is_row_setting",
     "is_sharing",
     "is_unsized",
+    "is_waiting",
     "low_rank_part",
+    "paired",
     "plain_form",
     "same_update",
     "settings",
