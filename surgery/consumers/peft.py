@@ -49,7 +49,12 @@ def _stacked_as_loaded(facts: AdapterFacts) -> bool:
     leaves = {part.leaf for part in experts}
     halves = next((pair for pair in _FUSED if pair <= leaves), frozenset[str]())
     known = taken_for_experts(facts.main.config)
-    if facts.dialect != "per-expert" or facts.config.get("use_rslora") or leaves - halves not in _DOWN or leaves - known:
+    if (
+        facts.dialect != "per-expert"
+        or facts.config.get("use_rslora")
+        or leaves - halves not in _DOWN
+        or leaves - known
+    ):
         return False
     whole = len(leaves) * max(expert_counts(facts.main.config), default=0)
     layers = Counter(part.module.partition(".experts.")[0] for part in experts)

@@ -143,7 +143,9 @@ def test_experts_with_biases_become_factors_and_are_not_copied(tmp_path: Path) -
 def _tune_vocabulary(model: Any) -> None:
     """Change the token embedding, and the head where it is another matrix."""
     generator = torch.Generator().manual_seed(9)
-    for matrix in {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+    for matrix in {
+        id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }.values():
         matrix.data += torch.randn(matrix.shape, generator=generator) * 0.02
 
 
