@@ -373,6 +373,25 @@ def test_convert_asks_for_one_of_a_format_and_a_program(base: Path, tmp_path: Pa
     assert (dry.output, dry.consumer) == (None, "sglang")
 
 
+def test_parts_alike_are_one_row_and_all_of_them_if_asked(base: Path, tmp_path: Path) -> None:
+    leaves = {"q_proj": 6, "k_proj": 4}
+    modules = {f"{layer}.self_attn.{name}": (out, 6) for layer in range(2) for name, out in leaves.items()}
+    adapter = write_peft(
+        tmp_path / "a",
+        _lora(1, modules),
+        target_modules=["q_proj", "k_proj"],
+        use_rslora=True,
+        alpha_pattern={"layers.1.self_attn.k_proj": 5},
+    )
+    found = surgery.check(base, adapter, consumer="sglang")
+    lines = {
+        line.split()[0]: line.split()[1] for line in str(found.summary()).splitlines() if line.startswith("model.")
+    }
+    alone = {f"model.layers.{layer}.self_attn.k_proj.weight": "1" for layer in range(2)}
+    assert lines == {"model.layers.*.self_attn.q_proj": "2", **alone}
+    assert "model.layers.1.self_attn.q_proj.weight" in str(found.summary(verbose=True))
+
+
 def test_a_virtual_prompt_has_no_way_into_a_server_or_the_base(base: Path, tmp_path: Path) -> None:
     prompt = {"prompt_embeddings": draw(1, 3, 6)}
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"}
