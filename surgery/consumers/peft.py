@@ -59,9 +59,10 @@ def _stacked_as_loaded(facts: AdapterFacts) -> bool:
     whole = len(leaves) * max(expert_counts(facts.main.config), default=0)
     layers = Counter(part.module.partition(".experts.")[0] for part in experts)
     r, alpha = facts.config.get("r"), facts.config.get("lora_alpha")
+    if halves and not (r and alpha):
+        return False
     return all(count == whole for count in layers.values()) and all(
-        part.leaf not in halves or (part.rank == r and part.scale is not None and part.scale * part.rank == alpha)
-        for part in experts
+        part.leaf not in halves or (part.rank == r and part.scale == alpha / r) for part in experts
     )
 
 
