@@ -51,7 +51,7 @@ class Rank:
 
     Attributes:
         number: Directions of every matrix; None where something else decides.
-        patterns: Numbers of modules that differ, by pattern (`surgery.algebra.selection`); the first that matches wins.
+        patterns: Numbers of modules that differ, by pattern (`surgery.engine.selection`); the first that matches wins.
         least_energy: Share of each matrix' energy ``||.||_F^2`` to keep, in (0, 1].
         most_error: Greatest error of each matrix, relative, Frobenius, in (0, 1].
         most_size: Of the whole adapter.

@@ -38,6 +38,7 @@ __all__ = [
     "inner",
     "is_torch",
     "namespace",
+    "product",
     "same_memory",
     "to_cpu",
     "to_device",
@@ -148,21 +149,34 @@ def add_product(block: Array, left: Array, right: Array) -> Array:
         return add_product(block.T, right.T, left.T).T
     import numpy
 
-    block += numpy.matmul(left, right, out=_scratch(block))
+    block += numpy.matmul(left, right, out=_scratch(block.shape, block.dtype, 0))
     return block
 
 
-def _scratch(like: numpy.ndarray) -> numpy.ndarray:
-    """This thread's buffer for a product that is added at once: fresh memory for each block costs as much as adding it."""
+def product(left: Array, right: Array, slot: int = 0) -> Array:
+    """``left @ right`` of two matrices of one type, good until this thread's next product with the same `slot`.
+
+    Fresh memory for each block costs as much as adding it.
+    """
+    if is_torch(left):
+        return left @ right
     import numpy
 
-    if like.size > _SCRATCH:
-        return numpy.empty_like(like)
+    return numpy.matmul(left, right, out=_scratch((len(left), right.shape[1]), left.dtype, slot))
+
+
+def _scratch(shape: tuple[int, ...], dtype: numpy.dtype[Any], slot: int) -> numpy.ndarray:
+    """This thread's buffer, or fresh memory where it is too small."""
+    import numpy
+
+    size = math.prod(shape)
+    if size > _SCRATCH:
+        return numpy.empty(shape, dtype)
     kept: dict[str, numpy.ndarray] = _scratches.__dict__
-    name = like.dtype.char
+    name = f"{dtype.char}{slot}"
     if name not in kept:
-        kept[name] = numpy.empty(_SCRATCH, like.dtype)
-    return kept[name][: like.size].reshape(like.shape)
+        kept[name] = numpy.empty(_SCRATCH, dtype)
+    return kept[name][:size].reshape(shape)
 
 
 def all_finite(array: Array) -> bool:

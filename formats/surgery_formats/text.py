@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["clean", "closest", "count", "listing", "local_name", "nbytes", "show", "without_local_paths"]
+__all__ = ["clean", "closest", "count", "listing", "local_name", "nbytes", "show", "summed_up", "without_local_paths"]
 
 _LOCAL = re.compile(r"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\)[^\r\n]*")
 
@@ -34,6 +34,33 @@ def listing(names: Iterable[str], limit: int = 4) -> str:
     shown = list(names)
     head = ", ".join(show(name) for name in shown[:limit])
     return head if len(shown) <= limit else f"{head} and {len(shown) - limit} more"
+
+
+def summed_up(names: Iterable[str]) -> list[str]:
+    """Names that differ by one number alone as one name, in order: ``blocks.0-39.attn.q``, ``blocks.[1,3].attn.k``."""
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for name in names:
+        pieces = re.split(r"(\d{1,9})", name)
+        groups.setdefault(tuple(pieces[::2]), []).append(tuple(pieces[1::2]))
+    return [text for words, numbers in groups.items() for text in _as_ranges(words, numbers)]
+
+
+def _as_ranges(words: tuple[str, ...], numbers: list[tuple[str, ...]]) -> Iterator[str]:
+    """The first number that varies as a range; a name for each of the others."""
+    varies = [at for at in range(len(words) - 1) if len({row[at] for row in numbers}) > 1]
+    first = varies[0] if varies else -1
+    rest: dict[tuple[str, ...], list[int]] = {}
+    for row in numbers:
+        key = tuple(number for at, number in enumerate(row) if at != first)
+        rest.setdefault(key, []).append(int(row[first]) if varies else 0)
+    for key, values in rest.items():
+        fixed = list(key)
+        if varies:
+            low, high = min(values), max(values)
+            whole = sorted(set(values)) == list(range(low, high + 1))
+            every = f"{low}-{high}" if whole else f"[{','.join(map(str, sorted(set(values))))}]"
+            fixed.insert(first, str(low) if low == high else every)
+        yield "".join(text for pair in zip(words, [*fixed, ""], strict=True) for text in pair)
 
 
 def local_name(text: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.writing import places_of, whole_place
-from surgery_formats.binding.sizes import component_of, sized
+from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.canonical.site_names import flattened, same_denoiser
 from surgery_formats.errors import FitError
@@ -96,7 +96,7 @@ def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tupl
     """The updates with the sizes that only a base tells, without the optional ones that it lacks."""
 
     def lacks(site: Site) -> bool:
-        return site in adapter.optional and not component_of(site, base).names.resolve(site.path, flat=site.flat)
+        return site in adapter.optional and not slices_of(site, base)
 
     return {site: chain for site, chain in sized(adapter, base).updates.items() if not lacks(site)}
 

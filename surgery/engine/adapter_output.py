@@ -17,8 +17,8 @@ import xxhash
 from surgery._version import __version__
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format, NewTensor, Rendering
+from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.arrays import Array, all_finite, cast
-from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError, SurgeryError
 from surgery_formats.files.output.folder import OutputFolder, output_folder
@@ -98,7 +98,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         The output.
 
     Raises:
-        FitError: a value does not fit its type, or a file's name does not end in ``.safetensors``.
+        FitError: a value does not fit its type, or a file's name does not end as its format wants it.
         ProofError: as `prove`.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
@@ -117,8 +117,9 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         return content.fill(put, options.threads, options.progress)
 
     if target.single_file:
-        if output.suffix != ".safetensors":
-            raise FitError("the name must end in .safetensors", file=output)
+        suffix = Path(rendering.tensor_file).suffix
+        if output.suffix != suffix:
+            raise FitError(f"the name must end in {suffix}", file=output)
         return write_single(
             output,
             job,
@@ -155,39 +156,36 @@ def put_adapter(
 
 @dataclass(frozen=True)
 class _TensorFile:
-    """The safetensors file of a rendering.
+    """The file of weights of a rendering.
 
     Attributes:
-        header: Its first bytes.
-        ranges: ``(offset, size)`` of every tensor, by name.
-        size: All of it.
+        packed: Its plan.
         tensors: By name.
     """
 
-    header: bytes
-    ranges: Mapping[str, tuple[int, int]]
-    size: int
+    packed: PackedFile
     tensors: Mapping[str, NewTensor]
 
     @classmethod
     def of(cls, rendering: Rendering) -> _TensorFile:
-        order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
-        header, ranges = layout(order, rendering.metadata)
-        size = max((offset + nbytes for offset, nbytes in ranges.values()), default=len(header))
-        return cls(header, ranges, size, {tensor.name: tensor for tensor in rendering.tensors})
+        specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors]
+        return cls(rendering.packing(specs, rendering.metadata), {tensor.name: tensor for tensor in rendering.tensors})
+
+    @property
+    def size(self) -> int:
+        """Bytes of all of it."""
+        return self.packed.nbytes
 
     def fill(self, put: Put, threads: int = 1, progress: Callback | None = None) -> str:
         """Hand all bytes to `put` in order; returns their hash."""
         from surgery_formats.threads import one_thread
 
-        state = xxhash.xxh3_128(self.header)
-        put(self.header, 0)
+        state = xxhash.xxh3_128()
         with one_thread():  # for hundreds of small tensors a team of threads costs more than it does
-            for name, data in self.all_bytes(threads):
-                offset, _ = self.ranges[name]
+            for offset, data in self.packed.pieces(self.all_bytes(threads)):
                 put(data, offset)
                 state.update(data)
-                if progress is not None:
+                if progress is not None and offset:
                     progress(Progress(offset + len(data), self.size, "writing"))
         return state.hexdigest()
 
@@ -198,11 +196,11 @@ class _TensorFile:
     def all_bytes(self, threads: int) -> Iterator[tuple[str, memoryview]]:
         """All tensors in the order of the file; a few at a time are computed ahead."""
         if threads == 1:
-            yield from ((name, self.bytes_of(name)) for name in self.ranges)
+            yield from ((name, self.bytes_of(name)) for name in self.packed.ranges)
             return
         with ThreadPoolExecutor(threads, "surgery-write") as pool:
             ahead: deque[tuple[str, Future[memoryview]]] = deque()
-            for name in self.ranges:
+            for name in self.packed.ranges:
                 ahead.append((name, pool.submit(self.bytes_of, name)))
                 if len(ahead) > 2 * threads:
                     done, data = ahead.popleft()
@@ -216,13 +214,17 @@ class _TensorFile:
 
         def copy(start: int, data: bytes | memoryview) -> None:
             low, high = max(start, offset), min(start + len(data), offset + nbytes)
+            if low >= high:
+                return
             window[low - offset : high - offset] = data[low - start : high - start]
 
-        if offset < len(self.header):
-            copy(0, self.header)
-        for name, (start, size) in self.ranges.items():
-            if start < offset + nbytes and offset < start + size:
-                copy(start, self.bytes_of(name))
+        needed = (
+            name
+            for name, (start, size) in self.packed.ranges.items()
+            if self.packed.before is not None or (start < offset + nbytes and offset < start + size)
+        )
+        for start, data in self.packed.pieces((name, self.bytes_of(name)) for name in needed):
+            copy(start, data)
         return window
 
 

@@ -17,7 +17,7 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.sizes import sized
+from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -175,6 +175,7 @@ def plan_conversion(
     *,
     dtype: DType | None = None,
     allow_loss: bool = False,
+    as_loras: str = "",
 ) -> Conversion:
     """Render an adapter that was checked.
 
@@ -185,20 +186,35 @@ def plan_conversion(
         binding: Of `source` to `base` (`bound_source`).
         dtype: Type of the stored matrices; None keeps them.
         allow_loss: Whether updates that the format cannot hold may be left out.
+        as_loras: How the caller makes LoRAs of other kinds, for the hint where the format lacks those.
 
     Raises:
-        FitError: an update would be lost, or nothing is left.
+        FitError: an update would be lost, nothing is left, or only a base would tell how its rows lie.
     """
+    if base is None and source.format != target.name:
+        check_complete(source)
     source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
-        hint = "`allow_loss=True` leaves them out" if rendering.tensors else None
-        check_nothing_dropped(rendering, target.name, source.path, hint)
+        hints = [as_loras] if as_loras and _other_kinds(source, rendering) else []
+        hints += ["`allow_loss=True` leaves them out"] if rendering.tensors else []
+        check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None)
     if not rendering.tensors:
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
     return Conversion(source, target, stored_as(rendering, dtype), base, binding, dtype)
+
+
+def _other_kinds(source: Adapter, rendering: Rendering) -> bool:
+    """Whether a change of a weight was dropped that a LoRA could hold, or come near to, and that is none."""
+    dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
+    return any(
+        update.effect != "sets" and update.low_rank() is None and site.path.endswith(".weight")
+        for site, chain in source.updates.items()
+        if str(site) in dropped
+        for update in chain
+    )
 
 
 def tolerance_of(dtype: DType | None) -> float:

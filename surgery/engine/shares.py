@@ -61,6 +61,7 @@ class MergeRequest:
         calibration: Reference of the file that `surgery.merge` takes.
         reversible: As `surgery.merge` takes it.
         as_trained: As `surgery.merge` takes it: a rule, or a reference.
+        without: As `surgery.merge` takes it.
     """
 
     base: str
@@ -76,6 +77,7 @@ class MergeRequest:
     calibration: str | None = None
     reversible: bool = False
     as_trained: str | None = None
+    without: tuple[str, ...] = ()
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -100,6 +102,7 @@ class MergeRequest:
             quantised,
             self.reversible,
             self.as_trained,
+            self.without,
         )
 
 

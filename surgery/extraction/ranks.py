@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy
 
-from surgery.algebra.selection import matches
+from surgery.engine.selection import matches
 from surgery.extraction.factorise import TargetFactors
 from surgery.extraction.figures import RankChoice
 from surgery.extraction.storage_plan import StoragePlan, dense_size

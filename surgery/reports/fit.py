@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from surgery.reports.targets import site_role
 from surgery_formats.binding.containers import housed
-from surgery_formats.binding.sizes import fit_of
+from surgery_formats.binding.sizes import fit_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -56,11 +57,11 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     heads = 0
     for site, chain in adapter.updates.items():
         component = base.component(site.component)
-        places = component.names.resolve(site.path, flat=site.flat) if component else ()
+        places = slices_of(site, base)
         if not places and is_replacing(chain[0]) and adapter.new_modules & set(site.path.split(".")):
             heads += chain[0].stored.numel
             continue
-        if component is None or not places or not _fits(chain, places):
+        if component is None or not places or not _fits(chain, places, component.config):
             odd += [] if site in adapter.optional else [site]
             continue
         roles[site] = role_of(places[0].parameter.name)
@@ -82,7 +83,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     return FitReport(roles, heads + sum(sizes.values()), warnings)
 
 
-def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
+def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...], config: Mapping[str, Any]) -> bool:
     """Whether a chain fits by shape.
 
     A replacement may have more rows (a larger vocabulary); updates after it then have as many.
@@ -92,7 +93,7 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...]) -> bool:
         update = member
         if is_unsized(member):
             try:
-                update = member.fitted(fit_of(places, (height, width)))
+                update = member.fitted(fit_of(places, (height, width), config=config))
             except FitError:
                 return False
         rows, cols = update.shape

@@ -11,12 +11,10 @@ not the sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from surgery.algebra.combination import combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.output import write_combination
-from surgery.algebra.selection import Selection, check_patterns
 from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
 from surgery.engine.adapter_output import WriteOptions
@@ -30,11 +28,11 @@ from surgery.engine.inputs import (
     as_weighted,
     output_path,
 )
+from surgery.engine.selection import Selection
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.registry import format_named
-from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import listing, show
 
@@ -76,7 +74,7 @@ def combine(
         density: Share of the values that a dense method keeps, in (0, 1].
         seed: Of DARE's random drops.
         majority: What elects a sign in TIES: the ``total`` of the values (the default), or the ``frequency`` of signs.
-        only: Patterns of modules to keep (see `surgery.algebra.selection.Selection`); all of them by default.
+        only: Patterns of modules to keep (see `surgery.engine.selection.Selection`); all of them by default.
         without: Patterns of modules to leave out.
         dtype: ``keep`` (float32 for what was computed), ``fp32``, ``fp16``, ``bf16``.
         to: Format to write; by default the first adapter's.
@@ -102,7 +100,7 @@ def combine(
     terms = as_weighted(adapters)
     if not terms:
         raise FitError("no adapter was named")
-    terms, left = _chosen(terms, Selection(tuple(as_list(only)), tuple(as_list(without))))
+    terms, left = Selection(tuple(as_list(only)), tuple(as_list(without))).chosen(terms)
     if len(terms) == 1 and terms[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=terms[0].adapter.path)
     combination = combine_adapters(terms, recipe, None if base is None else as_checkpoint(base), left)
@@ -111,21 +109,6 @@ def combine(
         return plan.result
     options = WriteOptions(destination, overwrite=overwrite, progress=progress)
     return write_combination(plan, options)
-
-
-def _chosen(terms: Sequence[WeightedAdapter], selection: Selection) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
-    """Every adapter reduced to the chosen modules, and the names that none of them keeps."""
-    check_patterns(selection, [term.adapter for term in terms])
-    kept: list[WeightedAdapter] = []
-    left: dict[str, None] = {}
-    for term in terms:
-        adapter, out = selection.of(term.adapter)
-        left |= dict.fromkeys(map(str, out))
-        if adapter.updates or not out:
-            kept.append(replace(term, adapter=adapter))
-    if not kept:
-        raise NothingChangedError("no module is left", hint="widen the patterns")
-    return kept, tuple(left)
 
 
 def _check_options(recipe: Recipe, density: float | None, majority: str | None) -> None:

@@ -161,7 +161,8 @@ def convert(
             bound_source(original, checkpoint, known)
             named = None
     binding = bound_source(source, named, known)
-    plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss)
+    remedy = "`as_lora=True` makes LoRAs of other kinds"
+    plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)
     entries = (*plan.rendering.entries, *left)
     if form is not None:
         entries = form.restated(entries)

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, check_counts, output_path
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_list, check_counts, output_path
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.merge_result import MergeResult
@@ -45,6 +45,7 @@ def merge(
     rounding: str | None = None,
     calibration: StrPath | None = None,
     accept_loss: bool = False,
+    without: str | Sequence[str] = (),
     rank: int | None = None,
     max_error: float | None = None,
     reversible: bool = False,
@@ -78,6 +79,7 @@ def merge(
             the adapter listens to, where rounding to ``nearest`` would lose a part of the update.
         calibration: Of ``requantize``: a file of inputs (docs/extraction.md), along which errors are made up for too.
         accept_loss: Write codes that hold less than half of the update, too.
+        without: Patterns of modules of the adapters to leave out, such as those that the base lacks: ``text_encoder:*``.
         rank: Of ``residual``: most directions of the LoRA of a weight; by default as many as hold all of the update, and
             at least 16 where it is no LoRA (a DoRA, (IA)^3 ...), which leaves a part that the result states.
         max_error: Of ``residual``: how far a weight may be off, relative to its update.
@@ -118,7 +120,9 @@ def merge(
         as_trained=as_trained is not None,
         dtype=dtype,
     )
-    binding, plan = planned_merge(base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained)
+    binding, plan = planned_merge(
+        base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without)
+    )
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from surgery_formats.adapters.adapterhub import ADAPTERHUB
 from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
+from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
@@ -235,7 +237,17 @@ CASES: dict[str, Callable[[], FormatCase]] = {
         f"mlx {name}": lambda name=name: FormatCase(MLX, _copied(GOLDEN / "mlx/llama" / name))
         for name in ("lora-keys", "dora-embed", "full")
     },
+    **{
+        f"adapterhub {name}": lambda name=name: FormatCase(ADAPTERHUB, _copied(GOLDEN / "adapterhub" / name))
+        for name in ("llama-lora", "llama-ia3", "gpt2-lora", "bert-vera")
+    },
     "mlx experts": lambda: _with_base(MLX, GOLDEN / "mlx/mixtral/lora", GOLDEN / "mlx/mixtral/base"),
+    **{
+        f"gguf {name}": lambda name=name: _with_base(
+            GGUF_LORA, GOLDEN / "gguf" / name / "adapter.gguf", (GOLDEN / "gguf" / name).parent / "base"
+        )
+        for name in ("llama/embedding", "qwen2/lora", "mixtral/lora")
+    },
     **{
         f"kohya {name}": lambda name=name: _with_base(
             KOHYA, GOLDEN / "kohya/sd1" / name / "adapter.safetensors", GOLDEN / "kohya/sd1/base"

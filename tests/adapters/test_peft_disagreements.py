@@ -157,6 +157,26 @@ def test_every_kind_has_the_rank_that_peft_would_build(name: str, tmp_path: Path
         peft_oracle.attach("llama", base, [(tmp_path / "a", 1.0)], "float32")
 
 
+@pytest.mark.parametrize("kind", ["FourierFTConfig", "WaveFTConfig"])
+def test_coefficients_are_as_many_as_stated(kind: str, tmp_path: Path) -> None:
+    base = models.build_base("llama", tmp_path / "base")
+    fields = {"target_modules": ["q_proj"], "n_frequency": 20}
+    peft_oracle.train("llama", base, kind, fields, tmp_path / "a", seed=1)
+    file = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    for changed, refused in (
+        ({}, ""),
+        ({"n_frequency": 30, "n_frequency_pattern": {"q_proj": 20}}, ""),
+        ({"n_frequency": 30}, "20 coefficients, but n_frequency says 30"),
+        ({"n_frequency_pattern": {"q_proj": 30}}, r"20 coefficients, but n_frequency_pattern\['q_proj'\] says 30"),
+    ):
+        file.write_text(json.dumps(config | changed))
+        with pytest.raises(MalformedError, match=refused) if refused else nullcontext():
+            surgery.inspect(tmp_path / "a")
+        with peft_oracle.quiet(), pytest.raises((RuntimeError, ValueError)) if refused else nullcontext():
+            peft_oracle.attach("llama", base, [(tmp_path / "a", 1.0)], "float32")
+
+
 @pytest.mark.parametrize(("stated", "says"), [(20, 20), (0.25, 8), (None, 16)])
 def test_osf_keeps_as_many_directions_as_it_says(stated: float | None, says: int, tmp_path: Path) -> None:
     """A number of them, a share of the weight's smaller size, or half."""

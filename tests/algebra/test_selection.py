@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 from surgery import combine, diff
-from surgery.algebra.selection import Selection
+from surgery.engine.selection import Selection
 from surgery_cli.group import surgery as command
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.errors import FitError, NothingChangedError

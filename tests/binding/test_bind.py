@@ -62,6 +62,27 @@ def test_a_weighted_longer_vocabulary_is_refused(tmp_path: Path) -> None:
         surgery.merge(base, (path, 0.5), output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("rows", [3, 12])
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.q_proj", "model.projector"])
+def test_only_a_row_for_each_token_or_label_comes_in_other_numbers(module: str, rows: int, tmp_path: Path) -> None:
+    name = f"{module}.weight"
+    tensors = {
+        "model.embed_tokens.weight": torch.randn(10, 4),
+        name: torch.randn(8, 4),
+        "score.weight": torch.ones(2, 4),
+    }
+    base = write_model(tmp_path / "base", tensors, model_type="llama", vocab_size=10)
+    with pytest.raises(FitError, match=rf"shape \[{rows}, 4\], but \[8, 4\] in the base"):
+        surgery.merge(
+            base,
+            write_adapter(tmp_path / "a", {name: torch.randn(rows, 4)}, modules_to_save=[module.rpartition(".")[2]]),
+            dry_run=True,
+        )
+    others = {"model.embed_tokens.weight": torch.randn(rows, 4), "score.weight": torch.randn(rows, 4)}
+    sound = write_adapter(tmp_path / "b", others, modules_to_save=["embed_tokens", "score"])
+    assert surgery.merge(base, sound, dry_run=True).ledger.classes["replaced"] == 2
+
+
 def test_a_possibly_tied_embedding_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     name = "decoder.words.weight"
     config = {"model_type": "nobody-knows", "vocab_size": 10}

@@ -194,6 +194,20 @@ def _oft_conv(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
     return module, disk.write_adapter(folder / "bad", fields, tensors)
 
 
+def _on_a_kernel(kind: str, fields: Config, tensors: Tensors) -> None:
+    """Factors of ``conv2``, whose kernel is (3, 2), with one axis more than it has."""
+
+    @fault(f"{kind.lower()}-one-axis-more", 4, "conv2", "a factor of a convolution of 3 axes")
+    def _make(base: Path, adapter: Path, folder: Path) -> tuple[Path, Path]:
+        module = models.build_base("torch_module", folder / "module")
+        own = {f"base_model.model.conv2.{name}": tensor for name, tensor in tensors.items()}
+        return module, disk.write_adapter(folder / "bad", {"peft_type": kind, **fields}, own)
+
+
+_on_a_kernel("IA3", {"feedforward_modules": []}, {"ia3_l": torch.ones(1, 6, 1, 1, 1)})
+_on_a_kernel("LOKR", {"r": 2, "alpha": 2}, {"lokr_w1": torch.ones(2, 1), "lokr_w2": torch.ones(3, 1, 3, 2, 1)})
+
+
 # --- VeRA ---------------------------------------------------------------------------------------------------------------------
 _kind("Vera", "no-lambda_d", (3, 4), lambda c, t: _drop(t, "vera_lambda_d"), "vera_lambda_d")
 _kind("Vera", "no-lambda_b", (3, 4), lambda c, t: _drop(t, "vera_lambda_b"), "vera_lambda_b")
@@ -322,7 +336,10 @@ _kind(
     "FourierFT",
     "more-than-there-are",
     4,
-    lambda c, t: _edit(t, "q_proj.fourierft_spectrum", lambda v: v.repeat(99)),
+    lambda c, t: (
+        c.update(n_frequency_pattern={"layers.0.self_attn.q_proj": 99 * 50}),
+        _edit(t, "q_proj.fourierft_spectrum", lambda v: v.repeat(99)),
+    ),
     "frequencies",
 )
 _kind(

@@ -3,7 +3,7 @@
 
 llama_cpp_peer.py quantise SOURCE OUTPUT FTYPE
 llama_cpp_peer.py greedy MODEL IDS COUNT     prints {"tokens": [...]}: the most likely token after each, COUNT times
-llama_cpp_peer.py logits MODEL IDS OUTPUT    saves the logits after every one of IDS, float32 (len, vocabulary)
+llama_cpp_peer.py logits MODEL IDS OUTPUT [LORA]   saves the logits after every one of IDS, float32 (len, vocabulary)
 """
 
 from __future__ import annotations
@@ -23,10 +23,18 @@ def quantise(source: str, output: str, file_type: str) -> None:
     assert llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(parameters)) == 0
 
 
-def opened(model: str) -> llama_cpp.Llama:
+def opened(model: str, lora: str | None = None) -> llama_cpp.Llama:
     """In float32 wherever llama.cpp allows it; it rounds what meets quantised weights to 8 bits."""
     return llama_cpp.Llama(
-        model, n_ctx=256, logits_all=True, n_threads=1, type_k=0, type_v=0, flash_attn=False, verbose=False
+        model,
+        n_ctx=256,
+        logits_all=True,
+        n_threads=1,
+        type_k=0,
+        type_v=0,
+        flash_attn=False,
+        verbose=False,
+        lora_path=lora,
     )
 
 
@@ -39,8 +47,8 @@ def greedy(model: str, ids: str, count: str) -> None:
     print(json.dumps({"tokens": tokens}))
 
 
-def logits(model: str, ids: str, output: str) -> None:
-    llama = opened(model)
+def logits(model: str, ids: str, output: str, lora: str | None = None) -> None:
+    llama = opened(model, lora)
     llama.eval(json.loads(ids))
     np.save(output, np.array(llama.scores[: llama.n_tokens], np.float32))
 

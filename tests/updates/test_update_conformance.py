@@ -67,6 +67,16 @@ class _LooksSecretly(LoRA):
         return super().prepare(weight)
 
 
+class _CallsItself(LoRA):
+    def prepare(self, weight):
+        apply = super().prepare(weight)
+
+        def again(block, rows, cols):
+            return apply(block, rows, cols) if isinstance(cols, range) else again(block, rows, range(*cols))
+
+        return again
+
+
 @pytest.mark.parametrize(
     ("wrong", "check"),
     [
@@ -77,6 +87,7 @@ class _LooksSecretly(LoRA):
         (_ScalesTheWrongWay, "is_linear_if_it_adds"),
         (_ForgetsARow, "any_block_is_a_part_of_the_whole"),
         (_LooksSecretly, "looks_at_the_weight_only_if_it_says_so"),
+        (_CallsItself, "lets_go_of_its_factors"),
     ],
 )
 def test_the_suite_fails_a_kind_that_answers_wrongly(wrong: type, check: str) -> None:

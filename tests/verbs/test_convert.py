@@ -167,6 +167,16 @@ def test_a_pipeline_of_which_no_part_fits_is_refused(tmp_path: Path) -> None:
         convert(_simple(tmp_path / "a"), "kohya", output=tmp_path / "x.safetensors", base=GOLDEN / "kohya/sd1/base")
 
 
+def test_what_a_format_has_not_may_become_a_lora(tmp_path: Path) -> None:
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.hada"
+    tensors = {f"{stem}_w{i}_{side}": draw(i, *shape) for i in (1, 2) for side, shape in (("a", (8, 2)), ("b", (2, 9)))}
+    loha = write_peft(tmp_path / "a", tensors, peft_type="LOHA", r=2, alpha=4, target_modules=["q_proj"])
+    with pytest.raises(FitError, match=r"mlx cannot hold 1 of 1 parts.*no LoHa") as caught:
+        convert(loha, "mlx", output=tmp_path / "mlx")
+    assert caught.value.hint == "`as_lora=True` makes LoRAs of other kinds"
+    assert convert(loha, "mlx", output=tmp_path / "mlx", as_lora=True).max_error < 1e-6
+
+
 def test_kohya_needs_the_base(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="`base=`"):
         convert(_simple(tmp_path / "a"), "kohya", output=tmp_path / "x.safetensors")

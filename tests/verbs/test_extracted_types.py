@@ -153,7 +153,9 @@ def _by_mlx(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", [_combined, _by_mlx])
-@pytest.mark.parametrize("model_type", ["aria", "deepseek_v3", "granitemoe", "llava", "qwen3_5_moe", "solar_open"])
+@pytest.mark.parametrize(
+    "model_type", ["aria", "deepseek_v3", "granitemoe", "inkling2_text", "llava", "qwen3_5_moe", "solar_open"]
+)
 def test_peft_attaches_what_was_combined_or_converted(
     model_type: str, change: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -135,3 +135,28 @@ def test_a_merge_into_k_quants_loads_in_llama_cpp(tmp_path: Path) -> None:
         apart = np.abs(np.load(tmp_path / "logits.npy") - wanted).max()
         print(f"{path.name}: {apart:.3g} of {np.abs(wanted).max():.3g}")
         assert apart < 0.03 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("written", ["by its converter", "here"])
+def test_a_lora_in_llama_cpp_is_the_merged_model(written: str, name: str, tmp_path: Path) -> None:
+    golden = ROOT / "tests" / "golden" / "gguf" / name
+    base, lora, ids = golden / "base.gguf", golden / "lora" / "adapter.gguf", json.dumps([3, 1, 4, 1, 5, 9, 2, 6])
+    if written == "here":  # of PEFT's folder, with a scale for one module that the converter would leave out
+        folder = tmp_path / "peft"
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(
+            (lora.parent / "peft/adapter_model.safetensors").read_bytes()
+        )
+        config = json.loads((lora.parent / "peft/adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {"q_proj": 2.0}}))
+        lora = tmp_path / "lora.gguf"
+        surgery.convert(folder, "gguf", output=lora, base=golden / "base")
+    surgery.merge(base, lora, output=tmp_path / "merged")
+    peer("logits", tmp_path / "merged" / "base.gguf", ids, tmp_path / "merged.npy")
+    peer("logits", base, ids, tmp_path / "attached.npy", lora)
+    peer("logits", base, ids, tmp_path / "base.npy")
+    merged, attached, before = (np.load(tmp_path / f"{which}.npy") for which in ("merged", "attached", "base"))
+    apart, moved = np.abs(attached - merged).max(), np.abs(merged - before).max()
+    print(f"{name} {written}: {apart:.3g} of {moved:.3g}")
+    assert apart < 1e-4 * moved

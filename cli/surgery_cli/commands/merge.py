@@ -55,6 +55,12 @@ __all__ = ["command"]
     "--calibration", metavar="FILE", help="Of requantize: inputs to make up for errors along, as of extract-lora."
 )
 @click.option("--accept-loss", is_flag=True, help="Write codes that hold less than half of the update, too.")
+@click.option(
+    "--without",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out modules of this name, such as those that BASE lacks: 'text_encoder:*'. May be repeated.",
+)
 @option.reference(
     "--as-trained",
     metavar="QUANTISED",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from surgery_formats.adapters.packing import Packing, packed_as_safetensors
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
@@ -73,15 +74,16 @@ class Rendering:
     """An adapter as files of one format, not yet written.
 
     Attributes:
-        tensor_file: Name of the safetensors file.
+        tensor_file: Name of the file of weights; its ending is that of the file's container.
         tensors: Tensors of that file, in order.
-        metadata: ``__metadata__`` of that file.
+        metadata: Free strings of that file (``__metadata__``).
         small_files: Whole contents of the other files (configuration).
         entries: What became of every update.
         held: The source's updates that the files hold: all but the dropped ones.
         stated: For sites with approximated updates, a function that returns the expected errors of their updates in
             `held`, in order (0 for an exact one). Such a format keeps sites and kinds as they are. A call before the
             tensors were loaded loads them.
+        packing: How the tensors become that file.
     """
 
     tensor_file: str
@@ -91,6 +93,7 @@ class Rendering:
     entries: tuple[Entry, ...] = ()
     held: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
     stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
+    packing: Packing = packed_as_safetensors
 
 
 @dataclass(frozen=True, slots=True)

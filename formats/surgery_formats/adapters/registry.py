@@ -7,11 +7,13 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from surgery_formats.adapters.adapterhub import ADAPTERHUB
 from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
@@ -33,7 +35,7 @@ __all__ = [
     "refuse_unread",
 ]
 
-BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE)
+BUILT_IN: tuple[Format, ...] = (PEFT, MLX, ADAPTERHUB, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 

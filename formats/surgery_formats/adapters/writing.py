@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from surgery_formats.adapters.format import Entry, NewTensor, Outcome
 from surgery_formats.arrays import Array, namespace
-from surgery_formats.binding.sizes import component_of
+from surgery_formats.binding.sizes import slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -154,8 +154,7 @@ def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tupl
     Raises:
         FitError: it has no such weight.
     """
-    component = component_of(site, base)
-    slices = component.names.resolve(site.path, flat=site.flat)
+    slices = slices_of(site, base)
     if not slices:
         raise FitError(
             f"the base has no parameter '{site}'",

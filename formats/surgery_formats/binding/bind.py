@@ -20,9 +20,10 @@ from surgery_formats.binding.fit_checks import (
     check_missing,
     check_overlap,
     disagreements,
+    has_rows_to_resize,
 )
 from surgery_formats.binding.operation import Operation, at_weight
-from surgery_formats.binding.sizes import component_of, sized
+from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.binding.together import side_by_side
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
@@ -39,7 +40,16 @@ from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import expert, rows, transpose, whole, window
 from surgery_formats.text import listing, local_name
-from surgery_formats.updates import Effect, Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
+from surgery_formats.updates import (
+    Effect,
+    Replacing,
+    Update,
+    is_linear,
+    is_refusing,
+    is_replacing,
+    is_row_setting,
+    transposed,
+)
 
 __all__ = ["Binding", "bind", "warn_of_other_base"]
 
@@ -143,14 +153,20 @@ def _locate(
     chains: list[_LocatedChain] = []
     missing: list[Site] = []
     for site, updates in adapter.updates.items():
-        component = component_of(site, checkpoint)
-        slices = component.names.resolve(site.path, flat=site.flat) or _new_head(site, updates, adapter, component)
+        component = checkpoint.component(site.component)
+        if component is None:
+            missing.append(site)
+            continue
+        slices = slices_of(site, checkpoint) or _new_head(site, updates, adapter, component)
         if not slices and new_biases and site not in adapter.optional:
             slices = _new_bias(site, updates, component)
         if slices:
             _check_read(slices, component)
             chains.append(_LocatedChain(site, updates, component, slices))
         elif site not in adapter.optional:
+            for update in updates:
+                if is_refusing(update):  # a module that is inserted: no base has it, which is not the fault
+                    update.refuse()
             missing.append(site)
     return tuple(chains), tuple(missing)
 
@@ -170,7 +186,7 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
         update = _oriented(stored_update, chain.component, adapter)
         counts = 1.0 if _is_carried(update) else weight
         if is_replacing(update):
-            slices = (_replaced(update, slices, counts),)
+            slices = (_replaced(update, slices, counts, chain.component),)
         else:
             slices = tuple(piece for place in slices for piece in _each_expert(place))
         if counts < 0 and not is_linear(update):
@@ -269,12 +285,17 @@ def _oriented(update: Update, component: Component, adapter: Adapter) -> Update:
     return turned if turned is not None and component.family.experts_transposed else update
 
 
-def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float) -> WeightSlice:
+def _replaced(update: Replacing, places: tuple[WeightSlice, ...], weight: float, component: Component) -> WeightSlice:
     """The weight slice after its values were replaced: a longer vocabulary gives a longer weight."""
     place = places[0]
     old, new = place.parameter.storage, update.stored
-    grows = old.elements is not None and len(new.shape) == 2 and new.shape[1:] == old.sizes[1:] and new.shape[0] > 0
-    if len(places) > 1 or (new.shape != old.sizes and not grows):
+    resized = (
+        has_rows_to_resize(place.parameter, component)
+        and len(new.shape) == 2
+        and new.shape[1:] == old.sizes[1:]
+        and new.shape[0] > 0
+    )
+    if len(places) > 1 or (new.shape != old.sizes and not resized):
         what = f"shape {list(new.shape)}, but {list(old.sizes)} in the base"
         raise FitError(what, file=new.path, tensor=new.name, hint=UNGATHERED if is_ungathered(new) else None)
     if new.dtype is not old.dtype and not (new.dtype.is_float and old.is_float):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -40,11 +39,14 @@ def housed(adapter: Adapter, checkpoint: Checkpoint) -> tuple[Adapter, tuple[str
     Raises:
         FitError: there are two such readings.
     """
-    names = {site.component: component_of(site, checkpoint).names for site in adapter.updates}
+    owners = {site.component: checkpoint.names_of(site.component) for site in adapter.updates}
+    names = {component: found for component, found in owners.items() if found is not None}
     missing: dict[Site, tuple[Update, ...]] = {}
     places: list[tuple[str, tuple[str, int]]] = []
     containers: set[tuple[str, str]] = set()
     for site, chain in adapter.updates.items():
+        if site.component not in names:  # a network that the base lacks
+            continue
         slices = names[site.component].resolve(site.path, flat=site.flat)
         if slices:
             places.append((site.component, _place(slices)))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.operation import Operation
@@ -14,8 +14,9 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.base import Storage
+from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.views import intersect
-from surgery_formats.text import closest, listing, show
+from surgery_formats.text import closest, listing, show, summed_up
 from surgery_formats.updates import Update, is_refusing, is_replacing, is_row_setting
 
 __all__ = [
@@ -26,7 +27,10 @@ __all__ = [
     "check_missing",
     "check_overlap",
     "disagreements",
+    "has_rows_to_resize",
 ]
+
+_LISTED = 40  # groups of missing parameters that an error names
 
 
 def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -45,7 +49,7 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
     components = sorted({site.component for site in adapter.updates})
-    if len(components) > 1 and not checkpoint.is_pipeline:
+    if len(components) > 1 and not (checkpoint.is_pipeline or checkpoint.main.parts):
         raise FitError(f"the adapter changes {listing(components)}, the base is one model", file=adapter.path)
 
 
@@ -79,17 +83,46 @@ def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
 
 
 def check_kernel(update: Update, site: Site, places: tuple[WeightSlice, ...]) -> None:
-    """Refuse factors of a convolution for a linear layer, unless they are those of a kernel ``(1, 1)``, which is one."""
-    sizes = places[0].parameter.storage.sizes
-    if is_replacing(update) or len(sizes) != 2 or not site.kernel or site.kernel == (1, 1):
+    """Refuse factors of a convolution for one of other axes.
+
+    A linear layer has none, but may have the factors of a kernel ``(1, 1)``, which is one; PEFT's cores (CP form) have two
+    even for a kernel of one axis.
+    """
+    sizes, axes = places[0].parameter.storage.sizes, len(site.kernel)
+    if is_replacing(update) or not axes or len(sizes) < 2 or axes == len(sizes) - 2:
         return
-    tensor = update.tensors[0]
+    if axes == 2 and site.kernel[len(sizes) - 2 :] == (1,) * (4 - len(sizes)):
+        return
+    stored = max(update.tensors, key=lambda tensor: len(tensor.shape))
+    linear = len(sizes) == 2
     raise FitError(
-        f"a factor of a convolution, {list(tensor.shape)}, but '{places[0].parameter.name}' is {list(sizes)}",
-        file=tensor.path,
-        tensor=tensor.name,
-        hint="a linear layer has factors of two dimensions",
+        f"a factor of a convolution{'' if linear else f' of {axes} axes'}, {list(stored.shape)}, "
+        f"but '{places[0].parameter.name}' is {list(sizes)}",
+        file=stored.path,
+        tensor=stored.name,
+        hint="a linear layer has factors of two dimensions" if linear else "is this the base it was trained on?",
     )
+
+
+def has_rows_to_resize(parameter: Parameter, component: Component) -> bool:
+    """Whether a copy of the parameter may have another number of rows: a row for each token, or for each label.
+
+    Of a base whose configuration does not say what it is, every matrix outside of its layers may be such a table.
+    """
+    storage, config = parameter.storage, component.config
+    if storage.elements is None or len(storage.sizes) != 2:
+        return False
+    if parameter.name in (component.embedding, component.head):
+        return True
+    if any(segment.isdigit() for segment in parameter.name.split(".")):
+        return False
+    if not config.get("model_type"):
+        return True
+    parts = (config, *(part for part in config.values() if isinstance(part, Mapping)))
+    counts = [part[key] for part in parts for key in part if key.startswith("vocab_size") or key == "num_labels"]
+    labels = config.get("id2label")
+    counts.append(len(labels) if isinstance(labels, Mapping) else 2)  # transformers' default
+    return storage.sizes[0] in counts
 
 
 def disagreements(adapter: Adapter, checkpoint: Checkpoint, edits: Sequence[Edit]) -> tuple[str, ...]:
@@ -160,12 +193,24 @@ def check_family(name: str, storage: Storage, component: Component) -> None:
 
 
 def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpoint) -> None:
-    """Refuse an adapter with updates of parameters that the base lacks; the error names the first of them."""
+    """Refuse an adapter with updates of parameters that the base lacks; the error lists them, equal layers once."""
     if not missing:
         return
+    absent = sorted({site.component for site in missing if checkpoint.names_of(site.component) is None})
     site = missing[0]
-    component_of(site, checkpoint).check_read()  # a name that is near it is one of its codes
-    tensor, parameters = adapter.updates[site][0].tensors[0], component_of(site, checkpoint).parameters
+    tensor = adapter.updates[site][0].tensors[0]
+    lacking = listing(summed_up(map(str, missing)), _LISTED)
+    if absent:
+        raise FitError(
+            f"the adapter changes {listing(absent)}, the base has {listing(sorted(_networks(checkpoint)))}: "
+            f"{len(missing)} of {len(adapter.updates)} parameters are not there, {lacking}",
+            file=adapter.path,
+            hint=f"to merge the rest, leave them out: {_without(absent)}",
+        )
+    owner = component_of(site, checkpoint)
+    owner.check_read()  # a name that is near it is one of its codes
+    names = checkpoint.names_of(site.component)
+    parameters = names.parameters if names is not None else owner.parameters
     module, _, leaf = site.path.rpartition(".")
     if leaf == "bias" and f"{module}.weight" in parameters:
         raise FitError(
@@ -174,9 +219,19 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
             tensor=tensor.name,
             hint="keep the adapter beside the base, in PEFT: a merged model has no place for the bias",
         )
+    others = f": {lacking}" if len(missing) > 1 else ""
     raise FitError(
-        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit)",
+        f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,
         tensor=tensor.name,
         hint=closest(site.path, parameters) or "is this the base it was trained on?",
     )
+
+
+def _without(components: Sequence[str]) -> str:
+    return " ".join(f"--without '{show(name)}:*'" for name in components)
+
+
+def _networks(checkpoint: Checkpoint) -> Iterator[str]:
+    for name, component in checkpoint.components.items():
+        yield from (component.parts or (name or "one model",))

@@ -21,6 +21,7 @@ from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.registry import family_of
+from surgery_formats.models.layouts.parts import parts_of
 from surgery_formats.models.names import Names
 from surgery_formats.models.side_files import side_files
 from surgery_formats.models.tied_parameters import ties_by_place
@@ -179,7 +180,29 @@ class Component:
     @cached_property
     def names(self) -> Names:
         """Resolves an adapter's names."""
-        return Names(self.parameters.without(self.aliases), self.aliases, self.family, self.name, self.config)
+        own = Names(self.parameters.without(self.aliases), self.aliases, self.family, self.name, self.config)
+        inner = self.parts.get("denoiser")
+        return replace(own, inner=inner) if inner is not None and inner.prefix else own
+
+    @cached_property
+    def parts(self) -> Mapping[str, Names]:
+        """The networks of a file, by what adapters call them: `denoiser`, `text_encoder`, `vae`. Of most models none."""
+        if self.name or "model_type" in self.config or "_class_name" in self.config:
+            return {}
+        names = self.parameters.without(self.aliases)
+        return {
+            part.component: Names(
+                names.below(part.prefix),
+                {
+                    a.removeprefix(part.prefix): to.removeprefix(part.prefix)
+                    for a, to in self.aliases.items()
+                    if a.startswith(part.prefix) and to.startswith(part.prefix)
+                },
+                family_of({}),
+                prefix=part.prefix,
+            )
+            for part in parts_of(self.parameters)
+        }
 
     def _stored(self, name: str) -> str:
         if name in self.parameters:
@@ -260,7 +283,17 @@ class Checkpoint:
         found = self.components.get(name, self.components.get(""))
         if found is None and name in COMPONENTS:
             found = next((self.components[other] for other in COMPONENTS if other in self.components), None)
+        if found is None and name == "text_encoder_3":  # sd-scripts' number of T5, of which Flux has no second
+            second = self.components.get("text_encoder_2")
+            found = second if second is not None and second.config.get("model_type") == "t5" else None
         return found
+
+    def names_of(self, component: str) -> Names | None:
+        """The names of what an adapter calls `component`; None if there is no such network, also within the file."""
+        found = self.component(component)
+        if found is not None and component and found.parts:
+            return found.parts.get(_part_of(component, found.parts))
+        return None if found is None else found.names
 
     @property
     def nbytes(self) -> int:
@@ -272,6 +305,14 @@ class Checkpoint:
         for component in self.components.values():
             for shard in component.shards:
                 shard.file.check_unchanged()
+
+
+def _part_of(component: str, parts: Mapping[str, Names]) -> str:
+    """What a file's parts call a component of an adapter."""
+    if component in COMPONENTS:
+        return "denoiser"
+    t5 = component == "text_encoder_3" and component not in parts
+    return "text_encoder_2" if t5 and "t5xxl" in getattr(parts.get("text_encoder_2"), "prefix", "") else component
 
 
 def _component(name: str, path: Path, weights: ShardSet) -> Component:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 from surgery_formats.storage.base import is_stacked
@@ -102,14 +103,25 @@ def matrices_of(pieces: Sequence[Parameter], *, transposed: bool) -> tuple[Matri
     if is_stacked(stack.storage) and len(pieces) == count and all(p.storage == stack.storage for p in pieces):
         views = (replace(piece.view, row_origin=0) for piece in pieces)  # an expert each, as the model's code has it
         return tuple((replace(stack, view=transpose(view) if transposed else view),) for view in views)
+    if transposed:
+        return ()
+    if is_stacked(stack.storage) and len(pieces) % count == 0 and all(p.storage == stack.storage for p in pieces):
+        each = len(pieces) // count  # gate and up, whose rows alternate on disk alone
+        return tuple(_below(pieces[first : first + each]) for first in range(0, len(pieces), each))
     experts: dict[int, list[Parameter]] = {}
     for piece in pieces:
-        if transposed or (match := _NUMBER.search(piece.name)) is None:
+        if (match := _NUMBER.search(piece.name)) is None:
             return ()
-        of = experts.setdefault(int(match[1]), [])
-        below = sum(other.shape[0] for other in of)
-        of.append(replace(piece, view=replace(piece.view, row_origin=below)))
-    return tuple(tuple(experts[number]) for number in sorted(experts))
+        experts.setdefault(int(match[1]), []).append(piece)
+    return tuple(_below(experts[number]) for number in sorted(experts))
+
+
+def _below(pieces: Sequence[Parameter]) -> Matrix:
+    """Pieces placed one below the other."""
+    origins = accumulate((piece.shape[0] for piece in pieces), initial=0)
+    return tuple(
+        replace(piece, view=replace(piece.view, row_origin=at)) for piece, at in zip(pieces, origins, strict=False)
+    )
 
 
 def part_of(matrix: Matrix, role: ExpertRole, *, interleaved: bool, origin: int) -> Iterator[Parameter]:

@@ -18,10 +18,12 @@ from surgery_formats.models.conversions import expert_parts, pieces_of
 from surgery_formats.models.eras import Eras, eras_of
 from surgery_formats.models.expert_stacks import matrices_of, parse_expert_path, part_of
 from surgery_formats.models.families.family import Family
+from surgery_formats.models.layouts.index import LayoutIndex, Rows
+from surgery_formats.models.layouts.registry import indexes_of
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.views import expert, rows, transpose, window
+from surgery_formats.tensors.views import View, expert, rows, transpose, window
 from surgery_formats.text import listing
 
 __all__ = ["Names", "WeightSlice", "extent"]
@@ -58,6 +60,8 @@ class Names:
         family: Spellings and orientation.
         component: Name of the component.
         config: Its config.json: its model type tells what transformers renames and converts.
+        prefix: What the base's names begin with and these do not, where they are those of one network in a file of several.
+        inner: Names of the network that an adapter without a component means, where the base has several in one file.
     """
 
     parameters: Mapping[str, Parameter]
@@ -65,6 +69,8 @@ class Names:
     family: Family
     component: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+    inner: Names | None = None
 
     @cached_property
     def _known(self) -> frozenset[str]:
@@ -95,13 +101,16 @@ class Names:
         for name in sorted(self._known):
             module, _, leaf = name.rpartition(".")
             names.setdefault(f"{module.replace('.', '_')}.{leaf}", []).append(name)
-        if self.family.other_flat:
-            modules = dict.fromkeys(name.rpartition(".")[0] for name in sorted(self._known))
-            for flat, module in self.family.other_flat(modules):
-                for leaf in ("weight", "bias"):
-                    if f"{module}.{leaf}" in self._known:
-                        names.setdefault(f"{flat}.{leaf}", []).append(f"{module}.{leaf}")
+        for name in (other for index in self._layouts for other in index.other_names()):
+            module, _, leaf = name.rpartition(".")
+            others = names.setdefault(f"{module.replace('.', '_')}.{leaf}", [])
+            others += [] if name in others else [name]
         return names
+
+    @cached_property
+    def _layouts(self) -> tuple[LayoutIndex, ...]:
+        """The names of its family's other layouts."""
+        return indexes_of(self._known, self.config)
 
     def resolve(self, path: str, *, flat: bool = False) -> tuple[WeightSlice, ...]:
         """Every piece of the weight called `path`; empty if the base has no such weight.
@@ -109,15 +118,22 @@ class Names:
         Raises:
             FitError: the name fits several weights of the base.
         """
-        for spelling in self._flat_spellings(path) if flat else self._spellings(path):
+        slices = self._flat_places(path) if flat else self._here(path) or self._under_other_prefixes(path)
+        return slices or (self.inner.resolve(path, flat=flat) if self.inner else ())
+
+    def _under_other_prefixes(self, path: str) -> tuple[WeightSlice, ...]:
+        for spelling in self._spellings(path):
             if slices := self._places(spelling):
                 return slices
-        return () if flat else self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path)
+
+    def _here(self, path: str) -> tuple[WeightSlice, ...]:
+        return self._places(path) or self._in_another_layout(path)
 
     def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
         """As `resolve`, of a path whose leading segments are the base's."""
         for spelling in _renamings(path, self.family):
-            if slices := self._places(spelling):
+            if slices := self._here(spelling):
                 return slices
         return self._of_another_era(path) or self._within_a_stack(path)
 
@@ -154,14 +170,61 @@ class Names:
                 found += map(WeightSlice, parts)
         return tuple(found)
 
-    def _flat_spellings(self, path: str) -> Iterator[str]:
+    def _flat_places(self, path: str) -> tuple[WeightSlice, ...]:
         tried = [path, *(f"{prefix}_{path}" for prefix in self._prefixes if "." not in prefix)]
         tried += [path.removeprefix(f"{prefix}_") for prefix in ("text_model",) if path.startswith(f"{prefix}_")]
         for candidate in tried:
             names = self._flat.get(candidate, [])
-            if len(names) > 1:
+            places = {name: slices for name in names if (slices := self._here(name))}
+            if len({self._weights(slices) for slices in places.values()}) > 1:
                 raise FitError(f"'{candidate}' fits {listing(names)}", tensor=path)
-            yield from names
+            if places:
+                return next(iter(places.values()))
+        return ()
+
+    def _weights(self, slices: Sequence[WeightSlice]) -> tuple[tuple[str, View], ...]:
+        """What tells one weight from another, whatever it is called."""
+        pieces = [piece.parameter for piece in slices]
+        return tuple((self.aliases.get(piece.name, piece.name), piece.view) for piece in pieces)
+
+    def _in_another_layout(self, name: str) -> tuple[WeightSlice, ...]:
+        """The weight that another layout of the family calls `name`: parts of a fused one, or several as one.
+
+        Raises:
+            FitError: the base may be of several families, which mean different weights.
+        """
+        found: dict[tuple[tuple[str, View], ...], tuple[str, tuple[WeightSlice, ...]]] = {}
+        for index in self._layouts:
+            if slices := self._of_rows(index.rows(name)):
+                found.setdefault(self._weights(slices), (index.network.name, slices))
+        if len(found) > 1:
+            families = listing([family for family, _ in found.values()])
+            raise FitError(
+                f"'{name}' means different weights in {families}",
+                tensor=name,
+                hint="give the base as a folder with its config.json",
+            )
+        return next((slices for _, slices in found.values()), ())
+
+    def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
+        """Rows of stored weights below each other; nothing if a height cannot be divided so."""
+        pieces: list[WeightSlice] = []
+        origin = 0
+        for part in wanted:
+            (place,) = self._stored_slice(part.name)
+            view = place.parameter.view
+            view = transpose(view) if part.transposed else view
+            height = view.shape[0]
+            if height * part.start % part.parts or height * part.stop % part.parts:
+                return ()
+            view = rows(view, height * part.start // part.parts, height * part.stop // part.parts)
+            pieces.append(replace(place, parameter=replace(place.parameter, view=window(view, row_origin=origin))))
+            origin += view.shape[0]
+        return tuple(pieces)
+
+    def _stored_slice(self, name: str) -> tuple[WeightSlice, ...]:
+        source = self.aliases.get(name, name)
+        return (WeightSlice(self.parameters[source], f"{self.prefix}{name}" if source != name else ""),)
 
     def _spellings(self, path: str) -> Iterator[str]:
         """`path` itself, then renamed, then with a prefix removed or added."""
@@ -172,13 +235,7 @@ class Names:
         longer = [f"{prefix}.{name}" for prefix in self._prefixes for name in renamed]
         places = {name: slices for name in longer if (slices := self._places(name))}
         hits = list(places)
-        weights = {
-            tuple(
-                (self.aliases.get(piece.parameter.name, piece.parameter.name), piece.parameter.view) for piece in slices
-            )
-            for slices in places.values()
-        }
-        if len(weights) > 1:
+        if len({self._weights(slices) for slices in places.values()}) > 1:
             raise FitError(f"'{path}' fits {listing(hits)}", tensor=path, hint="the base has several models in it")
         yield from hits[:1]
 
@@ -189,8 +246,7 @@ class Names:
             alias = next((stored for stored in era.stored.values() if stored in self.aliases), "")
             return tuple(WeightSlice(piece, alias) for piece in pieces)
         if name in self._known:
-            source = self.aliases.get(name, name)
-            return (WeightSlice(self.parameters[source], name if source != name else ""),)
+            return self._stored_slice(name)
         module, _, leaf = name.rpartition(".")
         if (
             leaf in ("weight", "bias") and (fused := f"{module}.in_proj_{leaf}") in self.parameters

@@ -108,3 +108,10 @@ class Parameters(Mapping[str, Parameter]):
     def without(self, names: Container[str]) -> Parameters:
         """All but those that are called `names`."""
         return Parameters({name: w for name, w in self._weights.items() if name not in names}, lambda w: self[w.name])
+
+    def below(self, prefix: str) -> Parameters:
+        """Those whose names begin with `prefix`, called by what follows it; each keeps its own name."""
+        size = len(prefix)
+        return Parameters(
+            {n[size:]: w for n, w in self._weights.items() if n.startswith(prefix)}, lambda w: self[w.name]
+        )

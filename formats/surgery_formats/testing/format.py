@@ -21,7 +21,6 @@ from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.arrays import Array, cast
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.containers.safetensors import layout
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.tensor import Tensor, as_bytes
 from surgery_formats.testing.foreign import foreign_paths
@@ -155,15 +154,20 @@ FORMAT_CHECKS: tuple[Callable[[FormatCase, Path], None], ...] = (
 def save(rendering: Rendering, format: Format, folder: Path) -> Path:
     """Write a rendering into a new place in `folder`, without the care that `surgery.convert` takes."""
     count = sum(1 for _ in folder.glob("saved*"))
-    target = folder / (f"saved{count}.safetensors" if format.single_file else f"saved{count}")
+    suffix = Path(rendering.tensor_file).suffix
+    target = folder / (f"saved{count}{suffix}" if format.single_file else f"saved{count}")
     file = target if format.single_file else target / rendering.tensor_file
     file.parent.mkdir(exist_ok=True)
-    header, ranges = layout([(t.name, t.dtype, t.shape) for t in rendering.tensors], rendering.metadata)
+    packed = rendering.packing([(t.name, t.dtype, t.shape) for t in rendering.tensors], rendering.metadata)
+    tensors = {tensor.name: tensor for tensor in rendering.tensors}
+    data = (
+        (name, as_bytes(numpy.ascontiguousarray(cast(tensors[name].load(), tensors[name].dtype))))
+        for name in packed.ranges
+    )
     with open(file, "wb") as stream:
-        stream.write(header)
-        for tensor in rendering.tensors:
-            stream.seek(ranges[tensor.name][0])
-            stream.write(as_bytes(numpy.ascontiguousarray(cast(tensor.load(), tensor.dtype))))
+        for offset, piece in packed.pieces(data):
+            stream.seek(offset)
+            stream.write(piece)
     for name, content in rendering.small_files.items():
         (target / name).write_bytes(content)
     return target

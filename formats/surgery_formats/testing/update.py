@@ -8,6 +8,8 @@ def test_the_kind_conforms(check):
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import get_args
@@ -190,6 +192,21 @@ def looks_at_the_weight_only_if_it_says_so(case: UpdateCase) -> None:
         assert weight.was_read == update.needs_weight
 
 
+def lets_go_of_its_factors(case: UpdateCase) -> None:
+    """What ``prepare`` returns is freed with its last reference: in a cycle, factors of many weights would pile up in memory."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for update in case.pieces:
+            apply = update.prepare(HeldWeight(_weight(update.shape)))
+            prepared = weakref.ref(apply)
+            del apply
+            assert prepared() is None
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def is_undone_by_its_inverse(case: UpdateCase) -> None:
     """What can be solved for the weight before gives it back, of a share too."""
     for update in case.pieces:
@@ -214,6 +231,7 @@ UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
     is_the_lora_it_gives,
     does_what_its_other_members_say,
     looks_at_the_weight_only_if_it_says_so,
+    lets_go_of_its_factors,
     is_undone_by_its_inverse,
 )
 

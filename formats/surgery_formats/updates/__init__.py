@@ -39,7 +39,9 @@ from surgery_formats.updates.miss import MiSS
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
+from surgery_formats.updates.output_dora import DoRABias, OutputDoRA
 from surgery_formats.updates.output_rotations import OutputRotation
+from surgery_formats.updates.paired_rows import PairedRows, halved, head_rows, paired
 from surgery_formats.updates.peanut import PEANuT
 from surgery_formats.updates.product_glora import ProductGLoRA
 from surgery_formats.updates.pvera import PVeRA
@@ -71,6 +73,7 @@ from surgery_formats.updates.update import (
     Sharing,
     Unsized,
     Update,
+    Waiting,
     is_directed,
     is_either_way,
     is_expanding,
@@ -85,6 +88,7 @@ from surgery_formats.updates.update import (
     is_row_setting,
     is_sharing,
     is_unsized,
+    is_waiting,
 )
 from surgery_formats.updates.vblora import VBLoRA
 from surgery_formats.updates.vera import Seed, VeRA
@@ -109,6 +113,7 @@ __all__ = [
     "Decomposed",
     "Directed",
     "DoRA",
+    "DoRABias",
     "Effect",
     "EitherWay",
     "Expanding",
@@ -132,9 +137,11 @@ __all__ = [
     "Mixing",
     "OfBase",
     "Offset",
+    "OutputDoRA",
     "OutputRotation",
     "PEANuT",
     "PVeRA",
+    "PairedRows",
     "Part",
     "ProductGLoRA",
     "RandLoRA",
@@ -158,12 +165,15 @@ __all__ = [
     "Update",
     "VBLoRA",
     "VeRA",
+    "Waiting",
     "WaveFT",
     "Weight",
     "blend",
     "equal_factors",
     "expanded",
     "experts_of",
+    "halved",
+    "head_rows",
     "in_full",
     "is_directed",
     "is_either_way",
@@ -179,7 +189,9 @@ __all__ = [
     "is_row_setting",
     "is_sharing",
     "is_unsized",
+    "is_waiting",
     "low_rank_part",
+    "paired",
     "plain_form",
     "same_update",
     "settings",

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from surgery_formats.arrays import Array, all_finite, cast, namespace, to_device
 from surgery_formats.dtypes import DType
@@ -140,9 +140,11 @@ class Fit:
         kernel: Columns per input channel: the size of a convolution's kernel, else 1.
         widest: ``(out, in)``, each the greatest of all weights for which the adapter has an update of this kind.
         beside: Of a bias, the weight of its layer where the base holds that in one piece.
+        config: The base's config.json: it tells the heads.
     """
 
     shape: tuple[int, int]
     kernel: int = 1
     widest: tuple[int, int] = (0, 0)
     beside: Parameter | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)

@@ -53,8 +53,8 @@ class FourierFT:
 
     @property
     def held_numbers(self) -> int:
-        """The rows of a chunk, as complex numbers, before and after their transform."""
-        return 4 * _CHUNK * (self.inputs + self.spectrum.shape[0])
+        """The rows of a chunk before and after their transform, the waves that meet in them, and one wave of either axis."""
+        return 4 * _CHUNK * (self.inputs + self.spectrum.shape[0]) + 4 * max(self.shape)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -118,7 +118,10 @@ def _places(seed: int, total: int, count: int) -> Array:
 
 
 class _Lines:
-    """Rows of the inverse transform of a sparse spectrum; its columns, where the axes are exchanged."""
+    """Rows of the real part of the inverse transform of a sparse spectrum; its columns, where the axes are exchanged.
+
+    A wave and the one that turns the other way have the same real part, so half of the frequencies along a line will do.
+    """
 
     def __init__(self, spectrum: Array, across: Array, along: Array, lines: int, length: int) -> None:
         """Sort coefficients into layers, so that no two of a layer meet in a line.
@@ -133,14 +136,23 @@ class _Lines:
         import numpy
 
         self._lines, self._length = lines, length
-        order = numpy.argsort(along, kind="stable")
-        starts = numpy.searchsorted(along[order], along[order])
+        turns = array_of(list(range(lines)), DType.F64, spectrum) * (2 * math.pi / lines)
+        xp = namespace(spectrum)
+        self._waves = (xp.cos(turns) + 1j * xp.sin(turns)) / lines
+        half = numpy.minimum(along, length - along)
+        across = numpy.where(along > half, -across, across)
+        share = numpy.where((half == 0) | (2 * half == length), 1.0, 0.5)  # of a wave that has another turning its way
+        order = numpy.argsort(half, kind="stable")
+        starts = numpy.searchsorted(half[order], half[order])
         layer = numpy.arange(len(order)) - starts
         self._layers = [
-            (spectrum[at], array_of(across[chosen], DType.I64, spectrum), array_of(along[chosen], DType.I64, spectrum))
+            (
+                spectrum[array_of(chosen, DType.I64, spectrum)] * array_of(share[chosen], DType.F64, spectrum),
+                array_of(across[chosen], DType.I64, spectrum),
+                array_of(half[chosen], DType.I64, spectrum),
+            )
             for number in range(int(layer.max()) + 1)
             for chosen in [order[layer == number]]
-            for at in [array_of(chosen, DType.I64, spectrum)]
         ]
 
     def add_to(self, block: Array, lines: Index, along: Index) -> Array:
@@ -151,10 +163,12 @@ class _Lines:
         return block
 
     def _transformed(self, lines: Index) -> Array:
-        xp = namespace(self._layers[0][0])
-        values = xp.zeros((len(lines), self._length), dtype=xp.complex128, device=self._layers[0][0].device)
+        xp, length = namespace(self._waves), self._length
+        shape = (len(lines), length // 2 + 1)
+        values = xp.zeros(shape, dtype=xp.complex128, device=self._waves.device)
         numbers = array_of(list(lines), DType.I64, values)[:, None]
-        for spectrum, across, along in self._layers:
-            angles = cast(numbers * across[None, :] % self._lines, DType.F64) * (2 * math.pi / self._lines)
-            values[:, along] += (spectrum / self._lines) * (xp.cos(angles) + 1j * xp.sin(angles))
-        return xp.real(xp.fft.ifft(values, axis=1))
+        for spectrum, across, half in self._layers:
+            values[:, half] += spectrum * self._waves[numbers * across[None, :] % self._lines]
+        for single in {0, length // 2} if length % 2 == 0 else {0}:
+            values[:, single] = xp.real(values[:, single])  # what no other wave cancels
+        return xp.fft.irfft(values, n=length, axis=1)

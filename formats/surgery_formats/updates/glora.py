@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, cast, namespace
+from surgery_formats.arrays import Array, cast, namespace, product
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.storage.parameter import Parameter
@@ -110,16 +110,22 @@ class GLoRA:
         loaded = [[f.load(weight.dtype, weight.device) for f in support] for support in (self.A, self.B)]
 
         def met(support: list[Array], rows: Index, cols: Index) -> Array | float:
-            """The part of a support that meets a block, of a shape that stretches over it."""
+            """The part of a support that meets a block, of a shape that stretches over it; good until the next."""
             if not support:
                 return 0.0
             along = positions(support[0], 0, rows) if support[0].shape[0] > 1 else support[0]
-            return along @ positions(support[1], 1, cols) if len(support) == 2 else along
+            return product(along, positions(support[1], 1, cols)) if len(support) == 2 else along
+
+        times, plus = loaded
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            times, plus = (met(support, rows, cols) for support in loaded)
-            block *= 1 + times
-            block += plus
+            stretched = met(times, rows, cols)
+            if len(times) == 2:  # of this block alone
+                stretched += 1
+            else:
+                stretched = 1 + stretched
+            block *= stretched
+            block += met(plus, rows, cols)
             return block
 
         return apply

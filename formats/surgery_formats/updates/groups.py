@@ -18,16 +18,17 @@ def in_groups(group: int, turn: Apply) -> Apply:
     """
 
     def apply(block: Array, rows: Index, cols: Index) -> Array:
-        if not isinstance(cols, range):
-            order = sorted(range(len(cols)), key=cols.__getitem__)
-            at = array_of(order, DType.I64, block)
-            there = range(cols[order[0]], cols[order[-1]] + 1)
-            if len(there) != len(cols):
-                raise ValueError(f"{len(cols)} of the columns {there} are not whole groups of {group}")
-            block[:, at] = apply(namespace(block).take(block, at, axis=1), rows, there)
-            return block
-        if cols.step != 1 or cols.start % group or len(cols) % group:
-            raise ValueError(f"columns {cols} are not whole groups of {group}")
-        return turn(block, rows, cols)
+        if isinstance(cols, range):
+            if cols.step != 1 or cols.start % group or len(cols) % group:
+                raise ValueError(f"columns {cols} are not whole groups of {group}")
+            return turn(block, rows, cols)
+        order = sorted(range(len(cols)), key=cols.__getitem__)
+        at = array_of(order, DType.I64, block)
+        there = range(cols[order[0]], cols[order[-1]] + 1)
+        if len(there) != len(cols) or there.start % group or len(there) % group:
+            raise ValueError(f"{len(cols)} of the columns {there} are not whole groups of {group}")
+        block[:, at] = turn(namespace(block).take(block, at, axis=1), rows, there)
+        return block
 
+    # It must not call itself: a cycle of references would keep what `turn` holds of every weight until Python looks for cycles.
     return apply

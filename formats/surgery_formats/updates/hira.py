@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from surgery_formats.arrays import Array
+from surgery_formats.arrays import Array, product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
@@ -65,7 +65,9 @@ class HiRA:
         A, B = self._loaded(weight)
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            block += block * (positions(B, 0, rows) @ positions(A, 1, cols))
+            times = product(positions(B, 0, rows), positions(A, 1, cols))
+            times *= block
+            block += times
             return block
 
         return apply
@@ -79,7 +81,9 @@ class HiRA:
         B = B * share
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            block /= 1 + positions(B, 0, rows) @ positions(A, 1, cols)
+            times = product(positions(B, 0, rows), positions(A, 1, cols))
+            times += 1
+            block /= times
             return block
 
         return apply

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array
+from surgery_formats.arrays import Array, product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
@@ -93,8 +93,8 @@ class LoHa:
         B1, A2, B2 = (factor.load(weight.dtype, weight.device) for factor in (self.B1, self.A2, self.B2))
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            delta = positions(A1, 0, rows) @ positions(B1, 1, cols)
-            delta *= positions(A2, 0, rows) @ positions(B2, 1, cols)
+            delta = product(positions(A1, 0, rows), positions(B1, 1, cols))
+            delta *= product(positions(A2, 0, rows), positions(B2, 1, cols), slot=1)
             block += delta
             return block
 

@@ -33,6 +33,7 @@ __all__ = [
     "Sharing",
     "Unsized",
     "Update",
+    "Waiting",
     "is_directed",
     "is_either_way",
     "is_expanding",
@@ -47,6 +48,7 @@ __all__ = [
     "is_row_setting",
     "is_sharing",
     "is_unsized",
+    "is_waiting",
 ]
 
 
@@ -250,6 +252,17 @@ class Holding(Update, Protocol):
     def held_numbers(self) -> int: ...
 
 
+class Waiting(Unsized, Protocol):
+    """An update that means nothing before `fitted`: the order of its rows is another program's.
+
+    Attributes:
+        waits: What only the base tells.
+    """
+
+    @property
+    def waits(self) -> str: ...
+
+
 class Refusing(Update, Protocol):
     """What was trained in a way that no weight can hold, or that its files do not tell: it is shown and copied only."""
 
@@ -344,3 +357,8 @@ def is_holding(update: Update) -> TypeIs[Holding]:
 def is_refusing(update: Update) -> TypeIs[Refusing]:
     """Whether no weight can hold it."""
     return _has(update, "refuse")
+
+
+def is_waiting(update: Update) -> TypeIs[Waiting]:
+    """Whether it means nothing before a base is known."""
+    return _has(update, "waits")

@@ -18,6 +18,7 @@ from surgery.engine.merge.output_config import coded_modules, corrected_config, 
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
 from surgery.engine.quantised.mixed_config import torn_apart
 from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
+from surgery.engine.selection import Selection
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.quantised_base import quantised_base_of
@@ -29,7 +30,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.quantised import is_coded as is_quantised
 from surgery_formats.tensors.tensor import origin
-from surgery_formats.text import listing, show, without_local_paths
+from surgery_formats.text import listing, show, summed_up, without_local_paths
 
 if TYPE_CHECKING:
     from surgery.engine.two_bases.as_trained import TrainedValues
@@ -47,6 +48,7 @@ def planned_merge(
     quantised: QuantisedOutput = DEQUANTISED,
     reversible: bool = False,
     as_trained: CheckpointLike | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
 
@@ -61,8 +63,12 @@ def planned_merge(
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
+    weighted, left = Selection(without=tuple(without)).chosen(weighted) if without else (weighted, ())
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
+    if left:
+        out = f"left out, as --without says: {len(left)} parameters, {listing(summed_up(left), 40)}"
+        binding = replace(binding, warnings=(*binding.warnings, out))
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     quantised.check(checkpoint)
     stored = float_type(dtype, "weights")
@@ -89,6 +95,7 @@ def planned_merge(
         quantised=quantised,
         reversible=reversible,
         values=values,
+        left_out=left,
     )
 
 
@@ -121,6 +128,7 @@ def plan_merge(
     quantised: QuantisedOutput = DEQUANTISED,
     reversible: bool = False,
     values: TrainedValues | None = None,
+    left_out: Sequence[str] = (),
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -143,6 +151,8 @@ def plan_merge(
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
     facts = _facts(binding)
+    if left_out:
+        facts["left_out"] = list(left_out)
     if carried.facts:
         facts["carried"] = carried.facts
     if quantised.way == "residual":

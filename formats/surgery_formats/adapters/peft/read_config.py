@@ -147,6 +147,38 @@ class PeftConfig:
                 hint="PEFT refuses it too. Put right what is wrong in adapter_config.json, or save the adapter again",
             )
 
+    def check_frequencies(self, module: str, tensor: StoredTensor, *, behind_dot: bool = False) -> None:
+        """Refuse a vector that has not as many coefficients as ``n_frequency``, or its pattern, says.
+
+        Args:
+            module: Its path.
+            tensor: The vector.
+            behind_dot: Whether PEFT takes a pattern for the end of a path behind a dot, or for the path itself, only.
+
+        Raises:
+            MalformedError: the numbers differ.
+        """
+        field, reader = "n_frequency", _Reader(self.raw, self.file)
+        pattern = reader.pattern("n_frequency_pattern", reader.check_rank)
+
+        def matches(key: str) -> bool:
+            if behind_dot:
+                return key == module or self._matches(field, rf".*\.{key}$", module, whole=True)
+            return self._matches(field, key, module, whole=False)
+
+        key = next((key for key in pattern if matches(key)), None)
+        if key is None and self.raw.get(field) is None:
+            return
+        stated = reader.integer(field, 1000, low=1) if key is None else pattern[key]
+        if tensor.numel != stated:
+            where = field if key is None else f"n_frequency_pattern['{show(key)}']"
+            raise MalformedError(
+                f"{tensor.numel} coefficients, but {where} says {stated}: one of them is not of this adapter",
+                file=tensor.file.path,
+                tensor=tensor.name,
+                hint="PEFT refuses it too. Put right what is wrong in adapter_config.json, or save the adapter again",
+            )
+
     def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
         """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
         return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)

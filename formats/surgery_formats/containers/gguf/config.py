@@ -15,7 +15,7 @@ from surgery_formats.containers.gguf.header import Header
 from surgery_formats.containers.gguf.rope import rope_scaling
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["model_config"]
+__all__ = ["architecture_of", "model_config"]
 
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -76,9 +76,21 @@ _MODEL_TYPES = {
     "command-r": "cohere",
     "phi2": "phi",
 }
+_ALSO = {"mixtral": "llama", "mistral": "llama"}
+"""Types of models whose architecture in a GGUF is another's."""
 _FLOAT32 = 3.4e38
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose queries are scaled by another number
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The architecture in a GGUF of a model with this configuration; empty for one without a table here."""
+    if isinstance(name := config.get("general.architecture"), str):
+        return name
+    text = config.get("text_config")
+    model_type = str((text if isinstance(text, Mapping) else config).get("model_type"))
+    others = {theirs: name for name, theirs in _MODEL_TYPES.items()} | _ALSO
+    return others.get(model_type, model_type if model_type in _CLASSES else "")
 
 
 def model_config(header: Header, tensors: Sequence[StoredTensor] | None = None) -> dict[str, Any]:

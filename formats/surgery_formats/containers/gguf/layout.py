@@ -14,11 +14,11 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.ggml import BY_NAME, GgmlType, ggml_type_of
 
-__all__ = ["lay_out"]
+__all__ = ["key_value", "lay_out", "lay_out_new"]
 
 _VERSION = 3
 _DIMS = 4
-_UINT32 = 4
+_UINT32, _FLOAT32, _STRING = 4, 6, 8
 _FILE_TYPE = "general.file_type"
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # enum llama_ftype, of files without blocks
 _OF_BLOCKS = "quantize.imatrix."  # keys that say how blocks were chosen
@@ -46,6 +46,33 @@ def lay_out(tensors: Sequence[TensorSpec], base: Header | None, alignment: int) 
     if len({name for name, _, _ in tensors}) != len(tensors):
         raise FitError("two tensors of one name")
     types = {name: _type(name, dtype, shape, base) for name, dtype, shape in tensors}
+    entries = list(_entries(types, {name: len(shape) for name, _, shape in tensors}, base, alignment))
+    return _planned(tensors, types, entries, base.version if base is not None else _VERSION, alignment)
+
+
+def lay_out_new(tensors: Sequence[TensorSpec], entries: Mapping[str, str | int | float]) -> FileLayout:
+    """The layout of a file that replaces none: texts, and numbers as uint32 or float32, are its key-values.
+
+    Raises:
+        FitError: GGML has no such type or shape.
+    """
+    types = {name: _type(name, dtype, shape, None) for name, dtype, shape in tensors}
+    return _planned(tensors, types, [key_value(*entry) for entry in entries.items()], _VERSION, ALIGNMENT)
+
+
+def key_value(key: str, value: str | int | float) -> bytes:
+    """The bytes of one key-value."""
+    if isinstance(value, int):
+        return _number(key, value)
+    raw = key.encode()
+    data = struct.pack("<f", value) if isinstance(value, float) else value.encode(errors="replace")
+    typed = struct.pack("<I", _FLOAT32) if isinstance(value, float) else struct.pack("<IQ", _STRING, len(data))
+    return struct.pack("<Q", len(raw)) + raw + typed + data
+
+
+def _planned(
+    tensors: Sequence[TensorSpec], types: Mapping[str, GgmlType], entries: Sequence[bytes], version: int, alignment: int
+) -> FileLayout:
     infos, places, at = [], {}, 0
     for name, _, shape in tensors:
         sizes = types[name].sizes(shape)
@@ -53,8 +80,7 @@ def lay_out(tensors: Sequence[TensorSpec], base: Header | None, alignment: int) 
         infos.append(_info(name, sizes, types[name], at))
         places[name] = at, nbytes
         at += -(-nbytes // alignment) * alignment
-    entries = list(_entries(types, {name: len(shape) for name, _, shape in tensors}, base, alignment))
-    counts = struct.pack("<IQQ", base.version if base is not None else _VERSION, len(tensors), len(entries))
+    counts = struct.pack("<IQQ", version, len(tensors), len(entries))
     header = MAGIC + counts + b"".join(entries) + b"".join(infos)
     header += bytes(-len(header) % alignment)
     ranges = {name: (len(header) + offset, nbytes) for name, (offset, nbytes) in places.items()}

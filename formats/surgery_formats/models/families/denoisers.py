@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Families of diffusion networks, told by the names of the modules that an adapter changes.
 
-Names are compared as kohya flattens them, so that a dotted file and a flat one tell the same. What names of one family
-are in another layout (fused projections, single files) belongs into its record here too: readers never map a name.
+Names are compared as kohya flattens them, so that a dotted file and a flat one tell the same. What they are in another
+layout (fused projections, single files) is told by `surgery_formats.models.layouts`: readers never map a name.
 """
 
 from __future__ import annotations

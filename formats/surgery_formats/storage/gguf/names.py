@@ -7,6 +7,7 @@ The tables follow llama.cpp's converter (``conversion/*.py`` and gguf-py's ``ten
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from surgery_formats.tensors.ggml import BY_NAME
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["ARCHITECTURES", "ARCHITECTURE_KEY", "Architecture", "Namer", "Place"]
+__all__ = ["ARCHITECTURES", "ARCHITECTURE_KEY", "Architecture", "Namer", "Place", "named_weight", "stored_weight"]
 
 ARCHITECTURE_KEY = "general.architecture"
 """The key of a GGUF, and of the configuration made from it, that says which table applies."""
@@ -151,6 +152,47 @@ _IN_FULL = (
 )
 
 
+_OUTSIDE = ("", "model.", "transformer.", "language_model.", "model.language_model.", "language_model.model.")
+"""What stands before the layers of a language model, alone or within a larger one."""
+
+
+def _whole_of(architecture: Architecture) -> Mapping[str, str]:
+    return architecture.whole or _WHOLE
+
+
+def named_weight(name: str, stored: str) -> tuple[str, str, str]:
+    """Stem, leaf and the model's name of a tensor of the architecture `name`; one that no table has keeps its own."""
+    architecture = ARCHITECTURES[name]
+    stem, _, leaf = stored.rpartition(".")
+    if not stem.startswith("blk."):
+        module = _whole_of(architecture).get(stem)
+        return stem, leaf, stored if module is None else f"{module}.{leaf}"
+    number, _, stem = stem.removeprefix("blk.").partition(".")
+    module = architecture.modules.get(stem)
+    if module is None and (expert := stem.rpartition("."))[2].isdecimal() and name == "llama":
+        # Mixtral as it was stored before experts were stacked.
+        part = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}.get(expert[0])
+        module = part and f"block_sparse_moe.experts.{expert[2]}.{part}"
+    if module is None or not number.isdecimal():
+        return stem, leaf, stored
+    return stem, leaf, f"{architecture.layers.format(number)}.{module}.{leaf}"
+
+
+def stored_weight(name: str, weight: str) -> str:
+    """What a file of the architecture `name` calls the weight of a model; empty if it has no place for it."""
+    architecture = ARCHITECTURES[name]
+    module, _, leaf = weight.rpartition(".")
+    last = architecture.layers.partition(".{}")[0].rpartition(".")[2]
+    if layer := re.fullmatch(rf"((?:[^.]+\.)*){last}\.(\d+)\.(.+)", module):
+        stem = next((stem for stem, known in architecture.modules.items() if known == layer[3]), "")
+        return f"blk.{layer[2]}.{stem}.{leaf}" if stem and layer[1] in _OUTSIDE else ""
+    for stem, known in _whole_of(architecture).items():
+        end = known.rpartition(".")[2]
+        if module == end or (module.endswith(f".{end}") and module.removesuffix(end) in _OUTSIDE):
+            return f"{stem}.{leaf}"
+    return ""
+
+
 class Namer:
     """Finds the weights of one network.
 
@@ -181,7 +223,7 @@ class Namer:
             MalformedError: it has no shape that such a weight can have.
         """
         architecture, type_ = self._architecture, BY_NAME[tensor.packed_as]
-        stem, leaf, name = self._named(tensor.name)
+        stem, leaf, name = named_weight(self._name, tensor.name)
         sizes = type_.sizes(tensor.shape)
         if name.endswith(".switch_mlp.gate_proj.weight") and len(sizes) != 3:
             raise MalformedError("is no stack of experts", file=tensor.path, tensor=tensor.name)
@@ -205,32 +247,12 @@ class Namer:
 
     def stored_name(self, name: str) -> str:
         """What a file of this architecture calls the weight `name`, of those that an output may add; else empty."""
-        return "output.weight" if name == "lm_head.weight" and "output" in self._whole else ""
+        return "output.weight" if name == "lm_head.weight" and "output" in _whole_of(self._architecture) else ""
 
     @property
     def architecture(self) -> str:
         """Its name."""
         return self._name
-
-    @property
-    def _whole(self) -> Mapping[str, str]:
-        return self._architecture.whole or _WHOLE
-
-    def _named(self, stored: str) -> tuple[str, str, str]:
-        """Stem, leaf and the model's name of a tensor."""
-        stem, _, leaf = stored.rpartition(".")
-        if not stem.startswith("blk."):
-            module = self._whole.get(stem)
-            return stem, leaf, stored if module is None else f"{module}.{leaf}"
-        number, _, stem = stem.removeprefix("blk.").partition(".")
-        module = self._architecture.modules.get(stem)
-        if module is None and (expert := stem.rpartition("."))[2].isdecimal() and self._name == "llama":
-            # Mixtral as it was stored before experts were stacked.
-            part = {"ffn_gate": "w1", "ffn_up": "w3", "ffn_down": "w2"}.get(expert[0])
-            module = part and f"block_sparse_moe.experts.{expert[2]}.{part}"
-        if module is None or not number.isdecimal():
-            return stem, leaf, stored
-        return stem, leaf, f"{self._architecture.layers.format(number)}.{module}.{leaf}"
 
     def _head(self, stem: str, rows: int, tensor: StoredTensor) -> int:
         if stem not in self._heads:

@@ -22,6 +22,7 @@ _SEED, _SCALING = 777, 150.0  # PEFT's defaults
 
 def _read(module: Module) -> ModuleUpdates:
     stored, config = module.vector("fourierft_spectrum"), module.config
+    config.check_frequencies(module.path, stored, behind_dot=True)
     seed = config.integer("random_loc_seed", _SEED, low=-(1 << 31))
     return ModuleUpdates({module.site(): (FourierFT(Factor.of(stored), seed, config.number("scaling", _SCALING)),)})
 
@@ -65,8 +66,8 @@ FOURIERFT = PeftKind(
     writes=frozenset([FourierFT.kind]),
     write=_write,
     switches=Switches(
-        COMMON | {"n_frequency", "n_frequency_pattern"},
-        frozenset(["random_loc_seed", "scaling", "bias", "modules_to_save"]),
+        COMMON,
+        frozenset(["n_frequency", "n_frequency_pattern", "random_loc_seed", "scaling", "bias", "modules_to_save"]),
     ),
     issues=_issues,
 )

@@ -28,6 +28,8 @@ def _read(module: Module) -> ModuleUpdates:
             file=config.file,
             hint="PEFT knows db1 to db10, sym2 to sym10, coif1 to coif5",
         )
+    if not config.flag("proportional_parameters"):
+        config.check_frequencies(module.path, values)
     seed = config.integer("random_loc_seed", 777, low=-(1 << 31))
     update = WaveFT(Factor.of(values), seed, wavelet, config.number("scaling", 25.0))
     return ModuleUpdates({module.site(): (update,)})
@@ -64,7 +66,8 @@ WAVEFT = PeftKind(
     writes=frozenset([WaveFT.kind]),
     write=_write,
     switches=Switches(
-        COMMON | {"n_frequency", "n_frequency_pattern", "proportional_parameters"},  # the tensors tell
-        frozenset(["bias", "modules_to_save", "random_loc_seed", "scaling", "use_idwt", "wavelet_family"]),
+        COMMON,
+        frozenset(["n_frequency", "n_frequency_pattern", "proportional_parameters", "random_loc_seed", "scaling"])
+        | {"bias", "modules_to_save", "use_idwt", "wavelet_family"},
     ),
 )

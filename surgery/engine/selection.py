@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.errors import FitError
+from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
+from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import closest, show
 
 __all__ = ["Selection", "check_patterns"]
@@ -39,6 +39,25 @@ class Selection:
         """`adapter` with only the sites that are kept, and the sites that are not."""
         left = tuple(site for site in adapter.updates if not self.keeps(site))
         return (adapter.only(site for site in adapter.updates if self.keeps(site)) if left else adapter), left
+
+    def chosen(self, terms: Sequence[WeightedAdapter]) -> tuple[list[WeightedAdapter], tuple[str, ...]]:
+        """Every adapter reduced to the chosen modules, those with nothing left dropped, and the names of what went.
+
+        Raises:
+            FitError: a pattern matches no module.
+            NothingChangedError: no module is left.
+        """
+        check_patterns(self, [term.adapter for term in terms])
+        kept: list[WeightedAdapter] = []
+        left: dict[str, None] = {}
+        for term in terms:
+            adapter, out = self.of(term.adapter)
+            left |= dict.fromkeys(map(str, out))
+            if adapter.updates or not out:
+                kept.append(replace(term, adapter=adapter))
+        if not kept:
+            raise NothingChangedError("no module is left", hint="widen the patterns")
+        return kept, tuple(left)
 
 
 def matches(pattern: str, site: Site) -> bool:

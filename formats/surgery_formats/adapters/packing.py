@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the tensors of a written adapter become one file: safetensors, unless its format's program reads another.
+
+A packing plans a file from names, types and shapes alone. Its bytes are then made front to back: what lies before a tensor
+may depend on its values (a checksum), and what lies behind all of them on every one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from surgery_formats.containers.base import FileLayout, TensorSpec
+from surgery_formats.containers.safetensors import layout, reference_order
+
+__all__ = ["PackedFile", "Packing", "laid_out", "packed_as_safetensors"]
+
+Packing = Callable[[Sequence[TensorSpec], Mapping[str, str]], "PackedFile"]
+"""From tensors and free strings to the plan of a file that holds them."""
+
+Data = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """A file before its tensors are known.
+
+    Attributes:
+        header: Its first bytes.
+        ranges: ``(offset, nbytes)`` of every tensor by name, in order of position.
+        nbytes: All of it.
+        before: The bytes between a tensor and what is in front of it, given its name and its bytes; None for nothing.
+        end: The bytes behind the last tensor, asked for when all others are known.
+    """
+
+    header: bytes
+    ranges: Mapping[str, tuple[int, int]]
+    nbytes: int
+    before: Callable[[str, Data], bytes] | None = None
+    end: Callable[[], bytes] = bytes
+
+    def pieces(self, tensors: Iterable[tuple[str, Data]]) -> Iterator[tuple[int, Data]]:
+        """All bytes with their positions, front to back; `tensors` come in the order of `ranges`."""
+        yield 0, self.header
+        at = len(self.header)
+        for name, data in tensors:
+            if self.before is not None and (gap := self.before(name, data)):
+                yield at, gap
+            at, nbytes = self.ranges[name]
+            yield at, data
+            at += nbytes
+        if rest := self.end():
+            yield at, rest
+
+
+def packed_as_safetensors(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
+    """A file of safetensors, in the order of the reference implementation."""
+    header, ranges = layout(reference_order(tensors), metadata)
+    nbytes = max((offset + size for offset, size in ranges.values()), default=len(header))
+    return PackedFile(header, ranges, nbytes)
+
+
+def laid_out(plan: FileLayout) -> PackedFile:
+    """A file whose gaps are zeros."""
+    gaps = {offset + nbytes: nbytes for offset, nbytes in plan.padding}
+    last = max((offset + nbytes for offset, nbytes in plan.ranges.values()), default=len(plan.header))
+
+    def before(name: str, data: Data) -> bytes:
+        return bytes(gaps.get(plan.ranges[name][0], 0))
+
+    return PackedFile(plan.header, plan.ranges, plan.nbytes, before, lambda: bytes(plan.nbytes - last))
