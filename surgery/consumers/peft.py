@@ -10,11 +10,14 @@ from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.traits import TRAITS
 from surgery_formats.models.eras import expert_counts, taken_for_experts
 
-__all__ = ["PEFT", "TAKEN", "of_experts"]
+__all__ = ["BEYOND", "PEFT", "TAKEN", "exceptions_of_peft"]
 
 TAKEN = (
     "in this model type it takes every module of this name for experts of an older release, and attaches nothing here"
 )
+
+BEYOND = "its configuration does not choose this module: PEFT gives it no LoRA, and leaves its factors out"
+_DEFAULT_RANK = 8
 
 _NO_NAMES = "its keys are of no module: 'Found missing adapter keys', and the adapter does nothing"
 
@@ -24,7 +27,24 @@ _FUSED = (frozenset({"gate_proj", "up_proj"}), frozenset({"w1", "w3"}))
 _DOWN = (frozenset({"down_proj"}), frozenset({"w2"}))
 
 
-def of_experts(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+def exceptions_of_peft(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """What depends on more than a trait."""
+    if part.trait == "missing fields":
+        return _of_missing(part, facts)
+    return _of_experts(part, facts)
+
+
+def _of_missing(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
+    """Fields that are null are an error; those that are not there have defaults."""
+    if part.name in facts.config:
+        return refused(f"its '{part.name}' is null, and it computes with it", "rewrite")
+    ranks = {other.rank for other in facts.parts if other.rank is not None}
+    if part.name == "r" and ranks - {_DEFAULT_RANK}:
+        return refused(f"it takes r for {_DEFAULT_RANK}: 'size mismatch'", "rewrite")
+    return None
+
+
+def _of_experts(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
     """Experts in dialects of other programs, and what PEFT takes for experts."""
     if part.trait == "LoRA taken for experts":
         leaves = {other.leaf for other in facts.parts if other.trait == part.trait}
@@ -59,10 +79,9 @@ def _stacked_as_loaded(facts: AdapterFacts) -> bool:
     whole = len(leaves) * max(expert_counts(facts.main.config), default=0)
     layers = Counter(part.module.partition(".experts.")[0] for part in experts)
     r, alpha = facts.config.get("r"), facts.config.get("lora_alpha")
-    if halves and not (r and alpha):
-        return False
+    scale = alpha / r if isinstance(alpha, int | float) and isinstance(r, int) and r else None
     return all(count == whole for count in layers.values()) and all(
-        part.leaf not in halves or (part.rank == r and part.scale == alpha / r) for part in experts
+        part.leaf not in halves or (part.rank == r and part.scale == scale) for part in experts
     )
 
 
@@ -77,10 +96,13 @@ PEFT = RuledConsumer(
         SourceRead("peft", "0.21.2", "peft/utils/save_and_load.py", "load_peft_weights, set_peft_model_state_dict"),
     ),
     dialect="peft",
-    exceptions=of_experts,
+    exceptions=exceptions_of_peft,
     rules=dict.fromkeys(TRAITS, honoured)
     | {
         "added rows": refused("the base has fewer rows, until somebody resizes it: 'size mismatch'", "drop"),
+        "beyond the targets": ignored(BEYOND, "rewrite"),
+        "promised modules": refused("it asks the file for every module of modules_to_save: 'KeyError'", "rewrite"),
+        "doubled prefix": ignored(_NO_NAMES, "rewrite"),
         "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),
         "LoRA taken for experts": ignored(TAKEN, "rewrite"),
         "bare names": ignored(_NO_NAMES, "rewrite"),

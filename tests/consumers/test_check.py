@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_every_consumer_has_a_rule_for_every_trait_and_names_its_sources(consume
 
 
 def test_a_plain_lora_is_honoured_by_all_that_read_its_format(base: Path, tmp_path: Path) -> None:
-    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=["down_proj"])
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS)
     found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
     assert {name for name, outcome in found.items() if outcome == "honoured"} == {
         "peft", "transformers", "vllm", "tensorrt-llm", "edge-llm", "llama.cpp", "onnxruntime-genai", "olive",
@@ -135,6 +136,58 @@ def test_names_of_tensors_that_are_not_pefts_are_told_and_put_right(
     assert found.items() >= outcomes.items()
     for consumer in outcomes:
         assert surgery.check(base, adapter, consumer=consumer, fix=tmp_path / f"for {consumer}").honoured
+
+
+@pytest.mark.parametrize(
+    ("consumer", "fields", "what"),
+    [
+        ("peft", {"target_modules": ["down_proj"]}, "beyond the targets"),
+        ("peft", {"target_modules": TARGETS, "layers_to_transform": [0]}, "beyond the targets"),
+        ("peft", {"target_modules": TARGETS, "r": None}, "missing fields"),
+        ("peft", {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}, "promised modules"),
+        ("vllm", {"target_modules": TARGETS, "lora_alpha": None}, "missing fields"),
+        ("vllm", {"target_modules": TARGETS, "bias": "lora_only"}, "bias setting"),
+        ("sglang", {"target_modules": ["v_proj"]}, "beyond the targets"),
+        ("sglang", {"target_modules": None}, "no targets"),
+    ],
+)
+def test_what_the_configuration_says_beside_the_tensors_is_told_and_written_anew(
+    base: Path, tmp_path: Path, consumer: str, fields: dict[str, Any], what: str
+) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), **fields)
+    (check,) = surgery.check(base, adapter, consumer=consumer).consumers
+    assert what in {fault.what for fault in check.faults}
+    fixed = surgery.check(base, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    assert surgery.check(base, tmp_path / "fixed", consumer=consumer).honoured
+    assert fixed.fixed is not None
+    config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
+    assert config["bias"] == "none"
+    assert not config.get("modules_to_save")
+    assert {*TARGETS} <= {name.rpartition(".")[2] for name in config["target_modules"]}
+    meant = peft_deltas(write_peft(tmp_path / "whole", _lora(1, MODULES), target_modules=TARGETS, lora_alpha=8))
+    for name, delta in meant.items():
+        np.testing.assert_allclose(peft_deltas(tmp_path / "fixed")[name], delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("consumer", ["sglang", "edge-llm"])
+def test_another_format_is_brought_to_one_rank_and_beside_its_partners(
+    base: Path, tmp_path: Path, consumer: str
+) -> None:
+    ranks = {"down_proj": 3}
+    source = write_peft(tmp_path / "a", _lora(1, MODULES, **ranks), target_modules=TARGETS, rank_pattern=ranks)
+    surgery.convert(source, "bare", output=tmp_path / "bare.safetensors", base=base)
+    surgery.convert(tmp_path / "bare.safetensors", consumer=consumer, output=tmp_path / "fixed", base=base)
+    assert surgery.check(base, tmp_path / "fixed", consumer=consumer).honoured
+    written = peft_deltas(tmp_path / "fixed")
+    for name, delta in peft_deltas(source).items():
+        np.testing.assert_allclose(written[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_beyond_the_targets_of_one_program_is_within_anothers(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS, exclude_modules=["q_proj"])
+    found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
+    assert (found["peft"], found["transformers"], found["onnxruntime-genai"]) == ("ignored",) * 3
+    assert (found["vllm"], found["llama.cpp"], found["olive"]) == ("honoured",) * 3
 
 
 def test_a_rank_above_what_the_program_takes_is_cut_by_choice(base: Path, tmp_path: Path) -> None:
