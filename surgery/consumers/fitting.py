@@ -169,7 +169,9 @@ def _check_remedies(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Con
         raise FitError(
             f"{consumer.title} has no way to honour '{show(hopeless[0].part)}' ({hopeless[0].what}: {hopeless[0].why})",
             file=adapter.path,
-            hint="merge it into the base, which every program then loads",
+            hint="`surgery export-onnx` puts it in front of the input"
+            if hopeless[0].what == "virtual tokens"
+            else "merge it into the base, which every program then loads",
         )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,12 +339,31 @@ def test_the_rest_is_merged_into_a_copy_of_the_base(base: Path, tmp_path: Path) 
         result = surgery.check(base, adapter, consumer=consumer, fix=fixed, merge_rest=rest)
         assert result.fixed is not None
         assert {e.detail for e in result.fixed.entries if "merged" in e.detail} == {"added rows: merged into the base"}
-        assert surgery.check(rest, fixed, consumer=consumer).honoured
+        checked = surgery.check(rest, fixed, consumer=consumer)
+        assert checked.honoured
+        assert not [warning for warning in checked.warnings if "was trained on" in warning]
         surgery.merge(base, adapter, output=tmp_path / f"{consumer} at once")
         surgery.merge(rest, fixed, output=tmp_path / f"{consumer} in two")
         assert_close(
             *(load_file(tmp_path / f"{consumer} {how}" / "model.safetensors") for how in ("in two", "at once"))
         )
+
+
+def test_an_extracted_adapter_without_its_rest_belongs_to_the_new_base(base: Path, tmp_path: Path) -> None:
+    """An extraction records its base's content, which is another once the rest is merged into it."""
+    shutil.copytree(base, tmp_path / "tuned")
+    weights = load_file(base / "model.safetensors")
+    rows = weights["model.embed_tokens.weight"].copy()
+    rows[3] += 1
+    q_proj = next(name for name in weights if name.endswith("q_proj.weight"))
+    other = {"model.embed_tokens.weight": rows, q_proj: weights[q_proj] + np.ones_like(weights[q_proj])}
+    save_file(weights | other, tmp_path / "tuned/model.safetensors")
+    surgery.extract_lora(base, tmp_path / "tuned", output=tmp_path / "a")
+    given = {"consumer": "vllm", "fix": tmp_path / "fixed", "merge_rest": tmp_path / "rest"}
+    surgery.check(base, tmp_path / "a", **given)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "fixed/adapter_config.json").read_text())["base_model_name_or_path"] == "rest"
+    surgery.merge(tmp_path / "rest", tmp_path / "fixed", output=tmp_path / "merged")
+    assert_close(load_file(tmp_path / "merged/model.safetensors"), load_file(tmp_path / "tuned/model.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "biases"])
@@ -406,13 +426,33 @@ def test_convert_asks_for_one_of_a_format_and_a_program(base: Path, tmp_path: Pa
     assert (dry.output, dry.consumer) == (None, "sglang")
 
 
-def test_a_virtual_prompt_has_no_way_but_a_merge(base: Path, tmp_path: Path) -> None:
+def test_parts_alike_are_one_row_and_all_of_them_if_asked(base: Path, tmp_path: Path) -> None:
+    leaves = {"q_proj": 6, "k_proj": 4}
+    modules = {f"{layer}.self_attn.{name}": (out, 6) for layer in range(2) for name, out in leaves.items()}
+    adapter = write_peft(
+        tmp_path / "a",
+        _lora(1, modules),
+        target_modules=["q_proj", "k_proj"],
+        use_rslora=True,
+        alpha_pattern={"layers.1.self_attn.k_proj": 5},
+    )
+    found = surgery.check(base, adapter, consumer="sglang")
+    lines = {
+        line.split()[0]: line.split()[1] for line in str(found.summary()).splitlines() if line.startswith("model.")
+    }
+    alone = {f"model.layers.{layer}.self_attn.k_proj.weight": "1" for layer in range(2)}
+    assert lines == {"model.layers.*.self_attn.q_proj": "2", **alone}
+    assert "model.layers.1.self_attn.q_proj.weight" in str(found.summary(verbose=True))
+
+
+def test_a_virtual_prompt_has_no_way_into_a_server_or_the_base(base: Path, tmp_path: Path) -> None:
     prompt = {"prompt_embeddings": draw(1, 3, 6)}
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"}
     adapter = write_peft(tmp_path / "a", prompt, **config)
     assert not surgery.check(base, adapter, consumer="vllm").honoured
-    with pytest.raises(surgery.FitError, match="vLLM has no way to honour"):
+    with pytest.raises(surgery.FitError, match="vLLM has no way to honour") as caught:
         surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "never")
+    assert caught.value.hint == "`surgery export-onnx` puts it in front of the input"
 
 
 def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
