@@ -33,10 +33,14 @@ def _span(rows: Rows, heights: dict[str, int]) -> Span:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_base_is_of_one_family_in_either_layout(name: str) -> None:
+def test_the_names_of_a_base_tell_its_family_in_either_layout(name: str) -> None:
+    """LTX-2 has all that LTX-Video has; no other family has all of another's."""
     model = MODELS[name]
     for names in (list(model["heights"]), list(model["rows"])):
-        assert [(index.network.name, index.known) for index in indexes_of(names, {})] == [(model["family"], len(names))]
+        found = indexes_of(names, {})
+        wanted = ["LTX-Video", "LTX-2"] if name == "ltx" else [model["family"]]
+        assert [index.network.name for index in found] == wanted
+        assert {index.known for index in found} == {len(names)}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -45,19 +49,19 @@ def test_rows_are_those_that_diffusers_takes(name: str) -> None:
     model = MODELS[name]
     heights: dict[str, int] = model["heights"]
     ours = {n: sum(b - a for _, a, b in _spans(entry, heights)) for n, entry in model["rows"].items()}
-    (single,), (split,) = indexes_of(list(heights), {}), indexes_of(list(ours), {})
-    wanted: dict[str, list[tuple[int, int, str, int]]] = {}
-    for parameter, entry in model["rows"].items():
-        spans, row = _spans(entry, heights), 0
-        found = [Rows(parameter)] if parameter in heights else single.rows(parameter)
-        assert [_span(rows, heights) for rows in found] == spans
-        for tensor, start, stop in spans:
-            wanted.setdefault(tensor, []).append((start, stop, parameter, row))
-            row += stop - start
-    for tensor, pieces in wanted.items():
-        found = [Rows(tensor)] if tensor in ours else split.rows(tensor)
-        flattened = [[p, row, row + stop - start] for start, stop, p, row in sorted(pieces)]
-        assert [_span(rows, ours) for rows in found] == flattened
+    for single, split in zip(indexes_of(list(heights), {}), indexes_of(list(ours), {}), strict=True):
+        wanted: dict[str, list[tuple[int, int, str, int]]] = {}
+        for parameter, entry in model["rows"].items():
+            spans, row = _spans(entry, heights), 0
+            found = [Rows(parameter)] if parameter in heights else single.rows(parameter)
+            assert [_span(rows, heights) for rows in found] == spans
+            for tensor, start, stop in spans:
+                wanted.setdefault(tensor, []).append((start, stop, parameter, row))
+                row += stop - start
+        for tensor, pieces in wanted.items():
+            found = [Rows(tensor)] if tensor in ours else split.rows(tensor)
+            flattened = [[p, row, row + stop - start] for start, stop, p, row in sorted(pieces)]
+            assert [_span(rows, ours) for rows in found] == flattened
 
 
 def _small(model: Any) -> tuple[dict[str, int], dict[str, list[Span]]]:

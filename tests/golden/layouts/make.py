@@ -96,6 +96,11 @@ def models() -> dict[str, tuple[str, torch.nn.Module, Callable[..., Any]]]:
                 diffusers.QwenImageTransformer2DModel(num_layers=2),
                 lambda tensors: {name.removeprefix("model.diffusion_model."): t for name, t in tensors.items()},
             ),
+            "qwen-image-2.1": (
+                "Qwen-Image 2.1",
+                diffusers.QwenImage21Transformer2DModel(num_layers=2),
+                peer.convert_qwen_image21_transformer_checkpoint_to_diffusers,
+            ),
             "z-image": (
                 "Z-Image",
                 diffusers.ZImageTransformer2DModel(n_layers=2, n_refiner_layers=1),
@@ -110,6 +115,16 @@ def models() -> dict[str, tuple[str, torch.nn.Module, Callable[..., Any]]]:
                 "LTX-Video",
                 diffusers.LTXVideoTransformer3DModel(num_layers=2),
                 peer.convert_ltx_transformer_checkpoint_to_diffusers,
+            ),
+            "ltx2": (
+                "LTX-2",
+                diffusers.LTX2VideoTransformer3DModel(num_layers=2),
+                peer.convert_ltx2_transformer_to_diffusers,
+            ),
+            "lumina2": (
+                "Lumina 2",
+                diffusers.Lumina2Transformer2DModel(num_layers=2, num_refiner_layers=1),
+                peer.convert_lumina2_to_diffusers,
             ),
             "cosmos2": (
                 "Cosmos-Predict2 or Anima",

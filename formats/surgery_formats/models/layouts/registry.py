@@ -13,6 +13,8 @@ from surgery_formats.models.layouts import (
     flux2,
     hunyuan_video,
     ltx,
+    ltx2,
+    lumina2,
     openclip,
     qwen_image,
     sd3,
@@ -33,9 +35,12 @@ NETWORKS: tuple[Network, ...] = (
     flux2.NETWORK,
     wan.NETWORK,
     qwen_image.NETWORK,
+    qwen_image.NETWORK_21,
     z_image.NETWORK,
     hunyuan_video.NETWORK,
     ltx.NETWORK,
+    ltx2.NETWORK,
+    lumina2.NETWORK,
     anima.NETWORK,
     openclip.NETWORK,
 )
@@ -50,7 +55,9 @@ def indexes_of(names: Collection[str], config: Mapping[str, Any]) -> tuple[Layou
         config: Its config.json, or empty.
     """
     if (told := config.get("_class_name", config.get("model_type"))) is not None:
-        return tuple(LayoutIndex.of(network, names) for network in NETWORKS if told in network.classes)
+        of_class = tuple(LayoutIndex.of(network, names) for network in NETWORKS if told in network.classes)
+        if of_class or "_class_name" not in config:  # diffusers has more classes of a family than are listed
+            return of_class
     found = [LayoutIndex.of(network, names) for network in NETWORKS]
     most = max((index.known for index in found), default=0)
     return tuple(index for index in found if index.known == most >= max(1, _ENOUGH * len(names)))
