@@ -18,6 +18,7 @@ from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.kohya import KOHYA
+from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
@@ -252,6 +253,10 @@ CASES: dict[str, Callable[[], FormatCase]] = {
             GGUF_LORA, GOLDEN / "gguf" / name / "adapter.gguf", (GOLDEN / "gguf" / name).parent / "base"
         )
         for name in ("llama/embedding", "qwen2/lora", "mixtral/lora")
+    },
+    **{
+        f"litgpt {name}": lambda name=name: _with_base(LITGPT, GOLDEN / "litgpt" / name, GOLDEN / "litgpt/base")
+        for name in ("default", "all")
     },
     **{
         f"torchtune {name}": lambda name=name: FormatCase(
