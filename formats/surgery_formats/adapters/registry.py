@@ -8,6 +8,7 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from surgery_formats.adapters.adapterhub import ADAPTERHUB
 from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
@@ -38,7 +39,10 @@ __all__ = [
     "told_alpha",
 ]
 
-BUILT_IN: tuple[Format, ...] = (TORCHTUNE, LITGPT, PEFT, MLX, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA)
+BUILT_IN: tuple[Format, ...] = (
+    *(TORCHTUNE, LITGPT, PEFT, MLX, ADAPTERHUB),
+    *(KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA),
+)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 
