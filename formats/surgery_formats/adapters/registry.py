@@ -18,6 +18,7 @@ from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
+from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.torchtune import TORCHTUNE
@@ -41,7 +42,7 @@ __all__ = [
 
 BUILT_IN: tuple[Format, ...] = (
     *(TORCHTUNE, LITGPT, PEFT, MLX, ADAPTERHUB),
-    *(KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA),
+    *(KOHYA, COMPACT, DIFFUSERS, COMFYUI, LORALIB, BARE, GGUF_LORA),
 )
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
