@@ -20,6 +20,7 @@ from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.canonical.adapter import Adapter
@@ -41,8 +42,19 @@ __all__ = [
 ]
 
 BUILT_IN: tuple[Format, ...] = (
-    *(TORCHTUNE, LITGPT, PEFT, MLX, ADAPTERHUB),
-    *(KOHYA, COMPACT, DIFFUSERS, COMFYUI, LORALIB, BARE, GGUF_LORA),
+    TORCHTUNE,
+    LITGPT,
+    PEFT,
+    MLX,
+    ADAPTERHUB,
+    KOHYA,
+    COMPACT,
+    DIFFUSERS,
+    COMFYUI,
+    LORALIB,
+    BARE,
+    GGUF_LORA,
+    ONNX_ADAPTER,
 )
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
