@@ -487,6 +487,17 @@ def test_experts_that_were_not_trained_are_zeros_where_a_program_wants_all(tmp_p
     assert not any(value.any() for name, value in got.items() if name not in want)
 
 
+def test_ia3_is_the_kind_of_lycoris_that_comfyui_has_no_class_for(tmp_path: Path) -> None:
+    model = unet(tmp_path / "unet")
+    name = next(key for key in load_file(model / "diffusion_pytorch_model.safetensors") if key.endswith("to_q.weight"))
+    stem = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+    rows = load_file(model / "diffusion_pytorch_model.safetensors")[name].shape[0]
+    tensors = {f"{stem}.weight": draw(1, rows, 1), f"{stem}.on_input": np.zeros((), np.bool_)}
+    save_file(tensors, tmp_path / "ia3.safetensors")
+    (check,) = surgery.check(model, tmp_path / "ia3.safetensors", consumer="comfyui").consumers
+    assert (check.outcome, check.faults[0].what, check.faults[0].remedy) == ("ignored", "other kind", "lora")
+
+
 @pytest.mark.parametrize("consumer", ["diffusers", "comfyui"])
 def test_diffusion_programs_get_one_file_with_the_scale_inside(tmp_path: Path, consumer: str) -> None:
     network = unet(tmp_path / "unet")
