@@ -145,6 +145,23 @@ def test_a_file_without_text_encoders_lists_what_of_them_is_missing(tmp_path: Pa
         merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", dry_run=True, without=("unet:*", "fc?"))
 
 
+def test_modules_that_another_version_of_a_network_lacks_are_listed(tmp_path: Path) -> None:
+    """Wan 2.1 attends to images, Wan 2.2 does not; a distilled LoRA of the one is used on the other without them."""
+    attention = "blocks.0.cross_attn."
+    base = {f"{attention}{name}.weight": draw(1, 4, 4) for name in "qkvo"}
+    lora = {f"diffusion_model.{attention}{x}.lora_up.weight": draw(2, 4, 2) for x in ("q", "k_img", "v_img")}
+    lora |= {f"diffusion_model.{attention}{x}.lora_down.weight": draw(3, 2, 4) for x in ("q", "k_img", "v_img")}
+    with pytest.raises(FitError) as refused:
+        _merged(base, lora, tmp_path)
+    told = str(refused.value)
+    assert "2 of 3 do not fit" in told
+    assert f"denoiser:{attention}k_img.weight, denoiser:{attention}v_img.weight" in told
+    assert "--without PATTERN leaves modules out" in told
+    merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", output=tmp_path / "o", without="*_img")
+    got = load_file(tmp_path / "o" / "base.safetensors")
+    assert [name for name in got if not np.array_equal(got[name], base[name])] == [f"{attention}q.weight"]
+
+
 def test_leaving_modules_out_is_another_merge(tmp_path: Path) -> None:
     save_file(_sdxl(), tmp_path / "base.safetensors")
     save_file(
