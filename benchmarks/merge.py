@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging a rank-16 LoRA on all linear layers into a 1.24 B bf16 Llama shape, beside copying the folder and beside PEFT.
 
-    python benchmarks/merge.py --kind KIND|all [--rounds 1]    # every kind of adapter: benchmarks/kinds.py
+    python benchmarks/merge.py --kind KIND|all [--part 1/2] [--rounds 1]    # every kind of adapter: benchmarks/kinds.py
     python benchmarks/merge.py [--rounds 5] [--peft-rounds 2] [--pause 5] [--folder DIR] [--device cuda] [--against TREE]
 
 Every round runs each contender once, in turn, on warm files, as whole processes. Correctness is asserted inside: sampled
@@ -63,6 +63,7 @@ def check(shape: Shape, base: Path, adapter: Path, out: Path, peft: Path | None)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", help="a kind of adapter, or all: each beside PEFT, on a smaller model")
+    parser.add_argument("--part", default="1/1", help="with --kind all: 2/3 is the second of three parts of the kinds")
     parser.add_argument("--rounds", type=int, help="5, or 1 with --kind")
     parser.add_argument("--peft-rounds", type=int, default=2)
     parser.add_argument("--pause", type=float, default=5.0, help="seconds before each run")

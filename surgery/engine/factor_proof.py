@@ -29,18 +29,24 @@ __all__ = ["approximation_errors", "distance", "relative", "scale_error", "tenso
 def tensor_error(update: Update, other: Update) -> float:
     """The greatest difference of their stored tensors, relative to the greatest value of each.
 
+    Where a format stores a factor in other shapes than the source did, the factors are compared that the tensors make.
     Infinite if shapes differ.
     """
-    worst = 0.0
-    if len(update.tensors) != len(other.tensors):
+    mine, theirs = update.tensors, other.tensors
+    if [tensor.shape for tensor in mine] == [tensor.shape for tensor in theirs]:
+        pairs = ((cast(a.read(), DType.F64), cast(b.read(), DType.F64)) for a, b in zip(mine, theirs, strict=True))
+        return max((_difference(left, right) for left, right in pairs), default=0.0)
+    factors, twins = update.factors(), other.factors()
+    shapes = [{name: factor.shape for name, factor in side.items()} for side in (factors, twins)]
+    made = {tensor for factor in factors.values() for tensor in factor.tensors}
+    if not factors or shapes[0] != shapes[1] or not made.issuperset(mine):
         return math.inf
-    for mine, theirs in zip(update.tensors, other.tensors, strict=True):
-        if mine.shape != theirs.shape:
-            return math.inf
-        left, right = cast(mine.read(), DType.F64), cast(theirs.read(), DType.F64)
-        size, difference = float(abs(left).max()), float(abs(right - left).max())
-        worst = max(worst, math.inf if math.isnan(difference) else difference / size if size else difference)
-    return worst
+    return max(_difference(factors[name].load(DType.F64), twins[name].load(DType.F64)) for name in factors)
+
+
+def _difference(left: Array, right: Array) -> float:
+    size, difference = float(abs(left).max()), float(abs(right - left).max())
+    return math.inf if math.isnan(difference) else difference / size if size else difference
 
 
 def approximation_errors(rendering: Rendering, written: Adapter, tolerance: float) -> dict[Site, float]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from surgery_formats.adapters.adapterhub import ADAPTERHUB
 from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
@@ -235,6 +236,10 @@ CASES: dict[str, Callable[[], FormatCase]] = {
     **{
         f"mlx {name}": lambda name=name: FormatCase(MLX, _copied(GOLDEN / "mlx/llama" / name))
         for name in ("lora-keys", "dora-embed", "full")
+    },
+    **{
+        f"adapterhub {name}": lambda name=name: FormatCase(ADAPTERHUB, _copied(GOLDEN / "adapterhub" / name))
+        for name in ("llama-lora", "llama-ia3", "gpt2-lora", "bert-vera")
     },
     "mlx experts": lambda: _with_base(MLX, GOLDEN / "mlx/mixtral/lora", GOLDEN / "mlx/mixtral/base"),
     **{

@@ -7,6 +7,7 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from surgery_formats.adapters.adapterhub import ADAPTERHUB
 from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
@@ -34,7 +35,7 @@ __all__ = [
     "refuse_unread",
 ]
 
-BUILT_IN: tuple[Format, ...] = (PEFT, MLX, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA)
+BUILT_IN: tuple[Format, ...] = (PEFT, MLX, ADAPTERHUB, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 

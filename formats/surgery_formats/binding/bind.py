@@ -40,7 +40,16 @@ from surgery_formats.tensors.computed import zeros
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import expert, rows, transpose, whole, window
 from surgery_formats.text import listing, local_name
-from surgery_formats.updates import Effect, Replacing, Update, is_linear, is_replacing, is_row_setting, transposed
+from surgery_formats.updates import (
+    Effect,
+    Replacing,
+    Update,
+    is_linear,
+    is_refusing,
+    is_replacing,
+    is_row_setting,
+    transposed,
+)
 
 __all__ = ["Binding", "bind", "warn_of_other_base"]
 
@@ -155,6 +164,9 @@ def _locate(
             _check_read(slices, component)
             chains.append(_LocatedChain(site, updates, component, slices))
         elif site not in adapter.optional:
+            for update in updates:
+                if is_refusing(update):  # a module that is inserted: no base has it, which is not the fault
+                    update.refuse()
             missing.append(site)
     return tuple(chains), tuple(missing)
 

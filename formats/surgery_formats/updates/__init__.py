@@ -39,6 +39,7 @@ from surgery_formats.updates.miss import MiSS
 from surgery_formats.updates.offset import Offset
 from surgery_formats.updates.oft import OFT
 from surgery_formats.updates.osf import OSF
+from surgery_formats.updates.output_dora import DoRABias, OutputDoRA
 from surgery_formats.updates.output_rotations import OutputRotation
 from surgery_formats.updates.paired_rows import PairedRows, halved, head_rows, paired
 from surgery_formats.updates.peanut import PEANuT
@@ -112,6 +113,7 @@ __all__ = [
     "Decomposed",
     "Directed",
     "DoRA",
+    "DoRABias",
     "Effect",
     "EitherWay",
     "Expanding",
@@ -135,6 +137,7 @@ __all__ = [
     "Mixing",
     "OfBase",
     "Offset",
+    "OutputDoRA",
     "OutputRotation",
     "PEANuT",
     "PVeRA",

@@ -13,6 +13,7 @@ from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION, PREFIX
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
 from surgery_formats.arrays import Array
+from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -137,6 +138,9 @@ class PeftFile:
             why: Why it is dropped, if the kind has a more specific reason than that it holds no such update.
             by_key: Whether the ledger names the key, or else how the parameter is stored.
         """
+        if self.base is not None and site in self.adapter.optional and self._is_absent(site, self.base):
+            self.ledger.keep(site, update, "exact", "the base has no such bias")
+            return
         if not is_replacing(update) or why:
             self.drop(site, update, why or f"files of the kind {self.kind} have no {update.kind}")
             return
@@ -146,6 +150,10 @@ class PeftFile:
             return
         self.add(NewTensor(key, update.stored.dtype, update.stored.shape, update.stored.read))
         self.ledger.keep(site, update, "exact", key if by_key else how)
+
+    @staticmethod
+    def _is_absent(site: Site, base: Checkpoint) -> bool:
+        return not component_of(site, base).names.resolve(site.path, flat=site.flat)
 
     def _replaced(self, site: Site, update: Replacing) -> tuple[str, str]:
         """``(key, how it is stored)`` of a whole parameter; an empty key and the reason if the format cannot hold it.
