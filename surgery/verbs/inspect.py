@@ -18,7 +18,7 @@ from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.quantised_base import quantised_base_of
-from surgery_formats.containers.weight_files import container_of_file
+from surgery_formats.containers.weight_files import container_of_file, is_weight_file
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
@@ -198,15 +198,18 @@ def _divides_by_root(adapter: Adapter) -> bool:
     )
 
 
+def _container(path: Path) -> str:
+    """Of a file of weights; of one that adapters alone lie in, its ending."""
+    return container_of_file(path).name if is_weight_file(path.name) else path.suffix.removeprefix(".")
+
+
 def _files(adapter: Adapter) -> tuple[WeightFileReport, ...]:
     counts: dict[Path, int] = {}
     sizes = {file.path: file.size for file in adapter.files}
     for tensor in adapter.tensors:
         path = tensor.path or adapter.path
         counts[path] = counts.get(path, 0) + 1
-    return tuple(
-        WeightFileReport(path.name, container_of_file(path).name, sizes[path], counts[path]) for path in sorted(counts)
-    )
+    return tuple(WeightFileReport(path.name, _container(path), sizes[path], counts[path]) for path in sorted(counts))
 
 
 def _traps(adapter: Adapter, modules: tuple[TargetedParameter, ...]) -> Iterable[str]:

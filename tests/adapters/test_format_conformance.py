@@ -20,6 +20,7 @@ from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.arrays import cast
@@ -241,6 +242,9 @@ CASES: dict[str, Callable[[], FormatCase]] = {
         f"adapterhub {name}": lambda name=name: FormatCase(ADAPTERHUB, _copied(GOLDEN / "adapterhub" / name))
         for name in ("llama-lora", "llama-ia3", "gpt2-lora", "bert-vera")
     },
+    "onnx-adapter": lambda: FormatCase(
+        ONNX_ADAPTER, _copied(GOLDEN / "onnx_adapter/llama-rslora/adapter.onnx_adapter")
+    ),
     "mlx experts": lambda: _with_base(MLX, GOLDEN / "mlx/mixtral/lora", GOLDEN / "mlx/mixtral/base"),
     **{
         f"gguf {name}": lambda name=name: _with_base(

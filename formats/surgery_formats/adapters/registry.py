@@ -17,6 +17,7 @@ from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
@@ -35,7 +36,18 @@ __all__ = [
     "refuse_unread",
 ]
 
-BUILT_IN: tuple[Format, ...] = (PEFT, MLX, ADAPTERHUB, KOHYA, COMPACT, DIFFUSERS, COMFYUI, BARE, GGUF_LORA)
+BUILT_IN: tuple[Format, ...] = (
+    PEFT,
+    MLX,
+    ADAPTERHUB,
+    KOHYA,
+    COMPACT,
+    DIFFUSERS,
+    COMFYUI,
+    BARE,
+    GGUF_LORA,
+    ONNX_ADAPTER,
+)
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 
 

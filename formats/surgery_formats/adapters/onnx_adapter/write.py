@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the canonical form to an ``.onnx_adapter`` file, under the names of Olive's ``convert-adapters``; scales go into B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from surgery_formats.adapters.contents import contents_of
+from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.onnx_adapter.read import PREFIX, A, B
+from surgery_formats.adapters.packing import PackedFile
+from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.containers.base import TensorSpec
+from surgery_formats.containers.onnx_adapter import plan_onnx_adapter
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.updates import LoRA
+
+__all__ = ["render_onnx_adapter"]
+
+
+def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
+    """One file. A graph's inputs have the names of the model's code, which the adapter has, or the base where they are flattened.
+
+    Raises:
+        FitError: flattened names and no base.
+    """
+    ledger = ConversionLedger()
+    tensors: list[NewTensor] = []
+    for site, chain in adapter.updates.items():
+        for number, update in enumerate(chain):
+            held = contents_of(update)
+            lora = held.lora if not held.dora else None
+            if lora is None:
+                ledger.drop(site, update, f"a graph's inputs hold a LoRA, no {update.kind}")
+            elif number or not site.path.endswith(".weight") or site.kernel or site.module_kind == "experts":
+                ledger.drop(
+                    site, update, "a graph has one LoRA for each linear layer and table of tokens, and none elsewhere"
+                )
+            else:
+                module = _module(site, lora, adapter, base)
+                tensors += _pair(module, lora, embedding=is_embedding(module, base, site))
+                folded = [f"scale {lora.scale:g} in lora_B"] if lora.scale != 1.0 else []
+                folded += [held.folded] if held.folded else []
+                ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
+    ledger.drop_prompt(adapter)
+    return Rendering(
+        "adapter.onnx_adapter",
+        tuple(sorted(tensors, key=lambda tensor: tensor.name)),
+        entries=tuple(ledger.entries),
+        held=ledger.held,
+        packing=_packed,
+    )
+
+
+def _packed(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
+    """A file without free strings: it has no place for them."""
+    plan = plan_onnx_adapter(tensors)
+    return PackedFile(plan.header, plan.ranges, plan.nbytes, plan.before)
+
+
+def _module(site: Site, lora: LoRA, adapter: Adapter, base: Checkpoint | None) -> str:
+    path = site.path.removesuffix(".weight")
+    if site.flat:
+        if base is None:
+            raise FitError(
+                "its module names are flattened: only the base tells them apart",
+                file=adapter.path,
+                hint="give it with `base=`",
+            )
+        place = whole_place(places_of(site, base, lora.tensors))
+        path = place[0].removesuffix(".weight") if place else path
+    return path
+
+
+def _pair(module: str, lora: LoRA, *, embedding: bool) -> list[NewTensor]:
+    """Olive takes PEFT's prefix off where ``model.`` follows, and nowhere else."""
+    stem = module if module.startswith("model.") else f"{PREFIX}{module}"
+    (out, inputs), rank = lora.shape, lora.rank
+    if embedding:
+        return [
+            factor_tensor(f"{stem}{A}", lora.B, (out, rank)),
+            factor_tensor(f"{stem}{B}", lora.A, (rank, inputs), times=lora.scale),
+        ]
+    return [
+        factor_tensor(f"{stem}{A}", lora.A, (inputs, rank), lambda t: t.T),
+        factor_tensor(f"{stem}{B}", lora.B, (rank, out), lambda t: t.T, times=lora.scale),
+    ]

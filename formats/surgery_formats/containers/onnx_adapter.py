@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``.onnx_adapter`` files: named arrays that replace inputs of a graph with a default, for LoRA factors and soft prompts.
+
+The container is onnxruntime's (core/session/lora_adapters, ``adapter_schema.fbs``), a flatbuffer:
+
+    Adapter    {format_version: int32; adapter_version: int32; model_version: int32; parameters: [Parameter]}   file id
+    "TORT" Parameter  {name: string; dims: [int64]; data_type: int32 (TensorProto.DataType); raw_data: [uint8]}
+
+It holds no model, so it is none of the containers of base models. Every offset of a file is checked; what lies between them is not read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import numpy as np
+
+from surgery_formats.containers.base import MAX_DIMS, Shard, TensorSpec
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.files.raw import File, first_bytes, open_file
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
+
+__all__ = ["ELEMENTS", "LIMIT", "OnnxAdapterPlan", "is_onnx_adapter", "open_onnx_adapter", "plan_onnx_adapter"]
+
+IDENTIFIER = b"TORT"
+LIMIT = (1 << 31) - 1
+"""Bytes of a flatbuffer: its offsets are signed 32-bit integers."""
+ELEMENTS = {
+    DType.F32: 1,
+    DType.U8: 2,
+    DType.I8: 3,
+    DType.I32: 6,
+    DType.I64: 7,
+    DType.BOOL: 9,
+    DType.F16: 10,
+    DType.F64: 11,
+    DType.BF16: 16,
+}
+"""``TensorProto.DataType`` by element type."""
+_BY_NUMBER = {number: dtype for dtype, number in ELEMENTS.items()}
+_FORMAT_VERSION = 1
+_PARAMETERS = 1_000_000
+_ALIGNMENT = 16  # of the data; onnxruntime asks for 8
+
+
+def is_onnx_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether a file has the identifier of such files."""
+    return (first_bytes(path, 8) or b"")[4:8] == IDENTIFIER
+
+
+def open_onnx_adapter(path: str | os.PathLike[str]) -> Shard:
+    """The arrays of a file, in its order; only names, types and sizes are read.
+
+    Raises:
+        NotFoundError: no such file.
+        MalformedError: not such a file, an offset outside the file, sizes that do not fit, or a repeated name.
+    """
+    file = open_file(path)
+    if file.size > LIMIT:
+        raise MalformedError("larger than a flatbuffer can be", file=path)
+    if file.size < 8 or bytes(file.read(4, 4)) != IDENTIFIER:
+        raise MalformedError("not an .onnx_adapter file", file=path)
+    reader = _Flatbuffer(file)
+    root = reader.follow(0)
+    if (version := reader.number(root, 0, "<i")) != _FORMAT_VERSION:
+        raise MalformedError(f"format version {version} is not supported", file=path)
+    tensors: dict[str, StoredTensor] = {}
+    for table in reader.tables(root, 3, _PARAMETERS):
+        tensor = _parameter(reader, table)
+        if tensor.name in tensors:
+            raise MalformedError("this name appears twice", file=path, tensor=tensor.name)
+        tensors[tensor.name] = tensor
+    if not tensors:
+        raise MalformedError("the adapter has no arrays", file=path)
+    return Shard(file.path, "onnx_adapter", file, tuple(tensors.values()))
+
+
+def _parameter(reader: _Flatbuffer, table: int) -> StoredTensor:
+    file = reader.file
+    begin, nbytes = reader.vector(table, 0, 1)
+    try:
+        name = bytes(file.read(begin, nbytes)).decode()
+    except UnicodeDecodeError as error:
+        raise MalformedError("a name is not UTF-8", file=file.path) from error
+    begin, nbytes = reader.vector(table, 1, 8)
+    if nbytes > 8 * MAX_DIMS:
+        raise MalformedError("the shape is invalid", file=file.path, tensor=name)
+    sizes = tuple(int(size) for size in np.frombuffer(file.read(begin, nbytes), "<i8"))
+    number = reader.number(table, 2, "<i")
+    if number not in _BY_NUMBER:
+        raise MalformedError(f"type {number} is not supported", file=file.path, tensor=name)
+    begin, nbytes = reader.vector(table, 3, 1)
+    if any(size < 0 for size in sizes):
+        raise MalformedError("the shape is invalid", file=file.path, tensor=name)
+    dtype = _BY_NUMBER[number]
+    if math.prod(sizes) * dtype.bits // 8 != nbytes:
+        raise MalformedError(f"has {nbytes} bytes for the shape {list(sizes)}", file=file.path, tensor=name)
+    return StoredTensor(name, dtype, sizes, file, begin, nbytes)
+
+
+class _Flatbuffer:
+    """Tables and vectors of a flatbuffer (flatbuffers.dev, "Internals"), with every offset checked."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    def read(self, at: int, form: str) -> int:
+        size = struct.calcsize(form)
+        if at < 0 or at + size > self.file.size:
+            raise MalformedError("an offset points outside the file", file=self.file.path)
+        number: int = struct.unpack(form, self.file.read(at, size))[0]
+        return number
+
+    def follow(self, at: int) -> int:
+        """Follow the offset stored at `at`."""
+        return at + self.read(at, "<I")
+
+    def field(self, table: int, index: int) -> int:
+        """Offset of field `index` of a table; 0 if it is absent."""
+        vtable = table - self.read(table, "<i")
+        if 4 + 2 * index + 2 > self.read(vtable, "<H"):
+            return 0
+        offset = self.read(vtable + 4 + 2 * index, "<H")
+        return table + offset if offset else 0
+
+    def number(self, table: int, index: int, form: str) -> int:
+        at = self.field(table, index)
+        return self.read(at, form) if at else 0
+
+    def vector(self, table: int, index: int, size: int) -> tuple[int, int]:
+        """``(offset, nbytes)`` of a vector of elements of `size` bytes, or of a string."""
+        at = self.field(table, index)
+        if not at:
+            return 0, 0
+        begin = self.follow(at)
+        nbytes = self.read(begin, "<I") * size
+        if begin + 4 + nbytes > self.file.size:
+            raise MalformedError("a vector ends after the file", file=self.file.path)
+        return begin + 4, nbytes
+
+    def tables(self, table: int, index: int, limit: int) -> list[int]:
+        """Offsets of the tables in a vector."""
+        begin, nbytes = self.vector(table, index, 4)
+        if nbytes // 4 > limit:
+            raise MalformedError(f"has {show(nbytes // 4)} arrays", file=self.file.path)
+        return [self.follow(at) for at in range(begin, begin + nbytes, 4)]
+
+
+class OnnxAdapterPlan:
+    """A file before its arrays are known.
+
+    Attributes:
+        header: All but the arrays and their lengths.
+        ranges: ``(offset, nbytes)`` of every array, by name in order.
+        nbytes: Of the file.
+    """
+
+    def __init__(self, header: bytes, ranges: Mapping[str, tuple[int, int]], nbytes: int) -> None:
+        self.header, self.ranges, self.nbytes = header, ranges, nbytes
+        names = list(ranges)
+        ends = [len(header), *(offset + size for offset, size in ranges.values())]
+        self._gaps = {name: ranges[name][0] - end for name, end in zip(names, ends, strict=False)}
+
+    def before(self, name: str, data: bytes | memoryview) -> bytes:
+        """The bytes in front of an array: zeros, and its length."""
+        return bytes(self._gaps[name] - 4) + struct.pack("<I", len(data))
+
+
+def plan_onnx_adapter(tensors: Sequence[TensorSpec]) -> OnnxAdapterPlan:
+    """The plan of a file with these arrays, in order of their names.
+
+    Raises:
+        FitError: no arrays, a type that such files lack, or more data than a flatbuffer holds.
+    """
+    specs = sorted(tensors)
+    if not specs:
+        raise FitError("the adapter has no arrays")
+    for name, dtype, _ in specs:
+        if dtype not in ELEMENTS:
+            raise FitError(f"an .onnx_adapter file has no arrays of {dtype.label}", tensor=name)
+    fixed = bytearray(
+        struct.pack("<I4s6H", 20, IDENTIFIER, 12, 20, 4, 8, 12, 16)
+    )  # the root is at 20, behind its vtable
+    fixed += struct.pack("<iiiiI", 12, _FORMAT_VERSION, 1, 1, 4)  # its parameters are the vector behind it
+    vector = len(fixed)
+    vtable = vector + 4 + 4 * len(specs)
+    tables = vtable + 12
+    first_text = tables + 20 * len(specs)
+    names = [name.encode() for name, _, _ in specs]
+    texts = list(accumulate((4 + len(name) // 4 * 4 + 4 for name in names), initial=first_text))
+    first_shape = texts[-1] + (4 - texts[-1]) % 8  # the length stands before a multiple of 8
+    shapes = list(accumulate((8 + 8 * len(sizes) for _, _, sizes in specs), initial=first_shape))
+    fixed += struct.pack(f"<I{len(specs)}I", len(specs), *(tables + 16 * n - vector - 4 for n in range(len(specs))))
+    fixed += struct.pack("<6H", 12, 20, 4, 8, 12, 16)
+    ranges: dict[str, tuple[int, int]] = {}
+    at = shapes[-1]
+    for number, (name, dtype, sizes) in enumerate(specs):
+        begin = at + 4 + -(at + 4) % _ALIGNMENT
+        ranges[name] = begin, math.prod(sizes) * dtype.bits // 8
+        at = begin + ranges[name][1]
+        table = tables + 20 * number
+        raw = begin - 4 - table - 16
+        text, shape = texts[number] - table - 4, shapes[number] - table - 8
+        if at > LIMIT:
+            raise FitError("more than 2 GB do not fit into an .onnx_adapter file", tensor=name)
+        fixed += struct.pack("<iIIiI", table - vtable, text, shape, ELEMENTS[dtype], raw)
+    for name_bytes in names:
+        text_bytes = struct.pack("<I", len(name_bytes)) + name_bytes
+        fixed += text_bytes + bytes(4 - len(name_bytes) % 4)
+    fixed += bytes(first_shape - len(fixed))
+    for _, _, sizes in specs:
+        fixed += struct.pack(f"<I{len(sizes)}q", len(sizes), *sizes) + bytes(4)
+    return OnnxAdapterPlan(bytes(fixed), ranges, at)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``.onnx_adapter`` files: Olive's do what PEFT does, and ours are taken by onnxruntime."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+from safetensors.numpy import load_file
+
+from surgery import convert, inspect
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.containers.onnx_adapter import open_onnx_adapter, plan_onnx_adapter
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, MalformedError
+from tests.support.adapter_files import GOLDEN, draw, merged, write_peft
+
+FOLDER = GOLDEN / "onnx_adapter"
+CASES: list[str] = json.loads((FOLDER / "expected.json").read_text())["cases"]
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def _peft(folder: Path, rank: int = 2, **config: object) -> Path:
+    stem = f"base_model.model.{Q}"
+    tensors = {f"{stem}.lora_A.weight": draw(1, rank, 8), f"{stem}.lora_B.weight": draw(2, 12, rank)}
+    return write_peft(folder, tensors, r=rank, **config)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_olives_file_does_what_peft_does(name: str, tmp_path: Path) -> None:
+    file = FOLDER / name / "adapter.onnx_adapter"
+    adapter = read_adapter(file)
+    assert (adapter.format, adapter.unconsumed()) == ("onnx-adapter", ())
+    before, wanted = load_file(FOLDER / name / "model.safetensors"), load_file(FOLDER / name / "expected.safetensors")
+    got = merged(FOLDER / name, file, tmp_path / "out")
+    for key, value in got.items():
+        if key not in wanted:
+            assert np.array_equal(value, before[key])
+            continue
+        step = abs(wanted[key].astype(float) - before[key]).max()
+        assert abs(value.astype(float) - wanted[key]).max() <= 1e-6 * step, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_goes_to_peft_and_back_under_the_same_names(name: str, tmp_path: Path) -> None:
+    file = FOLDER / name / "adapter.onnx_adapter"
+    convert(file, "peft", output=tmp_path / "peft")
+    back = tmp_path / "back.onnx_adapter"
+    convert(tmp_path / "peft", "onnx-adapter", output=back)
+    before, after = read_adapter_file(file), read_adapter_file(back)
+    before = {key: value for key, value in before.items() if "base_layer" not in key}  # which Olive passes on
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(after[key], value) for key, value in before.items())
+    assert inspect(back).kinds == inspect(tmp_path / "peft").kinds
+
+
+def test_onnxruntime_adds_what_we_write(tmp_path: Path) -> None:
+    """A graph with inputs for A and B of rank 0 by default, run with and without the file as its active adapter."""
+    out = tmp_path / "lora.onnx_adapter"
+    result = convert(_peft(tmp_path / "peft", lora_alpha=6), "onnx-adapter", output=out)
+    assert [entry.outcome for entry in result.entries] == ["folded"]
+    a, b = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+    empty = [
+        helper.make_tensor(a, TensorProto.FLOAT, (8, 0), []),
+        helper.make_tensor(b, TensorProto.FLOAT, (0, 12), []),
+    ]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, (3, 8))]
+    inputs += [helper.make_tensor_value_info(a, TensorProto.FLOAT, (8, "r"))]
+    inputs += [helper.make_tensor_value_info(b, TensorProto.FLOAT, ("r", 12))]
+    nodes = [helper.make_node("MatMul", ["x", a], ["h"]), helper.make_node("MatMul", ["h", b], ["y"])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, (3, 12))]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, empty)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "g.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "g.onnx", providers=["CPUExecutionProvider"])
+    adapter, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    adapter.Load(str(out))
+    options.add_active_adapter(adapter)
+    x = draw(5, 3, 8)
+    assert not session.run(["y"], {"x": x})[0].any()
+    wanted = x @ (6 / 2 * draw(2, 12, 2) @ draw(1, 2, 8)).T
+    assert np.allclose(session.run(["y"], {"x": x}, options)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_our_layout_is_read_by_onnxruntime_whatever_the_sizes(tmp_path: Path) -> None:
+    names = ["a", "bb", "ccc", "dddd", "e" * 99]
+    arrays = {name: draw(n, *range(1, n + 1)) for n, name in enumerate(names, 1)}
+    plan = plan_onnx_adapter([(name, DType.F32, array.shape) for name, array in arrays.items()])
+    data = bytearray(plan.nbytes)
+    data[: len(plan.header)] = plan.header
+    for name, (at, nbytes) in plan.ranges.items():
+        raw = arrays[name].tobytes()
+        gap = plan.before(name, raw)
+        data[at - len(gap) : at], data[at : at + nbytes] = gap, raw
+        assert at % 16 == 0
+    (tmp_path / "x").write_bytes(data)
+    found = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "x")).get_parameters()
+    assert {name: value.numpy().tolist() for name, value in found.items()} == {n: a.tolist() for n, a in arrays.items()}
+    assert [tensor.name for tensor in open_onnx_adapter(tmp_path / "x").tensors] == sorted(names)
+
+
+def test_what_a_graph_cannot_take_is_named(tmp_path: Path) -> None:
+    stem = f"base_model.model.{Q}"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 8), f"{stem}.lora_B.weight": draw(2, 12, 2)}
+    dora = write_peft(tmp_path / "dora", {**tensors, f"{stem}.lora_magnitude_vector": draw(3, 12)}, use_dora=True)
+    with pytest.raises(FitError, match="no DoRA"):
+        convert(dora, "onnx-adapter", output=tmp_path / "out.onnx_adapter")
+    with pytest.raises(FitError, match=r"must end in \.onnx_adapter"):
+        convert(_peft(tmp_path / "lora"), "onnx-adapter", output=tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "fault"),
+    [
+        ({f"{Q}.lora_A.weight": draw(1, 8, 2)}, "without its 'lora_B.weight'"),
+        ({f"{Q}.lora_A.weight": draw(1, 8, 2), f"{Q}.lora_B.weight": draw(2, 3, 12)}, "its lora_B"),
+        ({f"{Q}.lora_A.quant.weight": draw(1, 8, 2)}, "codes of 4 bits"),
+        ({"past_key_values.0.key": draw(1, 1, 2, 3, 4)}, "keys and values of a prefix"),
+        ({"something": draw(1, 2)}, "neither lora_A nor lora_B"),
+    ],
+)
+def test_other_inputs_are_refused(arrays: dict[str, np.ndarray], fault: str, tmp_path: Path) -> None:
+    write_adapter_file(tmp_path / "x.onnx_adapter", arrays)
+    with pytest.raises((FitError, MalformedError), match=fault):
+        read_adapter(tmp_path / "x.onnx_adapter")
+
+
+def test_slots_of_rank_0_do_nothing(tmp_path: Path) -> None:
+    arrays = {f"{Q}.lora_A.weight": draw(1, 8, 2), f"{Q}.lora_B.weight": draw(2, 2, 12)}
+    arrays |= {
+        f"{Q}2.lora_A.weight": np.zeros((8, 0), np.float32),
+        f"{Q}2.lora_B.weight": np.zeros((0, 12), np.float32),
+    }
+    write_adapter_file(tmp_path / "x.onnx_adapter", arrays)
+    adapter = read_adapter(tmp_path / "x.onnx_adapter")
+    assert (len(adapter.updates), len(adapter.ignored), adapter.unconsumed()) == (1, 2, ())
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx_adapter"
+    convert(_peft(tmp_path / "peft"), "onnx-adapter", output=path)
+    whole = path.read_bytes()
+    for at in range(0, min(len(whole), 400), 4):
+        damaged = bytearray(whole)
+        struct.pack_into("<I", damaged, at, 0x7FFFFFF0)
+        path.write_bytes(damaged)
+        if ONNX_ADAPTER.detect(path):
+            try:
+                ONNX_ADAPTER.read(path)
+            except (FitError, MalformedError):
+                continue
