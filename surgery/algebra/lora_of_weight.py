@@ -160,7 +160,7 @@ def _change(
         FitError: it is not known.
     """
     maps = [change for change in changes if change.effect == "maps"]
-    what = f"'{show(str(site))}' is changed by a {changes[0].kind}"
+    what = f"'{show(str(site))}' is changed by {changes[0].kind}"
     if stacks := [change for change in changes if experts_of(change)]:
         why = f"{what}, stacked for experts, which is no stack of LoRAs"
         raise FitError(why, file=adapter.path, tensor=stacks[0].tensors[0].name, hint="merge it into the base")

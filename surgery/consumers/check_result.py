@@ -16,12 +16,13 @@ from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
+from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
-from surgery.reports.values import Name, Phrase, Value
+from surgery.reports.values import Cell, Name, Phrase, Value
 
 __all__ = ["CheckResult", "ConsumerCheck"]
 
-_LISTED = 20  # parts shown of one consumer, unless all are asked for
+_LISTED = 20  # rows shown of one consumer, unless all are asked for
 _REMEDIES: dict[Remedy, str] = {
     "": "merge it into the base",
     "rewrite": "write it anew",
@@ -151,10 +152,13 @@ class CheckResult:
 
 def _facts_of_one(check: ConsumerCheck) -> list[tuple[Phrase, Phrase]]:
     read: Phrase = f"{check.title} {check.version}"
+    files: dict[str, list[str]] = {}
+    for source in check.sources:
+        files.setdefault(f"{source.program} {source.version}", []).append(source.file)
     return [
         ("for", read),
         ("verdict", f"{check.outcome}: {_counted(check.verdicts)}"),
-        ("rules from", "; ".join(f"{s.program} {s.version} {s.file}" for s in check.sources)),
+        ("rules from", "; ".join(f"{of}: {', '.join(names)}" for of, names in files.items())),
     ]
 
 
@@ -171,14 +175,24 @@ def _line(check: ConsumerCheck) -> tuple[object, ...]:
 
 
 def _parts(check: ConsumerCheck, verbose: bool) -> list[Section]:
-    """Parts of one consumer: those at fault, or all."""
-    chosen = check.verdicts if verbose else check.faults[:_LISTED]
-    if not chosen:
+    """Parts of one consumer: those at fault, those alike in one row, or all."""
+    said = (Column("what"), Column("verdict"), Column("why"), Column("remedy"))
+    if verbose:
+        rows = tuple((one.part, *_said(one)) for one in check.verdicts)
+        return [Table((Column("part", "name"), *said), rows)] if rows else []
+    alike: dict[tuple[str, Verdict], list[str]] = {}
+    for one in check.faults:
+        alike.setdefault((pattern_of(one.part), replace(one, part="", needs="")), []).append(one.part)
+    if not alike:
         return []
-    columns = (Column("part", "name"), Column("what"), Column("verdict"), Column("why"), Column("remedy"))
-    rows = tuple((one.part, one.what, _outcome(one), one.why, _remedy(one)) for one in chosen)
-    more = len(check.faults) - len(chosen)
-    return [Table(columns, rows), *([Note(f"... and {more} more", "omitted")] if more > 0 else [])]
+    rows = tuple((like if parts[1:] else parts[0], len(parts), *_said(one)) for (like, one), parts in alike.items())
+    more = len(rows) - _LISTED
+    table = Table((Column("parts like", "name"), Column("times", "integer"), *said), rows[:_LISTED])
+    return [table, *([Note(f"... and {more} more", "omitted")] if more > 0 else [])]
+
+
+def _said(one: Verdict) -> tuple[Cell, ...]:
+    return one.what, _outcome(one), one.why, _remedy(one)
 
 
 def _outcome(verdict: Verdict) -> Phrase:

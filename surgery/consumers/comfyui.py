@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
+from surgery.consumers.facts import AdapterFacts, AdapterPart
 
 __all__ = ["COMFYUI"]
 
 _LOG = "'lora key not loaded', in the log"
+
+
+def _without_adapter(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """(IA)^3 is the one kind of LyCORIS that it has no class for."""
+    return ignored(_LOG, "lora") if part.trait == "other kind" and part.kind == "IA3" else None
+
 
 COMFYUI = RuledConsumer(
     name="comfyui",
@@ -21,6 +28,7 @@ COMFYUI = RuledConsumer(
     ),
     format="kohya",
     reads=frozenset({"kohya", "diffusers", "comfyui", "bare"}),
+    exceptions=_without_adapter,
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,
@@ -43,10 +51,16 @@ COMFYUI = RuledConsumer(
         "token rows": ignored(_LOG, "drop"),
         "virtual tokens": ignored(_LOG),
         "pattern of targets": honoured,
+        "no targets": honoured,
+        "beyond the targets": honoured,
+        "missing fields": honoured,
+        "bias setting": honoured,
+        "promised modules": honoured,
         "null patterns": honoured,
         "block-diagonal factors": honoured,
         "bare names": honoured,
         "wrapped names": honoured,
+        "doubled prefix": honoured,
         "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at

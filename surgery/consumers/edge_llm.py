@@ -43,10 +43,16 @@ EDGE_LLM = RuledConsumer(
         "token rows": ignored(_UNBOUND, "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "no targets": honoured,
+        "beyond the targets": honoured,
+        "missing fields": refused("its configuration lacks 'r' or 'lora_alpha'", "rewrite"),
+        "bias setting": honoured,
+        "promised modules": honoured,
         "null patterns": honoured,
         "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
         "bare names": honoured,
         "wrapped names": ignored(_UNBOUND, "rewrite"),
+        "doubled prefix": ignored(_UNBOUND, "rewrite"),
         "names of an adapter": ignored(_UNBOUND, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at

@@ -16,7 +16,10 @@ from surgery.engine.input_checks import check_base_id
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.embeddings import EMBEDDINGS
 from surgery_formats.adapters.peft.dialects import dialect_of
-from surgery_formats.adapters.peft.keys import ROOT, WRAPPERS
+from surgery_formats.adapters.peft.disagreements import beyond_targets, empty_saved
+from surgery_formats.adapters.peft.keys import PREFIX, ROOT, bared
+from surgery_formats.adapters.peft.kinds import switches
+from surgery_formats.adapters.peft.read_config import parse_config
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -38,6 +41,7 @@ _IN_MEMORY = re.compile(
 _EXPERTS = ".experts."
 _PROJECTIONS = 3  # of an expert: gate, up, down; unless the base stores others
 _ALL = frozenset(["all-linear", "all"])
+_PREFIXES = frozenset(PREFIX.split("."))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,7 @@ def facts_of(adapter: Adapter, base: Checkpoint, greatest_rank: int | None = Non
         parts.append(AdapterPart(adapter.prompt.table.name, "virtual tokens", adapter.kind))
     if adapter.format == "peft":
         parts += _fields(adapter, base)
+        parts += _contradictions(adapter)
     return AdapterFacts(adapter, base, tuple(parts), updates, greatest_rank)
 
 
@@ -279,13 +284,45 @@ def _fields(adapter: Adapter, base: Checkpoint) -> Iterator[AdapterPart]:
             yield AdapterPart(name, "other weight files")
 
 
+def _contradictions(adapter: Adapter) -> Iterator[AdapterPart]:
+    """Where the configuration says less or more than the tensors: programs go by the one or by the others."""
+    fields = adapter.config
+    if "peft_type" not in fields or adapter.prompt is not None:
+        return
+    if adapter.kind == "LORA":
+        for name in ("r", "lora_alpha"):
+            if fields.get(name) is None:
+                yield AdapterPart(name, "missing fields")
+    if fields.get("target_modules") is None:
+        yield AdapterPart("target_modules", "no targets")
+    if fields.get("bias", "none") != "none":
+        yield AdapterPart("bias", "bias setting")
+    config = parse_config(fields, adapter.path / "adapter_config.json", switches())
+    whole, trained = set[str](), set[str]()
+    for site, chain in adapter.updates.items():
+        held = [contents_of(update) for update in chain]
+        if all(one.whole is not None for one in held):
+            whole.add(site.path)
+        elif any(one.rows is None for one in held):
+            trained.add(site.path.removesuffix(".weight").removesuffix(".bias"))
+    written = any(tensor.name.startswith(PREFIX) and bared(tensor.name) == tensor.name for tensor in adapter.tensors)
+    if written or not isinstance(fields.get("target_modules"), str):  # a pattern is one on the paths that PEFT writes
+        yield from (AdapterPart(path, "beyond the targets") for path in sorted(beyond_targets(config, trained)))
+    yield from (AdapterPart(name, "promised modules") for name in empty_saved(config, trained, whole))
+
+
 def _names(adapter: Adapter) -> Iterator[AdapterPart]:
     """Ways of naming tensors that are not PEFT's: one part each, called like the first tensor."""
     names = [tensor.name for tensor in adapter.tensors] if adapter.prompt is None else []
     if names and not any(name.startswith(ROOT) for name in names):
         yield AdapterPart(names[0], "bare names")
-    if wrapped := next((name for name in names if not WRAPPERS.isdisjoint(name.split("."))), ""):
-        yield AdapterPart(wrapped, "wrapped names")
+    for name in names:
+        found: set[str] = set()
+        bared(name, found)
+        for what in found:
+            yield AdapterPart(name, "doubled prefix" if {*what.split(".")} <= _PREFIXES else "wrapped names")
+        if found:
+            break
     if own := next((name for name in names if _IN_MEMORY.search(name)), ""):
         yield AdapterPart(own, "names of an adapter")
 

@@ -12,6 +12,7 @@ from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import facts_of
 from surgery.consumers.rewriting import padded, scaled_inside, with_partners, without
+from surgery.consumers.traits import Trait
 from surgery.consumers.verdict import Remedy, Verdict
 from surgery_formats.adapters.format import Entry, Format, Outcome, Scaled
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -26,6 +27,18 @@ _ROUNDS = 8  # partners bring partners, and a new rank new scales: each a round 
 _SHOWN = 3
 _OF_WRITING: frozenset[Remedy] = frozenset({"dialect", "rewrite"})
 """Remedies that are a matter of writing: what is read back shows whether they helped."""
+
+_OF_CONFIGURATION: frozenset[Trait] = frozenset(
+    {
+        "LoRA taken for experts",
+        "beyond the targets",
+        "missing fields",
+        "bias setting",
+        "promised modules",
+        "no targets",
+    }
+)
+"""What a configuration that is written for the tensors as they are does not have."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Fitted:
 
 def as_it_would_be_read(adapter: Adapter, target: Format) -> Adapter:
     """The adapter as a reader of its files in the format `target` would see it."""
-    return target.described(adapter) if isinstance(target, Scaled) else replace(adapter, format=target.name)
+    return replace(target.described(adapter) if isinstance(target, Scaled) else adapter, format=target.name)
 
 
 def fitted(
@@ -99,7 +112,7 @@ def fitted(
     form = _as_loras(left, turned, base, target, consent)
     updates = {**left.updates, **(form.adapter.updates if form is not None else {})}
     made = combined_adapter([WeightedAdapter(left, 1.0)], updates, target)
-    if any(one.what == "LoRA taken for experts" for one in verdicts):  # its own configuration names them as modules
+    if any(one.what in _OF_CONFIGURATION for one in verdicts):  # its own would say the same again
         made = replace(made, format="combined", config={})
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
@@ -156,7 +169,9 @@ def _check_remedies(verdicts: Sequence[Verdict], adapter: Adapter, consumer: Con
         raise FitError(
             f"{consumer.title} has no way to honour '{show(hopeless[0].part)}' ({hopeless[0].what}: {hopeless[0].why})",
             file=adapter.path,
-            hint="merge it into the base, which every program then loads",
+            hint="`surgery export-onnx` puts it in front of the input"
+            if hopeless[0].what == "virtual tokens"
+            else "merge it into the base, which every program then loads",
         )
 
 

@@ -41,6 +41,7 @@ def write_for(
     overwrite: bool = False,
     progress: Callback | None = None,
     merge_rest: Callable[[Adapter], object] | None = None,
+    rest_name: str = "",
 ) -> ConvertResult:
     """Rewrite an adapter for a consumer.
 
@@ -56,6 +57,7 @@ def write_for(
         overwrite: Replace an existing output, atomically.
         progress: Called with every step.
         merge_rest: Called with what is to be merged into the base (`Consent.merged`), before anything is written.
+        rest_name: Of the base that this makes, to which the adapter then belongs.
 
     Raises:
         FitError: the adapter does not fit the base, or no rewriting is honoured.
@@ -67,6 +69,8 @@ def write_for(
     bound_facts(original, base)
     target = _in_its_dialect(target, original, base, consumer, version)
     made = fitted(original, base, consumer, version, target, consent)
+    if made.rest is not None:
+        made = replace(made, adapter=_of_base(made.adapter, rest_name))
     biases = any(part.trait == "bias of a LoRA" for part in facts_of(made.adapter, base).parts)
     binding = None if biases else bound_source(made.adapter, base)  # a base need not have them: see `bound_facts`
     plan = plan_conversion(made.adapter, target, base, binding, dtype=dtype, allow_loss=consent.loss)
@@ -99,6 +103,14 @@ def write_for(
     )
     chosen = repr(consent) if made.form is not None else f"{consumer.name} {version}"
     return write_conversion(plan, options, result, rank=chosen, also=also)
+
+
+def _of_base(adapter: Adapter, name: str) -> Adapter:
+    """The adapter as one of another base, whose content it does not know."""
+    metadata = {key: value for key, value in adapter.metadata.items() if key != "surgery.base"}
+    said = {"base_model_name_or_path": name, "revision": None}
+    config = {key: said.get(key, value) for key, value in adapter.config.items()}
+    return replace(adapter, base_name=name, base_id="", metadata=metadata, config=config)
 
 
 def _in_its_dialect(

@@ -17,7 +17,9 @@ _UNEXPECTED = "the converter exits at any tensor that is no lora_A or lora_B: 'U
 
 def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
     """Configurations of other kinds, whatever their tensors are; tied vocabularies; layers that lack experts."""
-    if "lora_alpha" not in facts.config:
+    if part.trait == "missing fields" and part.name == "lora_alpha":
+        return refused("its configuration has no 'lora_alpha'", "rewrite")
+    if facts.adapter.kind != "LORA" and "lora_alpha" not in facts.config:
         return refused("its configuration has no 'lora_alpha'", remedy_of_kind(part))
     if part.trait in ("LoRA of an embedding", "LoRA of the head") and facts.main.tied:
         return refused("head and embedding are one tensor: the runtime dies at the first token", "drop")
@@ -64,10 +66,16 @@ LLAMA_CPP = RuledConsumer(
         "token rows": refused(_UNEXPECTED, "drop"),
         "virtual tokens": refused("it converts LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "no targets": honoured,
+        "beyond the targets": honoured,
+        "missing fields": honoured,
+        "bias setting": honoured,
+        "promised modules": honoured,
         "null patterns": honoured,
         "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
         "bare names": honoured,
         "wrapped names": refused("its names are of no tensor of the model", "rewrite"),
+        "doubled prefix": honoured,
         "names of an adapter": refused(_UNEXPECTED, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at

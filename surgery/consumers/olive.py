@@ -14,7 +14,7 @@ _UNBOUND = "it is written, and no input of the graph has its name"
 
 def _of_kind(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
     """Configurations of other kinds, of which AdaLoRA's has all that is asked for."""
-    if "lora_alpha" not in facts.config:
+    if facts.adapter.kind != "LORA" and "lora_alpha" not in facts.config:
         return refused("its configuration has no 'lora_alpha'", remedy_of_kind(part))
     if facts.adapter.kind == "ADALORA" and part.trait == "other kind":
         return ignored("its factors have other names than the graph's inputs", "lora")
@@ -51,10 +51,16 @@ OLIVE = RuledConsumer(
         "token rows": ignored(_UNBOUND, "drop"),
         "virtual tokens": refused("its configuration is not one of LoRA"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "no targets": honoured,
+        "beyond the targets": honoured,
+        "missing fields": honoured,
+        "bias setting": honoured,
+        "promised modules": honoured,
         "null patterns": honoured,
         "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
         "bare names": honoured,
         "wrapped names": ignored(_UNBOUND, "rewrite"),
+        "doubled prefix": ignored(_UNBOUND, "rewrite"),
         "names of an adapter": ignored(_UNBOUND, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at

@@ -3,24 +3,48 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
 from surgery.consumers.facts import AdapterFacts, AdapterPart
 from surgery.consumers.traits import TRAITS
+from surgery_formats.models.eras import expert_counts, taken_for_experts
 
-__all__ = ["PEFT", "TAKEN", "of_experts"]
+__all__ = ["BEYOND", "PEFT", "TAKEN", "exceptions_of_peft"]
 
 TAKEN = (
     "in this model type it takes every module of this name for experts of an older release, and attaches nothing here"
 )
+
+BEYOND = "its configuration does not choose this module: PEFT gives it no LoRA, and leaves its factors out"
+_DEFAULT_RANK = 8
 
 _NO_NAMES = "its keys are of no module: 'Found missing adapter keys', and the adapter does nothing"
 
 
 _FUSED = (frozenset({"gate_proj", "up_proj"}), frozenset({"w1", "w3"}))
 """Names that PEFT takes for two halves of one parameter, and not one without the other."""
+_DOWN = (frozenset({"down_proj"}), frozenset({"w2"}))
 
 
-def of_experts(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+def exceptions_of_peft(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """What depends on more than a trait."""
+    if part.trait == "missing fields":
+        return _of_missing(part, facts)
+    return _of_experts(part, facts)
+
+
+def _of_missing(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
+    """Fields that are null are an error; those that are not there have defaults."""
+    if part.name in facts.config:
+        return refused(f"its '{part.name}' is null, and it computes with it", "rewrite")
+    ranks = {other.rank for other in facts.parts if other.rank is not None}
+    if part.name == "r" and ranks - {_DEFAULT_RANK}:
+        return refused(f"it takes r for {_DEFAULT_RANK}: 'size mismatch'", "rewrite")
+    return None
+
+
+def _of_experts(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
     """Experts in dialects of other programs, and what PEFT takes for experts."""
     if part.trait == "LoRA taken for experts":
         leaves = {other.leaf for other in facts.parts if other.trait == part.trait}
@@ -28,10 +52,36 @@ def of_experts(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...])
             why = f"it takes '{part.leaf}' for experts of an older release, and asks for {min(half)} too"
             return refused(why, "rewrite")
     experts = part.trait in ("LoRA of stacked experts", "LoRA of one expert")
-    if not experts or facts.dialect in ("", "peft", "peft-0.18", "unsloth-linears"):
+    if not experts or facts.dialect in ("", "peft", "peft-0.18", "unsloth-linears") or _stacked_as_loaded(facts):
         return None
     return ignored(
         f"its experts are in the dialect {facts.dialect}, which PEFT reads otherwise or not at all", "dialect"
+    )
+
+
+def _stacked_as_loaded(facts: AdapterFacts) -> bool:
+    """Whether PEFT stacks these LoRAs of single experts rightly as it loads them (``_convert_peft_config_moe``).
+
+    It joins gate and up with twice the configured rank and alpha, which is another scale under rsLoRA and for halves of a
+    rank or scale of their own; without the down projection it looks for gate and up under names that they do not have.
+    """
+    experts = [part for part in facts.parts if part.trait == "LoRA of one expert"]
+    leaves = {part.leaf for part in experts}
+    halves = next((pair for pair in _FUSED if pair <= leaves), frozenset[str]())
+    known = taken_for_experts(facts.main.config)
+    if (
+        facts.dialect != "per-expert"
+        or facts.config.get("use_rslora")
+        or leaves - halves not in _DOWN
+        or leaves - known
+    ):
+        return False
+    whole = len(leaves) * max(expert_counts(facts.main.config), default=0)
+    layers = Counter(part.module.partition(".experts.")[0] for part in experts)
+    r, alpha = facts.config.get("r"), facts.config.get("lora_alpha")
+    scale = alpha / r if isinstance(alpha, int | float) and isinstance(r, int) and r else None
+    return all(count == whole for count in layers.values()) and all(
+        part.leaf not in halves or (part.rank == r and part.scale == scale) for part in experts
     )
 
 
@@ -46,10 +96,13 @@ PEFT = RuledConsumer(
         SourceRead("peft", "0.21.2", "peft/utils/save_and_load.py", "load_peft_weights, set_peft_model_state_dict"),
     ),
     dialect="peft",
-    exceptions=of_experts,
+    exceptions=exceptions_of_peft,
     rules=dict.fromkeys(TRAITS, honoured)
     | {
         "added rows": refused("the base has fewer rows, until somebody resizes it: 'size mismatch'", "drop"),
+        "beyond the targets": ignored(BEYOND, "rewrite"),
+        "promised modules": refused("it asks the file for every module of modules_to_save: 'KeyError'", "rewrite"),
+        "doubled prefix": ignored(_NO_NAMES, "rewrite"),
         "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),
         "LoRA taken for experts": ignored(TAKEN, "rewrite"),
         "bare names": ignored(_NO_NAMES, "rewrite"),

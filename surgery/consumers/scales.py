@@ -15,12 +15,12 @@ Formula = Callable[[Mapping[str, Any], int], float]
 
 def alpha_over_r(config: Mapping[str, Any], rank: int) -> float:
     """``lora_alpha / r``, whatever the patterns, the factors' rank and ``use_rslora`` say."""
-    return _alpha(config) / _rank(config, rank)
+    return _alpha(config) / _rank(config)
 
 
 def alpha_over_r_or_root(config: Mapping[str, Any], rank: int) -> float:
     """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``; patterns are not looked at."""
-    r = _rank(config, rank)
+    r = _rank(config)
     return _alpha(config) / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
@@ -40,6 +40,6 @@ def _alpha(config: Mapping[str, Any]) -> float:
     return float(value) if isinstance(value, int | float) else 8.0
 
 
-def _rank(config: Mapping[str, Any], rank: int) -> int:
+def _rank(config: Mapping[str, Any]) -> int:
     value = config.get("r")
-    return value if isinstance(value, int) and value > 0 else rank
+    return value if isinstance(value, int) and value > 0 else 8  # PEFT's default, for the programs that ask PEFT

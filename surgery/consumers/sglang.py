@@ -17,10 +17,36 @@ _NAMES = (
 )
 
 
+_TOGETHER = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
+)
+
+
+def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+    """What depends on more than a trait."""
+    if part.trait == "beyond the targets":
+        return _beyond(part, facts)
+    if part.trait == "missing fields" and part.name in facts.config:
+        return refused(f"its '{part.name}' is null", "rewrite")
+    if part.trait == "saved norm" and not any(segment.isdecimal() for segment in part.module.split(".")):
+        return ignored(_SKIPPED, "drop")
+    return _of_experts(part, facts)
+
+
+def _beyond(part: AdapterPart, facts: AdapterFacts) -> TraitRule:
+    """It goes by the last names of targets, and by no choice of layers."""
+    listed = facts.config.get("target_modules")
+    names = {name.rpartition(".")[2] for name in listed} if isinstance(listed, list) else set()
+    if isinstance(listed, str) or _TOGETHER.get(part.leaf, part.leaf) in {_TOGETHER.get(name, name) for name in names}:
+        return honoured
+    outside = part.leaf in ("embed_tokens", "lm_head")
+    return ignored(_SKIPPED, "rewrite") if outside else refused(_NO_TARGET, "rewrite")
+
+
 _UP, _DOWN = frozenset(["gate_proj", "up_proj", "gate_up_proj", "w1", "w3"]), frozenset(["down_proj", "w2"])
 
 
-def _of_experts(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
+def _of_experts(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
     """Stacks of experts by projection, which are called as single experts are, without a number; both halves, or neither acts."""
     if part.trait not in ("LoRA of one expert", "LoRA of stacked experts"):
         return None
@@ -45,7 +71,7 @@ SGLANG = RuledConsumer(
     ),
     scale=alpha_over_r,
     dialect="sglang",
-    exceptions=_of_experts,
+    exceptions=_exceptions,
     one_rank=refused("its buffers have r rows: 'LoRA buffer shape does not match weight shape'", "pad"),
     leaves=frozenset(_NAMES.split()),
     other_leaf=refused("it has no buffer for a module of this name", "drop"),
@@ -79,10 +105,16 @@ SGLANG = RuledConsumer(
         "pattern of targets": refused(
             "'Only all or all-linear can be used as the string for target module'", "rewrite"
         ),
+        "no targets": refused("it asks null for targets", "rewrite"),
+        "beyond the targets": honoured,
+        "missing fields": refused("it asks for r and lora_alpha", "rewrite"),
+        "bias setting": honoured,
+        "promised modules": honoured,
         "null patterns": honoured,
         "block-diagonal factors": refused("its buffers have the sizes of whole factors", "rewrite"),
         "bare names": honoured,
         "wrapped names": honoured,
+        "doubled prefix": honoured,
         "names of an adapter": honoured,
         "targeted parameters": honoured,
         "added tokens": refused("'LoRA serving currently doesn't support adapters that add tokens'", "drop"),

@@ -46,10 +46,16 @@ TENSORRT_LLM = RuledConsumer(
         "token rows": ignored("keys with embed_tokens are passed over", "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "no targets": honoured,
+        "beyond the targets": honoured,
+        "missing fields": refused("it asks for r and lora_alpha", "rewrite"),
+        "bias setting": honoured,
+        "promised modules": honoured,
         "null patterns": honoured,
         "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
         "bare names": honoured,
         "wrapped names": honoured,
+        "doubled prefix": honoured,
         "names of an adapter": refused(_KEY, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at

@@ -30,10 +30,16 @@ Trait = Literal[
     "token rows",
     "virtual tokens",
     "pattern of targets",
+    "no targets",
+    "beyond the targets",
+    "missing fields",
+    "bias setting",
+    "promised modules",
     "null patterns",
     "block-diagonal factors",
     "bare names",
     "wrapped names",
+    "doubled prefix",
     "names of an adapter",
     "targeted parameters",
     "added tokens",
@@ -64,6 +70,16 @@ Trait = Literal[
     ``trainable_token_indices``.
 ``pattern of targets``
     ``target_modules`` is one regular expression.
+``no targets``
+    ``target_modules`` is null, or is not there.
+``beyond the targets``
+    A module with factors that the configuration does not choose: by its targets, its layers, or what it excludes.
+``missing fields``
+    ``r`` or ``lora_alpha`` is null, or is not there.
+``bias setting``
+    ``bias`` is not ``none``, whether biases are stored or not.
+``promised modules``
+    ``modules_to_save`` names what the file lacks.
 ``null patterns``
     ``rank_pattern`` or ``alpha_pattern`` is null.
 ``block-diagonal factors``
@@ -71,7 +87,9 @@ Trait = Literal[
 ``bare names``
     Tensors are called ``model.layers...``, without ``base_model.model.`` before it.
 ``wrapped names``
-    Tensors have segments of programs that wrapped the model in training: ``_orig_mod``.
+    Tensors have segments of programs that wrapped the model in training: ``_orig_mod``, ``module``.
+``doubled prefix``
+    Tensors are called ``base_model.model.base_model.model...``: an adapter was wrapped once more before it was saved.
 ``names of an adapter``
     Tensors are called ``lora_A.default.weight``, as in memory.
 ``targeted parameters``

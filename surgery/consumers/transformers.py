@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
 from surgery.consumers.facts import AdapterFacts, AdapterPart
-from surgery.consumers.peft import TAKEN, of_experts
+from surgery.consumers.peft import BEYOND, TAKEN, exceptions_of_peft
 from surgery.consumers.traits import TRAITS
 
 __all__ = ["TRANSFORMERS"]
@@ -18,7 +18,7 @@ _SHARED = frozenset({"VERA"})
 def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
     if part.trait == "other kind" and facts.adapter.kind in _SHARED:
         return refused("'inject_adapter_in_model' has no place for what layers share", "lora")
-    return of_experts(part, facts, version)
+    return exceptions_of_peft(part, facts, version)
 
 
 TRANSFORMERS = RuledConsumer(
@@ -38,6 +38,7 @@ TRANSFORMERS = RuledConsumer(
         "LoRA taken for experts": ignored(TAKEN, "rewrite"),
         "added rows": refused("the base has fewer rows: 'ignore_mismatched_sizes'", "drop"),
         "virtual tokens": refused("it knows no prompt learning"),
+        "beyond the targets": ignored(BEYOND, "rewrite"),
         "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),
         "wrapped names": ignored(_NO_NAMES, "rewrite"),
         "names of an adapter": ignored(_NO_NAMES, "rewrite"),

@@ -55,6 +55,10 @@ def _of_model(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) 
         return refused(
             "its class for this model has no LoRA of the vocabulary: 'expected target modules in ...'", "drop"
         )
+    if part.trait == "no targets" and part.name not in facts.config:
+        return refused("'Missing required configuration fields'", "rewrite")
+    if part.trait == "promised modules" and version >= (0, 31) and part.name in ("classifier", "score"):
+        return honoured
     if part.trait in ("LoRA of stacked experts", "LoRA of one expert"):
         stacked = part.trait == "LoRA of stacked experts"
         if stacked and not kind.startswith(STACKED):
@@ -122,10 +126,18 @@ VLLM = RuledConsumer(
         "token rows": refused(_UNKNOWN, "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
         "pattern of targets": honoured,  # it goes by the tensors' names
+        "no targets": honoured,
+        "beyond the targets": honoured,
+        "missing fields": refused("'Missing required configuration fields'", "rewrite"),
+        "bias setting": refused("'Adapter bias is not supported'", "rewrite"),
+        "promised modules": refused(
+            "'vLLM only supports modules_to_save being either None or [classifier, score]'", "rewrite"
+        ),
         "null patterns": honoured,
         "block-diagonal factors": ignored("blocks are taken for whole factors", "rewrite"),
         "bare names": honoured,
         "wrapped names": ignored("its names are of no module", "rewrite"),
+        "doubled prefix": honoured,
         "names of an adapter": refused(_UNKNOWN, "rewrite"),
         "targeted parameters": honoured,
         "added tokens": honoured,  # not looked at: the rows that they need are refused as such

@@ -130,12 +130,10 @@ def _eras(names: Iterable[str], base: Component, prefix: str) -> Eras:
 
 def _prefix(base: Component) -> str:
     """Prefix that the tree adds to the names on disk, where a bare model's file is loaded into a class with a head."""
-    first = base.family.embedding.partition(".")[0]
-    if "." not in base.family.embedding or base.family.embedding == base.embedding.removesuffix(".weight"):
-        return ""
+    first, _, bare = base.family.embedding.partition(".")
     names = base.config.get("architectures")
     with_head = any(mark in str(name) for name in names or () for mark in ("For", "LMHead", "DoubleHeads"))
-    return f"{first}." if with_head and base.embedding and not base.embedding.startswith(f"{first}.") else ""
+    return f"{first}." if with_head and bare and base.embedding == f"{bare}.weight" else ""
 
 
 def tree_name(name: str, base: Component, prefix: str = "") -> str:

@@ -104,7 +104,7 @@ def _fit(columns: Sequence[Column], widths: dict[int, int], width: int) -> None:
     for index in sorted((index for index in widths if columns[index].spare), key=lambda index: -columns[index].spare):
         if excess() > 0:
             del widths[index]
-    foldable = [index for index in widths if not columns[index].numeric]
+    foldable = [index for index in widths if not columns[index].numeric or columns[index].type == "spread"]
     while foldable and excess() > 0:
         widest = max(foldable, key=lambda index: widths[index])
         if widths[widest] <= _LEAST:

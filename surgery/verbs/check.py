@@ -97,5 +97,6 @@ def check(
         overwrite=overwrite,
         progress=progress,
         merge_rest=None if merge_rest is None else rest_merger(checkpoint, merge_rest, overwrite, progress),
+        rest_name="" if merge_rest is None else local_path(merge_rest, "merge_rest").resolve().name,
     )
     return result.plus(written)

@@ -21,7 +21,15 @@ from surgery.engine.conversion import (
 )
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import float_type
-from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
+from surgery.engine.inputs import (
+    AdapterLike,
+    CheckpointLike,
+    StrPath,
+    as_adapter,
+    as_checkpoint,
+    local_path,
+    output_path,
+)
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
@@ -213,5 +221,6 @@ def _for_consumer(
         overwrite=overwrite,
         progress=progress,
         merge_rest=merger,
+        rest_name="" if merge_rest is None else local_path(merge_rest, "merge_rest").resolve().name,
         **options,
     )

@@ -93,6 +93,15 @@ def test_a_possibly_tied_embedding_of_an_unknown_family_is_refused(tmp_path: Pat
         surgery.merge(base, write_adapter(tmp_path / "lora", lora), output=tmp_path / "out")
 
 
+def test_a_base_with_fewer_layers_is_another_base_and_no_misspelling(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", {"transformer.h.0.ln_1.weight": torch.ones(4)}, model_type="gpt2")
+    norms = {f"transformer.h.{layer}.ln_1.weight": torch.zeros(4) for layer in range(3)}
+    path = write_adapter(tmp_path / "lora", norms, modules_to_save=["ln_1"])
+    with pytest.raises(FitError, match="2 of 3 do not fit") as caught:
+        surgery.merge(base, path, output=tmp_path / "out")
+    assert caught.value.hint == "is this the base it was trained on?"
+
+
 def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {"transformer.h.0.ln_1.weight": torch.ones(4)}, model_type="gpt2")
     path = write_adapter(tmp_path / "lora", {"transformer.h.7.ln_1.weight": torch.zeros(4)}, modules_to_save=["ln_1"])

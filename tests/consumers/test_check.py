@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery.consumers.consumer import RuledConsumer, honoured, refused
@@ -66,7 +68,7 @@ def test_every_consumer_has_a_rule_for_every_trait_and_names_its_sources(consume
 
 
 def test_a_plain_lora_is_honoured_by_all_that_read_its_format(base: Path, tmp_path: Path) -> None:
-    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=["down_proj"])
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS)
     found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
     assert {name for name, outcome in found.items() if outcome == "honoured"} == {
         "peft", "transformers", "vllm", "tensorrt-llm", "edge-llm", "llama.cpp", "onnxruntime-genai", "olive",
@@ -134,6 +136,58 @@ def test_names_of_tensors_that_are_not_pefts_are_told_and_put_right(
     assert found.items() >= outcomes.items()
     for consumer in outcomes:
         assert surgery.check(base, adapter, consumer=consumer, fix=tmp_path / f"for {consumer}").honoured
+
+
+@pytest.mark.parametrize(
+    ("consumer", "fields", "what"),
+    [
+        ("peft", {"target_modules": ["down_proj"]}, "beyond the targets"),
+        ("peft", {"target_modules": TARGETS, "layers_to_transform": [0]}, "beyond the targets"),
+        ("peft", {"target_modules": TARGETS, "r": None}, "missing fields"),
+        ("peft", {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}, "promised modules"),
+        ("vllm", {"target_modules": TARGETS, "lora_alpha": None}, "missing fields"),
+        ("vllm", {"target_modules": TARGETS, "bias": "lora_only"}, "bias setting"),
+        ("sglang", {"target_modules": ["v_proj"]}, "beyond the targets"),
+        ("sglang", {"target_modules": None}, "no targets"),
+    ],
+)
+def test_what_the_configuration_says_beside_the_tensors_is_told_and_written_anew(
+    base: Path, tmp_path: Path, consumer: str, fields: dict[str, Any], what: str
+) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), **fields)
+    (check,) = surgery.check(base, adapter, consumer=consumer).consumers
+    assert what in {fault.what for fault in check.faults}
+    fixed = surgery.check(base, adapter, consumer=consumer, fix=tmp_path / "fixed")
+    assert surgery.check(base, tmp_path / "fixed", consumer=consumer).honoured
+    assert fixed.fixed is not None
+    config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
+    assert config["bias"] == "none"
+    assert not config.get("modules_to_save")
+    assert {*TARGETS} <= {name.rpartition(".")[2] for name in config["target_modules"]}
+    meant = peft_deltas(write_peft(tmp_path / "whole", _lora(1, MODULES), target_modules=TARGETS, lora_alpha=8))
+    for name, delta in meant.items():
+        np.testing.assert_allclose(peft_deltas(tmp_path / "fixed")[name], delta, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("consumer", ["sglang", "edge-llm"])
+def test_another_format_is_brought_to_one_rank_and_beside_its_partners(
+    base: Path, tmp_path: Path, consumer: str
+) -> None:
+    ranks = {"down_proj": 3}
+    source = write_peft(tmp_path / "a", _lora(1, MODULES, **ranks), target_modules=TARGETS, rank_pattern=ranks)
+    surgery.convert(source, "bare", output=tmp_path / "bare.safetensors", base=base)
+    surgery.convert(tmp_path / "bare.safetensors", consumer=consumer, output=tmp_path / "fixed", base=base)
+    assert surgery.check(base, tmp_path / "fixed", consumer=consumer).honoured
+    written = peft_deltas(tmp_path / "fixed")
+    for name, delta in peft_deltas(source).items():
+        np.testing.assert_allclose(written[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_beyond_the_targets_of_one_program_is_within_anothers(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS, exclude_modules=["q_proj"])
+    found = {check.name: check.outcome for check in surgery.check(base, adapter).consumers}
+    assert (found["peft"], found["transformers"], found["onnxruntime-genai"]) == ("ignored",) * 3
+    assert (found["vllm"], found["llama.cpp"], found["olive"]) == ("honoured",) * 3
 
 
 def test_a_rank_above_what_the_program_takes_is_cut_by_choice(base: Path, tmp_path: Path) -> None:
@@ -285,12 +339,31 @@ def test_the_rest_is_merged_into_a_copy_of_the_base(base: Path, tmp_path: Path) 
         result = surgery.check(base, adapter, consumer=consumer, fix=fixed, merge_rest=rest)
         assert result.fixed is not None
         assert {e.detail for e in result.fixed.entries if "merged" in e.detail} == {"added rows: merged into the base"}
-        assert surgery.check(rest, fixed, consumer=consumer).honoured
+        checked = surgery.check(rest, fixed, consumer=consumer)
+        assert checked.honoured
+        assert not [warning for warning in checked.warnings if "was trained on" in warning]
         surgery.merge(base, adapter, output=tmp_path / f"{consumer} at once")
         surgery.merge(rest, fixed, output=tmp_path / f"{consumer} in two")
         assert_close(
             *(load_file(tmp_path / f"{consumer} {how}" / "model.safetensors") for how in ("in two", "at once"))
         )
+
+
+def test_an_extracted_adapter_without_its_rest_belongs_to_the_new_base(base: Path, tmp_path: Path) -> None:
+    """An extraction records its base's content, which is another once the rest is merged into it."""
+    shutil.copytree(base, tmp_path / "tuned")
+    weights = load_file(base / "model.safetensors")
+    rows = weights["model.embed_tokens.weight"].copy()
+    rows[3] += 1
+    q_proj = next(name for name in weights if name.endswith("q_proj.weight"))
+    other = {"model.embed_tokens.weight": rows, q_proj: weights[q_proj] + np.ones_like(weights[q_proj])}
+    save_file(weights | other, tmp_path / "tuned/model.safetensors")
+    surgery.extract_lora(base, tmp_path / "tuned", output=tmp_path / "a")
+    given = {"consumer": "vllm", "fix": tmp_path / "fixed", "merge_rest": tmp_path / "rest"}
+    surgery.check(base, tmp_path / "a", **given)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "fixed/adapter_config.json").read_text())["base_model_name_or_path"] == "rest"
+    surgery.merge(tmp_path / "rest", tmp_path / "fixed", output=tmp_path / "merged")
+    assert_close(load_file(tmp_path / "merged/model.safetensors"), load_file(tmp_path / "tuned/model.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["prompt", "biases"])
@@ -353,13 +426,33 @@ def test_convert_asks_for_one_of_a_format_and_a_program(base: Path, tmp_path: Pa
     assert (dry.output, dry.consumer) == (None, "sglang")
 
 
-def test_a_virtual_prompt_has_no_way_but_a_merge(base: Path, tmp_path: Path) -> None:
+def test_parts_alike_are_one_row_and_all_of_them_if_asked(base: Path, tmp_path: Path) -> None:
+    leaves = {"q_proj": 6, "k_proj": 4}
+    modules = {f"{layer}.self_attn.{name}": (out, 6) for layer in range(2) for name, out in leaves.items()}
+    adapter = write_peft(
+        tmp_path / "a",
+        _lora(1, modules),
+        target_modules=["q_proj", "k_proj"],
+        use_rslora=True,
+        alpha_pattern={"layers.1.self_attn.k_proj": 5},
+    )
+    found = surgery.check(base, adapter, consumer="sglang")
+    lines = {
+        line.split()[0]: line.split()[1] for line in str(found.summary()).splitlines() if line.startswith("model.")
+    }
+    alone = {f"model.layers.{layer}.self_attn.k_proj.weight": "1" for layer in range(2)}
+    assert lines == {"model.layers.*.self_attn.q_proj": "2", **alone}
+    assert "model.layers.1.self_attn.q_proj.weight" in str(found.summary(verbose=True))
+
+
+def test_a_virtual_prompt_has_no_way_into_a_server_or_the_base(base: Path, tmp_path: Path) -> None:
     prompt = {"prompt_embeddings": draw(1, 3, 6)}
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3, "token_dim": 6, "task_type": "CAUSAL_LM"}
     adapter = write_peft(tmp_path / "a", prompt, **config)
     assert not surgery.check(base, adapter, consumer="vllm").honoured
-    with pytest.raises(surgery.FitError, match="vLLM has no way to honour"):
+    with pytest.raises(surgery.FitError, match="vLLM has no way to honour") as caught:
         surgery.check(base, adapter, consumer="vllm", fix=tmp_path / "never")
+    assert caught.value.hint == "`surgery export-onnx` puts it in front of the input"
 
 
 def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
@@ -392,6 +485,17 @@ def test_experts_that_were_not_trained_are_zeros_where_a_program_wants_all(tmp_p
     assert len(got) == len(experts)
     assert_close({name: got[name] for name in want}, want)
     assert not any(value.any() for name, value in got.items() if name not in want)
+
+
+def test_ia3_is_the_kind_of_lycoris_that_comfyui_has_no_class_for(tmp_path: Path) -> None:
+    model = unet(tmp_path / "unet")
+    name = next(key for key in load_file(model / "diffusion_pytorch_model.safetensors") if key.endswith("to_q.weight"))
+    stem = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+    rows = load_file(model / "diffusion_pytorch_model.safetensors")[name].shape[0]
+    tensors = {f"{stem}.weight": draw(1, rows, 1), f"{stem}.on_input": np.zeros((), np.bool_)}
+    save_file(tensors, tmp_path / "ia3.safetensors")
+    (check,) = surgery.check(model, tmp_path / "ia3.safetensors", consumer="comfyui").consumers
+    assert (check.outcome, check.faults[0].what, check.faults[0].remedy) == ("ignored", "other kind", "lora")
 
 
 @pytest.mark.parametrize("consumer", ["diffusers", "comfyui"])

@@ -99,6 +99,14 @@ def _compiled(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[
     return config, {k.replace("base_model.model.", "base_model.model._orig_mod."): v for k, v in tensors.items()}
 
 
+def _renamed(old: str, new: str) -> Edit:
+    return lambda config, tensors: (config, {k.replace(old, new): v for k, v in tensors.items()})
+
+
+def _unset(field: str) -> Edit:
+    return lambda config, tensors: ({k: v for k, v in config.items() if k != field}, tensors)
+
+
 def _set(**fields: Any) -> Edit:
     def edit(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {**config, **fields}, tensors
@@ -178,6 +186,22 @@ ADAPTERS: dict[str, Sample] = {
     "names-compiled": Sample({"target_modules": ATTENTION}, edit=_compiled),
     "factor-missing": Sample({"target_modules": ATTENTION}, edit=_without("layers.1.self_attn.o_proj.lora_B")),
     "layer-missing": Sample({"target_modules": ATTENTION}, edit=_without("layers.1.self_attn.o_proj"), truth="loaded"),
+    "names-parallel": Sample(
+        {"target_modules": ATTENTION}, edit=_renamed("base_model.model.", "base_model.model.module.")
+    ),
+    "names-doubled": Sample(
+        {"target_modules": ATTENTION}, edit=_renamed("base_model.model.", "base_model.model.base_model.model.")
+    ),
+    # configurations that say less or more than the file
+    "targets-fewer": Sample({"target_modules": ATTENTION}, edit=_set(target_modules=["q_proj", "v_proj"])),
+    "layers-fewer": Sample({"target_modules": ATTENTION}, edit=_set(layers_to_transform=[0])),
+    "excluded-later": Sample({"target_modules": ATTENTION}, edit=_set(exclude_modules=["q_proj"])),
+    "targets-null": Sample({"target_modules": ["q_proj", "v_proj"]}, edit=_set(target_modules=None)),
+    "no-alpha": Sample({"target_modules": ATTENTION, "lora_alpha": 8}, edit=_unset("lora_alpha")),
+    "no-r": Sample({"target_modules": ATTENTION, "r": 8}, edit=_unset("r")),
+    "bias-promised": _lora(bias="all"),
+    "head-promised": Sample({"target_modules": ATTENTION}, edit=_set(modules_to_save=["lm_head"])),
+    "last-norm-saved": _lora(modules_to_save=["model.norm"]),
     # other kinds
     "loha": Sample({"r": 2, "alpha": 3, "target_modules": ATTENTION}, "LoHaConfig"),
     "lokr": Sample({"r": 2, "alpha": 3, "target_modules": ATTENTION}, "LoKrConfig"),

@@ -184,6 +184,13 @@ def test_a_narrow_place_gives_up_spare_columns_before_it_folds_names():
     assert section_lines(table, 10) == ["tensor", "model.laye", "rs.0"]
 
 
+def test_a_spread_of_values_is_folded_where_a_name_alone_would_not_make_it_fit():
+    columns = Column("parameters like", "name"), Column("rank", "spread")
+    lines = section_lines(Table(columns, (("q_proj", {8: 12, 16: 4}),)), 26)
+    assert max(map(len, lines)) <= 26
+    assert "".join("".join(lines[-2:]).split()).count("times)") == 2
+
+
 def test_wide_characters_are_two_columns():
     table = Table((Column("name", "name"), Column("n", "integer")), (("漢字", 1), ("ab", 2)))
     assert section_lines(table) == ["name  n", "漢字  1", "ab    2"]

@@ -140,6 +140,20 @@ def test_experts_with_biases_become_factors_and_are_not_copied(tmp_path: Path) -
     }
 
 
+def _tune_vocabulary(model: Any) -> None:
+    """Change the token embedding, and the head where it is another matrix."""
+    generator = torch.Generator().manual_seed(9)
+    for matrix in {
+        id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    }.values():
+        matrix.data += torch.randn(matrix.shape, generator=generator) * 0.02
+
+
+@pytest.mark.parametrize("model_type", ["aria", "aya_vision", "gemma3", "llava", "paligemma", "qwen2_5_vl"])
+def test_the_vocabulary_of_a_composite_is_known_under_the_names_on_disk(model_type: str, tmp_path: Path) -> None:
+    assert _difference(model_type, tmp_path, tune=_tune_vocabulary, rank=64) < 1e-3
+
+
 def _combined(folder: Path) -> Path:
     halves = [(folder / "lora", 0.5), (folder / "lora", 0.5)]
     surgery.combine(halves, output=folder / "halves", base=folder / "base")

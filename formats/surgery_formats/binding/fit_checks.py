@@ -220,11 +220,12 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
             hint="keep the adapter beside the base, in PEFT: a merged model has no place for the bias",
         )
     others = f": {lacking}" if len(missing) > 1 else ""
+    misspelt = len(missing) in (1, len(adapter.updates))  # where some fit, the names are right and the base is another
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,
         tensor=tensor.name,
-        hint=closest(site.path, parameters) or "is this the base it was trained on?",
+        hint=(misspelt and closest(site.path, parameters)) or "is this the base it was trained on?",
     )
 
 

@@ -16,7 +16,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
-from surgery_formats.models.eras import class_ties, expert_counts
+from surgery_formats.models.eras import class_ties, eras_of, expert_counts
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.models.families.family import Family
@@ -154,7 +154,9 @@ class Component:
         name = f"{self.family.head}.weight"
         if not self.family.head or not self.embedding:
             return ""
-        return name if name in self.parameters or (self.tied and self._has_head) else ""
+        if name in self.parameters:
+            return name
+        return self._of_its_release(name) or (name if self.tied and self._has_head else "")
 
     @property
     def _has_head(self) -> bool:
@@ -208,7 +210,11 @@ class Component:
         if name in self.parameters:
             return name
         bare = name.partition(".")[2]  # a bare model's checkpoint lacks the first segment
-        return bare if bare in self.parameters else ""
+        return bare if bare in self.parameters else self._of_its_release(name)
+
+    def _of_its_release(self, name: str) -> str:
+        """The stored name of a parameter that transformers calls `name` today, or empty."""
+        return eras_of(self.config, frozenset(self.parameters)).renamings.get(name, "")
 
     def with_config(self, config: Mapping[str, Any]) -> Component:
         """The same weights under another configuration, which need not say any more how they are stored."""

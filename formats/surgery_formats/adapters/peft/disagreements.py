@@ -16,7 +16,7 @@ from surgery_formats.adapters.peft.keys import HEADS, ancestors, bare_pattern, u
 from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
 from surgery_formats.text import listing
 
-__all__ = ["stated_disagreements", "unmet_promises"]
+__all__ = ["beyond_targets", "empty_saved", "stated_disagreements", "unmet_promises"]
 
 
 def stated_disagreements(
@@ -90,15 +90,19 @@ def _targets(config: PeftConfig, trained: Collection[str], plain: Collection[str
         names = [name for name in listed if isinstance(name, str)]
         if empty := sorted(name for name in names if not any(_ends(path, name) for path in paths)):
             yield f"target_modules names {_some(empty)}, for which the file has no tensors"
+    if beyond := beyond_targets(config, trained):
+        yield f"{_some(beyond)}: beyond the targets of its configuration, PEFT leaves them out"
+
+
+def beyond_targets(config: PeftConfig, trained: Iterable[str]) -> list[str]:
+    """Paths of modules with factors that the configuration does not choose; none where parameters are targets."""
     if config.target_parameters:  # of a module whose own name is no target
-        return
-    beyond = [
+        return []
+    return [
         unwrapped(module)
         for module in trained
         if not any(_selected(config, path) is not False for path in _names_of(module))
     ]
-    if beyond:
-        yield f"{_some(beyond)}: beyond the targets of its configuration, PEFT leaves them out"
 
 
 def _layers(config: PeftConfig, trained: Collection[str]) -> Iterator[str]:
@@ -108,14 +112,17 @@ def _layers(config: PeftConfig, trained: Collection[str]) -> Iterator[str]:
 
 
 def _saved(config: PeftConfig, trained: Collection[str], plain: Collection[str]) -> Iterator[str]:
-    """PEFT adds the names of all heads of a task, of which a model has one."""
+    if empty := empty_saved(config, trained, plain):
+        yield f"modules_to_save names {_some(empty)}, which the file lacks"
+
+
+def empty_saved(config: PeftConfig, trained: Collection[str], plain: Collection[str]) -> list[str]:
+    """Names in ``modules_to_save`` without a tensor. PEFT adds those of all heads of a task, of which a model has one."""
     empty = [name for name in config.modules_to_save if not any(_saves(name, path) for path in plain)]
     heads = HEADS & set(config.modules_to_save)
     if heads and not heads <= set(empty):
         empty = [name for name in empty if name not in heads]
-    empty = [name for name in empty if not any(_saves(name, f"{unwrapped(path)}.weight") for path in trained)]
-    if empty:
-        yield f"modules_to_save names {_some(empty)}, which the file lacks"
+    return [name for name in empty if not any(_saves(name, f"{unwrapped(path)}.weight") for path in trained)]
 
 
 def _names_of(module: str) -> set[str]:
