@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Settings",
     "adapters",
+    "alpha",
     "choice",
     "complete_files",
     "device",
@@ -40,6 +41,7 @@ __all__ = [
     "share",
     "size",
     "subcommand",
+    "told_alpha",
     "true_share",
     "verify",
     "weighted",
@@ -129,6 +131,25 @@ def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
 def dry_run(help: str) -> Callable[[F], F]:
     """``--dry-run``; eager, for ``--output`` to look at."""
     return click.option("--dry-run", is_flag=True, is_eager=True, help=help)
+
+
+def alpha(function: F) -> F:
+    """``--alpha``, of adapters whose files do not state it."""
+    return click.option(
+        "--alpha",
+        type=number(above=0),
+        metavar="NUMBER",
+        help="lora_alpha of an ADAPTER whose file does not state it: torchtune, litgpt, loralib.",
+    )(function)
+
+
+def told_alpha(reference: str, alpha: float | None) -> Any:
+    """An adapter as a verb takes it: opened, where an alpha was given."""
+    if alpha is None:
+        return reference
+    from surgery.engine.inputs import open
+
+    return open(reference, alpha=alpha)
 
 
 def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

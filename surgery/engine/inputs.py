@@ -56,18 +56,20 @@ Item = TypeVar("Item")
 _AN_ADAPTER = "an adapter where a full model was expected"
 
 
-def open(reference: StrPath) -> Checkpoint | Adapter:
+def open(reference: StrPath, *, alpha: float | None = None) -> Checkpoint | Adapter:
     """Open a model or an adapter, whichever lies there; only headers are read.
 
     Args:
         reference: File, folder or name on the hub. A folder that is both (a training run's) is an adapter.
+        alpha: What an adapter was trained with whose file does not state it (torchtune, litgpt, loralib).
 
     Raises:
+        UsageError: an alpha, and a model.
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    from surgery_formats.adapters.registry import format_at, is_adapter_file, refuse_unread
+    from surgery_formats.adapters.registry import format_at, is_adapter_file, refuse_unread, told_alpha
 
     path = as_path(reference, "reference")
     if not path.exists():
@@ -76,9 +78,11 @@ def open(reference: StrPath) -> Checkpoint | Adapter:
     only_a_model = _model_files(path) and not any(is_adapter_file(name) for name in _weight_files(path))
     adapter_format = None if only_a_model else format_at(path)
     if adapter_format is not None:
-        return adapter_format.read(path)
+        return (adapter_format if alpha is None else told_alpha(adapter_format, path, alpha)).read(path)
     if not only_a_model:
         refuse_unread(path)
+    if alpha is not None:
+        raise UsageError("an alpha belongs to an adapter, and this is a model")
     return open_checkpoint(path)
 
 

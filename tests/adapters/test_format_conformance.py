@@ -19,10 +19,12 @@ from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.kohya import KOHYA
+from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.arrays import cast
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase, save
@@ -220,6 +222,15 @@ def _dotted(folder: Path, name: str) -> Path:
     return folder / "dotted.safetensors"
 
 
+def _torchtune(folder: Path, name: str) -> Path:
+    """torchtune's own files of an epoch, without PEFT's."""
+    target = folder / "epoch"
+    target.mkdir(exist_ok=True)
+    for file in ("adapter_model.pt", "adapter_config.json"):
+        shutil.copy(GOLDEN / "torchtune" / name / "epoch" / file, target / file)
+    return target
+
+
 CASES: dict[str, Callable[[], FormatCase]] = {
     **{f"peft {name}": lambda name=name: _peft(name) for name in PEFT_FILES},
     **{
@@ -251,6 +262,16 @@ CASES: dict[str, Callable[[], FormatCase]] = {
             GGUF_LORA, GOLDEN / "gguf" / name / "adapter.gguf", (GOLDEN / "gguf" / name).parent / "base"
         )
         for name in ("llama/embedding", "qwen2/lora", "mixtral/lora")
+    },
+    **{
+        f"litgpt {name}": lambda name=name: _with_base(LITGPT, GOLDEN / "litgpt" / name, GOLDEN / "litgpt/base")
+        for name in ("default", "all")
+    },
+    **{
+        f"torchtune {name}": lambda name=name: FormatCase(
+            TORCHTUNE, lambda folder: _torchtune(folder, name), open_checkpoint(GOLDEN / "torchtune" / name / "base")
+        )
+        for name in ("llama", "llama-dora", "qwen2")
     },
     **{
         f"kohya {name}": lambda name=name: _with_base(

@@ -64,6 +64,7 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
     help="In place of --to: the program that will load it, and must honour all of it; see 'surgery check'.",
 )
 @option.output("Folder to make, or file where FORMAT is a single file.")
+@option.alpha
 @option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
 @click.option(
@@ -108,7 +109,13 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @option.dry_run("Show what would become of every part; write nothing.")
 @option.overwrite()
 def command(
-    settings: Settings, adapter: str, to: str | None, output: Path | None, as_kind: str | None, **options: Any
+    settings: Settings,
+    adapter: str,
+    alpha: float | None,
+    to: str | None,
+    output: Path | None,
+    as_kind: str | None,
+    **options: Any,
 ) -> None:
     """Convert an adapter to another format.
 
@@ -141,5 +148,6 @@ def command(
             raise click.UsageError("--rank, --energy and --max-error go with --as lora; 'surgery resize' cuts a LoRA")
         options["rank"] = option.rank_of(**sizes)
     with bar(settings, "converting") as progress:
-        result = convert(adapter, to, output=output, as_lora=as_kind == "lora", progress=progress, **options)
+        told = option.told_alpha(adapter, alpha)
+        result = convert(told, to, output=output, as_lora=as_kind == "lora", progress=progress, **options)
     show_output("convert", result, settings, output)

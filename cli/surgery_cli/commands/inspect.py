@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import click
 
+from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
 
@@ -15,7 +16,8 @@ __all__ = ["command"]
 @click.argument("reference", metavar="REF", shell_complete=complete_files)
 @click.option("--depth", type=click.IntRange(min=1), default=4, show_default=True, help="Levels of modules.")
 @click.option("--all", "every", is_flag=True, help="Every level; of an adapter every parameter and all metadata.")
-def command(settings: Settings, reference: str, depth: int, every: bool) -> None:
+@option.alpha
+def command(settings: Settings, reference: str, depth: int, every: bool, alpha: float | None) -> None:
     """Show what a model or an adapter is made of.
 
     Of a model: its modules with role, shape, parameters, type and bytes; equal layers are shown once. Of an adapter:
@@ -30,7 +32,7 @@ def command(settings: Settings, reference: str, depth: int, every: bool) -> None
     from surgery.reports.checkpoint_report import CheckpointReport
     from surgery.verbs.inspect import inspect
 
-    report = inspect(reference)
+    report = inspect(option.told_alpha(reference, alpha))
     verbose = every or settings.verbose > 0
     cut = {"depth": depth} if isinstance(report, CheckpointReport) else {}
     show_result("inspect", report, settings, summary=report.summary(verbose=verbose, **cut), data=True)

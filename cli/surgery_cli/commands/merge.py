@@ -19,6 +19,7 @@ __all__ = ["command"]
 @click.argument("base", shell_complete=complete_files)
 @option.adapters()
 @option.output("Folder to make; it must not exist yet.")
+@option.alpha
 @option.dtype
 @option.device_option
 @click.option(
@@ -70,7 +71,12 @@ __all__ = ["command"]
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
 def command(
-    settings: Settings, base: str, adapters: tuple[tuple[str, float], ...], dry_run: bool, **options: Any
+    settings: Settings,
+    base: str,
+    adapters: tuple[tuple[str, float], ...],
+    alpha: float | None,
+    dry_run: bool,
+    **options: Any,
 ) -> None:
     """Merge adapters into a base model.
 
@@ -86,5 +92,6 @@ def command(
     from surgery.verbs.merge import merge
 
     with bar(settings, "merging") as progress:
-        result = merge(base, adapters, dry_run=dry_run, progress=progress, **options)
+        told = [(option.told_alpha(reference, alpha), weight) for reference, weight in adapters]
+        result = merge(base, told, dry_run=dry_run, progress=progress, **options)
     show_result("merge", result, settings, data=dry_run)

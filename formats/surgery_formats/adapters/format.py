@@ -28,6 +28,7 @@ __all__ = [
     "Rendering",
     "Scaled",
     "Scaling",
+    "TakesAlpha",
 ]
 
 Outcome = Literal["exact", "folded", "approximated", "dropped"]
@@ -207,6 +208,14 @@ class Scaled(Format, Protocol):
 
     def described(self, adapter: Adapter) -> Adapter:
         """`adapter` with the configuration, modules and known issues that a file of this format would give it."""
+
+
+@runtime_checkable
+class TakesAlpha(Format, Protocol):
+    """A format some of whose files do not state their scale: who trained them knows it."""
+
+    def with_alpha(self, alpha: float) -> Format:
+        """The same format, reading files that state none with this alpha."""
 
 
 @runtime_checkable

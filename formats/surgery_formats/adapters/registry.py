@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,14 +13,17 @@ from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
-from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.format import Format, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.kohya import KOHYA
+from surgery_formats.adapters.litgpt import LITGPT
+from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
+from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
 from surgery_formats.models.factor_names import named_adapter
@@ -35,9 +39,12 @@ __all__ = [
     "is_adapter_file",
     "read_adapter",
     "refuse_unread",
+    "told_alpha",
 ]
 
 BUILT_IN: tuple[Format, ...] = (
+    TORCHTUNE,
+    LITGPT,
     PEFT,
     MLX,
     ADAPTERHUB,
@@ -45,6 +52,7 @@ BUILT_IN: tuple[Format, ...] = (
     COMPACT,
     DIFFUSERS,
     COMFYUI,
+    LORALIB,
     BARE,
     GGUF_LORA,
     ONNX_ADAPTER,
@@ -100,20 +108,37 @@ def refuse_unread(path: Path) -> None:
         raise FitError(f"{what}, which no format here reads", file=path)
 
 
-def read_adapter(path: str | os.PathLike[str]) -> Adapter:
+def told_alpha(known: Format, path: Path, alpha: float) -> Format:
+    """The format of the file at `path`, told the alpha that such a file may lack.
+
+    Raises:
+        FitError: its files state every scale.
+    """
+    if not isinstance(known, TakesAlpha):
+        raise FitError(f"an alpha was given, and files of {known.name} state their scale", file=path)
+    if not math.isfinite(alpha):
+        raise FitError(f"the alpha {alpha} is not finite", file=path)
+    return known.with_alpha(alpha)
+
+
+def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Adapter:
     """Read an adapter of any known format, found by content.
+
+    Args:
+        path: File or folder.
+        alpha: What a file that does not state it was trained with.
 
     Raises:
         NotFoundError: nothing there.
         MalformedError: no format knows it.
-        FitError: it is known what it is, and no format reads it.
+        FitError: it is known what it is, and no format reads it; or its format states every scale.
         InputError, FitError: as the format's reader.
     """
     where = Path(path)
     if not where.exists():
         raise NotFoundError("no such file or folder", file=where)
     if (known := format_at(where)) is not None:
-        return known.read(where)
+        return (known if alpha is None else told_alpha(known, where, alpha)).read(where)
     if (where / "config.json").is_file():
         raise MalformedError(
             "a full model where an adapter was expected",

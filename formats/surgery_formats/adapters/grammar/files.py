@@ -13,7 +13,7 @@ from surgery_formats.containers.sharded import MODEL_STEMS, open_shards
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import SurgeryError
 
-__all__ = ["keys_at", "open_adapter_file", "weights_at"]
+__all__ = ["file_keys", "keys_at", "open_adapter_file", "weights_at"]
 
 _DIFFUSERS = "pytorch_lora_weights"
 
@@ -43,8 +43,11 @@ def keys_at(path: Path) -> Mapping[str, object]:
     Every format of one file asks, so the last answer is kept.
     """
     file = weights_at(path)
-    if file is None:
-        return {}
+    return {} if file is None else file_keys(file)
+
+
+def file_keys(file: Path) -> Mapping[str, object]:
+    """The names of the tensors of one file; none if it is not there, or malformed."""
     try:
         known = os.stat(file)
         return _keys(file, (known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns))

@@ -6,6 +6,10 @@
     before 0.21        the combinations by SVD multiply each source's ``alpha / r`` in twice
     until 0.21, rsLoRA ``use_rslora`` is copied from the first source, which scales the result by ``sqrt(r)``
                        (huggingface/peft#3449)
+
+torchtune exports to PEFT with a configuration of four or five fields. It puts rows of queries and keys in another order for
+every family, though its Qwen2 has them as transformers does, and leaves the magnitudes of a DoRA in its own order (torchtune
+0.6.1, ``models/convert_weights.py``).
 """
 
 from __future__ import annotations
@@ -23,8 +27,10 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["combination_issues", "issues_by_value"]
+__all__ = ["combination_issues", "issues_by_value", "torchtune_issues"]
 
+_TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type"}
+_PAIRED = re.compile(r"\.[qk]_proj\.lora_B\.weight$")
 _FIXED = (0, 21)
 _RSLORA = (0, 21)  # the newest that does so
 _LARGEST = 1 << 24  # elements of the one factor that is looked at
@@ -40,6 +46,18 @@ def combination_issues(config: Mapping[str, Any]) -> Iterable[str]:
             f"it acts {times:.3g} times too strongly "
             f"(if so, combine it alone with weight {1 / times:.3g}); where it was trained like this, all is well"
         )
+
+
+def torchtune_issues(config: Mapping[str, Any], names: Iterable[str]) -> Iterable[str]:
+    """Whether rows may lie in a wrong order because torchtune exported them."""
+    if set(config) - {"base_model_name_or_path"} != _TORCHTUNE or not any(map(_PAIRED.search, names)):
+        return
+    base = str(config.get("base_model_name_or_path", ""))
+    where = "its base is a Qwen: rows" if "qwen" in base.lower() else "where its base is a Qwen2, rows"
+    yield (
+        f"it looks like an export of torchtune's; {where} of q_proj and k_proj are in a wrong order, "
+        "and adapter_model.pt beside it has them right"
+    )
 
 
 def issues_by_value(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> tuple[str, ...]:

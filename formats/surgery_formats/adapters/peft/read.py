@@ -23,7 +23,7 @@ from surgery_formats.adapters.peft.keys import (
 )
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import Module
-from surgery_formats.adapters.peft.known_issues import issues_by_value
+from surgery_formats.adapters.peft.known_issues import issues_by_value, torchtune_issues
 from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
 from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
@@ -109,6 +109,7 @@ def read_peft(path: Path) -> Adapter:
         issues.append(f"its keys hold {named}, of programs that wrapped the model in training: left out of all paths")
     if empty := sorted(name for name, tensor in contents.plain.items() if is_ungathered(tensor)):
         issues.append(f"{listing(empty)}: shape [0]. {UNGATHERED}")
+    issues += torchtune_issues(config.raw, (tensor.name for tensor in tensors))
     issues += stated_disagreements(config, kind.switches, contents.modules, contents.plain, exact=exact)
     read_here = replace(
         whole,

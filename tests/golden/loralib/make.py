@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes what lies beside it with loralib's own layers: state dicts, and the weights that its layers merge.
+
+    python make.py [--check]
+
+Needs loralib 0.1.2 and torch. ``expected.safetensors`` has what ``eval()`` left in the layers' weights, and the biases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import zlib
+from pathlib import Path
+
+import loralib as lora
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+HERE = Path(__file__).parent
+RANK, ALPHA = 3, 12
+
+
+def values(name: str, *sizes: int) -> torch.Tensor:
+    draw = np.random.default_rng(zlib.crc32(name.encode()))
+    return torch.from_numpy((draw.standard_normal(sizes) / 4).astype(np.float32))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = lora.Embedding(24, 16, r=RANK, lora_alpha=ALPHA)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "fc1": lora.Linear(16, 40, r=RANK, lora_alpha=ALPHA),
+                    "fc2": lora.Linear(40, 16, r=RANK, lora_alpha=ALPHA, bias=False),
+                }
+            )
+            for _ in range(2)
+        )
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn = lora.MergedLinear(16, 48, r=RANK, lora_alpha=ALPHA, enable_lora=[True, False, True])
+
+
+def make(root: Path) -> None:
+    model = Model()
+    state = {name: values(name, *tensor.shape) for name, tensor in model.state_dict().items()}
+    trained = {name: values(f"{name} trained", *t.shape) for name, t in state.items() if name.endswith("bias")}
+    (root / "base").mkdir()
+    plain = {name: tensor.numpy() for name, tensor in state.items() if "lora_" not in name}
+    save_file(plain, root / "base" / "model.safetensors", {"format": "pt"})
+    model.load_state_dict({**state, **trained})
+    torch.save(lora.lora_state_dict(model), root / "none.pt")
+    torch.save(lora.lora_state_dict(model, bias="all"), root / "all.pt")
+    model.train()
+    model.eval()  # merges
+    after = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items() if "lora_" not in name}
+    save_file(after, root / "expected.safetensors")
+    fused = Fused()
+    fused.load_state_dict({name: values(name, *tensor.shape) for name, tensor in fused.state_dict().items()})
+    torch.save(lora.lora_state_dict(fused), root / "fused.pt")
+
+
+def same(mine: Path, theirs: Path) -> bool:
+    if mine.suffix == ".pt":
+        first, second = (torch.load(path, weights_only=True) for path in (mine, theirs))
+    else:
+        first, second = ({k: torch.from_numpy(v) for k, v in load_file(path).items()} for path in (mine, theirs))
+    return first.keys() == second.keys() and all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place)
+        make(made)
+        files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+        for name in files:
+            if options.check:
+                assert same(HERE / name, made / name), f"{name} differs"
+            else:
+                (HERE / name).parent.mkdir(parents=True, exist_ok=True)
+                (HERE / name).write_bytes((made / name).read_bytes())
+        print(f"{len(files)} files")
+
+
+if __name__ == "__main__":
+    main()
