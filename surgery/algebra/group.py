@@ -12,11 +12,14 @@ from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.canonical.site_names import flattened, same_denoiser
 from surgery_formats.errors import FitError
+from surgery_formats.tensors.views import intersect
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, stack_of_loras
 
 if TYPE_CHECKING:
     from surgery_formats.models.checkpoint import Checkpoint
+    from surgery_formats.models.names import WeightSlice
+    from surgery_formats.tensors.views import View
 
 __all__ = ["Contribution", "applicable_updates", "group", "key_of"]
 
@@ -69,6 +72,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     called = same_denoiser(components)
     groups: dict[tuple[str, str], list[Contribution]] = {}
     seen: list[set[tuple[str, str]]] = []
+    held: dict[tuple[str, str], list[tuple[tuple[str, str], Site, View]]] = {}
     for owner, term in enumerate(terms):
         mine: set[tuple[str, str]] = set()
         updates = term.adapter.updates if base is None else applicable_updates(term.adapter, base)
@@ -79,8 +83,11 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
                 )
             named = replace(site, component=site.component or next(iter(components), ""))
             key = key_of(replace(named, component=called.get(named.component, named.component)), flat=flat)
-            if base is not None and (whole := whole_place(places_of(named, base, chain[0].tensors))):
-                key = key[0], whole[0]
+            if base is not None:
+                places = places_of(named, base, chain[0].tensors)
+                if whole := whole_place(places):
+                    key = key[0], whole[0]
+                _check_parts(key, named, places, held, term.adapter)
             contributions = groups.setdefault(key, [])
             if contributions:
                 named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)
@@ -90,6 +97,36 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     if base is None:
         _check_spellings(terms, seen)
     return groups
+
+
+def _check_parts(
+    key: tuple[str, str],
+    site: Site,
+    places: tuple[WeightSlice, ...],
+    held: dict[tuple[str, str], list[tuple[tuple[str, str], Site, View]]],
+    adapter: Adapter,
+) -> None:
+    """Refuse what changes a part of a weight that another update changes whole: no file can hold both.
+
+    Args:
+        key: Of the weight that `site` names.
+        site: Where an update is.
+        places: Where the base holds its weight.
+        held: By stored weight: key, site and view of every update before; this one is added.
+        adapter: Its adapter.
+    """
+    for place in places:
+        parameter = place.parameter
+        others = held.setdefault((parameter.component, parameter.name), [])
+        for other, known, view in others:
+            if other != key and intersect(view, parameter.view):
+                raise FitError(
+                    f"'{known}' and '{site}' are one weight of the base in two layouts, whole in one and in parts in the other",
+                    file=adapter.path,
+                    hint="merge them into the base together",
+                )
+        if all(entry[0] != key or entry[2] != parameter.view for entry in others):
+            others.append((key, site, parameter.view))
 
 
 def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:

@@ -297,6 +297,8 @@ def _contradictions(adapter: Adapter) -> Iterator[AdapterPart]:
         yield AdapterPart("target_modules", "no targets")
     if fields.get("bias", "none") != "none":
         yield AdapterPart("bias", "bias setting")
+    if fields.get("lora_bias"):
+        yield AdapterPart("lora_bias", "bias setting")
     config = parse_config(fields, adapter.path / "adapter_config.json", switches())
     whole, trained = set[str](), set[str]()
     for site, chain in adapter.updates.items():

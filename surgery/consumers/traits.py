@@ -77,7 +77,7 @@ Trait = Literal[
 ``missing fields``
     ``r`` or ``lora_alpha`` is null, or is not there.
 ``bias setting``
-    ``bias`` is not ``none``, whether biases are stored or not.
+    ``bias`` is not ``none``, or ``lora_bias`` is set, whether biases are stored or not.
 ``promised modules``
     ``modules_to_save`` names what the file lacks.
 ``null patterns``

@@ -129,7 +129,7 @@ VLLM = RuledConsumer(
         "no targets": honoured,
         "beyond the targets": honoured,
         "missing fields": refused("'Missing required configuration fields'", "rewrite"),
-        "bias setting": refused("'Adapter bias is not supported'", "rewrite"),
+        "bias setting": refused("'Adapter bias is not supported', nor is lora_bias", "rewrite"),
         "promised modules": refused(
             "'vLLM only supports modules_to_save being either None or [classifier, score]'", "rewrite"
         ),

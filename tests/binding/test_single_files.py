@@ -272,3 +272,81 @@ def test_an_adapter_that_names_the_whole_file_still_fits(tmp_path: Path) -> None
     assert open_checkpoint(tmp_path / "base.safetensors").main.parts.keys() == {
         "denoiser", "text_encoder", "text_encoder_2", "vae",
     }  # fmt: skip
+
+
+def _bfl() -> Arrays:
+    """Blocks of Flux in Black Forest Labs' names, with a text encoder beside."""
+    shapes = {"double_blocks.0.img_attn.qkv": 12, "double_blocks.0.img_attn.proj": 4, "single_blocks.0.linear1": 28}
+    base = {f"{UNET}{name}.weight": draw(at, rows, 4) for at, (name, rows) in enumerate(shapes.items())}
+    return base | {"text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight": draw(9, 6, 4)}
+
+
+def test_what_is_written_for_a_file_of_several_networks_has_no_prefix_of_it(tmp_path: Path) -> None:
+    save_file(_bfl(), tmp_path / "base.safetensors")
+    modules = [
+        ("lora_unet_double_blocks_0_img_attn_proj", 4, 4),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", 6, 4),
+    ]
+    save_file(_loras(*modules), tmp_path / "lora.safetensors")
+    wanted = {
+        "comfyui": {"diffusion_model.double_blocks.0.img_attn.proj"},
+        "diffusers": {
+            "transformer.transformer_blocks.0.attn.to_out.0",
+            "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        },
+        "kohya": {"lora_unet_double_blocks_0_img_attn_proj", "lora_te_text_model_encoder_layers_0_mlp_fc1"},
+    }
+    before = _merge_of(tmp_path, "lora.safetensors", "before", without=())
+    for name, stems in wanted.items():
+        out = tmp_path / f"{name}.safetensors"
+        base = tmp_path / "base.safetensors"
+        surgery.convert(tmp_path / "lora.safetensors", name, output=out, base=base, allow_loss=name == "comfyui")
+        found = {key.rpartition(".lora_")[0] for key in load_file(out) if ".lora_" in key}
+        assert found == stems
+        if name != "comfyui":  # which has no place for text encoders
+            after = _merge_of(tmp_path, out.name, f"with-{name}", without=())
+            assert all(np.array_equal(tensor, before[key]) for key, tensor in after.items())
+
+
+def test_diffusers_names_of_what_the_file_holds_as_one(tmp_path: Path) -> None:
+    """Parts of a fused weight have names there; the whole has none."""
+    save_file(_bfl(), tmp_path / "base.safetensors")
+    save_file(_loras(("lora_unet_transformer_blocks_0_attn_to_k", 4, 4)), tmp_path / "part.safetensors")
+    save_file(_loras(("lora_unet_double_blocks_0_img_attn_qkv", 12, 4)), tmp_path / "whole.safetensors")
+    out, base = tmp_path / "out.safetensors", tmp_path / "base.safetensors"
+    surgery.convert(tmp_path / "part.safetensors", "diffusers", output=out, base=base)
+    assert {key.rpartition(".lora_")[0] for key in load_file(out)} == {"transformer.transformer_blocks.0.attn.to_k"}
+    with pytest.raises(FitError, match="diffusers holds what it changes in parts"):
+        surgery.convert(tmp_path / "whole.safetensors", "diffusers", output=out, base=base, overwrite=True)
+    with pytest.raises(FitError, match="are one weight of the base in two layouts"):
+        surgery.combine(
+            [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"], output=tmp_path / "both", base=base
+        )
+    merge(base, [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"], output=tmp_path / "merged")
+
+
+def test_a_lora_of_two_files_of_several_networks(tmp_path: Path) -> None:
+    """A U-Net of the release under the names of sd-scripts: diffusers', but for Stable Diffusion XL."""
+    for xl in (False, True):
+        folder = tmp_path / f"{xl}"
+        folder.mkdir()
+        base = {n: t for n, t in _sdxl().items() if xl or ("label_emb" not in n and "conditioner" not in n)}
+        changed = [f"{UNET}input_blocks.5.1.proj_in.weight"]
+        changed += [f"{L}mlp.fc1.weight", f"{G}mlp.c_fc.weight"] if xl else []
+        tuned = {n: t + draw(1, t.shape[0], 1) @ draw(2, 1, t.shape[1]) if n in changed else t for n, t in base.items()}
+        for name, tensors in (("base", base), ("tuned", tuned)):
+            save_file(tensors, folder / f"{name}.safetensors")
+        out = folder / "lora.safetensors"
+        surgery.extract_lora(folder / "base.safetensors", folder / "tuned.safetensors", output=out, rank=1, to="kohya")
+        found = {key.partition(".")[0] for key in load_file(out)}
+        te = ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_model_encoder_layers_0_mlp_fc1")
+        assert found == (
+            {"lora_unet_input_blocks_5_1_proj_in", *te} if xl else {"lora_unet_down_blocks_1_attentions_1_proj_in"}
+        )
+        got = _merge_of(folder, "lora.safetensors", "merged", without=())
+        assert all(np.allclose(got[n], t, atol=1e-5) for n, t in tuned.items())
+
+
+def _merge_of(folder: Path, adapter: str, out: str, without: tuple[str, ...]) -> Arrays:
+    merge(folder / "base.safetensors", folder / adapter, output=folder / out, without=without)
+    return load_file(folder / out / "base.safetensors")

@@ -147,6 +147,7 @@ def test_names_of_tensors_that_are_not_pefts_are_told_and_put_right(
         ("peft", {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}, "promised modules"),
         ("vllm", {"target_modules": TARGETS, "lora_alpha": None}, "missing fields"),
         ("vllm", {"target_modules": TARGETS, "bias": "lora_only"}, "bias setting"),
+        ("vllm", {"target_modules": TARGETS, "lora_bias": True}, "bias setting"),
         ("sglang", {"target_modules": ["v_proj"]}, "beyond the targets"),
         ("sglang", {"target_modules": None}, "no targets"),
     ],
@@ -162,6 +163,7 @@ def test_what_the_configuration_says_beside_the_tensors_is_told_and_written_anew
     assert fixed.fixed is not None
     config = json.loads((tmp_path / "fixed" / "adapter_config.json").read_text())
     assert config["bias"] == "none"
+    assert not config.get("lora_bias")
     assert not config.get("modules_to_save")
     assert {*TARGETS} <= {name.rpartition(".")[2] for name in config["target_modules"]}
     meant = peft_deltas(write_peft(tmp_path / "whole", _lora(1, MODULES), target_modules=TARGETS, lora_alpha=8))

@@ -306,6 +306,12 @@ def test_next_is_the_loader_of_the_class(
     assert f'load it with transformers: {loader}.from_pretrained("' in str(result.summary())
 
 
+def test_next_is_diffusers_class_of_a_lone_network(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (pair[0] / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+    result, _ = merged(pair, tmp_path / "out")
+    assert 'load it with diffusers: FluxTransformer2DModel.from_pretrained("' in str(result.summary())
+
+
 def test_next_is_the_class_that_a_trained_head_makes_of_the_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
     tensors = load_file(pair[1] / "adapter_model.safetensors")
     tensors["base_model.model.score.weight"] = draw(3, 2, HIDDEN)

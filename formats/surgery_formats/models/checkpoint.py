@@ -206,6 +206,13 @@ class Component:
             for part in parts_of(self.parameters)
         }
 
+    def within(self, name: str) -> tuple[str, str]:
+        """What adapters call the network that a weight is of, and its name there: of most models the component's."""
+        for part, names in self.parts.items():
+            if name.startswith(names.prefix):
+                return part, name.removeprefix(names.prefix)
+        return self.name, name
+
     def _stored(self, name: str) -> str:
         if name in self.parameters:
             return name

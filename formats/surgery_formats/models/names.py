@@ -206,6 +206,19 @@ class Names:
             )
         return next((slices for _, slices in found.values()), ())
 
+    def dotted(self, path: str) -> str:
+        """The name that a flattened one stands for, in one of the layouts; empty if there is none, or several."""
+        found = self._flat.get(path, [])
+        return found[0] if len(found) == 1 else ""
+
+    def in_diffusers(self, name: str) -> str:
+        """What diffusers calls a weight of the base; empty if it holds that in parts, or the other way round.
+
+        A name that no family knows is the same there.
+        """
+        found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
+        return next(iter(found)) if len(found) == 1 else "" if found else name
+
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""
         pieces: list[WeightSlice] = []

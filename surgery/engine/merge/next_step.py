@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from surgery.engine.plan import Plan
 from surgery.reports.output import PATH
@@ -51,7 +51,10 @@ def next_step(plan: Plan, output: Path, residual: ResidualLoRA | None) -> tuple[
     if "modules.json" in names:
         return 'load it with sentence-transformers: SentenceTransformer("', path, '")'
     if "config.json" in names:
-        return f'load it with transformers: {_loader(_written_config(plan))}.from_pretrained("', path, end
+        config = _written_config(plan)
+        if _is_identifier(network := config.get("_class_name")):
+            return f'load it with diffusers: {network}.from_pretrained("', path, end
+        return f'load it with transformers: {_loader(config)}.from_pretrained("', path, end
     return "look at it: surgery inspect ", path
 
 
@@ -64,11 +67,15 @@ def _written_config(plan: Plan) -> Mapping[str, Any]:
         return {}
 
 
+def _is_identifier(name: object) -> TypeGuard[str]:
+    return isinstance(name, str) and name.isidentifier() and name.isascii()
+
+
 def _loader(config: Mapping[str, Any]) -> str:
     """The class that loads it: one that finds the class by the task, else the class itself."""
     listed = config.get("architectures")
     name = listed[0] if isinstance(listed, list) and listed else ""
-    if not isinstance(name, str) or not name.isidentifier() or not name.isascii():
+    if not _is_identifier(name):
         return "AutoModel"
     if name.endswith("LMHeadModel"):
         return "AutoModelForCausalLM"

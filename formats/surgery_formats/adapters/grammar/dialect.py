@@ -28,6 +28,7 @@ class Dialect:
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
         in_header: Whether they are written into the header instead, as diffusers does.
+        in_diffusers: Whether modules are called as diffusers calls them, whatever the base does.
         loaded: Kinds of updates that the format's own program loads; others are written only where a file had them. None
             for all that the grammar has.
     """
@@ -40,6 +41,7 @@ class Dialect:
     leaves: Mapping[str, str] = field(default_factory=dict)
     with_alpha: bool = True
     in_header: bool = False
+    in_diffusers: bool = False
     loaded: frozenset[str] | None = None
 
     def claims(self, names: Collection[str]) -> bool:

@@ -108,6 +108,8 @@ class _Job:
         if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
             return f"this format has no place for '{site.component}'"
         if not stem:
+            if self.base is not None and self.dialect.in_diffusers:
+                return "diffusers holds what it changes in parts, or as a part"
             return "its name is flattened, and only the base can tell its dots"
         writer = LeafWriter(
             stem,
@@ -137,9 +139,17 @@ class _Job:
             return "", ()
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
-            name, kernel = where[0], where[1][2:]
+            name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
+            names = self.base.names_of(site.component)
+            if self.dialect.in_diffusers and names is not None:
+                name = names.in_diffusers(name)
+                if not name:
+                    return "", ()
         elif site.flat and not self.dialect.flat:
-            return "", ()
+            names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
+            name = names.in_diffusers(names.dotted(site.path)) if names else ""
+            if not name:
+                return "", ()
         module = name.rpartition(".")[0]
         return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
 
@@ -153,7 +163,8 @@ class _Job:
 
     @cached_property
     def _denoiser(self) -> str:
-        names = self.base.main.parameters if self.base else [site.path for site in self.adapter.updates]
+        own = self.base.main.parts.get("denoiser", self.base.main.names) if self.base else None
+        names = own.parameters if own else [site.path for site in self.adapter.updates]
         family = denoiser_of(name.rpartition(".")[0] for name in names)
         return family.component if family else ""
 

@@ -9,7 +9,7 @@ them for files without.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from surgery_formats.adapters.contents import Contents, contents_of
@@ -30,6 +30,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.names import Names
 
 __all__ = ["render_kohya"]
 
@@ -63,22 +64,23 @@ def _dropped(rendering: Rendering) -> int:
 
 def _render_with_base_names(adapter: Adapter, base: Checkpoint) -> Rendering:
     ledger = ConversionLedger()
-    names = {component.name: _Namer(component, base) for component in base.components.values()}
+    namers = dict(_namers(base))
     fitting: dict[str, _Fitting] = {}
     for site, chain in adapter.updates.items():
         component = component_of(site, base)
-        namer = names[component.name]
         for source in chain:
             held = contents_of(source)
             form = held.lora or held.offset
             where = whole_place(places_of(site, base, form.tensors)) if form else None
-            why = _fault(held, where, component, namer)
+            part, name = component.within(where[0]) if where else (component.name or site.component, "")
+            namer = namers.get(part) or namers.get(component.name, _Namer("", {}))
+            why = _fault(held, where, part, namer, name)
             if why or where is None:
                 ledger.drop(site, source, why or "the base holds it in several tensors")
-            elif (mark := f"{namer.key(where[0])}.{_leaf(where[0], held)}") in fitting:
+            elif (mark := f"{namer.key(name)}.{_leaf(name, held)}") in fitting:
                 ledger.drop(site, source, "a second one of this kind on one module")
             else:
-                fitting[mark] = _Fitting(site, held, component.name, namer.key(where[0]), *where)
+                fitting[mark] = _Fitting(site, held, part, namer.key(name), *where)
     alphas = {} if adapter.format == "kohya" else _common_alphas(fitting.values())
     tensors: dict[str, NewTensor] = {}
     for entry in fitting.values():
@@ -130,23 +132,63 @@ def _leaf(name: str, held: Contents) -> str:
     return "lora_down.weight"
 
 
+@dataclass(frozen=True, slots=True)
 class _Namer:
-    """Keys of one component."""
+    """Keys of one network.
 
-    def __init__(self, component: Component, base: Checkpoint) -> None:
-        self._component = component
-        modules = dict.fromkeys(name.rpartition(".")[0] for name in component.parameters)
-        self._original: dict[str, str] = {}
-        if component.family.other_flat and "add_embedding.linear_1" in modules:  # SDXL
-            self._original = {module: flat for flat, module in component.family.other_flat(modules)}
-        self.prefix = _prefix(component, base)
+    Attributes:
+        prefix: ``lora_unet``; empty if the format has none for it.
+        called: What modules are called that have another name in this format, flattened; empty if they have none.
+    """
+
+    prefix: str
+    called: Mapping[str, str]
 
     def key(self, name: str) -> str:
-        """``lora_unet_...`` for a stored parameter's name."""
+        """``lora_unet_...`` for a parameter's name in its network; without a module if the format has no name for it."""
         module = name.rpartition(".")[0]
-        if self.prefix.startswith("lora_te") and module.startswith("encoder."):
+        if self.prefix.startswith("lora_te") and module.startswith("encoder.") and not _is_t5(module):
             module = _TEXT + module
-        return f"{self.prefix}_{self._original.get(module, module.replace('.', '_'))}"
+        called = self.called.get(module, module.replace(".", "_"))
+        return f"{self.prefix}_{called}" if called else ""
+
+
+def _is_t5(module: str) -> bool:
+    return module.startswith("encoder.block.")
+
+
+def _namers(base: Checkpoint) -> Iterator[tuple[str, _Namer]]:
+    """By component, or by part of a file: Stable Diffusion XL has the original names here, 1 and 2 have diffusers'."""
+    for component in base.components.values():
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in component.parameters)
+        called: dict[str, str] = {}
+        if component.family.other_flat and "add_embedding.linear_1" in modules:  # SDXL
+            called = {module: flat for flat, module in component.family.other_flat(modules)}
+        yield component.name, _Namer(_prefix(component, base), called)
+        two = "text_encoder_2" in component.parts
+        for part, names in component.parts.items():
+            prefix = "lora_te" if part == "text_encoder" and not two else _OF_PARTS.get(part, "")
+            keeps = part == "denoiser" and not ("input_blocks.0.0.weight" in names.parameters and not _is_xl(names))
+            called = (
+                {} if keeps else {n.rpartition(".")[0]: _flat_module(names.in_diffusers(n)) for n in names.parameters}
+            )
+            yield part, _Namer(prefix, called)
+
+
+_OF_PARTS = {
+    "denoiser": "lora_unet",
+    "text_encoder": "lora_te1",
+    "text_encoder_2": "lora_te2",
+    "text_encoder_3": "lora_te3",
+}
+
+
+def _is_xl(names: Names) -> bool:
+    return "label_emb.0.0.weight" in names.parameters
+
+
+def _flat_module(name: str) -> str:
+    return name.rpartition(".")[0].replace(".", "_")
 
 
 def _prefix(component: Component, base: Checkpoint) -> str:
@@ -164,22 +206,21 @@ def _prefix(component: Component, base: Checkpoint) -> str:
 def _fault(
     held: Contents,
     where: tuple[str, tuple[int, ...]] | None,
-    component: Component,
+    part: str,
     namer: _Namer,
+    name: str,
 ) -> str:
     """Why the format cannot hold an update; empty if it can."""
     if not namer.prefix:
-        return (
-            f"this format has no name for '{component.name}'"
-            if component.name
-            else "this format names diffusion models only"
-        )
+        return f"this format has no name for '{part}'" if part else "this format names diffusion models only"
     lora, dora = held.lora, held.dora
     if not (lora or held.offset):
         return f"this format has no {held.update.kind}"
     if where is None:
         return ""
-    name, shape = where
+    if not namer.key(name):
+        return "the base holds it with others in one weight, which this format has names for the parts of"
+    _, shape = where
     leaf = name.rpartition(".")[2]
     if leaf == "weight" and ("embed" in name.rpartition(".")[0].rpartition(".")[2] and ".embeddings." in f".{name}"):
         return "this format has no embeddings"

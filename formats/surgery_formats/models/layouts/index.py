@@ -138,6 +138,16 @@ class LayoutIndex:
         """The rules with a piece that diffusers calls `pivot`, the numbers in it, and the leaf behind the module."""
         return _matches(pivot, self.back, pieces=True)
 
+    def in_diffusers(self, name: str) -> str | None:
+        """What diffusers calls the base's `name`; empty if it holds that in parts, None if no rule knows it."""
+        found = [
+            filled(piece.name, numbers) + leaf if len(rule.pieces) == 1 else ""
+            for rule, numbers, leaf in _matches(name, self.tables)
+            for piece in rule.pieces[:1]
+        ]
+        own = name in self.held or any(_matches(name, self.back, pieces=True))
+        return name if own else found[0] if found else None
+
     def other_names(self) -> Iterator[str]:
         """Names that `rows` knows, and the base has not."""
         seen: dict[str, None] = dict.fromkeys(self.held)
