@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgery.rank import Rank
+from surgery_formats.errors import FitError
 
-__all__ = ["Consent", "SavedChoice"]
+__all__ = ["Consent", "SavedChoice", "check_greatest_rank"]
 
 SavedChoice = Literal["lora", "drop"]
 
@@ -30,3 +31,13 @@ class Consent:
     merged: bool = False
     rank: Rank | None = None
     greatest_rank: int | None = None
+
+
+def check_greatest_rank(rank: int | None) -> None:
+    """Refuse a greatest rank that no program has.
+
+    Raises:
+        FitError: it is not positive.
+    """
+    if rank is not None and rank < 1:
+        raise FitError(f"no program takes ranks up to {rank}", hint="it is a positive number, for example 16")

@@ -45,12 +45,14 @@ def _of_missing(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
 
 
 def _of_experts(part: AdapterPart, facts: AdapterFacts) -> TraitRule | None:
-    """Experts in dialects of other programs, and what PEFT takes for experts."""
+    """Experts in dialects of other programs, what PEFT takes for experts, and what it renames twice."""
     if part.trait == "LoRA taken for experts":
         leaves = {other.leaf for other in facts.parts if other.trait == part.trait}
         if half := next((pair - leaves for pair in _FUSED if leaves & pair and not pair <= leaves), None):
             why = f"it takes '{part.leaf}' for experts of an older release, and asks for {min(half)} too"
             return refused(why, "rewrite")
+    if facts.is_renamed_again(part):
+        return ignored("it renames factors that already have the class's names, and finds no module for them", "drop")
     experts = part.trait in ("LoRA of stacked experts", "LoRA of one expert")
     if not experts or facts.dialect in ("", "peft", "peft-0.18", "unsloth-linears") or _stacked_as_loaded(facts):
         return None
@@ -92,7 +94,12 @@ PEFT = RuledConsumer(
     oldest="0.21.2",
     sources=(
         SourceRead("peft", "0.21.2", "peft/peft_model.py", "PeftModel.from_pretrained"),
-        SourceRead("peft", "0.21.2", "peft/utils/transformers_weight_conversion.py", "_convert_peft_config_moe"),
+        SourceRead(
+            "peft",
+            "0.21.2",
+            "peft/utils/transformers_weight_conversion.py",
+            "_convert_peft_config_moe, convert_peft_adapter_state_dict_for_transformers",
+        ),
         SourceRead("peft", "0.21.2", "peft/utils/save_and_load.py", "load_peft_weights, set_peft_model_state_dict"),
     ),
     dialect="peft",

@@ -61,13 +61,13 @@ def consumer_named(text: str) -> tuple[Consumer, str]:
     """
     if not isinstance(text, str):
         raise UsageError(f"a consumer is named, as in 'vllm', not {type(text).__name__}")
-    name, _, version = text.partition("@")
+    name, at, version = text.partition("@")
     known = consumers()
     if name not in known:
         hint = closest(name, known) or f"known: {listing(known, 20)}"
         raise NotFoundError(f"no consumer '{show(name)}'", hint=hint)
     found = known[name]
-    version = version or found.version
+    version = version if at else found.version
     if asked_version(version) < asked_version(found.oldest):
         raise FitError(f"the rules of {name} begin at {found.oldest}, not at {show(version)}")
     return found, version

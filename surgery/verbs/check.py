@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from surgery.consumers.check_result import CheckResult, ConsumerCheck
-from surgery.consumers.consent import Consent, SavedChoice
+from surgery.consumers.consent import Consent, SavedChoice, check_greatest_rank
 from surgery.consumers.facts import bound_facts
 from surgery.consumers.registry import asked_version, consumer_named, consumers
 from surgery.engine.conversion import placed
@@ -64,6 +64,9 @@ def check(
         raise FitError("an adapter is rewritten for one program", hint="name the program")
     if saved not in (None, "lora", "drop"):
         raise FitError("saved modules become 'lora' or 'drop'", hint="'drop' leaves them out")
+    if fix is None and (saved or rank is not None or merge_rest is not None or allow_loss):
+        raise FitError("what may become of parts is for a rewriting", hint="say where to write it with `fix=`")
+    check_greatest_rank(max_rank)
     chosen = (
         [consumer_named(consumer)] if consumer is not None else [(one, one.version) for one in consumers().values()]
     )

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.consumers.consent import Consent, SavedChoice
+from surgery.consumers.consent import Consent, SavedChoice, check_greatest_rank
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.conversion import (
     Errors,
@@ -117,6 +117,7 @@ def convert(
             )
         if base is None:
             raise FitError("the rules of a program look at the base too", hint="give it with `base=`")
+        check_greatest_rank(max_rank)
         return _for_consumer(
             as_adapter(adapter),
             as_checkpoint(base),

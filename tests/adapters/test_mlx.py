@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from surgery import convert
 from surgery_formats.adapters.mlx import MLX
@@ -232,3 +233,21 @@ def test_magnitudes_of_an_embedding_belong_to_its_rows() -> None:
     assert isinstance(update, DoRA)
     assert update.per_row
     assert update.shape == (64, 32)
+
+
+def test_an_older_folder_of_mlx_vlm(tmp_path: Path) -> None:
+    """Its layer is ``y + alpha / rank (x A) B`` (mlx-vlm 0.7.10, ``trainer/peft/lora.py``)."""
+    base = llama(tmp_path / "base")
+    out, inputs = load_file(base / "model.safetensors")[f"{Q}.weight"].shape
+    folder = tmp_path / "vlm"
+    folder.mkdir()
+    a, b = draw(1, inputs, 2), draw(2, 2, out)
+    save_file({f"language_model.{Q}.A": a, f"language_model.{Q}.B": b}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"rank": 2, "alpha": 0.5, "dropout": 0.1}))
+    assert any("mlx-vlm" in issue for issue in read_adapter(folder).known_issues())
+    before, after = load_file(base / "model.safetensors"), merged(base, folder, tmp_path / "out")
+    expected = before[f"{Q}.weight"] + 0.25 * (a @ b).T
+    assert np.abs(after[f"{Q}.weight"] - expected).max() <= 1e-6 * np.abs(0.25 * a @ b).max()
+    (folder / "adapter_config.json").write_text(json.dumps({"rank": 0, "alpha": 0.5}))
+    with pytest.raises(MalformedError, match="no numbers above 0"):
+        read_adapter(folder)

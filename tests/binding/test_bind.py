@@ -99,7 +99,7 @@ def test_a_base_with_fewer_layers_is_another_base_and_no_misspelling(tmp_path: P
     path = write_adapter(tmp_path / "lora", norms, modules_to_save=["ln_1"])
     with pytest.raises(FitError, match="2 of 3 do not fit") as caught:
         surgery.merge(base, path, output=tmp_path / "out")
-    assert caught.value.hint == "is this the base it was trained on?"
+    assert caught.value.hint == "is this the base it was trained on?; --without PATTERN leaves modules out"
 
 
 def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import surgery
 from surgery.consumers.consumer import RuledConsumer, honoured, refused
 from surgery.consumers.registry import BUILT_IN, ENTRY_POINTS, consumer_named, consumers
 from surgery.consumers.traits import TRAITS
+from surgery_formats.errors import FitError
 from surgery_formats.testing.plugins import installed
 from tests.support.adapter_files import (
     assert_close,
@@ -538,3 +539,22 @@ def test_a_plugin_is_a_consumer(base: Path, tmp_path: Path) -> None:
         assert consumer_named("critic@2.0") == (critic, "2.0")
         (check,) = surgery.check(base, adapter, consumer="critic").consumers
     assert check.outcome == "refused"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"consumer": "vllm", "max_rank": 0}, "ranks up to 0"),
+        ({"consumer": "vllm", "max_rank": -4}, "ranks up to -4"),
+        ({"consumer": "vllm@"}, "'' is no version"),
+        ({"consumer": "vllm", "merge_rest": "rest"}, "is for a rewriting"),
+        ({"consumer": "vllm", "allow_loss": True}, "is for a rewriting"),
+        ({"saved": "drop"}, "is for a rewriting"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(
+    base: Path, tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    adapter = write_peft(tmp_path / "a", _lora(1, MODULES), target_modules=TARGETS)
+    with pytest.raises(FitError, match=said):
+        surgery.check(base, adapter, **options)

@@ -395,7 +395,7 @@ Case = tuple[str, str, str, Fields]
 
 def cases() -> Iterator[Case]:
     for kind, walk in KINDS.items():
-        for layers in (*walk.layers, *walk.only.keys() - set(walk.layers)):
+        for layers in (*walk.layers, *(name for name in walk.only if name not in walk.layers)):
             shared = walk.options if layers in walk.layers else {}
             for option, fields in {**shared, **walk.only.get(layers, {})}.items():
                 yield kind, layers, option, {**walk.fields, **fields}

@@ -22,6 +22,7 @@ from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
 from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
@@ -55,6 +56,8 @@ BUILT_IN: tuple[Format, ...] = (
     BARE,
     GGUF_LORA,
     ONNX_ADAPTER,
+    EMBEDDING,
+    LEARNED_EMBEDS,
 )
 ENTRY_POINTS = "surgery.adapter_formats"  # a plugin's entry point is an object like those above
 

@@ -101,6 +101,9 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
     notes: list[str] = []
     for number, (given, weight) in enumerate(adapters):
         check_mergeable(given, checkpoint)
+        for update in (update for chain in given.updates.values() for update in chain):
+            if is_refusing(update):  # whether or not the base has such a module, which for one that is inserted is no
+                update.refuse()
         adapter, read_as = housed(given, checkpoint)
         notes += read_as
         chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
@@ -164,9 +167,6 @@ def _locate(
             _check_read(slices, component)
             chains.append(_LocatedChain(site, updates, component, slices))
         elif site not in adapter.optional:
-            for update in updates:
-                if is_refusing(update):  # a module that is inserted: no base has it, which is not the fault
-                    update.refuse()
             missing.append(site)
     return tuple(chains), tuple(missing)
 

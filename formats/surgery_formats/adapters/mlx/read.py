@@ -2,7 +2,8 @@
 """Read an MLX-LM adapter folder (docs/formats.md) into the canonical form.
 
 Factors are stored transposed, ``lora_a`` (in, rank) and ``lora_b`` (rank, out), and the scale is absolute: alpha is not
-divided by the rank. Source: mlx-lm 0.32, ``tuner/lora.py`` and ``tuner/dora.py``.
+divided by the rank. Source: mlx-lm 0.32, ``tuner/lora.py`` and ``tuner/dora.py``. Older folders of mlx-vlm have ``A`` and ``B`` in
+their place, and ``rank`` and ``alpha`` in the configuration (mlx-vlm 0.7.10, ``trainer/peft/lora.py``).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Up
 __all__ = ["read_mlx"]
 
 _LEAVES = ("lora_a", "lora_b", "m")
+_OF_VLM = {"A": "lora_a", "B": "lora_b"}  # mlx-vlm's own layer, ``trainer/peft/lora.py``, which it still loads
 _DEFAULT_SCALE = 20.0  # mlx-lm's, before 2024-04 and in its examples
 
 
@@ -59,6 +61,7 @@ def read_mlx(path: Path) -> Adapter:
     updates: dict[Site, tuple[Update, ...]] = {}
     for tensor in shard.tensors:
         module, _, leaf = tensor.name.rpartition(".")
+        leaf = _OF_VLM.get(leaf, leaf) if _is_vlm(raw) else leaf
         if config.kind == "full":
             updates[Site(tensor.name)] = (Replacement(Factor.of(tensor)),)
         elif leaf in _LEAVES and module:
@@ -97,6 +100,8 @@ def _parse(raw: Mapping[str, Any], file: Path) -> _Config:
     parameters = raw.get("lora_parameters") or {}  # null for "full"
     if not isinstance(parameters, Mapping):
         raise MalformedError("'lora_parameters' is not an object", file=file)
+    if _is_vlm(raw):
+        return _of_vlm(raw, file)
     traps = []
     scale = _number(parameters.get("scale", raw.get("scale")), "scale", file)
     if scale is None:
@@ -112,6 +117,19 @@ def _parse(raw: Mapping[str, Any], file: Path) -> _Config:
     elif alpha is not None:
         traps.append("alpha is given: mlx-lm ignores it, only scale counts")
     return _Config(kind, scale, tuple(traps))
+
+
+def _is_vlm(raw: Mapping[str, Any]) -> bool:
+    """Whether it is mlx-vlm's older configuration, of which nothing is mlx-lm's."""
+    return "rank" in raw and "alpha" in raw and not raw.keys() & {"lora_parameters", "fine_tune_type", "lora_layers"}
+
+
+def _of_vlm(raw: Mapping[str, Any], file: Path) -> _Config:
+    alpha, rank = _number(raw["alpha"], "alpha", file), _number(raw["rank"], "rank", file)
+    if alpha is None or not rank:
+        raise MalformedError("'rank' and 'alpha' are no numbers above 0", file=file)
+    older = "read as mlx-vlm 0.7.10 does, alpha / rank; where an older one trained it, alpha itself was the scale"
+    return _Config("lora", alpha / rank, (older,) if rank != 1 else ())
 
 
 def _number(value: object, name: str, file: Path) -> float | None:
