@@ -21,7 +21,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Update
 
-__all__ = ["Fitted", "as_it_would_be_read", "fitted"]
+__all__ = ["FittedAdapter", "as_it_would_be_read", "fitted"]
 
 _ROUNDS = 8  # partners bring partners, and a new rank new scales: each a round or two
 _SHOWN = 3
@@ -42,7 +42,7 @@ _OF_CONFIGURATION: frozenset[Trait] = frozenset(
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedAdapter:
     """An adapter that a consumer honours, for a writer.
 
     Attributes:
@@ -80,7 +80,7 @@ def as_it_would_be_read(adapter: Adapter, target: Format) -> Adapter:
 
 def fitted(
     adapter: Adapter, base: Checkpoint, consumer: Consumer, version: tuple[int, ...], target: Format, consent: Consent
-) -> Fitted:
+) -> FittedAdapter:
     """Rewrite an adapter until a consumer honours all of it.
 
     Raises:
@@ -90,7 +90,7 @@ def fitted(
     facts = facts_of(seen, base, consent.greatest_rank)
     verdicts = [one for one in consumer.judge(facts, version) if one.outcome != "honoured"]
     if not verdicts and adapter.format == target.name:
-        return Fitted(adapter, adapter, None, None, (), {})
+        return FittedAdapter(adapter, adapter, None, None, (), {})
     _check_remedies(verdicts, adapter, consumer)
     out = _left_out(verdicts, adapter, consumer, consent)
     if target.name != "peft":  # whose files alone bring the base's own values along
@@ -120,7 +120,7 @@ def fitted(
         found = consumer.judge(facts, version)
         verdicts = [one for one in found if one.outcome != "honoured" and one.remedy not in _OF_WRITING]
         if not verdicts:
-            return Fitted(made, left, rest, form, entries, done)
+            return FittedAdapter(made, left, rest, form, entries, done)
         made = _next(made, base, verdicts, done)
     _check_ranks(verdicts, adapter, consumer, consent)
     raise FitError(

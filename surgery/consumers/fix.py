@@ -12,7 +12,7 @@ from surgery.algebra.lora_form import prove_lora_form
 from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import bound_facts, facts_of
-from surgery.consumers.fitting import Fitted, fitted
+from surgery.consumers.fitting import FittedAdapter, fitted
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.conversion import bound_source, in_dialect, placed, plan_conversion, tolerance_of, write_conversion
 from surgery.engine.convert_result import ConvertResult
@@ -125,7 +125,7 @@ def _in_its_dialect(
 def _prove(
     path: Path,
     *,
-    made: Fitted,
+    made: FittedAdapter,
     base: Checkpoint,
     consumer: Consumer,
     version: tuple[int, ...],

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from surgery.reports.markdown_parts import code, table_lines
 from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.text import verbatim
-from surgery.reports.values import Cell, Dialect, cell_text, phrase_text
+from surgery.reports.values import Cell, Notation, cell_text, phrase_text
 from surgery_formats.text import clean
 
 __all__ = ["as_markdown"]
@@ -61,4 +61,4 @@ def _words(text: str) -> str:
     return _MARKUP.sub(r"\\\1", clean(text))
 
 
-_MARKDOWN = Dialect(code, _words)
+_MARKDOWN = Notation(code, _words)

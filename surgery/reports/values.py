@@ -11,8 +11,19 @@ from typing import Any, Literal
 from surgery_formats.text import clean, count, nbytes, show
 
 __all__ = [
-    "NUMERIC", "PLAIN", "Cell", "Dialect", "Name", "NameList", "Phrase", "Piece", "Sides", "Type", "Value",
-    "cell_text", "phrase_text",
+    "NUMERIC",
+    "PLAIN",
+    "Cell",
+    "Name",
+    "NameList",
+    "Notation",
+    "Phrase",
+    "Piece",
+    "Sides",
+    "Type",
+    "Value",
+    "cell_text",
+    "phrase_text",
 ]  # fmt: skip
 
 Type = Literal[
@@ -94,7 +105,7 @@ of words."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class Notation:
     """How a renderer writes text.
 
     Attributes:
@@ -106,38 +117,38 @@ class Dialect:
     words: Callable[[str], str]
 
 
-PLAIN = Dialect(str, clean)
+PLAIN = Notation(str, clean)
 """Plain text that is safe for a terminal."""
 
 
-def phrase_text(phrase: Phrase, dialect: Dialect = PLAIN) -> str:
+def phrase_text(phrase: Phrase, notation: Notation = PLAIN) -> str:
     """Write out a sentence."""
-    return "".join(_piece(piece, dialect) for piece in (phrase if isinstance(phrase, tuple) else (phrase,)))
+    return "".join(_piece(piece, notation) for piece in (phrase if isinstance(phrase, tuple) else (phrase,)))
 
 
-def cell_text(cell: Cell, type: Type, digits: int = 2, dialect: Dialect = PLAIN) -> str:
+def cell_text(cell: Cell, type: Type, digits: int = 2, notation: Notation = PLAIN) -> str:
     """Write out a cell of a column of type `type`; None and NaN become empty text."""
     if isinstance(cell, Sides):
-        a, b = (cell_text(side, type, digits, dialect) for side in (cell.a, cell.b))
-        return a if a == b else f"{a or '-'}{dialect.words(' | ')}{b or '-'}"
+        a, b = (cell_text(side, type, digits, notation) for side in (cell.a, cell.b))
+        return a if a == b else f"{a or '-'}{notation.words(' | ')}{b or '-'}"
     if isinstance(cell, Name | NameList | Value) or (isinstance(cell, tuple) and type in _WORDS):
-        return phrase_text(cell, dialect)
+        return phrase_text(cell, notation)
     if type == "name":
-        return "" if cell is None else dialect.name(show(cell, _CELL))
-    return dialect.words(_number(cell, type, digits))
+        return "" if cell is None else notation.name(show(cell, _CELL))
+    return notation.words(_number(cell, type, digits))
 
 
-def _piece(piece: Piece, dialect: Dialect) -> str:
+def _piece(piece: Piece, notation: Notation) -> str:
     match piece:
         case str():
-            return dialect.words(piece)
+            return notation.words(piece)
         case Name(text, limit):
-            return dialect.name(show(text, limit))
+            return notation.name(show(text, limit))
         case NameList(texts, limit):
             more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
-            return dialect.words(", ").join(dialect.name(show(text)) for text in texts[:limit]) + dialect.words(more)
+            return notation.words(", ").join(notation.name(show(text)) for text in texts[:limit]) + notation.words(more)
         case Value(value, type, digits):
-            return dialect.words(_number(value, type, digits))
+            return notation.words(_number(value, type, digits))
 
 
 def _number(value: Any, type: Type, digits: int) -> str:

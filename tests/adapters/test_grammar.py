@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from surgery_formats.adapters.grammar.kinds import KINDS
 from surgery_formats.adapters.grammar.leaves import LEAVES, NOT_READ
-from surgery_formats.adapters.grammar.spelling import DOTTED, FLAT, Prefix, split_key
+from surgery_formats.adapters.grammar.spelling import DOTTED, FLAT, KeyPrefix, split_key
 from surgery_formats.adapters.grammar.tools import TOOLS, tool_of
 from surgery_formats.models.factor_names import FACTOR_SUFFIXES, holds_factors_alone, named_adapter
 from surgery_formats.models.families.denoisers import denoiser_of
 
-ANY = Prefix("", "", False)
+ANY = KeyPrefix("", "", False)
 
 
 @pytest.mark.parametrize(

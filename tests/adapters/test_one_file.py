@@ -240,7 +240,6 @@ def test_a_folder_of_diffusers_and_one_with_a_lone_file_are_adapters(tmp_path: P
     ("tensors", "what"),
     [
         ({f"base_model.model.{key}": value for key, value in _pair(Q).items()}, "without their adapter_config"),
-        (_pair("layers.0.attn.q_proj", "lora_a.weight", "lora_b.weight"), "torchtune"),
         ({"image_proj.proj.weight": draw(1, 4, 8), "ip_adapter.1.to_k_ip.weight": draw(1, 4, 8)}, "IP-Adapter"),
         ({"input_blocks.1.0.up": draw(1, 4, 2), "input_blocks.1.0.down": draw(1, 2, 4), "lora_controlnet": draw(1, 1)}, "Control"),
         ({"diffusion_model.x.weight::lora::0": draw(1, 4, 2), "diffusion_model.x.weight::lora::1": draw(1, 2, 4)}, "layerdiffuse"),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.format import WeightFileFormat
 from surgery_formats.adapters.grammar.leaves import LORA_SPELLINGS
-from surgery_formats.adapters.grammar.spelling import Prefix
+from surgery_formats.adapters.grammar.spelling import KeyPrefix
 
 __all__ = ["BARE"]
 
@@ -15,7 +15,7 @@ _DOWN, _UP = LORA_SPELLINGS["lora_down"]
 BARE = WeightFileFormat(
     Dialect(
         name="bare",
-        prefixes=(Prefix("", "", False),),
+        prefixes=(KeyPrefix("", "", False),),
         foreign=("base_model.",),  # of PEFT, without the configuration that has its scale
         written={"": "", "denoiser": ""},
         leaves={"down": _DOWN, "up": _UP},

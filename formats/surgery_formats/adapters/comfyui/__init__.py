@@ -9,15 +9,15 @@ from __future__ import annotations
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.format import WeightFileFormat
 from surgery_formats.adapters.grammar.leaves import LORA_SPELLINGS
-from surgery_formats.adapters.grammar.spelling import FLAT, Prefix
+from surgery_formats.adapters.grammar.spelling import FLAT, KeyPrefix
 
 __all__ = ["COMFYUI"]
 
-_MODEL = Prefix("diffusion_model.", "denoiser", False)
+_MODEL = KeyPrefix("diffusion_model.", "denoiser", False)
 _TEXT = (
-    Prefix("text_encoders.clip_l.transformer.", "text_encoder", False),
-    Prefix("text_encoders.clip_g.transformer.", "text_encoder_2", False),
-    Prefix("text_encoders.t5xxl.transformer.", "text_encoder_2", False),
+    KeyPrefix("text_encoders.clip_l.transformer.", "text_encoder", False),
+    KeyPrefix("text_encoders.clip_g.transformer.", "text_encoder_2", False),
+    KeyPrefix("text_encoders.t5xxl.transformer.", "text_encoder_2", False),
 )
 _DOWN, _UP = LORA_SPELLINGS["lora_A"]
 

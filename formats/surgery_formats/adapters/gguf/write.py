@@ -43,7 +43,7 @@ _EMBEDDINGS = ("token_embd.weight", "position_embd.weight")
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _FactorPair:
     """A LoRA and the tensor of the base that it changes."""
 
     site: Site
@@ -60,7 +60,7 @@ def render_gguf(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     """
     name = _architecture(adapter, base)
     ledger = ConversionLedger()
-    pairs: list[_Pair] = []
+    pairs: list[_FactorPair] = []
     stacked, left = _stacks(adapter, base, name)
     for site, chain in adapter.updates.items():
         for update in chain:
@@ -158,19 +158,19 @@ def _fault(site: Site, held: Contents, base: Checkpoint | None) -> str:
     return ""
 
 
-def _stacks(adapter: Adapter, base: Checkpoint | None, name: str) -> tuple[list[_Pair], Mapping[Site, str]]:
+def _stacks(adapter: Adapter, base: Checkpoint | None, name: str) -> tuple[list[_FactorPair], Mapping[Site, str]]:
     """The stacks of experts, and sites that are in none with the reason."""
     if base is None:
-        own: list[_Pair] = []
+        own: list[_FactorPair] = []
         for site, chain in adapter.updates.items():
             for update in chain:
                 if SWITCH in site.path and (held := contents_of(update).stack) is not None:
                     loras = dict(enumerate(held.experts))
                     whole = ExpertStack("down_proj", loras[0].shape, len(loras), loras)
-                    own.append(_Pair(site, contents_of(update), stored_weight(name, site.path), whole))
+                    own.append(_FactorPair(site, contents_of(update), stored_weight(name, site.path), whole))
         return own, {}
     layers, left = expert_layers(adapter, base)
-    pairs: list[_Pair] = []
+    pairs: list[_FactorPair] = []
     for layer in layers:
         for role, stack in layer.split().items():
             paths = (f"{stem}{SWITCH}{role}.weight" for stem in (layer.stem, _mixtral(layer.stem)))
@@ -179,7 +179,7 @@ def _stacks(adapter: Adapter, base: Checkpoint | None, name: str) -> tuple[list[
                 if not stored:
                     left = {**left, site: "llama.cpp has no place for its experts"}
                 elif not any(pair.site == site and pair.stored == stored for pair in pairs):
-                    pairs.append(_Pair(site, contents_of(update), stored, stack))
+                    pairs.append(_FactorPair(site, contents_of(update), stored, stack))
     return pairs, left
 
 
@@ -188,7 +188,7 @@ def _mixtral(stem: str) -> str:
     return f"{head}.block_sparse_moe" if last == "mlp" else stem
 
 
-def _single(site: Site, held: Contents, base: Checkpoint | None, name: str) -> list[_Pair] | str:
+def _single(site: Site, held: Contents, base: Checkpoint | None, name: str) -> list[_FactorPair] | str:
     """The pair of one LoRA, or why there is none."""
     if held.lora is None:
         return "the names of its experts are not known"
@@ -201,7 +201,7 @@ def _single(site: Site, held: Contents, base: Checkpoint | None, name: str) -> l
     stored = stored_weight(name, path)
     if not stored:
         return f"llama.cpp's '{name}' has no such tensor"
-    return [_Pair(site, held, stored, held.lora)]
+    return [_FactorPair(site, held, stored, held.lora)]
 
 
 def _alpha_of(lora: LoRA | ExpertStack) -> float:
@@ -214,7 +214,7 @@ def _times(lora: LoRA | ExpertStack, alpha: float) -> float:
     return 1.0 if own == alpha else own / alpha
 
 
-def _tensors(pair: _Pair, alpha: float, adapter: Adapter, base: Checkpoint | None) -> list[NewTensor]:
+def _tensors(pair: _FactorPair, alpha: float, adapter: Adapter, base: Checkpoint | None) -> list[NewTensor]:
     times, names = _times(pair.lora, alpha), [f"{pair.stored}.lora_{side}" for side in "ab"]
     if isinstance(pair.lora, ExpertStack):
         return list(map(_at_most_float32, _stack(pair.lora, names, times)))

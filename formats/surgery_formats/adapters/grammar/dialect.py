@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from surgery_formats.adapters.grammar.leaves import LEAVES
-from surgery_formats.adapters.grammar.spelling import Prefix, split_key
+from surgery_formats.adapters.grammar.spelling import KeyPrefix, split_key
 from surgery_formats.models.factor_names import holds_factors_alone
 from surgery_formats.models.families.denoisers import COMPONENTS
 
@@ -34,7 +34,7 @@ class Dialect:
     """
 
     name: str
-    prefixes: tuple[Prefix, ...]
+    prefixes: tuple[KeyPrefix, ...]
     own: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     written: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from surgery_formats.adapters.contents import contents_of
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.text import show
 from surgery_formats.updates import OutputRotation, Update
@@ -18,7 +18,7 @@ _MERGED_FROM = "modelspec.merged_from"  # written by the merge scripts of sd-scr
 
 
 def stated_issues(
-    updates: Mapping[Site, tuple[Update, ...]], scales: Scales, metadata: Mapping[str, str], *, flat: bool
+    updates: Mapping[Site, tuple[Update, ...]], scales: StatedScales, metadata: Mapping[str, str], *, flat: bool
 ) -> Iterable[str]:
     """Facts worth a warning.
 

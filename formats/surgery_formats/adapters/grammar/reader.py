@@ -19,7 +19,7 @@ from surgery_formats.adapters.grammar.kinds.kind import ReadUpdate
 from surgery_formats.adapters.grammar.known_issues import stated_issues
 from surgery_formats.adapters.grammar.leaves import LEAVES, NOT_READ
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import Key, split_key
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.grammar.tools import tool_of
@@ -50,7 +50,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
     family = denoiser_of(module.path for module in modules if module.component in (*COMPONENTS, ""))
     if family:  # bare names of a diffusion network are those of a pipeline's denoiser
         modules = [module if module.component else replace(module, component="denoiser") for module in modules]
-    scales = Scales.of(metadata, with_alphas=any("alpha" in module.parts for module in modules), path=path)
+    scales = StatedScales.of(metadata, with_alphas=any("alpha" in module.parts for module in modules), path=path)
     updates: dict[Site, tuple[Update, ...]] = {}
     sources: Counter[ScaleSource] = Counter()
     ignored: list[Ignored] = []
@@ -122,7 +122,7 @@ def _split(tensor: StoredTensor, dialect: Dialect) -> Key:
     return key
 
 
-def _made(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _made(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     """The updates of one module, by all groups of leaves that it has."""
     have = [kind for kind in KINDS if kind.marks & module.parts.keys()]
     left = {role: tensor for role, tensor in module.parts.items() if not any(role in kind.roles for kind in have)}

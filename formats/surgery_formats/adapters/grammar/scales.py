@@ -20,7 +20,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 if TYPE_CHECKING:
     from surgery_formats.adapters.peft.read_config import PeftConfig
 
-__all__ = ["Scale", "Scales"]
+__all__ = ["Scale", "StatedScales"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Scales:
+class StatedScales:
     """The rules of one file.
 
     Attributes:
@@ -54,7 +54,7 @@ class Scales:
     trained: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, metadata: Mapping[str, str], *, with_alphas: bool, path: Path) -> Scales:
+    def of(cls, metadata: Mapping[str, str], *, with_alphas: bool, path: Path) -> StatedScales:
         """The rules by a file's header.
 
         Args:

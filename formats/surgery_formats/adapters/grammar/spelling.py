@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from surgery_formats.adapters.grammar.leaves import longest_leaf
 
-__all__ = ["DOTTED", "FLAT", "Key", "Prefix", "split_key"]
+__all__ = ["DOTTED", "FLAT", "Key", "KeyPrefix", "split_key"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prefix:
+class KeyPrefix:
     """How keys of one component begin.
 
     Attributes:
@@ -27,9 +27,9 @@ class Prefix:
     flat: bool
 
 
-def _prefixes(flat: bool, **components: str) -> tuple[Prefix, ...]:
+def _prefixes(flat: bool, **components: str) -> tuple[KeyPrefix, ...]:
     mark = "_" if flat else "."
-    return tuple(Prefix(f"{text}{mark}", component, flat) for text, component in components.items())
+    return tuple(KeyPrefix(f"{text}{mark}", component, flat) for text, component in components.items())
 
 
 FLAT = _prefixes(
@@ -75,13 +75,13 @@ class Key:
         stem: All of the key before the leaf, to spell another leaf of the same module.
     """
 
-    prefix: Prefix
+    prefix: KeyPrefix
     module: str
     leaf: str
     stem: str
 
 
-def split_key(name: str, prefixes: Iterable[Prefix]) -> Key | None:
+def split_key(name: str, prefixes: Iterable[KeyPrefix]) -> Key | None:
     """Take a key apart; None if no prefix fits, or nothing stands between prefix and leaf.
 
     The leaf of a flat key is all after the first dot, known or not. That of a dotted one must be known, since only that
@@ -103,7 +103,7 @@ def split_key(name: str, prefixes: Iterable[Prefix]) -> Key | None:
     return None
 
 
-def _processor(prefix: Prefix, rest: str) -> Key | None:
+def _processor(prefix: KeyPrefix, rest: str) -> Key | None:
     """``attn1.processor.to_q_lora.down.weight``: factors beside an attention, named after its parts."""
     match = _PROCESSOR.fullmatch(rest)
     if match is None:

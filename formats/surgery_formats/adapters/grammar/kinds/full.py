@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, ReadUpdate
 from surgery_formats.adapters.grammar.module import ModuleTensors
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.updates import Factor, Offset, Replacement, Update
 
 __all__ = ["FULL"]
@@ -16,7 +16,7 @@ __all__ = ["FULL"]
 _DIFFERENCES = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     for role, parameter in _DIFFERENCES.items():
         if stored := module.parts.get(role):
             vector = parameter == "bias" or len(stored.shape) == 1

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, ReadUpdate
 from surgery_formats.adapters.grammar.module import ModuleTensors, fit_error
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.updates import Factor, ProductGLoRA, Update
 
 __all__ = ["GLORA"]
@@ -20,7 +20,7 @@ __all__ = ["GLORA"]
 _FACTORS = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     beside = next(role for role in (*_FACTORS, "bm.weight") if role in module.parts)
     if core := module.parts.get("bm.weight"):
         raise fit_error(core, "GLoRA with a core is not read: LyCORIS itself writes none")

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, ReadUpdate, number_tensor
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scalars import scalar
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.updates import IA3 as Stretch
 from surgery_formats.updates import Factor, Update
 
 __all__ = ["IA3"]
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     switch = module.part("on_input", "weight" if "weight" in module.parts else "on_input")
     stored = module.part("weight", "on_input")
     if stored.numel not in stored.shape:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.grammar.module import ModuleTensors
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.writing import factor_tensor
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.provenance import ScaleSource
@@ -121,7 +121,7 @@ class LeafKind:
     name: str
     roles: frozenset[str]
     marks: frozenset[str]
-    read: Callable[[ModuleTensors, Scales], Iterable[ReadUpdate]]
+    read: Callable[[ModuleTensors, StatedScales], Iterable[ReadUpdate]]
     writes: frozenset[str]
     write: Callable[[Update, str, LeafWriter], None]
 

@@ -9,7 +9,7 @@ from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, Re
 from surgery_formats.adapters.grammar.kinds.magnitudes import lengths_of, put_lengths
 from surgery_formats.adapters.grammar.kinds.pairs import low_rank_pair, put_pair
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.updates import LoHa, Update
 from surgery_formats.updates.decomposed import Decomposed
 
@@ -18,7 +18,7 @@ __all__ = ["LOHA"]
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     beside = next(role for role in _FACTORS if role in module.parts)
     (A1, B1), (A2, B2) = [low_rank_pair(module, f"hada_w{i}_a", f"hada_w{i}_b", f"hada_t{i}", beside) for i in (1, 2)]
     if A1.shape != A2.shape or B1.shape != B2.shape:

@@ -14,7 +14,7 @@ from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, Re
 from surgery_formats.adapters.grammar.kinds.magnitudes import lengths_of, put_lengths
 from surgery_formats.adapters.grammar.kinds.pairs import low_rank_pair, put_pair
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
-from surgery_formats.adapters.grammar.scales import Scale, Scales
+from surgery_formats.adapters.grammar.scales import Scale, StatedScales
 from surgery_formats.adapters.writing import copied
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, LoKr, Update
@@ -25,7 +25,7 @@ __all__ = ["LOKR"]
 _FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     parts = module.parts
     beside = next(role for role in _FACTORS if role in parts)
     C, first = _half(module, "lokr_w1", "", beside)

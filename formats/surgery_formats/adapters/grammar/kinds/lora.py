@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, ReadUpdate
 from surgery_formats.adapters.grammar.kinds.magnitudes import lengths_of, put_lengths
 from surgery_formats.adapters.grammar.module import ModuleTensors, fit_error
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.arrays import Array
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update, low_rank_part
@@ -17,7 +17,7 @@ from surgery_formats.updates import DoRA, Factor, LoRA, Offset, Update, low_rank
 __all__ = ["LORA"]
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     beside = next(role for role in ("down", "up", "mid", "dora_scale", "up_bias") if role in module.parts)
     down, up = module.matrix("down", beside), module.matrix("up", beside)
     mid = module.parts.get("mid")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from surgery_formats.adapters.grammar.kinds.kind import LeafKind, LeafWriter, ReadUpdate, number_tensor
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scalars import scalar
-from surgery_formats.adapters.grammar.scales import Scales
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.updates import Factor, OutputRotation, Update
 
 __all__ = ["ROTATIONS"]
@@ -20,7 +20,7 @@ __all__ = ["ROTATIONS"]
 _BY_SD_SCRIPTS = "oft_"  # the stem's beginning
 
 
-def _read(module: ModuleTensors, scales: Scales) -> Iterable[ReadUpdate]:
+def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     blocks = module.part("oft_blocks", "oft_blocks" if "oft_blocks" in module.parts else "rescale")
     shape: tuple[int, ...] = (1, 1, *blocks.shape)
     *_, count, rows, columns = shape
