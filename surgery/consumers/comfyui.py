@@ -3,17 +3,11 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
 
 __all__ = ["COMFYUI"]
 
 _LOG = "'lora key not loaded', in the log"
-
-
-def _without_adapter(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
-    """(IA)^3 is the one kind of LyCORIS that it has no class for."""
-    return ignored(_LOG, "lora") if part.trait == "other kind" and part.kind == "IA3" else None
 
 
 COMFYUI = RuledConsumer(
@@ -28,7 +22,7 @@ COMFYUI = RuledConsumer(
     ),
     format="kohya",
     reads=frozenset({"kohya", "diffusers", "comfyui", "bare"}),
-    exceptions=_without_adapter,
+    of_kinds={"IA3": ignored(_LOG, "lora")},  # the one kind of LyCORIS that it has no class for
     rules={
         "LoRA of an embedding": honoured,
         "LoRA of the head": honoured,

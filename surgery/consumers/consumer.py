@@ -161,6 +161,7 @@ class RuledConsumer:
         scale_since: The same for `scale`.
         greatest_rank: Of a LoRA, unless the program is told otherwise as it starts; None for any.
         dialect: The dialect of experts to write for it (`surgery_formats.adapters.peft.dialects`).
+        of_kinds: What becomes of updates of the trait ``other kind`` by their kind, where that differs from the rule.
         exceptions: Rules of single parts, for what no table holds; None leaves a part to its trait.
     """
 
@@ -181,6 +182,7 @@ class RuledConsumer:
     scale_since: tuple[tuple[tuple[int, ...], Formula | None], ...] = ()
     greatest_rank: int | None = None
     dialect: str = ""
+    of_kinds: Mapping[str, TraitRule] = field(default_factory=dict)
     exceptions: Callable[[AdapterPart, AdapterFacts, tuple[int, ...]], TraitRule | None] = field(default=_no_exception)
 
     def judge(self, facts: AdapterFacts, version: tuple[int, ...]) -> tuple[Verdict, ...]:
@@ -194,8 +196,13 @@ class RuledConsumer:
             rules |= changed if version >= first else {}
         for first, formula in self.scale_since:
             scale = formula if version >= first else scale
-        found = ((part, self.exceptions(part, facts, version) or rules[part.trait]) for part in facts.parts)
+        found = ((part, self.exceptions(part, facts, version) or self._rule(part, rules)) for part in facts.parts)
         return tuple(self._verdict(part, rule, scale, facts) for part, rule in found)
+
+    def _rule(self, part: AdapterPart, rules: Mapping[Trait, TraitRule]) -> TraitRule:
+        """By its kind, else by its trait."""
+        own = self.of_kinds.get(part.kind) if part.trait == "other kind" else None
+        return own or rules[part.trait]
 
     def _verdict(self, part: AdapterPart, rule: TraitRule, scale: Formula | None, facts: AdapterFacts) -> Verdict:
         """One part: by its trait, then by its module's name, its partners, its rank, its scale."""
