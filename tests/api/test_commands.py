@@ -20,14 +20,15 @@ SAMPLING = dict.fromkeys(("temperature", "top_k", "top_p", "seed"), "sampling")
 # Options that are called, or grouped, otherwise than the parameters; None: the command alone has it.
 OTHERWISE: dict[str, dict[str, str | None]] = {
     "extract-lora": RANK,
-    "convert": {"as_kind": "as_lora", "energy": "rank", "max_error": "rank"},
+    "convert": {"as_kind": "as_lora", "energy": "rank", "max_error": "rank", "alpha": None},
+    "merge": {"alpha": None},  # `open(path, alpha=...)`
     "check": {"energy": "rank", "max_error": "rank"},
     "combine": RANK,
     "resize": RANK,
     "run": {"texts": "inputs", "ids": "inputs", "no_prompt": "prompt", **SAMPLING},
     "bench": {"no_cuda_graph": "cuda_graph"},
     "export-onnx": {"mode": None},
-    "inspect": {"depth": None, "every": None},
+    "inspect": {"depth": None, "every": None, "alpha": None},
     "diff": {"fail_on": None},
     "report": {"markdown": None, "overwrite": None},
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.arrays import cast
@@ -48,16 +49,20 @@ def combination_issues(config: Mapping[str, Any]) -> Iterable[str]:
         )
 
 
-def torchtune_issues(config: Mapping[str, Any], names: Iterable[str]) -> Iterable[str]:
-    """Whether rows may lie in a wrong order because torchtune exported them."""
+def torchtune_issues(path: Path, config: Mapping[str, Any], names: Iterable[str]) -> Iterable[str]:
+    """Whether rows may lie in a wrong order because torchtune exported them.
+
+    Plain configurations are not only torchtune's: its own file lies beside, or the base is said to be a Qwen.
+    """
     if set(config) - {"base_model_name_or_path"} != _TORCHTUNE or not any(map(_PAIRED.search, names)):
         return
-    base = str(config.get("base_model_name_or_path", ""))
-    where = "its base is a Qwen: rows" if "qwen" in base.lower() else "where its base is a Qwen2, rows"
-    yield (
-        f"it looks like an export of torchtune's; {where} of q_proj and k_proj are in a wrong order, "
-        "and adapter_model.pt beside it has them right"
-    )
+    named = "qwen" in str(config.get("base_model_name_or_path", "")).lower()
+    if named or (path / "adapter_model.pt").exists():
+        where = "its base is a Qwen: rows" if named else "where its base is a Qwen2, rows"
+        yield (
+            f"it looks like an export of torchtune's; {where} of q_proj and k_proj are in a wrong order, "
+            "and adapter_model.pt beside it has them right"
+        )
 
 
 def issues_by_value(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def read_peft(path: Path) -> Adapter:
         issues.append(f"its keys hold {named}, of programs that wrapped the model in training: left out of all paths")
     if empty := sorted(name for name, tensor in contents.plain.items() if is_ungathered(tensor)):
         issues.append(f"{listing(empty)}: shape [0]. {UNGATHERED}")
-    issues += torchtune_issues(config.raw, (tensor.name for tensor in tensors))
+    issues += torchtune_issues(path, config.raw, (tensor.name for tensor in tensors))
     issues += stated_disagreements(config, kind.switches, contents.modules, contents.plain, exact=exact)
     read_here = replace(
         whole,
