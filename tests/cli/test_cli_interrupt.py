@@ -28,11 +28,18 @@ from surgery_cli.__main__ import main
 main()
 """
 
+# As from a terminal, whatever the tests themselves were started by: a process of `nohup` or of a shell's background ignores signals.
+HEARING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_in_the_middle_of_a_merge(base, lora, tmp_path, number):
     before = sorted(path.name for path in tmp_path.iterdir())
-    command = [sys.executable, "-c", SLOW, "merge", str(base), str(lora), "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-c", HEARING + SLOW, "merge", str(base), str(lora), "-o", str(tmp_path / "out")]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
