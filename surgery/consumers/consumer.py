@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
 from surgery.consumers.scales import Formula
 from surgery.consumers.traits import Trait
 from surgery.consumers.verdict import Outcome, Remedy, Verdict

@@ -7,7 +7,8 @@ Versions are those of llama-cpp-python, which has both.
 from __future__ import annotations
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused, remedy_of_kind
-from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
+from surgery.consumers.facts import AdapterFacts, lacks_experts
+from surgery.consumers.part import AdapterPart
 from surgery.consumers.scales import alpha_over_own_rank
 
 __all__ = ["LLAMA_CPP"]

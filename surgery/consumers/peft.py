@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections import Counter
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
 from surgery.consumers.traits import TRAITS
 from surgery_formats.models.eras import expert_counts, taken_for_experts
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
 from surgery.consumers.scales import alpha_over_r
 
 __all__ = ["SGLANG"]

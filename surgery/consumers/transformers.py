@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
 from surgery.consumers.peft import BEYOND, TAKEN, exceptions_of_peft
 from surgery.consumers.traits import TRAITS
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
+from surgery.consumers.facts import AdapterFacts, lacks_experts
+from surgery.consumers.part import AdapterPart
 from surgery.consumers.scales import alpha_over_r_or_root
 from surgery_formats.adapters.peft.dialects.vllm import STACKED
 
