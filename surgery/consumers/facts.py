@@ -13,7 +13,7 @@ from surgery.consumers.part import AdapterPart
 from surgery.consumers.parts_of_folder import parts_of_folder
 from surgery.consumers.parts_of_updates import parts_of_updates
 from surgery.engine.input_checks import check_base_id
-from surgery_formats.adapters.peft.dialects import dialect_of
+from surgery_formats.adapters.peft.recognise import dialect_of
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
