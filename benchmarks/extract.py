@@ -25,7 +25,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from measure import ROOT, Sample, add_against, median, run, trees, versions
@@ -231,7 +231,7 @@ def report_cold(rounds: list[Cold]) -> None:
     )
 
 
-def check(told: dict, base: Path, tuned: Path, out: Path, names: list[str], device: str) -> None:  # type: ignore[type-arg]
+def check(told: dict[str, Any], base: Path, tuned: Path, out: Path, names: list[str], device: str) -> None:
     """What was reported is true, and no rank-16 matrix is nearer by more than a thousandth (and what rounding factors to bf16 costs)."""
     for name in names[: len(LINEAR)]:
         true, said = error(base, tuned, out, [name], device), told["tensors"][f"{name}.weight"]["residual"]

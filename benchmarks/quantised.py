@@ -32,18 +32,18 @@ from measure import ROOT, versions
 from safetensors.numpy import save_file
 
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
-import evaluate  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+import evaluate
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import surgery  # noqa: E402
-from surgery_formats.arrays import Array, cast  # noqa: E402
-from surgery_formats.dtypes import DType  # noqa: E402
-from surgery_formats.models.checkpoint import open_checkpoint  # noqa: E402
-from surgery_formats.storage.base import read_rows  # noqa: E402
-from surgery_formats.storage.bitsandbytes.four_bit import levels_of  # noqa: E402
-from surgery_formats.storage.quantised import is_quantised  # noqa: E402
-from surgery_formats.tensors.apply import scatter  # noqa: E402
-from tests.support.gguf_file import F32, GgufTensor, RawGguf, any_value, text, u32  # noqa: E402
+import surgery
+from surgery_formats.arrays import Array, cast
+from surgery_formats.dtypes import DType
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.storage.base import read_rows
+from surgery_formats.storage.bitsandbytes.four_bit import levels_of
+from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.tensors.apply import scatter
+from tests.support.gguf_file import F32, GgufTensor, RawGguf, any_value, text, u32
 
 BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
 Tensors = dict[str, Array]

@@ -30,6 +30,7 @@ from surgery.verbs.extract_lora import extract_lora
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
+from surgery_formats.updates import LoRA
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import updates
@@ -177,7 +178,9 @@ def found(work: Path, options: argparse.Namespace) -> None:
 
 def delta_of(adapter: Path) -> np.ndarray:
     (chain,) = read_adapter(adapter).updates.values()
-    return chain[0].delta(DType.F64)  # type: ignore[no-any-return,attr-defined]
+    (update,) = chain
+    assert isinstance(update, LoRA)
+    return update.delta(DType.F64)
 
 
 def main() -> None:

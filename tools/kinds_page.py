@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
 
-from tests.support.attached import Outcome, outcome, quiet  # noqa: E402
-from tests.support.peft_kinds import COMBINATIONS, KINDS, Combination, Kind, made  # noqa: E402
-from tests.support.type_sweep import REFUSED, Sweep, fused, sweep  # noqa: E402
+from tests.support.attached import Outcome, outcome, quiet
+from tests.support.peft_kinds import COMBINATIONS, KINDS, Combination, Kind, made
+from tests.support.type_sweep import REFUSED, Sweep, fused, sweep
 
 PAGE = ROOT / "docs" / "kinds.md"
 HEAD = """# Kinds and model types

@@ -27,7 +27,7 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint, Component
-from surgery_formats.models.eras import expert_counts, is_known, taken_for_experts
+from surgery_formats.models.eras import expert_counts, taken_for_experts
 from surgery_formats.models.families.family import role_of
 from surgery_formats.updates import Update, is_refusing
 
@@ -137,11 +137,11 @@ class AdapterFacts:
 
     def is_renamed_again(self, part: AdapterPart) -> bool:
         """Whether a program that renames a file's factors, as if they had names on disk, would miss this LoRA."""
-        if part.scale is None or not is_known(self.main.config):
+        if part.scale is None:
             return False
         stack = part.trait == "LoRA of stacked experts"
         module = part.module.rpartition(".")[0] if stack else part.module
-        return module in self._class_modules and self.main.names.eras.renamed(f"{module}.weight") != f"{module}.weight"
+        return module in self._class_modules and self.main.names.misses_factors(module)
 
     @cached_property
     def modules(self) -> frozenset[str]:

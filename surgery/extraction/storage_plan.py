@@ -16,7 +16,7 @@ from typing import Literal
 
 from surgery.extraction.pairing import path_of
 from surgery.extraction.stream.tally import PairMeasure
-from surgery.extraction.targets import LowRankTarget, TunedParameter, is_renamed_again, tree_name
+from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Component
@@ -150,7 +150,7 @@ def _not_attached(target: LowRankTarget, base: Component) -> str:
     """Why PEFT would not attach factors of the target as a whole; empty if it does."""
     if base.config.get("model_type") == "diffusion_gemma" and target.path.startswith("model.decoder.layers."):
         return "the encoder has it too, and PEFT attaches factors to the decoder alone"
-    if target.form == "experts" and is_renamed_again(f"{target.path.rpartition('.')[0]}.lora_A.weight", base):
+    if target.form == "experts" and base.names.misses_factors(target.path.rpartition(".")[0]):
         return "PEFT renames factors of these experts as if they had the names on disk, and then misses them"
     return ""
 

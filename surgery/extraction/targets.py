@@ -24,7 +24,6 @@ __all__ = [
     "Form",
     "LowRankTarget",
     "TunedParameter",
-    "is_renamed_again",
     "low_rank_targets",
     "sharing",
     "tree_name",
@@ -169,7 +168,7 @@ def _form(pair: Pair, base: Component, known: Mapping[str, Pair], routed: set[st
         )
     if len(shape) == 1:
         return "norm"
-    if last in _BARE.get(str(base.config.get("model_type")), ()) or is_renamed_again(path, base):
+    if last in _BARE.get(str(base.config.get("model_type")), ()) or base.names.misses_factors(module):
         return "whole"
     if len(shape) == 2:
         if pair.name in (base.embedding, base.head) or last in _TABLES:
@@ -190,11 +189,6 @@ def _routes(module: str, routed: set[str]) -> bool:
     owner = module.rpartition(".")[0]
     beside = module if module.rpartition(".")[2] in _ROUTERS else owner
     return beside.rpartition(".")[2] in _ROUTERS and beside.rpartition(".")[0] in routed
-
-
-def is_renamed_again(path: str, base: Component) -> bool:
-    """Whether PEFT, which renames the factors it loads as if they had the names on disk, would miss that of `path`."""
-    return is_known(base.config) and base.names.eras.renamed(path) != path
 
 
 def _is_mamba(base: Component) -> bool:

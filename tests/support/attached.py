@@ -30,8 +30,7 @@ _READ_DIRECTLY: Mapping[str, tuple[str, ...]] = {
 }
 """Linear modules whose weight the model's code reads without calling them, so that PEFT attaches nothing there."""
 
-_FORWARDS = (torch.nn.Linear.forward, transformers.pytorch_utils.Conv1D.forward)
-"""Those of plain modules: some routers are linear modules that give more than their output."""
+_LINEAR = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
 
 
 @dataclass(frozen=True)
@@ -106,12 +105,23 @@ def linear_modules(model: Any) -> list[str]:
     recurrent = any("A_log" in name or "mixer" in name or "mamba" in name for name, _ in model.named_parameters())
     read = _READ_DIRECTLY.get("recurrent" if recurrent else model.config.model_type, ())
     left_out = ("lm_head", "router.classifier", *read)
-    linear = torch.nn.Linear, transformers.pytorch_utils.Conv1D
     return [
         name
         for name, one in model.named_modules()
-        if isinstance(one, linear) and type(one).forward in _FORWARDS and not name.endswith(left_out)
+        if isinstance(one, _LINEAR) and _gives_its_product(one) and not name.endswith(left_out)
     ]
+
+
+def _gives_its_product(module: Any) -> bool:
+    """Whether a linear module computes what its class says: some routers give the chosen experts as well, or instead."""
+    (plain,) = (kind for kind in _LINEAR if isinstance(module, kind))
+    if type(module).forward is plain.forward:
+        return True
+    inputs = module.weight.shape[0 if plain is not torch.nn.Linear else 1]
+    given = torch.randn(1, 2, inputs, generator=torch.Generator().manual_seed(3)).to(module.weight.dtype)
+    with torch.no_grad():
+        found = module(given)
+        return isinstance(found, torch.Tensor) and torch.allclose(found, plain.forward(module, given), atol=1e-6)
 
 
 def stacks(model: Any) -> list[str]:

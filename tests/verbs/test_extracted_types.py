@@ -23,7 +23,7 @@ SOME = (
 )
 """Types that stand for the ways in which names on disk, the class's modules and what PEFT can attach to differ."""
 
-_SMALLEST = 180
+_SMALLEST = 223
 """Types of which a tiny model can be made with the installed transformers, at the least."""
 
 
@@ -62,10 +62,15 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
+class _Unsaved(Exception):
+    """transformers does not load what it saved."""
+
+
 def _loaded(made: Any, folder: Path) -> Any:
+    """A model as transformers saved it, before anything of ours has run."""
     model, info = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError("transformers does not find what it saved")
+        raise _Unsaved(f"transformers does not find {info['missing_keys']}")
     return model.eval()
 
 
@@ -195,6 +200,8 @@ def test_peft_attaches_what_was_extracted_from_every_type(tmp_path: Path) -> Non
         folder = tmp_path / model_type
         try:
             difference = _difference(model_type, folder)
+        except _Unsaved as error:
+            unmade[model_type] = str(error)
         except Exception as error:  # transformers cannot make, run or save so small a model of this type
             (wrong if (folder / "tuned").exists() else unmade)[model_type] = str(error)[:200]
         else:

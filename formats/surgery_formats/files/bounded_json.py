@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from typing import Any
 
 from surgery_formats.errors import MalformedError
@@ -34,8 +35,7 @@ def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dic
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(items)
         if len(values) != len(items):
-            seen: set[str] = set()
-            repeated = next(key for key, _ in items if key in seen or seen.add(key))  # type: ignore[func-returns-value]  # add gives None
+            repeated = next(key for key, count in Counter(key for key, _ in items).items() if count > 1)
             raise fail(f"the key '{show(repeated)}' appears twice")
         return values
 

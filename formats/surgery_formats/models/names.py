@@ -15,7 +15,7 @@ from typing import Any
 
 from surgery_formats.errors import FitError
 from surgery_formats.models.conversions import expert_parts, pieces_of
-from surgery_formats.models.eras import Eras, eras_of
+from surgery_formats.models.eras import Eras, eras_of, is_known
 from surgery_formats.models.expert_stacks import matrices_of, parse_expert_path, part_of
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.layouts.index import LayoutIndex, Rows
@@ -80,6 +80,15 @@ class Names:
     def eras(self) -> Eras:
         """The names as the model's code has them."""
         return eras_of(self.config, self._known)
+
+    def misses_factors(self, module: str) -> bool:
+        """Whether PEFT misses the LoRA of `module`, a path in the model's code.
+
+        It renames the factors that it loads as if they had the names on disk, though it saved them under those of the
+        code (PEFT 0.21, ``convert_peft_adapter_state_dict_for_transformers``).
+        """
+        factor = f"{module}.lora_A.weight"
+        return is_known(self.config) and self.eras.renamed(factor) != factor
 
     def _stored(self, name: str) -> Parameter:
         return self.parameters[self.aliases.get(name, name)]
