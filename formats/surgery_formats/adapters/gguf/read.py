@@ -16,7 +16,6 @@ from surgery_formats.adapters.alphas import stated_alpha
 from surgery_formats.adapters.grammar.files import weights_at
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Ignored, ModuleKind, Site
-from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.containers.gguf.config import model_config
 from surgery_formats.containers.gguf.header import Header, read_header
 from surgery_formats.dtypes import DType
@@ -78,7 +77,6 @@ def read_gguf(path: Path) -> Adapter:
         config={ARCHITECTURE_KEY: name},
         metadata={key: value for key in ("general.name",) if (value := _text(header, key))},
         stated_issues=tuple(issues),
-        provenance=Provenance(scales={"adapter metadata" if alpha else "none": len(updates)}),
     )
 
 
@@ -105,7 +103,7 @@ def _architecture(header: Header) -> str:
 
 def _alpha(header: Header) -> float:
     value = header.value("adapter.lora.alpha")
-    return 0.0 if value is None else stated_alpha(value, "adapter.lora.alpha", header.file.path)
+    return 0.0 if value is None else stated_alpha(value, header.file.path)
 
 
 def _text(header: Header, key: str) -> str:
