@@ -25,6 +25,7 @@ from surgery_formats.tensors.views import Index
 from surgery_formats.updates import Fit, is_linear, is_unsized
 from surgery_formats.updates.weights import HeldWeight
 from tests.oracles import disk, measure, models, peft_oracle
+from tests.support.updates import EVERY_KIND
 
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ia3": ("gpt2", "IA3", {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
@@ -131,6 +132,18 @@ def test_any_rows_and_columns_are_those_of_the_whole(name: str, tmp_path: Path) 
             rows, cols = (tuple(draw.permutation(size)[: size // 2 + 1].tolist()) for size in (height, width))
             part = apply(weight[list(rows)][:, list(cols)], rows, cols)
             np.testing.assert_allclose(part, whole[list(rows)][:, list(cols)], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("elements", [1, 100])
+def test_coefficients_are_summed_in_any_number_of_rows_at_once(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: many meet in one row, and each row is summed in the same order."""
+    update = EVERY_KIND["WaveFT by long filters"].fitted(Fit((24, 40)))
+    zeros = HeldWeight.zeros((24, 40), DType.F32)
+    whole = update.prepare(zeros)(np.zeros((24, 40), np.float32), range(24), range(40))
+    monkeypatch.setattr("surgery_formats.updates.waveft._ELEMENTS", elements)
+    parts = update.prepare(zeros)(np.zeros((24, 40), np.float32), range(24), range(40))
+    assert whole.any()
+    np.testing.assert_array_equal(parts, whole)
 
 
 def turned(weight: Tensor, angles: Tensor, block: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, array_of, cast, namespace, to_cpu, to_device
+from surgery_formats.arrays import Array, array_of, assign, empty, namespace, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
@@ -17,6 +17,8 @@ from surgery_formats.updates.sparse import adding_at
 from surgery_formats.updates.wavelets import LOWPASS, highpass
 
 __all__ = ["WaveFT"]
+
+_ELEMENTS = 1 << 18  # of the transform along the columns, summed in float64 at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ class WaveFT:
 
     @property
     def held_numbers(self) -> int:
-        """The coefficients, transformed along one axis."""
-        return 2 * (self.outputs + 64) * self.inputs if self.wavelet else 0
+        """The coefficients, transformed along one axis, and what of them is summed at once."""
+        return (self.outputs + 64) * self.inputs + max(_ELEMENTS, self.inputs) if self.wavelet else 0
 
     def scaled(self, weight: float) -> WaveFT:
         """The same coefficients, `weight` times as far."""
@@ -99,8 +101,8 @@ class WaveFT:
             return adding_at(rows, cols, self.values.load(weight.dtype, weight.device) * self.scale)
         values = to_cpu(self.values.load(DType.F64)) * self.scale
         low = LOWPASS[self.wavelet]
-        half, across = self._along_columns(rows, cols, values, low)
-        held, filters = to_device(cast(across, weight.dtype), weight.device), (low, highpass(low))
+        half, held = self._along_columns(rows, cols, values, low, weight)
+        filters = low, highpass(low)
 
         def apply(block: Array, at: Index, beside: Index) -> Array:
             import numpy
@@ -118,12 +120,21 @@ class WaveFT:
 
         return apply
 
-    def _along_columns(self, rows: Array, cols: Array, values: Array, low: tuple[float, ...]) -> tuple[int, Array]:
+    def _along_columns(
+        self, rows: Array, cols: Array, values: Array, low: tuple[float, ...], weight: Weight
+    ) -> tuple[int, Array]:
         """``(coefficients per half, the two halves transformed along the columns)``, one under the other.
 
         PEFT takes the quarters top right and bottom left in each other's place: coefficients of the right half get the
         highpass along the rows, those of the lower half along the columns. The upper half of the result is what gets the
         lowpass along the rows.
+
+        Args:
+            rows: Of the coefficients, ``(n,)``.
+            cols: As `rows`.
+            values: As `rows`, float64.
+            low: The lowpass.
+            weight: Whose type and device the result has.
         """
         import numpy
 
@@ -131,12 +142,16 @@ class WaveFT:
         rows, cols = rows + row_at, cols + col_at
         right, lower = cols >= width // 2, rows >= height // 2
         to, first = rows % (height // 2) + height // 2 * right, 2 * (cols % (width // 2)) - len(low) + 2
-        across = numpy.zeros((height, self.inputs))
-        both = numpy.asarray((low, highpass(low)))
-        for tap in range(len(low)):
-            inside = (first + tap >= 0) & (first + tap < self.inputs)
-            added = values * both[lower.astype(int), tap]
-            numpy.add.at(across, (to[inside], (first + tap)[inside]), added[inside])
+        gains = numpy.asarray((low, highpass(low)))[lower.astype(int)]
+        across = empty((height, self.inputs), weight.dtype, weight.device)
+        step = max(1, _ELEMENTS // self.inputs)
+        for start in range(0, height, step):  # all of it in float64 would be twice the memory
+            some = numpy.flatnonzero((to >= start) & (to < start + step))
+            summed = numpy.zeros((min(step, height - start), self.inputs))
+            for tap in range(len(low)):
+                inside = some[(first[some] + tap >= 0) & (first[some] + tap < self.inputs)]
+                numpy.add.at(summed, (to[inside] - start, first[inside] + tap), values[inside] * gains[inside, tap])
+            assign(across[start : start + step], summed)
         return height // 2, across
 
 
