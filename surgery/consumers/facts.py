@@ -15,11 +15,11 @@ from surgery.consumers.traits import Trait
 from surgery.engine.input_checks import check_base_id
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.embeddings import EMBEDDINGS
-from surgery_formats.adapters.peft.dialects import dialect_of
 from surgery_formats.adapters.peft.disagreements import beyond_targets, empty_saved
 from surgery_formats.adapters.peft.keys import PREFIX, ROOT, bared
 from surgery_formats.adapters.peft.kinds import switches
 from surgery_formats.adapters.peft.read_config import parse_config
+from surgery_formats.adapters.peft.recognise import dialect_of
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site

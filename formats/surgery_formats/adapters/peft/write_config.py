@@ -16,6 +16,7 @@ from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
+from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.packing import marked
 from surgery_formats.adapters.writing import commonest
@@ -44,8 +45,8 @@ _INHERITED = (
 _BIAS = ("none", "lora_only", "all")  # each holds what the one before holds
 
 
-def adapter_config(file: PeftFile) -> bytes:
-    """The configuration of what was written, as a file."""
+def adapter_config(file: PeftFile, dialect: ExpertDialect | None = None) -> bytes:
+    """The configuration of what was written, as a file; of experts in a dialect, with the fields that tell it."""
     adapter = file.adapter
     if file.kept():
         config = dict(adapter.config)
@@ -69,8 +70,8 @@ def adapter_config(file: PeftFile) -> bytes:
             config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(file.experts)}
     if file.experts:
         config = marked(config)
-    if file.dialect is not None:
-        said = file.dialect.fields(file)
+    if dialect is not None:
+        said = dialect.fields(file)
         config = {key: value for key, value in {**config, **said}.items() if value is not None or key in _ALWAYS}
     # One line where scales were chosen anew: token ids would take a line each, and an extraction may list 65,536.
     indent = None if file.scaling is not None and file.rows else 2
