@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice
 from surgery.extraction.findings import CalibrationTotals, KindFacts, MergedLoRA, six_digits
-from surgery.reports.output import nbytes_of, written
+from surgery.reports.output import PATH, counted, nbytes_of, written
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.to_json import plain
+from surgery.reports.values import Name, Phrase, Value
 
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
@@ -166,4 +167,50 @@ class ExtractResult:
         """
         from surgery.extraction.extract_summary import extract_summary
 
-        return extract_summary(self, verbose, output)
+        facts = (*_facts(self), *_outcome(self, output))
+        return extract_summary(
+            facts, self.rows, self.table, self.warnings, verbose=verbose, dry_run=self.output is None
+        )
+
+
+def _facts(result: ExtractResult) -> Iterator[tuple[str, Phrase]]:
+    ranks = sorted({row.rank for row in result.rows if row.rank})
+    spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
+    noise = Value(result.noise, "share", 1)
+    yield "tensors", counted(result.classes)
+    moved = (
+        Value(result.moved, "share", 1),
+        " of the values moved; storage rounding makes up ",
+        noise,
+        " of the change",
+    )
+    yield "change", moved
+    yield "adapter", (f"{spread}, ", Value(result.parameters, "count"), f" parameters, {result.dtype}")
+    lost = ("; ", Value(result.lost, "share"), " of its energy was left out") if result.lost else ()
+    if result.reproduced is not None:
+        plain, refined = (Value(share, "share") for share in result.reproduced)
+        yield "reproduced", (refined, " of the merged values bit for bit (plain factors: ", plain, ")")
+    yield "held", ("all but ", Value(result.residual, "share"), " of the change", *lost)
+    times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"
+    copy = Value(result.tuned_nbytes, "bytes")
+    yield "size", (Value(result.adapter_nbytes, "bytes"), f", {times} than the full copy's ", copy)
+
+
+def _outcome(result: ExtractResult, output: Path | None) -> Iterator[tuple[str, Phrase]]:
+    if result.kind is not None:
+        yield "kind", f"{'DoRA' if result.kind.kind == 'dora' else 'LoRA'}: {result.kind.why}"
+    if result.calibration is not None:
+        yield "calibration", result.calibration.text
+    if result.merged is not None:
+        yield "origin", result.merged.text
+    for finding in result.quantised:
+        yield "quantised", finding
+    if not math.isnan(result.survival):
+        survives = Value(result.survival, "share", 1)
+        yield "merging", ("keeps ", survives, " of the factors' update in BASE's stored type")
+    if result.why_devices:
+        yield "computed", f"on {', '.join(result.devices)}: {result.why_devices}"
+    if result.output is not None:
+        took = (" in ", Value(result.seconds, "seconds")) if result.seconds else ()
+        yield "proof", "read back: it holds what was measured against TUNED"
+        yield "wrote", (Name(output or result.output, PATH), *took)

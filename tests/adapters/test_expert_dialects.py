@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import surgery
-from surgery_formats import open_checkpoint, read_adapter
-from surgery_formats.adapters.peft.dialects import BUILT_IN, dialect_of, write
+from surgery_formats import read_adapter
+from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.peft.dialects import BUILT_IN
+from surgery_formats.adapters.peft.recognise import dialect_of
 from surgery_formats.errors import FitError, NotFoundError
 from tests.oracles import disk
 from tests.support import expert_models
@@ -111,9 +113,9 @@ def test_every_dialect_becomes_every_other(mixture: Mixture, source: str, tmp_pa
     assert mixture.error(tmp_path / last, tmp_path / "merged") < 1e-6
 
 
-def test_an_unknown_dialect_is_named(mixture: Mixture) -> None:
+def test_an_unknown_dialect_is_named() -> None:
     with pytest.raises(NotFoundError, match="'sglnag'") as caught:
-        write(read_adapter(mixture.adapter), "sglnag", open_checkpoint(mixture.base))
+        PEFT.with_dialect("sglnag")
     assert "sglang" in str(caught.value.hint)
 
 

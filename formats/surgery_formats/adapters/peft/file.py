@@ -21,7 +21,6 @@ from surgery_formats.updates import Factor, Replacing, Update, is_replacing
 
 if TYPE_CHECKING:
     from surgery_formats.adapters.expert_layers import ExpertStack
-    from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 
 __all__ = ["PeftFile"]
 
@@ -48,7 +47,8 @@ class PeftFile:
         whole_biases: Whether biases are stored whole (``bias="all"``).
         defaults: Default fields of the kind's configuration.
         fields: Fields that follow from what was written.
-        dialect: How experts are held; None holds each in the way that is nearest to the adapter's own.
+        dialect: Name of the way in which experts are held; empty for the one that is nearest to the adapter's own.
+        spelt: The dialect's name of a module that holds no experts.
         even: The rank and the scale of all modules, for readers that know one.
         rewritten: Whether the adapter's own configuration is not true of what was written, whatever ranks and scales say.
     """
@@ -70,7 +70,8 @@ class PeftFile:
     whole_biases: bool = False
     defaults: dict[str, Any] = field(default_factory=dict)
     fields: dict[str, Any] = field(default_factory=dict)
-    dialect: ExpertDialect | None = None
+    dialect: str = ""
+    spelt: Callable[[str], str] = str
     even: tuple[int, float] | None = None
     rewritten: bool = False
 

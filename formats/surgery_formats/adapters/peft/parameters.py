@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
@@ -23,9 +22,6 @@ from surgery_formats.models.parameter_order import innermost_first
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
-
-if TYPE_CHECKING:
-    from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 
 __all__ = [
     "StackedParameter",
@@ -54,9 +50,9 @@ def is_parameter_here(file: PeftFile, site: Site) -> bool:
     return site.path.split(".")[-2] in taken_for_experts(component_of(site, file.base).config)
 
 
-def for_peft(dialect: ExpertDialect | None) -> bool:
-    """Whether a folder in a dialect, or in none, is one for today's PEFT."""
-    return dialect is None or dialect.name == "peft"
+def for_peft(dialect: str) -> bool:
+    """Whether a folder in the dialect of this name, or in none, is one for today's PEFT."""
+    return dialect in ("", "peft")
 
 
 def targeted_parameters(

@@ -11,11 +11,10 @@ import json
 from collections import Counter
 from dataclasses import replace
 
-from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.format import Rendering, Scaling
 from surgery_formats.adapters.peft.class_names import called_back, class_names, renamed
 from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
-from surgery_formats.adapters.peft.dialects.stacks import PEFT_STACKS
+from surgery_formats.adapters.peft.dialects.writing import needed_dialect, put_experts
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import HEADS, ROOT
 from surgery_formats.adapters.peft.kinds import kinds, switches
@@ -24,11 +23,9 @@ from surgery_formats.adapters.peft.parameters import for_peft
 from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
 from surgery_formats.adapters.peft.write_config import adapter_config
 from surgery_formats.adapters.writing import copied, surviving_metadata
-from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.eras import is_known, taken_for_experts
 from surgery_formats.text import listing
 
 __all__ = ["TENSOR_FILE", "described", "render_peft"]
@@ -53,22 +50,24 @@ def render_peft(
     """
     _check_sites(adapter, base)
     own = parse_config(adapter.config, adapter.path, switches()) if adapter.format == "peft" else None
-    if dialect is None and own is None and base is not None and _needs_stacks(adapter, base):
-        dialect = PEFT_STACKS
-    names = class_names(adapter, base) if base is not None and own is None and for_peft(dialect) else {}
+    to_class = base is not None and own is None and for_peft("" if dialect is None else dialect.name)
+    names = class_names(adapter, base) if base is not None and to_class else {}
     adapter = renamed(adapter, names) if names else adapter
     kind = _kind(adapter, own)
     file = PeftFile(kind.name, adapter, base, own, scaling, has_biases="bias" in kind.switches.understood)
+    lora = kind is kinds()["LORA"]
+    if dialect is None and base is not None and lora:
+        dialect = needed_dialect(adapter, base, made_anew=own is None)
     if dialect is not None:
-        if kind is not kinds()["LORA"]:
+        if not lora:
             raise FitError(f"{dialect.name} has LoRAs, not {kind.name}", file=adapter.path)
-        file.dialect, file.rewritten = dialect, True
+        file.dialect, file.spelt, file.rewritten = dialect.name, dialect.named, True
     if adapter.prompt is not None and own is not None:
         file.prefix = ROOT
     updates = [(site, update) for site, chain in adapter.updates.items() for update in chain]
-    if kind is not kinds()["LORA"]:
+    if not lora:
         file.targets = {site.path.rpartition(".")[0] for site, update in updates if update.kind in kind.writes}
-    kind.write(file, updates)
+    kind.write(file, updates if dialect is None else put_experts(file, dialect, updates))
     if adapter.prompt is not None and own is not None:
         file.add(copied(adapter.prompt.table.name, adapter.prompt.table))
         file.ledger.keep_prompt(adapter.prompt.table)
@@ -78,7 +77,7 @@ def render_peft(
         TENSOR_FILE,
         tuple(file.tensors[name] for name in sorted(file.tensors)),
         surviving_metadata(adapter) | {"format": "pt"},
-        {"adapter_config.json": adapter_config(file)},
+        {"adapter_config.json": adapter_config(file, dialect)},
         tuple(file.ledger.entries),
         file.ledger.held_in_order(adapter),
     )
@@ -107,12 +106,6 @@ def _kind(adapter: Adapter, own: PeftConfig | None) -> PeftKind:
     if count.keys() == known["BEFT"].writes:  # LORA too has additions to biases, but only beside LoRAs
         return known["BEFT"]
     return max(known.values(), key=lambda kind: sum(count[update] for update in kind.writes))
-
-
-def _needs_stacks(adapter: Adapter, base: Checkpoint) -> bool:
-    """Whether experts that lie as MLX has them are stacks in the base's class, and PEFT makes no stacks of single ones."""
-    configs = [component_of(site, base).config for site in adapter.updates if SWITCH in site.path]
-    return any(is_known(config) and not taken_for_experts(config) for config in configs)
 
 
 def _check_sites(adapter: Adapter, base: Checkpoint | None) -> None:

@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
+from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.packing import marked
 from surgery_formats.adapters.writing import commonest
@@ -43,8 +45,8 @@ _INHERITED = (
 _BIAS = ("none", "lora_only", "all")  # each holds what the one before holds
 
 
-def adapter_config(file: PeftFile) -> bytes:
-    """The configuration of what was written, as a file."""
+def adapter_config(file: PeftFile, dialect: ExpertDialect | None = None) -> bytes:
+    """The configuration of what was written, as a file; of experts in a dialect, with the fields that tell it."""
     adapter = file.adapter
     if file.kept():
         config = dict(adapter.config)
@@ -68,8 +70,8 @@ def adapter_config(file: PeftFile) -> bytes:
             config |= {"peft_version": EXPERTS_ORDER_SINCE, "target_parameters": sorted(file.experts)}
     if file.experts:
         config = marked(config)
-    if file.dialect is not None:
-        said = file.dialect.fields(file)
+    if dialect is not None:
+        said = dialect.fields(file)
         config = {key: value for key, value in {**config, **said}.items() if value is not None or key in _ALWAYS}
     # One line where scales were chosen anew: token ids would take a line each, and an extraction may list 65,536.
     indent = None if file.scaling is not None and file.rows else 2
@@ -97,8 +99,8 @@ def ranks_and_alphas(file: PeftFile, alpha: str = "lora_alpha") -> dict[str, Any
     else:
         common = commonest(value for _, value in file.settings.values()) or float(rank)
     return {
-        alpha: _number(common),
-        "alpha_pattern": {_anchored(path): _number(a) for path, (_, a) in file.settings.items() if a != common},
+        alpha: written_alpha(common),
+        "alpha_pattern": {_anchored(path): written_alpha(a) for path, (_, a) in file.settings.items() if a != common},
         "r": rank,
         "rank_pattern": {_anchored(path): r for path, (r, _) in file.settings.items() if r != rank},
     }
@@ -179,8 +181,3 @@ def _first(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
 def _anchored(path: str) -> str:
     r"""A pattern that only this path matches: PEFT matches ``(.*\\.)?(key)$``, an anchor inside pins the start."""
     return f"^{re.escape(path)}"
-
-
-def _number(value: float) -> int | float:
-    """Whole numbers without a point, as people write them."""
-    return int(value) if value == int(value) else value

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from surgery_formats.adapters.expert_layers import ExpertLayer
 from surgery_formats.adapters.peft.file import PeftFile
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.tensors.tensor import Tensor
 
@@ -39,14 +38,6 @@ class ExpertDialect(Protocol):
 
     def recognise(self, config: PeftConfig, tensors: Sequence[Tensor]) -> bool:
         """Whether a folder's experts are in this dialect, by its configuration and the names and shapes of its tensors."""
-
-    def read(self, module: Module) -> ModuleUpdates | None:
-        """What a module's tensors mean; None if they hold no experts in this way.
-
-        Raises:
-            FitError: factors that do not belong together, or bytes that have two readings.
-            MalformedError: factors of another rank than the configuration's.
-        """
 
     def put(self, file: PeftFile, layer: ExpertLayer) -> str:
         """Add a layer's experts to `file`, and return what that took, for the ledger: empty if nothing was multiplied.

@@ -18,7 +18,7 @@ from typing import Any
 from surgery_formats.adapters.expert_layers import ExpertLayer, ExpertStack
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates
+from surgery_formats.adapters.peft.module import Module, ModuleUpdates
 from surgery_formats.adapters.peft.packing import NO_STACKS
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.arrays import Array
@@ -93,10 +93,6 @@ class _Leaves:
         """Factors of three axes under its names."""
         named = [match[2] for t in tensors if len(t.shape) == 3 and (match := _EXPERTS.search(_module(t.name)))]
         return bool(named) and all(name in self.names.values() for name in named)
-
-    def read(self, module: Module) -> ModuleUpdates | None:
-        """See `read_leaves`."""
-        return read_leaves(module)
 
     def put(self, file: PeftFile, layer: ExpertLayer) -> str:
         """Every projection by itself."""

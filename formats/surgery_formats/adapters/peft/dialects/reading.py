@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dialect a module's factors are in: the first that recognises them."""
+"""Read the experts that a module holds, in whichever dialect they are."""
 
 from __future__ import annotations
 
 from surgery_formats.adapters.peft.dialects.leaves import read_leaves
 from surgery_formats.adapters.peft.dialects.stacks import read_stacks, read_vllm
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates
+from surgery_formats.adapters.peft.module import Module, ModuleUpdates
 
 __all__ = ["experts_of"]
 

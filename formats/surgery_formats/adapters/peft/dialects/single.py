@@ -18,7 +18,6 @@ from typing import Any
 from surgery_formats.adapters.expert_layers import ExpertLayer, ExpertStack
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates
 from surgery_formats.adapters.peft.packing import NO_STACKS
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.arrays import Array
@@ -95,10 +94,6 @@ class _PerExpert:
         """Numbered experts."""
         return any(_SINGLE.search(tensor.name) for tensor in tensors)
 
-    def read(self, module: Module) -> ModuleUpdates | None:
-        """None: it is a module as any other."""
-        return None
-
     def put(self, file: PeftFile, layer: ExpertLayer) -> str:
         """A module for every expert that was trained."""
         return ", ".join(
@@ -133,10 +128,6 @@ class _Linears:
     def recognise(self, config: PeftConfig, tensors: Sequence[Tensor]) -> bool:
         """Numbered members of lists in plural."""
         return any(_LINEARS.search(tensor.name) for tensor in tensors)
-
-    def read(self, module: Module) -> ModuleUpdates | None:
-        """None: it is a module as any other."""
-        return None
 
     def put(self, file: PeftFile, layer: ExpertLayer) -> str:
         """A module for every expert that was trained.

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from surgery_formats.adapters.expert_layers import ExpertLayer, ExpertStack
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.peft.file import PeftFile
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates
+from surgery_formats.adapters.peft.module import Module, ModuleUpdates
 from surgery_formats.adapters.peft.packing import BY_EXPERT, BY_RANK, LAYOUT, of_unsloth
 from surgery_formats.adapters.peft.parameters import parameter_lora, targeted_parameters
 from surgery_formats.adapters.peft.read_config import PeftConfig
@@ -138,10 +138,6 @@ class _Stacks:
             return False
         found = of_unsloth(config.raw), config.raw.get(LAYOUT) in BY_EXPERT, config.experts_old_order
         return found == (self.unsloth, self.packing != BY_RANK, self.version == "0.18.1")
-
-    def read(self, module: Module) -> ModuleUpdates | None:
-        """See `read_stacks`."""
-        return read_stacks(module)
 
     def put(self, file: PeftFile, layer: ExpertLayer) -> str:
         """Gate and up as one parameter, as the model's code has them."""

@@ -13,9 +13,8 @@ from typing import Any
 
 from surgery_formats.adapters.expert_layers import ExpertLayer
 from surgery_formats.adapters.peft.dialects.single import put_single
-from surgery_formats.adapters.peft.dialects.stacks import PEFT_STACKS, put_stacks, read_vllm
+from surgery_formats.adapters.peft.dialects.stacks import PEFT_STACKS, put_stacks
 from surgery_formats.adapters.peft.file import PeftFile
-from surgery_formats.adapters.peft.kinds.kind import Module, ModuleUpdates
 from surgery_formats.adapters.peft.packing import NO_STACKS
 from surgery_formats.adapters.peft.read_config import PeftConfig
 from surgery_formats.models.expert_stacks import ExpertRole
@@ -42,10 +41,6 @@ class _Vllm:
         """Stacks without PEFT's ``target_parameters``; all else that it reads has a name of its own."""
         stacked = any(".experts.base_layer.lora_A" in tensor.name for tensor in tensors)
         return stacked and not config.target_parameters
-
-    def read(self, module: Module) -> ModuleUpdates | None:
-        """See `read_vllm`."""
-        return read_vllm(module)
 
     def put(self, file: PeftFile, layer: ExpertLayer) -> str:
         """As the model's class wants them."""

@@ -4,33 +4,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.expert_layers import ExpertLayer, expert_layers
+from surgery_formats.adapters.experts import SWITCH
+from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 from surgery_formats.adapters.peft.dialects.stacks import PEFT_STACKS
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.writing import commonest
 from surgery_formats.binding.sizes import component_of
-from surgery_formats.canonical.adapter import Site
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.eras import is_known, taken_for_experts
 from surgery_formats.models.expert_stacks import parse_expert_path
 from surgery_formats.updates import LoRA, Update
-
-if TYPE_CHECKING:
-    from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 
 __all__ = ["needed_dialect", "put_experts"]
 
 
-def put_experts(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> list[tuple[Site, Update]]:
-    """Write the experts of an adapter as `file.dialect` holds them, and return the other updates.
+def put_experts(
+    file: PeftFile, dialect: ExpertDialect, updates: Sequence[tuple[Site, Update]]
+) -> list[tuple[Site, Update]]:
+    """Write the experts of an adapter as `dialect` holds them, and return the other updates.
 
     Raises:
         FitError: there are experts, and no base is given, or the dialect cannot hold them.
     """
-    dialect = file.dialect
-    assert dialect is not None
     experts = [(site, update) for site, update in updates if parse_expert_path(site.path)]
     others = [(site, update) for site, update in updates if not parse_expert_path(site.path)]
     layers: tuple[ExpertLayer, ...] = ()
@@ -52,13 +52,24 @@ def put_experts(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> list[
     return others
 
 
-def needed_dialect(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> ExpertDialect | None:
-    """PEFT's own dialect where stacks of other programs meet a base that no record takes apart; None elsewhere."""
-    for site, update in updates:
-        named = parse_expert_path(site.path)
-        if file.base is None or named is None or site.path == named.stack or contents_of(update).stack is None:
+def needed_dialect(adapter: Adapter, base: Checkpoint, *, made_anew: bool) -> ExpertDialect | None:
+    """PEFT's own dialect where it attaches nothing to the experts one by one; None where they stay as they are.
+
+    So it is where the model's class has stacks and PEFT makes none of single experts, and where no record takes the
+    stacks of another program apart.
+
+    Args:
+        adapter: With the names that are written.
+        base: The model.
+        made_anew: Whether the folder is no PEFT folder's copy, whose experts then are as they were.
+    """
+    for site, chain in adapter.updates.items():
+        component, named = component_of(site, base), parse_expert_path(site.path)
+        known = is_known(component.config) and not taken_for_experts(component.config)
+        if made_anew and SWITCH in site.path and known:
+            return PEFT_STACKS
+        if named is None or site.path == named.stack or all(contents_of(update).stack is None for update in chain):
             continue
-        component = component_of(site, file.base)
         own = site.path in component.names.eras.parameters  # experts without a gate, as Nemotron H's
         if not own and not component.family.fused:
             return PEFT_STACKS

@@ -11,7 +11,6 @@ from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.peft.dialects.leaves import named_by_peft
-from surgery_formats.adapters.peft.dialects.writing import needed_dialect, put_experts
 from surgery_formats.adapters.peft.file import PeftFile
 from surgery_formats.adapters.peft.keys import INSIDE_ATTENTION
 from surgery_formats.adapters.peft.kinds.lora_variants import base_fields, put_diag
@@ -41,9 +40,6 @@ class _Written:
 
 def write_lora(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     """LoRAs and DoRAs first, then what goes beside them, then parameters with a LoRA of their own."""
-    if file.dialect is None and (dialect := needed_dialect(file, updates)):
-        file.dialect, file.rewritten = dialect, True
-    updates = put_experts(file, updates) if file.dialect is not None else updates
     contents = [(site, contents_of(update)) for site, update in updates]
     dora = any(held.dora for _, held in contents)
     changed = {update.taken for _, update in updates if isinstance(update, ChangedBase)}
@@ -113,7 +109,7 @@ def _put_low_rank(
     if dora and not mine:
         why = "use_dora holds for every module of a file"
     module, shape = file.module_of(site, lora)
-    module = file.dialect.named(module) if file.dialect else module
+    module = file.spelt(module)
     key = f"{file.prefix}{module}"
     embedding = is_embedding(module, file.base, site)
     if mine:
