@@ -146,6 +146,12 @@ def test_names_of_tensors_that_are_not_pefts_are_told_and_put_right(
         ("peft", {"target_modules": ["down_proj"]}, "beyond the targets"),
         ("peft", {"target_modules": TARGETS, "layers_to_transform": [0]}, "beyond the targets"),
         ("peft", {"target_modules": TARGETS, "r": None}, "missing fields"),
+        ("peft", {"target_modules": None}, "beyond the targets"),  # in a Llama PEFT chooses q_proj and v_proj
+        ("peft", {"target_modules": 7}, "unusable targets"),
+        ("peft", {"target_modules": ["nothing"]}, "unusable targets"),
+        ("peft", {"target_modules": TARGETS, "exclude_modules": 7}, "unusable targets"),
+        ("peft", {"target_modules": TARGETS, "layers_pattern": "layers"}, "unusable targets"),
+        ("peft", {"target_modules": ".*_proj", "layers_to_transform": [0]}, "unusable targets"),
         ("peft", {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}, "promised modules"),
         ("vllm", {"target_modules": TARGETS, "lora_alpha": None}, "missing fields"),
         ("vllm", {"target_modules": TARGETS, "bias": "lora_only"}, "bias setting"),
