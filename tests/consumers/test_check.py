@@ -14,8 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import surgery
-from surgery.consumers.consumer import RuledConsumer, honoured, refused
+from surgery.consumers.consumer import RuledConsumer
 from surgery.consumers.registry import BUILT_IN, ENTRY_POINTS, consumer_named, consumers
+from surgery.consumers.rules import honoured, refused
 from surgery.consumers.traits import TRAITS
 from surgery_formats.errors import FitError
 from surgery_formats.testing.plugins import installed
