@@ -181,6 +181,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         tool=adapter.provenance.tool or None,
         family=adapter.provenance.family or None,
         scale_sources=adapter.provenance.scales,
+        token=adapter.config.get("token") if adapter.kind == "TEXTUAL_INVERSION" else None,
     )
 
 
