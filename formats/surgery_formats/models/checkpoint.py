@@ -37,6 +37,8 @@ from surgery_formats.tensors.views import transpose, whole
 
 __all__ = ["Checkpoint", "Component", "open_checkpoint"]
 
+_T5 = "text_encoder_3"  # ComfyUI's and sd-scripts' T5, whatever number a pipeline has it under
+_T5_TYPES = ("t5", "umt5")
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
 
 
@@ -303,9 +305,8 @@ class Checkpoint:
         found = self.components.get(name, self.components.get(""))
         if found is None and name in COMPONENTS:
             found = next((self.components[other] for other in COMPONENTS if other in self.components), None)
-        if found is None and name == "text_encoder_3":  # sd-scripts' number of T5, of which Flux has no second
-            second = self.components.get("text_encoder_2")
-            found = second if second is not None and second.config.get("model_type") == "t5" else None
+        if found is None and name == _T5:
+            found = next((one for one in self.components.values() if one.config.get("model_type") in _T5_TYPES), None)
         return found
 
     def names_of(self, component: str) -> Names | None:
@@ -331,8 +332,9 @@ def _part_of(component: str, parts: Mapping[str, Names]) -> str:
     """What a file's parts call a component of an adapter."""
     if component in COMPONENTS:
         return "denoiser"
-    t5 = component == "text_encoder_3" and component not in parts
-    return "text_encoder_2" if t5 and "t5xxl" in getattr(parts.get("text_encoder_2"), "prefix", "") else component
+    if component == _T5 and component not in parts:
+        return next((part for part, names in parts.items() if "t5" in names.prefix), component)
+    return component
 
 
 def _component(name: str, path: Path, weights: ShardSet) -> Component:
