@@ -36,6 +36,7 @@ BY_NAMES: Rules = {
     "pattern of targets": honoured,
     "no targets": honoured,
     "beyond the targets": honoured,
+    "unusable targets": honoured,
     "missing fields": honoured,
     "bias setting": honoured,
     "promised modules": honoured,
@@ -82,6 +83,7 @@ BY_PEFT: Rules = {
     "beyond the targets": ignored(
         "its configuration does not choose this module: PEFT gives it no LoRA, and leaves its factors out", "rewrite"
     ),
+    "unusable targets": refused("PEFT cannot use it, or finds no module that it chooses", "rewrite"),
     "missing fields": honoured,
     "bias setting": honoured,
     "promised modules": refused(
