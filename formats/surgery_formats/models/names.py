@@ -137,7 +137,12 @@ class Names:
         return self._of_another_era(path) or self._within_a_stack(path)
 
     def _here(self, path: str) -> tuple[WeightSlice, ...]:
-        return self._places(path) or self._in_another_layout(path)
+        """The weight under the path of its module, or under its own: a table has no module (``blocks.0.modulation``)."""
+        found = self._places(path) or self._in_another_layout(path)
+        if found or not path.endswith(".weight"):
+            return found
+        own = path.removesuffix(".weight")
+        return self._places(own) or self._in_another_layout(own)
 
     def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
         """As `resolve`, of a path whose leading segments are the base's."""

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files with the dotted names of modules and nothing before them: DiffSynth-Studio, the Lightning LoRAs of Qwen-Image."""
+"""Files with the dotted names of modules and nothing before them: DiffSynth-Studio, the Lightning LoRAs of Qwen-Image.
+
+Others that are read so: control LoRAs of Black Forest Labs, XLabs' processors of Flux, and LoRAs of diffusion networks behind
+PEFT's ``base_model.model.`` without its configuration (fal, HunyuanDiT, PixArt), which every program takes at a scale of 1.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,16 @@ from surgery_formats.adapters.grammar.spelling import KeyPrefix
 
 __all__ = ["BARE"]
 
+_PEFT = "base_model.model."
 _DOWN, _UP = LORA_SPELLINGS["lora_down"]
 
 BARE = WeightFileFormat(
     Dialect(
         name="bare",
-        prefixes=(KeyPrefix("", "", False),),
-        foreign=("base_model.",),  # of PEFT, without the configuration that has its scale
+        prefixes=(KeyPrefix(_PEFT, "denoiser", False), KeyPrefix("", "", False)),
+        denoising=(_PEFT,),  # others are PEFT's, without the configuration that has its scale
         written={"": "", "denoiser": ""},
         leaves={"down": _DOWN, "up": _UP},
     ),
-    title="dotted names without a prefix (DiffSynth-Studio, Lightning): LoRA, LyCORIS' kinds, differences",
+    title="dotted names without a prefix (DiffSynth-Studio, Lightning, XLabs, BFL, fal): LoRA, LyCORIS' kinds, differences",
 )
