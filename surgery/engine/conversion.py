@@ -25,6 +25,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
+from surgery_formats.updates import is_refusing
 
 __all__ = [
     "Conversion",
@@ -210,7 +211,10 @@ def _other_kinds(source: Adapter, rendering: Rendering) -> bool:
     """Whether a change of a weight was dropped that a LoRA could hold, or come near to, and that is none."""
     dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
     return any(
-        update.effect != "sets" and update.low_rank() is None and site.path.endswith(".weight")
+        not is_refusing(update)
+        and update.effect != "sets"
+        and update.low_rank() is None
+        and site.path.endswith(".weight")
         for site, chain in source.updates.items()
         if str(site) in dropped
         for update in chain
