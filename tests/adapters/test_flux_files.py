@@ -67,12 +67,10 @@ def test_a_file_says_who_wrote_it_and_of_what() -> None:
     }
 
 
-def test_the_names_of_pefts_prefix_are_read_for_diffusion_networks_alone(tmp_path: Path) -> None:
-    tensors = {
-        f"base_model.model.model.layers.0.q_proj.{leaf}": draw(1, 4, 4) for leaf in ("lora_A.weight", "lora_B.weight")
-    }
-    save_file(tensors, tmp_path / "adapter.safetensors")
-    with pytest.raises(FitError, match="without their adapter_config"):
+def test_pefts_prefix_before_other_names_is_pefts_without_its_configuration(tmp_path: Path) -> None:
+    stem = "base_model.model.transformer_blocks.0.attn1.to_q"
+    save_file({f"{stem}.lora_{side}.weight": draw(1, 4, 4) for side in "AB"}, tmp_path / "adapter.safetensors")
+    with pytest.raises(FitError, match="which has their scale"):
         read_adapter(tmp_path / "adapter.safetensors")
 
 

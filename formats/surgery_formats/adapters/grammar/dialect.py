@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelling import KeyPrefix, split_key
 from surgery_formats.models.factor_names import holds_factors_alone
-from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
+from surgery_formats.models.families.denoisers import COMPONENTS
 
 __all__ = ["Dialect"]
 
@@ -23,8 +23,8 @@ class Dialect:
         prefixes: How keys may begin; the first that fits is taken.
         own: Beginnings that no other format has: a file with such a key is of this one. Without any, all keys have to be
             modules with known leaves, and the format is asked after those that have some.
-        foreign: Beginnings that no file of this format has.
-        denoising: Beginnings that a file of this format has only if the modules behind them are a diffusion network's.
+        foreign: Beginnings that no file of this format has, unless it has some of `but`.
+        but: See `foreign`.
         written: The prefix that is written for each component of a pipeline; of one without a name first.
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
@@ -39,7 +39,7 @@ class Dialect:
     prefixes: tuple[KeyPrefix, ...]
     own: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    denoising: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
     written: Mapping[str, str] = field(default_factory=dict)
     leaves: Mapping[str, str] = field(default_factory=dict)
     with_alpha: bool = True
@@ -51,15 +51,12 @@ class Dialect:
     def claims(self, names: Collection[str]) -> bool:
         """Whether a file with these keys is of this format: it has its beginnings, and holds factors alone."""
         if self.foreign and any(name.startswith(self.foreign) for name in names):
-            return False
+            if not any(name.startswith(self.but) for name in names):
+                return False
         if self.own and not any(name.startswith(self.own) for name in names):
             return False
         if not self.own and not holds_factors_alone(names):  # before every name of a model is taken apart
             return False
-        if self.denoising and any(name.startswith(self.denoising) for name in names):
-            keys = [split_key(name, self.prefixes) for name in names]
-            if denoiser_of(key.module for key in keys if key) is None:
-                return False
         leaves = [self._is_leaf(name, names) for name in names]
         if not self.own:
             return all(leaves)

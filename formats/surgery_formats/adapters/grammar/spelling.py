@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from surgery_formats.adapters.grammar.leaves import longest_leaf
 
-__all__ = ["DOTTED", "FLAT", "Key", "KeyPrefix", "split_key"]
+__all__ = ["DOTTED", "FLAT", "OF_FLUX", "Key", "KeyPrefix", "split_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ DOTTED = _prefixes(
     diffusion_model="denoiser",
 )
 """Prefixes of dotted keys: diffusers names the component, ComfyUI says ``diffusion_model``."""
+
+OF_FLUX = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
+"""Beginnings of keys of fal's trainer for Flux, which writes no configuration: its scale is 1."""
 
 _PROCESSOR = re.compile(r"(?P<block>.+?)\.(?:processor\.)?(?P<part>\w+)_lora\.(?P<side>down|up)\.weight")
 _XLABS = re.compile(
