@@ -50,9 +50,9 @@ class Dialect:
 
     def claims(self, names: Collection[str]) -> bool:
         """Whether a file with these keys is of this format: it has its beginnings, and holds factors alone."""
-        if self.foreign and any(name.startswith(self.foreign) for name in names):
-            if not any(name.startswith(self.but) for name in names):
-                return False
+        has_foreign = bool(self.foreign) and any(name.startswith(self.foreign) for name in names)
+        if has_foreign and not any(name.startswith(self.but) for name in names):
+            return False
         if self.own and not any(name.startswith(self.own) for name in names):
             return False
         if not self.own and not holds_factors_alone(names):  # before every name of a model is taken apart
