@@ -20,6 +20,7 @@ from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.nemo import NEMO
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
@@ -58,6 +59,7 @@ BUILT_IN: tuple[Format, ...] = (
     GGUF_LORA,
     ONNX_ADAPTER,
     TENSORRT_LLM,
+    NEMO,
     EMBEDDING,
     LEARNED_EMBEDS,
 )

@@ -19,7 +19,8 @@ from surgery_formats.files.raw import stays_inside
 from surgery_formats.models.eras import class_ties, eras_of, expert_counts
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.families.denoisers import COMPONENTS
-from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.diffusion_roles import diffusion_role
+from surgery_formats.models.families.family import Family, role_of
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.layouts.parts import parts_of
 from surgery_formats.models.names import Names
@@ -214,6 +215,12 @@ class Component:
             if name.startswith(names.prefix):
                 return part, name.removeprefix(names.prefix)
         return self.name, name
+
+    def role(self, name: str) -> str:
+        """What part of its network a parameter, or a module, is: attention, MLP ...; ``other`` where its name does not tell."""
+        part, inner = self.within(name)
+        diffuses = "_class_name" in self.config or part in ("denoiser", "vae")
+        return diffusion_role(inner) if diffuses else role_of(inner)
 
     def _stored(self, name: str) -> str:
         if name in self.parameters:
