@@ -139,17 +139,22 @@ class Names:
         for spelling in self._spellings(path):
             if slices := self._places(spelling):
                 return slices
-        return self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path) or self._without_module(path)
 
     def _here(self, path: str) -> tuple[WeightSlice, ...]:
         return self._places(path) or self._in_another_layout(path)
+
+    def _without_module(self, path: str) -> tuple[WeightSlice, ...]:
+        """A weight that an adapter calls ``blocks.0.modulation.weight``, and that is no module's."""
+        own = path.removesuffix(".weight")
+        return self._here(own) if own != path else ()
 
     def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
         """As `resolve`, of a path whose leading segments are the base's."""
         for spelling in _renamings(path, self.family):
             if slices := self._here(spelling):
                 return slices
-        return self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path) or self._without_module(path)
 
     def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
         """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""

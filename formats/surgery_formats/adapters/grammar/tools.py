@@ -51,6 +51,8 @@ TOOLS = (
     Tool("DiffSynth-Studio", key=r"\.lora_[AB]\.default\.weight$"),
     Tool("LightX2V, or an extraction of ComfyUI", key=r"^diffusion_model\..*\.(diff|diff_b)$"),
     Tool("LyCORIS", key=r"\.(hada_w1_a|oft_blocks|a1\.weight|on_input|w_norm)$"),
+    Tool("XLabs, or one that follows it", key=r"_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight$"),
+    Tool("Black Forest Labs", key=r"_norm\.scale$"),
     Tool("diffusers before 0.20", key=r"\.processor\.\w+_lora\.(up|down)\.weight$"),
     Tool("diffusers before 0.26", key=r"\.lora(_linear_layer)?\.(up|down)\.weight$"),
 )
