@@ -45,7 +45,9 @@ _TYPES = {
     "U8": np.dtype(np.uint8),
 }
 _FORMAT = {"format": "float8_e4m3fn"}
-_NOISE = 0.07  # of fp8, relative to the weight: rounding is off by a sixteenth at most, and the largest value may be cut
+_NOISE = (
+    0.07  # of fp8, relative to the weight: rounding is off by a sixteenth at most, and the largest value may be cut
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def check_fp8(combination: Fp8Combination, folder: Path) -> None:
     save_file(lora.tensors, folder / "lora.safetensors")
     (added,) = files_of(lora.added, combination.layout).values()
     strength = (
-        0.1 if combination.way == "fp8 again" else 1.0
+        0.03 if combination.way == "fp8 again" else 1.0
     )  # the scale of a whole tensor stays, and so its largest value
     adapter = surgery.open(folder / "lora.safetensors") * strength
     surgery.merge(folder / "base.safetensors", adapter, output=folder / "out", **WAYS[combination.way])  # type: ignore[arg-type]
