@@ -21,6 +21,7 @@ from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.containers.weight_files import container_of_file, is_weight_file
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.known_files import known_file
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
 from surgery_formats.updates import is_directed, is_row_setting
@@ -63,6 +64,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
     shown = [_readable(component) for component in checkpoint.components.values()]
     components = tuple(_component(component) for component, _ in shown)
     notes = [note for _, note in shown if note]
+    told = (known_file(component.tensors) for component in checkpoint.components.values())
+    notes += [f"it is {known.what}" for known in told if known is not None and known.network]
     if unknown := [
         part.name or part.model_type for part in components if part.model_type and not part.family and not part.networks
     ]:

@@ -27,6 +27,7 @@ from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.canonical.provenance import Provenance, ScaleSource
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.denoisers import COMPONENTS, Denoiser, denoiser_of
+from surgery_formats.models.known_files import refuse_known
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Update
@@ -44,6 +45,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         FitError: a kind that is not read.
     """
     shards = open_adapter_file(path)
+    refuse_known(shards.shards[0].path, shards.tensors, networks=True)
     tensors = tuple(shards.tensors.values())
     metadata = dict(shards.shards[0].metadata)
     modules = _modules(tensors, dialect)
