@@ -76,7 +76,9 @@ class AdapterReport:
         traps: What makes this adapter easy to use wrongly.
         tool: The program that wrote it and what tells so, or None.
         family: The family of its base by the names it changes, or None.
+        made_for: What the file's header says of its base, and which field, or None.
         scale_sources: How many updates have their scale from where (`surgery_formats.canonical.provenance`).
+        token: What calls a textual inversion in a prompt, or None.
         seconds: How long it took.
     """
 
@@ -107,7 +109,9 @@ class AdapterReport:
     quantised_base: str | None = None
     tool: str | None = None
     family: str | None = None
+    made_for: str | None = None
     scale_sources: Mapping[ScaleSource, int] = field(default_factory=dict)
+    token: str | None = None
     seconds: float = elapsed()
 
     @property
@@ -117,7 +121,10 @@ class AdapterReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "adapter", **without_empty(plain(self), ("quantised_base", "tool", "family", "scale_sources"))}
+        return {
+            "type": "adapter",
+            **without_empty(plain(self), ("quantised_base", "tool", "family", "made_for", "scale_sources", "token")),
+        }
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """Format, kind, ranks, scales and sizes, then the parameters it changes.
@@ -148,12 +155,16 @@ class AdapterReport:
         if self.scale_sources:
             found = (f"{number} {_SOURCES[source]}" for source, number in self.scale_sources.items())
             rows.append(("scales from", ", ".join(found)))
+        if self.token is not None:
+            rows.append(("token", Name(self.token)))
         if self.prompt is not None:
             rows.append(("prompt", _prompt(self.prompt)))
         if self.token_rows:
             rows.append(("token rows", _listed((Name(name), f": {len(ids)}") for name, ids in self.token_rows.items())))
         if self.family:
             rows.append(("family", f"{self.family}, by its names"))
+        if self.made_for:
+            rows.append(("made for", Name(self.made_for)))
         if self.tool:
             rows.append(("written by", Name(self.tool)))
         if self.base_name:

@@ -121,6 +121,11 @@ class Names:
         """The names of its family's other layouts."""
         return indexes_of(self._known, self.config)
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The families of networks with several layouts that its names are of; several where they tell no more."""
+        return tuple(index.network.name for index in self._layouts)
+
     def resolve(self, path: str, *, flat: bool = False) -> tuple[WeightSlice, ...]:
         """Every piece of the weight called `path`; empty if the base has no such weight.
 
@@ -134,17 +139,22 @@ class Names:
         for spelling in self._spellings(path):
             if slices := self._places(spelling):
                 return slices
-        return self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path) or self._without_module(path)
 
     def _here(self, path: str) -> tuple[WeightSlice, ...]:
         return self._places(path) or self._in_another_layout(path)
+
+    def _without_module(self, path: str) -> tuple[WeightSlice, ...]:
+        """A weight that an adapter calls ``blocks.0.modulation.weight``, and that is no module's."""
+        own = path.removesuffix(".weight")
+        return self._here(own) if own != path else ()
 
     def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
         """As `resolve`, of a path whose leading segments are the base's."""
         for spelling in _renamings(path, self.family):
             if slices := self._here(spelling):
                 return slices
-        return self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path) or self._without_module(path)
 
     def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
         """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""

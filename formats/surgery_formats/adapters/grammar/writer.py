@@ -8,7 +8,7 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from surgery_formats.adapters.contents import contents_of
@@ -17,6 +17,8 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
+from surgery_formats.adapters.grammar.kinds.whole import WHOLE
+from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -25,6 +27,7 @@ from surgery_formats.adapters.writing import (
     surviving_metadata,
     whole_place,
 )
+from surgery_formats.binding.growth import grown
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
@@ -96,11 +99,19 @@ class _Job:
         kind = kind_of_update(update.kind)
         module, _, parameter = site.path.rpartition(".")
         own = self.spelt.at(site)
-        if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
+        role = f"whole_{parameter}"
+        if own is not None and role in own.leaves and is_replacing(update):
+            kind = WHOLE
+        elif kind is None or (
+            is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
+        ):
             return f"this format has no {source.kind}"
         if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
             return f"the format's own program loads no {source.kind}"
-        if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
+        named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
+        named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
+        named = named or (parameter == "scale" and module.endswith(NORMS_OF_FLUX) and is_replacing(update))
+        if not named:
             return "this format names modules, not parameters"
         if site.module_kind in ("embedding", "experts", "attention output"):
             return f"this format has no place for an {site.module_kind}"
@@ -117,6 +128,8 @@ class _Job:
             kernel if all(kernel) or not self.base else self._kernel(site, update),
             self.with_alpha,
             self.in_header and low_rank_part(update) is not None,
+            self._states_shape(site, update),
+            self._bias_scale(site),
         )
         kind.write(update, parameter, writer)
         known = self.writers.setdefault(stem, writer)
@@ -131,6 +144,22 @@ class _Job:
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]
         return ""
+
+    def _states_shape(self, site: Site, update: Update) -> bool:
+        """Whether the shape of a weight that grows is written: as the file had it, or because the base's is smaller."""
+        own = self.spelt.at(site)
+        if own is not None:
+            return "reshape_weight" in own.leaves
+        if not (site.grows and self.dialect.whole) or self.base is None:
+            return site.grows and self.dialect.whole
+        places = places_of(site, self.base, update.tensors)
+        return grown(update, places) != places
+
+    def _bias_scale(self, site: Site) -> float:
+        """What is multiplied into a bias beside factors when the file is read: their scale, if the file states it."""
+        beside = self.adapter.updates.get(replace(site, path=f"{site.path.rpartition('.')[0]}.weight"), ())
+        loras = [lora for update in beside if (lora := low_rank_part(update))]
+        return loras[0].scale if loras and (self.with_alpha or self.in_header) else 1.0
 
     def _spelt(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from surgery_formats.containers.torch.archive import members
+from surgery_formats.containers.stored_zip import members
 from surgery_formats.containers.torch.pickle_interpreter import interpret
 from surgery_formats.containers.torch.rebuild import PickledStorage
 from surgery_formats.dtypes import DType
@@ -188,6 +188,17 @@ def _pairs(tree: object) -> Iterator[tuple[str, object]]:
             what = "storage" if isinstance(value, PickledStorage) else type(value).__name__
             raise MalformedError(f"a {what} where a tensor was expected", tensor=key)
         yield key, value
+
+
+def nested_names(tree: object, depth: int = 4) -> list[str]:
+    """The names of all tensors of a tree of dicts and lists, as dotted paths; those of deeper ones are left out."""
+    if not isinstance(tree, dict | list | tuple) or not depth:
+        return []
+    found = []
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        inside = [f"{key}.{name}" for name in nested_names(value, depth - 1)]
+        found += [str(key)] if isinstance(value, StoredTensor) else inside
+    return found
 
 
 def state_dict(tree: object) -> dict[str, StoredTensor]:
