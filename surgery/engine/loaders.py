@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loads a model, or an adapter onto one, in the libraries that people have: classes and calls, for the last line of
-a summary.
-"""
+"""Classes and calls that load a model, or an adapter onto one, for the last line of a summary."""
 
 from __future__ import annotations
 
