@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from surgery.engine.inputs import (
     local_path,
     output_path,
 )
+from surgery.engine.loaders import attaching
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
@@ -190,6 +192,7 @@ def convert(
     )
     if destination is None:
         return result
+    result = replace(result, following=attaching(target.name, destination, source, checkpoint))
     options = WriteOptions(
         destination,
         (original.path, *(() if checkpoint is None else (checkpoint.path,))),

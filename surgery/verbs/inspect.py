@@ -16,6 +16,7 @@ from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport,
 from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
+from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.containers.weight_files import container_of_file, is_weight_file
@@ -102,6 +103,7 @@ def _component(component: Component) -> ComponentReport:
         WeightFileReport(prefix + shard.path.name, shard.container, shard.file.size, len(shard.tensors))
         for shard in component.shards
     )
+    metadata = component.shards[0].metadata if component.shards else {}
     return ComponentReport(
         name=component.name,
         model_type=kind if isinstance(kind, str) else "",
@@ -114,6 +116,8 @@ def _component(component: Component) -> ComponentReport:
         ties=stored_ties(component),
         quantised=quantised_weights(component),
         networks=_networks(component),
+        stated=stated_base(metadata) or None,
+        tool=tool_of((), metadata) or None,
     )
 
 
@@ -197,6 +201,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         quantised_base=None if quantised is None else f"{quantised.method} ({quantised.evidence})",
         tool=adapter.provenance.tool or None,
         family=adapter.provenance.family or None,
+        made_for=adapter.provenance.base or None,
         scale_sources=adapter.provenance.scales,
         token=adapter.config.get("token") if adapter.kind == "TEXTUAL_INVERSION" else None,
     )

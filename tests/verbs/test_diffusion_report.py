@@ -56,6 +56,26 @@ def test_parts_of_one_file_are_told_by_the_words_of_each(tmp_path: Path) -> None
     assert found.components[0].roles["attention"].parameters == ATTENTION + 64
 
 
+def test_what_headers_say_of_models_and_adapters_is_shown_with_its_field(tmp_path: Path) -> None:
+    says = {"modelspec.architecture": "wan2.1", "prompt": '{"9": {"class_type": "CheckpointSave"}}'}
+    model = tmp_path / "wan.safetensors"
+    save_file({name: np.zeros(shape, np.float32) for name, shape in WAN.items()}, model, says)
+    shown = str(inspect(model).summary())
+    assert "wan2.1 (modelspec.architecture)" in shown
+    assert "ComfyUI (prompt)" in shown
+    stem = "lora_unet_blocks_0_self_attn_q"
+    factors = {f"{stem}.lora_down.weight": draw(1, 2, 8), f"{stem}.lora_up.weight": draw(2, 8, 2)}
+    save_file(
+        factors,
+        tmp_path / "a.safetensors",
+        {"modelspec.architecture": "wan2.1/lora", "ss_network_module": "networks.lora_wan"},
+    )
+    found = inspect(tmp_path / "a.safetensors")
+    assert isinstance(found, AdapterReport)
+    assert (found.made_for, found.family) == ("wan2.1 (modelspec.architecture)", "Wan")
+    assert found.tool == "musubi-tuner (ss_network_module)"
+
+
 def test_both_in_one_matrix_is_neither_and_flux_has_none_untold(tmp_path: Path) -> None:
     shapes = {
         "double_blocks.0.img_attn.qkv.weight": (24, 8),

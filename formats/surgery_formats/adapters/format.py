@@ -15,6 +15,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Update
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Format",
     "InDialects",
     "Inheriting",
+    "Moved",
     "NewTensor",
     "Outcome",
     "Rendering",
@@ -37,6 +39,23 @@ Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
+class Moved:
+    """A `NewTensor.load` that only reads a stored tensor, whose bytes in its file are the values in order.
+
+    Attributes:
+        tensor: The stored tensor.
+        values: Reads it.
+    """
+
+    tensor: StoredTensor
+    values: Callable[[], Array]
+
+    def __call__(self) -> Array:
+        """The values."""
+        return self.values()
+
+
+@dataclass(frozen=True, slots=True)
 class NewTensor:
     """A tensor to be written, computed when it is written.
 
@@ -44,7 +63,7 @@ class NewTensor:
         name: Key in the file.
         dtype: Stored type; `load` may return more precision, it is rounded once.
         shape: Sizes.
-        load: Values, ``shape``.
+        load: Values, ``shape``; a `Moved` where they are those of one stored tensor, which is then copied.
     """
 
     name: str

@@ -22,7 +22,7 @@ from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import Key, split_key
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
-from surgery_formats.adapters.grammar.tools import tool_of
+from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.canonical.provenance import Provenance, ScaleSource
 from surgery_formats.errors import FitError
@@ -88,7 +88,9 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         spelling={dialect.name: SpeltModules.of(modules).as_values()},
         metadata=metadata,
         stated_issues=tuple(stated_issues(updates, scales, metadata, flat=dialect.flat)),
-        provenance=Provenance(tool_of(shards.tensors, metadata), family.name if family else "", dict(sources)),
+        provenance=Provenance(
+            tool_of(shards.tensors, metadata), family.name if family else "", dict(sources), stated_base(metadata)
+        ),
     )
 
 
