@@ -31,6 +31,8 @@ __all__ = [
     "Scaled",
     "Scaling",
     "TakesAlpha",
+    "reader_of",
+    "what_to_tell",
 ]
 
 Outcome = Literal["exact", "folded", "approximated", "dropped"]
@@ -104,6 +106,7 @@ class Rendering:
             `held`, in order (0 for an exact one). Such a format keeps sites and kinds as they are. A call before the
             tensors were loaded loads them.
         packing: How the tensors become that file.
+        alpha: What a reader has to be told, where no file states a scale (`TakesAlpha`); else None.
     """
 
     tensor_file: str
@@ -114,6 +117,7 @@ class Rendering:
     held: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
     stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
     packing: Packing = packed_as_safetensors
+    alpha: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +259,17 @@ class Spelling(Format, Protocol):
 
     def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         """The spelling (`Adapter.spelling`, of this format) of an adapter that was made from `adapters`."""
+
+
+def reader_of(rendering: Rendering, target: Format) -> Format:
+    """The format that reads what was rendered: `target`, told the alpha that its files do not state."""
+    if rendering.alpha is None or not isinstance(target, TakesAlpha):
+        return target
+    return target.with_alpha(rendering.alpha)
+
+
+def what_to_tell(rendering: Rendering, target: Format) -> tuple[str, ...]:
+    """What the user has to keep beside the files, for whoever reads them."""
+    if rendering.alpha is None:
+        return ()
+    return (f"files of {target.name} state no scale: this one is read with alpha {rendering.alpha:g}",)

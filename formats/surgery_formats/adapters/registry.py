@@ -141,7 +141,7 @@ def told_alpha(known: Format, path: Path, alpha: float) -> Format:
         raise FitError(f"an alpha was given, and files of {known.name} state their scale", file=path)
     if not math.isfinite(alpha):
         raise FitError(f"the alpha {alpha} is not finite", file=path)
-    return known.with_alpha(alpha)
+    return known.with_alpha(float(alpha))
 
 
 def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Adapter:
