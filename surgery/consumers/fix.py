@@ -65,7 +65,7 @@ def write_for(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     target = format_named(consumer.format)
-    original, left, _ = placed(adapter, base, component)
+    original, left = placed(adapter, base, component)
     bound_facts(original, base)
     target = _in_its_dialect(target, original, base, consumer, version)
     made = fitted(original, base, consumer, version, target, consent)

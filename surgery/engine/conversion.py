@@ -6,7 +6,6 @@ The source is bound once, and its binding goes on to the proof.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
-from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
+from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering, reader_of
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.parts import in_component, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
@@ -102,12 +102,8 @@ def in_dialect(target: Format, dialect: str | None) -> Format:
     return target.with_dialect(dialect)
 
 
-def placed(
-    adapter: Adapter, base: Checkpoint | None, component: str | None
-) -> tuple[Adapter, tuple[Entry, ...], Binding | None]:
+def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
     """The adapter with the component of every site known, or cut to the one chosen, and what that leaves out.
-
-    The third is its binding to the base, where the component was found by binding it.
 
     Raises:
         FitError: the component is not in the adapter or the base, or cannot be told.
@@ -120,41 +116,19 @@ def placed(
             )
         kept = [site for site in adapter.updates if site.component == component]
         left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
-        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left), None
+        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
     if base is None or not base.is_pipeline or named:
-        return adapter, (), None
-    fitting = {component: None} if component is not None else _fitting(adapter, base)
-    if len(fitting) != 1 or not fitting.keys() <= base.components.keys():
-        raise FitError(
-            f"which part of the pipeline it belongs to is not known (it fits {listing(fitting) or 'none'})",
-            file=adapter.path,
-            hint=f"name it with `component=`; the base has {listing(sorted(base.components))}",
-        )
-    ((name, binding),) = fitting.items()
-    return (_moved(adapter, name) if binding is None else binding.adapters[0][0]), (), binding
+        return adapter, ()
+    if component is None:
+        return in_its_part(adapter, base, "name it with `component=`"), ()
+    if component not in base.components:
+        has = listing(sorted(base.components))
+        raise FitError(f"the base has no part '{component}'", file=base.path, hint=f"it has {has}")
+    return in_component(adapter, component), ()
 
 
-def _fitting(adapter: Adapter, base: Checkpoint) -> dict[str, Binding | None]:
-    """Parts of a pipeline that every update of the adapter fits, by names and shapes, and its binding to each."""
-    fitting: dict[str, Binding | None] = {}
-    for name in sorted(base.components):
-        with contextlib.suppress(FitError):
-            fitting[name] = bind([(_moved(adapter, name), 1.0)], base)
-    return fitting
-
-
-def _moved(adapter: Adapter, component: str) -> Adapter:
-    updates = {replace(site, component=component): chain for site, chain in adapter.updates.items()}
-    return replace(adapter, updates=updates)
-
-
-def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None = None) -> Binding | None:
+def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
     """The binding of an adapter to its base; None without a base, or without weights to bind.
-
-    Args:
-        source: The adapter.
-        base: The base.
-        known: A binding to `base`, taken if it is one of `source`.
 
     Raises:
         FitError: tensors that no update uses, or a base that the adapter was not made for.
@@ -162,8 +136,7 @@ def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None
     check_consumed(source)
     if base is None or not source.updates:
         return None
-    bound = known is not None and known.adapters[0][0] is source
-    binding = known if bound else bind([(source, 1.0)], base)
+    binding = bind([(source, 1.0)], base)
     check_base_id(base, [source])
     return binding
 
@@ -204,7 +177,7 @@ def plan_conversion(
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
-    return Conversion(source, target, stored_as(rendering, dtype), base, binding, dtype)
+    return Conversion(source, reader_of(rendering, target), stored_as(rendering, dtype), base, binding, dtype)
 
 
 def _other_kinds(source: Adapter, rendering: Rendering) -> bool:

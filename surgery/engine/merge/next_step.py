@@ -6,8 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
+from surgery.engine.loaders import class_of_config, class_of_file, is_identifier
 from surgery.engine.plan import Plan
 from surgery.reports.output import PATH
 from surgery.reports.values import Name
@@ -19,15 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["next_step"]
 
-_TASKS = (
-    "CausalLM",
-    "SequenceClassification",
-    "TokenClassification",
-    "QuestionAnswering",
-    "MaskedLM",
-    "MultipleChoice",
-)
-"""What classes of transformers are called after, ``LlamaForCausalLM``, where a class that finds them is too."""
 _VARIANT = re.compile(
     r"(?:.*/)?(?:model|pytorch_model|diffusion_pytorch_model)\.([a-z]\w*)(?:-\d+-of-\d+)?\.safetensors"
 )
@@ -52,9 +44,10 @@ def next_step(plan: Plan, output: Path, residual: ResidualLoRA | None) -> tuple[
         return 'load it with sentence-transformers: SentenceTransformer("', path, '")'
     if "config.json" in names:
         config = _written_config(plan)
-        if _is_identifier(network := config.get("_class_name")):
-            return f'load it with diffusers: {network}.from_pretrained("', path, end
-        return f'load it with transformers: {_loader(config)}.from_pretrained("', path, end
+        library = "diffusers" if is_identifier(config.get("_class_name")) else "transformers"
+        return f'load it with {library}: {class_of_config(config)}.from_pretrained("', path, end
+    if len(plan.files) == 1 and (loader := class_of_file({tensor.weight for tensor in plan.weights})):
+        return f'load it with diffusers: {loader}.from_single_file("', Name(output / plan.files[0].name, PATH), '")'
     return "look at it: surgery inspect ", path
 
 
@@ -65,20 +58,3 @@ def _written_config(plan: Plan) -> Mapping[str, Any]:
         return read_object(side.source) if side.source is not None else parse_object(side.data, file=side.name)
     except SurgeryError:
         return {}
-
-
-def _is_identifier(name: object) -> TypeGuard[str]:
-    return isinstance(name, str) and name.isidentifier() and name.isascii()
-
-
-def _loader(config: Mapping[str, Any]) -> str:
-    """The class that loads it: one that finds the class by the task, else the class itself."""
-    listed = config.get("architectures")
-    name = listed[0] if isinstance(listed, list) and listed else ""
-    if not _is_identifier(name):
-        return "AutoModel"
-    if name.endswith("LMHeadModel"):
-        return "AutoModelForCausalLM"
-    if task := next((task for task in _TASKS if name.endswith(f"For{task}")), ""):
-        return f"AutoModelFor{task}"
-    return "AutoModel" if "auto_map" in config else name  # the model's own code has its class
