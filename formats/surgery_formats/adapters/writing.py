@@ -130,9 +130,18 @@ def _moved(tensor: Tensor, load: Callable[[], Array]) -> Callable[[], Array]:
 
 def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
     """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
-    whole = lora.B
-    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *stored: whole.show(stored)[start:stop])
-    return replace(lora, B=part)
+    return replace(lora, B=_rows_of(lora.B, start, stop))
+
+
+def _rows_of(factor: Factor, start: int, stop: int) -> Factor:
+    """Rows of a matrix; those of a stored one are a stored tensor, which is copied like any other."""
+    shape = stop - start, factor.shape[1]
+    stored = factor.tensors[0]
+    if factor.view is None and isinstance(stored, StoredTensor) and stored.strides is None and not stored.packed_as:
+        row = stored.nbytes // factor.shape[0]
+        part = replace(stored, shape=shape, offset=stored.offset + start * row, nbytes=(stop - start) * row)
+        return Factor((part,), shape)
+    return Factor(factor.tensors, shape, lambda *values: factor.show(values)[start:stop])
 
 
 def commonest(values: Iterable[_Key]) -> _Key | None:
