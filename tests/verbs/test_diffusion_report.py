@@ -76,6 +76,25 @@ def test_what_headers_say_of_models_and_adapters_is_shown_with_its_field(tmp_pat
     assert found.tool == "musubi-tuner (ss_network_module)"
 
 
+def test_what_latent_diffusion_keeps_beside_its_networks_is_told_too(tmp_path: Path) -> None:
+    clip = "conditioner.embedders.1.model."
+    shapes = {
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (8, 8),
+        f"{clip}token_embedding.weight": (10, 8),
+        f"{clip}positional_embedding": (4, 8),
+        f"{clip}ln_final.weight": (8,),
+        f"{clip}transformer.resblocks.0.attn.in_proj_weight": (24, 8),
+        f"{clip}text_projection": (8, 8),
+        "alphas_cumprod": (1000,),
+    }
+    file = tmp_path / "xl.safetensors"
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, file)
+    found = inspect(file)
+    assert isinstance(found, CheckpointReport)
+    told = {role: total.parameters for role, total in found.components[0].roles.items()}
+    assert told == {"embedding": 112, "attention": 64 + 192, "other": 64, "norm": 8, "buffer": 0}
+
+
 def test_both_in_one_matrix_is_neither_and_flux_has_none_untold(tmp_path: Path) -> None:
     shapes = {
         "double_blocks.0.img_attn.qkv.weight": (24, 8),
