@@ -238,6 +238,17 @@ class Names:
         found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
         return next(iter(found)) if len(found) == 1 else "" if found else name
 
+    def called_by(self, name: str, program: str) -> tuple[str, ...]:
+        """What a program (``diffusers``, ``OMI``) calls a weight of the base, or the parts that it holds it in.
+
+        A name that no family knows is the same there; nothing where families tell different names.
+        """
+        found: dict[tuple[str, ...], None] = {}
+        for index in self._layouts:
+            if pieces := index.pieces_of(name):
+                found.setdefault(tuple(map(index.in_omi, pieces)) if program == "OMI" else pieces)
+        return next(iter(found)) if len(found) == 1 else () if found else (name,)
+
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""
         pieces: list[WeightSlice] = []
