@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
+from surgery_formats.adapters.writing import rows_of
 from surgery_formats.arrays import namespace
 from surgery_formats.models.names import Names, WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
@@ -93,7 +94,9 @@ def _cut(update: Update, ranges: _Ranges, height: int) -> Update | None:
 
 
 def _picked(factor: Factor, ranges: _Ranges) -> Factor:
-    """Some rows of a factor."""
+    """Some rows of a factor, which are copied if they lie together."""
+    if len(ranges) == 1:
+        return rows_of(factor, *ranges[0])
 
     def rows(*stored: object) -> object:
         values = factor.show(stored)

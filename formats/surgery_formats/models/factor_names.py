@@ -33,10 +33,6 @@ FACTOR_SUFFIXES = (
 
 ADAPTER_NAMES: tuple[tuple[str, str], ...] = (
     (r"emb_params|clip_[lg]|<[^.]*>|string_to_param\..*", "a textual inversion: rows of an embedding"),
-    (r"image_proj\..*|ip_adapter\..*", "an IP-Adapter: new modules, which no weight of a base can hold"),
-    (r"lora_controlnet|.*\.(up|down)", "a Control-LoRA: factors of a ControlNet"),
-    (r".*::lora::[01]", "factors of layerdiffuse"),
-    (r".*\.(loras|adapters|prefix_tunings|prompt_tunings)\.[^.]+\..*", "factors of AdapterHub"),
     (
         r"(\w+\.)?base_model\.model\..*\.(lora_[AB](\.\w+)?\.weight|ia3_l|hada_\w+)",
         "PEFT's weights without their adapter_config.json",

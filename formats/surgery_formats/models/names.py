@@ -225,11 +225,6 @@ class Names:
             )
         return next((slices for _, slices in found.values()), ())
 
-    def dotted(self, path: str) -> str:
-        """The name that a flattened one stands for, in one of the layouts; empty if there is none, or several."""
-        found = self._flat.get(path, [])
-        return found[0] if len(found) == 1 else ""
-
     def in_diffusers(self, name: str) -> str:
         """What diffusers calls a weight of the base; empty if it holds that in parts, or the other way round.
 

@@ -22,11 +22,12 @@ from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import Key, split_key
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
-from surgery_formats.adapters.grammar.tools import tool_of
+from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.canonical.provenance import Provenance, ScaleSource
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.denoisers import COMPONENTS, Denoiser, denoiser_of
+from surgery_formats.models.known_files import refuse_known
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Update
@@ -48,6 +49,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         FitError: a kind that is not read.
     """
     shards = open_adapter_file(path)
+    refuse_known(shards.shards[0].path, shards.tensors, networks=True)
     tensors = tuple(shards.tensors.values())
     metadata = dict(shards.shards[0].metadata)
     modules = _modules(tensors, dialect)
@@ -89,7 +91,9 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         spelling={dialect.name: SpeltModules.of(modules).as_values()},
         metadata=metadata,
         stated_issues=tuple(stated_issues(updates, scales, metadata, flat=dialect.flat)),
-        provenance=Provenance(tool_of(shards.tensors, metadata), family.name if family else "", dict(sources)),
+        provenance=Provenance(
+            tool_of(shards.tensors, metadata), family.name if family else "", dict(sources), stated_base(metadata)
+        ),
     )
 
 
