@@ -18,6 +18,7 @@ from surgery_formats.adapters.format import Format, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.grammar.format import WeightFileFormat
+from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
@@ -64,6 +65,7 @@ BUILT_IN: tuple[Format, ...] = (
     ONNX_ADAPTER,
     TENSORRT_LLM,
     NEMO,
+    KERAS,
     EMBEDDING,
     LEARNED_EMBEDS,
 )
