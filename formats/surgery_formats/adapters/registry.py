@@ -24,6 +24,7 @@ from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.nemo import NEMO
+from surgery_formats.adapters.omi import OMI
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
@@ -57,6 +58,7 @@ BUILT_IN: tuple[Format, ...] = (
     ADAPTERHUB,
     KOHYA,
     COMPACT,
+    OMI,
     DIFFUSERS,
     COMFYUI,
     LORALIB,
