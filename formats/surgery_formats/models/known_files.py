@@ -38,11 +38,9 @@ class KnownFile:
     without: tuple[str, ...] = ()
     network: bool = False
 
-    def is_of(self, names: Collection[str]) -> bool:
-        """Whether a file with these tensors is one."""
-        if not all(any(mark in name for name in names) for mark in self.marks):
-            return False
-        if any(mark in name for mark in self.without for name in names):
+    def is_of(self, names: Collection[str], joined: str) -> bool:
+        """Whether a file with these tensors is one; `joined` has their names below each other, searched as one text."""
+        if not all(mark in joined for mark in self.marks) or any(mark in joined for mark in self.without):
             return False
         return not self.every or all(re.fullmatch(self.every, name) for name in names)
 
@@ -152,7 +150,8 @@ _KERAS = KnownFile(
 
 def known_file(names: Collection[str]) -> KnownFile | None:
     """The family of a file with these tensors; None if it is of none."""
-    return next((known for known in KNOWN_FILES if known.is_of(names)), None) if names else None
+    joined = "\n".join(names)
+    return next((known for known in KNOWN_FILES if known.is_of(names, joined)), None) if names else None
 
 
 def known_file_at(path: Path, names: Collection[str] = ()) -> KnownFile | None:
