@@ -13,7 +13,7 @@ from pathlib import Path
 
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, SurgeryError
-from surgery_formats.files.raw import open_file
+from surgery_formats.files.raw import first_bytes, open_file
 
 __all__ = ["KNOWN_FILES", "KnownFile", "known_file", "known_file_at", "refuse_known"]
 
@@ -141,6 +141,12 @@ KNOWN_FILES = (
 )
 """In order: the first that fits is meant."""
 
+_KERAS = KnownFile(
+    "a whole model of Keras, into whose kernels Keras adds the LoRAs of its layers when it saves one: no factor is in it",
+    "save the LoRA with backbone.save_lora_weights('adapter.lora.h5')",
+    (),
+)
+
 
 def known_file(names: Collection[str]) -> KnownFile | None:
     """The family of a file with these tensors; None if it is of none."""
@@ -155,6 +161,8 @@ def known_file_at(path: Path, names: Collection[str] = ()) -> KnownFile | None:
         path: Of the file.
         names: Of its tensors; none where they could not be read as weights.
     """
+    if path.name.endswith(".keras"):
+        return _KERAS if first_bytes(path, 4) == b"PK\x03\x04" else None
     if names or not path.name.endswith(TORCH.suffixes):
         return known_file(names)
     from surgery_formats.containers.torch.pickle_file import nested_names, read_torch
