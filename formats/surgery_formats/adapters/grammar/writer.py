@@ -204,7 +204,10 @@ class _Job:
         where = whole_place(slices)
         kernel = where[1][2:] if where else site.kernel
         found = relaid(update, slices, names.inner or names, program)
-        return [_Piece(f"{prefix}{name.rpartition('.')[0]}.", kernel, piece) for name, piece in found]
+        level = _TEXT if prefix.endswith(_TEXT) else ""
+        return [
+            _Piece(f"{prefix}{name.removeprefix(level).rpartition('.')[0]}.", kernel, piece) for name, piece in found
+        ]
 
     def _states_shape(self, site: Site, update: Update) -> bool:
         """Whether the shape of a weight that grows is written: as the file had it, or because the base's is smaller."""
