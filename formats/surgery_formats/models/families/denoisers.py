@@ -52,6 +52,11 @@ DENOISERS = (
     ),
     Denoiser("Stable Diffusion 1, 2 or XL", (r"^(input|middle|output)_blocks?_\d+_\d+_",), component="unet"),
     Denoiser("Stable Diffusion 1, 2 or XL", (_IN_UNET,), component="unet"),
+    Denoiser(
+        "Stable Cascade",
+        (r"^(down|up)_blocks_\d+_\d+_(channelwise|attention|kv_mapper|mapper)(_|$)",),
+        component="prior",
+    ),
     Denoiser("Stable Diffusion 3", (r"^joint_blocks_\d+_",)),
     Denoiser("Chroma", (r"^distilled_guidance_layer_",)),
     Denoiser("Flux 2", (r"^(double_stream_modulation|single_stream_modulation)",)),
