@@ -17,7 +17,7 @@ _MODEL = KeyPrefix("diffusion_model.", "denoiser", False)
 _ENCODERS = {
     "text_encoder": ("clip_l", "llama", "qwen25_3b", "qwen25_7b", "qwen3_06b", "qwen3_4b", "qwen3_8b", "gemma2_2b"),
     "text_encoder_2": ("clip_g",),
-    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl"),  # of whatever number a base has it
+    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl", "pile_t5xl"),  # of whatever number a base has it
 }
 _TEXT = tuple(
     KeyPrefix(f"text_encoders.{name}.transformer.", component, False)
