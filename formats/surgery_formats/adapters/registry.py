@@ -17,6 +17,7 @@ from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
+from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
@@ -63,6 +64,7 @@ BUILT_IN: tuple[Format, ...] = (
     ONNX_ADAPTER,
     TENSORRT_LLM,
     NEMO,
+    KERAS,
     EMBEDDING,
     LEARNED_EMBEDS,
 )
@@ -141,7 +143,7 @@ def told_alpha(known: Format, path: Path, alpha: float) -> Format:
         raise FitError(f"an alpha was given, and files of {known.name} state their scale", file=path)
     if not math.isfinite(alpha):
         raise FitError(f"the alpha {alpha} is not finite", file=path)
-    return known.with_alpha(alpha)
+    return known.with_alpha(float(alpha))
 
 
 def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Adapter:

@@ -238,6 +238,19 @@ class Names:
         found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
         return next(iter(found)) if len(found) == 1 else "" if found else name
 
+    def parts_in_diffusers(self, path: str, height: int, *, flat: bool = False) -> tuple[tuple[str, int], ...]:
+        """What diffusers calls the rows of a weight that it holds in parts, and how many each has, from top to bottom.
+
+        Empty if it holds the weight as one, if the families that the base may be of disagree, or if `height` cannot be divided so.
+        """
+        name = self.dotted(path) if flat else path
+        found = {pieces for index in self._layouts if (pieces := index.pieces(name))}
+        if len(found) != 1:
+            return ()
+        (pieces,) = found
+        whole = sum(units for _, units in pieces)
+        return () if height % whole else tuple((part, height * units // whole) for part, units in pieces)
+
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""
         pieces: list[WeightSlice] = []

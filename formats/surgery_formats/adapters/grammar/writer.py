@@ -7,16 +7,17 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from surgery_formats.adapters.contents import contents_of
+from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
+from surgery_formats.adapters.grammar.kinds.lora import LORA
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
@@ -24,6 +25,7 @@ from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
+    row_slice,
     surviving_metadata,
     whole_place,
 )
@@ -32,7 +34,7 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import Update, is_replacing, low_rank_part
+from surgery_formats.updates import LoRA, Update, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
 
@@ -118,6 +120,8 @@ class _Job:
         stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
         if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
             return f"this format has no place for '{site.component}'"
+        if not stem and held.lora is not None and held.dora is None and (parts := self._parts(site, held.lora)):
+            return self._write_parts(site, held, parts)
         if not stem:
             if self.base is not None and self.dialect.in_diffusers:
                 return "diffusers holds what it changes in parts, or as a part"
@@ -132,17 +136,46 @@ class _Job:
             self._bias_scale(site),
         )
         kind.write(update, parameter, writer)
-        known = self.writers.setdefault(stem, writer)
+        if why := self._keep(site, writer, update.rank):
+            return why
+        if not self.notes and type(update) is not type(source):
+            self.notes = [held.folded]
+        return ""
+
+    def _keep(self, site: Site, writer: LeafWriter, rank: int | None) -> str:
+        """Put what was written of a module beside the rest; why that cannot be, or empty."""
+        known = self.writers.setdefault(writer.stem, writer)
         if known is not writer:
             if known.tensors.keys() & writer.tensors.keys():
                 return "a second one of this kind on one module"
             known.tensors.update(writer.tensors)
-        if writer.alpha is not None and update.rank:
-            owner = (self.dialect.prefix_for(self._component(site)) or "").rstrip(".")
-            self.ranks.setdefault(owner, {})[module] = update.rank, writer.alpha
-        self.notes, self.stem = writer.notes, stem
-        if not self.notes and type(update) is not type(source):
-            self.notes = [held.folded]
+        if writer.alpha is not None and rank:
+            prefix = self.dialect.prefix_for(self._component(site)) or ""
+            module = writer.stem.removeprefix(prefix).removesuffix(".")
+            self.ranks.setdefault(prefix.rstrip("."), {})[module] = rank, writer.alpha
+        self.notes, self.stem = writer.notes, writer.stem
+        return ""
+
+    def _parts(self, site: Site, lora: LoRA) -> tuple[tuple[str, int], ...]:
+        """What diffusers calls the rows of a site's weight, which it holds in parts, and how many each has."""
+        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
+        if names is None or site.kernel or not site.path.endswith(".weight"):
+            return ()
+        return names.parts_in_diffusers(site.path, lora.shape[0], flat=site.flat)
+
+    def _write_parts(self, site: Site, held: Contents, parts: Iterable[tuple[str, int]]) -> str:
+        """Write a LoRA as one of each part: its A, and their rows of its B."""
+        lora, start = held.lora, 0
+        prefix = self.dialect.prefix_for(self._component(site)) or ""
+        assert lora is not None  # as `write` asked
+        for name, height in parts:
+            stem = f"{prefix}{name.removesuffix('weight')}"
+            writer = LeafWriter(stem, self.dialect.leaves, (), self.with_alpha, self.in_header)
+            LORA.write(row_slice(lora, start, start + height), "weight", writer)
+            start += height
+            if why := self._keep(site, writer, lora.rank):
+                return why
+        self.notes = self.notes or list(filter(None, [held.folded]))
         return ""
 
     def _states_shape(self, site: Site, update: Update) -> bool:
@@ -174,9 +207,9 @@ class _Job:
                 name = names.in_diffusers(name)
                 if not name:
                     return "", ()
-        elif site.flat and not self.dialect.flat:
+        elif (site.flat and not self.dialect.flat) or (self.base is not None and self.dialect.in_diffusers):
             names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
-            name = names.in_diffusers(names.dotted(site.path)) if names else ""
+            name = names.in_diffusers(names.dotted(site.path) if site.flat else site.path) if names else ""
             if not name:
                 return "", ()
         module = name.rpartition(".")[0]
