@@ -238,18 +238,24 @@ class Names:
         found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
         return next(iter(found)) if len(found) == 1 else "" if found else name
 
-    def parts_in_diffusers(self, path: str, height: int, *, flat: bool = False) -> tuple[tuple[str, int], ...]:
-        """What diffusers calls the rows of a weight that it holds in parts, and how many each has, from top to bottom.
+    def parts_in_diffusers(
+        self, path: str, height: int, *, flat: bool = False
+    ) -> tuple[tuple[str, tuple[tuple[int, int], ...]], ...]:
+        """What diffusers calls the rows of a weight that it holds in parts or in another order, each with its rows.
 
-        Empty if it holds the weight as one, if the families that the base may be of disagree, or if `height` cannot be divided so.
+        Empty if it holds the weight as it is, if the families that the base may be of disagree, or if `height` cannot be
+        divided so.
         """
-        name = self.dotted(path) if flat else path
-        found = {pieces for index in self._layouts if (pieces := index.pieces(name))}
-        if len(found) != 1:
+        names = self._flat.get(path, []) if flat else [path]
+        found = [pieces for index in self._layouts for name in names if (pieces := index.pieces(name))]
+        told = {tuple((part, tuple(replace(r, name="") for r in rows)) for part, rows in pieces) for pieces in found}
+        if len(told) != 1 or height % next(iter(told))[0][1][0].parts:
             return ()
-        (pieces,) = found
-        whole = sum(units for _, units in pieces)
-        return () if height % whole else tuple((part, height * units // whole) for part, units in pieces)
+        (pieces,) = told
+        return tuple(
+            (part, tuple((height * r.start // r.parts, height * r.stop // r.parts) for r in rows))
+            for part, rows in pieces
+        )
 
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""

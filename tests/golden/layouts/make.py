@@ -164,7 +164,7 @@ def models() -> dict[str, tuple[str, torch.nn.Module, Callable[..., Any]]]:
                 diffusers.Krea2Transformer2DModel(num_layers=2),
                 peer.convert_krea2_transformer_checkpoint_to_diffusers,
             ),
-            "openclip": ("OpenCLIP", *openclip()),
+            "openclip": ("CLIP", *openclip()),
         }
 
 

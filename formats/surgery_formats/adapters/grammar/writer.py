@@ -7,7 +7,7 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,6 +15,7 @@ from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
+from surgery_formats.adapters.grammar.joining import Span, joined, of_rows
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.kinds.lora import LORA
@@ -25,7 +26,6 @@ from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
-    row_slice,
     surviving_metadata,
     whole_place,
 )
@@ -52,9 +52,12 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
         for source in chain:
             if why := job.write(site, source):
                 ledger.drop(site, source, why)
+            elif job.waiting is not None:
+                ledger.keep(site, source, "folded", f"with the other parts of {job.stem}")
             else:
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
+    job.write_joined()
     ledger.drop_prompt(adapter)
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
     metadata = _metadata(adapter, job)
@@ -71,6 +74,8 @@ class _Job:
         ranks: Ranks and alphas of modules that the header states, by component and path.
         notes: What was multiplied into which, for the update written last.
         stem: Of that update.
+        waiting: The whole that the update written last is a part of, which is written with its other parts.
+        wholes: Those weights by their stems: their heights, and the parts, each with its rows and theirs.
     """
 
     adapter: Adapter
@@ -81,6 +86,8 @@ class _Job:
     ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stem: str = ""
+    waiting: str | None = None
+    wholes: dict[str, _Whole] = field(default_factory=dict)
 
     @property
     def with_alpha(self) -> bool:
@@ -96,6 +103,7 @@ class _Job:
 
     def write(self, site: Site, source: Update) -> str:
         """Write one update; why it cannot be, or empty."""
+        self.waiting = None
         held = contents_of(source)
         update: Update = source if kind_of_update(source.kind) else (held.lora or held.offset or source)
         kind = kind_of_update(update.kind)
@@ -117,6 +125,8 @@ class _Job:
             return "this format names modules, not parameters"
         if site.module_kind in ("embedding", "experts", "attention output"):
             return f"this format has no place for an {site.module_kind}"
+        if own is None and held.lora is not None and held.dora is None and self._waits(site, held.lora):
+            return ""
         stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
         if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
             return f"this format has no place for '{site.component}'"
@@ -156,24 +166,59 @@ class _Job:
         self.notes, self.stem = writer.notes, writer.stem
         return ""
 
-    def _parts(self, site: Site, lora: LoRA) -> tuple[tuple[str, int], ...]:
-        """What diffusers calls the rows of a site's weight, which it holds in parts, and how many each has."""
+    def _waits(self, site: Site, lora: LoRA) -> bool:
+        """Whether the update is of some rows of a weight of the base, under whose name it is written with its other parts."""
+        dialect, base = self.dialect, self.base
+        if base is None or dialect.in_diffusers or site.kernel or site.component not in (*COMPONENTS, ""):
+            return False
+        places = places_of(site, base, lora.tensors)
+        (first, *_), names = [place.parameter for place in places], {place.parameter.name for place in places}
+        prefix = dialect.prefix_for(self._component(site))
+        if prefix is None or len(names) > 1 or whole_place(places) is not None or len(first.sizes) != 2:
+            return False
+        if any(p.view.transposed or p.view.shape[1] != first.sizes[1] for p in (place.parameter for place in places)):
+            return False
+        name = component_of(site, base).within(first.name)[1]
+        if not name.endswith(".weight"):
+            return False
+        module = name.removesuffix(".weight")
+        stem = f"{prefix}{module.replace('.', '_') if dialect.flat else module}."
+        whole = self.wholes.setdefault(stem, _Whole(site, first.sizes[0], []))
+        rows = [
+            ((p.view.row_origin + row, p.view.row_origin + row + 1), at)
+            for p in (place.parameter for place in places)
+            for row, at in enumerate(p.view.rows)
+        ]
+        whole.parts.append((lora, _runs(rows)))
+        self.waiting = self.stem = stem
+        return True
+
+    def write_joined(self) -> None:
+        """Write what waited for its other parts."""
+        for stem, whole in self.wholes.items():
+            writer = LeafWriter(stem, self.dialect.leaves, (), self.with_alpha, self.in_header)
+            lora = joined(stem, whole.parts, whole.height)
+            LORA.write(lora, "weight", writer)
+            self._keep(whole.site, writer, lora.rank)
+
+    def _parts(self, site: Site, lora: LoRA) -> tuple[tuple[str, tuple[Span, ...]], ...]:
+        """What diffusers calls the rows of a site's weight, which it holds in parts or in another order, and which they are."""
         names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
         if names is None or site.kernel or not site.path.endswith(".weight"):
             return ()
         return names.parts_in_diffusers(site.path, lora.shape[0], flat=site.flat)
 
-    def _write_parts(self, site: Site, held: Contents, parts: Iterable[tuple[str, int]]) -> str:
+    def _write_parts(self, site: Site, held: Contents, parts: Iterable[tuple[str, tuple[Span, ...]]]) -> str:
         """Write a LoRA as one of each part: its A, and their rows of its B."""
-        lora, start = held.lora, 0
+        lora = held.lora
         prefix = self.dialect.prefix_for(self._component(site)) or ""
         assert lora is not None  # as `write` asked
-        for name, height in parts:
+        for name, spans in parts:
             stem = f"{prefix}{name.removesuffix('weight')}"
             writer = LeafWriter(stem, self.dialect.leaves, (), self.with_alpha, self.in_header)
-            LORA.write(row_slice(lora, start, start + height), "weight", writer)
-            start += height
-            if why := self._keep(site, writer, lora.rank):
+            part = of_rows(lora, spans)
+            LORA.write(part, "weight", writer)
+            if why := self._keep(site, writer, part.rank):
                 return why
         self.notes = self.notes or list(filter(None, [held.folded]))
         return ""
@@ -234,6 +279,26 @@ class _Job:
         assert self.base is not None
         where = whole_place(places_of(site, self.base, update.tensors))
         return where[1][2:] if where else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A weight of the base whose parts an adapter changes."""
+
+    site: Site
+    height: int
+    parts: list[tuple[LoRA, Sequence[tuple[Span, int]]]]
+
+
+def _runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
+    """Rows that follow each other on both sides as one."""
+    found: list[tuple[Span, int]] = []
+    for (start, stop), at in rows:
+        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
+            found[-1] = (found[-1][0][0], stop), found[-1][1]
+        else:
+            found.append(((start, stop), at))
+    return found
 
 
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:

@@ -148,11 +148,21 @@ class LayoutIndex:
         own = name in self.held or any(_matches(name, self.back, pieces=True))
         return name if own else found[0] if found else None
 
-    def pieces(self, name: str) -> tuple[tuple[str, int], ...]:
-        """What diffusers calls the rows of `name` from top to bottom, with their relative heights; empty if it has them as one."""
+    def pieces(self, name: str) -> tuple[tuple[str, tuple[Rows, ...]], ...]:
+        """What diffusers calls the rows of `name`, each with those rows in its own order; empty if it has them as they are."""
         for rule, numbers, leaf in _matches(name, self.tables):
-            if len(rule.pieces) > 1 and not rule.transposed and all(piece.parts == 1 for piece in rule.pieces):
-                return tuple((filled(piece.name, numbers) + leaf, piece.units) for piece in rule.pieces)
+            if len(rule.pieces) == 1 or rule.transposed:
+                continue
+            total, row = sum(piece.units for piece in rule.pieces), 0
+            found: dict[str, dict[int, Rows]] = {}
+            counts: dict[str, int] = {}
+            for piece in rule.pieces:
+                pivot = filled(piece.name, numbers) + leaf
+                found.setdefault(pivot, {})[piece.part] = Rows(name, row, row + piece.units, total)
+                counts[pivot] = piece.parts
+                row += piece.units
+            if all(len(rows) == counts[pivot] for pivot, rows in found.items()):
+                return tuple((pivot, tuple(rows[part] for part in sorted(rows))) for pivot, rows in found.items())
         return ()
 
     def other_names(self) -> Iterator[str]:

@@ -6,7 +6,7 @@ Gate and up are one weight in both, the other way round; the last block's text h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from surgery_formats.models.layouts.rule import Network, Rule, fused, same, swapped
 
@@ -29,8 +29,6 @@ def _block() -> Iterator[Rule]:
         yield swapped(f"{_IN}mlp_{side}.w1", f"{_OUT}{mlp}.net.0.proj")
         yield same(f"{_IN}mlp_{side}.w2", f"{_OUT}{mlp}.net.2")
     yield same(f"{_IN}mod_x", f"{_OUT}norm1.linear")
-    yield same(f"{_IN}mod_y", f"{_OUT}norm1_context.linear")
-    yield same(f"{_IN}mod_y", f"{_OUT}norm1_context.linear_1")
 
 
 _RULES = (
@@ -45,4 +43,16 @@ _RULES = (
     same("final_layer.linear", "proj_out"),
 )
 
-NETWORK = Network("Mochi", ("MochiTransformer3DModel",), (lambda _: _RULES,))
+
+def _rules(names: Collection[str]) -> Collection[Rule]:
+    """The rules of all blocks, and for the modulation of the text those of each block that the base has."""
+    found = [name.split(".") for name in names if name.startswith(("blocks.", "transformer_blocks."))]
+    rules = list(_RULES)
+    for number in dict.fromkeys(segments[1] for segments in found if len(segments) > 1):
+        of_text = (f"blocks.{number}.attn.proj_y", f"transformer_blocks.{number}.attn1.to_add_out")
+        linear = "linear" if any(f"{module}.weight" in names for module in of_text) else "linear_1"
+        rules.append(same(f"blocks.{number}.mod_y", f"transformer_blocks.{number}.norm1_context.{linear}"))
+    return rules
+
+
+NETWORK = Network("Mochi", ("MochiTransformer3DModel",), (_rules,))
