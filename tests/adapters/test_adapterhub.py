@@ -205,6 +205,13 @@ def test_a_head_of_the_library_goes_along_as_files(tmp_path: Path) -> None:
     assert inspect(tmp_path / "merged").parameters == inspect(FOLDER / "base/bert").parameters
 
 
+def test_a_format_of_one_file_has_no_place_for_a_head(tmp_path: Path) -> None:
+    with pytest.raises(FitError, match=r"loralib is one file, and 'pytorch_model_head\.bin' beside"):
+        convert(FOLDER / "bert-lora", "loralib", output=tmp_path / "x.pt")
+    result = convert(FOLDER / "bert-lora", "loralib", output=tmp_path / "x.pt", allow_loss=True)
+    assert [entry.site for entry in result.entries if entry.outcome == "dropped"] == ["pytorch_model_head.bin"]
+
+
 def _union(tmp_path: Path) -> Path:
     """A LoRA and a bottleneck under one name, as ``ConfigUnion`` saves them."""
     folder, both = tmp_path / "union", ("bert-dora", "bert-bottleneck")

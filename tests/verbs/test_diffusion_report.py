@@ -164,3 +164,11 @@ def test_the_table_of_an_extraction_knows_attention_of_a_denoiser(tmp_path: Path
     numbers = {choice.layers: choice.parameters for choice in result.table if choice.rank == 4}
     assert numbers["attention"] == numbers["mlp"] > 0
     assert numbers["all"] == numbers["attention"] + numbers["mlp"]
+
+
+def test_an_adapter_under_other_leading_names_is_told_by_the_bases(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"model.language_model.layers.0.self_attn.q_proj.weight": (8, 8)}, {})
+    stem = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 8), f"{stem}.lora_B.weight": draw(2, 8, 2)}
+    cost = report(write_peft(tmp_path / "lora", tensors, r=2, target_modules=["q_proj"]), base=base).adapters[0]
+    assert cost.split.attention == cost.trained == 32

@@ -17,12 +17,14 @@ from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
+from surgery_formats.adapters.grammar.format import WeightFileFormat
 from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.nemo import NEMO
+from surgery_formats.adapters.omi import OMI
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
@@ -56,6 +58,7 @@ BUILT_IN: tuple[Format, ...] = (
     ADAPTERHUB,
     KOHYA,
     COMPACT,
+    OMI,
     DIFFUSERS,
     COMFYUI,
     LORALIB,
@@ -98,7 +101,13 @@ def format_named(name: str) -> Format:
 
 def format_at(path: Path) -> Format | None:
     """The format of a file or folder, by content; None if it is of none."""
-    return next((candidate for candidate in formats().values() if candidate.detect(path)), None)
+    candidates = sorted(formats().values(), key=_has_no_mark)
+    return next((candidate for candidate in candidates if candidate.detect(path)), None)
+
+
+def _has_no_mark(candidate: Format) -> bool:
+    """Whether files are taken for its own by their leaves alone, so that all others, plugins' too, are asked first."""
+    return isinstance(candidate, WeightFileFormat) and not candidate.dialect.own
 
 
 def is_adapter_file(name: str) -> bool:

@@ -23,7 +23,7 @@ BARE = WeightFileFormat(
         foreign=("base_model.",),  # of PEFT, without the configuration that has its scale
         but=OF_FLUX,
         written={"": "", "denoiser": ""},
-        leaves={"down": _DOWN, "up": _UP},
+        leaves={"down": _DOWN, "up": _UP, "whole_scale": "scale"},
     ),
     title="dotted names without a prefix (DiffSynth-Studio, Lightning, XLabs, BFL, fal): LoRA, LyCORIS' kinds, differences",
 )

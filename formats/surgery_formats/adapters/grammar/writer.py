@@ -11,17 +11,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from surgery_formats.adapters.contents import Contents, contents_of
+from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
-from surgery_formats.adapters.grammar.joining import Span, joined, of_rows
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.kinds.lora import LORA
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.joining import Span, joined
+from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -63,6 +64,21 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
     metadata = _metadata(adapter, job)
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One module of the file, or a part of what a site has.
+
+    Attributes:
+        stem: What stands before the leaf.
+        kernel: Sizes of a convolution's kernel.
+        update: What it holds.
+    """
+
+    stem: str
+    kernel: tuple[int, ...]
+    update: Update
 
 
 @dataclass
@@ -110,49 +126,54 @@ class _Job:
         module, _, parameter = site.path.rpartition(".")
         own = self.spelt.at(site)
         role = f"whole_{parameter}"
-        if own is not None and role in own.leaves and is_replacing(update):
+        if role in (own.leaves if own else self.dialect.leaves) and is_replacing(update):
             kind = WHOLE
         elif kind is None or (
             is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
         ):
             return f"this format has no {source.kind}"
+        if own is None and not kind.takes(update):
+            return f"this format has no {source.kind}"
         if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
             return f"the format's own program loads no {source.kind}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
+        named = named or (own is not None and parameter == "output" and "embedding_out" in own.leaves)
         named = named or (parameter == "scale" and module.endswith(NORMS_OF_FLUX) and is_replacing(update))
         if not named:
             return "this format names modules, not parameters"
         if site.module_kind in ("embedding", "experts", "attention output"):
             return f"this format has no place for an {site.module_kind}"
-        if own is None and held.lora is not None and held.dora is None and self._waits(site, held.lora):
-            return ""
-        stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
-        if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
+        prefix = (self.dialect.prefix_for(self._component(site)) or "") if own else self._prefix(site)
+        if prefix is None:
             return f"this format has no place for '{site.component}'"
-        if not stem and held.lora is not None and held.dora is None and (parts := self._parts(site, held.lora)):
-            return self._write_parts(site, held, parts)
-        if not stem:
-            if self.base is not None and self.dialect.in_diffusers:
-                return "diffusers holds what it changes in parts, or as a part"
-            return "its name is flattened, and only the base can tell its dots"
-        writer = LeafWriter(
-            stem,
-            {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})},
-            kernel if all(kernel) or not self.base else self._kernel(site, update),
-            self.with_alpha,
-            self.in_header and low_rank_part(update) is not None,
-            self._states_shape(site, update),
-            self._bias_scale(site),
-        )
-        kind.write(update, parameter, writer)
-        if why := self._keep(site, writer, update.rank):
-            return why
+        if own is None and isinstance(update, LoRA) and self._waits(site, update, prefix):
+            return ""
+        pieces = [_Piece(own.stem, site.kernel, update)] if own else self._pieces(site, update, prefix)
+        if not pieces:
+            if self.base is None:
+                return self._needs_base(site)
+            return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
+        leaves = {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})}
+        for piece in pieces:
+            writer = LeafWriter(
+                piece.stem,
+                leaves,
+                piece.kernel if all(piece.kernel) or not self.base else self._kernel(site, update),
+                self.with_alpha,
+                self.in_header and low_rank_part(update) is not None,
+                self._states_shape(site, update),
+                self._bias_scale(site),
+            )
+            kind.write(piece.update, parameter, writer)
+            if why := self._keep(writer, prefix, piece.update.rank, module if own else ""):
+                return why
+            self.notes, self.stem = writer.notes, pieces[0].stem
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]
         return ""
 
-    def _keep(self, site: Site, writer: LeafWriter, rank: int | None) -> str:
+    def _keep(self, writer: LeafWriter, prefix: str, rank: int | None, module: str = "") -> str:
         """Put what was written of a module beside the rest; why that cannot be, or empty."""
         known = self.writers.setdefault(writer.stem, writer)
         if known is not writer:
@@ -160,33 +181,31 @@ class _Job:
                 return "a second one of this kind on one module"
             known.tensors.update(writer.tensors)
         if writer.alpha is not None and rank:
-            prefix = self.dialect.prefix_for(self._component(site)) or ""
-            module = writer.stem.removeprefix(prefix).removesuffix(".")
-            self.ranks.setdefault(prefix.rstrip("."), {})[module] = rank, writer.alpha
-        self.notes, self.stem = writer.notes, writer.stem
+            called = module or writer.stem.removeprefix(prefix).rstrip(".")
+            self.ranks.setdefault(prefix.rstrip("."), {})[called] = rank, writer.alpha
         return ""
 
-    def _waits(self, site: Site, lora: LoRA) -> bool:
+    def _waits(self, site: Site, lora: LoRA, prefix: str) -> bool:
         """Whether the update is of some rows of a weight of the base, under whose name it is written with its other parts."""
-        dialect, base = self.dialect, self.base
-        if base is None or dialect.in_diffusers or site.kernel or site.component not in (*COMPONENTS, ""):
+        base, flat = self.base, self.dialect.flat
+        if base is None or self.dialect.names_of or site.kernel or site.component not in (*COMPONENTS, ""):
             return False
         places = places_of(site, base, lora.tensors)
-        (first, *_), names = [place.parameter for place in places], {place.parameter.name for place in places}
-        prefix = dialect.prefix_for(self._component(site))
-        if prefix is None or len(names) > 1 or whole_place(places) is not None or len(first.sizes) != 2:
+        parameters = [place.parameter for place in places]
+        first, names = parameters[0], {parameter.name for parameter in parameters}
+        if len(names) > 1 or whole_place(places) is not None or len(first.sizes) != 2:
             return False
-        if any(p.view.transposed or p.view.shape[1] != first.sizes[1] for p in (place.parameter for place in places)):
+        if any(p.view.transposed or p.view.shape[1] != first.sizes[1] for p in parameters):
             return False
         name = component_of(site, base).within(first.name)[1]
         if not name.endswith(".weight"):
             return False
         module = name.removesuffix(".weight")
-        stem = f"{prefix}{module.replace('.', '_') if dialect.flat else module}."
-        whole = self.wholes.setdefault(stem, _Whole(site, first.sizes[0], []))
+        stem = f"{prefix}{module.replace('.', '_') if flat else module}."
+        whole = self.wholes.setdefault(stem, _Whole(prefix, first.sizes[0], []))
         rows = [
             ((p.view.row_origin + row, p.view.row_origin + row + 1), at)
-            for p in (place.parameter for place in places)
+            for p in parameters
             for row, at in enumerate(p.view.rows)
         ]
         whole.parts.append((lora, _runs(rows)))
@@ -195,33 +214,41 @@ class _Job:
 
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
+        leaves = {**self.dialect.leaves, **self.spelt.usual}
         for stem, whole in self.wholes.items():
-            writer = LeafWriter(stem, self.dialect.leaves, (), self.with_alpha, self.in_header)
+            writer = LeafWriter(stem, leaves, (), self.with_alpha, self.in_header)
             lora = joined(stem, whole.parts, whole.height)
             LORA.write(lora, "weight", writer)
-            self._keep(whole.site, writer, lora.rank)
+            self._keep(writer, whole.prefix, lora.rank)
 
-    def _parts(self, site: Site, lora: LoRA) -> tuple[tuple[str, tuple[Span, ...]], ...]:
-        """What diffusers calls the rows of a site's weight, which it holds in parts or in another order, and which they are."""
-        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
-        if names is None or site.kernel or not site.path.endswith(".weight"):
-            return ()
-        return names.parts_in_diffusers(site.path, lora.shape[0], flat=site.flat)
+    def _needs_base(self, site: Site) -> str:
+        """Why a site cannot be spelt without one."""
+        if site.flat:
+            return "its name is flattened, and only the base can tell its dots"
+        return "what this format calls it is known from the base"
 
-    def _write_parts(self, site: Site, held: Contents, parts: Iterable[tuple[str, tuple[Span, ...]]]) -> str:
-        """Write a LoRA as one of each part: its A, and their rows of its B."""
-        lora = held.lora
-        prefix = self.dialect.prefix_for(self._component(site)) or ""
-        assert lora is not None  # as `write` asked
-        for name, spans in parts:
-            stem = f"{prefix}{name.removesuffix('weight')}"
-            writer = LeafWriter(stem, self.dialect.leaves, (), self.with_alpha, self.in_header)
-            part = of_rows(lora, spans)
-            LORA.write(part, "weight", writer)
-            if why := self._keep(site, writer, part.rank):
-                return why
-        self.notes = self.notes or list(filter(None, [held.folded]))
-        return ""
+    def _prefix(self, site: Site) -> str | None:
+        """How keys of a site's component begin; None if the format has no place for it."""
+        component = self._component(site)
+        if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
+            config = component_of(site, self.base).config
+            if told := self.dialect.encoders.get(str(config.get("model_type"))):
+                return told
+        return self.dialect.prefix_for(component)
+
+    def _pieces(self, site: Site, update: Update, prefix: str) -> list[_Piece]:
+        """What the file has for a site that no file of this format had; nothing if it cannot be told, or cut."""
+        program = self.dialect.names_of
+        names = self.base.names_of(site.component) if self.base is not None else None
+        if program is None or names is None:
+            stem, kernel = self._spelt(site, update, prefix)
+            return [_Piece(stem, kernel, update)] if stem and program != "OMI" else []
+        assert self.base is not None
+        slices = places_of(site, self.base, update.tensors)
+        where = whole_place(slices)
+        kernel = where[1][2:] if where else site.kernel
+        found = relaid(update, slices, names.inner or names, program)
+        return [_Piece(f"{prefix}{name.rpartition('.')[0]}.", kernel, piece) for name, piece in found]
 
     def _states_shape(self, site: Site, update: Update) -> bool:
         """Whether the shape of a weight that grows is written: as the file had it, or because the base's is smaller."""
@@ -239,24 +266,13 @@ class _Job:
         loras = [lora for update in beside if (lora := low_rank_part(update))]
         return loras[0].scale if loras and (self.with_alpha or self.in_header) else 1.0
 
-    def _spelt(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
+    def _spelt(self, site: Site, update: Update, prefix: str) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
-        prefix = self.dialect.prefix_for(self._component(site))
-        if prefix is None:
-            return "", ()
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
-            names = self.base.names_of(site.component)
-            if self.dialect.in_diffusers and names is not None:
-                name = names.in_diffusers(name)
-                if not name:
-                    return "", ()
-        elif (site.flat and not self.dialect.flat) or (self.base is not None and self.dialect.in_diffusers):
-            names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
-            name = names.in_diffusers(names.dotted(site.path) if site.flat else site.path) if names else ""
-            if not name:
-                return "", ()
+        elif site.flat and not self.dialect.flat:
+            return "", ()
         module = name.rpartition(".")[0]
         return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
 
@@ -285,7 +301,7 @@ class _Job:
 class _Whole:
     """A weight of the base whose parts an adapter changes."""
 
-    site: Site
+    prefix: str
     height: int
     parts: list[tuple[LoRA, Sequence[tuple[Span, int]]]]
 

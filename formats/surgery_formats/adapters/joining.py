@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from surgery_formats.adapters.writing import row_slice
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
@@ -20,7 +19,7 @@ from surgery_formats.updates import Factor, LoRA
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Span", "joined", "of_rows"]
+__all__ = ["Span", "joined", "narrowed"]
 
 Span = tuple[int, int]
 """First row, and the one behind the last."""
@@ -68,23 +67,8 @@ def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], 
     return LoRA(Factor.of(down), Factor.of(up), first.scale if alike else 1.0, None, noted)
 
 
-def of_rows(lora: LoRA, spans: Sequence[Span]) -> LoRA:
-    """The LoRA of some rows of its weight, one behind the other, without directions that none of them uses."""
-    if len(spans) == 1:
-        return _narrowed(row_slice(lora, *spans[0]))
-    height = sum(stop - start for start, stop in spans)
-
-    def turned(values: Array) -> Array:
-        import numpy
-
-        return numpy.concatenate([values[start:stop] for start, stop in spans])
-
-    b = lora.B
-    return replace(lora, B=Factor(b.tensors, (height, lora.rank), lambda *stored: turned(b.show(stored))))
-
-
-def _narrowed(lora: LoRA) -> LoRA:
-    """Without columns of B that are zero, which the first row of a block on a diagonal shows already."""
+def narrowed(lora: LoRA) -> LoRA:
+    """The same LoRA without columns of B that are zero, which the first row of a block on a diagonal shows already."""
     tensor = lora.B.tensors[0]
     if lora.B.view is not None or tensor.shape != lora.B.shape or _values_of(tensor.read(0, 1)).all():
         return lora
