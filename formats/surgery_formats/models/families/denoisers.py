@@ -52,6 +52,11 @@ DENOISERS = (
     ),
     Denoiser("Stable Diffusion 1, 2 or XL", (r"^(input|middle|output)_blocks?_\d+_\d+_",), component="unet"),
     Denoiser("Stable Diffusion 1, 2 or XL", (_IN_UNET,), component="unet"),
+    Denoiser(
+        "Stable Cascade",
+        (r"^(down|up)_blocks_\d+_\d+_(channelwise|attention|kv_mapper|mapper)(_|$)",),
+        component="prior",
+    ),
     Denoiser("Stable Diffusion 3", (r"^joint_blocks_\d+_",)),
     Denoiser("Chroma", (r"^distilled_guidance_layer_",)),
     Denoiser("Flux 2", (r"^(double_stream_modulation|single_stream_modulation)",)),
@@ -86,5 +91,5 @@ DENOISERS = (
 
 def denoiser_of(modules: Iterable[str]) -> Denoiser | None:
     """The family of modules' paths, dotted or flat; None if they tell none."""
-    names = "\n".join(module.replace(".", "_") for module in modules)
+    names = "\n".join(module.removeprefix("net.").replace(".", "_") for module in modules)  # of Anima's checkpoint
     return next((denoiser for denoiser in DENOISERS if denoiser.matches(names)), None)

@@ -19,6 +19,7 @@ _LONGEST = 500  # characters of a name that are looked at, from its end: a hosti
 
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("embedding", r"(?:^|_)(?:face|motion)_encoder_"),
+    ("norm", r"_ln$|(?:^|_)norms_\d+$"),
     # What turns the time and a pooled text into shifts, scales and gates; it is called after the norms that it follows.
     (
         "modulation",
@@ -27,7 +28,10 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("modulation", r"adaln(?!\w*embedder)|scale_shift(?!\w*embedder)|_gate_linear$|(?:^|_)time_embed_linear$"),
     ("modulation", r"(?:^|_)(?:time_proj|time_projection_1|time_emb_proj|emb_layers_1)$"),
     ("modulation", r"(?:^|_)(?:mod(?:x|c|cx|f)_1|t_block_1|tproj_1)$"),
-    ("norm", r"(?:norm|ln)(?:_?\d)?(?:_(?:added|context|out|cross|img|txt|q|k|x|y|norm|final))*$|(?:^|_)ln_\w+$"),
+    (
+        "norm",
+        r"(?:norm|ln)(?:_?\d)?(?:_(?:added|context|in|out|cross|img|txt|q|k|x|y|norm|final|cam))*$|(?:^|_)ln_\w+$",
+    ),
     (
         "norm",
         r"(?:^|_)(?:in_layers_0|out_layers_0|img_emb_proj_[04]|cap_embedder_0|caption_embedder_0|txtmlp_0)$|(?:^|model_)out_0$",
@@ -41,7 +45,6 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("projection", r"(?:^|_)(?:attentions_\d+|(?:input|output)_blocks_\d+_1|middle_block_1)_proj_(?:in|out)$"),
     ("projection", r"(?:^|_)vace_blocks_\d+_(?:before_proj|after_proj|proj_in|proj_out)$"),
     ("embedding", r"(?:^|_)input_blocks_0_0$|(?:^|_)conv_in$"),
-    ("convolution", r"_(?:conv\d?|conv_shortcut|in_layers_2|out_layers_3|skip_connection|op)$"),
 )
 """Roles and what names tell of them, in order."""
 _IN_BLOCK: tuple[tuple[str, str], ...] = (
@@ -65,6 +68,8 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
     *_IN_BLOCK,
 )
 
+_CONVOLUTION = re.compile(r"_(?:conv\d?|conv_shortcut|in_layers_2|out_layers_3|skip_connection|op)$")
+
 
 def diffusion_role(parameter: str) -> str:
     """The role of a parameter, or of a module, of a network that removes noise.
@@ -78,4 +83,5 @@ def diffusion_role(parameter: str) -> str:
 @lru_cache(maxsize=100_000)
 def _role(name: str) -> str:
     within = _IN_BLOCK if _BLOCK.search(name) else _OUTSIDE
-    return next((role for role, pattern in (*_PATTERNS, *within) if re.search(pattern, name)), "other")
+    found = next((role for role, pattern in (*_PATTERNS, *within) if re.search(pattern, name)), "")
+    return found or ("convolution" if _CONVOLUTION.search(name) else "other")
