@@ -95,10 +95,6 @@ def test_it_is_scaled_without_a_base(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_of_one_file_holds_what_the_others_do(name: str, target: str, tmp_path: Path) -> None:
     base, file = FOLDER / name / "base.safetensors", FOLDER / name / "adapter.safetensors"
-    if (name, target) == ("lightx2v", "diffusers"):  # differences of biases, which diffusers does not load
-        with pytest.raises(FitError, match="own program loads no offset"):
-            convert(file, target, output=tmp_path / "x.safetensors", base=base)
-        return
     result = convert(file, target, output=tmp_path / "x.safetensors", base=base)
     assert {entry.outcome for entry in result.entries} <= {"exact", "folded"}
     assert read_adapter(tmp_path / "x.safetensors").format == target

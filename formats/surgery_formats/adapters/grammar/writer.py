@@ -18,7 +18,7 @@ from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
-from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
+from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longest_leaf
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
@@ -33,9 +33,11 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import Update, is_replacing, low_rank_part
+from surgery_formats.updates import LoRA, Update, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
+
+_CLIP, _TEXT = "clip_text_model", "text_model."  # a level of every published CLIP, which transformers 5 leaves out
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -116,15 +118,20 @@ class _Job:
         module, _, parameter = site.path.rpartition(".")
         own = self.spelt.at(site)
         role = f"whole_{parameter}"
-        if role in (own.leaves if own else self.dialect.leaves) and is_replacing(update):
+        is_whole = role in own.leaves if own else role in self.dialect.leaves and module.endswith(NORMS_OF_FLUX)
+        if is_whole and is_replacing(update):
             kind = WHOLE
+        elif own is None and is_replacing(update) and self._is_loaded_norm(site, update):
+            kind, parameter = WHOLE, "weight"
         elif kind is None or (
             is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
         ):
             return f"this format has no {source.kind}"
         if own is None and not kind.takes(update):
             return f"this format has no {source.kind}"
-        if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
+        loaded = self.dialect.loaded is None or update.kind in self.dialect.loaded or kind is WHOLE
+        loaded = loaded or ("up_bias" in self.dialect.leaves and parameter == "bias" and bool(self._beside(site)))
+        if own is None and not loaded:
             return f"the format's own program loads no {source.kind}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
@@ -177,9 +184,12 @@ class _Job:
         """How keys of a site's component begin; None if the format has no place for it."""
         component = self._component(site)
         if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
-            config = component_of(site, self.base).config
-            if told := self.dialect.encoders.get(str(config.get("model_type"))):
-                return told
+            encoder = component_of(site, self.base)
+            kind = str(encoder.config.get("model_type"))
+            level = _TEXT if kind == _CLIP and not any(name.startswith(_TEXT) for name in encoder.parameters) else ""
+            for told in (f"{kind}:{encoder.name}", kind):
+                if told in self.dialect.encoders:
+                    return self.dialect.encoders[told] + level
         return self.dialect.prefix_for(component)
 
     def _pieces(self, site: Site, update: Update, prefix: str) -> list[_Piece]:
@@ -194,7 +204,10 @@ class _Job:
         where = whole_place(slices)
         kernel = where[1][2:] if where else site.kernel
         found = relaid(update, slices, names.inner or names, program)
-        return [_Piece(f"{prefix}{name.rpartition('.')[0]}.", kernel, piece) for name, piece in found]
+        level = _TEXT if prefix.endswith(_TEXT) else ""
+        return [
+            _Piece(f"{prefix}{name.removeprefix(level).rpartition('.')[0]}.", kernel, piece) for name, piece in found
+        ]
 
     def _states_shape(self, site: Site, update: Update) -> bool:
         """Whether the shape of a weight that grows is written: as the file had it, or because the base's is smaller."""
@@ -208,9 +221,18 @@ class _Job:
 
     def _bias_scale(self, site: Site) -> float:
         """What is multiplied into a bias beside factors when the file is read: their scale, if the file states it."""
-        beside = self.adapter.updates.get(replace(site, path=f"{site.path.rpartition('.')[0]}.weight"), ())
-        loras = [lora for update in beside if (lora := low_rank_part(update))]
-        return loras[0].scale if loras and (self.with_alpha or self.in_header) else 1.0
+        beside = self._beside(site)
+        return beside[0].scale if beside and (self.with_alpha or self.in_header) else 1.0
+
+    def _beside(self, site: Site) -> list[LoRA]:
+        """The factors of the weight beside a bias."""
+        weight = replace(site, path=f"{site.path.rpartition('.')[0]}.weight")
+        return [lora for update in self.adapter.updates.get(weight, ()) if (lora := low_rank_part(update))]
+
+    def _is_loaded_norm(self, site: Site, update: Update) -> bool:
+        """Whether a whole parameter is one of the norms that the format's program loads."""
+        pieces = self._pieces(site, update, "") if self.dialect.norms and self.base is not None else []
+        return bool(pieces) and all(piece.stem.endswith(self.dialect.norms) for piece in pieces)
 
     def _spelt(self, site: Site, update: Update, prefix: str) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
@@ -248,7 +270,14 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     metadata = surviving_metadata(adapter)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
-        metadata |= header_of(adapter.metadata, job.ranks, adapter.path)
+        written = [
+            name
+            for writer in job.writers.values()
+            for name in writer.tensors
+            if LEAVES.get(longest_leaf(name)) == "up_bias"
+        ]
+        biased = [owner for owner in job.ranks if any(name.startswith(f"{owner}.") for name in written)]
+        metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased)
     loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
     if loras and "ss_network_dim" in metadata:
         metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"

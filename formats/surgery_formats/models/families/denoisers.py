@@ -71,6 +71,7 @@ DENOISERS = (
     Denoiser("Cosmos-Predict2 or Anima", (r"^blocks_\d+_((self|cross)_attn_\w+_proj$|adaln_modulation_)",)),
     Denoiser("Wan", (r"^blocks_\d+_attn[12]_(to|add)_",)),
     Denoiser("Z-Image or Lumina 2", (r"^(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)_",)),
+    Denoiser("HiDream", (r"^(double|single)_stream_blocks_\d+_block_",)),
     Denoiser("LTX-Video or PixArt", (r"^transformer_blocks_\d+_(attn[12]|ff)_",)),
 )
 """In order: of several that match, the first is meant."""
@@ -78,5 +79,5 @@ DENOISERS = (
 
 def denoiser_of(modules: Iterable[str]) -> Denoiser | None:
     """The family of modules' paths, dotted or flat; None if they tell none."""
-    names = "\n".join(module.replace(".", "_") for module in modules)
+    names = "\n".join(module.removeprefix("net.").replace(".", "_") for module in modules)  # of Anima's checkpoint
     return next((denoiser for denoiser in DENOISERS if denoiser.matches(names)), None)
