@@ -41,6 +41,7 @@ RUNNERS: Mapping[str, str] = {
     "adapters": "load_adapters.py",
     "diffusers": "load_diffusers.py",
     "lycoris": "load_lycoris.py",
+    "keras": "load_keras.py",
 }
 """Of programs that are given nothing but what is written for them (`acting`)."""
 HOME = ("peft", "transformers")  # run by the Python that runs the tests, as is onnxruntime

@@ -41,6 +41,7 @@ _TITLES = {
     "litgpt": "litgpt",
     "adapters": "adapters",
     "onnxruntime": "onnxruntime",
+    "keras": "KerasHub",
 }
 PROGRAMS: Mapping[str, Program] = {
     name: Program(
@@ -51,7 +52,6 @@ PROGRAMS: Mapping[str, Program] = {
     )
     for name, title in _TITLES.items()
 } | {
-    "diffusers": Program(
-        "diffusers", "`diffusers`, `kohya`, `comfyui`", tuple(str(act) for act in diffusion.ACTS), diffusion.trials
-    )
+    name: Program(name, written, tuple(str(act) for act in diffusion.ACTS[name]), partial(diffusion.trials, name))
+    for name, written in (("diffusers", "`diffusers`, `kohya`, `comfyui`"), ("lycoris", "`kohya`"))
 }
