@@ -23,7 +23,7 @@ from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.models.known_files import KNOWN_FILES, known_file
 from tests.support.adapter_files import GOLDEN, draw
 
-_ENDINGS = (".safetensors", ".bin", ".pt", ".lora", ".gguf", ".onnx_adapter", ".npy", ".h5")
+_ENDINGS = (".safetensors", ".bin", ".pt", ".lora", ".gguf", ".onnx_adapter", ".npy", ".npz", ".nemo", ".h5")
 _OTHERS = ("base", "expected")
 LORA, BASE = "examples/lora", "examples/base"
 

@@ -16,7 +16,7 @@ __all__ = ["COMFYUI"]
 _MODEL = KeyPrefix("diffusion_model.", "denoiser", False)
 _ENCODERS = {
     "text_encoder_2": ("clip_g",),
-    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl"),  # of whatever number a base has it
+    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl", "pile_t5xl"),  # of whatever number a base has it
     "text_encoder": ("*",),  # clip_l, and of most networks the only one: qwen3_06b, gemma2_2b, llama ...
 }
 _TEXT = tuple(

@@ -7,7 +7,7 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,9 +17,11 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
+from surgery_formats.adapters.grammar.kinds.lora import LORA
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longest_leaf
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.joining import Span, joined
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -53,9 +55,12 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
         for source in chain:
             if why := job.write(site, source):
                 ledger.drop(site, source, why)
+            elif job.waiting is not None:
+                ledger.keep(site, source, "folded", f"with the other parts of {job.stem}")
             else:
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
+    job.write_joined()
     ledger.drop_prompt(adapter)
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
     metadata = _metadata(adapter, job)
@@ -87,6 +92,8 @@ class _Job:
         ranks: Ranks and alphas of modules that the header states, by component and path.
         notes: What was multiplied into which, for the update written last.
         stem: Of that update.
+        waiting: The whole that the update written last is a part of, which is written with its other parts.
+        wholes: Those weights by their stems: their heights, and the parts, each with its rows and theirs.
     """
 
     adapter: Adapter
@@ -97,6 +104,8 @@ class _Job:
     ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stem: str = ""
+    waiting: str | None = None
+    wholes: dict[str, _Whole] = field(default_factory=dict)
 
     @property
     def with_alpha(self) -> bool:
@@ -112,6 +121,7 @@ class _Job:
 
     def write(self, site: Site, source: Update) -> str:
         """Write one update; why it cannot be, or empty."""
+        self.waiting = None
         held = contents_of(source)
         update: Update = source if kind_of_update(source.kind) else (held.lora or held.offset or source)
         kind = kind_of_update(update.kind)
@@ -144,6 +154,8 @@ class _Job:
         prefix = (self.dialect.prefix_for(self._component(site)) or "") if own else self._prefix(site)
         if prefix is None:
             return f"this format has no place for '{site.component}'"
+        if own is None and isinstance(update, LoRA) and self._waits(site, update, prefix):
+            return ""
         pieces = [_Piece(own.stem, site.kernel, update)] if own else self._pieces(site, update, prefix)
         if not pieces:
             if self.base is None:
@@ -161,18 +173,60 @@ class _Job:
                 self._bias_scale(site),
             )
             kind.write(piece.update, parameter, writer)
-            known = self.writers.setdefault(piece.stem, writer)
-            if known is not writer:
-                if known.tensors.keys() & writer.tensors.keys():
-                    return "a second one of this kind on one module"
-                known.tensors.update(writer.tensors)
-            if writer.alpha is not None and update.rank:
-                called = module if own else piece.stem.removeprefix(prefix).rstrip(".")
-                self.ranks.setdefault(prefix.rstrip("."), {})[called] = update.rank, writer.alpha
+            if why := self._keep(writer, prefix, piece.update.rank, module if own else ""):
+                return why
             self.notes, self.stem = writer.notes, pieces[0].stem
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]
         return ""
+
+    def _keep(self, writer: LeafWriter, prefix: str, rank: int | None, module: str = "") -> str:
+        """Put what was written of a module beside the rest; why that cannot be, or empty."""
+        known = self.writers.setdefault(writer.stem, writer)
+        if known is not writer:
+            if known.tensors.keys() & writer.tensors.keys():
+                return "a second one of this kind on one module"
+            known.tensors.update(writer.tensors)
+        if writer.alpha is not None and rank:
+            called = module or writer.stem.removeprefix(prefix).rstrip(".")
+            self.ranks.setdefault(prefix.rstrip("."), {})[called] = rank, writer.alpha
+        return ""
+
+    def _waits(self, site: Site, lora: LoRA, prefix: str) -> bool:
+        """Whether the update is of some rows of a weight of the base, under whose name it is written with its other parts."""
+        base, flat = self.base, self.dialect.flat
+        if base is None or self.dialect.names_of or site.kernel or site.component not in (*COMPONENTS, ""):
+            return False
+        places = places_of(site, base, lora.tensors)
+        parameters = [place.parameter for place in places]
+        first, names = parameters[0], {parameter.name for parameter in parameters}
+        if len(names) > 1 or whole_place(places) is not None or len(first.sizes) != 2:
+            return False
+        if any(p.view.transposed or p.view.shape[1] != first.sizes[1] for p in parameters):
+            return False
+        name = component_of(site, base).within(first.name)[1]
+        if not name.endswith(".weight"):
+            return False
+        module = name.removesuffix(".weight")
+        stem = f"{prefix}{module.replace('.', '_') if flat else module}."
+        whole = self.wholes.setdefault(stem, _Whole(prefix, first.sizes[0], []))
+        rows = [
+            ((p.view.row_origin + row, p.view.row_origin + row + 1), at)
+            for p in parameters
+            for row, at in enumerate(p.view.rows)
+        ]
+        whole.parts.append((lora, _runs(rows)))
+        self.waiting = self.stem = stem
+        return True
+
+    def write_joined(self) -> None:
+        """Write what waited for its other parts."""
+        leaves = {**self.dialect.leaves, **self.spelt.usual}
+        for stem, whole in self.wholes.items():
+            writer = LeafWriter(stem, leaves, (), self.with_alpha, self.in_header)
+            lora = joined(stem, whole.parts, whole.height)
+            LORA.write(lora, "weight", writer)
+            self._keep(writer, whole.prefix, lora.rank)
 
     def _needs_base(self, site: Site) -> str:
         """Why a site cannot be spelt without one."""
@@ -263,6 +317,26 @@ class _Job:
         assert self.base is not None
         where = whole_place(places_of(site, self.base, update.tensors))
         return where[1][2:] if where else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A weight of the base whose parts an adapter changes."""
+
+    prefix: str
+    height: int
+    parts: list[tuple[LoRA, Sequence[tuple[Span, int]]]]
+
+
+def _runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
+    """Rows that follow each other on both sides as one."""
+    found: list[tuple[Span, int]] = []
+    for (start, stop), at in rows:
+        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
+            found[-1] = (found[-1][0][0], stop), found[-1][1]
+        else:
+            found.append(((start, stop), at))
+    return found
 
 
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
