@@ -61,7 +61,7 @@ _DIFFUSERS: Sequence[Act] = [
     Act("sd15", "dora", "diffusers"),
     *(Act(family, "original", "diffusers", into="single") for family in _RELEASED),
     *(Act(family, "peft", "kohya") for family in ("sd15", "sdxl")),
-    *(Act(family, "peft", "kohya", "single", "single") for family in _OF_TRAINERS if family != "flux2"),
+    *(Act(family, "peft", "kohya", "single", "single") for family in _OF_TRAINERS),
     *(Act(family, "original", "kohya", "single", "single") for family in _OF_TRAINERS),
     *(Act(family, "peft", "comfyui", "single", "single") for family in _WITH_ALPHA),
     *(Act(family, "original", "comfyui", "single", "single") for family in _WITH_ALPHA),
