@@ -358,14 +358,17 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     metadata = surviving_metadata(adapter)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
-        written = [
-            name
-            for writer in job.writers.values()
-            for name in writer.tensors
-            if LEAVES.get(longest_leaf(name)) == "up_bias"
-        ]
-        biased = [owner for owner in job.ranks if any(name.startswith(f"{owner}.") for name in written)]
-        metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased)
+        names = [name for writer in job.writers.values() for name in writer.tensors]
+        roles = {name: LEAVES.get(longest_leaf(name)) for name in names}
+        biased, directed = (
+            [
+                owner
+                for owner in job.ranks
+                if any(roles[name] == role and name.startswith(f"{owner}.") for name in names)
+            ]
+            for role in ("up_bias", "dora_scale")
+        )
+        metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased, directed)
     loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
     if loras and "ss_network_dim" in metadata:
         metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"
