@@ -6,7 +6,6 @@ The source is bound once, and its binding goes on to the proof.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.text import listing, show
+from surgery_formats.text import show
+from surgery_formats.updates import is_refusing
 
 __all__ = [
     "Conversion",
@@ -33,7 +33,6 @@ __all__ = [
     "coded_as",
     "conversion_id",
     "in_dialect",
-    "placed",
     "plan_conversion",
     "prove_conversion",
     "tolerance_of",
@@ -101,54 +100,8 @@ def in_dialect(target: Format, dialect: str | None) -> Format:
     return target.with_dialect(dialect)
 
 
-def placed(
-    adapter: Adapter, base: Checkpoint | None, component: str | None
-) -> tuple[Adapter, tuple[Entry, ...], Binding | None]:
-    """The adapter with the component of every site known, or cut to the one chosen, and what that leaves out.
-
-    The third is its binding to the base, where the component was found by binding it.
-
-    Raises:
-        FitError: the component is not in the adapter or the base, or cannot be told.
-    """
-    named = {site.component for site in adapter.updates} - {""}
-    if component is not None and named:
-        if component not in named:
-            raise FitError(
-                f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
-            )
-        kept = [site for site in adapter.updates if site.component == component]
-        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
-        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left), None
-    if base is None or not base.is_pipeline or named:
-        return adapter, (), None
-    fitting = {component: None} if component is not None else _fitting(adapter, base)
-    if len(fitting) != 1 or not fitting.keys() <= base.components.keys():
-        raise FitError(
-            f"which part of the pipeline it belongs to is not known (it fits {listing(fitting) or 'none'})",
-            file=adapter.path,
-            hint=f"name it with `component=`; the base has {listing(sorted(base.components))}",
-        )
-    ((name, binding),) = fitting.items()
-    return (_moved(adapter, name) if binding is None else binding.adapters[0][0]), (), binding
-
-
-def _fitting(adapter: Adapter, base: Checkpoint) -> dict[str, Binding | None]:
-    """Parts of a pipeline that every update of the adapter fits, by names and shapes, and its binding to each."""
-    fitting: dict[str, Binding | None] = {}
-    for name in sorted(base.components):
-        with contextlib.suppress(FitError):
-            fitting[name] = bind([(_moved(adapter, name), 1.0)], base)
-    return fitting
-
-
-def _moved(adapter: Adapter, component: str) -> Adapter:
-    updates = {replace(site, component=component): chain for site, chain in adapter.updates.items()}
-    return replace(adapter, updates=updates)
-
-
 def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None = None) -> Binding | None:
-    """The binding of an adapter to its base; None without a base, or without weights to bind.
+    """The binding of an adapter to its base; None without a base, or without weights that it could be merged into.
 
     Args:
         source: The adapter.
@@ -161,6 +114,8 @@ def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None
     check_consumed(source)
     if base is None or not source.updates:
         return None
+    if any(is_refusing(update) for chain in source.updates.values() for update in chain):
+        return None  # what no weight can hold cannot be bound, and is written again as it is
     bound = known is not None and known.adapters[0][0] is source
     binding = known if bound else bind([(source, 1.0)], base)
     check_base_id(base, [source])

@@ -57,6 +57,8 @@ def read_back(target: Format, path: Path) -> Adapter:
         why = f"{target.name} cannot read what was written: {error.message}"
         raise ProofError(why, file=error.file, tensor=error.tensor, hint=error.hint) from error
     check_consumed(written, ProofError)
+    if not target.detect(path):
+        raise ProofError(f"{target.name} does not know what was written as its own", file=path)
     return written
 
 
@@ -151,7 +153,10 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
         expected, actual = dict(_unbound(source.updates, name)), dict(_unbound(written.updates, name))
     else:
         # The written adapter is bound anew: this proves its names, which the source's binding cannot.
-        expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
+        again = bind([(written, 1.0)], binding.checkpoint)
+        if again.untied != binding.untied:
+            raise ProofError("only one of source and output parts the head from the embedding", file=written.path)
+        expected, actual = _bound(binding), _bound(again)
     lost = sorted(expected.keys() - actual.keys())
     new = [name for name in sorted(actual.keys() - expected.keys()) if not _adds_nothing(actual[name])]
     if lost or new:

@@ -14,7 +14,6 @@ from surgery.engine.conversion import (
     bound_source,
     coded_as,
     in_dialect,
-    placed,
     plan_conversion,
     tolerance_of,
     write_conversion,
@@ -30,6 +29,7 @@ from surgery.engine.inputs import (
     local_path,
     output_path,
 )
+from surgery.engine.placing import placed
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed

@@ -17,6 +17,7 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
+from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -29,9 +30,15 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import Update, is_replacing, low_rank_part
+from surgery_formats.updates import Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
+
+_NO_PLACE: Mapping[str, str] = {
+    "embedding": "embeddings",
+    "experts": "stacked experts",
+    "attention output": "the inside of a torch.nn.MultiheadAttention",
+}
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -50,11 +57,22 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
             else:
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
-    ledger.drop_prompt(adapter)
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
+    if tensors and not dialect.claims(tensors.keys()):
+        ledger, tensors = _unrecognised(adapter), {}
+    ledger.drop_prompt(adapter)
     metadata = _metadata(adapter, job)
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+def _unrecognised(adapter: Adapter) -> ConversionLedger:
+    """Everything dropped: the file would be taken for a model, or for one of another format."""
+    ledger = ConversionLedger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.drop(site, update, "its names do not tell such a file from a model, or from another format's")
+    return ledger
 
 
 @dataclass
@@ -100,10 +118,10 @@ class _Job:
             return f"this format has no {source.kind}"
         if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
             return f"the format's own program loads no {source.kind}"
+        if site.module_kind in _NO_PLACE:
+            return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         if parameter not in ("weight", "bias") or (parameter == "bias" and not held.offset):
             return "this format names modules, not parameters"
-        if site.module_kind in ("embedding", "experts", "attention output"):
-            return f"this format has no place for an {site.module_kind}"
         stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
         if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
             return f"this format has no place for '{site.component}'"
@@ -118,6 +136,8 @@ class _Job:
             self.with_alpha,
             self.in_header and low_rank_part(update) is not None,
         )
+        if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
+            return "its magnitudes belong to columns, this format's to rows"
         kind.write(update, parameter, writer)
         known = self.writers.setdefault(stem, writer)
         if known is not writer:
@@ -125,8 +145,9 @@ class _Job:
                 return "a second one of this kind on one module"
             known.tensors.update(writer.tensors)
         if writer.alpha is not None and update.rank:
-            owner = (self.dialect.prefix_for(self._component(site)) or "").rstrip(".")
-            self.ranks.setdefault(owner, {})[module] = update.rank, writer.alpha
+            prefix = self.dialect.prefix_for(self._component(site)) or ""
+            called = module if own else stem.removeprefix(prefix).rstrip(".")  # as a reader will call it
+            self.ranks.setdefault(prefix.rstrip("."), {})[called] = update.rank, writer.alpha
         self.notes, self.stem = writer.notes, stem
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every format that is read, converted to every format that is written: docs/matrix.md is what comes of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from surgery._version import __version__
+from surgery_formats.adapters.peft.dialects import BUILT_IN as DIALECTS
+from surgery_formats.adapters.registry import BUILT_IN, read_adapter
+from surgery_formats.errors import FitError
+from tests.support.adapter_files import GOLDEN
+from tests.support.matrix import COLUMNS, REFUSED, ROWS, Row, adapters_at, outcomes, row_of, sources_of
+from tests.support.matrix_page import PAGE, line_of, page, reasons_in
+
+
+def test_every_format_has_a_row() -> None:
+    assert {row.format for row in ROWS} == {one.name for one in BUILT_IN}, "give it a row in tests/support/matrix.py"
+    assert {one.name for one in DIALECTS} == {
+        row.title.removeprefix("PEFT, experts of ") for row in ROWS if row.made_for
+    }
+
+
+def test_every_golden_adapter_is_of_one_row() -> None:
+    rows = {row_of(path, known).title for path, known in adapters_at(GOLDEN)}
+    assert rows == {row.title for row in ROWS if row.make is None}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_adapter_without_a_line_is_refused(name: str) -> None:
+    with pytest.raises(FitError, match=REFUSED[name]):
+        read_adapter(GOLDEN / name, 12 if name.startswith("loralib") else None)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.title)
+def test_an_adapter_becomes_what_the_page_says(row: Row, tmp_path: Path) -> None:
+    """Each conversion is read back and merged; what comes of the pairs is the line of the page."""
+    text = PAGE.read_text(encoding="utf-8")
+    (source,) = sources_of(row, tmp_path / "made", example=True)
+    found = {pair.column: pair.outcome for pair in outcomes(source, tmp_path / "tried")}
+    line = line_of(row.title, [one for one in COLUMNS if not one.dialect], found, reasons_in(text))
+    assert line in text.splitlines(), "if it should be so: python tools/matrix_page.py"
+
+
+def test_the_page_counts_as_many_formats_as_are_asked_for() -> None:
+    read, written = map(int, re.findall(r"(\d+) formats read .*?, (\d+) written", PAGE.read_text(encoding="utf-8"))[0])
+    assert read == len(ROWS) >= 25
+    assert written >= 15
+
+
+@pytest.mark.slow
+def test_every_golden_adapter_becomes_what_the_page_says(tmp_path: Path) -> None:
+    pairs = []
+    for number, row in enumerate(ROWS):
+        folder = tmp_path / str(number)
+        for source in sources_of(row, folder / "made", example=False):
+            pairs += outcomes(source, folder / "tried")
+    assert page(pairs, __version__) == PAGE.read_text(encoding="utf-8"), "run: python tools/matrix_page.py"
