@@ -12,6 +12,7 @@ from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
+from surgery_formats.models.expert_stacks import parse_expert_path
 from surgery_formats.updates import (
     Factor,
     Update,
@@ -60,7 +61,21 @@ def _notes(a: Adapter, b: Adapter) -> list[str]:
         mine, theirs = a.prompt.table, b.prompt.table
         same = mine.shape == theirs.shape and bool((mine.read() == theirs.read()).all())
         notes.append(f"their virtual tokens are {'equal' if same else 'different'}")
+    ours, others = ({_spelling(site) for site in adapter.updates} - {None} for adapter in (a, b))
+    if ours and others and not ours & others:
+        notes.append(
+            "their experts are in different dialects, and only the base tells which are the same: "
+            "convert both to one dialect first"
+        )
     return notes
+
+
+def _spelling(site: Site) -> tuple[str, bool, bool] | None:
+    """How a path names experts, whichever they are: the module, whether a number follows, whether it names one expert."""
+    if (named := parse_expert_path(site.path)) is None:
+        return None
+    home, first, *_ = site.path.removeprefix(f"{named.stem}.").split(".")
+    return home, first.isdecimal(), named.number is not None
 
 
 def _pairs(a: Adapter, b: Adapter) -> dict[str, tuple[Chain | None, Chain | None]]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.rules import honoured, ignored, refused
+from surgery.consumers.starts import NO_FOLDERS
 
 __all__ = ["COMFYUI"]
 
@@ -24,13 +26,8 @@ COMFYUI = RuledConsumer(
     reads=frozenset({"kohya", "diffusers", "comfyui", "bare"}),
     of_kinds={"IA3": ignored(_LOG, "lora")},  # the one kind of LyCORIS that it has no class for
     rules={
-        "LoRA of an embedding": honoured,
-        "LoRA of the head": honoured,
-        "LoRA of one expert": honoured,
+        **NO_FOLDERS,
         "LoRA of stacked experts": ignored(_LOG, "drop"),
-        "LoRA taken for experts": honoured,
-        "LoRA of a turned weight": honoured,
-        "LoRA of a convolution": honoured,
         "LoRA on a changed base": ignored(_LOG, "lora"),
         "DoRA": honoured,
         "other kind": honoured,  # LoHa, LoKr, OFT, BOFT, GLoRA and differences have adapters of their own
@@ -40,25 +37,8 @@ COMFYUI = RuledConsumer(
         "saved head": honoured,
         "saved module": honoured,
         "saved vocabulary": honoured,
-        "carried weight": honoured,
         "added rows": refused("a difference of another shape", "drop"),
         "token rows": ignored(_LOG, "drop"),
         "virtual tokens": ignored(_LOG),
-        "pattern of targets": honoured,
-        "no targets": honoured,
-        "beyond the targets": honoured,
-        "missing fields": honoured,
-        "bias setting": honoured,
-        "promised modules": honoured,
-        "null patterns": honoured,
-        "block-diagonal factors": honoured,
-        "bare names": honoured,
-        "wrapped names": honoured,
-        "doubled prefix": honoured,
-        "names of an adapter": honoured,
-        "targeted parameters": honoured,
-        "added tokens": honoured,  # not looked at
-        "pickled weights": honoured,
-        "other weight files": honoured,
     },
 )

@@ -8,22 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.rules import TraitRule, honoured, refused
 from surgery.consumers.scales import Formula
 from surgery.consumers.traits import Trait
-from surgery.consumers.verdict import Outcome, Remedy, Verdict
+from surgery.consumers.verdict import Verdict
 
-__all__ = [
-    "Consumer",
-    "ModuleGroup",
-    "RuledConsumer",
-    "SourceRead",
-    "TraitRule",
-    "honoured",
-    "ignored",
-    "refused",
-    "remedy_of_kind",
-]
+__all__ = ["Consumer", "ModuleGroup", "RuledConsumer", "SourceRead"]
 
 _SAME = 1e-6
 """Relative difference of two scales that counts as none."""
@@ -86,41 +78,6 @@ class Consumer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TraitRule:
-    """What a program makes of parts of one trait.
-
-    Attributes:
-        outcome: What becomes of them.
-        why: A sentence for people.
-        remedy: What makes the program honour them.
-    """
-
-    outcome: Outcome
-    why: str = ""
-    remedy: Remedy = ""
-
-
-honoured = TraitRule("honoured")
-
-
-def ignored(why: str, remedy: Remedy = "") -> TraitRule:
-    """A rule for what is left out in silence, or with a warning in a log."""
-    return TraitRule("ignored", why, remedy)
-
-
-def refused(why: str, remedy: Remedy = "") -> TraitRule:
-    """A rule for what stops the program from loading the adapter."""
-    return TraitRule("refused", why, remedy)
-
-
-def remedy_of_kind(part: AdapterPart) -> Remedy:
-    """What helps a part of an adapter whose kind a program does not load at all."""
-    if part.trait == "virtual tokens":
-        return ""
-    return "lora" if part.trait == "other kind" else "drop"
-
-
-@dataclass(frozen=True, slots=True)
 class ModuleGroup:
     """Modules side by side that a program puts into one.
 
@@ -150,7 +107,8 @@ class RuledConsumer:
         oldest: See `Consumer`.
         sources: See `Consumer`.
         format: See `Consumer`.
-        rules: What becomes of parts of each trait; a plain LoRA is honoured.
+        rules: What becomes of parts of each trait: a start of `surgery.consumers.starts`, and what differs. A plain LoRA
+            is honoured.
         reads: Formats of adapters that it loads; of others it refuses the whole file.
         scale: How it works out scales; None where it does as the file's format means it.
         one_rank: What becomes of a LoRA whose rank is not the configuration's ``r``.

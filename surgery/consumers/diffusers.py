@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, honoured, ignored, refused
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.rules import honoured, refused
+from surgery.consumers.starts import NO_FOLDERS, lora_alone
 
 __all__ = ["DIFFUSERS"]
 
@@ -26,41 +28,10 @@ DIFFUSERS = RuledConsumer(
     format="kohya",
     reads=frozenset({"kohya", "diffusers"}),
     rules={
-        "LoRA of an embedding": honoured,
-        "LoRA of the head": honoured,
-        "LoRA of one expert": honoured,
+        **NO_FOLDERS,
+        **lora_alone(refused, _NO_LORA),
         "LoRA of stacked experts": refused(_NO_LORA, "drop"),
-        "LoRA taken for experts": honoured,
-        "LoRA of a turned weight": honoured,
-        "LoRA of a convolution": honoured,
         "LoRA on a changed base": refused(_NO_LORA, "lora"),
         "DoRA": honoured,
-        "other kind": refused(_NO_LORA, "lora"),
-        "bias of a LoRA": refused(_NO_LORA, "drop"),
-        "trained bias": refused(_NO_LORA, "drop"),
-        "saved norm": refused(_NO_LORA, "drop"),
-        "saved head": refused(_NO_LORA, "drop"),
-        "saved module": refused(_NO_LORA, "saved"),
-        "saved vocabulary": refused(_NO_LORA, "saved"),
-        "carried weight": honoured,
-        "added rows": refused(_NO_LORA, "drop"),
-        "token rows": refused(_NO_LORA, "drop"),
-        "virtual tokens": refused(_NO_LORA),
-        "pattern of targets": honoured,
-        "no targets": honoured,
-        "beyond the targets": honoured,
-        "missing fields": honoured,
-        "bias setting": honoured,
-        "promised modules": honoured,
-        "null patterns": honoured,
-        "block-diagonal factors": honoured,
-        "bare names": honoured,
-        "wrapped names": honoured,
-        "doubled prefix": honoured,
-        "names of an adapter": honoured,
-        "targeted parameters": honoured,
-        "added tokens": ignored("not looked at"),
-        "pickled weights": honoured,
-        "other weight files": honoured,
     },
 )

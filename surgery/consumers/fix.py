@@ -14,9 +14,8 @@ from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import bound_facts, facts_of
 from surgery.consumers.fitting import FittedAdapter, fitted
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.conversion import bound_source, in_dialect, plan_conversion, tolerance_of, write_conversion
+from surgery.engine.conversion import bound_source, in_dialect, placed, plan_conversion, tolerance_of, write_conversion
 from surgery.engine.convert_result import ConvertResult
-from surgery.engine.placing import placed
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Format
@@ -66,7 +65,7 @@ def write_for(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     target = format_named(consumer.format)
-    original, left, _ = placed(adapter, base, component)
+    original, left = placed(adapter, base, component)
     bound_facts(original, base)
     target = _in_its_dialect(target, original, base, consumer, version)
     made = fitted(original, base, consumer, version, target, consent)

@@ -6,9 +6,12 @@ Versions are those of llama-cpp-python, which has both.
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused, remedy_of_kind
-from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.facts import AdapterFacts, lacks_experts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.rules import TraitRule, honoured, ignored, refused, remedy_of_kind
 from surgery.consumers.scales import alpha_over_own_rank
+from surgery.consumers.starts import BY_NAMES, lora_alone
 
 __all__ = ["LLAMA_CPP"]
 
@@ -43,42 +46,21 @@ LLAMA_CPP = RuledConsumer(
     dialect="vllm",
     exceptions=_exceptions,
     rules={
-        "LoRA of an embedding": honoured,
-        "LoRA of the head": honoured,
-        "LoRA of one expert": honoured,
+        **BY_NAMES,
+        **lora_alone(refused, _UNEXPECTED),
         "LoRA of stacked experts": refused("its names are of no tensor of the model", "dialect"),
-        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": refused(
             "the converter turns the product as it turns the weight, and PEFT's factors are not stored so"
         ),
         "LoRA of a convolution": refused("the converter expects matrices", "drop"),
-        "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
-        "DoRA": refused(_UNEXPECTED, "lora"),
-        "other kind": refused(_UNEXPECTED, "lora"),
-        "bias of a LoRA": refused(_UNEXPECTED, "drop"),
-        "trained bias": refused(_UNEXPECTED, "drop"),
         "saved norm": ignored("the converter keeps '_layernorm' and '.norm', the runtime passes over them", "drop"),
-        "saved head": refused(_UNEXPECTED, "drop"),
-        "saved module": refused(_UNEXPECTED, "saved"),
         "saved vocabulary": refused("'Embeddings is present in the adapter'", "saved"),
-        "carried weight": honoured,
         "added rows": refused("'Embeddings is present in the adapter'", "drop"),
-        "token rows": refused(_UNEXPECTED, "drop"),
         "virtual tokens": refused("it converts LoRA alone"),
-        "pattern of targets": honoured,  # it goes by the tensors' names
-        "no targets": honoured,
-        "beyond the targets": honoured,
-        "missing fields": honoured,
-        "bias setting": honoured,
-        "promised modules": honoured,
-        "null patterns": honoured,
         "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
-        "bare names": honoured,
         "wrapped names": refused("its names are of no tensor of the model", "rewrite"),
         "doubled prefix": honoured,
         "names of an adapter": refused(_UNEXPECTED, "rewrite"),
-        "targeted parameters": honoured,
-        "added tokens": honoured,  # not looked at
         "pickled weights": honoured,
         "other weight files": refused("it opens adapter_model.safetensors or adapter_model.bin", "rewrite"),
     },

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused, remedy_of_kind
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.rules import TraitRule, honoured, ignored, refused, remedy_of_kind
 from surgery.consumers.scales import alpha_over_r_or_root
+from surgery.consumers.starts import BY_NAMES, lora_alone
 
 __all__ = ["OLIVE"]
 
@@ -30,40 +33,21 @@ OLIVE = RuledConsumer(
     scale=alpha_over_r_or_root,
     exceptions=_of_kind,
     rules={
+        **BY_NAMES,
+        **lora_alone(ignored, _UNBOUND),
         "LoRA of an embedding": ignored(_UNBOUND, "drop"),
         "LoRA of the head": ignored("the file calls it 'base_model.model.lm_head', the graph 'lm_head'", "drop"),
-        "LoRA of one expert": honoured,
         "LoRA of stacked experts": ignored(_UNBOUND, "drop"),
-        "LoRA taken for experts": honoured,
-        "LoRA of a turned weight": honoured,
         "LoRA of a convolution": ignored("it turns the factors as matrices", "drop"),
-        "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
         "DoRA": refused("'DoRA adapters are not supported for export'", "lora"),
         "other kind": refused("its configuration is not one of LoRA", "lora"),
         "bias of a LoRA": ignored("it is scaled as B is, and no input of the graph has its name", "drop"),
-        "trained bias": ignored(_UNBOUND, "drop"),
-        "saved norm": ignored(_UNBOUND, "drop"),
-        "saved head": ignored(_UNBOUND, "drop"),
-        "saved module": ignored(_UNBOUND, "saved"),
         "saved vocabulary": ignored(_UNBOUND, "drop"),
-        "carried weight": honoured,
-        "added rows": ignored(_UNBOUND, "drop"),
-        "token rows": ignored(_UNBOUND, "drop"),
         "virtual tokens": refused("its configuration is not one of LoRA"),
-        "pattern of targets": honoured,  # it goes by the tensors' names
-        "no targets": honoured,
-        "beyond the targets": honoured,
-        "missing fields": honoured,
-        "bias setting": honoured,
-        "promised modules": honoured,
-        "null patterns": honoured,
         "block-diagonal factors": refused("its factors have the sizes of blocks", "rewrite"),
-        "bare names": honoured,
         "wrapped names": ignored(_UNBOUND, "rewrite"),
         "doubled prefix": ignored(_UNBOUND, "rewrite"),
         "names of an adapter": ignored(_UNBOUND, "rewrite"),
-        "targeted parameters": honoured,
-        "added tokens": honoured,  # not looked at
         "pickled weights": honoured,
         "other weight files": refused("PEFT opens adapter_model.safetensors or adapter_model.bin", "rewrite"),
     },

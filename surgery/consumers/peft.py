@@ -5,23 +5,16 @@ from __future__ import annotations
 
 from collections import Counter
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
-from surgery.consumers.traits import TRAITS
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.rules import TraitRule, ignored, refused
+from surgery.consumers.starts import BY_PEFT
 from surgery_formats.models.eras import expert_counts, taken_for_experts
 
-__all__ = ["BEYOND", "PEFT", "TAKEN", "exceptions_of_peft"]
+__all__ = ["PEFT", "exceptions_of_peft"]
 
-TAKEN = (
-    "in this model type it takes every module of this name for experts of an older release, and attaches nothing here"
-)
-
-BEYOND = "its configuration does not choose this module: PEFT gives it no LoRA, and leaves its factors out"
 _DEFAULT_RANK = 8
-
-_NO_NAMES = "its keys are of no module: 'Found missing adapter keys', and the adapter does nothing"
-
-
 _FUSED = (frozenset({"gate_proj", "up_proj"}), frozenset({"w1", "w3"}))
 """Names that PEFT takes for two halves of one parameter, and not one without the other."""
 _DOWN = (frozenset({"down_proj"}), frozenset({"w2"}))
@@ -104,18 +97,5 @@ PEFT = RuledConsumer(
     ),
     dialect="peft",
     exceptions=exceptions_of_peft,
-    rules=dict.fromkeys(TRAITS, honoured)
-    | {
-        "added rows": refused("the base has fewer rows, until somebody resizes it: 'size mismatch'", "drop"),
-        "beyond the targets": ignored(BEYOND, "rewrite"),
-        "promised modules": refused("it asks the file for every module of modules_to_save: 'KeyError'", "rewrite"),
-        "doubled prefix": ignored(_NO_NAMES, "rewrite"),
-        "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),
-        "LoRA taken for experts": ignored(TAKEN, "rewrite"),
-        "bare names": ignored(_NO_NAMES, "rewrite"),
-        "wrapped names": ignored(_NO_NAMES, "rewrite"),
-        "other weight files": refused(
-            "it opens adapter_model.safetensors or adapter_model.bin, and no other file", "rewrite"
-        ),
-    },
+    rules=BY_PEFT,
 )

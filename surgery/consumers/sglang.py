@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
+from surgery.consumers.consumer import ModuleGroup, RuledConsumer, SourceRead
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.rules import TraitRule, honoured, ignored, refused
 from surgery.consumers.scales import alpha_over_r
+from surgery.consumers.starts import BY_NAMES
 
 __all__ = ["SGLANG"]
 
@@ -82,14 +85,10 @@ SGLANG = RuledConsumer(
         ModuleGroup("up_proj", "gate_proj", refused("it puts gate and up together, beginning at gate", "partners")),
     ),
     rules={
-        "LoRA of an embedding": honoured,
-        "LoRA of the head": honoured,
-        "LoRA of one expert": honoured,
+        **BY_NAMES,
         "LoRA of stacked experts": refused("its targets are parameters, and it reads lists of modules", "dialect"),
-        "LoRA taken for experts": honoured,
         "LoRA of a turned weight": refused("it has no buffer for a module of this name", "drop"),
         "LoRA of a convolution": refused("it has no buffer for a module of this name", "drop"),
-        "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
         "DoRA": refused("'LoRA serving currently doesn't support DoRA adapters'", "lora"),
         "other kind": refused("it asserts that peft_type is LORA", "lora"),
         "bias of a LoRA": ignored("lora_B.weight comes after lora_B.bias and takes its place", "drop"),
@@ -98,7 +97,6 @@ SGLANG = RuledConsumer(
         "saved head": ignored(_SKIPPED, "drop"),
         "saved module": refused(_NO_TARGET, "saved"),
         "saved vocabulary": ignored(_SKIPPED, "saved"),
-        "carried weight": honoured,
         "added rows": ignored(_SKIPPED, "drop"),
         "token rows": ignored(_SKIPPED, "drop"),
         "virtual tokens": refused("it asserts that peft_type is LORA"),
@@ -106,17 +104,11 @@ SGLANG = RuledConsumer(
             "'Only all or all-linear can be used as the string for target module'", "rewrite"
         ),
         "no targets": refused("it asks null for targets", "rewrite"),
-        "beyond the targets": honoured,
         "missing fields": refused("it asks for r and lora_alpha", "rewrite"),
-        "bias setting": honoured,
-        "promised modules": honoured,
-        "null patterns": honoured,
         "block-diagonal factors": refused("its buffers have the sizes of whole factors", "rewrite"),
-        "bare names": honoured,
         "wrapped names": honoured,
         "doubled prefix": honoured,
         "names of an adapter": honoured,
-        "targeted parameters": honoured,
         "added tokens": refused("'LoRA serving currently doesn't support adapters that add tokens'", "drop"),
         "pickled weights": honoured,
         "other weight files": honoured,

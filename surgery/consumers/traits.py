@@ -32,6 +32,7 @@ Trait = Literal[
     "pattern of targets",
     "no targets",
     "beyond the targets",
+    "unusable targets",
     "missing fields",
     "bias setting",
     "promised modules",
@@ -74,12 +75,15 @@ Trait = Literal[
     ``target_modules`` is null, or is not there.
 ``beyond the targets``
     A module with factors that the configuration does not choose: by its targets, its layers, or what it excludes.
+``unusable targets``
+    ``target_modules``, or a field that limits it, is of a type that PEFT cannot use, or excludes another; or together they
+    choose no module of the model.
 ``missing fields``
     ``r`` or ``lora_alpha`` is null, or is not there.
 ``bias setting``
     ``bias`` is not ``none``, or ``lora_bias`` is set, whether biases are stored or not.
 ``promised modules``
-    ``modules_to_save`` names what the file lacks.
+    ``modules_to_save`` or ``trainable_token_indices`` names what the file lacks.
 ``null patterns``
     ``rank_pattern`` or ``alpha_pattern`` is null.
 ``block-diagonal factors``

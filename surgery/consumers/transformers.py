@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart
-from surgery.consumers.peft import BEYOND, TAKEN, exceptions_of_peft
-from surgery.consumers.traits import TRAITS
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.facts import AdapterFacts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.peft import exceptions_of_peft
+from surgery.consumers.rules import TraitRule, honoured, ignored, refused
+from surgery.consumers.starts import BY_PEFT
 
 __all__ = ["TRANSFORMERS"]
 
 _NO_NAMES = "its keys are of no module, and the adapter does nothing"
+_OPENS = "it opens adapter_model.safetensors"
 _SHARED = frozenset({"VERA"})
 """Kinds with factors that all layers share, as far as they were tried."""
 
@@ -32,17 +35,16 @@ TRANSFORMERS = RuledConsumer(
     ),
     dialect="peft",
     exceptions=_exceptions,
-    rules=dict.fromkeys(TRAITS, honoured)
-    | {
+    rules={
+        **BY_PEFT,
         "DoRA": ignored("its magnitudes are found under no name of its own", "lora"),
-        "LoRA taken for experts": ignored(TAKEN, "rewrite"),
         "added rows": refused("the base has fewer rows: 'ignore_mismatched_sizes'", "drop"),
         "virtual tokens": refused("it knows no prompt learning"),
-        "beyond the targets": ignored(BEYOND, "rewrite"),
-        "null patterns": refused("it asks null for its keys: 'NoneType' object has no attribute 'keys'", "rewrite"),
-        "wrapped names": ignored(_NO_NAMES, "rewrite"),
+        "promised modules": honoured,
+        "bare names": honoured,
+        "doubled prefix": honoured,
         "names of an adapter": ignored(_NO_NAMES, "rewrite"),
-        "pickled weights": refused("it opens adapter_model.safetensors", "rewrite"),
-        "other weight files": refused("it opens adapter_model.safetensors", "rewrite"),
+        "pickled weights": refused(_OPENS, "rewrite"),
+        "other weight files": refused(_OPENS, "rewrite"),
     },
 )

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
-from surgery.consumers.consumer import RuledConsumer, SourceRead, TraitRule, honoured, ignored, refused
-from surgery.consumers.facts import AdapterFacts, AdapterPart, lacks_experts
+from surgery.consumers.consumer import RuledConsumer, SourceRead
+from surgery.consumers.facts import AdapterFacts, lacks_experts
+from surgery.consumers.part import AdapterPart
+from surgery.consumers.rules import TraitRule, honoured, ignored, refused
 from surgery.consumers.scales import alpha_over_r_or_root
+from surgery.consumers.starts import BY_NAMES
 from surgery_formats.adapters.peft.dialects.vllm import STACKED
 
 __all__ = ["VLLM"]
@@ -101,14 +104,8 @@ VLLM = RuledConsumer(
         ),
     ),
     rules={
-        "LoRA of an embedding": honoured,
-        "LoRA of the head": honoured,
-        "LoRA of one expert": honoured,
-        "LoRA of stacked experts": honoured,
-        "LoRA taken for experts": honoured,
-        "LoRA of a turned weight": honoured,
+        **BY_NAMES,
         "LoRA of a convolution": refused("it has LoRA for linear layers and embeddings", "drop"),
-        "LoRA on a changed base": ignored("it takes the factors for a LoRA of the base as it is", "lora"),
         "DoRA": refused("'vLLM does not yet support DoRA'", "lora"),
         "other kind": refused("it loads LoRA alone: its configuration lacks 'r' or 'lora_alpha'", "lora"),
         "bias of a LoRA": refused("no LoRA bias: 'unsupported LoRA weight'", "drop"),
@@ -121,26 +118,18 @@ VLLM = RuledConsumer(
         "saved vocabulary": refused(
             "'vLLM only supports modules_to_save being either None or [classifier, score]'", "saved"
         ),
-        "carried weight": honoured,
         "added rows": refused(_UNKNOWN, "drop"),
         "token rows": refused(_UNKNOWN, "drop"),
         "virtual tokens": refused("it loads LoRA alone"),
-        "pattern of targets": honoured,  # it goes by the tensors' names
-        "no targets": honoured,
-        "beyond the targets": honoured,
         "missing fields": refused("'Missing required configuration fields'", "rewrite"),
         "bias setting": refused("'Adapter bias is not supported', nor is lora_bias", "rewrite"),
         "promised modules": refused(
             "'vLLM only supports modules_to_save being either None or [classifier, score]'", "rewrite"
         ),
-        "null patterns": honoured,
         "block-diagonal factors": ignored("blocks are taken for whole factors", "rewrite"),
-        "bare names": honoured,
         "wrapped names": ignored("its names are of no module", "rewrite"),
         "doubled prefix": honoured,
         "names of an adapter": refused(_UNKNOWN, "rewrite"),
-        "targeted parameters": honoured,
-        "added tokens": honoured,  # not looked at: the rows that they need are refused as such
         "pickled weights": honoured,
         "other weight files": refused("it opens adapter_model.safetensors, .bin or .pt", "rewrite"),
     },

@@ -16,6 +16,7 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.parts import in_component, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
@@ -23,7 +24,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.text import show
+from surgery_formats.text import listing, show
 from surgery_formats.updates import is_refusing
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "coded_as",
     "conversion_id",
     "in_dialect",
+    "placed",
     "plan_conversion",
     "prove_conversion",
     "tolerance_of",
@@ -100,13 +102,33 @@ def in_dialect(target: Format, dialect: str | None) -> Format:
     return target.with_dialect(dialect)
 
 
-def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None = None) -> Binding | None:
-    """The binding of an adapter to its base; None without a base, or without weights that it could be merged into.
+def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
+    """The adapter with the component of every site known, or cut to the one chosen, and what that leaves out.
 
-    Args:
-        source: The adapter.
-        base: The base.
-        known: A binding to `base`, taken if it is one of `source`.
+    Raises:
+        FitError: the component is not in the adapter or the base, or cannot be told.
+    """
+    named = {site.component for site in adapter.updates} - {""}
+    if component is not None and named:
+        if component not in named:
+            raise FitError(
+                f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
+            )
+        kept = [site for site in adapter.updates if site.component == component]
+        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
+        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
+    if base is None or not base.is_pipeline or named:
+        return adapter, ()
+    if component is None:
+        return in_its_part(adapter, base, "name it with `component=`"), ()
+    if component not in base.components:
+        has = listing(sorted(base.components))
+        raise FitError(f"the base has no part '{component}'", file=base.path, hint=f"it has {has}")
+    return in_component(adapter, component), ()
+
+
+def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
+    """The binding of an adapter to its base; None without a base, or without weights that it could be merged into.
 
     Raises:
         FitError: tensors that no update uses, or a base that the adapter was not made for.
@@ -116,8 +138,7 @@ def bound_source(source: Adapter, base: Checkpoint | None, known: Binding | None
         return None
     if any(is_refusing(update) for chain in source.updates.values() for update in chain):
         return None  # what no weight can hold cannot be bound, and is written again as it is
-    bound = known is not None and known.adapters[0][0] is source
-    binding = known if bound else bind([(source, 1.0)], base)
+    binding = bind([(source, 1.0)], base)
     check_base_id(base, [source])
     return binding
 
@@ -165,7 +186,10 @@ def _other_kinds(source: Adapter, rendering: Rendering) -> bool:
     """Whether a change of a weight was dropped that a LoRA could hold, or come near to, and that is none."""
     dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
     return any(
-        update.effect != "sets" and update.low_rank() is None and site.path.endswith(".weight")
+        not is_refusing(update)
+        and update.effect != "sets"
+        and update.low_rank() is None
+        and site.path.endswith(".weight")
         for site, chain in source.updates.items()
         if str(site) in dropped
         for update in chain

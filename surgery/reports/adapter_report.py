@@ -77,6 +77,7 @@ class AdapterReport:
         tool: The program that wrote it and what tells so, or None.
         family: The family of its base by the names it changes, or None.
         scale_sources: How many updates have their scale from where (`surgery_formats.canonical.provenance`).
+        token: What calls a textual inversion in a prompt, or None.
         seconds: How long it took.
     """
 
@@ -108,6 +109,7 @@ class AdapterReport:
     tool: str | None = None
     family: str | None = None
     scale_sources: Mapping[ScaleSource, int] = field(default_factory=dict)
+    token: str | None = None
     seconds: float = elapsed()
 
     @property
@@ -117,7 +119,10 @@ class AdapterReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "adapter", **without_empty(plain(self), ("quantised_base", "tool", "family", "scale_sources"))}
+        return {
+            "type": "adapter",
+            **without_empty(plain(self), ("quantised_base", "tool", "family", "scale_sources", "token")),
+        }
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """Format, kind, ranks, scales and sizes, then the parameters it changes.
@@ -148,6 +153,8 @@ class AdapterReport:
         if self.scale_sources:
             found = (f"{number} {_SOURCES[source]}" for source, number in self.scale_sources.items())
             rows.append(("scales from", ", ".join(found)))
+        if self.token is not None:
+            rows.append(("token", Name(self.token)))
         if self.prompt is not None:
             rows.append(("prompt", _prompt(self.prompt)))
         if self.token_rows:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class ComponentReport:
         files: Its weight files.
         ties: ``{alias: source}`` of names that are one parameter.
         quantised: Its weights that are stored as codes, by format.
+        networks: The networks in it by what adapters call them, empty for the whole; each with its family, told by names.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ComponentReport:
     files: tuple[WeightFileReport, ...]
     ties: Mapping[str, str]
     quantised: tuple[QuantisedWeights, ...] = ()
+    networks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -105,7 +107,7 @@ class CheckpointReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the tree included."""
-        return {"type": "checkpoint", **without_empty(plain(self), ("quantised",))}
+        return {"type": "checkpoint", **without_empty(plain(self), ("quantised", "networks"))}
 
     def summary(self, *, verbose: bool = False, depth: int | None = _DEPTH) -> Summary:
         """Files, then `depth` levels of modules of every component, all if None or `verbose`, and totals by role."""
@@ -140,8 +142,11 @@ def types_phrase(dtypes: Mapping[str, Totals]) -> str:
 def _component(component: ComponentReport, depth: int | None, *, named: bool) -> Iterator[Section]:
     kind = Name(component.model_type or "unknown")
     rows: list[tuple[str, Phrase]] = [("component", Name(component.name))] if named else []
-    rows.append(("kind", kind if component.family else (kind, " (family not known: roles are told by names alone)")))
+    told = component.family or component.networks
+    rows.append(("kind", kind if told else (kind, " (family not known: roles are told by names alone)")))
     rows.append(("types", types_phrase(component.dtypes)))
+    if component.networks:
+        rows.append(("networks", _networks(component.networks)))
     if component.quantised:
         rows.append(("quantised", quantised_phrase(component.quantised)))
     if component.facts:
@@ -166,6 +171,13 @@ def _component(component: ComponentReport, depth: int | None, *, named: bool) ->
             for role, total in component.roles.items()
         ),
     )
+
+
+def _networks(networks: Mapping[str, str]) -> str:
+    """``denoiser (Flux), text_encoder, vae``; ``Flux, by its names`` of a file that is one network."""
+    if "" in networks:
+        return f"{networks['']}, by its names"
+    return ", ".join(f"{part} ({family})" if family else part for part, family in networks.items())
 
 
 def _tree(parent: Node, depth: int | None, level: int = 0) -> Iterator[tuple[Cell, ...]]:

@@ -16,7 +16,6 @@ from surgery_formats.binding.sizes import fit_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.families.family import role_of
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Update, experts_of, is_replacing, is_row_setting, is_unsized
@@ -29,7 +28,7 @@ class FitReport:
     """How an adapter fits a base.
 
     Attributes:
-        roles: Role of each parameter by the base's own name for it.
+        roles: Role of each parameter by the base's own name for it, or by the adapter's where the base has no such parameter.
         grown: Numbers by which the base itself grows while the adapter is attached: rows of a resized vocabulary, and
             the originals of heads that it lacks (PEFT keeps the original of every module it trains in full).
         warnings: What does not fit.
@@ -38,10 +37,6 @@ class FitReport:
     roles: Mapping[Site, str]
     grown: int
     warnings: tuple[str, ...]
-
-    def role(self, site: Site) -> str:
-        """The role by the base's name, or by the adapter's where the base has no such parameter."""
-        return self.roles.get(site) or site_role(site)
 
 
 def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
@@ -64,7 +59,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
         if component is None or not places or not _fits(chain, places, component.config):
             odd += [] if site in adapter.optional else [site]
             continue
-        roles[site] = role_of(places[0].parameter.name)
+        roles[site] = component.role(places[0].parameter.name)
         for update in chain:
             if is_replacing(update):
                 old = places[0].parameter
@@ -80,7 +75,11 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     if odd:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)
-    return FitReport(roles, heads + sum(sizes.values()), warnings)
+    return FitReport(
+        {site: roles.get(site) or site_role(adapter, site) for site in adapter.updates},
+        heads + sum(sizes.values()),
+        warnings,
+    )
 
 
 def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...], config: Mapping[str, Any]) -> bool:

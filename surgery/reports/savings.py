@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,16 @@ from surgery.reports.values import Cell, Name, Phrase, Value
 __all__ = ["AdapterCost", "BaseCost", "SavingsReport", "Split", "TaskCost"]
 
 
+_PARTS: Mapping[str, str] = {
+    "attention": "attention",
+    "mlp": "mlp",
+    "expert": "mlp",
+    "attention+mlp": "both",
+    "modulation": "modulation",
+    "other": "untold",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Numbers by what they are part of.
@@ -27,15 +37,26 @@ class Split:
         attention: Of attention, its norms apart.
         mlp: Of feed-forward layers, experts included.
         rest: Embeddings, heads, norms, convolutions, virtual tokens.
+        both: Of matrices that hold rows or columns of both, as in Flux's single blocks.
+        modulation: Of what turns the time into shifts and scales of a diffusion network's blocks.
+        untold: Of names that tell no part: the others are at least what they are here.
     """
 
     attention: int = 0
     mlp: int = 0
     rest: int = 0
+    both: int = 0
+    modulation: int = 0
+    untold: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.attention + self.mlp + self.both + self.modulation + self.rest + self.untold
 
     def plus(self, role: str, number: int) -> Split:
         """A copy with `number` more of `role`."""
-        part = {"attention": "attention", "mlp": "mlp", "expert": "mlp"}.get(role, "rest")
+        part = _PARTS.get(role, "rest")
         return replace(self, **{part: getattr(self, part) + number})
 
 
@@ -177,7 +198,7 @@ class SavingsReport:
             sections.append(Table(_ADAPTERS, tuple(map(_adapter, self.adapters))))
         splits = [(self.base.name, self.base.split, self.base.parameters)] if self.base else []
         splits += [(cost.name, cost.split, cost.trained) for cost in self.adapters]
-        sections.append(Table(_SPLITS, tuple(_split(*entry) for entry in splits)))
+        sections.append(_split_table(splits))
         if rows := tuple(self._tasks()):
             sections.append(Table(_TASKS, rows))
         sections += [section for choice in self.choices for section in choice_sections(choice)]
@@ -197,7 +218,14 @@ _ADAPTERS = (
     Column("adapter", "name"), Column("kind", "name"), Column("trained", "count"), Column("share", "share", 3),
     Column("bytes", "bytes"), Column("of a copy", "share", 3),
 )  # fmt: skip
-_SPLITS = Column("where", "name"), Column("attention", "figure"), Column("MLP", "figure"), Column("rest", "figure")
+_SPLITS = {
+    "attention": "attention",
+    "mlp": "MLP",
+    "both": "both in one",
+    "modulation": "modulation",
+    "rest": "rest",
+    "untold": "not told",
+}
 _TASKS = (
     Column("tasks", "integer"), Column("with"), Column("full copies", "bytes"),
     Column("one base and adapters", "bytes"), Column("saved", "bytes"), Column("times smaller", "number", 3),
@@ -208,9 +236,21 @@ def _adapter(cost: AdapterCost) -> tuple[Cell, ...]:
     return cost.name, f"{cost.format} {cost.kind}", cost.trained, cost.share, cost.nbytes, cost.nbytes_share
 
 
-def _split(name: str, split: Split, total: int) -> tuple[Cell, ...]:
-    return name, *(_part(number, total) for number in (split.attention, split.mlp, split.rest))
+def _split_table(splits: Sequence[tuple[str, Split, int]]) -> Table:
+    """A row per model or adapter; columns that few models have only where one of these has them."""
+    shown = [
+        part
+        for part in _SPLITS
+        if part in ("attention", "mlp", "rest") or any(getattr(split, part) for _, split, _ in splits)
+    ]
+    columns = Column("where", "name"), *(Column(_SPLITS[part], "figure") for part in shown)
+    return Table(
+        columns, tuple((name, *(_part(split, part, total) for part in shown)) for name, split, total in splits)
+    )
 
 
-def _part(number: int, total: int) -> Phrase:
+def _part(split: Split, part: str, total: int) -> Phrase:
+    number = getattr(split, part)
+    if not number and split.untold:
+        return "not told"
     return (Value(number, "count"), " (", Value(number / total, "share", 1), ")") if total else "0"

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.models.families.diffusion_roles import diffusion_role
 from surgery_formats.models.families.family import role_of
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates import Held, experts_of, is_replacing
@@ -91,12 +92,13 @@ class TargetGroup:
     trained: bool
 
 
-def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tuple[TargetedParameter, ...]:
+def touched(adapter: Adapter, roles: Mapping[Site, str] | None = None) -> tuple[TargetedParameter, ...]:
     """Every parameter the adapter has an update for, in the adapter's order.
 
     A stored tensor that serves several parameters is counted for the first. Biases that the base need not have are left
-    out. `role` tells roles better than names alone can, when the base is known.
+    out. `roles` tells them better than the adapter's names alone can, when the base is known.
     """
+    known = {} if roles is None else roles
     seen: set[Tensor] = set()
     parameters = []
     for site, chain in adapter.updates.items():
@@ -108,7 +110,7 @@ def touched(adapter: Adapter, role: Callable[[Site], str] | None = None) -> tupl
                 TargetedParameter(
                     name=str(site),
                     pattern=pattern_of(str(site)),
-                    role="expert" if experts else (role or site_role)(site),
+                    role="expert" if experts else known.get(site) or site_role(adapter, site),
                     kind=update.kind,
                     shape=update.shape,
                     rank=update.rank,
@@ -158,8 +160,10 @@ def distribution(values: Iterable[_Number | None]) -> dict[_Number, int]:
     return dict(sorted(Counter(value for value in values if value is not None).items()))
 
 
-def site_role(site: Site) -> str:
+def site_role(adapter: Adapter, site: Site) -> str:
     """The role a site's name tells. Flattened names have lost where segments end, so each word counts."""
+    if adapter.provenance.family and not site.component.startswith("te"):
+        return diffusion_role(site.path)
     if not site.flat:
         return role_of(site.path)
     return role_of(re.sub(r"^(input|output)_blocks_", "", site.path).replace("_", "."))  # not the "output" of BERT

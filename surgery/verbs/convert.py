@@ -14,6 +14,7 @@ from surgery.engine.conversion import (
     bound_source,
     coded_as,
     in_dialect,
+    placed,
     plan_conversion,
     tolerance_of,
     write_conversion,
@@ -29,7 +30,6 @@ from surgery.engine.inputs import (
     local_path,
     output_path,
 )
-from surgery.engine.placing import placed
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
@@ -144,7 +144,7 @@ def convert(
     destination = output_path(output, dry_run=dry_run)
     original = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
-    original, left, known = placed(original, checkpoint, component)
+    original, left = placed(original, checkpoint, component)
     if checkpoint is not None and not checkpoint.is_pipeline:
         original, _ = housed(original, checkpoint)  # writers ask the base by these names
     source, named = original, checkpoint
@@ -153,7 +153,7 @@ def convert(
     if as_lora:
         from surgery.algebra.lora_form import lora_form, prove_lora_form
 
-        bound_source(original, checkpoint, known)
+        bound_source(original, checkpoint)
         form = lora_form(original, checkpoint, target, None if rank is None else Rank.of(rank))
         source, also = form.adapter, partial(prove_lora_form, form=form)
     if projections is not None:
@@ -167,9 +167,9 @@ def convert(
         also = partial(prove_layout, original=original, target=target, change=change, tolerance=tolerance_of(stored))
         source = change.adapter
         if change.held:  # the base has the old names, and none of the new ones
-            bound_source(original, checkpoint, known)
+            bound_source(original, checkpoint)
             named = None
-    binding = bound_source(source, named, known)
+    binding = bound_source(source, named)
     remedy = "`as_lora=True` makes LoRAs of other kinds"
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)
     entries = (*plan.rendering.entries, *left)

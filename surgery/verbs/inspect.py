@@ -63,7 +63,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
     shown = [_readable(component) for component in checkpoint.components.values()]
     components = tuple(_component(component) for component, _ in shown)
     notes = [note for _, note in shown if note]
-    if unknown := [part.name or part.model_type for part in components if part.model_type and not part.family]:
+    if unknown := [
+        part.name or part.model_type for part in components if part.model_type and not part.family and not part.networks
+    ]:
         notes.append(f"roles are told by names alone, the family is not known: {listing(unknown)}")
     return CheckpointReport(
         path=checkpoint.path,
@@ -108,7 +110,19 @@ def _component(component: Component) -> ComponentReport:
         files=tuple(files),
         ties=stored_ties(component),
         quantised=quantised_weights(component),
+        networks=_networks(component),
     )
+
+
+def _networks(component: Component) -> dict[str, str]:
+    """The families of diffusion networks that the names tell, by the parts of the file."""
+    if "model_type" in component.config:
+        return {}
+    parts = {part: " or ".join(names.networks) for part, names in component.parts.items()}
+    if parts.keys() - {"denoiser"}:
+        return parts
+    found = parts.get("denoiser") or " or ".join(component.names.networks)
+    return {"": found} if found else {}
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, int]:
@@ -181,6 +195,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         tool=adapter.provenance.tool or None,
         family=adapter.provenance.family or None,
         scale_sources=adapter.provenance.scales,
+        token=adapter.config.get("token") if adapter.kind == "TEXTUAL_INVERSION" else None,
     )
 
 

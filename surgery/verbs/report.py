@@ -86,7 +86,6 @@ def _base_cost(model: Checkpoint) -> BaseCost:
     for component in model.components.values():
         for leaf in leaves(module_graph(component)):
             split = split.plus(leaf.role, leaf.parameters)
-    parameters = split.attention + split.mlp + split.rest
     components = model.components.values()
     quantised = tuple(group for component in components for group in quantised_weights(component))
     unread = tuple(
@@ -94,14 +93,14 @@ def _base_cost(model: Checkpoint) -> BaseCost:
         for component in components
         if component.unread
     )
-    return BaseCost(model.path, _name(model.path), parameters, model.nbytes, split, quantised, unread)
+    return BaseCost(model.path, _name(model.path), split.total, model.nbytes, split, quantised, unread)
 
 
 def _adapter_cost(
     adapter: Adapter, model: Checkpoint | None, base: BaseCost | None, tasks: Sequence[int]
 ) -> AdapterCost:
     meeting = None if model is None else fit_report(adapter, model)
-    entries = touched(adapter, meeting.role if meeting else None)
+    entries = touched(adapter, meeting.roles if meeting else None)
     trained = trained_parameters(adapter, entries)
     split = Split(rest=adapter.prompt.parameters if adapter.prompt else 0)
     for entry in entries:

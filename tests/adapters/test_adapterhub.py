@@ -7,11 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from surgery import convert, inspect
 from surgery_formats.adapters.adapterhub import ADAPTERHUB
+from surgery_formats.adapters.adapterhub.places import layer_of
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.updates import DoRA, LoRA, OutputDoRA
@@ -141,6 +143,27 @@ def test_files_of_versions_that_did_not_scale_are_read_as_trained(tmp_path: Path
     loras = [update for chain in adapter.updates.values() for update in chain if isinstance(update, LoRA)]
     assert {lora.scale for lora in loras} == {1.0}
     assert "adapters#770" in adapter.known_issues()[0]
+
+
+def test_an_absurd_version_is_none_of_those(tmp_path: Path) -> None:
+    adapter = read_adapter(_changed(tmp_path, version=f"adapters.{'1' * 5000}.0"))
+    assert {update.scale for chain in adapter.updates.values() for update in chain if isinstance(update, LoRA)} != {1.0}
+
+
+@pytest.mark.parametrize(("module", "layer"), [("model.layers.12.mlp", 12), ("a.\u00b2.b", None), ("9" * 5000, None)])
+def test_the_number_of_a_layer_is_written_in_plain_digits(module: str, layer: int | None) -> None:
+    assert layer_of(module) == layer
+
+
+@pytest.mark.parametrize("case", ["bert-dora", "bert-vera"])
+def test_magnitudes_are_one_for_each_row(case: str, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(FOLDER / case, folder)
+    tensors = load_file(folder / "adapter.safetensors")
+    module = next(name for name in tensors if name.endswith(("lora_A", "vera_D"))).rpartition(".")[0]
+    save_file({**tensors, f"{module}.m.weight": np.ones((3, 1), np.float32)}, folder / "adapter.safetensors")
+    with pytest.raises(FitError, match="magnitudes for"):
+        read_adapter(folder)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 import surgery
 from surgery_formats.errors import FitError
 from tests.oracles import disk, peft_oracle
-from tests.support import expert_models
+from tests.support import attached, expert_models, type_sweep
 from tests.support.expert_models import EXPERTS, rewritten
 
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
@@ -120,6 +120,30 @@ def test_two_a_of_gate_and_up_are_stacked_and_one_a_stays_one(base: Path, tmp_pa
     first, last = load_file(trained / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
     assert first.keys() == last.keys()
     assert all(torch.equal(value, last[name]) for name, value in first.items())
+
+
+def test_experts_without_a_gate_have_peft_s_stacks_alone(tmp_path: Path) -> None:
+    made = attached.attach("nemotron_h", tmp_path, type_sweep.lora)
+    adapter = tmp_path / "adapter"
+    for layout in made.layouts:
+        output = tmp_path / f"peft-{layout}"
+        surgery.convert(adapter, to="peft", dialect="peft", output=output, base=tmp_path / layout)
+        first, last = load_file(adapter / WEIGHTS), load_file(output / WEIGHTS)
+        assert first.keys() == last.keys()
+        assert all(torch.equal(value, last[name]) for name, value in first.items())
+        for dialect in ("peft-0.18", "unsloth", "tinker", "sglang", "vllm", "per-expert", "unsloth-linears"):
+            with pytest.raises(FitError, match=r"experts\.up_proj' \(LoRA: how experts without a gate are held"):
+                surgery.convert(adapter, to="peft", dialect=dialect, output=tmp_path / "out", base=tmp_path / layout)
+
+
+def test_diff_says_that_experts_are_in_two_dialects(base: Path, tmp_path: Path) -> None:
+    adapter = tinker(tmp_path / "t")
+    for dialect in ("peft", "sglang"):
+        surgery.convert(adapter, to="peft", dialect=dialect, output=tmp_path / dialect, base=base)
+    apart, together = (surgery.diff(adapter, tmp_path / dialect) for dialect in ("peft", "sglang"))
+    assert [note for note in apart.warnings if "different dialects" in note]
+    assert not [note for note in together.warnings if "dialects" in note]
+    assert together.equal
 
 
 @pytest.mark.parametrize("dialect", ["tinker", "sglang"])

@@ -24,6 +24,7 @@ from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
 from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.arrays import cast
 from surgery_formats.models.checkpoint import open_checkpoint
@@ -266,6 +267,12 @@ CASES: dict[str, Callable[[], FormatCase]] = {
     **{
         f"litgpt {name}": lambda name=name: _with_base(LITGPT, GOLDEN / "litgpt" / name, GOLDEN / "litgpt/base")
         for name in ("default", "all")
+    },
+    **{
+        f"tensorrt-llm {name}": lambda name=name: _with_base(
+            TENSORRT_LLM, GOLDEN / "tensorrt_llm" / name, GOLDEN / "litgpt/base"
+        )
+        for name in ("all", "ranks")
     },
     **{
         f"torchtune {name}": lambda name=name: FormatCase(

@@ -38,8 +38,8 @@ def test_merges_to_what_loralib_merges(name: str, tmp_path: Path) -> None:
 def test_it_asks_for_the_alpha(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="loralib stores no lora_alpha"):
         read_adapter(HERE / "none.pt")
-    with pytest.raises(FitError, match="files of peft state their scale"):
-        surgery.open("examples/lora", alpha=12)
+    with pytest.raises(FitError, match="files of mlx state their scale"):
+        surgery.open(GOLDEN / "mlx/llama/lora-keys", alpha=12)
     with pytest.raises(UsageError, match="an alpha belongs to an adapter"):
         surgery.open("examples/base", alpha=12)
     with pytest.raises(FitError, match="is not finite"):

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from surgery import convert
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
-from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.updates import DoRA, LoRA
 from tests.support.adapter_files import (
@@ -219,12 +222,73 @@ def test_a_malformed_folder_is_refused(
         read_adapter(tmp_path / "a")
 
 
-def test_the_old_npz_is_named(tmp_path: Path) -> None:
-    (tmp_path / "adapters.npz").write_bytes(b"")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {}}))
-    assert MLX.detect(tmp_path)
-    with pytest.raises(NotFoundError, match="npz"):
-        read_adapter(tmp_path)
+@pytest.mark.parametrize("place", ["file", "folder", "folder with a configuration"])
+def test_an_old_npz_merges_to_what_mlx_lm_fuses(place: str, tmp_path: Path) -> None:
+    """The archive is mlx.core.savez's; no file beside it states the scale, which is asked for."""
+    old = GOLDEN / "mlx/llama/npz"
+    path = old / "adapters.npz"
+    if place != "file":
+        path = tmp_path / "a"
+        path.mkdir()
+        shutil.copy(old / "adapters.npz", path)
+    if place == "folder with a configuration":
+        (path / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 2, "scale": 20.0}}))
+    assert format_at(path) is MLX
+    stated = place == "folder with a configuration"
+    if not stated:
+        with pytest.raises(FitError, match="the scale of its LoRAs is not in its file"):
+            read_adapter(path)
+    adapter = read_adapter(path) if stated else read_adapter(path, alpha=20)
+    assert adapter.unconsumed() == ()
+    expected = GOLDEN / "mlx/llama/lora-zero/expected.safetensors"
+    assert_expected(GOLDEN / "mlx/llama/base", merged(GOLDEN / "mlx/llama/base", adapter, tmp_path / "out"), expected)
+    assert convert(adapter, "mlx", output=tmp_path / "new").max_error <= 1e-6
+    written = tmp_path / "new/adapters.safetensors"
+    assert_close(load_file(written), load_file(GOLDEN / "mlx/llama/lora-zero/adapters.safetensors"), 0)
+
+
+def test_another_scale_than_the_stated_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="its configuration says otherwise"):
+        read_adapter(GOLDEN / "mlx/llama/lora-zero", alpha=2)
+    with pytest.raises(FitError, match="its configuration says otherwise"):
+        read_adapter(GOLDEN / "mlx/llama/full", alpha=20)
+    assert read_adapter(GOLDEN / "mlx/llama/lora-zero", alpha=20).updates
+
+
+def _zip(path: Path, members: dict[str, bytes], how: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", how) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_damaged_archives_are_refused(tmp_path: Path) -> None:
+    whole = (GOLDEN / "mlx/llama/npz/adapters.npz").read_bytes()
+    file = tmp_path / "adapters.npz"
+    for size in (0, 3, 40, 200, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(MalformedError):
+            MLX.read(file)
+        assert not MLX.detect(file)
+    array = io.BytesIO()
+    np.save(array, draw(1, 4, 2))
+    for members, said in (
+        ({"../x.lora_a.npy": array.getvalue()}, "without its 'lora_b'"),  # a name: nothing is unpacked
+        ({"x.lora_a": array.getvalue()}, "is no array"),
+        ({"x.weight.npy": array.getvalue()}, "neither lora_a"),
+        ({"x.lora_a.npy": array.getvalue() + b"0"}, "for the sizes"),
+        ({"x.lora_a.npy": b"\x93NUMPY"}, "not an array of numpy's"),
+    ):
+        with pytest.raises(MalformedError, match=said):
+            MLX.with_alpha(1.0).read(_zip(file, members))
+    with pytest.raises(MalformedError, match="only members stored as they are"):
+        MLX.read(_zip(file, {"x.lora_a.npy": bytes(100000)}, zipfile.ZIP_DEFLATED))
+    np.savez(file, **{"x.lora_a": np.array([{}], object)})
+    with pytest.raises(MalformedError, match="not numbers that are read"):
+        MLX.read(file)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(NotFoundError, match=r"no adapters\.safetensors"):
+        MLX.read(tmp_path / "nothing")
 
 
 def test_magnitudes_of_an_embedding_belong_to_its_rows() -> None:

@@ -31,6 +31,7 @@ def test_no_field_of_pefts_configuration_is_read_elsewhere():
                 "mlx",
                 "adapterhub",
                 "litgpt",
+                "nemo",
                 "torchtune",
                 "consumers",
             ):

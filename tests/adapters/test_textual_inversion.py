@@ -34,7 +34,9 @@ def test_it_holds_what_its_program_reads(name: str) -> None:
         rows = wanted[f"{name}/{site.component}"]
         assert np.array_equal(update.factors()["rows"].load(None), rows.reshape(update.shape))
     assert len(adapter.updates) == sum(key.startswith(f"{name}/") for key in wanted)
-    assert inspect(FOLDER / name).kinds == {"token embedding": len(adapter.updates)}
+    report = inspect(FOLDER / name)
+    assert (report.kinds, report.token) == ({"token embedding": len(adapter.updates)}, case["token"])
+    assert case["token"] in str(report)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "xl" not in name])
@@ -53,8 +55,9 @@ def test_each_layout_becomes_the_other_and_keeps_its_token(name: str, tmp_path: 
 
 
 def test_of_two_encoders_diffusers_has_a_file_each(tmp_path: Path) -> None:
-    with pytest.raises(FitError, match="the rows for one text encoder"):
+    with pytest.raises(FitError, match="the rows for one text encoder") as caught:
         convert(FOLDER / "xl.safetensors", "learned-embeds", output=tmp_path / "x.safetensors")
+    assert caught.value.hint is None  # no LoRA can be made of them
     wanted = load_file(FOLDER / "xl.safetensors")
     for component, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         out = tmp_path / f"{key}.safetensors"

@@ -23,7 +23,7 @@ from tests.loaders.loading import IDS
 from tests.oracles import disk
 from tests.oracles.peft_oracle import quiet, randomise
 
-__all__ = ["ADAPTERS", "BASES", "VOCAB", "Sample", "build", "build_base", "logits_of"]
+__all__ = ["ADAPTERS", "BASES", "VOCAB", "Edit", "Sample", "build", "build_base", "fixed_config", "logits_of"]
 
 Edit = Callable[[dict[str, Any], dict[str, Tensor]], tuple[dict[str, Any], dict[str, Tensor]]]
 
@@ -250,6 +250,13 @@ def build_base(name: str, folder: Path) -> Path:
     return folder
 
 
+def fixed_config(base: Path, folder: Path) -> Path:
+    """Give a model that transformers saved the fields of its base's configuration that it renames."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | config, indent=2))
+    return folder
+
+
 def _load(base: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
@@ -261,9 +268,9 @@ def logits_of(model: Any) -> Tensor:
     return logits[-len(IDS) :, :VOCAB].double()
 
 
-def build(name: str, base: Path, folder: Path) -> tuple[Tensor, Tensor]:
+def build(name: str, base: Path, folder: Path, samples: Mapping[str, Sample] = ADAPTERS) -> tuple[Tensor, Tensor]:
     """Write the adapter ``name`` and say what it means: the logits of the base, and of the base with it."""
-    sample = ADAPTERS[name]
+    sample = samples[name]
     seed = zlib.crc32(name.encode())
     fields: dict[str, Any] = {"r": 4, "lora_alpha": 6} if sample.kind == "LoraConfig" else {}
     with quiet():

@@ -22,7 +22,7 @@ from surgery_formats.errors import SurgeryError
 from tests.loaders.adapters import ADAPTERS, BASES, VOCAB, build, build_base, logits_of
 from tests.oracles.peft_oracle import quiet
 
-__all__ = ["HOME", "LOADERS", "MEANING", "Did", "Made", "command_of", "fix", "load", "make"]
+__all__ = ["HOME", "LOADERS", "MEANING", "RUNNERS", "Did", "Made", "command_of", "fix", "load", "make"]
 
 LOADERS: Mapping[str, str] = {
     "peft": "load_peft.py",
@@ -34,7 +34,16 @@ LOADERS: Mapping[str, str] = {
     "olive": "load_olive.py",
 }
 """Script by consumer. SURGERY_LOADER_VLLM and so on hold the command that stands for ``python`` in its environment."""
-HOME = ("peft", "transformers")  # run by the Python that runs the tests
+RUNNERS: Mapping[str, str] = {
+    "onnxruntime": "load_onnxruntime.py",
+    "torchtune": "load_torchtune.py",
+    "litgpt": "load_litgpt.py",
+    "adapters": "load_adapters.py",
+    "diffusers": "load_diffusers.py",
+    "lycoris": "load_lycoris.py",
+}
+"""Of programs that are given nothing but what is written for them (`acting`)."""
+HOME = ("peft", "transformers")  # run by the Python that runs the tests, as is onnxruntime
 MEANING = {"honoured": "right", "scaled wrongly": "wrong", "ignored": "wrong", "refused": "refused"}
 """What a loader must do for each outcome of a check."""
 CONSENTS: tuple[Mapping[str, object], ...] = ({}, {"rank": 64, "saved": "lora"})
@@ -80,9 +89,10 @@ def make(folder: Path, names: tuple[str, ...] = tuple(ADAPTERS)) -> dict[str, Ma
 def command_of(consumer: str) -> list[str] | None:
     """The command that runs ``consumer``'s loader; None where nothing names its environment."""
     variable = "SURGERY_LOADER_" + consumer.upper().replace("-", "_").replace(".", "_")
+    script = str(Path(__file__).parent / {**LOADERS, **RUNNERS}[consumer])
     if variable in os.environ:
-        return [*shlex.split(os.environ[variable]), str(Path(__file__).parent / LOADERS[consumer])]
-    return [sys.executable, str(Path(__file__).parent / LOADERS[consumer])] if consumer in HOME else None
+        return [*shlex.split(os.environ[variable]), script]
+    return [sys.executable, script] if consumer in (*HOME, "onnxruntime") else None
 
 
 def _with(base: Path, found: Mapping[str, np.ndarray]) -> Tensor:
@@ -133,8 +143,8 @@ def load(
     for base in {one.base for one in made.values()}:
         waiting = {folder / name: one.adapter for name, one in made.items() if one.base == base}
         while waiting:
-            arguments = [str(path) for out, adapter in waiting.items() for path in (adapter, out)]
-            run = subprocess.run([*command, str(base), *arguments], capture_output=True, text=True, env=environment)
+            arguments = [str(path) for out, adapter in waiting.items() for path in (base, adapter, out)]
+            run = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
             left = {out: adapter for out, adapter in waiting.items() if not out.with_suffix(".json").exists()}
             if left and run.returncode in (0, 1):
                 raise RuntimeError(f"{consumer} does not run: {run.stderr[-2000:]}")

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""llama.cpp: ``convert_lora_to_gguf.py`` of the folder that LLAMA_CPP names, then its library, by llama-cpp-python."""
+"""llama.cpp: ``convert_lora_to_gguf.py`` of the folder that LLAMA_CPP names, then its library, by llama-cpp-python.
+
+Bases and adapters that are GGUF are loaded as they are; ``--base BASE OUT`` makes a base GGUF.
+"""
 
 from __future__ import annotations
 
@@ -60,15 +63,20 @@ def adapter_to_gguf(base: Path, adapter: Path, output: Path) -> None:
         raise SystemExit(errors.said[0] if errors.said else "") from exit
 
 
-def opened(base: Path) -> Callable[[Path], Found]:
+def opened(base: Path) -> Callable[[Path | None], Found]:
     folder = Path(tempfile.mkdtemp())
-    to_gguf(base, folder / "base.gguf")
+    model = base if base.suffix == ".gguf" else folder / "base.gguf"
+    if model != base:
+        to_gguf(base, model)
 
-    def load(adapter: Path) -> Found:
-        adapter_to_gguf(base, adapter, folder / "adapter.gguf")
+    def load(adapter: Path | None) -> Found:
+        lora = adapter
+        if adapter is not None and adapter.suffix != ".gguf":
+            lora = folder / "adapter.gguf"
+            adapter_to_gguf(base, adapter, lora)
         llama = llama_cpp.Llama(
-            str(folder / "base.gguf"),
-            lora_path=str(folder / "adapter.gguf"),
+            str(model),
+            lora_path=None if lora is None else str(lora),
             n_ctx=64,
             logits_all=True,
             n_threads=1,
@@ -84,4 +92,7 @@ def opened(base: Path) -> Callable[[Path], Found]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--base":  # BASE OUT: the base as this program has it
+        to_gguf(Path(sys.argv[2]), Path(sys.argv[3]))
+        sys.exit()
     run(opened, "llama-cpp-python")

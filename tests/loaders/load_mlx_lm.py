@@ -13,9 +13,11 @@ from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 
 
-def opened(base: Path) -> Callable[[Path], Found]:
-    def load(adapter: Path) -> Found:
-        model = load_adapters(load_model(base)[0], str(adapter))
+def opened(base: Path) -> Callable[[Path | None], Found]:
+    def load(adapter: Path | None) -> Found:
+        model = load_model(base)[0]
+        if adapter is not None:
+            model = load_adapters(model, str(adapter))
         model.eval()
         return {"logits": np.array(model(mx.array([IDS]))[0].astype(mx.float32))}
 

@@ -12,12 +12,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 
-def opened(base: Path) -> Callable[[Path], Found]:
-    def load(adapter: Path) -> Found:
+def opened(base: Path) -> Callable[[Path | None], Found]:
+    def load(adapter: Path | None) -> Found:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        wrapped = PeftModel.from_pretrained(model, str(adapter)).eval()
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, str(adapter))
         with torch.no_grad():
-            return {"logits": wrapped(input_ids=torch.tensor([IDS])).logits[0, -len(IDS) :]}
+            return {"logits": model.eval()(input_ids=torch.tensor([IDS])).logits[0, -len(IDS) :]}
 
     return load
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every loader here does: ``load_NAME.py BASE ADAPTER OUT [ADAPTER OUT ...]``, run by the Python of its own environment.
+"""What every loader here does: ``load_NAME.py BASE ADAPTER OUT [BASE ADAPTER OUT ...]``, run by the Python of its own environment.
 
 OUT.json says whether the program loaded the adapter, or its refusal; OUT.npz what it then holds: ``logits`` (tokens, vocabulary)
-after ``IDS``, or ``delta/NAME``, what is added to the base's parameter NAME, and ``value/NAME``, what replaces it. Nothing of this
-project is imported here, and nothing of PEFT but where PEFT is the program.
+after ``IDS``, or ``delta/NAME``, what is added to the base's parameter NAME, and ``value/NAME``, what replaces it. Programs that run
+something else save its outputs under names of their own. ``-`` for ADAPTER is the base alone. Nothing of this project is imported
+here, and nothing of PEFT but where PEFT is the program.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ def _refusal(error: BaseException, base: Path, adapter: Path) -> str:
     return " ".join(text.split())[:300]
 
 
-def run(opened: Callable[[Path], Callable[[Path], Loaded]], *packages: str) -> None:
-    """Load every adapter of the command line into the base with ``opened(base)``, and write what became of each."""
-    base, *rest = (Path(argument).resolve() for argument in sys.argv[1:])
-    load = opened(base)
+def run(opened: Callable[[Path], Callable[[Path | None], Loaded]], *packages: str) -> None:
+    """Load every adapter of the command line into the base before it with ``opened(base)``, and write what became of each."""
     versions = {package: metadata.version(package) for package in packages}
-    for adapter, out in zip(rest[::2], rest[1::2], strict=True):
+    last, load = "", None
+    for given, named, out in zip(sys.argv[1::3], sys.argv[2::3], map(Path, sys.argv[3::3]), strict=True):
+        base, adapter = Path(given).resolve(), None if named == "-" else Path(named).resolve()
         said: dict[str, Any] = {"versions": versions}
+        if load is None or given != last:
+            last, load = given, opened(base)
         try:
             loaded = load(adapter)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            said["refused"] = _refusal(error, base, adapter)
+            said["refused"] = _refusal(error, base, adapter or base)
         else:
             found = loaded() if callable(loaded) else loaded
             np.savez(out.with_suffix(".npz"), **{name: np.asarray(value, np.float32) for name, value in found.items()})

@@ -18,6 +18,8 @@ from typing import Any
 
 from tests.loaders.adapters import ADAPTERS
 from tests.loaders.judging import LOADERS, MAX_RANK, Made, command_of, fix, load, make
+from tests.loaders.record_acting import read as acted
+from tests.loaders.record_acting import section
 
 __all__ = ["PAGE", "RECORDED", "page", "read"]
 
@@ -107,7 +109,7 @@ def page(recorded: Mapping[str, Any]) -> str:
     """docs/consumers.md."""
     head = _HEAD.format(adapters=len(ADAPTERS), programs=len(recorded))
     tail = "\nThe adapters are made by [`tests/loaders/adapters.py`](../tests/loaders/adapters.py).\n"
-    return head + "\n".join(_rows(recorded)) + "\n" + tail
+    return head + "\n".join(_rows(recorded)) + "\n" + tail + section(acted())
 
 
 def write(recorded: Mapping[str, Any]) -> None:

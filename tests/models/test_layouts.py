@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layouts of diffusion networks against diffusers' own conversion of single files: names, rows, and whole merges."""
+"""Layouts of diffusion networks against diffusers' own conversion of single files: names and rows."""
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from surgery import merge
 from surgery_formats.models.layouts.index import LayoutIndex, Rows
 from surgery_formats.models.layouts.registry import NETWORKS, indexes_of
-from tests.support.adapter_files import GOLDEN, Arrays
+from tests.support.bases import MODELS
 
-MODELS: dict[str, Any] = json.loads((GOLDEN / "layouts/rows.json").read_text())["models"]
 Span = list[Any]
-WIDTH = 4
 
 
 def _spans(entry: str | list[Span], heights: dict[str, int]) -> list[Span]:
@@ -62,63 +54,6 @@ def test_rows_are_those_that_diffusers_takes(name: str) -> None:
             found = [Rows(tensor)] if tensor in ours else split.rows(tensor)
             flattened = [[p, row, row + stop - start] for start, stop, p, row in sorted(pieces)]
             assert [_span(rows, ours) for rows in found] == flattened
-
-
-def _small(model: Any) -> tuple[dict[str, int], dict[str, list[Span]]]:
-    """Heights and spans, divided by what divides all of them."""
-    heights: dict[str, int] = model["heights"]
-    spans = {name: _spans(entry, heights) for name, entry in model["rows"].items()}
-    unit = math.gcd(*heights.values(), *(edge for some in spans.values() for _, *edges in some for edge in edges))
-    heights = {name: rows // unit for name, rows in heights.items()}
-    return heights, {n: [[t, a // unit, b // unit] for t, a, b in some] for n, some in spans.items()}
-
-
-def _converted(single: Arrays, spans: dict[str, list[Span]]) -> Arrays:
-    """What diffusers makes of a single file."""
-    return {name: np.concatenate([single[t][a:b] for t, a, b in some]) for name, some in spans.items()}
-
-
-def _adapter(heights: dict[str, int], rng: np.random.Generator, prefix: str, *, flat: bool) -> Arrays:
-    leaves = ("lora_down.weight", "lora_up.weight") if flat else ("lora_A.weight", "lora_B.weight")
-    found: Arrays = {}
-    for name, rows in heights.items():
-        if name.endswith(".weight"):
-            module = name.removesuffix(".weight")
-            stem = prefix + (module.replace(".", "_") if flat else module)
-            found[f"{stem}.{leaves[0]}"] = rng.standard_normal((2, WIDTH)).astype(np.float32)
-            found[f"{stem}.{leaves[1]}"] = rng.standard_normal((rows, 2)).astype(np.float32)
-    return found
-
-
-@pytest.mark.parametrize("spelling", ["single", "diffusers"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "openclip"])
-def test_a_merge_into_either_layout_is_the_same_model(name: str, spelling: str, tmp_path: Path) -> None:
-    """Merged and then converted by diffusers is converted and then merged; an adapter may be of either spelling."""
-    model = MODELS[name]
-    heights, spans = _small(model)
-    rng = np.random.default_rng(3)
-    single = {n: rng.standard_normal((rows, WIDTH)).astype(np.float32) for n, rows in heights.items()}
-    split = _converted(single, spans)
-    prefix = "model.diffusion_model."
-    save_file({prefix + n: tensor for n, tensor in single.items()}, tmp_path / "single.safetensors")
-    (tmp_path / "split").mkdir()
-    save_file(split, tmp_path / "split" / "diffusion_pytorch_model.safetensors")
-    network = next(network for network in NETWORKS if network.name == model["family"])
-    (tmp_path / "split" / "config.json").write_text(json.dumps({"_class_name": network.classes[0]}))
-    sizes = heights if spelling == "single" else {n: len(tensor) for n, tensor in split.items()}
-    start = "lora_unet_" if spelling == "single" else "transformer."
-    save_file(_adapter(sizes, rng, start, flat=spelling == "single"), tmp_path / "lora.safetensors")
-    merge(tmp_path / "single.safetensors", tmp_path / "lora.safetensors", output=tmp_path / "a")
-    merge(tmp_path / "split", tmp_path / "lora.safetensors", output=tmp_path / "b")
-    one = load_file(tmp_path / "a" / "single.safetensors")
-    other = load_file(tmp_path / "b" / "diffusion_pytorch_model.safetensors")
-    assert list(one) == [prefix + n for n in single] or one.keys() == {prefix + n for n in single}
-    converted = _converted({n.removeprefix(prefix): tensor for n, tensor in one.items()}, spans)
-    assert converted.keys() == other.keys() == split.keys()
-    assert all(np.array_equal(converted[n], tensor) for n, tensor in other.items())
-    changed = {n for n, tensor in other.items() if not np.array_equal(tensor, split[n])}
-    assert changed >= {n for n in split if n.endswith(".weight") and (spelling == "diffusers" or n in single)}
-    assert changed
 
 
 def test_hunyuan_video_has_the_same_rows_under_comfyuis_names() -> None:

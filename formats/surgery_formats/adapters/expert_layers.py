@@ -24,7 +24,7 @@ from surgery_formats.models.expert_stacks import ExpertPath, ExpertRole, matrice
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates import Factor, LoRA, Update
 
-__all__ = ["ExpertLayer", "ExpertStack", "expert_layers", "is_expert"]
+__all__ = ["ExpertLayer", "ExpertStack", "expert_layers", "has_gate", "is_expert"]
 
 _PARTS: tuple[ExpertRole, ExpertRole] = ("gate_proj", "up_proj")
 
@@ -204,11 +204,18 @@ def expert_layers(adapter: Adapter, base: Checkpoint) -> tuple[tuple[ExpertLayer
     """
     found: dict[str, ExpertLayer] = {}
     left: dict[Site, str] = {}
+    gates: dict[tuple[str, str], bool] = {}
     for site, chain in adapter.updates.items():
         named = parse_expert_path(site.path)
         if named is None:
             continue
         component = component_of(site, base)
+        home = (site.component, named.stem)
+        if home not in gates:
+            gates[home] = has_gate(named, component)
+        if not gates[home]:
+            left[site] = "how experts without a gate are held in it is not known"
+            continue
         known = _place(named, component)
         loras = [_loras(site, update, named, component) for update in chain]
         if known is None or not all(loras):
@@ -226,6 +233,14 @@ def expert_layers(adapter: Adapter, base: Checkpoint) -> tuple[tuple[ExpertLayer
                 layer, stacks={**layer.stacks, named.role: stack}, updates=(*layer.updates, (site, update))
             )
     return tuple(found[module] for module in sorted(found)), left
+
+
+def has_gate(named: ExpertPath, component: Component) -> bool:
+    """Whether experts that the base has, as far as it can be told, are gate, up and down; Nemotron H's are up and down."""
+    names = component.names
+    if names.resolve(replace(named, role="gate_up_proj").stack):
+        return True
+    return not any(names.resolve(f"{named.stem}.experts.{role}") for role in ("up_proj", "down_proj"))
 
 
 def _place(named: ExpertPath, component: Component) -> tuple[str, tuple[int, int], int] | None:

@@ -128,8 +128,8 @@ class Format(Protocol):
         title: One line for ``surgery formats``.
         needs_base: Whether `render` must know the base's names.
         single_file: Whether an adapter is one file rather than a folder.
-        file_stems: Names of its weight files up to the first dot, as patterns of `fnmatch`: a folder with such a file is
-            no plain model, whatever else it holds.
+        file_stems: Names of its weight files up to the first dot, or to the last one, as patterns of `fnmatch`: a folder with
+            such a file is no plain model, whatever else it holds.
     """
 
     @property

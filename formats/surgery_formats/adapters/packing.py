@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from surgery_formats.containers.base import FileLayout, TensorSpec
 from surgery_formats.containers.safetensors import layout, reference_order
+from surgery_formats.containers.torch.layout import plan_archive
 
-__all__ = ["PackedFile", "Packing", "laid_out", "packed_as_safetensors"]
+__all__ = ["PackedFile", "Packing", "laid_out", "packed_as_safetensors", "packed_as_torch"]
 
 Packing = Callable[[Sequence[TensorSpec], Mapping[str, str]], "PackedFile"]
 """From tensors and free strings to the plan of a file that holds them."""
@@ -58,6 +59,12 @@ def packed_as_safetensors(tensors: Sequence[TensorSpec], metadata: Mapping[str, 
     header, ranges = layout(reference_order(tensors), metadata)
     nbytes = max((offset + size for offset, size in ranges.values()), default=len(header))
     return PackedFile(header, ranges, nbytes)
+
+
+def packed_as_torch(tensors: Sequence[TensorSpec], metadata: Mapping[str, str], within: str = "") -> PackedFile:
+    """A torch archive of a dict of tensors, or of ``{within: dict}``; it has no place for free strings."""
+    plan = plan_archive(tensors, within)
+    return PackedFile(plan.header, plan.ranges, plan.nbytes, plan.before, plan.end)
 
 
 def laid_out(plan: FileLayout) -> PackedFile:

@@ -20,8 +20,10 @@ from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.nemo import NEMO
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
+from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
 from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
 from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.canonical.adapter import Adapter
@@ -56,6 +58,8 @@ BUILT_IN: tuple[Format, ...] = (
     BARE,
     GGUF_LORA,
     ONNX_ADAPTER,
+    TENSORRT_LLM,
+    NEMO,
     EMBEDDING,
     LEARNED_EMBEDS,
 )
@@ -94,8 +98,8 @@ def format_at(path: Path) -> Format | None:
 
 def is_adapter_file(name: str) -> bool:
     """Whether a file of weights, or an index, has a name that a format gives its own."""
-    stem = name.partition(".")[0]
-    return any(fnmatchcase(stem, pattern) for known in formats().values() for pattern in known.file_stems)
+    stems = (name.partition(".")[0], name.rpartition(".")[0])
+    return any(fnmatchcase(stem, own) for known in formats().values() for own in known.file_stems for stem in stems)
 
 
 def refuse_unread(path: Path) -> None:

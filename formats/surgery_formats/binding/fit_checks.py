@@ -200,12 +200,6 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
     site = missing[0]
     tensor = adapter.updates[site][0].tensors[0]
     lacking = listing(summed_up(map(str, missing)), _LISTED)
-    if absent == [""]:
-        raise FitError(
-            f"the adapter names no part of the pipeline, and fits none of {listing(sorted(_networks(checkpoint)))}: {lacking}",
-            file=adapter.path,
-            hint="is this the base it was trained on?",
-        )
     if absent:
         raise FitError(
             f"the adapter changes {listing(absent)}, the base has {listing(sorted(_networks(checkpoint)))}: "

@@ -17,8 +17,6 @@ import struct
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-import numpy as np
-
 from surgery_formats.containers.base import MAX_DIMS, Shard, TensorSpec
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
@@ -91,7 +89,7 @@ def _parameter(reader: _Flatbuffer, table: int) -> StoredTensor:
     begin, nbytes = reader.vector(table, 1, 8)
     if nbytes > 8 * MAX_DIMS:
         raise MalformedError("the shape is invalid", file=file.path, tensor=name)
-    sizes = tuple(int(size) for size in np.frombuffer(file.read(begin, nbytes), "<i8"))
+    sizes: tuple[int, ...] = struct.unpack(f"<{nbytes // 8}q", file.read(begin, nbytes))
     number = reader.number(table, 2, "<i")
     if number not in _BY_NUMBER:
         raise MalformedError(f"type {number} is not supported", file=file.path, tensor=name)

@@ -7,7 +7,7 @@ import os
 import stat
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
@@ -24,12 +24,24 @@ class File:
         fd: Read-only descriptor; its position is never used (`os.pread`).
         size: Size in bytes when opened.
         identity: ``(device, inode, size, mtime_ns)`` when opened; `check_unchanged` compares with it.
+        begin: Where positions count from: 0, or where a file inside this one lies (`window`).
     """
 
     path: Path
     fd: int
     size: int
     identity: tuple[int, int, int, int]
+    begin: int = 0
+
+    def window(self, begin: int, nbytes: int) -> File:
+        """A file that lies in this one, as a file of its own. It is good as long as this one is open.
+
+        Raises:
+            MalformedError: it reaches beyond this file.
+        """
+        if begin < 0 or nbytes < 0 or begin + nbytes > self.size:
+            raise MalformedError("a part of it reaches beyond its end", file=self.path)
+        return replace(self, size=nbytes, begin=self.begin + begin)
 
     def read(self, offset: int, nbytes: int) -> bytearray:
         """Return `nbytes` bytes from `offset` in a new buffer.
@@ -47,7 +59,7 @@ class File:
         Raises:
             MalformedError: the file ends too early.
         """
-        done = read_all(self.fd, buffer, offset)
+        done = read_all(self.fd, buffer, self.begin + offset)
         if early := len(buffer) - done:
             raise MalformedError(f"the file ends at byte {offset + done}, {early} bytes early", file=self.path)
 

@@ -19,7 +19,8 @@ from surgery_formats.files.raw import stays_inside
 from surgery_formats.models.eras import class_ties, eras_of, expert_counts
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.families.denoisers import COMPONENTS
-from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.diffusion_roles import diffusion_role
+from surgery_formats.models.families.family import Family, role_of
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.layouts.parts import parts_of
 from surgery_formats.models.names import Names
@@ -36,6 +37,8 @@ from surgery_formats.tensors.views import transpose, whole
 
 __all__ = ["Checkpoint", "Component", "open_checkpoint"]
 
+_T5 = "text_encoder_3"  # ComfyUI's and sd-scripts' T5, whatever number a pipeline has it under
+_T5_TYPES = ("t5", "umt5")
 _WITH_HEAD = ("CausalLM", "LMHead", "MaskedLM", "ConditionalGeneration", "PreTraining")
 
 
@@ -213,6 +216,12 @@ class Component:
                 return part, name.removeprefix(names.prefix)
         return self.name, name
 
+    def role(self, name: str) -> str:
+        """What part of its network a parameter, or a module, is: attention, MLP ...; ``other`` where its name does not tell."""
+        part, inner = self.within(name)
+        diffuses = "_class_name" in self.config or part in ("denoiser", "vae")
+        return diffusion_role(inner) if diffuses else role_of(inner)
+
     def _stored(self, name: str) -> str:
         if name in self.parameters:
             return name
@@ -296,9 +305,8 @@ class Checkpoint:
         found = self.components.get(name, self.components.get(""))
         if found is None and name in COMPONENTS:
             found = next((self.components[other] for other in COMPONENTS if other in self.components), None)
-        if found is None and name == "text_encoder_3":  # sd-scripts' number of T5, of which Flux has no second
-            second = self.components.get("text_encoder_2")
-            found = second if second is not None and second.config.get("model_type") == "t5" else None
+        if found is None and name == _T5:
+            found = next((one for one in self.components.values() if one.config.get("model_type") in _T5_TYPES), None)
         return found
 
     def names_of(self, component: str) -> Names | None:
@@ -324,8 +332,9 @@ def _part_of(component: str, parts: Mapping[str, Names]) -> str:
     """What a file's parts call a component of an adapter."""
     if component in COMPONENTS:
         return "denoiser"
-    t5 = component == "text_encoder_3" and component not in parts
-    return "text_encoder_2" if t5 and "t5xxl" in getattr(parts.get("text_encoder_2"), "prefix", "") else component
+    if component == _T5 and component not in parts:
+        return next((part for part, names in parts.items() if "t5" in names.prefix), component)
+    return component
 
 
 def _component(name: str, path: Path, weights: ShardSet) -> Component:

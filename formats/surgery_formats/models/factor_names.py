@@ -38,7 +38,10 @@ ADAPTER_NAMES: tuple[tuple[str, str], ...] = (
     (r".*::lora::[01]", "factors of layerdiffuse"),
     (r".*\.(loras|adapters|prefix_tunings|prompt_tunings)\.[^.]+\..*", "factors of AdapterHub"),
     (r".*\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight", "factors of XLabs"),
-    (r"base_model\.model\..*\.lora_[AB](\.default)?\.weight", "PEFT's weights without their adapter_config.json"),
+    (
+        r"(\w+\.)?base_model\.model\..*\.(lora_[AB](\.\w+)?\.weight|ia3_l|hada_\w+)",
+        "PEFT's weights without their adapter_config.json",
+    ),
     (r".*\.lora_[ab]\.weight|.*\.magnitude", "factors of torchtune"),
     (r".*\.(lora_[AB](\.default)?(\.weight)?|lora_(down|up|mid)\.weight)", "factors of a LoRA"),
 )

@@ -8,11 +8,10 @@ Only names, shapes and types are read. Numbered siblings with equal contents bec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from surgery_formats.models.checkpoint import Component
-from surgery_formats.models.families.family import role_of
 from surgery_formats.storage.parameter import Parameter
 
 __all__ = ["Node", "Totals", "leaves", "module_graph", "role_totals", "stored_ties"]
@@ -20,7 +19,24 @@ __all__ = ["Node", "Totals", "leaves", "module_graph", "role_totals", "stored_ti
 _DEPTH = 32  # segments of a name that become levels; what is left of a deeper (hostile) name stays one label
 # What batch normalisation keeps beside its parameters; no optimiser trains it.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-_ORDER = ("embedding", "attention", "module", "block", "other", "mlp", "expert", "norm", "head", "buffer")
+_ORDER = (
+    "embedding",
+    "modulation",
+    "attention",
+    "module",
+    "block",
+    "other",
+    "convolution",
+    "mlp",
+    "expert",
+    "attention+mlp",
+    "projection",
+    "norm",
+    "head",
+    "output",
+    "buffer",
+)
+_Role = Callable[[str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +48,9 @@ class Node:
     Attributes:
         name: Path with dots, numbers of equal siblings as ranges: ``model.layers.0-15.self_attn.q_proj.weight``. It
             begins with the parent's. Untrusted text.
-        role: ``attention``, ``mlp``, ``expert``, ``embedding``, ``head``, ``norm``, ``other``; of modules also
-            ``block`` (numbered), ``module`` (of several roles) and ``model`` (the root); of tensors also ``buffer``
-            (computed or counted, not trained).
+        role: ``attention``, ``mlp``, ``expert``, ``embedding``, ``head``, ``norm``, ``other``, and those of diffusion networks
+            (`surgery_formats.models.families.diffusion_roles`); of modules also ``block`` (numbered), ``module`` (of
+            several roles) and ``model`` (the root); of tensors also ``buffer`` (computed or counted, not trained).
         parameters: Numbers stored, ties counted once, buffers not at all.
         nbytes: Bytes stored.
         dtypes: Stored types, sorted; usually one.
@@ -103,7 +119,7 @@ def module_graph(component: Component) -> Node:
             stored = component.parameters[source]
             root.at(alias).leaf = Node("", "", 0, 0, (stored.storage.kind,), stored.sizes, tied=source)
     root.sign({})
-    children = tuple(_children(root, None, 1))
+    children = tuple(_children(root, None, 1, component.role))
     return _sum("", "model", children, 1)
 
 
@@ -147,18 +163,23 @@ class _ModuleBranch:
         return self.signature
 
 
-def _children(branch: _ModuleBranch, path: str | None, times: int) -> list[Node]:
+def _children(branch: _ModuleBranch, path: str | None, times: int, role: _Role) -> list[Node]:
     """Nodes below `branch`; numbered ones that are alike become one."""
     prefix = "" if path is None else f"{path}."
     groups: dict[tuple[str, int], list[str]] = {}
     for segment, below in branch.below.items():
         groups.setdefault(("", below.signature) if _numbered(segment) else (segment, -1), []).append(segment)
     nodes = [
-        _node(_together([branch.below[member] for member in members]), prefix + _ranges(members), times * len(members))
+        _node(
+            _together([branch.below[member] for member in members]),
+            prefix + _ranges(members),
+            times * len(members),
+            role,
+        )
         for members in groups.values()
     ]
     if branch.leaf is not None and path is not None:  # a tensor whose name is also a module's
-        nodes.append(_tensor(branch.leaf, path, times))
+        nodes.append(_tensor(branch.leaf, path, times, role))
     return sorted(nodes, key=lambda node: (_ORDER.index(node.role), _natural(node.name)))
 
 
@@ -173,20 +194,22 @@ def _together(branches: Sequence[_ModuleBranch]) -> _ModuleBranch:
     return _ModuleBranch(replace(found[0], parameters=numbers, nbytes=kept) if found else None, below, first.signature)
 
 
-def _node(branch: _ModuleBranch, path: str, times: int) -> Node:
+def _node(branch: _ModuleBranch, path: str, times: int, role_of: _Role) -> Node:
     if branch.leaf is not None and not branch.below:
-        return _tensor(branch.leaf, path, times)
-    children = _children(branch, path, times)
+        return _tensor(branch.leaf, path, times, role_of)
+    children = _children(branch, path, times, role_of)
     last = path.rpartition(".")[2]
     if len(children) == 1 and not last[:1].isdigit():  # a module of one part is shown as that part
         return children[0]
     role = role_of(f"{path}.weight")
-    if role == "other":
+    if role == "other" or (
+        role == "norm" and all(child.role != role for child in children)
+    ):  # modulated norms of diffusers
         role = "block" if last[:1].isdigit() else "module"
     return _sum(path, role, tuple(children), times)
 
 
-def _tensor(leaf: Node, path: str, times: int) -> Node:
+def _tensor(leaf: Node, path: str, times: int, role_of: _Role) -> Node:
     return replace(leaf, name=path, role=leaf.role or role_of(path), repeated=times)
 
 

@@ -121,6 +121,11 @@ class Names:
         """The names of its family's other layouts."""
         return indexes_of(self._known, self.config)
 
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The families of networks with several layouts that its names are of; several where they tell no more."""
+        return tuple(index.network.name for index in self._layouts)
+
     def resolve(self, path: str, *, flat: bool = False) -> tuple[WeightSlice, ...]:
         """Every piece of the weight called `path`; empty if the base has no such weight.
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from surgery_formats.containers.pipeline import PIPELINE, part_folders
+from surgery_formats.containers.sharded import is_index
 from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import stays_inside
@@ -57,7 +58,7 @@ def _beside(folder: Path, prefix: str = "", *, configs: bool = False) -> tuple[F
             left.append((f"{name}/", path))
         if not entry.is_file() or entry.name in _NEVER_CARRIED or entry.name.startswith("."):
             continue
-        if (entry.name == "config.json" and not configs) or entry.name.endswith(".index.json"):
+        if (entry.name == "config.json" and not configs) or is_index(entry.name):
             continue
         kept = not holds_weights(entry.name) and stays_inside(path) and is_safe_name(name)
         (carried if kept else left).append((name, path))

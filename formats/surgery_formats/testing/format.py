@@ -66,8 +66,9 @@ def detects_its_own(case: FormatCase, folder: Path) -> None:
     assert case.format.detect(path)
     rendering = case.format.render(case.read(folder), case.base)
     assert case.format.detect(save(rendering, case.format, folder))
-    stem = rendering.tensor_file.partition(".")[0]
-    assert case.format.single_file or any(fnmatchcase(stem, pattern) for pattern in case.format.file_stems)
+    name = rendering.tensor_file
+    stems = (name.partition(".")[0], name.rpartition(".")[0])
+    assert case.format.single_file or any(fnmatchcase(stem, own) for own in case.format.file_stems for stem in stems)
 
 
 def is_silent_about_foreign_files(case: FormatCase, folder: Path) -> None:

@@ -15,7 +15,6 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, a
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.merge.carried import carried_files
 from surgery.engine.merge.output_config import coded_modules, corrected_config, corrected_quantisation_files
-from surgery.engine.placing import placed_where_it_fits
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
 from surgery.engine.quantised.mixed_config import torn_apart
 from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
@@ -66,7 +65,6 @@ def planned_merge(
         raise FitError("no adapter was named")
     weighted, left = Selection(without=tuple(without)).chosen(weighted) if without else (weighted, ())
     checkpoint = as_checkpoint(base)
-    weighted = [replace(entry, adapter=placed_where_it_fits(entry.adapter, checkpoint)) for entry in weighted]
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     if left:
         out = f"left out, as --without says: {len(left)} parameters, {listing(summed_up(left), 40)}"

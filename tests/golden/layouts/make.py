@@ -152,7 +152,10 @@ def openclip() -> tuple[torch.nn.Module, Callable[..., Any]]:
         }
         shapes |= {f"{at}layer_norm2.weight": 16, f"{at}layer_norm2.bias": 16}
     shapes |= {"text_model.final_layer_norm.weight": 16, "text_model.final_layer_norm.bias": 16}
-    model = SimpleNamespace(state_dict=lambda: {name: torch.empty(rows, 1) for name, rows in shapes.items()})
+    flat = {name for name in shapes if "norm" in name or name.endswith(".bias")}
+    model = SimpleNamespace(
+        state_dict=lambda: {n: torch.empty((rows,) if n in flat else (rows, 1)) for n, rows in shapes.items()}
+    )
     text_model = SimpleNamespace(config=SimpleNamespace(hidden_size=16))
     return model, lambda tensors: peer.convert_open_clip_checkpoint(text_model, tensors, prefix="")  # type: ignore
 
@@ -200,7 +203,8 @@ def rows_of(family: str, model: Any, convert: Callable[..., Any]) -> dict[str, A
         found[name] = [[names[a // STEP], a % STEP, (b - 1) % STEP + 1] for a, b in spans]
         if len(spans) == 1 and found[name][0][1:] == [0, tensors[found[name][0][0]]]:
             found[name] = found[name][0][0]  # all of one
-    return {"family": family, "heights": tensors, "rows": found}
+    tails = {name: list(t.shape[1:]) for name, t in sorted(model.state_dict().items()) if t.ndim != 2}
+    return {"family": family, "heights": tensors, "rows": found, "tails": tails}
 
 
 def main() -> None:

@@ -364,6 +364,13 @@ def make_case(case: Case) -> None:
     print(f"{case.base}/{case.name}: {len(adapter)} tensors, {len(changed)} changed, fuse/formula {worst:.1e}")
 
 
+def make_npz() -> None:
+    """Stores ``lora-zero`` as mlx-lm did before 2024-04 and mlx-examples does: an archive, and no configuration."""
+    folder = HERE / "llama/npz"
+    folder.mkdir(exist_ok=True)
+    mx.savez(str(folder / "adapters.npz"), **mx.load(str(HERE / "llama/lora-zero/adapters.safetensors")))
+
+
 def main() -> None:
     """Makes everything anew, or the bases that are named."""
     mx.set_default_device(mx.cpu)
@@ -374,6 +381,8 @@ def main() -> None:
     for case in CASES:
         if case.base in names:
             make_case(case)
+    if "llama" in names:
+        make_npz()
     packages = ("mlx", "mlx-lm", "numpy", "safetensors")
     (HERE / "versions.json").write_text(json.dumps({p: version(p) for p in packages}, indent=2) + "\n")
 

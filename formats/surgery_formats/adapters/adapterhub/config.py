@@ -110,8 +110,8 @@ _UNSCALED = (
 
 
 def _is_unscaled(version: object) -> bool:
-    found = re.match(r"adapters\.(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return bool(found) and tuple(map(int, found.groups())) < _UNSCALED_BEFORE if found else False
+    found = re.match(r"adapters\.(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
+    return found is not None and (int(found[1]), int(found[2])) < _UNSCALED_BEFORE
 
 
 def _lora(method: Mapping[str, Any], file: Path, *, unscaled: bool) -> LoRASettings:

@@ -78,14 +78,13 @@ def updates_of(module: LoRAModule, config: HubConfig) -> tuple[Update, Update | 
     lora, method = _lora(module, config)
     if "m.weight" not in parts:
         return lora, None
-    magnitude = module.part("m.weight")
+    return _dora(lora, module.part("m.weight"), method)
+
+
+def _dora(lora: LoRA, magnitude: StoredTensor, method: LoRASettings) -> tuple[Update, Update]:
     if magnitude.shape != (lora.shape[0], 1):
         raise _contradiction(magnitude, f"magnitudes for {lora.shape[0]} rows")
     lengths = Factor((magnitude,), magnitude.shape[:1])
-    return _dora(lora, lengths, method)
-
-
-def _dora(lora: LoRA, lengths: Factor, method: LoRASettings) -> tuple[Update, Update]:
     weight = DoRA(lora, lengths) if method.alpha == method.rank else OutputDoRA(lora, lengths)
     return weight, DoRABias(lora, lengths)
 
@@ -130,7 +129,7 @@ def _vera(module: LoRAModule, config: HubConfig) -> tuple[Update, Update | None]
     lora = LoRA(down, up, method.alpha / method.rank)
     if "m.weight" not in module.parts:
         return lora, None
-    return _dora(lora, Factor((module.part("m.weight"),), B.shape[:1]), method)
+    return _dora(lora, module.part("m.weight"), method)
 
 
 def _vector(module: LoRAModule, config: HubConfig) -> tuple[Update, Update]:

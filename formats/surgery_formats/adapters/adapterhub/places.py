@@ -36,4 +36,5 @@ def place_of(module: str) -> Place:
 
 def layer_of(module: str) -> int | None:
     """The number of its layer; None outside of layers."""
-    return next((int(segment) for segment in module.split(".") if segment.isdigit()), None)
+    number = re.search(r"(?:^|\.)([0-9]{1,9})(?:\.|$)", module)
+    return None if number is None else int(number[1])

@@ -17,6 +17,7 @@ from surgery_formats.adapters.adapterhub.config import HubConfig, read_hub_confi
 from surgery_formats.adapters.adapterhub.files import CONFIG_FILE, TENSOR_FILE
 from surgery_formats.adapters.adapterhub.places import layer_of, place_of
 from surgery_formats.adapters.adapterhub.read import INSERTED
+from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.writing import (
@@ -122,7 +123,7 @@ def render_adapterhub(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     config = {
         **_DEFAULTS,
         **_switches({module for module, _ in written}),
-        "alpha": _number(method.scale * max(ranks, default=1)),
+        "alpha": written_alpha(method.scale * max(ranks, default=1)),
         "composition_mode": "scale" if method.multiplies else "add",
         "init_weights": "ia3" if method.multiplies else "lora",
         "r": max(ranks, default=1),
@@ -297,7 +298,3 @@ def _switches(modules: set[str]) -> dict[str, Any]:
         "leave_out": sorted(set(range(max(layers, default=0))) - layers) if one_stack else [],
         "output_lora": "output" in places,
     }
-
-
-def _number(value: float) -> float | int:
-    return int(value) if value == int(value) else value

@@ -14,10 +14,15 @@ from surgery_formats.adapters.grammar.spelling import FLAT, KeyPrefix
 __all__ = ["COMFYUI"]
 
 _MODEL = KeyPrefix("diffusion_model.", "denoiser", False)
-_TEXT = (
-    KeyPrefix("text_encoders.clip_l.transformer.", "text_encoder", False),
-    KeyPrefix("text_encoders.clip_g.transformer.", "text_encoder_2", False),
-    KeyPrefix("text_encoders.t5xxl.transformer.", "text_encoder_2", False),
+_ENCODERS = {
+    "text_encoder": ("clip_l", "llama", "qwen25_3b", "qwen25_7b", "qwen3_06b", "qwen3_4b", "qwen3_8b", "gemma2_2b"),
+    "text_encoder_2": ("clip_g",),
+    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl"),  # of whatever number a base has it
+}
+_TEXT = tuple(
+    KeyPrefix(f"text_encoders.{name}.transformer.", component, False)
+    for component, names in _ENCODERS.items()
+    for name in names
 )
 _DOWN, _UP = LORA_SPELLINGS["lora_A"]
 

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from surgery_formats.adapters.alphas import stated_alpha
 from surgery_formats.adapters.grammar.files import weights_at
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Ignored, ModuleKind, Site
-from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.containers.gguf.config import model_config
 from surgery_formats.containers.gguf.header import Header, read_header
 from surgery_formats.dtypes import DType
@@ -77,7 +77,6 @@ def read_gguf(path: Path) -> Adapter:
         config={ARCHITECTURE_KEY: name},
         metadata={key: value for key in ("general.name",) if (value := _text(header, key))},
         stated_issues=tuple(issues),
-        provenance=Provenance(scales={"adapter metadata" if alpha else "none": len(updates)}),
     )
 
 
@@ -104,11 +103,7 @@ def _architecture(header: Header) -> str:
 
 def _alpha(header: Header) -> float:
     value = header.value("adapter.lora.alpha")
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
-        raise MalformedError(f"adapter.lora.alpha is {show(value, 40)}, not a finite number", file=header.file.path)
-    return float(value)
+    return 0.0 if value is None else stated_alpha(value, header.file.path)
 
 
 def _text(header: Header, key: str) -> str:

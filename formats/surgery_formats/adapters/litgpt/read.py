@@ -9,10 +9,11 @@ trained stands in ``hyperparameters.yaml``, how many rows each has in ``model_co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.adapters.alphas import agreed_alpha
 from surgery_formats.adapters.litgpt.files import HYPERPARAMETERS, MODEL_CONFIG, MODULES, QKV, flat_yaml, own_file
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -52,7 +53,7 @@ def read_litgpt(path: Path, alpha: float | None = None) -> Adapter:
             raise MalformedError("neither lora_A nor lora_B", file=file, tensor=tensor.name)
         modules.setdefault(module, {})[leaf] = tensor
     settings, model = flat_yaml(file.with_name(HYPERPARAMETERS)), flat_yaml(file.with_name(MODEL_CONFIG)) or {}
-    known = _alpha(settings, alpha, file)
+    known = agreed_alpha((settings or {}).get("lora_alpha"), alpha, HYPERPARAMETERS, file)
     updates = {}
     for module, parts in modules.items():
         for lack in {"lora_A", "lora_B"} - parts.keys():
@@ -70,23 +71,6 @@ def read_litgpt(path: Path, alpha: float | None = None) -> Adapter:
         stated_issues=() if settings else ("no hyperparameters.yaml beside it: alpha is the one that was given",),
         provenance=Provenance("litgpt (its keys)"),
     )
-
-
-def _alpha(settings: Mapping[str, Any] | None, alpha: float | None, file: Path) -> float:
-    stated = None if settings is None else settings.get("lora_alpha")
-    if stated is None:
-        if alpha is None:
-            raise FitError(
-                "the scale of its LoRAs is not in its file",
-                file=file,
-                hint="give lora_alpha with `alpha=`, or hyperparameters.yaml beside it",
-            )
-        return alpha
-    if isinstance(stated, bool) or not isinstance(stated, int | float) or not abs(stated) <= 1e30:
-        raise MalformedError(f"lora_alpha is {show(repr(stated), 40)}, not a finite number", file=file)
-    if alpha not in (None, stated):
-        raise FitError(f"an alpha of {alpha:g} was given, hyperparameters.yaml says {stated:g}", file=file)
-    return float(stated)
 
 
 def _loras(
@@ -136,18 +120,22 @@ def part_rows(model: Mapping[str, Any], tensor: StoredTensor) -> dict[str, int]:
     Raises:
         FitError: it does not tell them.
     """
-    heads, width = model.get("n_head"), model.get("n_embd")
-    groups, size = model.get("n_query_groups") or heads, model.get("head_size")
-    if size is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
-        size = width // heads
-    if not all(type(number) is int and 0 < number < 1 << 31 for number in (heads, groups, size)):
+    heads, width = _count(model.get("n_head")), _count(model.get("n_embd"))
+    groups = _count(model.get("n_query_groups") or heads)
+    size = width // heads if model.get("head_size") is None and heads else _count(model.get("head_size"))
+    if not (heads and groups and size):
         raise FitError(
             "queries, keys and values are one matrix, and no model_config.yaml tells their rows",
             file=tensor.path,
             tensor=tensor.name,
             hint="put the model's model_config.yaml beside the file",
         )
-    return {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}  # type: ignore[operator]
+    return {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size}
+
+
+def _count(value: object) -> int:
+    """A size that a model can have; 0 for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31 else 0
 
 
 def _parts(
@@ -173,7 +161,7 @@ def _parts(
         yield f"{stem}.{part}", LoRA(down, up, alpha / rank, alpha)
 
 
-def _rows(start: int, stop: int) -> Any:
+def _rows(start: int, stop: int) -> Callable[[Array], Array]:
     def view(values: Array) -> Array:
         return values[start:stop]
 

@@ -8,8 +8,10 @@ zeros, smaller ranks are padded with zeros, and other scales multiplied into ``l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.litgpt.files import (
@@ -20,7 +22,7 @@ from surgery_formats.adapters.litgpt.files import (
     TENSOR_FILE,
     written_yaml,
 )
-from surgery_formats.adapters.packing import PackedFile
+from surgery_formats.adapters.packing import packed_as_torch
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -31,8 +33,6 @@ from surgery_formats.adapters.writing import (
 )
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.containers.base import TensorSpec
-from surgery_formats.containers.torch.layout import plan_archive
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -82,21 +82,16 @@ def render_litgpt(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         ledger.keep(site, held.update, "folded" if said else "exact", ", ".join(said))
     config, switches = base.main.config, _switches(found)
     tensors = list(_tensors(found, switches, _shapes(config), rank, scale)) if found else []
-    alpha = scale * rank
     settings = {
         "checkpoint_dir": adapter.base_name or str(base.path.name),
         "precision": "32-true",
         "lora_r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": written_alpha(scale * rank),
         "lora_dropout": 0.0,
         **switches,
     }
     small = {HYPERPARAMETERS: written_yaml(settings), MODEL_CONFIG: written_yaml(_model(config))}
-
-    def packing(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
-        plan = plan_archive(specs, within="model")
-        return PackedFile(plan.header, plan.ranges, plan.nbytes, plan.before, plan.end)
-
+    packing = partial(packed_as_torch, within="model")
     return Rendering(TENSOR_FILE, tuple(tensors), {}, small, tuple(ledger.entries), ledger.held, packing=packing)
 
 

@@ -11,6 +11,7 @@ from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.files import keys_at, weights_at
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.torch import TORCH
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["LORALIB"]
@@ -52,15 +53,12 @@ class _Loralib:
         return read_loralib(path, self.alpha)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """Nothing: a file that states no scale could not be proved."""
-        from surgery_formats.adapters.writing import ConversionLedger
+        """Nothing.
 
-        ledger = ConversionLedger()
-        for site, chain in adapter.updates.items():
-            for update in chain:
-                ledger.drop(site, update, "files of loralib state no scale, so that they are only read")
-        ledger.drop_prompt(adapter)
-        return Rendering("adapter.pt", (), entries=tuple(ledger.entries))
+        Raises:
+            FitError: always: a file that states no scale could not be proved.
+        """
+        raise FitError("files of loralib state no scale, so that they are only read", file=adapter.path)
 
 
 LORALIB = _Loralib()

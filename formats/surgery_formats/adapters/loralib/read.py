@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from surgery_formats.adapters.alphas import TELL_ALPHA
 from surgery_formats.adapters.embeddings import is_embedding
 from surgery_formats.adapters.grammar.files import open_adapter_file
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -37,7 +38,7 @@ def read_loralib(path: Path, alpha: float | None = None) -> Adapter:
         raise FitError(
             "the scale of its LoRAs is not in its file: loralib stores no lora_alpha",
             file=file,
-            hint="give the lora_alpha of its layers with `alpha=`",
+            hint=TELL_ALPHA,
         )
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}

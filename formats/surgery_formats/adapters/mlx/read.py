@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.embeddings import is_embedding
-from surgery_formats.adapters.mlx.files import TENSOR_FILE
+from surgery_formats.adapters.mlx.files import OLD_FILE, open_mlx
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
-from surgery_formats.containers.weight_files import open_shard
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
@@ -39,24 +38,22 @@ class _Config:
     traps: tuple[str, ...]
 
 
-def read_mlx(path: Path) -> Adapter:
-    """Read a folder with adapters.safetensors and adapter_config.json.
+def read_mlx(path: Path, scale: float | None = None) -> Adapter:
+    """Read a folder with adapters.safetensors and adapter_config.json, or an adapters.npz.
+
+    Args:
+        path: Of a folder, or of an ``.npz`` file.
+        scale: Of a file that does not state it.
 
     Raises:
         NotFoundError: a file is missing.
         MalformedError: the configuration or a key is not mlx-lm's.
+        FitError: no scale is known, or another one is stated.
     """
-    file = path / TENSOR_FILE
-    if not file.exists():
-        old = (
-            "the older adapters.npz is not read: load and save it with mlx-lm"
-            if (path / "adapters.npz").exists()
-            else None
-        )
-        raise NotFoundError(f"no {TENSOR_FILE}", file=path, hint=old)
-    raw = read_object(path / "adapter_config.json") if (path / "adapter_config.json").exists() else {}
-    config = _parse(raw, path / "adapter_config.json")
-    shard = open_shard(file)
+    file, shard = open_mlx(path)
+    settings = file.with_name("adapter_config.json")
+    raw = read_object(settings) if settings.exists() else {}
+    config = _parse(raw, settings, scale, old=file.name.endswith(".npz"))
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}
     for tensor in shard.tensors:
@@ -93,18 +90,29 @@ def _tie_trap(modules: Iterable[str]) -> Iterable[str]:
         yield "it trains the embedding: where the base ties its head to it, mlx-lm lets the head follow"
 
 
-def _parse(raw: Mapping[str, Any], file: Path) -> _Config:
+def _parse(raw: Mapping[str, Any], file: Path, told: float | None, *, old: bool) -> _Config:
     kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") is True else "lora")
     if kind not in ("lora", "dora", "full"):
         raise FitError(f"the fine_tune_type {kind!r} is not known", file=file)
     parameters = raw.get("lora_parameters") or {}  # null for "full"
     if not isinstance(parameters, Mapping):
         raise MalformedError("'lora_parameters' is not an object", file=file)
+    scale = _number(parameters.get("scale", raw.get("scale")), "scale", file)
+    if told is not None and (scale not in (None, told) or kind == "full" or _is_vlm(raw)):
+        raise FitError(f"a scale of {told:g} was given, and its configuration says otherwise", file=file)
     if _is_vlm(raw):
         return _of_vlm(raw, file)
     traps = []
-    scale = _number(parameters.get("scale", raw.get("scale")), "scale", file)
-    if scale is None:
+    if told is not None and scale is None:
+        scale = told
+        traps.append(f"no scale in its files: {told:g} is the one that was given")
+    elif scale is None and old:
+        raise FitError(
+            "the scale of its LoRAs is not in its file",
+            file=file.with_name(OLD_FILE),
+            hint="give what its layers multiplied by with `alpha=`: 20 where nobody changed it, 2 in the first versions",
+        )
+    elif scale is None:
         scale = _DEFAULT_SCALE
         if kind != "full":
             traps.append(f"no scale in its configuration: mlx-lm's old default, {_DEFAULT_SCALE:g}, is used")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery_formats.files.raw import first_bytes
+from surgery_formats.containers.onnx_adapter import is_onnx_adapter
 
 if TYPE_CHECKING:
     from surgery_formats.adapters.format import Rendering
@@ -27,7 +27,7 @@ class _OnnxAdapter:
 
     def detect(self, path: Path) -> bool:
         """A file with the identifier ``TORT`` behind its first four bytes."""
-        return (first_bytes(path, 8) or b"")[4:8] == b"TORT"
+        return is_onnx_adapter(path)
 
     def read(self, path: Path) -> Adapter:
         """See `read.read_onnx_adapter`."""

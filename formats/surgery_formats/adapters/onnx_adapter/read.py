@@ -17,10 +17,10 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, LoRA, Update
 
-__all__ = ["PREFIX", "A", "B", "read_onnx_adapter"]
+__all__ = ["A", "B", "read_onnx_adapter"]
 
 A, B = ".lora_A.weight", ".lora_B.weight"
-PREFIX = "base_model.model."
+_PREFIX = "base_model.model."
 _NO_FACTORS = "neither lora_A nor lora_B of a module: what the graph makes of this input is not known here"
 
 
@@ -56,7 +56,7 @@ def read_onnx_adapter(path: Path) -> Adapter:
         if not down.numel or not up.numel:
             ignored += [Ignored(tensor, "of rank 0: the graph adds nothing there") for tensor in (down, up)]
             continue
-        inner = module.removeprefix(PREFIX)
+        inner = module.removeprefix(_PREFIX)
         site = Site(f"{inner}.weight", module_kind="embedding" if is_embedding(inner) else "linear")
         updates[site] = (_lora(down, up, embedding=is_embedding(inner)),)
     return Adapter(

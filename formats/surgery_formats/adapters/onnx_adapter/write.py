@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the canonical form to an ``.onnx_adapter`` file, under the names of Olive's ``convert-adapters``; scales go into B."""
+"""Write the canonical form to an ``.onnx_adapter`` file, under the names of a graph's inputs; scales go into B.
+
+Olive exports the model inside PEFT's, so that these are the names of the model's code, as in our own exports. Its ``convert-adapters``
+(0.13) leaves PEFT's prefix on where no ``model.`` follows (``lm_head``, GPT-2, GPT-NeoX), and onnxruntime refuses these names.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.onnx_adapter.read import PREFIX, A, B
+from surgery_formats.adapters.onnx_adapter.read import A, B
 from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -87,19 +91,15 @@ def _module(site: Site, lora: LoRA, adapter: Adapter, base: Checkpoint | None) -
 
 
 def _pair(module: str, lora: LoRA, *, embedding: bool = False, tied: bool = False) -> list[NewTensor]:
-    """Olive takes PEFT's prefix off where ``model.`` follows, and nowhere else.
-
-    The scale is multiplied into B: of a tied head into A, which is the embedding's B, so that both change alike to the bit.
-    """
-    stem = module if module.startswith("model.") else f"{PREFIX}{module}"
+    """The scale is multiplied into B: of a tied head into A, which is the embedding's B, so that both change alike to the bit."""
     (out, inputs), rank = lora.shape, lora.rank
     if embedding:
         return [
-            factor_tensor(f"{stem}{A}", lora.B, (out, rank)),
-            factor_tensor(f"{stem}{B}", lora.A, (rank, inputs), times=lora.scale),
+            factor_tensor(f"{module}{A}", lora.B, (out, rank)),
+            factor_tensor(f"{module}{B}", lora.A, (rank, inputs), times=lora.scale),
         ]
     a, b = (lora.scale, 1.0) if tied else (1.0, lora.scale)
     return [
-        factor_tensor(f"{stem}{A}", lora.A, (inputs, rank), lambda t: t.T, times=a),
-        factor_tensor(f"{stem}{B}", lora.B, (rank, out), lambda t: t.T, times=b),
+        factor_tensor(f"{module}{A}", lora.A, (inputs, rank), lambda t: t.T, times=a),
+        factor_tensor(f"{module}{B}", lora.B, (rank, out), lambda t: t.T, times=b),
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.peft.keys import WEIGHTS
+from surgery_formats.adapters.peft.lone_weights import holds_lone_weights
 from surgery_formats.files.raw import first_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class _Peft:
     Attributes:
         scaling: How ranks and scales are stated; None keeps an adapter's own way.
         dialect: Name of the way in which experts are held (`dialects`); empty for the nearest to an adapter's own.
+        alpha: For weights without a configuration; None where they have one.
     """
 
     name: str = "peft"
@@ -39,20 +41,31 @@ class _Peft:
     file_stems: tuple[str, ...] = (f"{WEIGHTS}*",)
     scaling: Scaling | None = None
     dialect: str = ""
+    alpha: float | None = None
 
     def detect(self, path: Path) -> bool:
-        """A folder whose adapter_config.json mentions a peft_type, or that holds PEFT's weights."""
+        """A folder whose adapter_config.json mentions a peft_type, or PEFT's weights, with or without it."""
         config = path / "adapter_config.json"
         head = first_bytes(config, 1 << 20)
-        if head is None:
-            return os.path.isdir(path) and os.path.exists(config)  # a pipe of that name: the reader refuses it by name
-        return b'"peft_type"' in head or any(path.glob(f"{WEIGHTS}*"))
+        if head is not None:
+            return b'"peft_type"' in head or any(path.glob(f"{WEIGHTS}*"))
+        if os.path.isdir(path) and os.path.exists(config):
+            return True  # a pipe of that name: the reader refuses it by name
+        return holds_lone_weights(path)
+
+    def with_alpha(self, alpha: float) -> _Peft:
+        """The same format, reading weights without a configuration with this alpha."""
+        return replace(self, alpha=alpha)
 
     def read(self, path: Path) -> Adapter:
-        """See `read_peft`."""
+        """See `read_peft` and `read_unconfigured`."""
+        if holds_lone_weights(path):
+            from surgery_formats.adapters.peft.unconfigured import read_unconfigured
+
+            return read_unconfigured(path, self.alpha)
         from surgery_formats.adapters.peft.read import read_peft
 
-        return read_peft(path)
+        return read_peft(path, self.alpha)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `render_peft`."""

@@ -14,9 +14,16 @@ from typing import Any
 
 from surgery_formats.adapters.peft.keys import HEADS, ancestors, bare_pattern, unwrapped
 from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
-from surgery_formats.text import listing
+from surgery_formats.text import listing, show
 
-__all__ = ["beyond_targets", "empty_saved", "stated_disagreements", "unmet_promises"]
+__all__ = [
+    "beyond_targets",
+    "chooses_none",
+    "empty_saved",
+    "stated_disagreements",
+    "unmet_promises",
+    "unusable_targets",
+]
 
 
 def stated_disagreements(
@@ -37,6 +44,8 @@ def stated_disagreements(
         exact: Whether the paths are those that PEFT wrote: a pattern on whole paths says nothing about others.
     """
     trained = [module for module, parts in modules.items() if set(parts) != {"tokens"}]
+    for name in unusable_targets(config):
+        yield f"'{name}' is {show(repr(config.raw[name]), 40)}, which PEFT cannot use"
     yield from _numbers(config, switches, trained)
     yield from _targets(config, trained, plain, exact=exact)
     yield from _layers(config, trained)
@@ -105,9 +114,37 @@ def beyond_targets(config: PeftConfig, trained: Iterable[str]) -> list[str]:
     ]
 
 
+def chooses_none(config: PeftConfig, modules: Iterable[str]) -> bool:
+    """Whether the configuration chooses none of a model's modules; false where parameters are targets."""
+    return not config.target_parameters and all(_selected(config, module) is False for module in modules)
+
+
+def unusable_targets(config: PeftConfig) -> list[str]:
+    """Fields that choose modules and that PEFT cannot use: of a wrong type, or two that exclude each other.
+
+    What is tried on each module's path is an error there (``check_target_module_exists``), the rest as LoRA's
+    configuration is made (``LoraConfig.__post_init__``).
+    """
+    targets, excluded = config.raw.get("target_modules"), config.raw.get("exclude_modules")
+    found = []
+    listed = isinstance(targets, list | Mapping) and all(isinstance(name, str) for name in targets)
+    if targets is not None and not isinstance(targets, str) and not listed:
+        found.append("target_modules")
+    if excluded and not isinstance(excluded, str | list | Mapping):
+        found.append("exclude_modules")
+    if config.kind != "LORA":
+        return found
+    layers, patterns = config.raw.get("layers_to_transform"), config.raw.get("layers_pattern")
+    if layers is not None and (isinstance(targets, str) or isinstance(layers, str | float)):
+        found.append("layers_to_transform")
+    if patterns and (isinstance(targets, str) or layers is None or not isinstance(patterns, str | list | Mapping)):
+        found.append("layers_pattern")
+    return found
+
+
 def _layers(config: PeftConfig, trained: Collection[str]) -> Iterator[str]:
     wanted, present = _wanted_layers(config), {_layer(config, unwrapped(module)) for module in trained}
-    if trained and wanted and (empty := sorted(wanted - present)):
+    if trained and wanted is not None and (empty := sorted(wanted - present)):
         yield f"layers_to_transform names {_some(list(map(str, empty)))}, for which the file has no tensors"
 
 
@@ -135,31 +172,33 @@ def _selected(config: PeftConfig, module: str) -> bool | None:
     targets, excluded = config.raw.get("target_modules"), config.raw.get("exclude_modules")
     if isinstance(excluded, str) and config.selects("exclude_modules", module):
         return False
-    if isinstance(excluded, list) and any(isinstance(name, str) and _ends(module, name) for name in excluded):
+    if isinstance(excluded, list | Mapping) and any(isinstance(name, str) and _ends(module, name) for name in excluded):
         return False
     if isinstance(targets, str):
         return None if targets == "all-linear" else config.selects("target_modules", module)
-    if not isinstance(targets, list):
+    if not isinstance(targets, list | Mapping):
         return None
     if not any(isinstance(name, str) and _ends(module, name) for name in targets):
         return False
     wanted = _wanted_layers(config)
-    return not wanted or _layer(config, module) in wanted
+    return wanted is None or _layer(config, module) in wanted
 
 
-def _wanted_layers(config: PeftConfig) -> set[int]:
+def _wanted_layers(config: PeftConfig) -> frozenset[float] | None:
+    """Numbers of the layers in which modules are chosen; None for all."""
     listed: Any = config.raw.get("layers_to_transform")
+    if listed is None or listed == [] or not isinstance(config.raw.get("target_modules"), list | Mapping):
+        return None
     listed = listed if isinstance(listed, list) else [listed]
-    wanted = {number for number in listed if isinstance(number, int) and not isinstance(number, bool)}
-    return wanted if isinstance(config.raw.get("target_modules"), list) else set()
+    return frozenset(number for number in listed if isinstance(number, int | float))
 
 
 def _layer(config: PeftConfig, module: str) -> int:
-    """The number of the layer that holds a module, or -1."""
+    """The number of the layer that holds a module, the first of its path, or -1."""
     patterns: Any = config.raw.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
+    patterns = [patterns] if isinstance(patterns, str) else patterns if isinstance(patterns, list | Mapping) else []
     segments = module.split(".")
-    for position in range(len(segments) - 2, 0, -1):
+    for position in range(1 if patterns else 2, len(segments) - 1):
         if segments[position].isdecimal() and (not patterns or segments[position - 1] in patterns):
             return int(segments[position])
     return -1

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.peft.kinds.lora import LORA
 from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
 from surgery_formats.adapters.writing import commonest
@@ -32,9 +33,11 @@ def embedded_fields(before: Mapping[str, Any], modules: Mapping[str, tuple[int, 
         **before,
         "peft_type": LORA.name,
         "r": rank,
-        "lora_alpha": _number(alpha),
+        "lora_alpha": None if alpha is None else written_alpha(alpha),
         "rank_pattern": {_whole(name): own for name, (own, _) in sorted(modules.items()) if own != rank},
-        "alpha_pattern": {_whole(name): _number(own) for name, (_, own) in sorted(modules.items()) if own != alpha},
+        "alpha_pattern": {
+            _whole(name): written_alpha(own) for name, (_, own) in sorted(modules.items()) if own != alpha
+        },
         "use_rslora": False,
         "target_modules": sorted(modules),
     }
@@ -43,7 +46,3 @@ def embedded_fields(before: Mapping[str, Any], modules: Mapping[str, tuple[int, 
 def _whole(module: str) -> str:
     """A pattern that matches this module alone."""
     return f"^{re.escape(module)}"
-
-
-def _number(value: float | None) -> float | int | None:
-    return int(value) if value is not None and value == int(value) else value

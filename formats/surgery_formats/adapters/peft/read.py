@@ -26,7 +26,7 @@ from surgery_formats.adapters.peft.kinds.kind import Module
 from surgery_formats.adapters.peft.known_issues import issues_by_value, torchtune_issues
 from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
-from surgery_formats.adapters.peft.read_config import PeftConfig, parse_config
+from surgery_formats.adapters.peft.read_config import CONFIG_FILE, PeftConfig, parse_config
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.containers.base import Shard
@@ -38,7 +38,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, Replacement, Update, is_replacing
 
-__all__ = ["read_peft"]
+__all__ = ["is_embedding_weight", "read_peft", "read_tensors"]
 
 _EMBEDDINGS = frozenset(
     [
@@ -57,39 +57,62 @@ _EMBEDDINGS = frozenset(
 )  # modules whose whole weight PEFT stores when the vocabulary was resized
 
 
-def read_peft(path: Path) -> Adapter:
+def read_peft(path: Path, alpha: float | None = None) -> Adapter:
     """Read a folder with adapter_config.json and adapter_model.safetensors (or .bin).
+
+    Args:
+        path: Of the folder.
+        alpha: As it was given, which has to be the configuration's.
 
     Raises:
         NotFoundError: no weights.
         MalformedError: the configuration or a key is not PEFT's.
-        FitError: a kind or a switch that no merged weight can express.
+        FitError: a kind or a switch that no merged weight can express, or another alpha.
     """
-    config = parse_config(read_object(path / "adapter_config.json"), path / "adapter_config.json", switches())
+    file = path / CONFIG_FILE
+    config = parse_config(read_object(file), file, switches())
+    if alpha not in (None, config.alpha):
+        raise FitError(f"an alpha of {alpha:g} was given, {CONFIG_FILE} says {config.alpha:g}", file=path)
     opened = open_folder_tensors(path, (WEIGHTS,))
-    tensors = tuple(opened.tensors.values())
     beside = weights_beside(path, {shard.path for shard in opened.shards})
+    metadata = _metadata(opened.shards)
+    side_files = sorted([*beside.carried, *(p for s in sets_beside(path).values() for p in s.values())])
+    adapter = read_tensors(path, config, tuple(opened.tensors.values()))
+    whole = replace(adapter, metadata=metadata, base_id=metadata.get("surgery.base", ""), side_files=tuple(side_files))
+    return _with_beside(whole, beside)
+
+
+def read_tensors(path: Path, config: PeftConfig, tensors: Sequence[StoredTensor], *, around: str = "") -> Adapter:
+    """What tensors mean by a configuration.
+
+    Args:
+        path: Of the adapter.
+        config: Its configuration.
+        tensors: All of its tensors.
+        around: What stands in front of PEFT's prefix in their names and is no program's that wrapped the model.
+
+    Raises:
+        MalformedError, FitError: as `read_peft`.
+    """
     whole = Adapter(
         path=path,
         format="peft",
         kind=config.kind,
         updates={},
-        tensors=tensors,
+        tensors=tuple(tensors),
         new_modules=frozenset(config.modules_to_save) | HEADS,
         base_name=_text(config.raw.get("base_model_name_or_path")),
-        base_id=_metadata(opened.shards).get("surgery.base", ""),
         config=config.raw,
-        metadata=_metadata(opened.shards),
-        side_files=tuple(sorted([*beside.carried, *(p for s in sets_beside(path).values() for p in s.values())])),
         task=task_of(config.raw),
         stored_transposed=stored_transposed(config.raw),
     )
     if config.kind in PROMPTS:
-        return _with_beside(_soft_prompt(whole, tensors, config), beside)
+        return _soft_prompt(whole, tensors, config)
     kind = kinds()[config.kind]
     if why := kind.lacks(config):
         raise FitError(why, file=config.file)
     contents = sort_tensors(tensors, kind.factors, kind.shared, unused=kind.unused)
+    contents.wrappers.discard(around)
     updates = _whole_parameters(contents, config)
     optional: set[Site] = set()
     wrappers = wrappers_of(contents.modules)
@@ -102,7 +125,9 @@ def read_peft(path: Path) -> Adapter:
         contents.ignored.extend(read.ignored)
         for site, chain in read.updates.items():
             updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
-    issues = [] if contents.wrappers or _prefixed(tensors) else ["its keys lack PEFT's prefix 'base_model.model.'"]
+    issues = (
+        [] if contents.wrappers or around or _prefixed(tensors) else ["its keys lack PEFT's prefix 'base_model.model.'"]
+    )
     exact = not issues
     if contents.wrappers:
         named = listing(f"'{name}'" for name in sorted(contents.wrappers))
@@ -111,7 +136,7 @@ def read_peft(path: Path) -> Adapter:
         issues.append(f"{listing(empty)}: shape [0]. {UNGATHERED}")
     issues += torchtune_issues(path, config.raw, (tensor.name for tensor in tensors))
     issues += stated_disagreements(config, kind.switches, contents.modules, contents.plain, exact=exact)
-    read_here = replace(
+    return replace(
         whole,
         updates=dict(sorted(updates.items())),
         ignored=tuple(contents.ignored),
@@ -120,7 +145,12 @@ def read_peft(path: Path) -> Adapter:
         examine=partial(issues_by_value, config.kind, config.raw, tensors),
         unmet=partial(unmet_promises, config),
     )
-    return _with_beside(read_here, beside)
+
+
+def is_embedding_weight(name: str) -> bool:
+    """Whether a parameter is one that PEFT stores whole when the vocabulary was resized."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
 
 
 def _with_beside(adapter: Adapter, beside: Beside) -> Adapter:
@@ -195,7 +225,7 @@ def _whole_parameters(contents: Sorted, config: PeftConfig) -> dict[Site, tuple[
 def _check_plain(name: str, tensor: StoredTensor, config: PeftConfig) -> None:
     module, _, leaf = name.rpartition(".")
     saved = any(ancestor.endswith(config.modules_to_save) for ancestor in ancestors(module))
-    embedding = leaf == "weight" and module.rpartition(".")[2] in _EMBEDDINGS
+    embedding = is_embedding_weight(name)
     bias = leaf == "bias" and (config.bias != "none")
     head = bool(HEADS & set(module.split("."))) and config.raw.get("task_type") in (
         "SEQ_CLS",

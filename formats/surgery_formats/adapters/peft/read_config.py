@@ -14,8 +14,9 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["COMMON", "PeftConfig", "Switches", "parse_config"]
+__all__ = ["COMMON", "CONFIG_FILE", "PeftConfig", "Switches", "parse_config"]
 
+CONFIG_FILE = "adapter_config.json"
 _RAW_INITS: Mapping[str, str] = {
     "pissa_niter": "the part of the base that it replaces was found by random numbers without a seed",
     "loftq": "it was trained on a base that LoftQ rounded, which no file records",

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.peft.carried import TASK_TYPES, is_peft
@@ -98,8 +99,8 @@ def ranks_and_alphas(file: PeftFile, alpha: str = "lora_alpha") -> dict[str, Any
     else:
         common = commonest(value for _, value in file.settings.values()) or float(rank)
     return {
-        alpha: _number(common),
-        "alpha_pattern": {_anchored(path): _number(a) for path, (_, a) in file.settings.items() if a != common},
+        alpha: written_alpha(common),
+        "alpha_pattern": {_anchored(path): written_alpha(a) for path, (_, a) in file.settings.items() if a != common},
         "r": rank,
         "rank_pattern": {_anchored(path): r for path, (r, _) in file.settings.items() if r != rank},
     }
@@ -180,8 +181,3 @@ def _first(configs: Sequence[Mapping[str, Any]], key: str) -> Any:
 def _anchored(path: str) -> str:
     r"""A pattern that only this path matches: PEFT matches ``(.*\\.)?(key)$``, an anchor inside pins the start."""
     return f"^{re.escape(path)}"
-
-
-def _number(value: float) -> int | float:
-    """Whole numbers without a point, as people write them."""
-    return int(value) if value == int(value) else value

@@ -80,9 +80,7 @@ def open_inversion(path: Path) -> Inversion:
         raise MalformedError(f"{len(named)} tensors where a textual inversion has those of one token", file=path)
     ((name, tensor),) = named.items()
     token = metadata.get("token", "") if name == OF_ONE else name
-    return Inversion(
-        {_WIDTHS.get(tensor.shape[-1:][0] if tensor.shape else 0, ""): _checked(tensor)}, token, base, metadata
-    )
+    return Inversion({_WIDTHS.get(_checked(tensor).shape[-1], ""): tensor}, token, base, metadata)
 
 
 def _a1111(path: Path) -> Inversion | None:

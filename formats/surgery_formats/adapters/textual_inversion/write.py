@@ -30,7 +30,9 @@ def render_textual_inversion(adapter: Adapter, layout: str) -> Rendering:
                 continue
             if layout == "learned-embeds" and len(encoders) > 1:
                 ledger.drop(
-                    site, update, "a file of diffusers has the rows for one text encoder: `component=` chooses it"
+                    site,
+                    update,
+                    "a file of diffusers has the rows for one text encoder: convert one component at a time",
                 )
                 continue
             single = OF_ONE if layout == "embedding" and encoders <= {"", "text_encoder"} else names.get(site.component)

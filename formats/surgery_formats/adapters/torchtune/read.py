@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.adapters.alphas import agreed_alpha
 from surgery_formats.adapters.torchtune.files import HEADS, KEY, MODULES, UNPAIRED, own_file
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.provenance import Provenance
@@ -48,20 +49,10 @@ def read_torchtune(path: Path, alpha: float | None = None) -> Adapter:
         modules.setdefault(key["module"], {})[key["leaf"].partition(".")[0]] = tensor
     config = _beside(file, "adapter_config.json")
     model = _beside(file, "config.json")
-    if "lora_alpha" in config:
-        stated = _number(config["lora_alpha"], "lora_alpha", file)
-        if alpha not in (None, stated):
-            raise FitError(f"an alpha of {alpha:g} was given, adapter_config.json says {stated:g}", file=file)
-        alpha = stated
-    if alpha is None:
-        raise FitError(
-            "the scale of its LoRAs is not in its file",
-            file=file,
-            hint="give the recipe's lora_alpha with `alpha=`, or adapter_config.json beside it",
-        )
+    known = agreed_alpha(config.get("lora_alpha"), alpha, "adapter_config.json", file)
     updates: dict[Site, tuple[Update, ...]] = {}
     for module, parts in modules.items():
-        lora = _update(parts, alpha, config, file)
+        lora = _update(parts, known, config, file)
         updates[Site(_path(module, parts), module_kind="linear")] = (_in_order(module, lora, model),)
     dora = any("magnitude" in parts for parts in modules.values())
     return Adapter(
@@ -80,12 +71,6 @@ def read_torchtune(path: Path, alpha: float | None = None) -> Adapter:
 def _beside(file: Path, name: str) -> Mapping[str, Any]:
     other = file.with_name(name)
     return read_object(other) if other.is_file() else {}
-
-
-def _number(value: object, name: str, file: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e30:
-        raise MalformedError(f"'{name}' is {show(repr(value), 40)}, not a finite number", file=file)
-    return float(value)
 
 
 def _path(module: str, parts: Mapping[str, StoredTensor]) -> str:

@@ -8,11 +8,11 @@ torchtune builds all layers with one rank and alpha, so smaller ranks are padded
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 
+from surgery_formats.adapters.alphas import written_alpha
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.packing import PackedFile
+from surgery_formats.adapters.packing import packed_as_torch
 from surgery_formats.adapters.torchtune.files import HEADS, MODULES, TENSOR_FILE, UNPAIRED
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -23,8 +23,6 @@ from surgery_formats.adapters.writing import (
     zero_padded,
 )
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.containers.base import TensorSpec
-from surgery_formats.containers.torch.layout import plan_archive
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.updates import DoRA, LoRA, PairedRows, Update, head_rows, paired
@@ -64,7 +62,6 @@ def render_torchtune(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     loras = [known.direction if isinstance(known, DoRA) else known for *_, known in found]
     rank = max((lora.rank for lora in loras), default=1)
     scale = commonest(lora.scale for lora in loras if lora.scale) or 1.0
-    alpha = scale * rank
     tensors: list[NewTensor] = []
     for (site, update, held, module, known), lora in zip(found, loras, strict=True):
         times = 1.0 if lora.scale == scale else lora.scale / scale
@@ -84,18 +81,15 @@ def render_torchtune(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     targets = sorted({module.rpartition(".")[2] for *_, module, _ in found})
     config = {
         "r": rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_alpha": written_alpha(scale * rank),
         "target_modules": [_OURS_LAST.get(name, name) for name in targets],
         "peft_type": "LORA",
         **({"base_model_name_or_path": adapter.base_name} if adapter.base_name else {}),
     }
     small = {"adapter_config.json": (json.dumps(config, indent=2) + "\n").encode()}
-
-    def packing(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
-        plan = plan_archive(specs)
-        return PackedFile(plan.header, plan.ranges, plan.nbytes, plan.before, plan.end)
-
-    return Rendering(TENSOR_FILE, tuple(tensors), {}, small, tuple(ledger.entries), ledger.held, packing=packing)
+    return Rendering(
+        TENSOR_FILE, tuple(tensors), {}, small, tuple(ledger.entries), ledger.held, packing=packed_as_torch
+    )
 
 
 _OURS_LAST = {own.rpartition(".")[2]: theirs.rpartition(".")[2] for own, theirs in MODULES.items()} | {

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from surgery_formats.containers.torch.archive import members
+from surgery_formats.containers.stored_zip import members
 from surgery_formats.containers.torch.pickle_interpreter import interpret
 from surgery_formats.containers.torch.rebuild import PickledStorage
 from surgery_formats.dtypes import DType

@@ -59,6 +59,7 @@ DENOISERS = (
     Denoiser("Flux, Stable Diffusion 3 or Qwen-Image", (r"^transformer_blocks_\d+_attn_(to|add)_",)),
     Denoiser("Wan", (r"^blocks_\d+_(self|cross)_attn_[qkvo](_img)?$",)),
     Denoiser("Wan", (r"^blocks_\d+_ffn_(\d|net)",)),
+    Denoiser("Cosmos-Predict2 or Anima", (r"^blocks_\d+_((self|cross)_attn_\w+_proj$|adaln_modulation_)",)),
     Denoiser("Wan", (r"^blocks_\d+_attn[12]_(to|add)_",)),
     Denoiser("Z-Image or Lumina 2", (r"^(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)_",)),
     Denoiser("LTX-Video or PixArt", (r"^transformer_blocks_\d+_(attn[12]|ff)_",)),

@@ -14,12 +14,19 @@ from surgery_formats.models.layouts.registry import indexes_of
 
 __all__ = ["Part", "parts_of"]
 
-_DENOISERS = ("model.diffusion_model.", "diffusion_model.", "net.", "")
-_VAES = ("first_stage_model.", "vae.")
+_DENOISERS = ("model.diffusion_model.", "diffusion_model.", "net.", "model.model.", "model.", "")
+_SAY_SO = _DENOISERS[:2]  # whatever the family
+_BESIDE = {"first_stage_model.": "vae", "vae.": "vae", "audio_vae.": "audio_vae", "vocoder.": "vocoder"}
 _OF_LDM = ("cond_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
 _INNER = ("transformer.", "model.")
-_COMFYUI = re.compile(r"(text_encoders\.([^.]+)\.(?:transformer|model)\.).")
-_ORDER = ("llava_llama3", "qwen25_7b", "clip_l", "clip_g", "t5xxl", "byt5_small_glyphxl")
+_COMFYUI = re.compile(r"((?:text_encoders|cond_stage_model)\.([^.]+)\.(?:transformer|model)\.).")
+_ORDERS = (  # of the text encoders in diffusers' pipelines, by ComfyUI's names
+    ("llama", "clip_l"),
+    ("llava_llama3", "clip_l"),
+    ("clip_l", "clip_g", "t5xxl", "llama"),
+    ("qwen25_7b", "byt5_small"),
+    ("qwen25_7b", "byt5_small_glyphxl"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +50,14 @@ def parts_of(names: Collection[str]) -> tuple[Part, ...]:
     parts = [Part("denoiser", denoiser)]
     if denoiser:
         parts += (Part(component, prefix) for component, prefix in _text_encoders(names))
-        parts += (Part("vae", prefix) for prefix in _VAES if _has(names, prefix))
+        parts += (Part(component, prefix) for prefix, component in _BESIDE.items() if _has(names, prefix))
     return tuple(parts)
 
 
 def _denoises(names: Collection[str], prefix: str) -> bool:
     below = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    if prefix in _DENOISERS[:2] and below:
-        return True  # the prefix says so, whatever the family
+    if prefix in _SAY_SO and below:
+        return True
     return any(index.network.denoises for index in indexes_of(below, {}))
 
 
@@ -59,8 +66,8 @@ def _text_encoders(names: Collection[str]) -> Iterator[tuple[str, str]]:
     found = [prefix for outer in _OF_LDM for inner in _INNER if _has(names, prefix := f"{outer}{inner}")]
     if not found:
         named = {match[2]: match[1] for name in names if (match := _COMFYUI.match(name))}
-        order = {name: at for at, name in enumerate(_ORDER)}
-        found = [named[name] for name in sorted(named, key=lambda name: (order.get(name, len(order)), name))]
+        order = next((order for order in _ORDERS if named.keys() <= set(order)), tuple(sorted(named)))
+        found = [named[name] for name in order if name in named]
     refiner = found == ["conditioner.embedders.0.model."]  # it has the second encoder of Stable Diffusion XL alone
     for number, prefix in enumerate(found, 2 if refiner else 1):
         yield "text_encoder" if number == 1 else f"text_encoder_{number}", prefix

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from surgery_formats.adapters.contents import contents_of
-from surgery_formats.adapters.expert_layers import ExpertLayer, expert_layers
+from surgery_formats.adapters.expert_layers import ExpertLayer, expert_layers, has_gate
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.adapters.peft.dialects.dialect import ExpertDialect
 from surgery_formats.adapters.peft.dialects.stacks import PEFT_STACKS
@@ -28,6 +28,8 @@ def put_experts(
 ) -> list[tuple[Site, Update]]:
     """Write the experts of an adapter as `dialect` holds them, and return the other updates.
 
+    PEFT's own stacks of experts without a gate are among the others: PEFT has them as the model's class does.
+
     Raises:
         FitError: there are experts, and no base is given, or the dialect cannot hold them.
     """
@@ -41,7 +43,11 @@ def put_experts(
             )
         layers, left = expert_layers(file.adapter, file.base)
         for site, update in experts:
-            if site in left:
+            if site not in left:
+                continue
+            if dialect is PEFT_STACKS and _is_without_gate(site, file.base):
+                others.append((site, update))
+            else:
                 file.drop(site, update, left[site])
     if dialect.uniform:
         file.even = _even(layers, others)
@@ -70,10 +76,14 @@ def needed_dialect(adapter: Adapter, base: Checkpoint, *, made_anew: bool) -> Ex
             return PEFT_STACKS
         if named is None or site.path == named.stack or all(contents_of(update).stack is None for update in chain):
             continue
-        own = site.path in component.names.eras.parameters  # experts without a gate, as Nemotron H's
-        if not own and not component.family.fused:
+        if has_gate(named, component) and not component.family.fused:
             return PEFT_STACKS
     return None
+
+
+def _is_without_gate(site: Site, base: Checkpoint) -> bool:
+    named = parse_expert_path(site.path)
+    return named is not None and not has_gate(named, component_of(site, base))
 
 
 def _even(layers: Sequence[ExpertLayer], others: Sequence[tuple[Site, Update]]) -> tuple[int, float] | None:

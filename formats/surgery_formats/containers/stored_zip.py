@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The zip container of torch checkpoints: where each member's bytes lie.
+"""Zip archives of members that are stored as they are, of torch, numpy and Keras: where each member's bytes lie.
 
-Only what ``torch.save`` writes is accepted: members stored (not compressed, so there are no zip bombs), not
+Only what these programs write is accepted: members stored (not compressed, so there are no zip bombs), not
 encrypted, not overlapping, named once, in one archive that begins at byte 0 and ends at the last byte. Then
 there is one way to read the file, and every loader and scanner sees the same members (differences between
 them are how malicious checkpoints hide).
@@ -89,7 +89,7 @@ def members(file: File) -> dict[str, Member]:
     """Every member of the archive by name, in order of position.
 
     Raises:
-        MalformedError: not a zip archive, or not one that ``torch.save`` could have written.
+        MalformedError: not a zip archive, or one of another kind.
     """
     start, nbytes, entries = _directory(file)
     raw = bytes(file.read(start, nbytes))
@@ -113,7 +113,7 @@ def members(file: File) -> dict[str, Member]:
         name = plain.decode("utf-8", "backslashreplace")
         size, packed, local = _zip64(extra, [size, packed, local])
         if method or size != packed:
-            raise fail("it is compressed; torch stores its members as they are", name)
+            raise fail("it is compressed; only members stored as they are can be read", name)
         if flags & _ENCRYPTED:
             raise fail("it is encrypted", name)
         if local + _LOCAL.size > start:

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's weights without a configuration: found, and told from a model's. Kinds are imported only for names that may be some."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery_formats.adapters.grammar.files import file_keys, weights_at
+from surgery_formats.adapters.peft.keys import PREFIX, WEIGHTS, bared
+from surgery_formats.adapters.peft.read_config import CONFIG_FILE
+from surgery_formats.containers.base import ShardSet
+from surgery_formats.containers.sharded import open_folder_tensors, open_shards
+from surgery_formats.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from surgery_formats.adapters.peft.kinds.kind import PeftKind
+
+__all__ = ["holds_lone_weights", "open_lone", "roots_of"]
+
+_OTHERS = ("unet.", "text_encoder", "diffusion_model.", "lora_", "lycoris_")
+"""Beginnings of keys that PEFT writes in no file, whatever it is called."""
+
+
+def holds_lone_weights(path: Path) -> bool:
+    """Whether PEFT's weights are at `path`, and no configuration in that folder.
+
+    Every key has PEFT's prefix, which a file of PEFT's own name may lack, and some are factors.
+    """
+    names = _names_at(path)
+    if not names or not (all(bared(name).startswith(PREFIX) for name in names) or _is_called_so(path, names)):
+        return False
+    modules = {module for name in names if (module := _factored(name))}
+    bases = sum(f"{module}.base_layer.weight" in names or f"{module}.weight" in names for module in modules)
+    return 2 * bases < len(modules)  # else it is the whole model, as it was in memory
+
+
+def open_lone(path: Path) -> ShardSet:
+    """The weights at `path`.
+
+    Raises:
+        NotFoundError, MalformedError: none, or not what their container says.
+    """
+    if os.path.isdir(path) and any(path.glob(f"{WEIGHTS}*")):
+        return open_folder_tensors(path, (WEIGHTS,))
+    return open_shards(weights_at(path) or path)
+
+
+def roots_of(kind: PeftKind) -> set[str]:
+    """What the names of a kind's tensors begin with, behind the module or in front of everything."""
+    return {name.partition(".")[0] for name in kind.factors | kind.shared | kind.unused.keys()}
+
+
+def _names_at(path: Path) -> Collection[str]:
+    if not os.path.isdir(path):
+        return file_keys(path).keys() if path.suffix else ()
+    if os.path.lexists(path / CONFIG_FILE):
+        return ()
+    try:
+        return open_lone(path).tensors.keys() if weights_at(path) or any(path.glob(f"{WEIGHTS}*")) else ()
+    except (SurgeryError, OSError, ValueError):
+        return ()
+
+
+def _is_called_so(path: Path, names: Collection[str]) -> bool:
+    own = any(path.glob(f"{WEIGHTS}*")) if os.path.isdir(path) else path.name.startswith(WEIGHTS)
+    return own and not any(name.startswith(_OTHERS) for name in names)
+
+
+def _factored(name: str) -> str:
+    """The module that a key names a factor of; empty for any other."""
+    from surgery_formats.adapters.peft.kinds import kinds
+
+    segments = name.split(".")
+    known = set().union(*map(roots_of, kinds().values()))
+    at = next((at for at, segment in enumerate(segments) if segment in known), 0)
+    return ".".join(segments[:at])

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bases as people have them x spellings of a LoRA: a merge writes the same layout, and the same change in each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from surgery import merge
+from tests.support.bases import (
+    COMBINATIONS,
+    KINDS,
+    LAYOUTS,
+    SPELLINGS,
+    TOLERANCE,
+    Combination,
+    check,
+    compared,
+    drawn,
+    files_of,
+    lora_of,
+    sample,
+    written,
+)
+
+EVERY = 7
+"""Of this many combinations one is tried by default; the mark ``slow`` has all."""
+
+
+@pytest.mark.parametrize("combination", sample(EVERY), ids=str)
+def test_a_merge_is_right_in_the_layout_of_its_base(combination: Combination, tmp_path: Path) -> None:
+    check(combination, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
+def test_a_merge_is_right_in_the_layout_of_its_base_for_all(combination: Combination, tmp_path: Path) -> None:
+    check(combination, tmp_path)
+
+
+def test_both_variants_beside_each_other(tmp_path: Path) -> None:
+    """diffusers loads the plain one: that is merged into, and the other, which would be the old model, stays behind."""
+    weights, halves = (drawn("sd15", dtype) for dtype in (np.float32, np.float16))
+    written(weights, "pipeline", tmp_path / "base")
+    others = set(files_of(halves, "variant"))
+    written(halves, "variant", tmp_path / "base")
+    lora = lora_of(weights, "kohya", encoders=True)
+    save_file(lora.tensors, tmp_path / "lora.safetensors")
+    result = merge(tmp_path / "base", tmp_path / "lora.safetensors", output=tmp_path / "out")
+    (warning,) = result.warnings
+    assert all(name in warning for name in others)
+    for name in (*others, "unet/diffusion_pytorch_model.safetensors.index.fp16.json"):
+        (tmp_path / "base" / name).unlink()
+    found = compared(*(files_of(w, "pipeline") for w in (weights, lora.added)), tmp_path / "base", tmp_path / "out")
+    assert not found.wrong
+    assert found.error < TOLERANCE
+
+
+def test_the_sample_has_every_network_layout_and_spelling() -> None:
+    tried = sample(EVERY)
+    assert {one.network for one in tried} == KINDS.keys()
+    assert {one.layout for one in tried} == set(LAYOUTS)
+    assert {one.spelling for one in tried} == set(SPELLINGS)
+    assert len(COMBINATIONS) == len(KINDS) * len(LAYOUTS) * len(SPELLINGS)
