@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.reports.targets import site_role
 from surgery_formats.binding.containers import housed
+from surgery_formats.binding.parts import in_its_part
 from surgery_formats.binding.sizes import fit_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
@@ -45,7 +46,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     Raises:
         FitError: none of them is there in the right shape.
     """
-    adapter, notes = housed(adapter, base)
+    adapter, notes = housed(in_its_part(adapter, base), base)
     roles: dict[Site, str] = {}
     sizes: dict[tuple[str, str], int] = {}
     odd: list[Site] = []

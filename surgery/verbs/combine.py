@@ -11,6 +11,7 @@ not the sum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from surgery.algebra.combination import combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
@@ -33,6 +34,7 @@ from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.registry import format_named
+from surgery_formats.binding.parts import in_its_part
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import listing, show
 
@@ -103,7 +105,10 @@ def combine(
     terms, left = Selection(tuple(as_list(only)), tuple(as_list(without))).chosen(terms)
     if len(terms) == 1 and terms[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=terms[0].adapter.path)
-    combination = combine_adapters(terms, recipe, None if base is None else as_checkpoint(base), left)
+    model = None if base is None else as_checkpoint(base)
+    if model is not None:
+        terms = [replace(term, adapter=in_its_part(term.adapter, model)) for term in terms]
+    combination = combine_adapters(terms, recipe, model, left)
     plan = plan_combination(combination, target or format_named(terms[0].adapter.format), stored, "combine")
     if destination is None:
         return plan.result

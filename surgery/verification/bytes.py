@@ -29,7 +29,9 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
         tensors = entry.get("tensors")
         if not isinstance(tensors, Mapping) or not is_weight_file(name):
             continue
-        stored = {tensor.name: tensor for tensor in open_shard(folder / name).tensors}
+        component = name.rpartition("/")[0]  # a pipeline's tensors are recorded with the network that they are of
+        prefix = f"{component}:" if component else ""
+        stored = {f"{prefix}{tensor.name}": tensor for tensor in open_shard(folder / name).tensors}
         for key, facts in sorted(tensors.items()):
             expected = facts.get("xxh3") if isinstance(facts, Mapping) else None
             if expected is None:

@@ -17,9 +17,9 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import surgery
-from surgery.engine.placing import placed_where_it_fits
 from surgery_formats.adapters.peft.dialects import BUILT_IN as DIALECTS
 from surgery_formats.adapters.registry import format_at, formats, read_adapter
+from surgery_formats.binding.parts import in_its_part
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, SurgeryError
@@ -339,7 +339,7 @@ def _reason(source: Source, column: Column, error: FitError) -> str:
     target = formats()[column.format]
     adapter = source.adapter
     if source.base is not None:
-        adapter = sized(placed_where_it_fits(adapter, source.base), source.base)
+        adapter = sized(in_its_part(adapter, source.base), source.base)
     try:
         entries = target.render(adapter, source.base).entries
     except SurgeryError:

@@ -97,7 +97,7 @@ VERBS: dict[str, tuple[Callable[[Inputs], Any], int]] = {  # and how many bindin
             base=GOLDEN / "kohya/sd1/base",
             output=i.out.with_suffix(".safetensors"),
         ),
-        3,
+        2,
     ),
     "combine": (lambda i: surgery.combine([LORA, (LORA, 0.5)], to="mlx", base=BASE, output=i.out), 0),
     "extract": (lambda i: surgery.extract_lora(BASE, TUNED, rank=2, output=i.out), 1),

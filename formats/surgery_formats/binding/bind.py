@@ -23,6 +23,7 @@ from surgery_formats.binding.fit_checks import (
     has_rows_to_resize,
 )
 from surgery_formats.binding.operation import Operation, at_weight
+from surgery_formats.binding.parts import in_its_part
 from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.binding.together import side_by_side
@@ -104,7 +105,7 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         for update in (update for chain in given.updates.values() for update in chain):
             if is_refusing(update):  # whether or not the base has such a module, which for one that is inserted is no
                 update.refuse()
-        adapter, read_as = housed(given, checkpoint)
+        adapter, read_as = housed(in_its_part(given, checkpoint), checkpoint)
         notes += read_as
         chains, missing = _locate(sized(adapter, checkpoint), checkpoint, new_biases=new_biases)
         for chain in chains:

@@ -17,7 +17,7 @@ from surgery_formats.models.names import Names, WeightSlice, extent
 from surgery_formats.text import show
 from surgery_formats.updates import Update, is_replacing, is_row_setting, is_unsized
 
-__all__ = ["WRAPPERS", "housed", "unwrapped"]
+__all__ = ["WRAPPERS", "fits", "housed", "unwrapped"]
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"})
 """Segments that wrappers of torch add to names: compilation, sharding, recomputation, data parallelism."""
@@ -122,7 +122,7 @@ def _readings(
         places = []
         for site in sites:
             slices = names.resolve_here(_moved(unwrapped(site.path), container, home))
-            if not slices or not all(_fits(update, slices) for update in missing[site]):
+            if not slices or not all(fits(update, slices) for update in missing[site]):
                 break
             places.append(_place(slices))
         else:
@@ -149,7 +149,8 @@ def _moved(path: str, container: str, home: str) -> str:
     return f"{home}.{rest}" if home else rest
 
 
-def _fits(update: Update, slices: Sequence[WeightSlice]) -> bool:
+def fits(update: Update, slices: Sequence[WeightSlice]) -> bool:
+    """Whether an update has the shape of a weight, either way round; one that its base has to size fits any."""
     if is_unsized(update):
         return True
     if is_replacing(update):

@@ -7,8 +7,8 @@ of rules onto them, and two other layouts meet there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 __all__ = ["Layout", "Network", "Piece", "Rule", "fused", "same", "swapped"]
 
@@ -58,12 +58,19 @@ class Network:
         classes: Its classes in diffusers, or model types in transformers.
         layouts: Every layout beside diffusers' own.
         denoises: Whether it is the network of a pipeline that removes noise.
+        told_by: Classes that are not the first, by how names begin that they alone have.
     """
 
     name: str
     classes: tuple[str, ...]
     layouts: tuple[Layout, ...]
     denoises: bool = True
+    told_by: Mapping[str, str] = field(default_factory=dict)
+
+    def class_of(self, names: Collection[str]) -> str:
+        """The class in diffusers that has a network with these names."""
+        found = (one for start, one in self.told_by.items() if any(name.startswith(start) for name in names))
+        return next(found, self.classes[0])
 
 
 def same(name: str, diffusers: str) -> Rule:

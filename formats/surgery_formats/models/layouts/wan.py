@@ -54,4 +54,5 @@ NETWORK = Network(
         "ChronoEditTransformer3DModel",
     ),
     (lambda _: _RULES,),
+    told_by={"vace_blocks.": "WanVACETransformer3DModel"},
 )

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a pipeline that an adapter belongs to which names none: PEFT's folders hold one network's names alone."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+
+from surgery_formats.binding.containers import fits
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.names import WeightSlice
+from surgery_formats.text import listing
+
+__all__ = ["in_component", "in_its_part"]
+
+_HINT = "convert it for one of them first, which is named with `component=`"
+
+
+def in_component(adapter: Adapter, component: str) -> Adapter:
+    """`adapter`, all of which changes one network, as one that names it."""
+    updates = {replace(site, component=component): chain for site, chain in adapter.updates.items()}
+    optional = frozenset(replace(site, component=component) for site in adapter.optional)
+    return replace(adapter, updates=updates, optional=optional)
+
+
+def in_its_part(adapter: Adapter, base: Checkpoint, hint: str = _HINT) -> Adapter:
+    """`adapter` as one that names the only network of `base` which has its parameters; as it is if it names some itself.
+
+    Raises:
+        FitError: the base is a pipeline, and several of its networks have them, or none has.
+    """
+    if not adapter.updates or base.component("") is not None or any(site.component for site in adapter.updates):
+        return adapter
+    found = {name: _found(adapter, component) for name, component in base.components.items()}
+    some = [name for name, (held, _) in found.items() if held]
+    whole = [name for name in some if found[name][1]]
+    if len(chosen := some if len(some) == 1 else whole) == 1:
+        return in_component(adapter, chosen[0])
+    raise FitError(
+        f"which part of the pipeline it belongs to is not known (it fits {listing(whole) or 'none'}; "
+        f"there are {listing(sorted(found))})",
+        file=adapter.path,
+        hint=hint if whole else "is this the base it was trained on?",
+    )
+
+
+def _found(adapter: Adapter, component: Component) -> tuple[int, bool]:
+    """How many parameters the network has by their names, and whether it has all in the right shapes."""
+    held, fitting = 0, True
+    for site, chain in adapter.updates.items():
+        slices: tuple[WeightSlice, ...] = ()
+        with contextlib.suppress(FitError):  # a name of several weights here says nothing of the other networks
+            slices = component.names.resolve(site.path, flat=site.flat)
+        held += bool(slices)
+        if site not in adapter.optional:
+            fitting = fitting and bool(slices) and all(fits(update, slices) for update in chain)
+    return held, fitting

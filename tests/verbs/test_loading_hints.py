@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to do next with a merged diffusion network: the class of diffusers that loads this file, or this variant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from surgery import merge
+from tests.support.adapter_files import draw
+
+UNET = "model.diffusion_model."
+CLIP_L, CLIP_G = "text_model.encoder.layers.0.self_attn.q_proj.weight", "transformer.resblocks.0.attn.out_proj.weight"
+SD1 = [f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"]
+OF_SD1 = f"cond_stage_model.transformer.{CLIP_L}"
+OF_XL = (f"conditioner.embedders.0.transformer.{CLIP_L}", f"conditioner.embedders.1.model.{CLIP_G}")
+MMDIT = ["joint_blocks.0.x_block.attn.qkv.weight"]
+FLUX = ["double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_mlp.0.weight", "double_blocks.0.img_mod.lin.weight"]
+FLUX_ALONE = [*FLUX, "single_blocks.0.linear1.weight", "guidance_in.in_layer.weight", "txt_in.weight"]
+WAN = ["blocks.0.self_attn.q.weight", "blocks.0.ffn.0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "loader"),
+    [
+        (SD1, "UNet2DConditionModel"),
+        ([*SD1, OF_SD1], "StableDiffusionPipeline"),
+        ([*SD1, *OF_XL], "StableDiffusionXLPipeline"),
+        ([*SD1, f"conditioner.embedders.0.model.{CLIP_G}"], "StableDiffusionXLImg2ImgPipeline"),
+        (MMDIT, "SD3Transformer2DModel"),
+        ([f"{UNET}{name}" for name in FLUX_ALONE], "FluxTransformer2DModel"),
+        (WAN, "WanTransformer3DModel"),
+        ([*WAN, "vace_blocks.0.self_attn.q.weight"], "WanVACETransformer3DModel"),
+    ],
+)
+def test_one_file_is_loaded_by_the_class_of_its_network(tmp_path: Path, names: list[str], loader: str) -> None:
+    shapes = dict.fromkeys(names, (24, 8))
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, tmp_path / "base.safetensors")
+    stem = names[0].removeprefix(UNET).removesuffix(".weight")
+    factors = {
+        f"diffusion_model.{stem}.lora_A.weight": draw(1, 2, 8),
+        f"diffusion_model.{stem}.lora_B.weight": draw(2, 24, 2),
+    }
+    save_file(factors, tmp_path / "lora.safetensors")
+    result = merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", output=tmp_path / "out")
+    written = tmp_path / "out" / "base.safetensors"
+    assert written.is_file()
+    assert f'load it with diffusers: {loader}.from_single_file("{written}")' in str(result.summary())
+
+
+def test_names_of_several_networks_or_of_none_are_not_guessed_at(tmp_path: Path) -> None:
+    for number, name in enumerate(("transformer_blocks.0.attn.to_q.weight", "mixer.0.theta.weight")):
+        base, lora = tmp_path / f"{number}.safetensors", tmp_path / f"lora{number}.safetensors"
+        save_file({name: np.zeros((8, 8), np.float32)}, base)
+        stem = name.removesuffix(".weight")
+        save_file(
+            {f"diffusion_model.{stem}.lora_{x}.weight": draw(1, *shape) for x, shape in (("A", (2, 8)), ("B", (8, 2)))},
+            lora,
+        )
+        result = merge(base, lora, output=tmp_path / f"out{number}")
+        assert "look at it: surgery inspect" in str(result.summary())
+
+
+@pytest.mark.parametrize(("file", "end"), [("fp16.safetensors", '", variant="fp16")'), ("safetensors", '")')])
+def test_a_pipeline_is_loaded_by_its_variant(tmp_path: Path, file: str, end: str) -> None:
+    pipe, name = tmp_path / "pipe", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    (pipe / "unet").mkdir(parents=True)
+    (pipe / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
+    )
+    (pipe / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    save_file({f"{name}.weight": np.zeros((8, 8), np.float16)}, pipe / "unet" / f"diffusion_pytorch_model.{file}")
+    save_file(
+        {f"unet.{name}.lora_{x}.weight": draw(1, *shape) for x, shape in (("A", (2, 8)), ("B", (8, 2)))},
+        tmp_path / "l.safetensors",
+    )
+    result = merge(pipe, tmp_path / "l.safetensors", output=tmp_path / "out")
+    assert f'DiffusionPipeline.from_pretrained("{tmp_path / "out"}{end}' in str(result.summary())
