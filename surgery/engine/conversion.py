@@ -136,9 +136,10 @@ def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
     check_consumed(source)
     if base is None or not source.updates:
         return None
-    if any(is_refusing(update) for chain in source.updates.values() for update in chain):
-        return None  # what no weight can hold cannot be bound, and is written again as it is
-    binding = bind([(source, 1.0)], base)
+    apart = source.unmergeable  # they cannot be bound, and are written as they are or dropped
+    if apart and not source.updates.keys() - apart:
+        return None
+    binding = bind([(source.only(source.updates.keys() - apart) if apart else source, 1.0)], base)
     check_base_id(base, [source])
     return binding
 
@@ -229,7 +230,9 @@ def prove_conversion(
     from surgery.engine.proof import prove_rendering
 
     source, tolerance = conversion.source, tolerance_of(conversion.dtype)
-    errors, near = prove_rendering(path, source, conversion.target, conversion.rendering, conversion.binding, tolerance)
+    errors, near = prove_rendering(
+        path, source, conversion.target, conversion.rendering, conversion.binding, tolerance, conversion.base
+    )
     errors |= also(path) if also is not None else {}
     if conversion.base is not None:
         conversion.base.check_unchanged()

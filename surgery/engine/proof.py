@@ -26,12 +26,14 @@ from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.canonical.site_names import common_names
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError, ProofError
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
@@ -63,7 +65,13 @@ def read_back(target: Format, path: Path) -> Adapter:
 
 
 def prove_rendering(
-    path: Path, source: Adapter, target: Format, rendering: Rendering, binding: Binding | None, tolerance: float
+    path: Path,
+    source: Adapter,
+    target: Format,
+    rendering: Rendering,
+    binding: Binding | None,
+    tolerance: float,
+    base: Checkpoint | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Read back what lies at `path` and compare it with what was rendered, weight by weight.
 
@@ -74,6 +82,7 @@ def prove_rendering(
         rendering: Of `source`.
         binding: Of `source` to its base; None without a base.
         tolerance: Greatest error of a weight's delta, relative to its greatest value.
+        base: The one that `source` has its sizes from.
 
     Returns:
         Errors by weight, and by site those of what is approximated.
@@ -93,6 +102,13 @@ def prove_rendering(
     approximated = approximation_errors(rendering, written, tolerance)
     held = {site: chain for site, chain in rendering.held.items() if site not in approximated}
     rest = {site: chain for site, chain in written.updates.items() if site not in approximated}
+    if base is not None and (apart := source.unmergeable & held.keys()):
+        sized_alike = sized(written, base)
+        alone = {site: sized_alike.updates[site] for site in apart & sized_alike.updates.keys()}
+        errors |= compare(
+            restricted(source, {site: held[site] for site in apart}), restricted(sized_alike, alone), None
+        )
+        held, rest = ({site: chain for site, chain in of.items() if site not in apart} for of in (held, rest))
     if held or (rest and rendering.held):
         kept_source = restricted(source, held)
         if binding is not None and held != dict(source.updates):

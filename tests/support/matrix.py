@@ -26,7 +26,19 @@ from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from tests.support.adapter_files import GOLDEN, Arrays, draw, write_mlx
 
-__all__ = ["COLUMNS", "ROWS", "Column", "Outcome", "Pair", "Row", "Source", "adapters_at", "outcomes", "sources_of"]
+__all__ = [
+    "COLUMNS",
+    "ROWS",
+    "Column",
+    "Outcome",
+    "Pair",
+    "Row",
+    "Source",
+    "adapters_at",
+    "outcome",
+    "outcomes",
+    "sources_of",
+]
 
 RANK = 4  # of LoRAs that stand for other kinds
 
@@ -42,6 +54,7 @@ class Row:
         example: The path that is tried in every run of the tests.
         alpha: What its files do not state.
         make: Writes one where no file is stored; the base comes second.
+        base: Path in tests/golden, for a base that is not beside them.
     """
 
     title: str
@@ -50,6 +63,7 @@ class Row:
     example: str = ""
     alpha: float | None = None
     make: Callable[[Path], tuple[Path, Path | None]] | None = None
+    base: str = ""
 
 
 def _made_of(golden: str, base: str, **options: Any) -> Callable[[Path], tuple[Path, Path]]:
@@ -83,12 +97,15 @@ ROWS: tuple[Row, ...] = (
         )
         for one in DIALECTS
     ),
-    Row("MLX-LM", "mlx", ("mlx/*/*",), "mlx/llama/lora-last1"),
+    Row("MLX-LM", "mlx", ("mlx/*/lora*", "mlx/*/dora*", "mlx/*/full"), "mlx/llama/lora-last1"),
+    Row("MLX-LM, npz", "mlx", ("mlx/*/npz",), "mlx/llama/npz", alpha=20),
     Row("MLX-VLM, older", "mlx", make=_mlx_vlm),
     Row("AdapterHub", "adapterhub", ("adapterhub/*",), "adapterhub/llama-lora"),
     Row("torchtune", "torchtune", ("torchtune/*/epoch/adapter_model.pt",), "torchtune/llama/epoch/adapter_model.pt"),
     Row("litgpt", "litgpt", ("litgpt/*",), "litgpt/default"),
     Row("loralib", "loralib", ("loralib/*.pt",), "loralib/none.pt", alpha=12),
+    Row("NeMo", "nemo", ("nemo/*",), "nemo/canonical/adapter.nemo", base="litgpt/base"),
+    Row("TensorRT-LLM", "tensorrt-llm", ("tensorrt_llm/*",), "tensorrt_llm/all", base="litgpt/base"),
     Row("GGUF LoRA", "gguf", ("gguf/*.gguf",), "gguf/llama/lora/adapter.gguf"),
     Row(".onnx_adapter", "onnx-adapter", ("onnx_adapter/*",), "onnx_adapter/llama/adapter.onnx_adapter"),
     Row(
@@ -234,7 +251,7 @@ def sources_of(row: Row, folder: Path, *, example: bool) -> Iterator[Source]:
         name = path.relative_to(GOLDEN).as_posix()
         if name in REFUSED or row_of(path, known) is not row:
             continue
-        base = base_of(path)
+        base = GOLDEN / row.base if row.base else base_of(path)
         yield Source(row, name, _read(path, row), None if base is None else _base(base))
 
 
@@ -289,20 +306,30 @@ def outcomes(source: Source, folder: Path) -> Iterator[Pair]:
     folder.mkdir(parents=True, exist_ok=True)
     effect = _Effect(source, folder)
     for number, column in enumerate(source.columns):
-        yield Pair(source, column, _outcome(source, column, effect, folder / str(number)))
+        yield Pair(source, column, _outcome(source, column, effect, folder / str(number), RANK))
 
 
-def _outcome(source: Source, column: Column, effect: _Effect, folder: Path) -> Outcome:
+def outcome(source: Source, column: Column, folder: Path, rank: int | None = RANK) -> Outcome:
+    """Convert an adapter to one format, to LoRAs only if a rank is given.
+
+    Raises:
+        AssertionError: what was written is not what was meant.
+    """
+    folder.mkdir()
+    return _outcome(source, column, _Effect(source, folder), folder / "to", rank)
+
+
+def _outcome(source: Source, column: Column, effect: _Effect, folder: Path, rank: int | None) -> Outcome:
     parts = sorted({site.component for site in source.adapter.updates})
     ways: list[dict[str, Any]] = [{"": {}}]
-    if len(parts) > 1:
+    if len(parts) > 1 and rank:
         ways.append({part: {"component": part} for part in parts})
     options: list[dict[str, Any]] = [{}]
-    if any(update.low_rank() is None for chain in source.adapter.updates.values() for update in chain):
-        options += [{"as_lora": True}, {"as_lora": True, "rank": RANK}]
+    if rank and any(update.low_rank() is None for chain in source.adapter.updates.values() for update in chain):
+        options += [{"as_lora": True}, {"as_lora": True, "rank": rank}]
     refused: list[FitError] = []
     for option, way in product(options, ways):
-        folder.mkdir(parents=True)
+        folder.mkdir()
         try:
             results = [_converted(source, column, folder / f"to{part}", **option, **more) for part, more in way.items()]
         except FitError as error:
@@ -405,8 +432,10 @@ _STACKED = re.compile(r"(experts\.)\d+\..*")
 
 
 def _numbers(adapter: Adapter) -> np.ndarray:
-    """All numbers of its tensors, in order of size."""
-    return np.sort(np.concatenate([tensor.read().astype(np.float64).reshape(-1) for tensor in adapter.tensors]))
+    """All numbers of its tensors that do something, in order of size."""
+    idle = {entry.tensor.name for entry in adapter.ignored}
+    told = [tensor.read().astype(np.float64).reshape(-1) for tensor in adapter.tensors if tensor.name not in idle]
+    return np.sort(np.concatenate(told))
 
 
 @cache

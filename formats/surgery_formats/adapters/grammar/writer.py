@@ -116,6 +116,8 @@ class _Job:
         own = self.spelt.at(site)
         if kind is None or (is_replacing(update) and not (own and "set_weight" in own.leaves)):
             return f"this format has no {source.kind}"
+        if len(chain := self.adapter.updates[site]) > 1 and any(other.effect == "maps" for other in chain):
+            return "programs that read it take one kind of change for each module"
         if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
             return f"the format's own program loads no {source.kind}"
         if site.module_kind in _NO_PLACE:
