@@ -15,7 +15,7 @@ from surgery.algebra.sums import Recipe
 from surgery.algebra.weight import combine_weight
 from surgery.engine.adapter_output import stored_as
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
-from surgery_formats.adapters.format import Coded, Format, Rendering
+from surgery_formats.adapters.format import Coded, Format, Rendering, reader_of, what_to_tell
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -116,9 +116,9 @@ def plan_combination(combination: Combination, target: Format, dtype: DType | No
         target.name,
         combination.recipe.method,
         (*map(_planned, combination.updates), *(Combined(name, "left out", (), 0) for name in combination.left)),
-        combination.warnings,
+        (*combination.warnings, *what_to_tell(rendering, target)),
     )
-    return CombinationPlan(combination, adapter, target, dtype, rendering, result)
+    return CombinationPlan(combination, adapter, reader_of(rendering, target), dtype, rendering, result)
 
 
 def _planned(update: CombinedUpdate) -> Combined:

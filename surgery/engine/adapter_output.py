@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import xxhash
 
 from surgery._version import __version__
 from surgery.progress import Callback, Progress
-from surgery_formats.adapters.format import Format, NewTensor, Rendering
+from surgery_formats.adapters.format import Format, Moved, NewTensor, Rendering
 from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.arrays import Array, all_finite, cast
 from surgery_formats.dtypes import DType
@@ -193,10 +194,27 @@ class _TensorFile:
         """The bytes of one tensor, computed now."""
         return as_bytes(_rounded(self.tensors[name]))
 
+    def moved(self, name: str, buffer: Array) -> memoryview | None:
+        """The bytes of one tensor in `buffer`, if it is a stored one and all its numbers are finite.
+
+        They are checked where they lie: fresh memory for each tensor would cost as much as copying it.
+        """
+        tensor, nbytes = self.tensors[name], self.packed.ranges[name][1]
+        if not isinstance(tensor.load, Moved):
+            return None
+        source = tensor.load.tensor
+        if source.dtype is not tensor.dtype or source.nbytes != nbytes or tensor.dtype.bits < 8:
+            return None
+        view = memoryview(buffer)[:nbytes]
+        source.file.read_into(view, source.offset)
+        return view if all_finite(buffer[:nbytes].view(tensor.dtype.numpy)) else None
+
     def all_bytes(self, threads: int) -> Iterator[tuple[str, memoryview]]:
-        """All tensors in the order of the file; a few at a time are computed ahead."""
+        """All tensors in the order of the file, each until the next is asked for; a few at a time are computed ahead."""
         if threads == 1:
-            yield from ((name, self.bytes_of(name)) for name in self.packed.ranges)
+            buffer = numpy.empty(self._largest_moved(), numpy.uint8)
+            for name in self.packed.ranges:
+                yield name, self.moved(name, buffer) or self.bytes_of(name)
             return
         with ThreadPoolExecutor(threads, "surgery-write") as pool:
             ahead: deque[tuple[str, Future[memoryview]]] = deque()
@@ -207,6 +225,12 @@ class _TensorFile:
                     yield done, data.result()
             for done, data in ahead:
                 yield done, data.result()
+
+    def _largest_moved(self) -> int:
+        """Bytes of the largest tensor that is moved."""
+        return max(
+            (self.packed.ranges[name][1] for name, t in self.tensors.items() if isinstance(t.load, Moved)), default=0
+        )
 
     def read(self, offset: int, nbytes: int) -> bytearray:
         """Bytes as they will lie in the file; computes the tensors that they are of."""

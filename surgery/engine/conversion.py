@@ -14,7 +14,7 @@ from typing import Any
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
-from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering
+from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering, reader_of
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.parts import in_component, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
@@ -180,7 +180,7 @@ def plan_conversion(
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
-    return Conversion(source, target, stored_as(rendering, dtype), base, binding, dtype)
+    return Conversion(source, reader_of(rendering, target), stored_as(rendering, dtype), base, binding, dtype)
 
 
 def _other_kinds(source: Adapter, rendering: Rendering) -> bool:

@@ -37,6 +37,7 @@ class ConvertResult:
         adapter: What was converted.
         as_lora: Whether updates of other kinds became LoRAs.
         consumer: The program that it was written for, or empty.
+        following: How to load it, once it is written; empty where no one call does.
         seconds: How long it took.
     """
 
@@ -49,6 +50,7 @@ class ConvertResult:
     adapter: Path | None = None
     as_lora: bool = False
     consumer: str = ""
+    following: tuple[str | Name, ...] = ()
     seconds: float = elapsed()
 
     @property
@@ -121,6 +123,8 @@ class ConvertResult:
                 sections.append(Note(f"... and {left - _LISTED} more {what}", "omitted"))
         if self.output is None:
             sections.append(DRY_RUN)
+        elif self.following:
+            sections.append(Note(("next: ", *self.following)))
         return Summary("Conversion", (*sections, *warning_notes(self.warnings)))
 
     def _proof(self, approximated: int) -> str:

@@ -135,7 +135,7 @@ def scale_error(update: Update, twin: Update) -> float | None:
 
 
 def _unscaled(update: Update) -> dict[str, Any]:
-    return {name: value for name, value in settings(update).items() if name not in ("scale", "alpha")}
+    return {name: value for name, value in settings(update).items() if name not in ("scale", "alpha", "noted")}
 
 
 def relative(difference: float, size: float) -> float:

@@ -81,7 +81,7 @@ def open(reference: StrPath, *, alpha: float | None = None) -> Checkpoint | Adap
     if adapter_format is not None:
         return (adapter_format if alpha is None else told_alpha(adapter_format, path, alpha)).read(path)
     if not only_a_model:
-        refuse_unread(path)
+        refuse_unread(path, networks=False)
     if alpha is not None:
         raise UsageError("an alpha belongs to an adapter, and this is a model")
     return open_checkpoint(path)
@@ -140,10 +140,11 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
         return value
     if isinstance(value, str | os.PathLike):
         path = as_path(value, argument)
-        if path.is_dir() and not _model_files(path):
-            from surgery_formats.adapters.registry import format_at
+        files = _model_files(path) if path.is_dir() else []
+        if path.is_dir() and (not files or (path / "adapter_config.json").exists()):
+            from surgery_formats.adapters.registry import format_at, is_adapter_file
 
-            if format_at(path) is not None:
+            if all(is_adapter_file(name) for name in files) and format_at(path) is not None:  # pytorch_model_head.bin
                 raise FitError(
                     _AN_ADAPTER, file=path, hint="`surgery merge` makes a full model of an adapter and its base"
                 )

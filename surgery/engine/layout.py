@@ -20,8 +20,8 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.storage.base import Encoding, Housed, Storage, is_contiguous, is_housed
-from surgery_formats.storage.plain import Elements
-from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.plain import Elements, Plain
+from surgery_formats.storage.quantised import MARKER, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["WeightLayout", "lay_out", "planned_file"]
@@ -89,6 +89,9 @@ def lay_out(
                 accounts.append(Account(tensor, "superseded", "replaced by the adapter's"))
             outputs = planner.outputs(tensor, weight)
             if not any(output.name == tensor.name for output in outputs):
+                if tensor.name.endswith(MARKER):
+                    planned.append(planner.marker(tensor))
+                    continue
                 accounts.append(Account(tensor, "source", f"its values are in {weight.name}"))
             planned += outputs
         groups.append((output_name(shard.path.name, suffix, {output.dtype for output in planned}), shard, planned))
@@ -104,6 +107,7 @@ def lay_out(
         groups = [(name, None, packing_order(planned, joint)) for name, _, planned in groups]
     if any(weight.elements is None for weight in component.owners.values()):
         coded = {tensor.weight for _, _, planned in groups for tensor in planned if is_coded(tensor.step)}
+        accounts += (account for _, _, planned in groups for account in _taken_out(planned, coded))
         groups = [(name, shard and true_of(shard, coded), planned) for name, shard, planned in groups]
     alignment = PAGE if packed else 1
     files = tuple(
@@ -112,6 +116,18 @@ def lay_out(
         if planned or len(groups) == 1
     )
     return WeightLayout(files, *_index(component, files, folder, suffix), tuple(accounts))
+
+
+def _taken_out(planned: list[PlannedTensor], coded: Collection[str]) -> list[Account]:
+    """Take out the markers behind which no weight is stored as codes any more."""
+    gone = [
+        tensor
+        for tensor in planned
+        if tensor.name.endswith(MARKER) and not any(name.startswith(tensor.name.removesuffix(MARKER)) for name in coded)
+    ]
+    planned[:] = [tensor for tensor in planned if tensor not in gone] if gone else planned
+    copies = (tensor.step for tensor in gone)
+    return [Account(step.source, "source", "no weight has a scale") for step in copies if isinstance(step, Copy)]
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:
@@ -151,6 +167,13 @@ class _WeightPlanner:
             stored = {source.name for source in weight.sources}
             here = [output for name, output in planned.items() if name not in stored]
         return [*here, planned[tensor.name]] if tensor.name in planned else here
+
+    def marker(self, tensor: StoredTensor) -> PlannedTensor:
+        """The tensor as it is, though the weight that it was counted to needs it no more: others may."""
+        name, step = tensor.name, Copy(tensor, Plain.of(tensor))
+        return PlannedTensor(
+            name, self._component.name, name, tensor.dtype, tensor.shape, step, "copied", 0, tensor.nbytes
+        )
 
     def weight(self, name: str, base: Storage) -> tuple[PlannedTensor, ...]:
         """The output tensors of one weight, without their offsets."""

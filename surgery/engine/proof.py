@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy
@@ -24,6 +25,7 @@ from surgery.engine.factor_proof import (
 )
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.adapters.writing import row_slice
 from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.sizes import sized
@@ -39,7 +41,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Factor, Update, experts_of, is_directed, is_replacing, low_rank_part, settings
+from surgery_formats.updates import Factor, LoRA, Update, experts_of, is_directed, is_replacing, low_rank_part, settings
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -286,11 +288,47 @@ def _alike(piece: tuple[Update, View], other: tuple[Update, View]) -> bool:
 
 
 def _scale_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
-    """The error of the scale, where both are one low-rank update with equal factors; else None."""
-    if len(expected.pieces) != 1 or len(actual.pieces) != 1 or expected.value or actual.value:
+    """The error of the scale, where rows are changed by low-rank updates with equal factors; else None."""
+    if expected.value or actual.value:
         return None
-    (mine, view), (theirs, seen) = expected.pieces[0], actual.pieces[0]
-    return scale_error(_added(mine), _added(theirs)) if view == seen else None
+    if len(expected.pieces) == len(actual.pieces) == 1:
+        (mine, view), (theirs, seen) = expected.pieces[0], actual.pieces[0]
+        if view == seen:
+            return scale_error(_added(mine), _added(theirs))
+    bands, others = _bands(expected), _bands(actual)
+    if not bands or not others:
+        return None
+    edges = sorted({edge for start, stop, _ in (*bands, *others) for edge in (start, stop)})
+    worst = 0.0
+    for start, stop in pairwise(edges):
+        left, right = _band(bands, start, stop), _band(others, start, stop)
+        if left is None and right is None:
+            continue
+        error = scale_error(left, right) if left and right else None
+        if error is None:
+            return None
+        worst = max(worst, error)
+    return worst
+
+
+def _bands(target: _ProofTarget) -> list[tuple[int, int, LoRA]]:
+    """Rows of the matrix with the LoRA that changes them, from top to bottom; nothing if some are changed in another way."""
+    bands = []
+    for update, view in target.pieces:
+        lora, (height, width) = low_rank_part(update), view.shape
+        plain = not view.transposed and isinstance(view.rows, range) and view.rows.step == 1
+        if lora is None or not plain or view.cols != range(target.shape[1]) or lora.shape[1] != width or not height:
+            return []
+        start = view.rows[0]
+        bands.append((start, start + height, row_slice(lora, view.row_origin, view.row_origin + height)))
+    bands.sort(key=lambda band: band[:2])
+    return [] if any(one[1] > other[0] for one, other in pairwise(bands)) else bands
+
+
+def _band(bands: Sequence[tuple[int, int, LoRA]], start: int, stop: int) -> LoRA | None:
+    """The LoRA of rows ``[start, stop)``, which lie in one band or in none."""
+    found = next((band for band in bands if band[0] <= start and stop <= band[1]), None)
+    return row_slice(found[2], start - found[0], stop - found[0]) if found else None
 
 
 def _delta_error(expected: _ProofTarget, actual: _ProofTarget) -> float:

@@ -16,7 +16,7 @@ from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import coded_result, predicted_result, proved_result, rows_without
 from surgery.progress import Callback, Progress
-from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.adapters.format import Format, Rendering, what_to_tell
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.sets_beside import sets_beside
@@ -132,6 +132,7 @@ def _converted(plan: ExtractionPlan, target: Format) -> _PlannedOutput:
         size = sum(file.stat().st_size for file in files)
         lost = {e.site: f"{target.name} cannot hold it ({e.detail})" for e in entries if e.outcome == "dropped"}
         warnings = [*result.warnings, *(f"'{show(site)}': {why}" for site, why in lost.items())]
+        warnings += what_to_tell(conversion.rendering, target)
         budget = request.goal.rank.most_size
         if budget is not None and budget.measure == "bytes" and size > budget.limit:
             warnings.append(

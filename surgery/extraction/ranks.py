@@ -24,7 +24,6 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.linalg.rank_criteria import allocate
-from surgery_formats.models.families.family import role_of
 from surgery_formats.text import closest, show
 
 __all__ = ["TABLE_RANKS", "RankGoal", "magnitude_count", "rank_goal", "rank_table", "ranks_of"]
@@ -171,8 +170,12 @@ def rank_table(
     factored: Mapping[str, TargetFactors],
     measures: Mapping[str, PairMeasure],
     dtype: DType | Coding,
+    role: Callable[[str], str],
 ) -> tuple[RankChoice, ...]:
-    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `TABLE_RANKS`."""
+    """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `TABLE_RANKS`.
+
+    `role` tells what part of the base a path is (`Component.role`).
+    """
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
     dense = [dense_size(tensor) for tensor in storage.dense_tensors]
@@ -183,7 +186,7 @@ def rank_table(
             left, numbers = dropped, 0
             for target in storage.targets:
                 entry = factored[target.path]
-                if roles and role_of(target.path) not in roles:
+                if roles and role(target.path) not in roles:
                     left += entry.energy
                     continue
                 left += entry.residual(rank)

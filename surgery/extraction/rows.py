@@ -54,7 +54,15 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         nbytes,
         plan.checkpoints.tuned.nbytes,
         plan.warnings + _too_large(plan, nbytes),
-        rank_table(plan.storage, plan.scan.factored, plan.scan.measures, request.stored) if request.table else (),
+        rank_table(
+            plan.storage,
+            plan.scan.factored,
+            plan.scan.measures,
+            request.stored,
+            plan.checkpoints.base.main.role,
+        )
+        if request.table
+        else (),
         plan.noise.survival,
         plan.noise.merged,
         plan.decision.facts,

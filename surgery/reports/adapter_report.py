@@ -76,6 +76,7 @@ class AdapterReport:
         traps: What makes this adapter easy to use wrongly.
         tool: The program that wrote it and what tells so, or None.
         family: The family of its base by the names it changes, or None.
+        made_for: What the file's header says of its base, and which field, or None.
         scale_sources: How many updates have their scale from where (`surgery_formats.canonical.provenance`).
         token: What calls a textual inversion in a prompt, or None.
         seconds: How long it took.
@@ -108,6 +109,7 @@ class AdapterReport:
     quantised_base: str | None = None
     tool: str | None = None
     family: str | None = None
+    made_for: str | None = None
     scale_sources: Mapping[ScaleSource, int] = field(default_factory=dict)
     token: str | None = None
     seconds: float = elapsed()
@@ -121,7 +123,7 @@ class AdapterReport:
         """Plain values."""
         return {
             "type": "adapter",
-            **without_empty(plain(self), ("quantised_base", "tool", "family", "scale_sources", "token")),
+            **without_empty(plain(self), ("quantised_base", "tool", "family", "made_for", "scale_sources", "token")),
         }
 
     def summary(self, *, verbose: bool = False) -> Summary:
@@ -161,6 +163,8 @@ class AdapterReport:
             rows.append(("token rows", _listed((Name(name), f": {len(ids)}") for name, ids in self.token_rows.items())))
         if self.family:
             rows.append(("family", f"{self.family}, by its names"))
+        if self.made_for:
+            rows.append(("made for", Name(self.made_for)))
         if self.tool:
             rows.append(("written by", Name(self.tool)))
         if self.base_name:

@@ -55,6 +55,8 @@ class ComponentReport:
         ties: ``{alias: source}`` of names that are one parameter.
         quantised: Its weights that are stored as codes, by format.
         networks: The networks in it by what adapters call them, empty for the whole; each with its family, told by names.
+        stated: What the header of its first file says that it is, and which field, or None.
+        tool: The program that wrote it and what tells so, or None.
     """
 
     name: str
@@ -68,6 +70,8 @@ class ComponentReport:
     ties: Mapping[str, str]
     quantised: tuple[QuantisedWeights, ...] = ()
     networks: Mapping[str, str] = field(default_factory=dict)
+    stated: str | None = None
+    tool: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -107,7 +111,7 @@ class CheckpointReport:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the tree included."""
-        return {"type": "checkpoint", **without_empty(plain(self), ("quantised", "networks"))}
+        return {"type": "checkpoint", **without_empty(plain(self), ("quantised", "networks", "stated", "tool"))}
 
     def summary(self, *, verbose: bool = False, depth: int | None = _DEPTH) -> Summary:
         """Files, then `depth` levels of modules of every component, all if None or `verbose`, and totals by role."""
@@ -147,6 +151,10 @@ def _component(component: ComponentReport, depth: int | None, *, named: bool) ->
     rows.append(("types", types_phrase(component.dtypes)))
     if component.networks:
         rows.append(("networks", _networks(component.networks)))
+    if component.stated:
+        rows.append(("says it is", Name(component.stated)))
+    if component.tool:
+        rows.append(("written by", Name(component.tool)))
     if component.quantised:
         rows.append(("quantised", quantised_phrase(component.quantised)))
     if component.facts:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.reports.targets import site_role
+from surgery.reports.targets import site_roles
 from surgery_formats.binding.containers import housed
 from surgery_formats.binding.parts import in_its_part
 from surgery_formats.binding.sizes import fit_of, slices_of
@@ -77,7 +77,7 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)
     return FitReport(
-        {site: roles.get(site) or site_role(adapter, site) for site in adapter.updates},
+        site_roles(adapter) | roles,
         heads + sum(sizes.values()),
         warnings,
     )

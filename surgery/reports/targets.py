@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.models.families.denoisers import denoiser_of
 from surgery_formats.models.families.diffusion_roles import diffusion_role
 from surgery_formats.models.families.family import role_of
 from surgery_formats.tensors.tensor import Tensor
@@ -21,7 +22,7 @@ __all__ = [
     "distribution",
     "group_targets",
     "pattern_of",
-    "site_role",
+    "site_roles",
     "touched",
     "trained_parameters",
 ]
@@ -98,7 +99,7 @@ def touched(adapter: Adapter, roles: Mapping[Site, str] | None = None) -> tuple[
     A stored tensor that serves several parameters is counted for the first. Biases that the base need not have are left
     out. `roles` tells them better than the adapter's names alone can, when the base is known.
     """
-    known = {} if roles is None else roles
+    known = site_roles(adapter) if roles is None else roles
     seen: set[Tensor] = set()
     parameters = []
     for site, chain in adapter.updates.items():
@@ -110,7 +111,7 @@ def touched(adapter: Adapter, roles: Mapping[Site, str] | None = None) -> tuple[
                 TargetedParameter(
                     name=str(site),
                     pattern=pattern_of(str(site)),
-                    role="expert" if experts else known.get(site) or site_role(adapter, site),
+                    role="expert" if experts else known[site],
                     kind=update.kind,
                     shape=update.shape,
                     rank=update.rank,
@@ -160,10 +161,17 @@ def distribution(values: Iterable[_Number | None]) -> dict[_Number, int]:
     return dict(sorted(Counter(value for value in values if value is not None).items()))
 
 
-def site_role(adapter: Adapter, site: Site) -> str:
-    """The role a site's name tells. Flattened names have lost where segments end, so each word counts."""
-    if adapter.provenance.family and not site.component.startswith("te"):
-        return diffusion_role(site.path)
+def site_roles(adapter: Adapter) -> dict[Site, str]:
+    """The roles that the names of an adapter's parameters tell, by the words of diffusion networks where it is one's."""
+    own = frozenset(
+        site for site in adapter.updates if not site.component.startswith("te")
+    )  # text encoders are no such networks
+    diffuses = denoiser_of(site.path.removesuffix(".weight") for site in own) is not None
+    return {site: diffusion_role(site.path) if diffuses and site in own else _role(site) for site in adapter.updates}
+
+
+def _role(site: Site) -> str:
+    """Flattened names have lost where segments end, so each word counts."""
     if not site.flat:
         return role_of(site.path)
     return role_of(re.sub(r"^(input|output)_blocks_", "", site.path).replace("_", "."))  # not the "output" of BERT

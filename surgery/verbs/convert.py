@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +31,11 @@ from surgery.engine.inputs import (
     local_path,
     output_path,
 )
+from surgery.engine.loaders import attaching
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery_formats.adapters.format import Coded
+from surgery_formats.adapters.format import Coded, what_to_tell
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.binding.containers import housed
 from surgery_formats.errors import FitError, UsageError
@@ -164,7 +166,6 @@ def convert(
                 f"{to} keeps names as they are", hint="convert with `projections=` to peft first, then to compact"
             )
         change = change_layout(original, projections, target, checkpoint)
-        also = partial(prove_layout, original=original, target=target, change=change, tolerance=tolerance_of(stored))
         source = change.adapter
         if change.held:  # the base has the old names, and none of the new ones
             bound_source(original, checkpoint)
@@ -172,14 +173,26 @@ def convert(
     binding = bound_source(source, named)
     remedy = "`as_lora=True` makes LoRAs of other kinds"
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)
+    if projections is not None:
+        also = partial(
+            prove_layout, original=original, target=plan.target, change=change, tolerance=tolerance_of(stored)
+        )
     entries = (*plan.rendering.entries, *left)
     if form is not None:
         entries = form.restated(entries)
     result = ConvertResult(
-        None, original.format, target.name, entries, {}, original.known_issues(), original.path, as_lora
+        None,
+        original.format,
+        target.name,
+        entries,
+        {},
+        (*original.known_issues(), *what_to_tell(plan.rendering, target)),
+        original.path,
+        as_lora,
     )
     if destination is None:
         return result
+    result = replace(result, following=attaching(target.name, destination, source, checkpoint))
     options = WriteOptions(
         destination,
         (original.path, *(() if checkpoint is None else (checkpoint.path,))),

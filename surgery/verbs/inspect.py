@@ -16,11 +16,13 @@ from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport,
 from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
+from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.containers.weight_files import container_of_file, is_weight_file
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.known_files import known_file
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
 from surgery_formats.updates import is_directed, is_row_setting
@@ -63,6 +65,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
     shown = [_readable(component) for component in checkpoint.components.values()]
     components = tuple(_component(component) for component, _ in shown)
     notes = [note for _, note in shown if note]
+    told = (known_file(component.tensors) for component in checkpoint.components.values())
+    notes += [f"it is {known.what}" for known in told if known is not None and known.network]
     if unknown := [
         part.name or part.model_type for part in components if part.model_type and not part.family and not part.networks
     ]:
@@ -99,6 +103,7 @@ def _component(component: Component) -> ComponentReport:
         WeightFileReport(prefix + shard.path.name, shard.container, shard.file.size, len(shard.tensors))
         for shard in component.shards
     )
+    metadata = component.shards[0].metadata if component.shards else {}
     return ComponentReport(
         name=component.name,
         model_type=kind if isinstance(kind, str) else "",
@@ -111,6 +116,8 @@ def _component(component: Component) -> ComponentReport:
         ties=stored_ties(component),
         quantised=quantised_weights(component),
         networks=_networks(component),
+        stated=stated_base(metadata) or None,
+        tool=tool_of((), metadata) or None,
     )
 
 
@@ -194,6 +201,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
         quantised_base=None if quantised is None else f"{quantised.method} ({quantised.evidence})",
         tool=adapter.provenance.tool or None,
         family=adapter.provenance.family or None,
+        made_for=adapter.provenance.base or None,
         scale_sources=adapter.provenance.scales,
         token=adapter.config.get("token") if adapter.kind == "TEXTUAL_INVERSION" else None,
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from surgery_formats.adapters.grammar.kinds import KINDS
 from surgery_formats.adapters.grammar.leaves import LEAVES, NOT_READ
 from surgery_formats.adapters.grammar.spelling import DOTTED, FLAT, KeyPrefix, split_key
-from surgery_formats.adapters.grammar.tools import TOOLS, tool_of
+from surgery_formats.adapters.grammar.tools import TOOLS, stated_base, tool_of
 from surgery_formats.models.factor_names import FACTOR_SUFFIXES, holds_factors_alone, named_adapter
 from surgery_formats.models.families.denoisers import denoiser_of
 
@@ -58,9 +58,10 @@ def test_a_key_is_its_stem_and_its_leaf(module: str, leaf: str) -> None:
 
 
 def test_every_role_is_read_by_one_kind_and_no_leaf_is_both_read_and_not() -> None:
-    roles = Counter(role for kind in KINDS for role in kind.roles - {"alpha", "dora_scale"})
+    roles = Counter(role for kind in KINDS for role in kind.roles - {"alpha", "scale", "dora_scale"})
     assert set(roles.values()) == {1}
-    assert set(LEAVES.values()) == {*roles, "alpha", "dora_scale"}
+    whole = {"whole_scale", "whole_weight"}  # "scale" and "weight" that stand alone
+    assert set(LEAVES.values()) == ({*roles} - whole) | {"alpha", "scale", "dora_scale"}
     assert not LEAVES.keys() & NOT_READ.keys()
     assert all(kind.marks <= kind.roles for kind in KINDS)
     assert len({name for kind in KINDS for name in kind.writes}) == sum(len(kind.writes) for kind in KINDS)
@@ -97,6 +98,8 @@ def test_families_are_told_by_names(modules: list[str], family: str | None) -> N
         ([], {"ss_network_module": "networks.lora_wan"}, "musubi-tuner (ss_network_module)"),
         ([], {"ss_network_module": "networks.lora_flux"}, "sd-scripts (ss_network_module)"),
         ([], {"ss_network_module": "lycoris.kohya"}, "LyCORIS (ss_network_module)"),
+        ([], {"modelspec.implementation_version": "sd-scripts/abc"}, "sd-scripts (modelspec.implementation_version)"),
+        ([], {"prompt": '{"3": {"class_type": "LoraSave"}}'}, "ComfyUI (prompt)"),
         (["lora_transformer_x.alpha"], {"lora_adapter_metadata": "{}"}, "diffusers (lora_adapter_metadata)"),
         (["lora_transformer_x.alpha"], {"format": "pt"}, "OneTrainer (lora_transformer_x.alpha)"),
         (["transformer.x.lora_A.weight"], {}, ""),
@@ -105,6 +108,26 @@ def test_families_are_told_by_names(modules: list[str], family: str | None) -> N
 def test_tools_are_told_by_their_marks(names: list[str], metadata: dict[str, str], tool: str) -> None:
     assert tool_of(names, metadata) == tool
     assert all(bool(known.field) != bool(known.key) for known in TOOLS)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl_base_v1-0 (ss_base_model_version)"),
+        (
+            {"ss_base_model_version": "flux1", "modelspec.architecture": "flux-1-dev/lora"},
+            "flux-1-dev (modelspec.architecture)",
+        ),
+        ({"modelspec.architecture": "", "ss_base_model_version": "sd_v1"}, "sd_v1 (ss_base_model_version)"),
+        ({"format": "pt"}, ""),
+    ],
+)
+def test_what_a_header_says_of_its_base_is_repeated_with_its_field(metadata: dict[str, str], said: str) -> None:
+    assert stated_base(metadata) == said
+
+
+def test_what_a_header_says_of_its_base_is_cut_short() -> None:
+    assert len(stated_base({"modelspec.architecture": "x" * 10_000})) < 120
 
 
 def test_factors_beside_their_weights_are_no_adapter() -> None:

@@ -239,11 +239,10 @@ def test_a_folder_of_diffusers_and_one_with_a_lone_file_are_adapters(tmp_path: P
 @pytest.mark.parametrize(
     ("tensors", "what"),
     [
-        ({f"base_model.model.{key}": value for key, value in _pair(Q).items()}, "without their adapter_config"),
+        (_pair("base_model.model.model.layers.0.q_proj"), "without their adapter_config"),
         ({"image_proj.proj.weight": draw(1, 4, 8), "ip_adapter.1.to_k_ip.weight": draw(1, 4, 8)}, "IP-Adapter"),
         ({"input_blocks.1.0.up": draw(1, 4, 2), "input_blocks.1.0.down": draw(1, 2, 4), "lora_controlnet": draw(1, 1)}, "Control"),
         ({"diffusion_model.x.weight::lora::0": draw(1, 4, 2), "diffusion_model.x.weight::lora::1": draw(1, 2, 4)}, "layerdiffuse"),
-        (_pair("double_blocks.0.processor.qkv_lora1", "down.weight", "up.weight"), "XLabs"),
         ({**_pair(Q), "final.norm.scale": draw(1, 3)}, "factors of a LoRA"),
     ],
 )  # fmt: skip
@@ -272,7 +271,7 @@ def test_a_model_with_adapters_inside_is_a_model(tmp_path: Path) -> None:
         ({**{f"transformer.{k}": v for k, v in _pair(Q).items()}, "other.lora_A.weight": draw(1, 2, 8)}, "prefixes"),
         ({**{f"transformer.{k}": v for k, v in _pair(Q).items()}, f"transformer.{Q}.bogus": draw(1, 2, 8)}, "not a key"),
         ({**{f"transformer.{k}": v for k, v in _pair(Q).items()}, f"transformer.{Q}.alpha": draw(1, 2)}, "alpha of shape"),
-        ({f"diffusion_model.{k}": v for k, v in (*_pair("img_in").items(), ("img_in.reshape_weight", draw(1, 2)))}, "changes its shape"),
+        ({f"diffusion_model.{k}": v for k, v in (*_pair("img_in").items(), ("img_in.reshape_weight", draw(1, 2)))}, "a shape in a tensor"),
     ],
 )  # fmt: skip
 def test_a_malformed_file_is_refused(tensors: Arrays, fault: str, tmp_path: Path) -> None:
@@ -317,3 +316,39 @@ def test_inspect_tells_tool_family_and_scales_without_a_base() -> None:
     assert "nowhere: alpha is the rank" in text
     assert inspect(FOLDER / "diffusers/adapter.safetensors").tool == "diffusers (lora_adapter_metadata)"
     assert inspect(FOLDER / "lightning/adapter.safetensors").family == "Qwen-Image"
+
+
+@pytest.mark.parametrize("alpha", [{}, {"alpha": np.array(8, np.float32)}])
+def test_a_scale_of_a1111_goes_before_alpha(alpha: Arrays, tmp_path: Path) -> None:
+    stem = f"lora_unet_{Q.replace('.', '_')}"
+    beside = {f"{stem}.{leaf}": value for leaf, value in ({"scale": np.array(0.25, np.float32)} | alpha).items()}
+    file = _file(tmp_path, {**_pair(stem, "lora_down.weight", "lora_up.weight"), **beside})
+    assert _scale(file) == 0.25
+    adapter = read_adapter(file)
+    assert (adapter.unconsumed(), adapter.provenance.scales) == ((), {"alpha": 1})
+    with pytest.raises(MalformedError, match="a scale of 0"):
+        read_adapter(_file(tmp_path, {**load_file(file), f"{stem}.scale": np.array(0, np.float32)}))
+
+
+def test_tables_of_lightx2v_and_comfyui(tmp_path: Path) -> None:
+    names = ("blocks.0.modulation", "head.modulation")
+    base = write_base(
+        tmp_path / "base", {"blocks.0.ffn.0.weight": (12, 8), names[0]: (1, 6, 8), names[1]: (1, 2, 8)}, {}
+    )
+    before = load_file(base / "model.safetensors")
+    factors = {f"diffusion_model.{k}": v for k, v in _pair("blocks.0.ffn.0").items()}
+    tables = {"diffusion_model.blocks.0.diff_m": draw(3, 1, 6, 8), "diffusion_model.head.diff_m": draw(4, 1, 2, 8)}
+    spelt = {
+        "diffusion_model.blocks.0.modulation.diff": draw(3, 1, 6, 8),
+        "diffusion_model.head.modulation.diff": draw(4, 1, 2, 8),
+    }
+    for number, changes in enumerate((tables, spelt)):
+        file = _file(tmp_path / str(number), {**factors, **changes})
+        got = merged(base, file, tmp_path / f"out{number}")
+        for name, step in zip(names, changes.values(), strict=True):
+            assert np.allclose(got[name] - before[name], step, atol=1e-6)
+        combine({file: 0.5}, output=tmp_path / f"half{number}.safetensors")
+        half = load_file(tmp_path / f"half{number}.safetensors")
+        assert all(
+            np.allclose(half[key], value / 2) and half[key].shape == value.shape for key, value in changes.items()
+        )

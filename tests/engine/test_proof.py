@@ -46,6 +46,18 @@ def test_equal_factors_are_told_apart_by_their_scale(tmp_path: Path) -> None:
     assert scale_error(lora, LoRA(lora.A, Factor(lora.B.tensors, lora.B.shape, lambda b, gain: b), 1.5)) is None
 
 
+def test_copied_factors_are_not_multiplied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = {"A": np.ones((2, 6), np.float16), "B": np.full((4, 2), 0.5, np.float16)}
+    alpha = np.array(4.0, np.float32)
+    mine, theirs = stored(tmp_path / "a.safetensors", **half, alpha=alpha), stored(tmp_path / "b.safetensors", **half)
+    monkeypatch.setattr(LoRA, "prepare", None)  # which forms the delta
+    for factors in (mine, theirs):
+        monkeypatch.setattr(type(factors["A"]), "load", None)  # which widens numbers
+    noted = LoRA(mine["A"], mine["B"], 2.0, 4.0, noted=mine["alpha"].tensors)
+    assert error(noted, LoRA(theirs["A"], theirs["B"], 2.0)) == 0
+    assert error(noted, LoRA(theirs["A"], theirs["B"], 2.5)) == pytest.approx(0.25)
+
+
 def test_factors_that_are_transformed_into_each_other_are_equal_by_their_delta(tmp_path: Path) -> None:
     lora = gained_lora(tmp_path / "toy.safetensors").low_rank()
     A, B = lora.A.load(DType.F64), lora.B.load(DType.F64)

@@ -351,8 +351,8 @@ class Lora:
     added: Weights
 
 
-def lora_of(weights: Weights, spelling: str, *, encoders: bool) -> Lora:
-    """A LoRA of every matrix and convolution, as a program spells it."""
+def lora_of(weights: Weights, spelling: str, *, encoders: bool, without: str = "") -> Lora:
+    """A LoRA of every matrix and convolution, as a program spells it, but for those `without` is in the name of."""
     rng = np.random.default_rng(17)
     tensors = tensors_of(weights.network)
     splits = spelling in ("diffusers", "kohya, diffusers' names")
@@ -363,7 +363,7 @@ def lora_of(weights: Weights, spelling: str, *, encoders: bool) -> Lora:
     found: Arrays = {}
     deltas: Arrays = {}
     for name, shape in own.items():
-        if name.endswith(".weight") and len(shape) in (2, 4, 5):
+        if name.endswith(".weight") and len(shape) in (2, 4, 5) and not (without and without in name):
             stem = _flat("lora_unet_", name) if flat else prefixes[spelling] + name.removesuffix(".weight")
             deltas[name] = _pair(found, stem, shape, rng, flat)
         else:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from surgery import inspect, report
+from surgery import extract_lora, inspect, report
 from surgery.reports.adapter_report import AdapterReport
 from surgery.reports.checkpoint_report import CheckpointReport
-from tests.support.adapter_files import draw
+from tests.support.adapter_files import draw, write_base, write_peft
 
 WAN = {
     "patch_embedding.weight": (8, 4, 1, 2, 2),
@@ -56,6 +56,26 @@ def test_parts_of_one_file_are_told_by_the_words_of_each(tmp_path: Path) -> None
     assert found.components[0].roles["attention"].parameters == ATTENTION + 64
 
 
+def test_what_headers_say_of_models_and_adapters_is_shown_with_its_field(tmp_path: Path) -> None:
+    says = {"modelspec.architecture": "wan2.1", "prompt": '{"9": {"class_type": "CheckpointSave"}}'}
+    model = tmp_path / "wan.safetensors"
+    save_file({name: np.zeros(shape, np.float32) for name, shape in WAN.items()}, model, says)
+    shown = str(inspect(model).summary())
+    assert "wan2.1 (modelspec.architecture)" in shown
+    assert "ComfyUI (prompt)" in shown
+    stem = "lora_unet_blocks_0_self_attn_q"
+    factors = {f"{stem}.lora_down.weight": draw(1, 2, 8), f"{stem}.lora_up.weight": draw(2, 8, 2)}
+    save_file(
+        factors,
+        tmp_path / "a.safetensors",
+        {"modelspec.architecture": "wan2.1/lora", "ss_network_module": "networks.lora_wan"},
+    )
+    found = inspect(tmp_path / "a.safetensors")
+    assert isinstance(found, AdapterReport)
+    assert (found.made_for, found.family) == ("wan2.1 (modelspec.architecture)", "Wan")
+    assert found.tool == "musubi-tuner (ss_network_module)"
+
+
 def test_both_in_one_matrix_is_neither_and_flux_has_none_untold(tmp_path: Path) -> None:
     shapes = {
         "double_blocks.0.img_attn.qkv.weight": (24, 8),
@@ -90,6 +110,18 @@ def test_an_adapter_lies_where_its_base_does_with_and_without_it(tmp_path: Path)
     assert {group.role for group in found.targets} == {"attention", "mlp"}
 
 
+def test_a_peft_folder_of_a_denoiser_is_told_by_the_words_of_denoisers(tmp_path: Path) -> None:
+    modules = {"single_transformer_blocks.0.proj_mlp": "mlp", "single_transformer_blocks.0.attn.to_q": "attention"}
+    tensors = {}
+    for number, module in enumerate(modules):
+        tensors[f"base_model.model.{module}.lora_A.weight"] = draw(number, 2, 8)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = draw(number + 5, 8, 2)
+    folder = write_peft(tmp_path / "lora", tensors, r=2, target_modules=["proj_mlp", "to_q"])
+    found = inspect(folder)
+    assert isinstance(found, AdapterReport)
+    assert {module.name.removesuffix(".weight"): module.role for module in found.modules} == modules
+
+
 def test_what_no_name_tells_is_said_not_to_be_told(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_file({"mixer.0.theta.weight": np.zeros((4, 4), np.float32)}, file)
@@ -99,3 +131,17 @@ def test_what_no_name_tells_is_said_not_to_be_told(tmp_path: Path) -> None:
     shown = str(report(file).summary())
     assert "0 (0.0%)" not in shown
     assert shown.count("not told") >= 3  # attention, MLP and the column of what is not told
+
+
+def test_the_table_of_an_extraction_knows_attention_of_a_denoiser(tmp_path: Path) -> None:
+    names = [f"blocks.0.{part}.weight" for part in ("attn1.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2")]
+    base = write_base(tmp_path / "base", dict.fromkeys(names, (8, 8)), {"_class_name": "WanTransformer3DModel"})
+    before = load_file(base / "model.safetensors")
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "config.json").write_bytes((base / "config.json").read_bytes())
+    after = {name: value + np.outer(draw(1, 8), draw(2, 8)).astype(np.float32) for name, value in before.items()}
+    save_file(after, tmp_path / "tuned" / "model.safetensors")
+    result = extract_lora(base, tmp_path / "tuned", output=tmp_path / "out", rank=1, table=True)
+    numbers = {choice.layers: choice.parameters for choice in result.table if choice.rank == 4}
+    assert numbers["attention"] == numbers["mlp"] > 0
+    assert numbers["all"] == numbers["attention"] + numbers["mlp"]

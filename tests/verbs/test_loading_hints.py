@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from surgery import merge
-from tests.support.adapter_files import draw
+from surgery import convert, merge
+from tests.support.adapter_files import draw, write_base, write_peft
 
 UNET = "model.diffusion_model."
 CLIP_L, CLIP_G = "text_model.encoder.layers.0.self_attn.q_proj.weight", "transformer.resblocks.0.attn.out_proj.weight"
@@ -80,3 +80,53 @@ def test_a_pipeline_is_loaded_by_its_variant(tmp_path: Path, file: str, end: str
     )
     result = merge(pipe, tmp_path / "l.safetensors", output=tmp_path / "out")
     assert f'DiffusionPipeline.from_pretrained("{tmp_path / "out"}{end}' in str(result.summary())
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("peft", 'PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("{base}"), "{out}")'),
+        ("mlx", 'mlx_lm.load("{base}", adapter_path="{out}")'),
+    ],
+)
+def test_a_converted_adapter_is_attached_to_a_model_of_its_bases_class(tmp_path: Path, target: str, hint: str) -> None:
+    config = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "num_hidden_layers": 1}
+    base = write_base(tmp_path / "base", {"model.layers.0.self_attn.q_proj.weight": (8, 8)}, config)
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 8), f"{stem}.lora_B.weight": draw(2, 8, 2)}
+    adapter = write_peft(tmp_path / "lora", tensors, r=2, lora_alpha=4, target_modules=["q_proj"])
+    if target == "peft":  # from another format
+        convert(adapter, "mlx", base=base, output=tmp_path / "mlx")
+        adapter = tmp_path / "mlx"
+    result = convert(adapter, target, base=base, output=tmp_path / "out")
+    assert hint.format(base=base, out=tmp_path / "out") in str(result.summary())
+
+
+@pytest.mark.parametrize("loads", [True, False])
+def test_a_file_for_diffusers_is_loaded_by_a_pipeline_if_it_holds_loras(tmp_path: Path, loads: bool) -> None:
+    stem, out = "lycoris_transformer_blocks_0_attn_to_q", tmp_path / "k.safetensors"
+    loha = {f"{stem}.hada_w{x}_a": draw(x, 8, 2) for x in (1, 2)} | {
+        f"{stem}.hada_w{x}_b": draw(x, 2, 8) for x in (1, 2)
+    }
+    lora = {f"{stem}.lora_down.weight": draw(1, 2, 8), f"{stem}.lora_up.weight": draw(2, 8, 2)}
+    save_file(lora if loads else loha, tmp_path / "a.safetensors")
+    base = write_base(tmp_path / "base", {"transformer_blocks.0.attn.to_q.weight": (8, 8)}, {})
+    result = convert(tmp_path / "a.safetensors", "kohya", base=base, output=out)
+    assert (f'pipe.load_lora_weights("{out}")' in str(result.summary())) is loads
+
+
+def test_a_network_of_a_pipeline_is_what_peft_attaches_to(tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    save_file(
+        {f"{stem}.lora_down.weight": draw(1, 2, 8), f"{stem}.lora_up.weight": draw(2, 8, 2)}, tmp_path / "a.safetensors"
+    )
+    base = tmp_path / "pipe"
+    base.mkdir()
+    (base / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]})
+    )
+    write_base(
+        base / "unet", {"down_blocks.0.attentions.0.proj_in.weight": (8, 8)}, {"_class_name": "UNet2DConditionModel"}
+    )
+    result = convert(tmp_path / "a.safetensors", "peft", base=base, component="unet", output=tmp_path / "out")
+    assert f'PeftModel.from_pretrained(pipe.unet, "{tmp_path / "out"}")' in str(result.summary())

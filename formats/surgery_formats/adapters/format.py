@@ -15,6 +15,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Update
 
 __all__ = [
@@ -23,15 +24,35 @@ __all__ = [
     "Format",
     "InDialects",
     "Inheriting",
+    "Moved",
     "NewTensor",
     "Outcome",
     "Rendering",
     "Scaled",
     "Scaling",
     "TakesAlpha",
+    "reader_of",
+    "what_to_tell",
 ]
 
 Outcome = Literal["exact", "folded", "approximated", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A `NewTensor.load` that only reads a stored tensor, whose bytes in its file are the values in order.
+
+    Attributes:
+        tensor: The stored tensor.
+        values: Reads it.
+    """
+
+    tensor: StoredTensor
+    values: Callable[[], Array]
+
+    def __call__(self) -> Array:
+        """The values."""
+        return self.values()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +63,7 @@ class NewTensor:
         name: Key in the file.
         dtype: Stored type; `load` may return more precision, it is rounded once.
         shape: Sizes.
-        load: Values, ``shape``.
+        load: Values, ``shape``; a `Moved` where they are those of one stored tensor, which is then copied.
     """
 
     name: str
@@ -85,6 +106,7 @@ class Rendering:
             `held`, in order (0 for an exact one). Such a format keeps sites and kinds as they are. A call before the
             tensors were loaded loads them.
         packing: How the tensors become that file.
+        alpha: What a reader has to be told, where no file states a scale (`TakesAlpha`); else None.
     """
 
     tensor_file: str
@@ -95,6 +117,7 @@ class Rendering:
     held: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
     stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
     packing: Packing = packed_as_safetensors
+    alpha: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,3 +259,17 @@ class Spelling(Format, Protocol):
 
     def spelt_as(self, adapters: Sequence[Adapter]) -> Mapping[str, Any]:
         """The spelling (`Adapter.spelling`, of this format) of an adapter that was made from `adapters`."""
+
+
+def reader_of(rendering: Rendering, target: Format) -> Format:
+    """The format that reads what was rendered: `target`, told the alpha that its files do not state."""
+    if rendering.alpha is None or not isinstance(target, TakesAlpha):
+        return target
+    return target.with_alpha(rendering.alpha)
+
+
+def what_to_tell(rendering: Rendering, target: Format) -> tuple[str, ...]:
+    """What the user has to keep beside the files, for whoever reads them."""
+    if rendering.alpha is None:
+        return ()
+    return (f"files of {target.name} state no scale: this one is read with alpha {rendering.alpha:g}",)

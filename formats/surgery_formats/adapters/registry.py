@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,8 +28,10 @@ from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
 from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
 from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
+from surgery_formats.containers.sharded import open_folder_tensors
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError, UsageError
 from surgery_formats.models.factor_names import named_adapter
+from surgery_formats.models.known_files import refuse_known
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import closest, listing
 
@@ -102,14 +105,30 @@ def is_adapter_file(name: str) -> bool:
     return any(fnmatchcase(stem, own) for known in formats().values() for own in known.file_stems for stem in stems)
 
 
-def refuse_unread(path: Path) -> None:
+def refuse_unread(path: Path, *, networks: bool = True) -> None:
     """Say what an adapter is that no format reads; nothing is said of other files.
+
+    Args:
+        path: Of the file, or of a folder with it alone.
+        networks: Whether a network that stands beside a model, as a ControlNet does, is named too.
 
     Raises:
         FitError: it is one.
     """
-    if what := named_adapter(keys_at(path).keys()):
+    names = keys_at(path).keys() or _names_in(path)
+    refuse_known(path, names, networks=networks)
+    if what := named_adapter(names):
         raise FitError(f"{what}, which no format here reads", file=path)
+
+
+def _names_in(path: Path) -> Collection[str]:
+    """The names of the tensors of a folder whose file of weights is called as a model's; none of a model, or of a file."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return ()
+    try:
+        return open_folder_tensors(path).tensors.keys()
+    except (SurgeryError, OSError, ValueError):
+        return ()
 
 
 def told_alpha(known: Format, path: Path, alpha: float) -> Format:
@@ -122,7 +141,7 @@ def told_alpha(known: Format, path: Path, alpha: float) -> Format:
         raise FitError(f"an alpha was given, and files of {known.name} state their scale", file=path)
     if not math.isfinite(alpha):
         raise FitError(f"the alpha {alpha} is not finite", file=path)
-    return known.with_alpha(alpha)
+    return known.with_alpha(float(alpha))
 
 
 def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Adapter:

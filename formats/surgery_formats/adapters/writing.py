@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from surgery_formats.adapters.format import Entry, NewTensor, Outcome
+from surgery_formats.adapters.format import Entry, Moved, NewTensor, Outcome
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.sizes import slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -16,7 +16,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.names import WeightSlice
-from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.updates import Factor, LoRA, Update
 
 __all__ = [
@@ -105,9 +105,9 @@ def factor_tensor(
         values = (values if change is None else change(values)).reshape(shape)
         return values if times == 1.0 else values * times
 
-    return NewTensor(
-        name, factor_dtype([factor], folded=times != 1.0 or len(factor.tensors) > 1 or bool(factor.terms)), shape, load
-    )
+    dtype = factor_dtype([factor], folded=times != 1.0 or len(factor.tensors) > 1 or bool(factor.terms))
+    only_moved = change is None and times == 1.0 and factor.view is None
+    return NewTensor(name, dtype, shape, _moved(factor.tensors[0], load) if only_moved else load)
 
 
 def zero_padded(values: Array, axis: int, size: int) -> Array:
@@ -120,14 +120,28 @@ def zero_padded(values: Array, axis: int, size: int) -> Array:
 
 def copied(name: str, tensor: Tensor) -> NewTensor:
     """A stored tensor as it is."""
-    return NewTensor(name, tensor.dtype, tensor.shape, tensor.read)
+    return NewTensor(name, tensor.dtype, tensor.shape, _moved(tensor, tensor.read))
+
+
+def _moved(tensor: Tensor, load: Callable[[], Array]) -> Callable[[], Array]:
+    """`load`, which reads `tensor`, with the mark that it does no more, where its bytes are its values in order."""
+    return Moved(tensor, load) if isinstance(tensor, StoredTensor) and tensor.strides is None else load
 
 
 def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
     """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
-    whole = lora.B
-    part = Factor(whole.tensors, (stop - start, lora.rank), lambda *stored: whole.show(stored)[start:stop])
-    return replace(lora, B=part)
+    return replace(lora, B=_rows_of(lora.B, start, stop))
+
+
+def _rows_of(factor: Factor, start: int, stop: int) -> Factor:
+    """Rows of a matrix; those of a stored one are a stored tensor, which is copied like any other."""
+    shape = stop - start, factor.shape[1]
+    stored = factor.tensors[0]
+    if factor.view is None and isinstance(stored, StoredTensor) and stored.strides is None and not stored.packed_as:
+        row = stored.nbytes // factor.shape[0]
+        part = replace(stored, shape=shape, offset=stored.offset + start * row, nbytes=(stop - start) * row)
+        return Factor((part,), shape)
+    return Factor(factor.tensors, shape, lambda *values: factor.show(values)[start:stop])
 
 
 def commonest(values: Iterable[_Key]) -> _Key | None:

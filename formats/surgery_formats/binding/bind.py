@@ -22,6 +22,7 @@ from surgery_formats.binding.fit_checks import (
     disagreements,
     has_rows_to_resize,
 )
+from surgery_formats.binding.growth import grown, widest
 from surgery_formats.binding.operation import Operation, at_weight
 from surgery_formats.binding.parts import in_its_part
 from surgery_formats.binding.sizes import sized, slices_of
@@ -189,6 +190,7 @@ def _operate(chain: _LocatedChain, adapter: Adapter, number: int, weight: float)
         if is_replacing(update):
             slices = (_replaced(update, slices, counts, chain.component),)
         else:
+            slices = grown(update, slices) if chain.site.grows else slices
             slices = tuple(piece for place in slices for piece in _each_expert(place))
         if counts < 0 and not is_linear(update):
             raise FitError(
@@ -375,7 +377,7 @@ def _edit(
     if len(replacements) > 1 or (replacements and (several or replacements[0] != 0)):
         names = sorted({str(adapters[operation.adapter][0].path.name) for operation in operations})
         raise FitError(f"is trained in full by one adapter and changed by another ({listing(names)})", tensor=key[1])
-    storage = bound[0].place.parameter.storage
+    storage = widest([one.place.parameter.storage for one in bound])
     check_overlap(key[1], operations, adapters)
     side_by_side(operations)  # for its errors, before anything is written
     check_family(key[1], storage, component)

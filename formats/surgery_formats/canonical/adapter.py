@@ -43,6 +43,8 @@ class Site:
         module_kind: Kind of the parameter's module. It is no part of the site's identity.
         kernel: Sizes of a convolution's kernel, ``(k, k)``; 0 is a size that the file does not have. Empty for other
             modules.
+        grows: Whether the weight may get more columns than the base has, which are zero before the updates: the input of a
+            network that is given more channels. It is no part of the site's identity.
     """
 
     path: str
@@ -50,6 +52,7 @@ class Site:
     flat: bool = False
     module_kind: ModuleKind = field(default="", compare=False)
     kernel: tuple[int, ...] = field(default=(), compare=False)
+    grows: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.component}:{self.path}" if self.component else self.path

@@ -33,8 +33,10 @@ class Provenance:
         tool: The program that wrote it, with what tells so: ``OneTrainer (ot_config)``; empty where nothing does.
         family: The family of the base by the names of its modules; empty where they tell none.
         scales: How many updates have their scale from where.
+        base: What the header says the base is, and its field: ``sdxl_base_v1-0 (ss_base_model_version)``; empty without one.
     """
 
     tool: str = ""
     family: str = ""
     scales: Mapping[ScaleSource, int] = field(default_factory=dict)
+    base: str = ""

@@ -22,6 +22,7 @@ from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.models.families.diffusion_roles import diffusion_role
 from surgery_formats.models.families.family import Family, role_of
 from surgery_formats.models.families.registry import family_of
+from surgery_formats.models.known_files import refuse_known
 from surgery_formats.models.layouts.parts import parts_of
 from surgery_formats.models.names import Names
 from surgery_formats.models.side_files import side_files
@@ -365,9 +366,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         FitError: an adapter.
     """
     where = Path(path)
-    components = {name: _component(name, where, weights) for name, weights in open_weights(where).items()}
-    if len(components) == 1 and (what := named_adapter(next(iter(components.values())).tensors)):
-        raise FitError(f"an adapter where a full model was expected: {what}", file=where)
+    try:
+        opened = open_weights(where)
+    except MalformedError:
+        refuse_known(where, (), networks=False)
+        raise
+    components = {name: _component(name, where, weights) for name, weights in opened.items()}
+    if len(components) == 1:
+        names = next(iter(components.values())).tensors
+        refuse_known(where, names, networks=False)
+        if what := named_adapter(names):
+            raise FitError(f"an adapter where a full model was expected: {what}", file=where)
     if not where.is_dir():
         return Checkpoint(where, components, ())
     files = [shard.path for component in components.values() for shard in component.shards]

@@ -205,12 +205,12 @@ def _records(name: str) -> tuple[WeightConversion, ...]:
 def eras_of(config: Mapping[str, Any], names: frozenset[str]) -> Eras:
     """The records for a checkpoint with this configuration: of its class or type, then of the models inside it."""
     architectures = config.get("architectures")
-    kind = architectures[0] if isinstance(architectures, Sequence) and architectures else ""
-    found = [*_of(config, str(kind))]
+    kind = str(architectures[0]) if isinstance(architectures, Sequence) and architectures else ""
+    found = [*_of(config, kind)]
     model_type = str(config.get("model_type", ""))
     prefix = _data()["bases"].get(model_type, ["", ""])[1]
     seen = {kind, model_type}
-    for path, part, made in _parts(config, str(kind), model_type, prefix):
+    for path, part, made in _parts(config, kind, model_type, prefix):
         own = _records(made) if made not in seen else ()
         own = own or (() if part in seen else _records(part))
         seen |= {made, part}

@@ -22,7 +22,7 @@ FACTOR_SUFFIXES = (
         "lora_magnitude_vector.weight",
     ),
     *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "dora_scale"),
-    *("lora.down.weight", "lora.up.weight", "_lora.down.weight", "_lora.up.weight"),
+    *(f"{mark}.{side}.weight" for mark in ("lora", "_lora", "_lora1", "_lora2") for side in ("down", "up")),
     *("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
     *("lora_a", "lora_b", "lora_a.weight", "lora_b.weight"),
     *(f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
@@ -33,11 +33,6 @@ FACTOR_SUFFIXES = (
 
 ADAPTER_NAMES: tuple[tuple[str, str], ...] = (
     (r"emb_params|clip_[lg]|<[^.]*>|string_to_param\..*", "a textual inversion: rows of an embedding"),
-    (r"image_proj\..*|ip_adapter\..*", "an IP-Adapter: new modules, which no weight of a base can hold"),
-    (r"lora_controlnet|.*\.(up|down)", "a Control-LoRA: factors of a ControlNet"),
-    (r".*::lora::[01]", "factors of layerdiffuse"),
-    (r".*\.(loras|adapters|prefix_tunings|prompt_tunings)\.[^.]+\..*", "factors of AdapterHub"),
-    (r".*\.processor\.(qkv|proj)_lora[12]?\.(up|down)\.weight", "factors of XLabs"),
     (
         r"(\w+\.)?base_model\.model\..*\.(lora_[AB](\.\w+)?\.weight|ia3_l|hada_\w+)",
         "PEFT's weights without their adapter_config.json",

@@ -139,17 +139,22 @@ class Names:
         for spelling in self._spellings(path):
             if slices := self._places(spelling):
                 return slices
-        return self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path) or self._without_module(path)
 
     def _here(self, path: str) -> tuple[WeightSlice, ...]:
         return self._places(path) or self._in_another_layout(path)
+
+    def _without_module(self, path: str) -> tuple[WeightSlice, ...]:
+        """A weight that an adapter calls ``blocks.0.modulation.weight``, and that is no module's."""
+        own = path.removesuffix(".weight")
+        return self._here(own) if own != path else ()
 
     def resolve_here(self, path: str) -> tuple[WeightSlice, ...]:
         """As `resolve`, of a path whose leading segments are the base's."""
         for spelling in _renamings(path, self.family):
             if slices := self._here(spelling):
                 return slices
-        return self._of_another_era(path) or self._within_a_stack(path)
+        return self._of_another_era(path) or self._within_a_stack(path) or self._without_module(path)
 
     def _of_another_era(self, path: str) -> tuple[WeightSlice, ...]:
         """The weight that an older release, or a file of one, calls `path`, in a base of a newer one."""
@@ -232,6 +237,19 @@ class Names:
         """
         found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
         return next(iter(found)) if len(found) == 1 else "" if found else name
+
+    def parts_in_diffusers(self, path: str, height: int, *, flat: bool = False) -> tuple[tuple[str, int], ...]:
+        """What diffusers calls the rows of a weight that it holds in parts, and how many each has, from top to bottom.
+
+        Empty if it holds the weight as one, if the families that the base may be of disagree, or if `height` cannot be divided so.
+        """
+        name = self.dotted(path) if flat else path
+        found = {pieces for index in self._layouts if (pieces := index.pieces(name))}
+        if len(found) != 1:
+            return ()
+        (pieces,) = found
+        whole = sum(units for _, units in pieces)
+        return () if height % whole else tuple((part, height * units // whole) for part, units in pieces)
 
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""

@@ -9,6 +9,7 @@ ComfyUI (``fp8_scaled``, and models that were cast to fp8 as they are). The tens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.code_rows import CodeRows
-from surgery_formats.storage.quantised import quantisation_of
+from surgery_formats.storage.quantised import MARKER, quantisation_of
 from surgery_formats.storage.scale_choice import absmax
 from surgery_formats.storage.scaled_weight import ScaledWeight
 from surgery_formats.storage.scales import Blocks, Scales
@@ -42,10 +43,13 @@ _INPUT_SCALES = (
     *("comfy_quant", "k_scale", "v_scale", "q_scale"),
 )
 _CACHE_SCALES = {"k_proj": ("k_scale", "k_zero_point"), "v_proj": ("v_scale", "v_zero_point"), "q_proj": ("q_scale",)}
-_MARKER = "scaled_fp8"  # an empty tensor, by which ComfyUI knows models with scales
 _WITH_SCALES = ("fp8", "fbgemm_fp8", "modelopt")
 _DEFAULT_BLOCK = 128
 _WEIGHTS = ("weight", "bias", "gate_up_proj", "down_proj")
+_ALONE = re.compile(  # parameters of diffusion networks that are in no layer; a cast to fp8 takes all of a file
+    r"modulation|scale_shift_table\w*|\w*_scale_shift_table|in_proj_(weight|bias)|text_projection|positional_embedding"
+    r"|\w+_pad_token|register_tokens|pos_embed|pos_frequencies|positional_encoding"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Fp8Storage:
         if method == "compressed-tensors":
             return
         found = [t for t in tensors.values() if t.dtype in FP8_TYPES and t.numel and _is_weight(t.name, tensors)]
-        markers = [name for name in tensors if name.rpartition(".")[2] == _MARKER] if found else []
+        markers = [name for name in tensors if name.rpartition(".")[2] == MARKER] if found else []
         block = _told_block(told)
         for tensor in found:
             weight = fp8_weight(tensor, tensors, block, method)
@@ -70,7 +74,7 @@ class Fp8Storage:
                 raise MalformedError(
                     f"no scale, though the model's quant_method is {show(method)}", file=tensor.path, tensor=tensor.name
                 )
-            mine = [name for name in markers if tensor.name.startswith(name.removesuffix(_MARKER))]
+            mine = [name for name in markers if tensor.name.startswith(name.removesuffix(MARKER))]
             markers = [name for name in markers if name not in mine]
             yield replace(weight, others=(*weight.others, *(tensors[name] for name in mine))) if mine else weight
 
@@ -212,7 +216,8 @@ def _is_weight(name: str, tensors: Mapping[str, StoredTensor]) -> bool:
         return False
     if last == "scale":  # the weight of a norm, as Flux calls it, unless it is that of a weight
         return f"{module}.weight" not in tensors
-    return last in _WEIGHTS or any(name + suffix in tensors for suffix in _BEHIND_NAME)
+    named = last in _WEIGHTS or _ALONE.fullmatch(last) is not None
+    return named or any(name + suffix in tensors for suffix in _BEHIND_NAME)
 
 
 def _has_grids(tensor: StoredTensor, scale: StoredTensor | None) -> bool:

@@ -12,6 +12,7 @@ from surgery_formats.storage.base import Encoding, PartBytes, Storage
 
 __all__ = [
     "CONFIG_KEYS",
+    "MARKER",
     "METADATA_NAMES",
     "METADATA_PLAIN",
     "Grid",
@@ -27,6 +28,8 @@ __all__ = [
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 """Where a config.json says how its weights are quantised; the last is MLX's."""
+MARKER = "scaled_fp8"
+"""An empty tensor, by which ComfyUI knows that weights whose names begin as its own have scales."""
 METADATA_NAMES, METADATA_PLAIN = "tensor_names", '{"_type": "Tensor"}'
 """Where torchao lists weights in a file's metadata, and the entry under the name of one that is not quantised."""
 

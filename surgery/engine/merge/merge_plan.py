@@ -157,6 +157,9 @@ def plan_merge(
         facts["carried"] = carried.facts
     if quantised.way == "residual":
         facts["quantized"] = quantised.way  # who takes a merge back has to know that most of it is not in the weights
+    wider = {key for key, edit in binding.edits.items() if edit.operations and _grew(edit, checkpoint)}
+    if wider:  # who takes the merge back has to know that the base had fewer columns
+        facts["grown"] = sorted({t.weight_label for t in outputs if (t.component, t.weight) in wider})
     if dequantised := _dequantised(outputs, values):
         facts["dequantised"] = dequantised
     roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]

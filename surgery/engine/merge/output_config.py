@@ -47,6 +47,7 @@ def corrected_config(
         config = copy.deepcopy(dict(component.config))
         written = [tensor for tensor in outputs if tensor.component == component.name and not tensor.part]
         _vocabulary(config, component, written)
+        _channels(config, component, written)
         _quantisation(config, component, written)
         if component.name in binding.untied:
             _holder(config, "tie_word_embeddings")["tie_word_embeddings"] = False
@@ -79,6 +80,21 @@ def _vocabulary(config: dict[str, Any], component: Component, outputs: Sequence[
     if embedding is None or embedding.step.sizes == component.parameters[component.embedding].sizes:
         return
     _holder(config, "vocab_size")["vocab_size"] = embedding.step.sizes[0]
+
+
+def _channels(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:
+    """The channels that a network of diffusers takes, where an adapter gave its first weight more columns.
+
+    It puts out as many as before, which it takes for as many as it takes in, unless it is told.
+    """
+    for tensor in outputs if "in_channels" in config else ():
+        before = component.parameters[tensor.weight].sizes if tensor.weight in component.parameters else ()
+        grew = len(before) > 1 and tensor.step.sizes[0] == before[0] and tensor.step.sizes[1] > before[1]
+        if grew and config.get("in_channels") == before[1]:
+            if config.get("out_channels") is None:
+                config["out_channels"] = before[1]
+            config["in_channels"] = tensor.step.sizes[1]
+            return
 
 
 def _quantisation(config: dict[str, Any], component: Component, outputs: Sequence[PlannedTensor]) -> None:

@@ -27,7 +27,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates.weights import HeldWeight, WeightView
 
-__all__ = ["Evidence", "check_belongs", "dequantised_weights", "recorded_base"]
+__all__ = ["Evidence", "check_belongs", "dequantised_weights", "grown_weights", "recorded_base"]
 
 _HEIGHT = 512  # rows of a block
 _NEAR, _SHARP = 0.5, 0.2
@@ -88,6 +88,12 @@ def dequantised_weights(recorded: Mapping[str, Any] | None) -> dict[str, str]:
         for label in labels
         if isinstance(label, str)
     }
+
+
+def grown_weights(recorded: Mapping[str, Any] | None) -> frozenset[str]:
+    """The labels of weights that got more columns in a recorded merge."""
+    labels = recorded.get("grown") if recorded is not None else None
+    return frozenset(label for label in labels if isinstance(label, str)) if isinstance(labels, list) else frozenset()
 
 
 def check_belongs(binding: Binding) -> Evidence:

@@ -20,9 +20,9 @@ from surgery.engine.layout import lay_out
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile, is_coded
 from surgery.engine.quantised.output import QuantisedOutput
-from surgery.engine.undo.belongs import Evidence, check_belongs, dequantised_weights
+from surgery.engine.undo.belongs import Evidence, check_belongs, dequantised_weights, grown_weights
 from surgery.engine.undo.inverse import estimates, inverted, why_not
-from surgery.engine.undo.record import adapters_of, undone_height
+from surgery.engine.undo.record import adapters_of, label_of, undone_height
 from surgery.engine.undo.residue import LINE, nearest_bits
 from surgery_formats.arrays import Array, empty
 from surgery_formats.binding.bind import Binding
@@ -121,10 +121,13 @@ def estimation(
     Raises:
         FitError: the adapters are not in there, or an update has no inverse.
     """
-    merged = binding.checkpoint
+    merged, grown = binding.checkpoint, grown_weights(recorded)
     for edit in binding.edits.values():
         operations = (*((edit.replaced,) if edit.replaced else ()), *edit.operations)
-        if reason := why_not(operations):
+        reason = why_not(operations)
+        if label_of(edit.component, edit.name) in grown:
+            reason = "it grew: the base had fewer columns"
+        if reason:
             raise FitError(
                 f"cannot be computed back: {reason}",
                 file=merged.path,

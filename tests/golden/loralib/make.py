@@ -2,6 +2,7 @@
 """Makes what lies beside it with loralib's own layers: state dicts, and the weights that its layers merge.
 
     python make.py [--check]
+    python make.py --load FILE ALPHA  # whether its own layers take FILE, and merge to expected.safetensors
 
 Needs loralib 0.1.2 and torch. ``expected.safetensors`` has what ``eval()`` left in the layers' weights, and the biases.
 """
@@ -76,10 +77,33 @@ def same(mine: Path, theirs: Path) -> bool:
     return first.keys() == second.keys() and all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
 
 
+def load(file: str, alpha: float) -> None:
+    """A state dict of the model above, loaded as loralib's page says, must give the weights that its own gives."""
+    global ALPHA
+    ALPHA = alpha
+    model, trained = Model(), torch.load(file, weights_only=True)
+    base = {name: torch.from_numpy(values) for name, values in load_file(HERE / "base" / "model.safetensors").items()}
+    first = model.load_state_dict(base, strict=False)
+    second = model.load_state_dict(trained, strict=False)
+    assert not first.unexpected_keys
+    assert not second.unexpected_keys
+    assert all("lora_" not in name or name in trained for name in model.state_dict())
+    model.train()
+    model.eval()
+    for name, wanted in load_file(HERE / "expected.safetensors").items():
+        made, change = model.state_dict()[name].numpy(), abs(wanted - base[name].numpy()).max()
+        assert abs(made - wanted).max() <= 2e-6 * max(change, 1e-3), name
+    print("OK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--load", nargs=2)
     options = parser.parse_args()
+    if options.load:
+        load(options.load[0], float(options.load[1]))
+        return
     with tempfile.TemporaryDirectory() as place:
         made = Path(place)
         make(made)

@@ -121,7 +121,11 @@ def _vera(module: LoRAModule, config: HubConfig) -> tuple[Update, Update | None]
         raise MalformedError("VeRA without its shared lora_A and lora_B", file=stored.file.path, tensor=stored.name)
     d, b = module.part("vera_D"), module.part("vera_B")
     A, B = module.shared["lora_A"], module.shared["lora_B"]
-    if d.shape != (A.shape[0], A.shape[0]) or b.shape != (B.shape[0], B.shape[0]) or B.shape[1:] != A.shape[:1]:
+    if len(A.shape) != 2 or len(B.shape) != 2 or B.shape[1] != A.shape[0] or not A.numel or not B.numel:
+        raise MalformedError(
+            f"its shared factors are {list(A.shape)} and {list(B.shape)}", file=A.file.path, tensor=A.name
+        )
+    if d.shape != A.shape[:1] * 2 or b.shape != B.shape[:1] * 2:
         raise _contradiction(d, f"its shared factors are {list(A.shape)} and {list(B.shape)}")
     method = config.lora_of(A.shape[0], d.name)
     down = Factor.computed((Factor.of(d), Factor.of(A)), A.shape, lambda *stored: stored[0] @ stored[1])

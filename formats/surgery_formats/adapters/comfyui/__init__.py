@@ -33,6 +33,7 @@ COMFYUI = WeightFileFormat(
         own=(_MODEL.text,),
         written={"": _MODEL.text, _MODEL.component: _MODEL.text},
         leaves={"down": _DOWN, "up": _UP},
+        whole=True,
     ),
     title="ComfyUI file (and ai-toolkit, diffusion-pipe, LightX2V): original names behind diffusion_model.",
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from surgery_formats.adapters.grammar.leaves import LEAVES
+from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelling import KeyPrefix, split_key
 from surgery_formats.models.factor_names import holds_factors_alone
 from surgery_formats.models.families.denoisers import COMPONENTS
@@ -23,7 +23,8 @@ class Dialect:
         prefixes: How keys may begin; the first that fits is taken.
         own: Beginnings that no other format has: a file with such a key is of this one. Without any, all keys have to be
             modules with known leaves, and the format is asked after those that have some.
-        foreign: Beginnings that no file of this format has.
+        foreign: Beginnings that no file of this format has, unless it has some of `but`.
+        but: See `foreign`.
         written: The prefix that is written for each component of a pipeline; of one without a name first.
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
@@ -31,22 +32,26 @@ class Dialect:
         in_diffusers: Whether modules are called as diffusers calls them, whatever the base does.
         loaded: Kinds of updates that the format's own program loads; others are written only where a file had them. None
             for all that the grammar has.
+        whole: Whether that program takes whole weights, and weights that grow (ComfyUI's ``set_weight``, ``reshape_weight``).
     """
 
     name: str
     prefixes: tuple[KeyPrefix, ...]
     own: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
     written: Mapping[str, str] = field(default_factory=dict)
     leaves: Mapping[str, str] = field(default_factory=dict)
     with_alpha: bool = True
     in_header: bool = False
     in_diffusers: bool = False
     loaded: frozenset[str] | None = None
+    whole: bool = False
 
     def claims(self, names: Collection[str]) -> bool:
         """Whether a file with these keys is of this format: it has its beginnings, and holds factors alone."""
-        if self.foreign and any(name.startswith(self.foreign) for name in names):
+        has_foreign = bool(self.foreign) and any(name.startswith(self.foreign) for name in names)
+        if has_foreign and not any(name.startswith(self.but) for name in names):
             return False
         if self.own and not any(name.startswith(self.own) for name in names):
             return False
@@ -66,8 +71,14 @@ class Dialect:
         key = split_key(name, self.prefixes)
         if key is None or self.flat:
             return key is not None
-        # "weight" is a leaf of (IA)^3, and the end of many a name that is none of this grammar
-        return key.leaf in LEAVES and (key.leaf != "weight" or f"{key.stem}on_input" in names)
+        # "weight" and "scale" are leaves, and the ends of many a name that is none of this grammar
+        if key.leaf == "weight":
+            return f"{key.stem}on_input" in names
+        if key.leaf == "scale":
+            return key.module.endswith(NORMS_OF_FLUX) or any(
+                f"{key.stem}{leaf}" in names for leaf in LEAVES.keys() - {"scale"}
+            )
+        return key.leaf in LEAVES
 
     def prefix_for(self, component: str) -> str | None:
         """How keys of a component begin in what is written; None if the format has no place for it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["LEAVES", "LORA_SPELLINGS", "NOT_READ", "longest_leaf"]
+__all__ = ["LEAVES", "LORA_SPELLINGS", "NORMS_OF_FLUX", "NOT_READ", "longest_leaf"]
 
 LORA_SPELLINGS: Mapping[str, tuple[str, str]] = {
     "lora_down": ("lora_down.weight", "lora_up.weight"),
@@ -28,7 +28,8 @@ _AS_THEY_ARE = (
     *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
     *("weight", "on_input"),
     *("oft_blocks", "rescale"),
-    *("diff", "diff_b", "w_norm", "b_norm", "set_weight"),
+    *("diff", "diff_b", "diff_m", "w_norm", "b_norm", "set_weight"),
+    *("reshape_weight", "scale"),
 )
 
 LEAVES: Mapping[str, str] = {
@@ -40,6 +41,8 @@ LEAVES: Mapping[str, str] = {
     "lora_magnitude_vector.weight": "dora_scale",
     "lora_magnitude_vector.default.weight": "dora_scale",
     **{leaf: leaf for leaf in _AS_THEY_ARE},
+    "down.weight": "down",
+    "up.weight": "up",
 }
 """The role of every leaf by its spelling; most roles are called as they are spelt."""
 
@@ -51,12 +54,16 @@ NOT_READ: Mapping[str, str] = {
     "bias_indices": "a sparse bias",
     "bias_values": "a sparse bias",
     "bias_size": "a sparse bias",
-    "reshape_weight": "a weight that changes its shape",
     "lokr_t1": "LoKr with a core in its first factor",
 }
 """Leaves that are known and not read, with what they are."""
 
-_KNOWN = tuple(sorted({*LEAVES, *NOT_READ}, key=len, reverse=True))
+_BEHIND_A_PROCESSOR = {"down.weight", "up.weight"}  # anywhere else they are the weights of a module
+_KNOWN = tuple(sorted({*LEAVES, *NOT_READ} - _BEHIND_A_PROCESSOR, key=len, reverse=True))
+
+
+NORMS_OF_FLUX = (".query_norm", ".key_norm")
+"""Modules whose weight is called ``scale`` in every published file, and ``weight`` in ComfyUI's code."""
 
 
 def longest_leaf(name: str) -> str:

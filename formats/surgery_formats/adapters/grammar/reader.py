@@ -17,16 +17,17 @@ from surgery_formats.adapters.grammar.files import open_adapter_file
 from surgery_formats.adapters.grammar.kinds import KINDS
 from surgery_formats.adapters.grammar.kinds.kind import ReadUpdate
 from surgery_formats.adapters.grammar.known_issues import stated_issues
-from surgery_formats.adapters.grammar.leaves import LEAVES, NOT_READ
+from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, NOT_READ
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import Key, split_key
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
-from surgery_formats.adapters.grammar.tools import tool_of
+from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.canonical.provenance import Provenance, ScaleSource
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
+from surgery_formats.models.families.denoisers import COMPONENTS, Denoiser, denoiser_of
+from surgery_formats.models.known_files import refuse_known
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Update
@@ -44,6 +45,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         FitError: a kind that is not read.
     """
     shards = open_adapter_file(path)
+    refuse_known(shards.shards[0].path, shards.tensors, networks=True)
     tensors = tuple(shards.tensors.values())
     metadata = dict(shards.shards[0].metadata)
     modules = _modules(tensors, dialect)
@@ -64,6 +66,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
                 module.flat,
                 "convolution" if kernel else "",
                 kernel,
+                read.parameter == "weight" and _grows(module, family),
             )
             updates[site] = (*updates.get(site, ()), read.update)
         sources.update(read.scale for read in made if read.parameter == "weight")
@@ -71,6 +74,8 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         alpha = module.parts.get("alpha")
         if alpha is not None and alpha.name not in used:
             ignored.append(Ignored(alpha, "an alpha without low-rank factors scales nothing"))
+        if (sizes := module.parts.get("reshape_weight")) is not None:
+            ignored.append(Ignored(sizes, "states the shape that its factors have"))
     kinds = sorted({update.kind for chain in updates.values() for update in chain})
     return Adapter(
         path=path,
@@ -83,7 +88,9 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         spelling={dialect.name: SpeltModules.of(modules).as_values()},
         metadata=metadata,
         stated_issues=tuple(stated_issues(updates, scales, metadata, flat=dialect.flat)),
-        provenance=Provenance(tool_of(shards.tensors, metadata), family.name if family else "", dict(sources)),
+        provenance=Provenance(
+            tool_of(shards.tensors, metadata), family.name if family else "", dict(sources), stated_base(metadata)
+        ),
     )
 
 
@@ -103,7 +110,26 @@ def _modules(tensors: Iterable[StoredTensor], dialect: Dialect) -> list[ModuleTe
             raise malformed(tensor, f"names what '{show(other.name)}' names, in another spelling")
         module.parts[role] = tensor
         module.leaves[role] = key.leaf
-    return list(modules.values())
+    return [_with_whole_parameters(module) for module in modules.values()]
+
+
+def _with_whole_parameters(module: ModuleTensors) -> ModuleTensors:
+    """A lone ``scale``, or the ``weight`` of a norm, is no number or (IA)^3 but the parameter itself.
+
+    BFL's control LoRAs have norms so, and those that diffusers trains.
+    """
+    called = "scale" if module.path.endswith(NORMS_OF_FLUX) else "weight" if ".norm" in module.path else ""
+    if module.flat or module.parts.keys() != {called} or len(module.parts[called].shape) != 1:
+        return module
+    role = f"whole_{called}"
+    return replace(module, parts={role: module.parts[called]}, leaves={role: module.leaves[called]})
+
+
+def _grows(module: ModuleTensors, family: Denoiser | None) -> bool:
+    """Whether the weight may have to grow: the file says so, or it is the input of a network of which there are wider ones."""
+    return "reshape_weight" in module.parts or (
+        family is not None and "down" in module.parts and module.path.replace(".", "_") in family.inputs
+    )
 
 
 def _split(tensor: StoredTensor, dialect: Dialect) -> Key:

@@ -78,6 +78,12 @@ class StatedScales:
         Raises:
             MalformedError: an alpha of 0, or that is no number.
         """
+        if stored := module.parts.get("scale"):  # of A1111, which takes it whatever alpha there is
+            value = scalar(stored, "a scale")
+            if value == 0 or not math.isfinite(value):
+                raise malformed(stored, f"a scale of {value}")
+            noted = tuple(module.parts[role] for role in ("alpha", "scale") if role in module.parts)
+            return Scale(value, value * rank, "alpha", noted)
         if stored := module.parts.get("alpha"):
             value = scalar(stored)
             if value == 0 or not math.isfinite(value):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from surgery_formats.adapters.grammar.leaves import longest_leaf
 
-__all__ = ["DOTTED", "FLAT", "Key", "KeyPrefix", "split_key"]
+__all__ = ["DOTTED", "FLAT", "OF_FLUX", "Key", "KeyPrefix", "split_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,23 @@ DOTTED = _prefixes(
 )
 """Prefixes of dotted keys: diffusers names the component, ComfyUI says ``diffusion_model``."""
 
+OF_FLUX = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
+"""Beginnings of keys of fal's trainer for Flux, which writes no configuration: its scale is 1."""
+
 _PROCESSOR = re.compile(r"(?P<block>.+?)\.(?:processor\.)?(?P<part>\w+)_lora\.(?P<side>down|up)\.weight")
+_XLABS = re.compile(
+    r"(?P<block>(double|single)_blocks\.\d+)\.processor\.(?P<part>\w+_lora[12]?)\.(?P<side>down|up)\.weight"
+)
+_XLABS_PARTS = {
+    ("double", "qkv_lora1"): "img_attn.qkv",
+    ("double", "proj_lora1"): "img_attn.proj",
+    ("double", "qkv_lora2"): "txt_attn.qkv",
+    ("double", "proj_lora2"): "txt_attn.proj",
+    ("single", "qkv_lora"): "linear1_qkv",
+    ("single", "proj_lora"): "linear2",
+}
+"""What XLabs' processors of Flux change: 1 is the image, 2 the text (diffusers 0.42.1, ComfyUI's ``convert_uso_lora``)."""
+
 _ENDINGS = {"to_out": "to_out.0"}  # of an attention processor's parts, where the module is called otherwise
 _TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -95,12 +111,22 @@ def split_key(name: str, prefixes: Iterable[KeyPrefix]) -> Key | None:
             module, dot, leaf = rest.partition(".")
             # VideoX-Fun writes two underscores behind the prefix: no module begins with one
             return Key(prefix, module.lstrip("_"), leaf, f"{prefix.text}{module}.") if module and dot else None
-        if key := _processor(prefix, rest):
+        if key := _xlabs(prefix, rest) or _processor(prefix, rest):
             return key
         leaf = longest_leaf(rest)
         module = rest[: -len(leaf) - 1] if leaf else ""
         return Key(prefix, module, leaf, f"{prefix.text}{module}.") if module else None
     return None
+
+
+def _xlabs(prefix: KeyPrefix, rest: str) -> Key | None:
+    """``double_blocks.0.processor.qkv_lora1.down.weight``."""
+    match = _XLABS.fullmatch(rest)
+    part = _XLABS_PARTS.get((match[2], match["part"])) if match else None
+    if match is None or part is None:
+        return None
+    leaf = f"{match['side']}.weight"
+    return Key(prefix, f"{match['block']}.{part}", leaf, f"{prefix.text}{rest}".removesuffix(leaf))
 
 
 def _processor(prefix: KeyPrefix, rest: str) -> Key | None:

@@ -11,7 +11,6 @@ from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.files import keys_at, weights_at
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.torch import TORCH
-from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["LORALIB"]
@@ -28,7 +27,7 @@ class _Loralib:
     """
 
     name: str = "loralib"
-    title: str = "loralib's torch file: LoRA, biases; its alpha has to be given, so it is only read"
+    title: str = "loralib's torch file: LoRA, biases; its alpha has to be told"
     needs_base: bool = False
     single_file: bool = True
     file_stems: tuple[str, ...] = ()
@@ -44,7 +43,7 @@ class _Loralib:
 
     def with_alpha(self, alpha: float) -> _Loralib:
         """The same format, reading with this alpha."""
-        return replace(self, alpha=alpha)
+        return replace(self, alpha=float(alpha))
 
     def read(self, path: Path) -> Adapter:
         """See `read.read_loralib`."""
@@ -53,12 +52,10 @@ class _Loralib:
         return read_loralib(path, self.alpha)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """Nothing.
+        """See `write.render_loralib`."""
+        from surgery_formats.adapters.loralib.write import render_loralib
 
-        Raises:
-            FitError: always: a file that states no scale could not be proved.
-        """
-        raise FitError("files of loralib state no scale, so that they are only read", file=adapter.path)
+        return render_loralib(adapter, base, self.alpha)
 
 
 LORALIB = _Loralib()

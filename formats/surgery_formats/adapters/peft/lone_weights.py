@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.grammar.files import file_keys, weights_at
+from surgery_formats.adapters.grammar.spelling import OF_FLUX
 from surgery_formats.adapters.peft.keys import PREFIX, WEIGHTS, bared
 from surgery_formats.adapters.peft.read_config import CONFIG_FILE
 from surgery_formats.containers.base import ShardSet
@@ -27,9 +28,12 @@ _OTHERS = ("unet.", "text_encoder", "diffusion_model.", "lora_", "lycoris_")
 def holds_lone_weights(path: Path) -> bool:
     """Whether PEFT's weights are at `path`, and no configuration in that folder.
 
-    Every key has PEFT's prefix, which a file of PEFT's own name may lack, and some are factors.
+    Every key has PEFT's prefix, which a file of PEFT's own name may lack, and some are factors. LoRAs of Flux in the names of its
+    makers are none: fal publishes them so, and every program reads them at a scale of 1.
     """
     names = _names_at(path)
+    if any(name.startswith(OF_FLUX) for name in names):
+        return False
     if not names or not (all(bared(name).startswith(PREFIX) for name in names) or _is_called_so(path, names)):
         return False
     modules = {module for name in names if (module := _factored(name))}

@@ -13,6 +13,7 @@ from surgery_formats.containers.torch import TORCH
 from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.files.raw import open_file
+from surgery_formats.models.known_files import known_file
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["ENCODERS", "OF_ONE", "Inversion", "layout_at", "open_inversion"]
@@ -53,7 +54,7 @@ def layout_at(path: Path) -> str:
             return "embedding" if path.name.endswith(TORCH.suffixes) and _a1111(path) else ""
         if names == [OF_ONE] or set(names) <= ENCODERS.keys():
             return "embedding"
-        if len(names) != 1 or ("." in names[0] and not names[0].startswith("<")):
+        if len(names) != 1 or known_file(names) or ("." in names[0] and not names[0].startswith("<")):
             return ""
         (tensor,) = open_shard(path).tensors
     except (SurgeryError, OSError, ValueError):

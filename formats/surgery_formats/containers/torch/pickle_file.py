@@ -190,6 +190,17 @@ def _pairs(tree: object) -> Iterator[tuple[str, object]]:
         yield key, value
 
 
+def nested_names(tree: object, depth: int = 4) -> list[str]:
+    """The names of all tensors of a tree of dicts and lists, as dotted paths; those of deeper ones are left out."""
+    if not isinstance(tree, dict | list | tuple) or not depth:
+        return []
+    found = []
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        inside = [f"{key}.{name}" for name in nested_names(value, depth - 1)]
+        found += [str(key)] if isinstance(value, StoredTensor) else inside
+    return found
+
+
 def state_dict(tree: object) -> dict[str, StoredTensor]:
     """The tensors of `tree` by name: a dict of tensors, or one inside ``{"state_dict": ...}`` or the like.
 

@@ -17,11 +17,11 @@ from surgery_formats.files.output.kernel_copy import copy_range, reserve, start_
 from surgery_formats.files.raw import File, read_all
 from surgery_formats.text import nbytes as readable
 
-__all__ = ["OutputFile", "output_faults"]
+__all__ = ["WRITEBACK_STEP", "OutputFile", "output_faults"]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Bytes written between two requests to start writeback: a request costs a system call, and disks like long runs.
-_WRITEBACK_STEP = 16 << 20
+WRITEBACK_STEP = 16 << 20
 
 
 @contextmanager
@@ -115,7 +115,7 @@ class OutputFile:
             self._note(offset, len(view))
             with self._lock:
                 self._unsynced += len(view)
-                if start := self._unsynced >= _WRITEBACK_STEP:
+                if start := self._unsynced >= WRITEBACK_STEP:
                     self._unsynced = 0
             if start:
                 start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything

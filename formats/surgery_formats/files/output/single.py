@@ -7,11 +7,12 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from surgery_formats.errors import FitError, NotFoundError, OutputExistsError
-from surgery_formats.files.output.kernel_copy import rename_new, reserve, sync_folder, write_all
-from surgery_formats.files.output.output_file import output_faults
+from surgery_formats.files.output.kernel_copy import rename_new, reserve, start_writeback, sync_folder, write_all
+from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
 
 __all__ = ["SingleFile", "write_single"]
 
@@ -26,6 +27,7 @@ class SingleFile:
         self._shown = shown
         self.path = path
         self.nbytes = nbytes
+        self._unsynced = 0
 
     def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
         """Write all of `data` at `offset`.
@@ -35,6 +37,10 @@ class SingleFile:
         """
         with output_faults(self._shown, self.nbytes):
             write_all(self._fd, memoryview(data).cast("B"), offset)
+            self._unsynced += len(data)
+            if self._unsynced >= WRITEBACK_STEP:
+                self._unsynced = 0
+                start_writeback(self._fd, 0, 0)
 
 
 def write_single(
@@ -80,9 +86,11 @@ def write_single(
         try:
             reserve(fd, nbytes)
             fill(SingleFile(fd, hidden, shown, nbytes))
-            os.fsync(fd)
-            if prove is not None:
-                prove(hidden)
+            with ThreadPoolExecutor(1, "surgery-sync") as pool:  # the disk and the proof do not wait for each other
+                synced = pool.submit(os.fsync, fd)
+                if prove is not None:
+                    prove(hidden)
+                synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
         except BaseException:
             hidden.unlink(missing_ok=True)

@@ -26,12 +26,14 @@ class Denoiser:
         marks: Regular expressions, each found in some flattened name.
         without: Expressions that are found in none.
         component: What diffusers' pipelines call the network.
+        inputs: Modules that adapters give more channels (control LoRAs).
     """
 
     name: str
     marks: tuple[str, ...]
     without: tuple[str, ...] = ()
     component: str = "transformer"
+    inputs: tuple[str, ...] = ()
 
     def matches(self, names: str) -> bool:
         """Whether flattened names, one a line, are of this family."""
@@ -40,6 +42,8 @@ class Denoiser:
 
 
 _IN_UNET = r"^(down|up|mid)_blocks?_(\d+_)?(attentions|resnets|downsamplers|upsamplers)_"
+
+_FLUX_INPUTS = ("img_in", "x_embedder")
 
 DENOISERS = (
     Denoiser("Stable Diffusion XL", (r"^(input|middle|output)_blocks?_.*transformer_blocks_[1-9]",), component="unet"),
@@ -52,9 +56,9 @@ DENOISERS = (
     Denoiser("Chroma", (r"^distilled_guidance_layer_",)),
     Denoiser("Flux 2", (r"^(double_stream_modulation|single_stream_modulation)",)),
     Denoiser("Flux 2", (r"^single_transformer_blocks_\d+_attn_to_qkv_mlp_proj",)),
-    Denoiser("Flux or HunyuanVideo", (r"^double_blocks_\d+_(img|txt)_",)),
-    Denoiser("Flux or HunyuanVideo", (r"^single_blocks_\d+_(linear|modulation|norm)",)),
-    Denoiser("Flux", (r"^single_transformer_blocks_\d+_",)),
+    Denoiser("Flux or HunyuanVideo", (r"^double_blocks_\d+_(img|txt)_",), inputs=_FLUX_INPUTS),
+    Denoiser("Flux or HunyuanVideo", (r"^single_blocks_\d+_(linear|modulation|norm)",), inputs=_FLUX_INPUTS),
+    Denoiser("Flux", (r"^single_transformer_blocks_\d+_",), inputs=_FLUX_INPUTS),
     Denoiser("Qwen-Image", (r"^transformer_blocks_\d+_(img|txt)_(mlp|mod)_",)),
     Denoiser("Flux, Stable Diffusion 3 or Qwen-Image", (r"^transformer_blocks_\d+_attn_(to|add)_",)),
     Denoiser("Wan", (r"^blocks_\d+_(self|cross)_attn_[qkvo](_img)?$",)),

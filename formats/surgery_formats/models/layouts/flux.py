@@ -14,13 +14,21 @@ _IN, _OUT = "double_blocks.#.", "transformer_blocks.#."
 _SINGLE_IN, _SINGLE_OUT = "single_blocks.#.", "single_transformer_blocks.#."
 _TIME = "time_text_embed."
 
+_NORMS = (
+    (f"{_IN}img_attn.norm.query_norm", f"{_OUT}attn.norm_q.weight"),
+    (f"{_IN}img_attn.norm.key_norm", f"{_OUT}attn.norm_k.weight"),
+    (f"{_IN}txt_attn.norm.query_norm", f"{_OUT}attn.norm_added_q.weight"),
+    (f"{_IN}txt_attn.norm.key_norm", f"{_OUT}attn.norm_added_k.weight"),
+    (f"{_SINGLE_IN}norm.query_norm", f"{_SINGLE_OUT}attn.norm_q.weight"),
+    (f"{_SINGLE_IN}norm.key_norm", f"{_SINGLE_OUT}attn.norm_k.weight"),
+)
+
 BLOCKS: tuple[Rule, ...] = (
     fused(f"{_IN}img_attn.qkv", *(f"{_OUT}attn.{x}" for x in ("to_q", "to_k", "to_v"))),
     fused(f"{_IN}txt_attn.qkv", *(f"{_OUT}attn.{x}" for x in ("add_q_proj", "add_k_proj", "add_v_proj"))),
-    same(f"{_IN}img_attn.norm.query_norm.scale", f"{_OUT}attn.norm_q.weight"),
-    same(f"{_IN}img_attn.norm.key_norm.scale", f"{_OUT}attn.norm_k.weight"),
-    same(f"{_IN}txt_attn.norm.query_norm.scale", f"{_OUT}attn.norm_added_q.weight"),
-    same(f"{_IN}txt_attn.norm.key_norm.scale", f"{_OUT}attn.norm_added_k.weight"),
+    *(
+        same(f"{ours}.{leaf}", theirs) for ours, theirs in _NORMS for leaf in ("scale", "weight")
+    ),  # ComfyUI's code: weight
     same(f"{_IN}img_attn.proj", f"{_OUT}attn.to_out.0"),
     same(f"{_IN}txt_attn.proj", f"{_OUT}attn.to_add_out"),
     same(f"{_IN}img_mlp.0", f"{_OUT}ff.net.0.proj"),
@@ -32,9 +40,10 @@ BLOCKS: tuple[Rule, ...] = (
         *(f"{_SINGLE_OUT}{x}" for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
         units=(1, 1, 1, 4),
     ),
+    fused(
+        f"{_SINGLE_IN}linear1_qkv", *(f"{_SINGLE_OUT}attn.{x}" for x in ("to_q", "to_k", "to_v"))
+    ),  # XLabs', ComfyUI's
     same(f"{_SINGLE_IN}linear2", f"{_SINGLE_OUT}proj_out"),
-    same(f"{_SINGLE_IN}norm.query_norm.scale", f"{_SINGLE_OUT}attn.norm_q.weight"),
-    same(f"{_SINGLE_IN}norm.key_norm.scale", f"{_SINGLE_OUT}attn.norm_k.weight"),
     same("img_in", "x_embedder"),
     same("final_layer.linear", "proj_out"),
 )

@@ -148,6 +148,13 @@ class LayoutIndex:
         own = name in self.held or any(_matches(name, self.back, pieces=True))
         return name if own else found[0] if found else None
 
+    def pieces(self, name: str) -> tuple[tuple[str, int], ...]:
+        """What diffusers calls the rows of `name` from top to bottom, with their relative heights; empty if it has them as one."""
+        for rule, numbers, leaf in _matches(name, self.tables):
+            if len(rule.pieces) > 1 and not rule.transposed and all(piece.parts == 1 for piece in rule.pieces):
+                return tuple((filled(piece.name, numbers) + leaf, piece.units) for piece in rule.pieces)
+        return ()
+
     def other_names(self) -> Iterator[str]:
         """Names that `rows` knows, and the base has not."""
         seen: dict[str, None] = dict.fromkeys(self.held)

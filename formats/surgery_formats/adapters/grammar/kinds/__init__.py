@@ -17,10 +17,11 @@ from surgery_formats.adapters.grammar.kinds.loha import LOHA
 from surgery_formats.adapters.grammar.kinds.lokr import LOKR
 from surgery_formats.adapters.grammar.kinds.lora import LORA
 from surgery_formats.adapters.grammar.kinds.rotations import ROTATIONS
+from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 
 __all__ = ["KINDS", "kind_of_update"]
 
-KINDS: tuple[LeafKind, ...] = (LORA, LOHA, LOKR, IA3, GLORA, ROTATIONS, FULL)
+KINDS: tuple[LeafKind, ...] = (LORA, LOHA, LOKR, IA3, GLORA, ROTATIONS, FULL, WHOLE)
 
 _WRITERS: Mapping[str, LeafKind] = {name: kind for kind in KINDS for name in kind.writes}
 

@@ -45,6 +45,8 @@ class LeafWriter:
         kernel: Sizes of a convolution's kernel, 0 for those that no file told; empty for other modules.
         with_alpha: Whether scales are written as alphas; else they are multiplied into a factor.
         in_header: Whether the header will state them.
+        grows: Whether the weight's shape is to be stated, because the base's is smaller.
+        bias_scale: What the program multiplies a bias beside the factors by.
         alpha: What it will state for this module.
         tensors: What was written.
         notes: What was multiplied into which, for the ledger.
@@ -55,6 +57,8 @@ class LeafWriter:
     kernel: tuple[int, ...] = ()
     with_alpha: bool = True
     in_header: bool = False
+    grows: bool = False
+    bias_scale: float = 1.0
     alpha: float | None = None
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -84,6 +88,11 @@ class LeafWriter:
         """Write a factor."""
         name = self.spelt(role)
         self.tensors[name] = factor_tensor(name, factor, factor.shape if shape is None else shape, change, times=times)
+
+    def put_sizes(self, role: str, sizes: tuple[int, ...]) -> None:
+        """Write a shape."""
+        name = self.spelt(role)
+        self.tensors[name] = NewTensor(name, DType.I64, (len(sizes),), lambda: _integers(sizes))
 
     def put_scale(self, scale: float, rank: int, counted: int | None = None) -> float:
         """Write the scale of factors of `rank`; what is left of it to be multiplied into one of them.
@@ -124,6 +133,12 @@ class LeafKind:
     read: Callable[[ModuleTensors, StatedScales], Iterable[ReadUpdate]]
     writes: frozenset[str]
     write: Callable[[Update, str, LeafWriter], None]
+
+
+def _integers(numbers: tuple[int, ...]) -> Array:
+    import numpy
+
+    return numpy.array(numbers, numpy.int64)
 
 
 def number_tensor(name: str, value: float) -> NewTensor:

@@ -46,7 +46,7 @@ def _write(update: Update, parameter: str, writer: LeafWriter) -> None:
 
 LOHA = LeafKind(
     name="LoHa",
-    roles=frozenset([*_FACTORS, "alpha", "dora_scale"]),
+    roles=frozenset([*_FACTORS, "alpha", "scale", "dora_scale"]),
     marks=frozenset(_FACTORS),
     read=_read,
     writes=frozenset([LoHa.kind, Decomposed.kinds[0]]),

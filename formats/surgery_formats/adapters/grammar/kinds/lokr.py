@@ -91,7 +91,7 @@ def _write(update: Update, parameter: str, writer: LeafWriter) -> None:
 
 LOKR = LeafKind(
     name="LoKr",
-    roles=frozenset([*_FACTORS, "alpha", "dora_scale"]),
+    roles=frozenset([*_FACTORS, "alpha", "scale", "dora_scale"]),
     marks=frozenset(_FACTORS),
     read=_read,
     writes=frozenset([LoKr.kind, Decomposed.kinds[1]]),

@@ -18,11 +18,12 @@ def low_rank_pair(module: ModuleTensors, a: str, b: str, core: str, beside: str)
     left, right = module.matrix(a, beside), module.matrix(b, beside)
     middle = module.parts.get(core)
     if middle is None:
-        if left.shape[1] != right.shape[0]:
+        if left.matrix[1] != right.matrix[0]:
             raise malformed(right, f"'{a}' is {list(left.shape)}")
         return Factor((left,), left.matrix), Factor((right,), right.matrix)
     rank = left.shape[0]
-    if len(middle.shape) < 3 or middle.shape[:2] != (rank, right.shape[0]) or not middle.numel:
+    flat = len(left.shape) == len(right.shape) == 2
+    if not flat or len(middle.shape) < 3 or middle.shape[:2] != (rank, right.shape[0]) or not middle.numel:
         raise malformed(middle, f"a core between {list(left.shape)} and {list(right.shape)}")
     inputs, kernel = right.shape[1], math.prod(middle.shape[2:])
 

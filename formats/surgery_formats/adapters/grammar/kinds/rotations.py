@@ -22,11 +22,11 @@ _BY_SD_SCRIPTS = "oft_"  # the stem's beginning
 
 def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     blocks = module.part("oft_blocks", "oft_blocks" if "oft_blocks" in module.parts else "rescale")
-    shape: tuple[int, ...] = (1, 1, *blocks.shape)
-    *_, count, rows, columns = shape
-    if len(blocks.shape) not in (3, 4) or rows != columns:
-        raise malformed(blocks, f"blocks of shape {list(blocks.shape)}")
-    if len(blocks.shape) == 4 and (rows % 2 or count % (1 << (shape[2] - 1))):
+    shape: tuple[int, ...] = blocks.shape
+    if len(shape) not in (3, 4) or shape[-1] != shape[-2]:
+        raise malformed(blocks, f"blocks of shape {list(shape)}")
+    count, rows = shape[-3:-1]
+    if len(shape) == 4 and (rows % 2 or count % (1 << (shape[0] - 1))):
         raise malformed(blocks, f"no butterfly has blocks of shape {list(blocks.shape)}")
     out = count * rows
     rescale = module.parts.get("rescale")

@@ -23,7 +23,7 @@ _METHODS = {"relu": False, "qr": True}
 def _read(module: Module) -> ModuleUpdates:
     config, P = module.config, module.matrix("deft_P")
     method = config.raw.get("decomposition_method", "relu")
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise MalformedError("'decomposition_method' is neither 'relu' nor 'qr'", file=config.file)
     rank, R = P.shape[1], None
     if config.flag("para") != ("deft_R" not in module.parts):

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that lie beside adapters in people's folders and are none that weights can hold: what they are, and what to do with them.
+
+They are told by the names of their tensors, as `factor_names` tells factors, so that every command names them in the same words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery_formats.containers.torch import TORCH
+from surgery_formats.errors import FitError, SurgeryError
+from surgery_formats.files.raw import open_file
+
+__all__ = ["KNOWN_FILES", "KnownFile", "known_file", "known_file_at", "refuse_known"]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
+    """A family of files.
+
+    Attributes:
+        what: What it is, and why it is not read as an adapter.
+        instead: What to do with it.
+        marks: Texts, each of which is in some name.
+        every: A pattern that all names match; empty for any.
+        without: Texts that are in no name.
+        network: Whether it is a network in full: a model where one is wanted, and no adapter.
+    """
+
+    what: str
+    instead: str
+    marks: tuple[str, ...]
+    every: str = ""
+    without: tuple[str, ...] = ()
+    network: bool = False
+
+    def is_of(self, names: Collection[str]) -> bool:
+        """Whether a file with these tensors is one."""
+        if not all(any(mark in name for name in names) for mark in self.marks):
+            return False
+        if any(mark in name for mark in self.without for name in names):
+            return False
+        return not self.every or all(re.fullmatch(self.every, name) for name in names)
+
+
+_IN_UI = "load it beside the base, in ComfyUI or diffusers"
+_CONTROLNET = "a ControlNet: a network of its own beside the denoiser, no adapter"
+
+KNOWN_FILES = (
+    KnownFile(
+        "an IP-Adapter: new modules, which no weight of a base can hold",
+        f"{_IN_UI} (load_ip_adapter)",
+        ("ip_adapter",),
+        r"(image_proj\w*|ip_adapter\w*|adapter_modules)(\..*)?|.*\.(ip_adapter_\w+|to_[kv]_ip)(\..*)?",
+    ),
+    KnownFile(
+        "PuLID: new modules, which no weight of a base can hold",
+        _IN_UI,
+        ("pulid_encoder",),
+        r"(pulid|id_adapter)\w*\..*",
+    ),
+    KnownFile(
+        "a Control-LoRA: factors of a ControlNet that is made of the base when it runs",
+        "load it in ComfyUI or Forge, which make it",
+        ("lora_controlnet",),
+    ),
+    KnownFile(
+        "factors of layerdiffuse, which act beside its own encoder and decoder of transparency",
+        "load it with layerdiffuse, in Forge or ComfyUI",
+        ("::",),
+        r".*::\w+::\d+",
+    ),
+    KnownFile(
+        "ControlNet-LLLite: new modules, which no weight of a base can hold",
+        "load it in ComfyUI or with sd-scripts",
+        ("lllite_",),
+        r"lllite_.*",
+    ),
+    KnownFile(
+        "T-LoRA: its rank follows the step of the sampler, and what its factors began with is not in the file",
+        "run it with LyCORIS, or with T-LoRA's own code",
+        (".lambda_layer", ".q_layer.weight"),
+    ),
+    KnownFile(
+        "a LoRA that Nunchaku packed for its kernels of 4 bits",
+        "take the LoRA that it was made from",
+        (".lora_down", ".lora_up"),
+        r".*\.lora_(down|up)|.*\.(lora_[AB]\.weight|bias|vectors?)",
+        (".qweight", ".wscales"),
+    ),
+    KnownFile(
+        "a hypernetwork: networks with an activation in front of keys and values, which no weight can hold",
+        "load it in A1111 or Forge",
+        (".linear.0.weight",),
+        r"\d+\.[01]\.linear\.\d+\.(weight|bias)",
+    ),
+    KnownFile(
+        "a soft prompt of PEFT's without its adapter_config.json: prompts, prefixes and P-tuning look alike",
+        "put adapter_config.json beside it",
+        ("prompt_embeddings",),
+        r"prompt_embeddings",
+    ),
+    *(
+        KnownFile(
+            "weights of AdapterHub without their adapter_config.json, which explains them",
+            "name their folder",
+            (mark,),
+            r"(.*\.)?(loras|adapters|(attention|layer)_text_(task|lang)_adapters|shared_parameters|invertible_\w*adapters|"
+            r"prefix_(tunings|gates)|prompt_tunings|refts)\..*",
+        )
+        for mark in (".loras.", "adapters.", "_tunings.", "refts.")
+    ),
+    KnownFile(
+        "AdapterHub's fusion of several adapters: attention over what they give, which no weight can hold",
+        "load it with the library adapters (load_adapter_fusion)",
+        ("adapter_fusion_layer.",),
+        r".*adapter_fusion_layer\..*",
+    ),
+    KnownFile(
+        "a prediction head of AdapterHub's", "name its folder, with the adapter", ("heads.",), r"heads\.[^.]+\.\d+\..*"
+    ),
+    KnownFile(_CONTROLNET, _IN_UI, ("input_hint_block.", "zero_convs."), "", ("diffusion_model.",), network=True),
+    KnownFile(_CONTROLNET, _IN_UI, ("controlnet_",), "", ("diffusion_model.",), network=True),
+    KnownFile(
+        "a T2I-Adapter: a network of its own beside the denoiser, no adapter of its weights",
+        _IN_UI,
+        ("body.0.", "conv_in."),
+        r"(adapter\.)?(body\.\d+|conv_in)\..*",
+        network=True,
+    ),
+    KnownFile(
+        "a motion module: layers between those of the denoiser, no adapter of its weights",
+        f"{_IN_UI} (MotionAdapter)",
+        ("motion_modules.",),
+        r".*motion_modules\..*",
+        ("lora",),
+        network=True,
+    ),
+)
+"""In order: the first that fits is meant."""
+
+
+def known_file(names: Collection[str]) -> KnownFile | None:
+    """The family of a file with these tensors; None if it is of none."""
+    return next((known for known in KNOWN_FILES if known.is_of(names)), None) if names else None
+
+
+def known_file_at(path: Path, names: Collection[str] = ()) -> KnownFile | None:
+    """The family of the file at `path`, also of a torch file that nests its tensors so that they are no weights.
+
+    Args:
+        path: Of the file.
+        names: Of its tensors; none where they could not be read as weights.
+    """
+    if names or not path.name.endswith(TORCH.suffixes):
+        return known_file(names)
+    from surgery_formats.containers.torch.pickle_file import nested_names, read_torch
+
+    try:
+        return known_file(nested_names(read_torch(open_file(path))))
+    except (SurgeryError, OSError, ValueError):
+        return None
+
+
+def refuse_known(path: Path, names: Collection[str], *, networks: bool) -> None:
+    """Say what a file is that no command here takes for an adapter, or a model.
+
+    Args:
+        path: Of the file.
+        names: Of its tensors; none where they could not be read as weights.
+        networks: Whether a network in full is refused too.
+
+    Raises:
+        FitError: it is one.
+    """
+    known = known_file_at(path, names)
+    if known is not None and (networks or not known.network):
+        raise FitError(known.what, file=path, hint=known.instead)

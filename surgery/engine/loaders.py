@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes and calls that load a model, or an adapter onto one, for the last line of a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from surgery.reports.output import PATH
+from surgery.reports.values import Name
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.layouts.parts import parts_of
+from surgery_formats.models.layouts.registry import indexes_of
+
+__all__ = ["attaching", "class_of_config", "class_of_file", "is_identifier"]
+
+_TASKS = (
+    "CausalLM",
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MaskedLM",
+    "MultipleChoice",
+)
+"""What classes of transformers are called after, ``LlamaForCausalLM``, where a class that finds them is too."""
+_PIPELINES = (
+    ("UNet2DConditionModel", ("text_encoder", "text_encoder_2"), "StableDiffusionXLPipeline"),
+    ("UNet2DConditionModel", ("text_encoder_2",), "StableDiffusionXLImg2ImgPipeline"),  # the refiner
+    ("UNet2DConditionModel", ("text_encoder",), "StableDiffusionPipeline"),
+    ("SD3Transformer2DModel", ("text_encoder", "text_encoder_2"), "StableDiffusion3Pipeline"),
+)
+"""Pipelines that take their text encoders from the file: the network, what text encoders there are, the class."""
+
+
+def is_identifier(name: object) -> TypeGuard[str]:
+    """Whether a name out of a configuration can stand in a command."""
+    return isinstance(name, str) and name.isidentifier() and name.isascii()
+
+
+def class_of_config(config: Mapping[str, Any]) -> str:
+    """The class of diffusers or transformers that loads a folder: one that finds the class by the task, else the class."""
+    if is_identifier(network := config.get("_class_name")):
+        return network
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed else ""
+    if not is_identifier(name):
+        return "AutoModel"
+    if name.endswith("LMHeadModel"):
+        return "AutoModelForCausalLM"
+    if task := next((task for task in _TASKS if name.endswith(f"For{task}")), ""):
+        return f"AutoModelFor{task}"
+    return "AutoModel" if "auto_map" in config else name  # the model's own code has its class
+
+
+def class_of_file(names: Collection[str]) -> str:
+    """The class of diffusers that reads one file with these names; empty if they are of no network, or of several.
+
+    Of a file with text encoders it is a pipeline, where that takes them from the file (diffusers 0.42.1,
+    ``SINGLE_FILE_LOADABLE_CLASSES`` and ``FromSingleFileMixin``).
+    """
+    parts = {part.component: part.prefix for part in parts_of(names)}
+    if "denoiser" not in parts:
+        return ""
+    prefix = parts["denoiser"]
+    below = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    networks = [index.network for index in indexes_of(below, {})]
+    if len(networks) != 1:
+        return ""
+    network = networks[0].class_of(below)
+    encoders = tuple(part for part in parts if part.startswith("text_encoder"))
+    return next(
+        (one for name, marks, one in _PIPELINES if name == network and encoders[: len(marks)] == marks), network
+    )
+
+
+def attaching(target: str, output: Path, adapter: Adapter, base: Checkpoint | None) -> tuple[str | Name, ...]:
+    """How to load an adapter that is written at `output` in a format; empty for formats that no one call loads."""
+    path = Name(output, PATH)
+    kinds = {update.kind for chain in adapter.updates.values() for update in chain}
+    if target == "peft":
+        return "attach it: PeftModel.from_pretrained(", *_model(adapter, base), ', "', path, '")'
+    if target in ("kohya", "diffusers") and kinds <= {"LoRA", "DoRA"}:
+        return 'load it with diffusers: pipe.load_lora_weights("', path, '")'
+    if target == "mlx":
+        model = "model" if base is None else Name(base.path, PATH)
+        return 'load it with MLX-LM: mlx_lm.load("', model, '", adapter_path="', path, '")'
+    if target == "gguf":
+        return 'run it with llama.cpp, beside the base: llama-cli -m base.gguf --lora "', path, '"'
+    if target == "adapterhub":
+        return 'load it with adapters: model.load_adapter("', path, '")'
+    return ()
+
+
+def _model(adapter: Adapter, base: Checkpoint | None) -> tuple[str | Name, ...]:
+    """The model that PEFT attaches an adapter to, as an expression."""
+    components = {site.component for site in adapter.updates} - {""}
+    if len(components) == 1 and is_identifier(part := next(iter(components))):
+        return (f"pipe.{part}",)
+    config = {} if base is None or base.is_pipeline else base.main.config
+    if base is None or not config:
+        return ("model",)
+    return f'{class_of_config(config)}.from_pretrained("', Name(base.path, PATH), '")'

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A LoRA of a projection that one layout fuses, in the names of a layout that holds its parts: Flux as kohya and as diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from surgery import convert, merge
+from surgery_formats.adapters.registry import read_adapter
+from tests.support.adapter_files import draw
+
+D, M, RANK = 8, 32, 2
+FUSED = {
+    "double_blocks.0.img_attn.qkv": (3 * D, D),
+    "double_blocks.0.txt_attn.qkv": (3 * D, D),
+    "double_blocks.0.img_mlp.0": (M, D),
+    "single_blocks.0.linear1": (3 * D + M, D),
+    "single_blocks.0.linear2": (D, D + M),
+}
+PARTS = {
+    **{
+        f"transformer_blocks.0.attn.{n}": (D, D)
+        for n in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+    },
+    "transformer_blocks.0.ff.net.0.proj": (M, D),
+    **{f"single_transformer_blocks.0.attn.{name}": (D, D) for name in ("to_q", "to_k", "to_v")},
+    "single_transformer_blocks.0.proj_mlp": (M, D),
+    "single_transformer_blocks.0.proj_out": (D, D + M),
+}
+BESIDE = {
+    "double_blocks.0.img_attn.qkv": ("img_in", "txt_in", "vector_in.in_layer", "double_blocks.0.img_mod.lin"),
+    "transformer_blocks.0.attn.to_q": (
+        *(
+            "x_embedder",
+            "context_embedder",
+            "time_text_embed.text_embedder.linear_1",
+            "transformer_blocks.0.norm1.linear",
+        ),
+    ),
+}
+"""By which a base of either layout is told to be Flux."""
+
+
+def model(path: Path, modules: dict[str, tuple[int, int]]) -> Path:
+    whole = modules | dict.fromkeys(BESIDE[next(iter(modules))], (D, D))
+    save_file({f"{name}.weight": draw(i, *shape) for i, (name, shape) in enumerate(whole.items())}, path)
+    return path
+
+
+def kohya(path: Path, alphas: dict[str, float]) -> Path:
+    tensors: dict[str, np.ndarray] = {}
+    for i, (name, (out, inputs)) in enumerate(FUSED.items()):
+        key = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{key}.lora_down.weight"] = draw(50 + i, RANK, inputs).astype(np.float16)
+        tensors[f"{key}.lora_up.weight"] = draw(90 + i, out, RANK).astype(np.float16)
+        tensors[f"{key}.alpha"] = np.array(alphas.get(name, 1.0), np.float32)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("modules", [FUSED, PARTS], ids=["fused base", "base in parts"])
+@pytest.mark.parametrize("alphas", [{}, {"single_blocks.0.linear1": 4.0, "double_blocks.0.img_mlp.0": 0.5}])
+def test_it_is_split_and_does_the_same(
+    modules: dict[str, tuple[int, int]], alphas: dict[str, float], tmp_path: Path
+) -> None:
+    base, lora = model(tmp_path / "base.safetensors", modules), kohya(tmp_path / "k.safetensors", alphas)
+    result = convert(lora, "diffusers", output=tmp_path / "d.safetensors", base=base)
+    assert {entry.outcome for entry in result.entries} == {"exact"}
+    keys = load_file(tmp_path / "d.safetensors").keys()
+    assert {key.removesuffix(".lora_A.weight") for key in keys if "lora_A" in key} == {
+        f"transformer.{n}" for n in PARTS
+    }
+    for adapter, folder in ((lora, "one"), (tmp_path / "d.safetensors", "two")):
+        merge(base, [adapter], output=tmp_path / folder)
+    one, two = (next((tmp_path / folder).glob("*.safetensors")).read_bytes() for folder in ("one", "two"))
+    assert one == two
+
+
+def test_the_header_names_modules_as_the_file_does(tmp_path: Path) -> None:
+    base = model(tmp_path / "base.safetensors", FUSED)
+    lora = kohya(tmp_path / "k.safetensors", {"double_blocks.0.img_mlp.0": 6.0})
+    convert(lora, "diffusers", output=tmp_path / "d.safetensors", base=base)
+    with safe_open(tmp_path / "d.safetensors", "np") as opened:
+        stated = opened.metadata()["lora_adapter_metadata"]
+    assert "double_blocks" not in stated.replace("transformer_blocks", "")
+    assert '"^transformer_blocks\\\\.0\\\\.ff\\\\.net\\\\.0\\\\.proj": 6' in stated
+
+
+def test_factors_are_copied_not_widened(tmp_path: Path) -> None:
+    base, lora = model(tmp_path / "base.safetensors", FUSED), kohya(tmp_path / "k.safetensors", {})
+    convert(lora, "diffusers", output=tmp_path / "d.safetensors", base=base)
+    before, after = load_file(lora), load_file(tmp_path / "d.safetensors")
+    up = before["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
+    for i, part in enumerate(("to_q", "to_k", "to_v")):
+        own = after[f"transformer.transformer_blocks.0.attn.{part}.lora_B.weight"]
+        assert own.tobytes() == up[D * i : D * (i + 1)].tobytes()
+    assert not read_adapter(tmp_path / "d.safetensors").unconsumed()
