@@ -136,6 +136,10 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("LightX2V", "comfyui", ("dotted/lightx2v/*",), "dotted/lightx2v/adapter.safetensors"),
     Row("DiffSynth", "bare", ("dotted/diffsynth/*",), "dotted/diffsynth/adapter.safetensors"),
+    *(
+        Row(title, "bare", (f"flux/{name}/*",), f"flux/{name}/adapter.safetensors", base="flux/base-bfl.safetensors")
+        for title, name in {"XLabs": "xlabs", "fal": "fal", "Flux control": "control"}.items()
+    ),
     Row("Lightning", "bare", ("dotted/lightning/*",), "dotted/lightning/adapter.safetensors"),
     Row("textual inversion, A1111", "embedding", ("textual_inversion/*",), "textual_inversion/fluffy.safetensors"),
     Row(
@@ -337,7 +341,7 @@ def _outcome(source: Source, column: Column, effect: _Effect, folder: Path, rank
             shutil.rmtree(folder)
             continue
         error = max(result.max_approximation for result in results)
-        effect.check([result.output for result in results if result.output], column.format, error)
+        effect.check(list(map(_read_back, results)), column.format, error)
         shutil.rmtree(folder)
         found = {entry.outcome for result in results for entry in result.entries}
         worst = next(word for word in WORST if word in found)
@@ -346,7 +350,7 @@ def _outcome(source: Source, column: Column, effect: _Effect, folder: Path, rank
 
 
 WORST: tuple[Word, ...] = ("approximated", "folded", "exact")
-SUFFIXES = {"gguf": ".gguf", "onnx-adapter": ".onnx_adapter"}
+SUFFIXES = {"gguf": ".gguf", "loralib": ".pt", "onnx-adapter": ".onnx_adapter"}
 
 
 def _converted(source: Source, column: Column, where: Path, **options: Any) -> surgery.ConvertResult:
@@ -359,6 +363,13 @@ def _converted(source: Source, column: Column, where: Path, **options: Any) -> s
         dialect=column.dialect or None,
         **options,
     )
+
+
+def _read_back(result: surgery.ConvertResult) -> Adapter:
+    """What was written, with the alpha that a reader is told to give."""
+    assert result.output is not None
+    told = [found for warning in result.warnings if (found := re.search(r"read with alpha (\S+)", warning))]
+    return read_adapter(result.output, float(told[0][1]) if told else None)
 
 
 def _reason(source: Source, column: Column, error: FitError) -> str:
@@ -403,9 +414,8 @@ class _Effect:
         shutil.rmtree(out)
         return found
 
-    def check(self, paths: list[Path], format: str, error: float) -> None:
-        """What lies at `paths` does the same, up to what a float of the base can tell, or within the certified error."""
-        written = [read_adapter(path) for path in paths]
+    def check(self, written: list[Adapter], format: str, error: float) -> None:
+        """`written` does the same, up to what a float of the base can tell, or within the certified error."""
         assert {one.format for one in written} == {format}, [(one.format, one.path) for one in written]
         if self.weights is None:
             assert np.array_equal(np.sort(np.concatenate([_numbers(one) for one in written])), self.numbers)
@@ -418,7 +428,7 @@ class _Effect:
             groups.setdefault(_STACKED.sub(r"\1", name) if error else name, []).append(name)
         for name, members in groups.items():
             wanted = np.concatenate([self.weights[one].reshape(-1) for one in members])
-            change = wanted - np.concatenate([before[one].astype(np.float64).reshape(-1) for one in members])
+            change = wanted - np.concatenate([_grown(before[one], self.weights[one]).reshape(-1) for one in members])
             missed = np.concatenate([got[one].astype(np.float64).reshape(-1) for one in members]) - wanted
             rounding = float(np.finfo(wanted.dtype).eps) * abs(wanted).max()
             if error:
@@ -426,6 +436,13 @@ class _Effect:
                 assert np.linalg.norm(missed) <= limit, f"{name}: {np.linalg.norm(missed) / np.linalg.norm(change):.3g}"
             else:
                 assert abs(missed).max() <= 1e-6 * abs(change).max() + rounding, name
+
+
+def _grown(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """In float64, with zeros where a weight has new inputs."""
+    grown = np.zeros(like.shape)
+    grown[tuple(slice(size) for size in values.shape)] = values
+    return grown
 
 
 _STACKED = re.compile(r"(experts\.)\d+\..*")

@@ -55,9 +55,9 @@ BUILT_IN: tuple[Format, ...] = (
     ADAPTERHUB,
     KOHYA,
     COMPACT,
+    LORALIB,  # before diffusers, whose files may begin like GPT-2's modules
     DIFFUSERS,
     COMFYUI,
-    LORALIB,
     BARE,
     GGUF_LORA,
     ONNX_ADAPTER,

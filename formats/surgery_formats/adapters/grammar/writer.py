@@ -26,6 +26,7 @@ from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
+    restate,
     row_slice,
     surviving_metadata,
     whole_place,
@@ -261,13 +262,13 @@ class _Job:
 
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     """What the file says of itself: what its sources said, with ranks and alphas as they are now."""
-    metadata = surviving_metadata(adapter)
+    metadata = surviving_metadata(adapter, hashed=True)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
         metadata |= header_of(adapter.metadata, job.ranks, adapter.path)
     loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
     if loras and "ss_network_dim" in metadata:
-        metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"
+        restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
     if loras and "ss_network_alpha" in metadata:
-        metadata["ss_network_alpha"] = f"{commonest(lora.scale * lora.rank for lora in loras):.9g}"
+        restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)
     return metadata
