@@ -139,7 +139,7 @@ class CombineResult:
                 (
                     module.site,
                     module.outcome,
-                    "+".join(map(str, module.ranks)),
+                    "+".join(str(rank or "none") for rank in module.ranks),
                     module.rank or None,
                     module.norm,
                     module.error,

@@ -20,6 +20,7 @@ from surgery_formats.binding.parts import in_component, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
+from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
@@ -34,6 +35,7 @@ __all__ = [
     "coded_as",
     "conversion_id",
     "in_dialect",
+    "left_beside",
     "placed",
     "plan_conversion",
     "prove_conversion",
@@ -125,6 +127,23 @@ def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> 
         has = listing(sorted(base.components))
         raise FitError(f"the base has no part '{component}'", file=base.path, hint=f"it has {has}")
     return in_component(adapter, component), ()
+
+
+def left_beside(adapter: Adapter, target: Format, *, allow_loss: bool) -> tuple[Entry, ...]:
+    """The weights beside an adapter (a value head, a head of AdapterHub's) that a format of one file has no place for.
+
+    Raises:
+        FitError: there are some, and nothing may be lost.
+    """
+    names = [name for name in sorted(adapter.files_beside) if is_weight_file(name)] if target.single_file else []
+    if names and not allow_loss:
+        named = listing([f"'{show(name)}'" for name in names])
+        raise FitError(
+            f"{target.name} is one file, and {named} beside the adapter holds weights too",
+            file=adapter.path,
+            hint="`allow_loss=True` leaves it out",
+        )
+    return tuple(Entry(name, "dropped", "it lies beside the adapter, and the format is one file") for name in names)
 
 
 def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:

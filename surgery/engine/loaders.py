@@ -89,7 +89,7 @@ def attaching(target: str, output: Path, adapter: Adapter, base: Checkpoint | No
     if target == "gguf":
         return 'run it with llama.cpp, beside the base: llama-cli -m base.gguf --lora "', path, '"'
     if target == "adapterhub":
-        return 'load it with adapters: model.load_adapter("', path, '")'
+        return 'load it with adapters: model.load_adapter("', path, '", use_safetensors=True)'
     return ()
 
 

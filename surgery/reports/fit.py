@@ -46,7 +46,8 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
     Raises:
         FitError: none of them is there in the right shape.
     """
-    adapter, notes = housed(in_its_part(adapter, base), base)
+    given = adapter
+    adapter, notes = housed(in_its_part(given, base), base)
     roles: dict[Site, str] = {}
     sizes: dict[tuple[str, str], int] = {}
     odd: list[Site] = []
@@ -77,10 +78,16 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)
     return FitReport(
-        site_roles(adapter) | roles,
+        site_roles(given) | _under_given_names(given, adapter, roles),
         heads + sum(sizes.values()),
         warnings,
     )
+
+
+def _under_given_names(given: Adapter, housed_adapter: Adapter, roles: Mapping[Site, str]) -> dict[Site, str]:
+    """Roles by the sites of an adapter as it was given: those under the base's names are as many, in the same order."""
+    both = zip(given.updates, housed_adapter.updates, strict=True)
+    return {site: roles[moved] for site, moved in both if moved in roles}
 
 
 def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...], config: Mapping[str, Any]) -> bool:

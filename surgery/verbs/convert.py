@@ -15,6 +15,7 @@ from surgery.engine.conversion import (
     bound_source,
     coded_as,
     in_dialect,
+    left_beside,
     placed,
     plan_conversion,
     tolerance_of,
@@ -171,6 +172,7 @@ def convert(
         if change.held:  # the base has the old names, and none of the new ones
             bound_source(original, checkpoint)
             named = None
+    left = (*left, *left_beside(original, target, allow_loss=allow_loss))
     binding = bound_source(source, named)
     remedy = "`as_lora=True` makes LoRAs of other kinds"
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from surgery import convert, inspect
+from surgery import convert, inspect, merge
 from surgery_formats.adapters.adapterhub import ADAPTERHUB
 from surgery_formats.adapters.adapterhub.places import layer_of
 from surgery_formats.adapters.registry import read_adapter
@@ -188,3 +188,54 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     assert not ADAPTERHUB.detect(folder)
     with pytest.raises(NotFoundError, match=r"pytorch_adapter\.bin"):
         ADAPTERHUB.read(folder)
+
+
+def test_a_head_of_the_library_goes_along_as_files(tmp_path: Path) -> None:
+    source = read_adapter(FOLDER / "bert-lora")
+    assert sorted(source.files_beside) == ["head_config.json", "pytorch_model_head.bin"]
+    assert "goes along as a file" in source.known_issues()[-1]
+    assert source.unconsumed() == ()
+    for target in ("adapterhub", "peft"):
+        convert(FOLDER / "bert-lora", target, output=tmp_path / target)
+        for name in source.files_beside:
+            assert (tmp_path / target / name).read_bytes() == (FOLDER / "bert-lora" / name).read_bytes()
+        assert "pytorch_model_head.bin" in read_adapter(tmp_path / target).files_beside
+    merge(FOLDER / "base/bert", FOLDER / "bert-lora", output=tmp_path / "merged")
+    assert (tmp_path / "merged/pytorch_model_head.bin").exists()
+    assert inspect(tmp_path / "merged").parameters == inspect(FOLDER / "base/bert").parameters
+
+
+def test_a_format_of_one_file_has_no_place_for_a_head(tmp_path: Path) -> None:
+    with pytest.raises(FitError, match=r"loralib is one file, and 'pytorch_model_head\.bin' beside"):
+        convert(FOLDER / "bert-lora", "loralib", output=tmp_path / "x.pt")
+    result = convert(FOLDER / "bert-lora", "loralib", output=tmp_path / "x.pt", allow_loss=True)
+    assert [entry.site for entry in result.entries if entry.outcome == "dropped"] == ["pytorch_model_head.bin"]
+
+
+def _union(tmp_path: Path) -> Path:
+    """A LoRA and a bottleneck under one name, as ``ConfigUnion`` saves them."""
+    folder, both = tmp_path / "union", ("bert-dora", "bert-bottleneck")
+    folder.mkdir()
+    tensors, configs = {}, []
+    for case in both:
+        stored = load_file(FOLDER / case / "adapter.safetensors")
+        tensors |= {key.replace(f".{case}.", ".union."): value for key, value in stored.items()}
+        config = json.loads((FOLDER / case / "adapter_config.json").read_text())
+        configs.append(config["config"])
+    save_file(tensors, folder / "adapter.safetensors")
+    union = {**config, "name": "union", "config": {"architecture": "union", "configs": configs}}
+    (folder / "adapter_config.json").write_text(json.dumps(union))
+    return folder
+
+
+def test_of_a_union_what_can_merge_is_merged_when_asked(tmp_path: Path) -> None:
+    folder, base = _union(tmp_path), FOLDER / "base/bert"
+    assert set(inspect(folder).kinds) == {"DoRA", "bottleneck adapter"}
+    with pytest.raises(FitError, match="a network of its own behind a layer") as caught:
+        merge(base, folder, output=tmp_path / "out")
+    assert "`without=`" in (caught.value.hint or "")
+    merge(base, folder, output=tmp_path / "out", without="*.adapters")
+    wanted = load_file(FOLDER / "bert-dora/expected.safetensors")
+    got = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert wanted
+    assert all(abs(got[key] - value).max() <= 1e-6 for key, value in wanted.items())

@@ -21,6 +21,7 @@ from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.mlx import MLX
+from surgery_formats.adapters.omi import OMI
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import read_adapter
@@ -232,6 +233,15 @@ def _torchtune(folder: Path, name: str) -> Path:
     return target
 
 
+def _unbundled(folder: Path) -> Path:
+    """A file of OMI's names without its embeddings, which no base has rows for."""
+    tensors = {
+        k: v for k, v in load_file(GOLDEN / "onetrainer/omi.safetensors").items() if not k.startswith("bundle_emb")
+    }
+    save_file(tensors, folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
+
+
 CASES: dict[str, Callable[[], FormatCase]] = {
     **{f"peft {name}": lambda name=name: _peft(name) for name in PEFT_FILES},
     **{
@@ -298,6 +308,21 @@ CASES: dict[str, Callable[[], FormatCase]] = {
             "lightning": BARE,
             "diffsynth": BARE,
         }.items()
+    },
+    "omi": lambda: FormatCase(
+        OMI, lambda folder: _unbundled(folder), open_checkpoint(GOLDEN / "flux/base-bfl.safetensors")
+    ),
+    **{
+        f"onetrainer oft {name}": lambda name=name: _with_base(
+            KOHYA,
+            GOLDEN / f"onetrainer/oft-{name}/adapter.safetensors",
+            GOLDEN / f"onetrainer/oft-{name}/base.safetensors",
+        )
+        for name in ("own", "shared", "scaled")
+    },
+    **{
+        f"bare {name}": lambda name=name: FormatCase(BARE, _copied(GOLDEN / "flux" / name / "adapter.safetensors"))
+        for name in ("control", "xlabs", "fal")
     },
     **{
         f"comfyui {name}": lambda name=name: FormatCase(COMFYUI, lambda folder: _dotted(folder, name))

@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from surgery import combine, convert, inspect
+from surgery import combine, convert, inspect, merge
 from surgery_formats.adapters.registry import read_adapter
-from tests.support.adapter_files import draw, peft_deltas, write_peft
+from surgery_formats.errors import MalformedError
+from tests.support.adapter_files import GOLDEN, draw, peft_deltas, write_peft
 from tests.support.combinations import OneLayer
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -113,3 +114,49 @@ def test_a_lost_alpha_is_taken_from_the_metadata_and_said_so(tmp_path: Path) -> 
 @pytest.mark.parametrize("dim", ["4", "Dynamic", "None", "nan", "-4", "8", ""])
 def test_files_that_are_as_they_should_be(tmp_path: Path, dim: str) -> None:
     assert said_by(kohya(tmp_path / "k.safetensors", 4, 2.0, ss_network_dim=dim, ss_network_alpha="2")) == ""
+
+
+def test_alphas_of_diffusers_conversion_are_told_by_their_type(tmp_path: Path) -> None:
+    """diffusers 0.42.0, ``convert_state_dict_to_kohya``: ``torch.tensor(len(weight))``, whatever alpha the LoRA had."""
+    factors = {f"{M}.lora_down.weight": draw(1, 4, 6), f"{M}.lora_up.weight": draw(2, 8, 4)}
+    for alpha, told in ((np.array(4), True), (np.array(8), False), (np.array(4, np.float32), False)):
+        save_file({**factors, f"{M}.alpha": alpha}, tmp_path / "x.safetensors")
+        assert ("convert_state_dict_to_kohya" in said_by(tmp_path / "x.safetensors")) is told
+    save_file({**factors, f"{M}.alpha": np.array(4)}, tmp_path / "x.safetensors")
+    assert any("alpha = rank" in one for one in convert(tmp_path / "x.safetensors", "kohya", dry_run=True).warnings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [('{"algo": "glora", "rs_lora": "True"}', True), ('{"rs_lora": "False"}', False), ("{", False), ("[]", False)],
+)
+def test_glora_whose_alpha_leaves_out_the_root_of_its_rank(arguments: str, told: bool, tmp_path: Path) -> None:
+    tensors = {
+        f"{M}.a1.weight": draw(1, 6, 2),
+        f"{M}.a2.weight": draw(2, 2, 6),
+        f"{M}.b1.weight": draw(3, 8, 2),
+        f"{M}.b2.weight": draw(4, 2, 6),
+        f"{M}.alpha": np.array(1, np.float32),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_network_args": arguments})
+    assert ("root of the rank" in said_by(tmp_path / "x.safetensors")) is told
+
+
+def test_a_dora_that_torchtune_exported_is_named(tmp_path: Path) -> None:
+    folder = GOLDEN / "torchtune/llama-dora/epoch"
+    with pytest.raises(MalformedError, match="use_dora is false") as caught:
+        read_adapter(folder)
+    assert "adapter_model.pt" in (caught.value.hint or "")
+    assert read_adapter(folder / "adapter_model.pt").updates
+    factors = {f"{Q}.lora_A.weight": draw(1, 4, 6), f"{Q}.lora_B.weight": draw(2, 8, 4)}
+    other = write_peft(tmp_path / "x", {**factors, f"{Q}.lora_magnitude_vector": draw(3, 8)})
+    with pytest.raises(MalformedError, match="use_dora is false") as caught:
+        read_adapter(other)
+    assert caught.value.hint is None
+
+
+def test_a_merge_says_what_torchtune_s_export_of_qwen2_is(tmp_path: Path) -> None:
+    folder = GOLDEN / "torchtune/qwen2"
+    said = merge(folder / "base", folder / "epoch", output=tmp_path / "out").warnings
+    assert any("rows of q_proj and k_proj are in a wrong order" in one for one in said)
+    assert "rows of q_proj and k_proj are in a wrong order" in said_by(folder / "epoch")

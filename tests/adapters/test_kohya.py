@@ -221,7 +221,7 @@ def test_metadata_survives_except_what_is_of_the_file(tmp_path: Path) -> None:
         ({**_pair(), "lora_unet_y.oft_blocks": draw(1, 2, 2, 3)}, "blocks of shape"),
         ({**_pair(), "oft_unet_y.oft_blocks": draw(1, 3, 3, 2, 2)}, "blocks of shape"),
         ({**_pair(), "lora_unet_y.a1.weight": draw(1, 2, 2)}, "without its 'a2.weight"),
-        ({**_pair(), "lora_unet_y.oft_R.weight": draw(1, 2, 2)}, "OFT of OneTrainer is not read yet"),
+        ({**_pair(), "lora_unet_y.oft_R.weight": draw(1, 2, 2)}, "no strictly upper triangles"),
         ({**_pair(), "lora_unet_y.lambda_layer": draw(1, 1, 2)}, "T-LoRA is not read yet"),
         ({**_pair(), "lora_unet_y.weight": draw(1, 4)}, "without its 'on_input"),
         (

@@ -76,6 +76,25 @@ def test_what_headers_say_of_models_and_adapters_is_shown_with_its_field(tmp_pat
     assert found.tool == "musubi-tuner (ss_network_module)"
 
 
+def test_what_latent_diffusion_keeps_beside_its_networks_is_told_too(tmp_path: Path) -> None:
+    clip = "conditioner.embedders.1.model."
+    shapes = {
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": (8, 8),
+        f"{clip}token_embedding.weight": (10, 8),
+        f"{clip}positional_embedding": (4, 8),
+        f"{clip}ln_final.weight": (8,),
+        f"{clip}transformer.resblocks.0.attn.in_proj_weight": (24, 8),
+        f"{clip}text_projection": (8, 8),
+        "alphas_cumprod": (1000,),
+    }
+    file = tmp_path / "xl.safetensors"
+    save_file({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, file)
+    found = inspect(file)
+    assert isinstance(found, CheckpointReport)
+    told = {role: total.parameters for role, total in found.components[0].roles.items()}
+    assert told == {"embedding": 112, "attention": 64 + 192, "other": 64, "norm": 8, "buffer": 0}
+
+
 def test_both_in_one_matrix_is_neither_and_flux_has_none_untold(tmp_path: Path) -> None:
     shapes = {
         "double_blocks.0.img_attn.qkv.weight": (24, 8),
@@ -145,3 +164,11 @@ def test_the_table_of_an_extraction_knows_attention_of_a_denoiser(tmp_path: Path
     numbers = {choice.layers: choice.parameters for choice in result.table if choice.rank == 4}
     assert numbers["attention"] == numbers["mlp"] > 0
     assert numbers["all"] == numbers["attention"] + numbers["mlp"]
+
+
+def test_an_adapter_under_other_leading_names_is_told_by_the_bases(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"model.language_model.layers.0.self_attn.q_proj.weight": (8, 8)}, {})
+    stem = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 8), f"{stem}.lora_B.weight": draw(2, 8, 2)}
+    cost = report(write_peft(tmp_path / "lora", tensors, r=2, target_modules=["q_proj"]), base=base).adapters[0]
+    assert cost.split.attention == cost.trained == 32

@@ -106,6 +106,45 @@ def test_two_spellings_of_one_network_meet_at_the_base(tmp_path: Path) -> None:
         assert np.allclose(got["blocks.0.self_attn.q.weight"] - before["blocks.0.self_attn.q.weight"], both, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("base", "stem", "message", "hint"),
+    [
+        # A LoRA of Wan 1.3B on a wider Wan, keys of a broken exporter, and sd-scripts' T5 on a model without one.
+        (
+            {"blocks.0.self_attn.q.weight": (12, 12)},
+            "lora_unet_blocks_0_self_attn_q",
+            r"made for a weight of \[8, 8\], but 'blocks.0.self_attn.q.weight' is \[12, 12\]",
+            "is this the base",
+        ),
+        (
+            {"context_embedder.weight": (8, 8)},
+            "lora_unet_context_embedder_",
+            "has no parameter 'unet:context_embedder_.weight'",
+            "did you mean 'context_embedder.weight'",
+        ),
+        (
+            {"down_blocks.0.attentions.0.proj_in.weight": (8, 8)},
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            "changes text_encoder_3, the base has unet: 1 of 1",
+            "is this the base",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_with_both_sides(
+    tmp_path: Path, base: dict[str, tuple[int, ...]], stem: str, message: str, hint: str
+) -> None:
+    adapter = _kohya(tmp_path / "a.safetensors", 1, 2, 2.0, {stem: (8, 8)})
+    if stem.startswith("lora_te"):
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base" / "model_index.json").write_text('{"unet": ["diffusers", "UNet2DConditionModel"]}')
+        write_base(tmp_path / "base" / "unet", base, {"_class_name": "UNet2DConditionModel"})
+    else:
+        write_base(tmp_path / "base", base, {})
+    with pytest.raises(FitError, match=message) as refused:
+        merge(tmp_path / "base", adapter, output=tmp_path / "out")
+    assert hint in refused.value.hint
+
+
 def test_a_dotted_file_is_converted_where_the_base_knows_its_names(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {"blocks.0.self_attn.q.weight": (8, 6)}, {})
     flat = _kohya(tmp_path / "flat.safetensors", 1, 2, 3.0, {"lora_unet_blocks_0_self_attn_q": (8, 6)})

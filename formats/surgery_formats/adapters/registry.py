@@ -17,11 +17,13 @@ from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
+from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.loralib import LORALIB
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.nemo import NEMO
+from surgery_formats.adapters.omi import OMI
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
@@ -55,6 +57,7 @@ BUILT_IN: tuple[Format, ...] = (
     ADAPTERHUB,
     KOHYA,
     COMPACT,
+    OMI,
     LORALIB,  # before diffusers, whose files may begin like GPT-2's modules
     DIFFUSERS,
     COMFYUI,
@@ -63,6 +66,7 @@ BUILT_IN: tuple[Format, ...] = (
     ONNX_ADAPTER,
     TENSORRT_LLM,
     NEMO,
+    KERAS,
     EMBEDDING,
     LEARNED_EMBEDS,
 )

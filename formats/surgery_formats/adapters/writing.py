@@ -33,6 +33,7 @@ __all__ = [
     "rate_of",
     "restate",
     "row_slice",
+    "rows_of",
     "surviving_metadata",
     "whole_place",
     "zero_padded",
@@ -134,12 +135,12 @@ def _moved(tensor: Tensor, load: Callable[[], Array]) -> Callable[[], Array]:
 
 def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
     """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
-    return replace(lora, B=_rows_of(lora.B, start, stop))
+    return replace(lora, B=rows_of(lora.B, start, stop))
 
 
-def _rows_of(factor: Factor, start: int, stop: int) -> Factor:
-    """Rows of a matrix; those of a stored one are a stored tensor, which is copied like any other."""
-    shape = stop - start, factor.shape[1]
+def rows_of(factor: Factor, start: int, stop: int) -> Factor:
+    """Rows of a matrix, or numbers of a vector; those of a stored one are a stored tensor, which is copied like any other."""
+    shape = (stop - start, *factor.shape[1:])
     stored = factor.tensors[0]
     if factor.view is None and isinstance(stored, StoredTensor) and stored.strides is None and not stored.packed_as:
         row = stored.nbytes // factor.shape[0]

@@ -51,7 +51,8 @@ def fit_of(
     storage = places[0].parameter.storage
     sizes = storage.sizes
     kernel = math.prod(sizes[2:]) if storage.shape[0] == sizes[0] else 1  # else a stack of experts
-    return Fit(extent(places), kernel, widest, beside, config or {})
+    convolution = len(sizes) > 2 and storage.shape[0] == sizes[0]
+    return Fit(extent(places), kernel, widest, beside, config or {}, convolution)
 
 
 def widest_of(kind: str, adapter: Adapter, checkpoint: Checkpoint) -> tuple[int, int]:

@@ -19,6 +19,24 @@ __all__ = ["Node", "Totals", "leaves", "module_graph", "role_totals", "stored_ti
 _DEPTH = 32  # segments of a name that become levels; what is left of a deeper (hostile) name stays one label
 # What batch normalisation keeps beside its parameters; no optimiser trains it.
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# The noise of every step, which the checkpoints of latent diffusion keep beside the networks (CompVis,
+# ``DDPM.register_schedule``).
+_SCHEDULE = frozenset(
+    [
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+    ]
+)
 _ORDER = (
     "embedding",
     "modulation",
@@ -107,7 +125,7 @@ def module_graph(component: Component) -> Node:
     buffers = tuple(f".{leaf}" for leaf in (*component.family.derivable, *_STATISTICS))
     root = _ModuleBranch()
     for name, weight in component.parameters.items():
-        computed = f".{name}".endswith(buffers)
+        computed = f".{name}".endswith(buffers) or name in _SCHEDULE
         tied = ties.get(name, "")
         shared = bool(tied) and _places(weight) == _places(component.parameters[tied])
         numbers = 0 if tied or computed else weight.numel

@@ -225,11 +225,6 @@ class Names:
             )
         return next((slices for _, slices in found.values()), ())
 
-    def dotted(self, path: str) -> str:
-        """The name that a flattened one stands for, in one of the layouts; empty if there is none, or several."""
-        found = self._flat.get(path, [])
-        return found[0] if len(found) == 1 else ""
-
     def in_diffusers(self, name: str) -> str:
         """What diffusers calls a weight of the base; empty if it holds that in parts, or the other way round.
 
@@ -238,18 +233,16 @@ class Names:
         found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
         return next(iter(found)) if len(found) == 1 else "" if found else name
 
-    def parts_in_diffusers(self, path: str, height: int, *, flat: bool = False) -> tuple[tuple[str, int], ...]:
-        """What diffusers calls the rows of a weight that it holds in parts, and how many each has, from top to bottom.
+    def called_by(self, name: str, program: str) -> tuple[str, ...]:
+        """What a program (``diffusers``, ``OMI``) calls a weight of the base, or the parts that it holds it in.
 
-        Empty if it holds the weight as one, if the families that the base may be of disagree, or if `height` cannot be divided so.
+        A name that no family knows is the same there; nothing where families tell different names.
         """
-        name = self.dotted(path) if flat else path
-        found = {pieces for index in self._layouts if (pieces := index.pieces(name))}
-        if len(found) != 1:
-            return ()
-        (pieces,) = found
-        whole = sum(units for _, units in pieces)
-        return () if height % whole else tuple((part, height * units // whole) for part, units in pieces)
+        found: dict[tuple[str, ...], None] = {}
+        for index in self._layouts:
+            if pieces := index.pieces_of(name):
+                found.setdefault(tuple(map(index.in_omi, pieces)) if program == "OMI" else pieces)
+        return next(iter(found)) if len(found) == 1 else () if found else (name,)
 
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""

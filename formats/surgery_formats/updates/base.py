@@ -138,6 +138,7 @@ class Fit:
     Attributes:
         shape: Logical ``(out, in)``.
         kernel: Columns per input channel: the size of a convolution's kernel, else 1.
+        convolution: Whether the weight is a convolution's, also of a kernel of 1.
         widest: ``(out, in)``, each the greatest of all weights for which the adapter has an update of this kind.
         beside: Of a bias, the weight of its layer where the base holds that in one piece.
         config: The base's config.json: it tells the heads.
@@ -148,3 +149,4 @@ class Fit:
     widest: tuple[int, int] = (0, 0)
     beside: Parameter | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    convolution: bool = False

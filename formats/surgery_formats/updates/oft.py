@@ -36,6 +36,7 @@ class OFT:
         radius: COFT: a Q of a greater norm is shortened to it; None without the constraint.
         shared: Whether one block is repeated along the diagonal.
         embedding: The rotation acts on what an embedding gives, ``W' = W R``.
+        kernels: Whether kernels of convolutions were rotated as they lie, ``W' = W R`` (OneTrainer), and not their inputs.
         outputs: Rows of the weight; 0 until `fitted`.
         inputs: Its columns; 0 until `fitted` where the file does not tell.
     """
@@ -55,6 +56,7 @@ class OFT:
     embedding: bool = False
     outputs: int = 0
     inputs: int = 0
+    kernels: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,7 +85,7 @@ class OFT:
             FitError: a convolution with a kernel, or a width that is not a multiple of the block.
         """
         stored = self.angles.tensors[0]
-        if fit.kernel > 1:
+        if fit.kernel > 1 and not self.kernels:
             raise FitError(
                 "OFT on a convolution with a kernel: attached, PEFT rotates overlapping patches, "
                 "which no weight can do",
@@ -99,7 +101,8 @@ class OFT:
                 tensor=stored.name,
                 hint="is this the base it was trained on?",
             )
-        return replace(self, outputs=fit.shape[0], inputs=inputs)
+        turns_kernel = self.kernels and fit.convolution
+        return replace(self, outputs=fit.shape[0], inputs=inputs, embedding=self.embedding or turns_kernel)
 
     @property
     def untrained(self) -> tuple[Tensor, ...]:

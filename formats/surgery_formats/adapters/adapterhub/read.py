@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from surgery_formats.adapters.adapterhub.config import HubConfig, read_hub_config
-from surgery_formats.adapters.adapterhub.files import CONFIG_FILE, HEAD_FILES, WEIGHT_FILES
+from surgery_formats.adapters.adapterhub.files import CONFIG_FILE, HEAD_CONFIG, HEAD_FILES, WEIGHT_FILES
 from surgery_formats.adapters.adapterhub.lora import LoRAModule, updates_of
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError, NotFoundError
+from surgery_formats.files.raw import stays_inside
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, Replacement, Unmerged, Update
 
@@ -46,8 +47,9 @@ _LEGACY = {
 }
 """Containers by their names before adapter-transformers 2 (``AdapterLoader.legacy_weights_mapping``)."""
 _CONTAINERS = "|".join(("loras", *INSERTED, *_LEGACY))
-_FLEXIBLE = "of a head that only the library's own model classes have: it stays in its file"
 _KEEP = "load it with the library adapters, beside the base: only a LoRA, a DoRA or an (IA)^3 becomes a part of weights"
+
+_UNION = ". `without=` leaves a part out, and merges the rest"
 
 
 def read_adapterhub(path: Path) -> Adapter:
@@ -100,7 +102,7 @@ def read_adapterhub(path: Path) -> Adapter:
         kind, why = INSERTED[container]
         held = tuple((name, Factor.of(stored)) for name, stored in sorted(parts.items()))
         site = Site(f"{module}.{container}.weight" if module else f"{container}.weight")
-        updates[site] = (Unmerged(kind, held, why, _KEEP),)
+        updates[site] = (Unmerged(kind, held, why, _KEEP + (_UNION if loras else "")),)
     return _with_head(path, config, shard, updates, tuple(ignored), frozenset(optional))
 
 
@@ -112,30 +114,51 @@ def _with_head(
     ignored: tuple[Ignored, ...],
     optional: frozenset[Site],
 ) -> Adapter:
-    """The adapter, with the prediction head that lies beside it as parameters trained in full."""
+    """The adapter, with the prediction head that lies beside it.
+
+    A head of transformers' own classes is parameters trained in full. One of the library's classes goes along as files.
+    """
     shard_of_head = _opened(path, HEAD_FILES)
     head = shard_of_head.tensors if shard_of_head else ()
-    flexible = [tensor for tensor in head if tensor.name.startswith("heads.")]
-    static = [tensor for tensor in head if not tensor.name.startswith("heads.")]
+    flexible = shard_of_head if any(tensor.name.startswith("heads.") for tensor in head) else None
+    static = () if flexible else head
     updates |= {Site(tensor.name): (Replacement(Factor.of(tensor), "copy"),) for tensor in static}
-    ignored += tuple(Ignored(tensor, _FLEXIBLE) for tensor in flexible)
+    carried = () if flexible is None else _files_of_head(path, flexible)
+    said = (
+        (f"'{carried[0].name}' is a head of the library's own model classes: it goes along as a file",)
+        if carried
+        else ()
+    )
     base = config.raw.get("model_name")
     return Adapter(
         path=path,
         format="adapterhub",
         kind=config.kind,
         updates=dict(sorted(updates.items())),
-        tensors=(*shard.tensors, *head),
+        tensors=(*shard.tensors, *static),
         ignored=ignored,
         new_modules=frozenset(tensor.name.partition(".")[0] for tensor in static),
         base_name=base if isinstance(base, str) else "",
         base_id=shard.metadata.get("surgery.base", ""),
         config=config.raw,
         metadata=dict(shard.metadata),
-        stated_issues=config.issues,
+        side_files=carried,
+        stated_issues=(*config.issues, *said),
         optional=optional,
     )
 
 
 def _opened(path: Path, names: tuple[str, ...]) -> Shard | None:
     return next((open_shard(path / name) for name in names if (path / name).is_file()), None)
+
+
+def _files_of_head(path: Path, weights: Shard) -> tuple[Path, ...]:
+    """The files of a head; its configuration names its layers.
+
+    Raises:
+        MalformedError: other tensors among them.
+    """
+    for tensor in weights.tensors:
+        if not tensor.name.startswith("heads."):
+            raise MalformedError("not of a head, as the others are", file=weights.path, tensor=tensor.name)
+    return tuple(file for file in (weights.path, path / HEAD_CONFIG) if file.is_file() and stays_inside(file))

@@ -24,7 +24,7 @@ BARE = WeightFileFormat(
         foreign=("base_model.", *(prefix.text for prefix in DOTTED)),
         but=OF_FLUX,
         written={"": "", "denoiser": ""},
-        leaves={"down": _DOWN, "up": _UP},
+        leaves={"down": _DOWN, "up": _UP, "whole_scale": "scale"},
     ),
     title="dotted names without a prefix (DiffSynth-Studio, Lightning, XLabs, BFL, fal): LoRA, LyCORIS' kinds, differences",
 )

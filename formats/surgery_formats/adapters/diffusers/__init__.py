@@ -22,7 +22,7 @@ DIFFUSERS = WeightFileFormat(
         leaves={"down": _DOWN, "up": _UP, "dora_scale": "lora_magnitude_vector"},
         with_alpha=False,
         in_header=True,
-        in_diffusers=True,
+        names_of="diffusers",
         loaded=frozenset(["LoRA", "DoRA"]),
     ),
     title="diffusers file (and ai-toolkit, SimpleTuner): unet., transformer., text_encoder., alphas in the header",

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelling import KeyPrefix, split_key
+from surgery_formats.adapters.relaid import Program
 from surgery_formats.models.factor_names import holds_factors_alone
 from surgery_formats.models.families.denoisers import COMPONENTS
 
@@ -25,11 +27,13 @@ class Dialect:
             modules with known leaves, and the format is asked after those that have some.
         foreign: Beginnings that no file of this format has, unless it has some of `but`.
         but: See `foreign`.
+        mark: An expression that every module's keys match besides, where others have the same beginnings.
         written: The prefix that is written for each component of a pipeline; of one without a name first.
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
         in_header: Whether they are written into the header instead, as diffusers does.
-        in_diffusers: Whether modules are called as diffusers calls them, whatever the base does.
+        names_of: Whose names of modules are written, where the dialect has one for what a base holds fused or otherwise.
+        encoders: The prefix of a text encoder by the type of its model, where that tells it and not its number.
         loaded: Kinds of updates that the format's own program loads; others are written only where a file had them. None
             for all that the grammar has.
         whole: Whether that program takes whole weights, and weights that grow (ComfyUI's ``set_weight``, ``reshape_weight``).
@@ -40,11 +44,13 @@ class Dialect:
     own: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     but: tuple[str, ...] = ()
+    mark: str = ""
     written: Mapping[str, str] = field(default_factory=dict)
     leaves: Mapping[str, str] = field(default_factory=dict)
     with_alpha: bool = True
     in_header: bool = False
-    in_diffusers: bool = False
+    names_of: Program | None = None
+    encoders: Mapping[str, str] = field(default_factory=dict)
     loaded: frozenset[str] | None = None
     whole: bool = False
 
@@ -54,6 +60,8 @@ class Dialect:
         if has_foreign and not any(name.startswith(self.but) for name in names):
             return False
         if self.own and not any(name.startswith(self.own) for name in names):
+            return False
+        if self.mark and not all(re.match(self.mark, name) for name in names):
             return False
         if not self.own and not holds_factors_alone(names):  # before every name of a model is taken apart
             return False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +11,7 @@ from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.text import show
-from surgery_formats.updates import OutputRotation, Update
+from surgery_formats.updates import LoRA, OutputRotation, ProductGLoRA, Update
 
 __all__ = ["stated_issues"]
 
@@ -22,8 +23,8 @@ def stated_issues(
 ) -> Iterable[str]:
     """Facts worth a warning.
 
-    Sources: sd-scripts ``networks/merge_lora.py`` and ``svd_merge_lora.py``, and diffusers' loader. docs/combine.md
-    explains each case.
+    Sources: sd-scripts ``networks/merge_lora.py`` and ``svd_merge_lora.py``, diffusers' loader and its conversion (0.42),
+    LyCORIS' ``glora.py`` (4.1). docs/combine.md explains each case.
 
     Args:
         updates: All updates of the file.
@@ -44,6 +45,17 @@ def stated_issues(
         yield "DoRA: diffusers drops its magnitudes when it loads such a file"
     if any(isinstance(update, OutputRotation) and update.noted and update.limit is None for update in every):
         yield "OFT with alpha 0: LyCORIS means no constraint by it, A1111 and sd-scripts one that lets nothing pass"
+    trained = any(key.startswith("ss_") for key in metadata)
+    if loras and not trained and all(_is_rank(lora) for lora in loras):
+        yield (
+            "its alphas are whole numbers, and the ranks, as diffusers' convert_state_dict_to_kohya writes them whatever alpha was: "
+            "right only where it was trained with alpha = rank; else convert the original file"
+        )
+    if any(isinstance(update, ProductGLoRA) for update in every) and _is_on(metadata, "rs_lora"):
+        yield (
+            "GLoRA trained with rs_lora: LyCORIS leaves the alpha of such a file as it was, "
+            "so that its scale is lower than in training by the root of the rank"
+        )
     grown = {round(lora.rank / dim, 6) for lora in loras if dim}
     if loras and min(grown, default=1.0) > 1.0 and all(ratio == int(ratio) for ratio in grown):
         low = dim / max(lora.rank for lora in loras) if dim else 1.0
@@ -58,6 +70,20 @@ def stated_issues(
             "merge_lora.py squares the ratios and adds products of one file's up and another's down, "
             "svd_merge_lora.py clamps the largest values; combine the originals instead"
         )
+
+
+def _is_rank(lora: LoRA) -> bool:
+    """Whether its alpha is a tensor of whole numbers, which no trainer stores, and its rank."""
+    return bool(lora.noted) and all(not stored.dtype.is_float for stored in lora.noted) and lora.alpha == lora.rank
+
+
+def _is_on(metadata: Mapping[str, str], switch: str) -> bool:
+    """Whether a switch of the network was on in training (``ss_network_args``)."""
+    try:
+        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(arguments, dict) and str(arguments.get(switch)).lower() in ("true", "1", "yes")
 
 
 def _meant(scales: list[float]) -> str:

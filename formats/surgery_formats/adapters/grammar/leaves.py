@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["LEAVES", "LORA_SPELLINGS", "NORMS_OF_FLUX", "NOT_READ", "longest_leaf"]
+__all__ = ["ENCODERS", "LEAVES", "LORA_SPELLINGS", "NORMS_OF_FLUX", "NOT_READ", "longest_leaf"]
 
 LORA_SPELLINGS: Mapping[str, tuple[str, str]] = {
     "lora_down": ("lora_down.weight", "lora_up.weight"),
@@ -20,6 +20,18 @@ LORA_SPELLINGS: Mapping[str, tuple[str, str]] = {
     "lora_linear_layer": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
 }
 """Spellings of the two factors of a LoRA, of which a file has one."""
+
+ENCODERS: Mapping[str, str] = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5": "text_encoder_3",
+    "llama": "text_encoder_4",
+    "gemma": "text_encoder",
+    "qwen": "text_encoder",
+    "emb_params": "text_encoder",
+    "string_to_param.*": "text_encoder",
+}
+"""Components by what a bundle of embeddings calls their text encoders: OneTrainer's names, then those of A1111's files."""
 
 _AS_THEY_ARE = (
     *("alpha", "dora_scale"),
@@ -41,13 +53,16 @@ LEAVES: Mapping[str, str] = {
     "lora_magnitude_vector.weight": "dora_scale",
     "lora_magnitude_vector.default.weight": "dora_scale",
     **{leaf: leaf for leaf in _AS_THEY_ARE},
+    "oft_R.weight": "oft_R.weight",
+    "oft_R.scaled_oft": "oft_R.scaled_oft",
     "down.weight": "down",
     "up.weight": "up",
+    **dict.fromkeys(ENCODERS, "embedding"),
+    **{f"{leaf}_out": "embedding_out" for leaf in ENCODERS},
 }
 """The role of every leaf by its spelling; most roles are called as they are spelt."""
 
 NOT_READ: Mapping[str, str] = {
-    "oft_R.weight": "OFT of OneTrainer",
     "q_layer.weight": "T-LoRA",
     "p_layer.weight": "T-LoRA",
     "lambda_layer": "T-LoRA",
@@ -58,8 +73,9 @@ NOT_READ: Mapping[str, str] = {
 }
 """Leaves that are known and not read, with what they are."""
 
-_BEHIND_A_PROCESSOR = {"down.weight", "up.weight"}  # anywhere else they are the weights of a module
-_KNOWN = tuple(sorted({*LEAVES, *NOT_READ} - _BEHIND_A_PROCESSOR, key=len, reverse=True))
+_ELSEWHERE = {"down.weight", "up.weight", *(leaf for leaf, role in LEAVES.items() if role.startswith("embedding"))}
+"""Leaves behind processors and in bundles, which `spelling` takes apart: anywhere else they are a module's own."""
+_KNOWN = tuple(sorted({*LEAVES, *NOT_READ} - _ELSEWHERE, key=len, reverse=True))
 
 
 NORMS_OF_FLUX = (".query_norm", ".key_norm")

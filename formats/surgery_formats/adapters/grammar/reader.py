@@ -34,6 +34,10 @@ from surgery_formats.updates import Update
 
 __all__ = ["read_weight_file"]
 
+_SAID = {
+    "reshape_weight": "states the shape that its factors have",
+    "oft_R.scaled_oft": "says how its angles are scaled",
+}
 _BROKEN = "a broken export mangles keys like this; convert the original file"
 
 
@@ -74,8 +78,7 @@ def read_weight_file(path: Path, dialect: Dialect) -> Adapter:
         alpha = module.parts.get("alpha")
         if alpha is not None and alpha.name not in used:
             ignored.append(Ignored(alpha, "an alpha without low-rank factors scales nothing"))
-        if (sizes := module.parts.get("reshape_weight")) is not None:
-            ignored.append(Ignored(sizes, "states the shape that its factors have"))
+        ignored += [Ignored(module.parts[role], why) for role, why in _SAID.items() if role in module.parts]
     kinds = sorted({update.kind for chain in updates.values() for update in chain})
     return Adapter(
         path=path,

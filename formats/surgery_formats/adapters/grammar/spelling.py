@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from surgery_formats.adapters.grammar.leaves import longest_leaf
+from surgery_formats.adapters.grammar.leaves import ENCODERS, longest_leaf
 
-__all__ = ["DOTTED", "FLAT", "OF_FLUX", "Key", "KeyPrefix", "split_key"]
+__all__ = ["BUNDLE", "DOTTED", "FLAT", "OF_FLUX", "Key", "KeyPrefix", "split_key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,9 @@ DOTTED = _prefixes(
 OF_FLUX = ("base_model.model.double_blocks.", "base_model.model.single_blocks.")
 """Beginnings of keys of fal's trainer for Flux, which writes no configuration: its scale is 1."""
 
+BUNDLE = "bundle_emb."
+"""Beginning of keys with token embeddings beside a LoRA."""
+
 _PROCESSOR = re.compile(r"(?P<block>.+?)\.(?:processor\.)?(?P<part>\w+)_lora\.(?P<side>down|up)\.weight")
 _XLABS = re.compile(
     r"(?P<block>(double|single)_blocks\.\d+)\.processor\.(?P<part>\w+_lora[12]?)\.(?P<side>down|up)\.weight"
@@ -103,6 +106,8 @@ def split_key(name: str, prefixes: Iterable[KeyPrefix]) -> Key | None:
     The leaf of a flat key is all after the first dot, known or not. That of a dotted one must be known, since only that
     tells where its module ends.
     """
+    if name.startswith(BUNDLE):
+        return _bundled(name)
     for prefix in prefixes:
         if not name.startswith(prefix.text):
             continue
@@ -117,6 +122,15 @@ def split_key(name: str, prefixes: Iterable[KeyPrefix]) -> Key | None:
         module = rest[: -len(leaf) - 1] if leaf else ""
         return Key(prefix, module, leaf, f"{prefix.text}{module}.") if module else None
     return None
+
+
+def _bundled(name: str) -> Key | None:
+    """``bundle_emb.TOKEN.clip_l``: the token is all up to the next dot, as A1111 has it."""
+    token, _, leaf = name.removeprefix(BUNDLE).partition(".")
+    component = ENCODERS.get(leaf.removesuffix("_out"))
+    if not token or component is None:
+        return None
+    return Key(KeyPrefix(BUNDLE, component, False), f"{BUNDLE}{token}", leaf, f"{BUNDLE}{token}.")
 
 
 def _xlabs(prefix: KeyPrefix, rest: str) -> Key | None:

@@ -7,27 +7,26 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from surgery_formats.adapters.contents import Contents, contents_of
+from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
-from surgery_formats.adapters.grammar.kinds.lora import LORA
 from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
     restate,
-    row_slice,
     surviving_metadata,
     whole_place,
 )
@@ -36,7 +35,7 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
+from surgery_formats.updates import Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
 
@@ -81,6 +80,21 @@ def _unrecognised(adapter: Adapter) -> ConversionLedger:
     return ledger
 
 
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One module of the file, or a part of what a site has.
+
+    Attributes:
+        stem: What stands before the leaf.
+        kernel: Sizes of a convolution's kernel.
+        update: What it holds.
+    """
+
+    stem: str
+    kernel: tuple[int, ...]
+    update: Update
+
+
 @dataclass
 class _Job:
     """One file in the making.
@@ -121,7 +135,7 @@ class _Job:
         module, _, parameter = site.path.rpartition(".")
         own = self.spelt.at(site)
         role = f"whole_{parameter}"
-        if own is not None and role in own.leaves and is_replacing(update):
+        if role in (own.leaves if own else self.dialect.leaves) and is_replacing(update):
             kind = WHOLE
         elif kind is None or (
             is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
@@ -129,78 +143,81 @@ class _Job:
             return f"this format has no {source.kind}"
         if len(chain := self.adapter.updates[site]) > 1 and any(other.effect == "maps" for other in chain):
             return "programs that read it take one kind of change for each module"
+        if own is None and not kind.takes(update):
+            return f"this format has no {source.kind}"
         if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
             return f"the format's own program loads no {source.kind}"
         if site.module_kind in _NO_PLACE:
             return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
+        named = named or (own is not None and parameter == "output" and "embedding_out" in own.leaves)
         named = named or (parameter == "scale" and module.endswith(NORMS_OF_FLUX) and is_replacing(update))
         if not named:
             return "this format names modules, not parameters"
-        stem, kernel = (own.stem, site.kernel) if own else self._spelt(site, update)
-        if not stem and own is None and self.dialect.prefix_for(self._component(site)) is None:
+        prefix = (self.dialect.prefix_for(self._component(site)) or "") if own else self._prefix(site)
+        if prefix is None:
             return f"this format has no place for '{site.component}'"
-        if not stem and held.lora is not None and held.dora is None and (parts := self._parts(site, held.lora)):
-            return self._write_parts(site, held, parts)
-        if not stem:
-            if self.base is not None and self.dialect.in_diffusers:
-                return "diffusers holds what it changes in parts, or as a part"
-            return "its name is flattened, and only the base can tell its dots"
-        writer = LeafWriter(
-            stem,
-            {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})},
-            kernel if all(kernel) or not self.base else self._kernel(site, update),
-            self.with_alpha,
-            self.in_header and low_rank_part(update) is not None,
-            self._states_shape(site, update),
-            self._bias_scale(site),
-        )
-        if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
-            return "its magnitudes belong to columns, this format's to rows"
-        kind.write(update, parameter, writer)
-        if why := self._keep(site, writer, update.rank):
-            return why
+        pieces = [_Piece(own.stem, site.kernel, update)] if own else self._pieces(site, update, prefix)
+        if not pieces:
+            if self.base is None:
+                return self._needs_base(site)
+            return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
+        leaves = {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})}
+        for piece in pieces:
+            writer = LeafWriter(
+                piece.stem,
+                leaves,
+                piece.kernel if all(piece.kernel) or not self.base else self._kernel(site, update),
+                self.with_alpha,
+                self.in_header and low_rank_part(update) is not None,
+                self._states_shape(site, update),
+                self._bias_scale(site),
+            )
+            if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
+                return "its magnitudes belong to columns, this format's to rows"
+            kind.write(piece.update, parameter, writer)
+            known = self.writers.setdefault(piece.stem, writer)
+            if known is not writer:
+                if known.tensors.keys() & writer.tensors.keys():
+                    return "a second one of this kind on one module"
+                known.tensors.update(writer.tensors)
+            if writer.alpha is not None and update.rank:
+                called = module if own else piece.stem.removeprefix(prefix).rstrip(".")
+                self.ranks.setdefault(prefix.rstrip("."), {})[called] = update.rank, writer.alpha
+            self.notes, self.stem = writer.notes, pieces[0].stem
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]
         return ""
 
-    def _keep(self, site: Site, writer: LeafWriter, rank: int | None) -> str:
-        """Put what was written of a module beside the rest; why that cannot be, or empty."""
-        known = self.writers.setdefault(writer.stem, writer)
-        if known is not writer:
-            if known.tensors.keys() & writer.tensors.keys():
-                return "a second one of this kind on one module"
-            known.tensors.update(writer.tensors)
-        if writer.alpha is not None and rank:
-            prefix = self.dialect.prefix_for(self._component(site)) or ""
-            own = self.spelt.at(site) is not None
-            module = site.path.rpartition(".")[0] if own else writer.stem.removeprefix(prefix).removesuffix(".")
-            self.ranks.setdefault(prefix.rstrip("."), {})[module] = rank, writer.alpha  # as a reader will call it
-        self.notes, self.stem = writer.notes, writer.stem
-        return ""
+    def _needs_base(self, site: Site) -> str:
+        """Why a site cannot be spelt without one."""
+        if site.flat:
+            return "its name is flattened, and only the base can tell its dots"
+        return "what this format calls it is known from the base"
 
-    def _parts(self, site: Site, lora: LoRA) -> tuple[tuple[str, int], ...]:
-        """What diffusers calls the rows of a site's weight, which it holds in parts, and how many each has."""
-        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
-        if names is None or site.kernel or not site.path.endswith(".weight"):
-            return ()
-        return names.parts_in_diffusers(site.path, lora.shape[0], flat=site.flat)
+    def _prefix(self, site: Site) -> str | None:
+        """How keys of a site's component begin; None if the format has no place for it."""
+        component = self._component(site)
+        if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
+            config = component_of(site, self.base).config
+            if told := self.dialect.encoders.get(str(config.get("model_type"))):
+                return told
+        return self.dialect.prefix_for(component)
 
-    def _write_parts(self, site: Site, held: Contents, parts: Iterable[tuple[str, int]]) -> str:
-        """Write a LoRA as one of each part: its A, and their rows of its B."""
-        lora, start = held.lora, 0
-        prefix = self.dialect.prefix_for(self._component(site)) or ""
-        assert lora is not None  # as `write` asked
-        for name, height in parts:
-            stem = f"{prefix}{name.removesuffix('weight')}"
-            writer = LeafWriter(stem, self.dialect.leaves, (), self.with_alpha, self.in_header)
-            LORA.write(row_slice(lora, start, start + height), "weight", writer)
-            start += height
-            if why := self._keep(site, writer, lora.rank):
-                return why
-        self.notes = self.notes or list(filter(None, [held.folded]))
-        return ""
+    def _pieces(self, site: Site, update: Update, prefix: str) -> list[_Piece]:
+        """What the file has for a site that no file of this format had; nothing if it cannot be told, or cut."""
+        program = self.dialect.names_of
+        names = self.base.names_of(site.component) if self.base is not None else None
+        if program is None or names is None:
+            stem, kernel = self._spelt(site, update, prefix)
+            return [_Piece(stem, kernel, update)] if stem and program != "OMI" else []
+        assert self.base is not None
+        slices = places_of(site, self.base, update.tensors)
+        where = whole_place(slices)
+        kernel = where[1][2:] if where else site.kernel
+        found = relaid(update, slices, names.inner or names, program)
+        return [_Piece(f"{prefix}{name.rpartition('.')[0]}.", kernel, piece) for name, piece in found]
 
     def _states_shape(self, site: Site, update: Update) -> bool:
         """Whether the shape of a weight that grows is written: as the file had it, or because the base's is smaller."""
@@ -218,24 +235,13 @@ class _Job:
         loras = [lora for update in beside if (lora := low_rank_part(update))]
         return loras[0].scale if loras and (self.with_alpha or self.in_header) else 1.0
 
-    def _spelt(self, site: Site, update: Update) -> tuple[str, tuple[int, ...]]:
+    def _spelt(self, site: Site, update: Update, prefix: str) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
-        prefix = self.dialect.prefix_for(self._component(site))
-        if prefix is None:
-            return "", ()
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
-            names = self.base.names_of(site.component)
-            if self.dialect.in_diffusers and names is not None:
-                name = names.in_diffusers(name)
-                if not name:
-                    return "", ()
-        elif (site.flat and not self.dialect.flat) or (self.base is not None and self.dialect.in_diffusers):
-            names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_diffusers else None
-            name = names.in_diffusers(names.dotted(site.path) if site.flat else site.path) if names else ""
-            if not name:
-                return "", ()
+        elif site.flat and not self.dialect.flat:
+            return "", ()
         module = name.rpartition(".")[0]
         return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
 

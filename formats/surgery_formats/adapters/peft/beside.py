@@ -33,6 +33,7 @@ from surgery_formats.text import listing, show
 __all__ = ["Beside", "weights_beside"]
 
 _VALUE_HEAD = "v_head."
+_HUB_HEAD = "heads."
 _FULL_MODELS = (*MODEL_STEMS, "consolidated")
 _TRAINED = re.compile(r"(non_lora\w*|(new_)?embeddings?|(mm_)?projector|vit)\.[^.]+")
 """Names that trainers give to files of parameters that they trained in full."""
@@ -101,6 +102,11 @@ def _sort(path: Path, beside: Beside) -> None:
             return
         beside.carried.append(path)
         beside.issues.append(f"'{name}' is a value head, which no class of transformers has: it goes along as a file")
+    elif names and all(key.startswith(_HUB_HEAD) for key in names):
+        beside.carried.append(path)
+        beside.issues.append(
+            f"'{name}' is a head of AdapterHub's, which its library alone loads: it goes along as a file"
+        )
     elif path.name.startswith(_FULL_MODELS):
         beside.issues.append(f"'{name}' lies beside it, a full model by its name: not read")
     elif _TRAINED.fullmatch(path.name) or any(bared(key).startswith(PREFIX) for key in names):

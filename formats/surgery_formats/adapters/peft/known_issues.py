@@ -28,7 +28,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["combination_issues", "issues_by_value", "torchtune_issues"]
+__all__ = ["combination_issues", "issues_by_value", "torchtune_issues", "untrue_export"]
 
 _TORCHTUNE = {"r", "lora_alpha", "target_modules", "peft_type"}
 _PAIRED = re.compile(r"\.[qk]_proj\.lora_B\.weight$")
@@ -63,6 +63,16 @@ def torchtune_issues(path: Path, config: Mapping[str, Any], names: Iterable[str]
             f"it looks like an export of torchtune's; {where} of q_proj and k_proj are in a wrong order, "
             "and adapter_model.pt beside it has them right"
         )
+
+
+def untrue_export(config: Mapping[str, Any]) -> str | None:
+    """What to do about a DoRA whose configuration does not know that it is one; None if torchtune did not export it."""
+    if set(config) - {"base_model_name_or_path"} != _TORCHTUNE:
+        return None
+    return (
+        "torchtune's exports do not say it, and have the magnitudes of queries and keys in another order than their rows: "
+        "name adapter_model.pt beside it, which is right"
+    )
 
 
 def issues_by_value(kind: str, config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> tuple[str, ...]:

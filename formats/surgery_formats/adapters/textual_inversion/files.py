@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgery_formats.adapters.grammar.files import keys_at
+from surgery_formats.adapters.grammar.leaves import ENCODERS as IN_BUNDLES
+from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, SurgeryError
@@ -52,7 +54,7 @@ def layout_at(path: Path) -> str:
     try:
         if not names:
             return "embedding" if path.name.endswith(TORCH.suffixes) and _a1111(path) else ""
-        if names == [OF_ONE] or set(names) <= ENCODERS.keys():
+        if names == [OF_ONE] or set(names) <= ENCODERS.keys() or all(name.startswith(BUNDLE) for name in names):
             return "embedding"
         if len(names) != 1 or known_file(names) or ("." in names[0] and not names[0].startswith("<")):
             return ""
@@ -77,11 +79,26 @@ def open_inversion(path: Path) -> Inversion:
     if named and named.keys() <= ENCODERS.keys():
         tensors = {ENCODERS[name]: _checked(tensor) for name, tensor in named.items()}
         return Inversion(tensors, metadata.get("token", ""), base, metadata)
+    if named and all(name.startswith(BUNDLE) for name in named):
+        return _bundled(path, named, metadata)
     if len(named) != 1:
         raise MalformedError(f"{len(named)} tensors where a textual inversion has those of one token", file=path)
     ((name, tensor),) = named.items()
     token = metadata.get("token", "") if name == OF_ONE else name
     return Inversion({_WIDTHS.get(_checked(tensor).shape[-1], ""): tensor}, token, base, metadata)
+
+
+def _bundled(path: Path, named: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> Inversion:
+    """What is left of a LoRA of OneTrainer when its factors are left out: ``bundle_emb.TOKEN.clip_l``."""
+    tokens = {name.split(".")[1] for name in named}
+    tensors = {
+        IN_BUNDLES[leaf]: _checked(named[name]) for name in named if (leaf := name.split(".", 2)[-1]) in IN_BUNDLES
+    }
+    if len(tokens) != 1 or len(tensors) != len(named):
+        raise MalformedError(
+            f"{len(tokens)} tokens and {len(named)} tensors in a bundle: choose the rows of one token", file=path
+        )
+    return Inversion(tensors, tokens.pop(), metadata=metadata)
 
 
 def _a1111(path: Path) -> Inversion | None:

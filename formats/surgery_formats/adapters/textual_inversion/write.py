@@ -7,10 +7,11 @@ A1111 and ComfyUI call a token by the name of its file, so the token goes into t
 from __future__ import annotations
 
 from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.adapters.textual_inversion.files import ENCODERS, OF_ONE
 from surgery_formats.adapters.textual_inversion.read import KIND
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, surviving_metadata
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.updates import Unmerged
 
 __all__ = ["render_textual_inversion"]
@@ -20,13 +21,17 @@ def render_textual_inversion(adapter: Adapter, layout: str) -> Rendering:
     """One file; what is no token embedding is dropped."""
     ledger = ConversionLedger()
     tensors: list[NewTensor] = []
-    token = str(adapter.config.get("token", "")) or adapter.path.name.partition(".")[0]
-    encoders = {site.component for site in adapter.updates}
+    bundled = [module.removeprefix(BUNDLE) for site in adapter.updates if (module := _module(site)).startswith(BUNDLE)]
+    token = str(adapter.config.get("token", "")) or next(iter(bundled), adapter.path.name.partition(".")[0])
+    encoders = {site.component for site, chain in adapter.updates.items() if any(u.kind == KIND for u in chain)}
     names = {component: name for name, component in ENCODERS.items()}
     for site, chain in adapter.updates.items():
         for update in chain:
             if not isinstance(update, Unmerged) or update.kind != KIND:
                 ledger.drop(site, update, "a textual inversion has rows for one token, and nothing else")
+                continue
+            if bundled and _module(site) != f"{BUNDLE}{token}":
+                ledger.drop(site, update, f"the rows of another token than '{token}'")
                 continue
             if layout == "learned-embeds" and len(encoders) > 1:
                 ledger.drop(
@@ -49,3 +54,7 @@ def render_textual_inversion(adapter: Adapter, layout: str) -> Rendering:
         entries=tuple(ledger.entries),
         held=ledger.held,
     )
+
+
+def _module(site: Site) -> str:
+    return site.path.rpartition(".")[0]

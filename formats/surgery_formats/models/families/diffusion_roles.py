@@ -43,7 +43,7 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 """Roles and what names tell of them, in order."""
 _IN_BLOCK: tuple[tuple[str, str], ...] = (
     ("embedding", r"(?:timestep|class)_embedder_"),  # of a block's own modulation
-    ("attention", r"attn\d?(?:_|$)|attention(?:_|$)|_to_(?:[qkv]|out(?:_\d)?)$"),
+    ("attention", r"attn\d?(?:_|$)|attention(?:_|$)|_qkv(?:_|$)|_to_(?:[qkv]|out(?:_\d)?)$"),
     ("mlp", r"(?:^|_)(?:mlp|ff|ffn|feed_forward|(?:gate|up|down)_proj)(?:_|$)"),
 )
 _OUTSIDE: tuple[tuple[str, str], ...] = (

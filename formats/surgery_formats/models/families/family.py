@@ -104,11 +104,17 @@ class Family:
 
 
 _ROLES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("norm", ("norm", "ln", "layernorm", "layer_norm", "ln_1", "ln_2", "ln_f", "input_layernorm", "group_norm")),
+    (
+        "norm",
+        ("norm", "ln", "layernorm", "layer_norm", "ln_1", "ln_2", "ln_f", "ln_final", "input_layernorm", "group_norm"),
+    ),
     ("expert", ("experts", "switch_mlp")),
     (
         "embedding",
-        ("embed", "embed_tokens", "wte", "wpe", "embeddings", "embed_positions", "shared", "embed_in", "embd"),
+        (
+            *("embed", "embed_tokens", "wte", "wpe", "embeddings", "embed_positions", "shared", "embed_in", "embd"),
+            *("token_embedding", "positional_embedding"),
+        ),
     ),
     ("head", ("lm_head", "embed_out", "score", "classifier", "cls", "pooler", "qa_outputs")),
     (

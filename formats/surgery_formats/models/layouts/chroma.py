@@ -19,4 +19,4 @@ _RULES = (
     same(f"{_GUIDANCE}.norms.#.scale", f"{_GUIDANCE}.norms.#.weight"),
 )
 
-NETWORK = Network("Chroma", ("ChromaTransformer2DModel",), (lambda _: _RULES,))
+NETWORK = Network("Chroma", ("ChromaTransformer2DModel",), (lambda _: _RULES,), in_omi={"img_in": "img_in.proj"})

@@ -65,4 +65,4 @@ MODULATED: tuple[Rule, ...] = (
 
 _RULES = (*BLOCKS, *MODULATED, same("txt_in", "context_embedder"))
 
-NETWORK = Network("Flux", ("FluxTransformer2DModel",), (lambda _: _RULES,))
+NETWORK = Network("Flux", ("FluxTransformer2DModel",), (lambda _: _RULES,), in_omi={"img_in": "img_in.proj"})

@@ -84,4 +84,9 @@ _COMFYUI = (
     *_token_refiner(".", "0", "2", ("in_layer", "out_layer"), ("in_layer", "out_layer")),
 )
 
-NETWORK = Network("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), (lambda _: _RELEASE, lambda _: _COMFYUI))
+NETWORK = Network(
+    "HunyuanVideo",
+    ("HunyuanVideoTransformer3DModel",),
+    (lambda _: _RELEASE, lambda _: _COMFYUI),
+    in_omi={"mlp.fc1": "mlp.fc0", "img_mlp.fc1": "img_mlp.fc0", "txt_mlp.fc1": "txt_mlp.fc0"},
+)

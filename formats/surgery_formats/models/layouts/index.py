@@ -122,7 +122,44 @@ class LayoutIndex:
             found = [self._piece(piece, filled(piece.name, numbers) + leaf, rule) for piece in rule.pieces]
             if found and all(found):
                 return tuple(_joined(rows for some in found for rows in some))
+        return self._numbered_part(name) or self._by_omis_name(name)
+
+    def _by_omis_name(self, name: str) -> tuple[Rows, ...]:
+        module, _, leaf = name.rpartition(".")
+        for ours, theirs in self.network.in_omi.items():
+            if (end := f".{module}").endswith(f".{theirs}"):
+                return self.rows(f"{end.removesuffix(theirs)}{ours}.{leaf}"[1:])
         return ()
+
+    def _numbered_part(self, name: str) -> tuple[Rows, ...]:
+        """What ``qkv.1`` stands for, by which OMI calls the second part of ``qkv``."""
+        module, _, leaf = name.rpartition(".")
+        whole, _, number = module.rpartition(".")
+        for rule, numbers, rest in _matches(f"{whole}.{leaf}", self.tables) if number.isdigit() else ():
+            if int(number) < len(rule.pieces) > 1 and rule.pieces[0].parts == 1:
+                piece = rule.pieces[int(number)]
+                return self._piece(piece, filled(piece.name, numbers) + rest, rule)
+        return ()
+
+    def pieces_of(self, name: str) -> tuple[str, ...]:
+        """What diffusers calls the base's `name`, or the parts that it holds it in; empty if no rule knows it."""
+        if name in self.held or any(_matches(name, self.back, pieces=True)):
+            return (name,)
+        for rule, numbers, leaf in _matches(name, self.tables):
+            return tuple(dict.fromkeys(filled(piece.name, numbers) + leaf for piece in rule.pieces))
+        return ()
+
+    def in_omi(self, pivot: str) -> str:
+        """What OMI calls what diffusers calls `pivot`: its makers' name, and the number of the part where theirs has several."""
+        for rule, numbers, leaf in self.rules_for(pivot):
+            parts = list(dict.fromkeys(filled(piece.name, numbers) + leaf for piece in rule.pieces))
+            part = f".{parts.index(pivot)}" if len(parts) > 1 else ""
+            module = f".{filled(rule.name, numbers)}"
+            for ours, theirs in self.network.in_omi.items():
+                if module.endswith(f".{ours}"):
+                    module = module.removesuffix(ours) + theirs
+            return f"{module[1:]}{part}{leaf}"
+        return pivot
 
     def _piece(self, piece: Piece, pivot: str, rule: Rule) -> tuple[Rows, ...]:
         whole = (Rows(pivot),) if pivot in self.names else self.held.get(pivot, ())
@@ -147,13 +184,6 @@ class LayoutIndex:
         ]
         own = name in self.held or any(_matches(name, self.back, pieces=True))
         return name if own else found[0] if found else None
-
-    def pieces(self, name: str) -> tuple[tuple[str, int], ...]:
-        """What diffusers calls the rows of `name` from top to bottom, with their relative heights; empty if it has them as one."""
-        for rule, numbers, leaf in _matches(name, self.tables):
-            if len(rule.pieces) > 1 and not rule.transposed and all(piece.parts == 1 for piece in rule.pieces):
-                return tuple((filled(piece.name, numbers) + leaf, piece.units) for piece in rule.pieces)
-        return ()
 
     def other_names(self) -> Iterator[str]:
         """Names that `rows` knows, and the base has not."""

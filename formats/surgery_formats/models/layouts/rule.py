@@ -58,6 +58,7 @@ class Network:
         classes: Its classes in diffusers, or model types in transformers.
         layouts: Every layout beside diffusers' own.
         denoises: Whether it is the network of a pipeline that removes noise.
+        in_omi: What OMI calls otherwise than the network's makers: ends of modules' names.
         told_by: Classes that are not the first, by how names begin that they alone have.
     """
 
@@ -66,6 +67,7 @@ class Network:
     layouts: tuple[Layout, ...]
     denoises: bool = True
     told_by: Mapping[str, str] = field(default_factory=dict)
+    in_omi: Mapping[str, str] = field(default_factory=dict)
 
     def class_of(self, names: Collection[str]) -> str:
         """The class in diffusers that has a network with these names."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from surgery_formats.adapters.grammar.kinds.embeddings import EMBEDDINGS
 from surgery_formats.adapters.grammar.kinds.full import FULL
 from surgery_formats.adapters.grammar.kinds.glora import GLORA
 from surgery_formats.adapters.grammar.kinds.ia3 import IA3
@@ -16,12 +17,13 @@ from surgery_formats.adapters.grammar.kinds.kind import LeafKind
 from surgery_formats.adapters.grammar.kinds.loha import LOHA
 from surgery_formats.adapters.grammar.kinds.lokr import LOKR
 from surgery_formats.adapters.grammar.kinds.lora import LORA
+from surgery_formats.adapters.grammar.kinds.oft import OFT
 from surgery_formats.adapters.grammar.kinds.rotations import ROTATIONS
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 
 __all__ = ["KINDS", "kind_of_update"]
 
-KINDS: tuple[LeafKind, ...] = (LORA, LOHA, LOKR, IA3, GLORA, ROTATIONS, FULL, WHOLE)
+KINDS: tuple[LeafKind, ...] = (LORA, LOHA, LOKR, IA3, GLORA, ROTATIONS, OFT, FULL, WHOLE, EMBEDDINGS)
 
 _WRITERS: Mapping[str, LeafKind] = {name: kind for kind in KINDS for name in kind.writes}
 

@@ -15,7 +15,7 @@ from surgery_formats.canonical.provenance import ScaleSource
 from surgery_formats.dtypes import DType
 from surgery_formats.updates import Factor, Update
 
-__all__ = ["LeafKind", "LeafWriter", "ReadUpdate", "number_tensor"]
+__all__ = ["LeafKind", "LeafWriter", "ReadUpdate", "flag_tensor", "number_tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,7 @@ class LeafKind:
         read: The updates that a module's leaves make.
         writes: Names of the kinds of update that it holds.
         write: Writes one update of a module; the parameter's name (``weight``, ``bias``) comes second.
+        takes: Whether it writes an update that no file had so.
     """
 
     name: str
@@ -133,12 +134,24 @@ class LeafKind:
     read: Callable[[ModuleTensors, StatedScales], Iterable[ReadUpdate]]
     writes: frozenset[str]
     write: Callable[[Update, str, LeafWriter], None]
+    takes: Callable[[Update], bool] = lambda _: True
 
 
 def _integers(numbers: tuple[int, ...]) -> Array:
     import numpy
 
     return numpy.array(numbers, numpy.int64)
+
+
+def flag_tensor(name: str) -> NewTensor:
+    """A tensor that says yes."""
+
+    def load() -> Array:
+        import numpy
+
+        return numpy.array(True)
+
+    return NewTensor(name, DType.BOOL, (), load)
 
 
 def number_tensor(name: str, value: float) -> NewTensor:

@@ -22,7 +22,7 @@ from surgery_formats.adapters.peft.kinds.lora_variants import (
 )
 from surgery_formats.adapters.peft.kinds.lora_write import write_lora
 from surgery_formats.adapters.peft.kinds.tokens import ROWS, read_rows
-from surgery_formats.adapters.peft.known_issues import combination_issues
+from surgery_formats.adapters.peft.known_issues import combination_issues, untrue_export
 from surgery_formats.adapters.peft.packing import LAYOUT
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.canonical.adapter import Ignored, ModuleKind, Site
@@ -200,7 +200,10 @@ def _with_magnitude(
         return lora
     if not config.dora:
         raise MalformedError(
-            "a magnitude vector, but use_dora is false", file=magnitude.file.path, tensor=magnitude.name
+            "a magnitude vector, but use_dora is false",
+            file=magnitude.file.path,
+            tensor=magnitude.name,
+            hint=untrue_export(config.raw),
         )
     size = lora.shape[1 if embedding else 0]
     if magnitude.numel != size:

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KerasHub: a ``.lora.h5`` of a backbone, with the preset's ``config.json`` beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.keras.files import own_file
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.containers.hdf5 import SIGNATURE
+from surgery_formats.files.raw import first_bytes
+from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["KERAS"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Keras:
+    name: str = "keras"
+    title: str = "KerasHub's .lora.h5: LoRA of Llama, Mistral, Gemma, Qwen, GPT-2 and BERT backbones; only read"
+    needs_base: bool = False
+    single_file: bool = False
+    file_stems: tuple[str, ...] = ("*.lora",)
+
+    def detect(self, path: Path) -> bool:
+        """An HDF5 file whose name ends in ``.lora.h5``, or a folder with one; a whole ``.keras`` model, which `read` refuses."""
+        if path.name.endswith(".keras"):
+            return first_bytes(path, 4) == b"PK\x03\x04"
+        file = own_file(path)
+        return file is not None and first_bytes(file, len(SIGNATURE)) == SIGNATURE
+
+    def read(self, path: Path) -> Adapter:
+        """See `read.read_keras`."""
+        from surgery_formats.adapters.keras.read import read_keras
+
+        return read_keras(path)
+
+    def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
+        """Nothing."""
+        from surgery_formats.adapters.writing import ConversionLedger
+
+        ledger = ConversionLedger()
+        for site, chain in adapter.updates.items():
+            for update in chain:
+                ledger.drop(site, update, "files of KerasHub are only read")
+        ledger.drop_prompt(adapter)
+        return Rendering("adapter.lora.h5", (), entries=tuple(ledger.entries))
+
+
+KERAS = _Keras()

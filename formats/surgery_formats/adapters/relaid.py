@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An update of a base's weight as updates of the weights that another program has for it: parts of it, or halves exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+from surgery_formats.adapters.writing import rows_of
+from surgery_formats.arrays import namespace
+from surgery_formats.models.names import Names, WeightSlice, extent
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.updates import Factor, LoRA, Offset, Update, is_directed
+
+__all__ = ["Program", "relaid"]
+
+Program = Literal["diffusers", "OMI"]
+"""Whose names are wanted."""
+
+_Ranges = tuple[tuple[int, int], ...]
+
+
+def relaid(
+    update: Update, slices: tuple[WeightSlice, ...], names: Names, program: Program
+) -> tuple[tuple[str, Update], ...]:
+    """`update` by the names of the weights that a program has in place of the one at `slices`.
+
+    Empty if the program's weights are not rows of this one, or if the update cannot be cut: lengths of columns, for one, belong to
+    all of its rows.
+
+    Args:
+        update: Of the whole weight.
+        slices: Where the base holds it.
+        names: Of the base's network.
+        program: Whose names.
+    """
+    here = [place.parameter.name.removeprefix(names.prefix) for place in slices]
+    found: list[tuple[str, Update]] = []
+    covered: list[tuple[int, int]] = []
+    for name in dict.fromkeys(other for own in here for other in names.called_by(own, program)):
+        ranges = _rows_of(names.resolve(name), slices)
+        if not ranges:  # another part of what the base holds with this one
+            continue
+        part = _cut(update, ranges, extent(slices)[0])
+        if part is None:
+            return ()
+        covered += ranges
+        found.append((name, part))
+    covered.sort()
+    meets = all(before[1] == after[0] for before, after in pairwise(covered))
+    whole = bool(covered) and (covered[0][0], covered[-1][1]) == (0, extent(slices)[0])
+    return tuple(found) if meets and whole else ()
+
+
+def _rows_of(wanted: Sequence[WeightSlice], slices: Sequence[WeightSlice]) -> _Ranges:
+    """Which rows of the weight at `slices` those of `wanted` are, from top to bottom; empty if some are none of it."""
+    ranges: list[tuple[int, int]] = []
+    for piece in (place.parameter for place in wanted):
+        rows = piece.view.rows
+        if not isinstance(rows, range) or rows.step != 1:
+            return ()
+        at = rows.start
+        while at < rows.stop:
+            found = next((span for place in slices if (span := _span(piece, place.parameter, at, rows.stop))), None)
+            if found is None:
+                return ()
+            ranges.append(found)
+            at += found[1] - found[0]
+    return tuple(ranges)
+
+
+def _span(piece: Parameter, own: Parameter, start: int, stop: int) -> tuple[int, int] | None:
+    """The rows of a weight that are those of `piece` from `start`, up to `stop` or the end of one of the weight's pieces."""
+    rows, view = own.view.rows, own.view
+    same = piece.name == own.name and (piece.view.cols, piece.view.transposed) == (view.cols, view.transposed)
+    if not (same and isinstance(rows, range) and rows.step == 1 and rows.start <= start < rows.stop):
+        return None
+    first = view.row_origin + start - rows.start
+    return first, first + min(stop, rows.stop) - start
+
+
+def _cut(update: Update, ranges: _Ranges, height: int) -> Update | None:
+    """The update of some rows of its weight, in this order; None if they are not its own."""
+    if ranges == ((0, height),):
+        return update
+    if is_directed(update) and update.per_row:
+        direction = replace(update.direction, B=_picked(update.direction.B, ranges))
+        return update.rebuilt(direction, _picked(update.magnitude, ranges))
+    if isinstance(update, LoRA):
+        return replace(update, B=_picked(update.B, ranges))
+    return replace(update, value=_picked(update.value, ranges)) if isinstance(update, Offset) else None
+
+
+def _picked(factor: Factor, ranges: _Ranges) -> Factor:
+    """Some rows of a factor, which are copied if they lie together."""
+    if len(ranges) == 1:
+        return rows_of(factor, *ranges[0])
+
+    def rows(*stored: object) -> object:
+        values = factor.show(stored)
+        return namespace(values).concat([values[start:stop] for start, stop in ranges], axis=0)
+
+    count = sum(stop - start for start, stop in ranges)
+    return Factor(factor.tensors, (count, *factor.shape[1:]), rows)
