@@ -192,6 +192,8 @@ def plan_conversion(
     source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
+        if base is not None:
+            _refuse_what_no_weight_holds(source, rendering)
         hints = [as_loras] if as_loras and _other_kinds(source, rendering) else []
         hints += ["`allow_loss=True` leaves them out"] if rendering.tensors else []
         check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None)
@@ -200,6 +202,15 @@ def plan_conversion(
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
     return Conversion(source, reader_of(rendering, target), stored_as(rendering, dtype), base, binding, dtype)
+
+
+def _refuse_what_no_weight_holds(source: Adapter, rendering: Rendering) -> None:
+    """Where such an update was dropped: what it is says more than that a format lacks it."""
+    dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
+    for site in sorted(source.unmergeable):
+        for update in source.updates[site]:
+            if str(site) in dropped and is_refusing(update):
+                update.refuse()
 
 
 def _other_kinds(source: Adapter, rendering: Rendering) -> bool:

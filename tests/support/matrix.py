@@ -106,6 +106,7 @@ ROWS: tuple[Row, ...] = (
     Row("loralib", "loralib", ("loralib/*.pt",), "loralib/none.pt", alpha=12),
     Row("NeMo", "nemo", ("nemo/*",), "nemo/canonical/adapter.nemo", base="litgpt/base"),
     Row("TensorRT-LLM", "tensorrt-llm", ("tensorrt_llm/*",), "tensorrt_llm/all", base="litgpt/base"),
+    Row("KerasHub", "keras", ("keras/*/*",), "keras/llama/lora"),
     Row("GGUF LoRA", "gguf", ("gguf/*.gguf",), "gguf/llama/lora/adapter.gguf"),
     Row(".onnx_adapter", "onnx-adapter", ("onnx_adapter/*",), "onnx_adapter/llama/adapter.onnx_adapter"),
     Row(
@@ -121,6 +122,15 @@ ROWS: tuple[Row, ...] = (
         "kohya/sdxl/sgm-names/adapter.safetensors",
     ),
     Row("LyCORIS", "kohya", ("lycoris/*",), "lycoris/locon/adapter.safetensors"),
+    Row("OneTrainer, OFT", "kohya", ("onetrainer/oft-*/*",), "onetrainer/oft-own/adapter.safetensors"),
+    Row(
+        "OneTrainer, older",
+        "kohya",
+        ("onetrainer/legacy.safetensors",),
+        "onetrainer/legacy.safetensors",
+        base="flux/base-bfl.safetensors",
+    ),
+    Row("OMI", "omi", ("onetrainer/omi.safetensors",), "onetrainer/omi.safetensors", base="flux/base-bfl.safetensors"),
     Row("diffusers", "diffusers", ("dotted/diffusers/*",), "dotted/diffusers/adapter.safetensors"),
     Row(
         "diffusers, lora.down",

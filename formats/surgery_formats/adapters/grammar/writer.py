@@ -20,6 +20,7 @@ from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
+from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
@@ -63,7 +64,8 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
-    if tensors and not dialect.claims(tensors.keys()):
+    bundle_alone = all(name.startswith(BUNDLE) for name in tensors)  # a file of its own format: a textual inversion
+    if not bundle_alone and not dialect.claims(tensors.keys()):
         ledger, tensors = _unrecognised(adapter), {}
     ledger.drop_prompt(adapter)
     metadata = _metadata(adapter, job)
