@@ -48,7 +48,6 @@ from surgery_formats.updates import (
     Update,
     experts_of,
     is_directed,
-    is_refusing,
     is_replacing,
     low_rank_part,
     settings,
@@ -242,9 +241,7 @@ def _unbound(
         value = next((Plain.of(update.stored) for update in chain if is_replacing(update)), None)
         rest = tuple((update, whole(update.shape)) for update in chain if not is_replacing(update))
         shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
-        # Rows for a new token are no module's: every format that has them names them its own way.
-        of_token = len(chain) == 1 and is_refusing(chain[0]) and chain[0].kind == "token embedding"
-        yield f"{site.component}: {chain[0].kind}" if of_token else name(site), _ProofTarget(shape, rest, value)
+        yield name(site), _ProofTarget(shape, rest, value)
 
 
 def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Adapter) -> float:
