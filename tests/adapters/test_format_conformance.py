@@ -18,6 +18,7 @@ from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.gguf import GGUF_LORA
+from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
 from surgery_formats.adapters.mlx import MLX
@@ -277,6 +278,12 @@ CASES: dict[str, Callable[[], FormatCase]] = {
     **{
         f"litgpt {name}": lambda name=name: _with_base(LITGPT, GOLDEN / "litgpt" / name, GOLDEN / "litgpt/base")
         for name in ("default", "all")
+    },
+    **{
+        f"keras {name}": lambda name=name: _with_base(
+            KERAS, GOLDEN / "keras" / name, (GOLDEN / "keras" / name).parent / "base"
+        )
+        for name in ("llama/lora-all", "gemma/lora", "gpt2/lora", "bert/lora")
     },
     **{
         f"tensorrt-llm {name}": lambda name=name: _with_base(

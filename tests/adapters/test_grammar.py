@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery_formats.adapters.grammar.kinds import KINDS
@@ -49,6 +49,7 @@ def test_what_is_no_key_is_none(name: str) -> None:
     assert split_key(name, (*FLAT, *DOTTED)) is None
 
 
+@settings(deadline=None)
 @given(st.from_regex(r"[a-z0-9_]+(\.[a-z0-9_]+)*", fullmatch=True), st.sampled_from(sorted(LEAVES)))
 def test_a_key_is_its_stem_and_its_leaf(module: str, leaf: str) -> None:
     """Whatever a module is called; a module that ends like the first half of a longer leaf takes that for its leaf."""

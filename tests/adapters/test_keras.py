@@ -15,9 +15,11 @@ import pytest
 from surgery import convert, merge
 from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.registry import format_at, read_adapter
+from surgery_formats.containers.hdf5 import datasets
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.files.raw import open_file
 from surgery_formats.updates import LoRA
-from tests.support.adapter_files import GOLDEN, assert_expected, merged
+from tests.support.adapter_files import GOLDEN, assert_expected, draw, merged, write_peft
 
 HERE = GOLDEN / "keras"
 CASES = sorted(str(path.parent.relative_to(HERE)) for path in HERE.glob("*/lora*/adapter.lora.h5"))
@@ -66,6 +68,52 @@ def test_as_peft_it_does_the_same(case: str, tmp_path: Path) -> None:
     assert_expected(
         base_of(case), merged(base_of(case), tmp_path / "to", tmp_path / "out"), HERE / case / "expected.safetensors"
     )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_peft_it_is_a_file_of_the_same_layers_and_rank(case: str, tmp_path: Path) -> None:
+    """What KerasHub makes of it is compared by ``tests/golden/keras/make.py --load``."""
+    convert(HERE / case, "peft", output=tmp_path / "peft")
+    assert convert(tmp_path / "peft", "keras", output=tmp_path / "back", base=base_of(case)).max_error <= 1e-6
+    assert_expected(
+        base_of(case), merged(base_of(case), tmp_path / "back", tmp_path / "out"), HERE / case / "expected.safetensors"
+    )
+    mine, theirs = (datasets(open_file(folder / "adapter.lora.h5")) for folder in (tmp_path / "back", HERE / case))
+    assert {(t.name, t.shape) for t in mine} == {(t.name, t.shape) for t in theirs}
+    rank = next(t for t in mine if t.name == "lora/vars/rank")
+    assert int(rank.read()) == read_adapter(HERE / case).config["rank"]
+
+
+def test_a_lora_of_another_program_costs_at_most_the_size_of_a_head(tmp_path: Path) -> None:
+    """Heads of 4 rows: a LoRA of rank 3 whose rows have nothing in common takes rank 4, of which the rest is zeros."""
+    q, up = "base_model.model.model.layers.1.self_attn.q_proj", "base_model.model.model.layers.1.mlp.up_proj"
+    tensors = {f"{q}.lora_A.weight": draw(1, 3, 16), f"{q}.lora_B.weight": draw(2, 16, 3)}
+    tensors |= {f"{up}.lora_A.weight": draw(3, 2, 16), f"{up}.lora_B.weight": draw(4, 24, 2)}
+    peft = write_peft(tmp_path / "peft", tensors, lora_alpha=5)
+    result = convert(peft, "keras", output=tmp_path / "keras", base=base_of("llama/lora"))
+    assert result.max_error <= 1e-6
+    assert {entry.outcome for entry in result.entries} == {"folded"}
+    found = {t.name: t for t in datasets(open_file(tmp_path / "keras/adapter.lora.h5"))}
+    assert found["lora/22/vars/lora_kernel_a"].shape == (16, 4, 4)
+    assert not found["lora/11/vars/lora_kernel_a"].read().any()  # of the first block, for which KerasHub looks
+    mine, theirs = (merged(base_of("llama/lora"), at, tmp_path / f"{at.name}-out") for at in (tmp_path / "keras", peft))
+    assert all(abs(mine[name] - theirs[name]).max() <= 1e-5 for name in theirs)
+
+
+def test_what_it_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="only the base tells them"):
+        convert(HERE / "llama/lora", "keras", output=tmp_path / "a")
+    with pytest.raises(FitError, match="no model whose KerasHub backbone is known"):
+        convert(GOLDEN / "gguf/phi3/lora/peft", "keras", output=tmp_path / "a", base=GOLDEN / "gguf/phi3/base")
+    head = {
+        "base_model.model.lm_head.lora_A.weight": draw(1, 2, 16),
+        "base_model.model.lm_head.lora_B.weight": draw(2, 12, 2),
+    }
+    with pytest.raises(FitError, match="KerasHub has no such layer in a block"):
+        convert(write_peft(tmp_path / "peft", head), "keras", output=tmp_path / "a", base=base_of("llama/lora"))
+    convert(HERE / "llama/lora", "peft", output=tmp_path / "plain")
+    with pytest.raises(FitError, match="no arrays of BF16"):
+        convert(tmp_path / "plain", "keras", output=tmp_path / "a", base=base_of("llama/lora"), dtype="bf16")
 
 
 def test_a_factor_for_every_head_makes_a_rank_of_its_own() -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
@@ -17,7 +19,7 @@ from surgery import convert, inspect, merge
 from surgery_cli.group import surgery as command
 from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from tests.oracles import models, peft_oracle
 from tests.support.adapter_files import Arrays, config_of, draw, unet, write_base, write_peft
 
@@ -208,3 +210,44 @@ def test_the_command_asks_for_alpha_and_takes_it(tmp_path: Path) -> None:
     assert run(command, ["convert", file, "--alpha", "4", "--to", "peft", "-o", str(tmp_path / "p")]).exit_code == 0
     assert config_of(tmp_path / "p")["lora_alpha"] == 4
     assert inspect(tmp_path / "p").kinds == {"LoRA": 1}
+
+
+SHARDS = [f"adapter_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+
+@pytest.mark.parametrize("names", [["adapter_model.bin"], SHARDS])
+def test_pickles_and_shards_are_told_too(names: list[str], tmp_path: Path) -> None:
+    parts = [dict([item]) for item in PLAIN.items()] if len(names) > 1 else [PLAIN]
+    for name, part in zip(names, parts, strict=True):
+        if name.endswith("bin"):
+            torch.save({key: torch.from_numpy(value) for key, value in part.items()}, tmp_path / name)
+        else:
+            save_file(part, tmp_path / name)
+    if len(names) > 1:
+        index = {
+            "metadata": {},
+            "weight_map": {key: name for name, part in zip(names, parts, strict=True) for key in part},
+        }
+        (tmp_path / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FitError, match="which has their scale"):
+        surgery.open(tmp_path)
+    (chain,) = surgery.open(tmp_path, alpha=4).updates.values()
+    assert chain[0].scale == 2.0
+
+
+def test_damage_is_refused_by_name(tmp_path: Path) -> None:
+    whole = tmp_path / "x.safetensors"
+    save_file(PLAIN, whole)
+    data = whole.read_bytes()
+    header = int.from_bytes(data[:8], "little") + 8
+    refused = 0
+    for at in range(header):
+        for byte in (0x00, 0x2E, 0x7B, 0xFF):
+            whole.write_bytes(data[:at] + bytes([byte]) + data[at + 1 :])
+            try:
+                adapter = surgery.open(whole, alpha=4)
+            except SurgeryError:
+                refused += 1
+                continue
+            assert not isinstance(adapter, Adapter) or adapter.unconsumed() == ()
+    assert refused > 3 * header

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import struct
+import tempfile
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery_formats.arrays import cast
+from surgery_formats.containers.base import TensorSpec
 from surgery_formats.containers.hdf5 import SIGNATURE, datasets
+from surgery_formats.containers.hdf5_layout import lay_out_hdf5
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import MalformedError
+from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.raw import open_file
 from tests.support.adapter_files import GOLDEN
 
@@ -124,8 +128,6 @@ def test_a_heap_as_large_as_the_file_is_not_read_again_and_again(tmp_path: Path)
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, min(len(WHOLE), 3000) - 1), st.integers(1, 255))
 def test_any_byte_may_be_wrong(at: int, flip: int) -> None:
-    import tempfile
-
     content = bytearray(WHOLE)
     content[at] ^= flip
     with tempfile.TemporaryDirectory() as place:
@@ -137,6 +139,35 @@ def test_any_byte_may_be_wrong(at: int, flip: int) -> None:
         for tensor in found:
             assert tensor.offset + tensor.nbytes <= len(content)
             np.asarray(tensor.read())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 700), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_what_is_laid_out_is_found_again(count: int, deep: int, random: Random) -> None:
+    """Tables of 8 names and nodes of 32 tables: 700 groups need three levels. h5py reads such files too."""
+    specs: list[TensorSpec] = [("a/x", DType.I64, ())]
+    for number in range(count):
+        path = "/".join(f"g{random.randrange(10**6)}" for _ in range(deep))
+        specs.append((f"{path}/t{number}", random.choice([DType.F16, DType.F32, DType.F64]), (random.randrange(4), 3)))
+    layout = lay_out_hdf5(specs)
+    with tempfile.TemporaryDirectory() as place:
+        path_ = Path(place) / "a.h5"
+        path_.write_bytes(layout.header + bytes(layout.nbytes - len(layout.header)))
+        found = datasets(open_file(path_))
+    assert {(t.name, t.dtype, t.shape) for t in found} == set(specs)
+    assert {t.name: (t.offset, t.nbytes) for t in found} == dict(layout.ranges)
+    covered = sorted([*layout.ranges.values(), *layout.padding])
+    assert len(layout.header) + sum(size for _, size in covered) == layout.nbytes
+
+
+def test_what_cannot_be_laid_out() -> None:
+    for specs, said in (
+        ([("a", DType.BF16, (1,))], "no arrays of BF16"),
+        ([("a", DType.F32, (1,)), ("a", DType.F32, (1,))], "appears twice"),
+        ([("a", DType.F32, (1,)), ("a/b", DType.F32, (1,))], "where a group is needed"),
+    ):
+        with pytest.raises(FitError, match=said):
+            lay_out_hdf5(specs)
 
 
 def test_the_signature_is_hdf5s() -> None:

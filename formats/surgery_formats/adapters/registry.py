@@ -17,6 +17,7 @@ from surgery_formats.adapters.diffusers import DIFFUSERS
 from surgery_formats.adapters.format import Format, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
+from surgery_formats.adapters.grammar.format import WeightFileFormat
 from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.litgpt import LITGPT
@@ -100,7 +101,13 @@ def format_named(name: str) -> Format:
 
 def format_at(path: Path) -> Format | None:
     """The format of a file or folder, by content; None if it is of none."""
-    return next((candidate for candidate in formats().values() if candidate.detect(path)), None)
+    candidates = sorted(formats().values(), key=_has_no_mark)
+    return next((candidate for candidate in candidates if candidate.detect(path)), None)
+
+
+def _has_no_mark(candidate: Format) -> bool:
+    """Whether files are taken for its own by their leaves alone, so that all others, plugins' too, are asked first."""
+    return isinstance(candidate, WeightFileFormat) and not candidate.dialect.own
 
 
 def is_adapter_file(name: str) -> bool:

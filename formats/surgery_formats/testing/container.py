@@ -23,6 +23,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, SurgeryError
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 from surgery_formats.testing.foreign import foreign_paths
+from surgery_formats.testing.promise import promised
 
 __all__ = ["CONTAINER_CHECKS", "TYPES", "ContainerCase"]
 
@@ -165,15 +166,19 @@ def writes_what_it_opens(case: ContainerCase, folder: Path) -> None:
             _assert_same(tensor, expected[name])
 
 
-CONTAINER_CHECKS: tuple[Callable[[ContainerCase, Path], None], ...] = (
-    detects_its_own,
-    is_silent_about_foreign_files,
-    opens_what_was_written,
-    stays_inside_its_files,
-    reads_rows_as_slices,
-    refuses_truncated_files,
-    survives_damage,
-    writes_what_it_opens,
+CONTAINER_CHECKS: tuple[Callable[[ContainerCase, Path], None], ...] = promised(
+    "container",
+    lambda case: case.container.name,
+    (
+        detects_its_own,
+        is_silent_about_foreign_files,
+        opens_what_was_written,
+        stays_inside_its_files,
+        reads_rows_as_slices,
+        refuses_truncated_files,
+        survives_damage,
+        writes_what_it_opens,
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.tensor import Tensor, as_bytes
 from surgery_formats.testing.foreign import foreign_paths
 from surgery_formats.testing.memory import adapter_of, in_memory
+from surgery_formats.testing.promise import promised
 from surgery_formats.testing.update import UpdateCase, accounts_for_its_tensors, answers_every_question
 from surgery_formats.updates import Apply, Effect, Factor, Fit, Update, Weight, is_unsized
 from surgery_formats.updates.weights import HeldWeight
@@ -141,14 +142,18 @@ def renders_the_same_twice(case: FormatCase, folder: Path) -> None:
     assert (first.small_files, first.metadata, first.entries) == (second.small_files, second.metadata, second.entries)
 
 
-FORMAT_CHECKS: tuple[Callable[[FormatCase, Path], None], ...] = (
-    detects_its_own,
-    is_silent_about_foreign_files,
-    accounts_for_every_tensor,
-    writes_what_it_reads,
-    writes_an_adapter_without_a_file,
-    names_what_it_drops,
-    renders_the_same_twice,
+FORMAT_CHECKS: tuple[Callable[[FormatCase, Path], None], ...] = promised(
+    "format",
+    lambda case: case.format.name,
+    (
+        detects_its_own,
+        is_silent_about_foreign_files,
+        accounts_for_every_tensor,
+        writes_what_it_reads,
+        writes_an_adapter_without_a_file,
+        names_what_it_drops,
+        renders_the_same_twice,
+    ),
 )
 
 

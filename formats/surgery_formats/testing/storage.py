@@ -22,6 +22,7 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.storage.base import PartBytes, Storage, StoredPart, read_block, read_rows
 from surgery_formats.storage.quantised import Quantised, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+from surgery_formats.testing.promise import promised
 
 __all__ = ["QUANTISED_CHECKS", "STORAGE_CHECKS", "StorageCase"]
 
@@ -49,6 +50,11 @@ class StorageCase:
     config: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 0.0
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def _name_of(case: StorageCase) -> str:
+    """Of the storage whose `claim` it is."""
+    return str(getattr(getattr(case.claim, "__self__", case.claim), "name", "") or case.claim)
 
 
 def claims_all_tensors_of_its_weights(case: StorageCase, folder: Path) -> None:
@@ -159,17 +165,21 @@ def refuses_a_weight_of_which_a_tensor_is_missing(case: StorageCase, folder: Pat
             continue
 
 
-STORAGE_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
-    claims_all_tensors_of_its_weights,
-    writes_the_tensors_it_reads,
-    reads_what_was_encoded,
-    reads_any_rows,
-    puts_back_the_bytes_it_read,
-    puts_the_same_bytes_in_any_split,
-    says_what_readers_will_get,
-    refuses_rows_that_cannot_be_put_alone,
-    leaves_other_weights_alone,
-    refuses_a_weight_of_which_a_tensor_is_missing,
+STORAGE_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = promised(
+    "storage",
+    _name_of,
+    (
+        claims_all_tensors_of_its_weights,
+        writes_the_tensors_it_reads,
+        reads_what_was_encoded,
+        reads_any_rows,
+        puts_back_the_bytes_it_read,
+        puts_the_same_bytes_in_any_split,
+        says_what_readers_will_get,
+        refuses_rows_that_cannot_be_put_alone,
+        leaves_other_weights_alone,
+        refuses_a_weight_of_which_a_tensor_is_missing,
+    ),
 )
 """Each takes a case and an empty folder, and raises AssertionError."""
 
@@ -231,10 +241,16 @@ def reads_back_a_fitted_grid(case: StorageCase, folder: Path) -> None:
 
 QUANTISED_CHECKS: tuple[Callable[[StorageCase, Path], None], ...] = (
     *STORAGE_CHECKS,
-    values_are_what_the_codes_stand_for,
-    packs_the_codes_it_unpacked,
-    takes_the_nearest_code,
-    reads_back_a_fitted_grid,
+    *promised(
+        "storage",
+        _name_of,
+        (
+            values_are_what_the_codes_stand_for,
+            packs_the_codes_it_unpacked,
+            takes_the_nearest_code,
+            reads_back_a_fitted_grid,
+        ),
+    ),
 )
 """For storages that satisfy `surgery_formats.storage.quantised.Quantised`."""
 

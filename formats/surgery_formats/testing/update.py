@@ -18,6 +18,7 @@ import numpy
 
 from surgery_formats.arrays import Array
 from surgery_formats.tensors.views import Index
+from surgery_formats.testing.promise import promised
 from surgery_formats.updates import (
     Effect,
     Fit,
@@ -221,18 +222,22 @@ def is_undone_by_its_inverse(case: UpdateCase) -> None:
             assert float(abs(before - weight).max()) <= _SOLVED * float(abs(weight).max())
 
 
-UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = (
-    answers_every_question,
-    accounts_for_its_tensors,
-    parts_cover_it,
-    any_block_is_a_part_of_the_whole,
-    has_the_effect_it_states,
-    is_linear_if_it_adds,
-    is_the_lora_it_gives,
-    does_what_its_other_members_say,
-    looks_at_the_weight_only_if_it_says_so,
-    lets_go_of_its_factors,
-    is_undone_by_its_inverse,
+UPDATE_CHECKS: tuple[Callable[[UpdateCase], None], ...] = promised(
+    "kind of update",
+    lambda case: case.update.kind,
+    (
+        answers_every_question,
+        accounts_for_its_tensors,
+        parts_cover_it,
+        any_block_is_a_part_of_the_whole,
+        has_the_effect_it_states,
+        is_linear_if_it_adds,
+        is_the_lora_it_gives,
+        does_what_its_other_members_say,
+        looks_at_the_weight_only_if_it_says_so,
+        lets_go_of_its_factors,
+        is_undone_by_its_inverse,
+    ),
 )
 
 

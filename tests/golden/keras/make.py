@@ -2,10 +2,12 @@
 """Makes what lies beside it with KerasHub: LoRAs of small backbones, and the weights of transformers that they change.
 
     python make.py
+    python make.py --load BASE FOLDER EXPECTED
 
-Needs keras 3.15.1, keras-hub 0.32.0 and torch. KerasHub loads ``NAME/base``, a model of transformers all of whose weights are told apart by
-their values, so that where each of them lies in a kernel is seen, not derived. ``NAME/expected.safetensors`` has what the kernels
-hold after ``load_lora_weights`` of ``NAME/lora/adapter.lora.h5``, put back where it came from.
+The second gives a converted FOLDER to KerasHub and compares what its kernels hold then with EXPECTED. Needs keras 3.15.1,
+keras-hub 0.32.0 and torch. KerasHub loads ``NAME/base``, a model of transformers all of whose weights are told apart by their values, so
+that where each of them lies in a kernel is seen, not derived. ``NAME/lora*/expected.safetensors`` has what the kernels hold after
+``load_lora_weights`` of the ``adapter.lora.h5`` beside it, put back where it came from.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ import keras
 import keras_hub
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 HERE = Path(__file__).parent
 LAYERS, HIDDEN, INNER, HEADS, GROUPS, VOCABULARY = 2, 16, 24, 4, 2, 12
@@ -228,7 +231,30 @@ def make(case: str, said: dict[str, Any]) -> None:
     print(case, len(changed), sorted({key.rpartition(".")[0].split(".", 3)[-1] for key in changed}))
 
 
+def load(base_folder: Path, folder: Path, expected: Path) -> None:
+    """KerasHub loads a file into the backbone that it makes of a base, whose kernels then are what EXPECTED says."""
+    backbone = keras_hub.models.Backbone.from_preset(str(base_folder), dtype="float32")
+    base = load_file(base_folder / "model.safetensors")
+    found = kernels(backbone)
+    origin = places(base, found)
+    layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
+    with h5py.File(folder / "adapter.lora.h5") as file:
+        names = sorted({layers[int(number)].name for number in file["lora"] if number != "vars"})
+        backbone.enable_lora(int(file["lora/vars/rank"][()]), target_layer_names=names)
+    backbone.load_lora_weights(str(folder / "adapter.lora.h5"))
+    wanted = base | load_file(expected)
+    worst = 0.0
+    for (layer, before), (key, at) in zip(found, origin, strict=True):
+        after, want = keras.ops.convert_to_numpy(layer.kernel), wanted[key].ravel()[at].reshape(before.shape)
+        step = np.abs(want - before).max()
+        worst = max(worst, float(np.abs(after - want).max() / step) if step else float(np.abs(after - before).max()))
+    print("OK" if worst <= 1e-6 else "FAIL", f"{len(names)} kinds of layers, {worst:.1e} of the greatest change")
+    sys.exit(worst > 1e-6)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--load"]:
+        load(*map(Path, sys.argv[2:5]))
     for name in CONFIGS:
         shutil.rmtree(HERE / name, ignore_errors=True)
     for case, said in CASES.items():

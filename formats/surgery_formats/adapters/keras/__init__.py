@@ -19,8 +19,8 @@ __all__ = ["KERAS"]
 @dataclass(frozen=True, slots=True)
 class _Keras:
     name: str = "keras"
-    title: str = "KerasHub's .lora.h5: LoRA of Llama, Mistral, Gemma, Qwen, GPT-2 and BERT backbones; only read"
-    needs_base: bool = False
+    title: str = "KerasHub's .lora.h5: LoRA of Llama, Mistral, Gemma, Qwen, GPT-2 and BERT backbones"
+    needs_base: bool = True
     single_file: bool = False
     file_stems: tuple[str, ...] = ("*.lora",)
 
@@ -38,15 +38,10 @@ class _Keras:
         return read_keras(path)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
-        """Nothing."""
-        from surgery_formats.adapters.writing import ConversionLedger
+        """See `write.render_keras`."""
+        from surgery_formats.adapters.keras.write import render_keras
 
-        ledger = ConversionLedger()
-        for site, chain in adapter.updates.items():
-            for update in chain:
-                ledger.drop(site, update, "files of KerasHub are only read")
-        ledger.drop_prompt(adapter)
-        return Rendering("adapter.lora.h5", (), entries=tuple(ledger.entries))
+        return render_keras(adapter, base)
 
 
 KERAS = _Keras()

@@ -36,7 +36,7 @@ def holds_lone_weights(path: Path) -> bool:
         return False
     if not names or not (all(bared(name).startswith(PREFIX) for name in names) or _is_called_so(path, names)):
         return False
-    modules = {module for name in names if (module := _factored(name))}
+    modules = _factored(names)
     bases = sum(f"{module}.base_layer.weight" in names or f"{module}.weight" in names for module in modules)
     return 2 * bases < len(modules)  # else it is the whole model, as it was in memory
 
@@ -73,11 +73,11 @@ def _is_called_so(path: Path, names: Collection[str]) -> bool:
     return own and not any(name.startswith(_OTHERS) for name in names)
 
 
-def _factored(name: str) -> str:
-    """The module that a key names a factor of; empty for any other."""
+def _factored(names: Collection[str]) -> set[str]:
+    """The modules that have factors among `names`."""
     from surgery_formats.adapters.peft.kinds import kinds
 
-    segments = name.split(".")
-    known = set().union(*map(roots_of, kinds().values()))
-    at = next((at for at, segment in enumerate(segments) if segment in known), 0)
-    return ".".join(segments[:at])
+    roots = set().union(*map(roots_of, kinds().values()))
+    paths = (name.split(".") for name in names)
+    found = ((path, next((at for at, segment in enumerate(path) if segment in roots), 0)) for path in paths)
+    return {".".join(path[:at]) for path, at in found if at}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from surgery_formats.models.layouts.rule import Network, Piece, Rule
 
@@ -207,6 +208,7 @@ def _matches(name: str, table: _Table, *, pieces: bool = False) -> Iterator[tupl
                     break
 
 
+@lru_cache(maxsize=1 << 14)  # every family asks for every name of a base
 def _key(path: str) -> str:
     return ".".join("#" if segment.isdigit() else segment for segment in path.split("."))
 

@@ -37,9 +37,9 @@ def _read(module: Module) -> ModuleUpdates:
                 raise malformed(stored, f"a layer of width {A.shape[0]}")
         layers.append(tuple(Factor.of(stored) for stored in found))
     act = config.raw.get("act_fn", "relu")
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise FitError(
-            f"'act_fn' is '{show(act)}', which is not known",
+            f"'act_fn' is '{show(str(act))}', which is not known",
             file=config.file,
             hint=f"known: {listing(sorted(ACTIVATIONS))}",
         )

@@ -21,8 +21,9 @@ __all__ = ["WAVEFT"]
 
 def _read(module: Module) -> ModuleUpdates:
     config, values = module.config, module.vector("waveft_spectrum")
-    wavelet = config.raw.get("wavelet_family", "db1") if config.flag("use_idwt", default=True) else ""
-    if wavelet and wavelet not in WAVELETS:
+    transformed = config.flag("use_idwt", default=True)
+    wavelet = config.raw.get("wavelet_family", "db1") if transformed else ""
+    if transformed and (not isinstance(wavelet, str) or wavelet not in WAVELETS):
         raise FitError(
             f"'wavelet_family' is '{show(str(wavelet))}'",
             file=config.file,
