@@ -215,7 +215,7 @@ def bench(work: Path, options: argparse.Namespace) -> None:
     for number in range(-1, options.rounds):  # the first warms files and memory, and is checked, not counted
         for name, (command, out) in commands.items():
             peer = name.startswith("diffusers")
-            if peer and number >= options.peer_rounds:
+            if peer and (number >= options.peer_rounds or not options.peer_rounds):
                 continue
             time.sleep(options.pause)
             tree = tree_of.get(name, ROOT)

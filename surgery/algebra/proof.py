@@ -21,6 +21,7 @@ from surgery.engine.factor_proof import approximation_errors
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.site_names import same_denoiser
 from surgery_formats.dtypes import DType
@@ -76,6 +77,7 @@ def prove_combination(path: Path, plan: CombinationPlan) -> CombinationProof:
     adapter, base, dtype = plan.adapter, plan.combination.base, plan.dtype
     updates, solutions = plan.combination.updates, plan.combination.solutions
     written = read_back(plan.target, path)
+    written = written if base is None else sized(written, base)
     near = approximation_errors(plan.rendering, written, TOLERANCE)
     approximated = frozenset(map(str, near))
     tolerance = TOLERANCE if dtype is None else _ROUNDING.get(dtype, TOLERANCE)

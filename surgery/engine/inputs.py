@@ -141,7 +141,8 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
     if isinstance(value, str | os.PathLike):
         path = as_path(value, argument)
         files = _model_files(path) if path.is_dir() else []
-        if path.is_dir() and (not files or (path / "adapter_config.json").exists()):
+        alone = path.is_file() and not is_weight_file(path.name)  # one of an adapter's own program
+        if alone or (path.is_dir() and (not files or (path / "adapter_config.json").exists())):
             from surgery_formats.adapters.registry import format_at, is_adapter_file
 
             if all(is_adapter_file(name) for name in files) and format_at(path) is not None:  # pytorch_model_head.bin

@@ -81,6 +81,7 @@ def test_every_role_is_read_by_one_kind_and_no_leaf_is_both_read_and_not() -> No
         (["input_blocks_4_1_transformer_blocks_1_attn1_to_q"], "Stable Diffusion XL"),
         (["down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"], "Stable Diffusion 1, 2 or XL"),
         (["joint_blocks_0_x_block_attn_qkv"], "Stable Diffusion 3"),
+        (["down_blocks_0_0_channelwise_0", "up_blocks_1_2_attention_attn_to_q"], "Stable Cascade"),
         (["distilled_guidance_layer.layers.0.in_layer", "double_blocks.0.img_attn.qkv"], "Chroma"),
         (["model.layers.0.self_attn.q_proj"], None),
         (["encoder.layer.0.attention.self.query"], None),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import surgery
 from surgery import convert, merge
 from surgery_formats.adapters.keras import KERAS
 from surgery_formats.adapters.registry import format_at, read_adapter
@@ -189,6 +190,10 @@ def test_parts_of_a_file_that_are_missing_or_strange_are_refused(tmp_path: Path)
 def test_a_whole_model_says_that_its_lora_is_in_its_kernels(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
         archive.writestr("config.json", "{}")
-    assert format_at(tmp_path / "a.keras") is KERAS
-    with pytest.raises(FitError, match="adds the LoRAs of its layers to their kernels"):
+    said = "a whole model of Keras, into whose kernels Keras adds the LoRAs"
+    with pytest.raises(FitError, match=said):
         merge(base_of("llama/lora"), tmp_path / "a.keras", output=tmp_path / "out")
+    with pytest.raises(FitError, match=said):
+        merge(tmp_path / "a.keras", HERE / "llama/lora", output=tmp_path / "out")
+    with pytest.raises(FitError, match=said):
+        surgery.open(tmp_path / "a.keras")

@@ -182,6 +182,14 @@ def test_every_form_of_tar_is_read(form: int, tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "path", ["nemo/fused/adapter.nemo", "mlx/llama/npz/adapters.npz", "keras/llama/lora/adapter.lora.h5"]
+)
+def test_files_of_other_programs_are_no_models(path: str, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="an adapter where a full model was expected"):
+        merge(GOLDEN / path, HERE / "fused/adapter.nemo", output=tmp_path / "out")
+
+
 def test_hostile_archives_are_refused(tmp_path: Path) -> None:
     whole = (HERE / "qkv/adapter.nemo").read_bytes()
     path = tmp_path / "a.nemo"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from surgery import convert, merge
+from surgery import combine, convert, merge
 from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, SurgeryError
@@ -51,6 +51,22 @@ def test_to_peft_and_back_it_is_the_same_file(name: str, dtype: str, tmp_path: P
     assert len(order) == theirs.shape[1]
     assert np.array_equal(weights[0][0][order], weights[1][0])
     assert (tmp_path / "back" / WEIGHTS).read_bytes()[:128] == (HERE / name / WEIGHTS).read_bytes()[:128]
+
+
+def test_a_sum_is_proved_although_its_rows_wait_for_the_base(tmp_path: Path) -> None:
+    total = combine([(HERE / "all", 0.5), (HERE / "ranks", -2.0)], output=tmp_path / "sum", base=BASE)
+    assert format_at(total.output) is TENSORRT_LLM
+    got, before = merged(BASE, tmp_path / "sum", tmp_path / "out"), load_file(BASE / "model.safetensors")
+    first, second = (load_file(HERE / name / "expected.safetensors") for name in ("all", "ranks"))
+    for name, weight in first.items():
+        wanted = 0.5 * (weight - before[name]) - 2.0 * (second.get(name, before[name]) - before[name])
+        assert abs(got[name] - before[name] - wanted).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["all", "half"])
+def test_arrays_are_no_model(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FitError, match="an adapter where a full model was expected"):
+        merge(HERE / name, HERE / "all", output=tmp_path / "out")
 
 
 def test_a_fused_projection_is_read_where_the_base_has_it(tmp_path: Path) -> None:

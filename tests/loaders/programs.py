@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.loaders import language
+from tests.loaders import diffusion, language
 from tests.loaders.acting import Trial
 
 __all__ = ["PROGRAMS", "Program"]
@@ -50,4 +50,8 @@ PROGRAMS: Mapping[str, Program] = {
         partial(language.trials, name),
     )
     for name, title in _TITLES.items()
+} | {
+    "diffusers": Program(
+        "diffusers", "`diffusers`, `kohya`, `comfyui`", tuple(str(act) for act in diffusion.ACTS), diffusion.trials
+    )
 }

@@ -12,7 +12,29 @@ from surgery_formats.models.families.diffusion_roles import diffusion_role
 from surgery_formats.models.layouts.registry import NETWORKS
 from surgery_formats.models.layouts.rule import Network
 
-MODELS = json.loads((Path(__file__).parents[1] / "golden" / "layouts" / "rows.json").read_text())["models"]
+GOLDEN = Path(__file__).parents[1] / "golden"
+MODELS = json.loads((GOLDEN / "layouts" / "rows.json").read_text())["models"]
+DIFFUSERS: dict[str, str] = json.loads((GOLDEN / "roles" / "diffusers.json").read_text())["parts"]
+# What our words mean otherwise than the classes that hold it: a matrix of both, what makes all modulations, and whatever
+# stands in front of the blocks.
+DEFINED = {
+    "condition_embedder.image_embedder.ff.net.#": "embedding",
+    "condition_embedder.image_embedder.ff.net.#.proj": "embedding",
+    "condition_embedder.time_proj": "modulation",
+    "distilled_guidance_layer.layers.#.linear_1": "modulation",
+    "distilled_guidance_layer.layers.#.linear_2": "modulation",
+    "glyph_projector.net.#": "embedding",
+    "glyph_projector.net.#.proj": "embedding",
+    "prior_projector.net.#": "embedding",
+    "prior_projector.net.#.proj": "embedding",
+    "single_transformer_blocks.#.attn.to_out": "attention+mlp",
+    "single_transformer_blocks.#.attn.to_qkv_mlp_proj": "attention+mlp",
+    "time_embed.pooler.to_kv": "embedding",
+    "time_embed.pooler.to_out": "embedding",
+    "time_embed.pooler.to_q": "embedding",
+    "time_embed.time_proj": "modulation",
+    "time_embed_r.time_proj": "modulation",
+}
 # diffusers calls the last linear layer of Lumina 2 as it calls a half of Cosmos' modulation.
 AMBIGUOUS = "norm_out.linear_2"
 
@@ -41,6 +63,13 @@ def test_names_of_diffusers_and_of_releases_tell_the_same_dotted_and_flat(model:
     for name in (*MODELS[model]["rows"], *MODELS[model]["heights"]):
         module = name.removesuffix(".weight").removesuffix(".bias").removesuffix(".scale")
         assert diffusion_role(module.replace(".", "_")) == diffusion_role(f"model.diffusion_model.{name}") != "other"
+
+
+def test_names_of_59_transformers_of_diffusers_tell_what_their_classes_tell() -> None:
+    """The golden file has the classes around each parameter as diffusers builds the models: no name was looked at."""
+    assert len(DIFFUSERS) > 600
+    told = {name: diffusion_role(name.replace("#", "0")) for name in DIFFUSERS}
+    assert {name: role for name, role in told.items() if role != DIFFUSERS[name]} == DEFINED
 
 
 @pytest.mark.parametrize(

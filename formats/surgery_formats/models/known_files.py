@@ -13,7 +13,7 @@ from pathlib import Path
 
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, SurgeryError
-from surgery_formats.files.raw import open_file
+from surgery_formats.files.raw import first_bytes, open_file
 
 __all__ = ["KNOWN_FILES", "KnownFile", "known_file", "known_file_at", "refuse_known"]
 
@@ -38,11 +38,9 @@ class KnownFile:
     without: tuple[str, ...] = ()
     network: bool = False
 
-    def is_of(self, names: Collection[str]) -> bool:
-        """Whether a file with these tensors is one."""
-        if not all(any(mark in name for name in names) for mark in self.marks):
-            return False
-        if any(mark in name for mark in self.without for name in names):
+    def is_of(self, names: Collection[str], joined: str) -> bool:
+        """Whether a file with these tensors is one; `joined` has their names below each other, searched as one text."""
+        if not all(mark in joined for mark in self.marks) or any(mark in joined for mark in self.without):
             return False
         return not self.every or all(re.fullmatch(self.every, name) for name in names)
 
@@ -143,10 +141,17 @@ KNOWN_FILES = (
 )
 """In order: the first that fits is meant."""
 
+_KERAS = KnownFile(
+    "a whole model of Keras, into whose kernels Keras adds the LoRAs of its layers when it saves one: no factor is in it",
+    "save the LoRA with backbone.save_lora_weights('adapter.lora.h5')",
+    (),
+)
+
 
 def known_file(names: Collection[str]) -> KnownFile | None:
     """The family of a file with these tensors; None if it is of none."""
-    return next((known for known in KNOWN_FILES if known.is_of(names)), None) if names else None
+    joined = "\n".join(names)
+    return next((known for known in KNOWN_FILES if known.is_of(names, joined)), None) if names else None
 
 
 def known_file_at(path: Path, names: Collection[str] = ()) -> KnownFile | None:
@@ -156,6 +161,8 @@ def known_file_at(path: Path, names: Collection[str] = ()) -> KnownFile | None:
         path: Of the file.
         names: Of its tensors; none where they could not be read as weights.
     """
+    if path.name.endswith(".keras"):
+        return _KERAS if first_bytes(path, 4) == b"PK\x03\x04" else None
     if names or not path.name.endswith(TORCH.suffixes):
         return known_file(names)
     from surgery_formats.containers.torch.pickle_file import nested_names, read_torch

@@ -241,7 +241,10 @@ class Names:
         found: dict[tuple[str, ...], None] = {}
         for index in self._layouts:
             if pieces := index.pieces_of(name):
-                found.setdefault(tuple(map(index.in_omi, pieces)) if program == "OMI" else pieces)
+                original = (
+                    program == "OMI" and index.network.denoises
+                )  # text encoders have transformers' names there, too
+                found.setdefault(tuple(map(index.in_omi, pieces)) if original else pieces)
         return next(iter(found)) if len(found) == 1 else () if found else (name,)
 
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:

@@ -23,6 +23,7 @@ from surgery_formats.containers.safetensors import layout, open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.files.output.kernel_copy import write_all
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -47,10 +48,7 @@ class SidecarWriter:
         with self._lock:
             at, self._end = self._end, self._end + len(data)
             self._segments.setdefault(key, []).append((at, len(data)))
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._file.fileno(), view, at)
-            view, at = view[written:], at + written
+        write_all(self._file.fileno(), memoryview(data), at)
 
     def begin(self, key: str) -> None:
         """`key` has segments, perhaps none."""

@@ -15,6 +15,7 @@ import xxhash
 from surgery_formats.arrays import Array, cast, empty, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
+from surgery_formats.files.output.kernel_copy import write_all
 from surgery_formats.tensors.tensor import as_bytes
 
 __all__ = ["ScratchFile", "ScratchSlot", "Workspace", "digest"]
@@ -39,9 +40,7 @@ class ScratchFile:
         raw = as_bytes(matrix)
         with self._lock:
             at, self._end = self._end, self._end + len(raw)
-        done = 0
-        while done < len(raw):
-            done += os.pwrite(self._file.fileno(), raw[done:], at + done)
+        write_all(self._file.fileno(), raw, at)
         return ScratchSlot(self, at, (matrix.shape[0], matrix.shape[1]), digest(matrix))
 
     def read(self, slot: ScratchSlot) -> numpy.ndarray:

@@ -25,9 +25,7 @@ class _Keras:
     file_stems: tuple[str, ...] = ("*.lora",)
 
     def detect(self, path: Path) -> bool:
-        """An HDF5 file whose name ends in ``.lora.h5``, or a folder with one; a whole ``.keras`` model, which `read` refuses."""
-        if path.name.endswith(".keras"):
-            return first_bytes(path, 4) == b"PK\x03\x04"
+        """An HDF5 file whose name ends in ``.lora.h5``, or a folder with one."""
         file = own_file(path)
         return file is not None and first_bytes(file, len(SIGNATURE)) == SIGNATURE
 

@@ -37,14 +37,8 @@ def read_keras(path: Path) -> Adapter:
 
     Raises:
         NotFoundError, MalformedError: no such file, or one that is not KerasHub's.
-        FitError: a whole model; or its layers are not known.
+        FitError: its layers are not known.
     """
-    if path.name.endswith(".keras"):
-        raise FitError(
-            "a whole model: Keras adds the LoRAs of its layers to their kernels when it saves one, so that none is in it",
-            file=path,
-            hint="save the LoRA with backbone.save_lora_weights('adapter.lora.h5')",
-        )
     file = own_file(path)
     if file is None:
         raise NotFoundError("no .lora.h5, or several", file=path)

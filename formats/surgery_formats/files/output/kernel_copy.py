@@ -17,6 +17,9 @@ __all__ = ["copy_range", "exchange", "rename_new", "reserve", "start_writeback",
 
 # Bytes per copy_file_range call: large enough to hide its cost, small enough for a quick reaction to Ctrl-C.
 _COPY_STEP = 64 << 20
+# Bytes per pwrite: Linux takes pages of the cache as large as a call is long, and those of 1 MiB cost it five times as
+# much as these (6.18, ext4: 1.2 s of processor time for a GB in place of 0.25).
+_WRITE_STEP = 256 << 10
 _BUFFER = 8 << 20  # of the loop used where copy_file_range does not work
 # Errors of copy_file_range on a kernel, sandbox or pair of files that it does not support. Others are real faults.
 _CANNOT_COPY = frozenset(
@@ -101,14 +104,14 @@ def copy_range(source: File, source_offset: int, target_fd: int, target_offset: 
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """Write all of `data` (bytes) at `offset`, continuing after short writes.
+    """Write all of `data` (bytes) at `offset`, in pieces, continuing after short writes.
 
     Raises:
         OSError: as `os.pwrite`.
     """
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+        done += os.pwrite(fd, data[done : done + _WRITE_STEP], offset + done)
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:
