@@ -21,8 +21,9 @@ from surgery_formats.adapters.grammar.kinds.lora import LORA
 from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longest_leaf
+from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import BUNDLE
-from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
 from surgery_formats.adapters.joining import Span, joined
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
@@ -36,6 +37,7 @@ from surgery_formats.adapters.writing import (
 from surgery_formats.binding.growth import grown
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
@@ -193,6 +195,8 @@ class _Job:
                 self.in_header and low_rank_part(update) is not None,
                 self._states_shape(site, update),
                 self._bias_scale(site),
+                self.trained,
+                self._alpha_dtype(own, update) if own else DType.F32,
             )
             if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
                 return "its magnitudes belong to columns, this format's to rows"
@@ -251,6 +255,22 @@ class _Job:
             lora = joined(stem, whole.parts, whole.height)
             LORA.write(lora, "weight", writer)
             self._keep(writer, whole.prefix, lora.rank)
+
+    @cached_property
+    def trained(self) -> tuple[tuple[int, float], ...]:
+        """What readers will take from the header, if no scale stands elsewhere."""
+        if self.with_alpha or self.in_header:
+            return ()
+        metadata = surviving_metadata(self.adapter)
+        _restate_ranks(metadata, self)
+        return StatedScales.of(metadata, with_alphas=False, path=self.adapter.path).trained
+
+    def _alpha_dtype(self, own: ModuleSpelling, update: Update) -> DType | None:
+        """The type of a module's alpha as its file had it; None if it had none."""
+        if "alpha" not in own.leaves:
+            return None
+        name = f"{own.stem}{own.leaves['alpha']}"
+        return next((tensor.dtype for tensor in update.tensors if tensor.name == name), DType.F32)
 
     def _needs_base(self, site: Site) -> str:
         """Why a site cannot be spelt without one."""
@@ -376,9 +396,16 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
         ]
         biased = [owner for owner in job.ranks if any(name.startswith(f"{owner}.") for name in written)]
         metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased)
-    loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
+    _restate_ranks(metadata, job)
+    if job.spelt.modules and "format" in adapter.metadata:
+        metadata["format"] = adapter.metadata["format"]
+    return metadata
+
+
+def _restate_ranks(metadata: dict[str, str], job: _Job) -> None:
+    """The numbers of sd-scripts as they are now. Where they state the scales, what is left of those is in the factors."""
+    loras = [lora for chain in job.adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
     if loras and "ss_network_dim" in metadata:
         restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
-    if loras and "ss_network_alpha" in metadata:
+    if loras and "ss_network_alpha" in metadata and (job.with_alpha or job.in_header):
         restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)
-    return metadata
