@@ -79,7 +79,7 @@ def adapters(
     chosen = names if all_modules else draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
     rank = draw(st.integers(1, 4))
     ranks = {name: rank if one_rank else draw(st.integers(1, 4)) for name in chosen}
-    alpha = float(rank) if scale_of_one else draw(st.sampled_from([1.0, 0.5, 3.0, 16.0, 7.25, 0.1]))
+    alpha = float(rank) if scale_of_one else draw(st.sampled_from([1.0, 0.5, 3.0, 16.0, 7.25, 0.125]))
     modules = tuple((name, shapes[name.removeprefix(f"{layers}.")[2:]], ranks[name]) for name in sorted(chosen))
     kind, dtype = draw(st.sampled_from(kinds)), draw(st.sampled_from(DTYPES))
     return Drawn(modules, alpha, dtype, kind, draw(st.integers(0, 10_000)))
