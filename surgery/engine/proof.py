@@ -27,7 +27,7 @@ from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.adapters.registry import format_at
 from surgery_formats.adapters.writing import row_slice
-from surgery_formats.arrays import Array
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -261,12 +261,26 @@ def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Ada
     return max(error, _delta_error(expected, actual))
 
 
-def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[str, View, bool], Array]]:
-    return [
-        ((update.kind, view, update.per_row), update.magnitude.load(DType.F64))
-        for update, view in target.pieces
-        if is_directed(update)
-    ]
+def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[object, ...], Array]]:
+    """Trained lengths, with what they belong to; those of rows that follow each other are one vector, whoever holds them."""
+    found: list[tuple[tuple[object, ...], Array]] = []
+    bands: dict[str, list[tuple[int, Array]]] = {}
+    for update, view in target.pieces:
+        if not is_directed(update):
+            continue
+        lengths = update.magnitude.load(DType.F64)
+        straight = not view.transposed and isinstance(view.rows, range) and view.rows.step == 1 and len(view.rows)
+        if update.per_row and straight:
+            own = lengths.reshape(-1)[view.row_origin : view.row_origin + len(view.rows)]
+            bands.setdefault(update.kind, []).append((view.rows[0], own))
+        else:
+            found.append(((update.kind, view, update.per_row), lengths))
+    for kind, parts in bands.items():
+        parts.sort(key=lambda part: part[0])
+        rows = [row for start, own in parts for row in range(start, start + len(own))]
+        joined = namespace(parts[0][1]).concat([own for _, own in parts]) if len(parts) > 1 else parts[0][1]
+        found.append(((kind, tuple(rows)), joined))
+    return found
 
 
 def _added(update: Update) -> Update:
