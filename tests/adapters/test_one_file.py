@@ -291,6 +291,23 @@ def test_differences_and_whole_weights_beside_factors(tmp_path: Path) -> None:
     assert np.array_equal(got["norm.weight"], draw(5, 8))
 
 
+def test_the_header_of_diffusers_says_that_there_are_magnitudes(tmp_path: Path) -> None:
+    """diffusers makes its LoraConfig of the header, and passes over magnitudes that this does not ask for."""
+    base = write_base(tmp_path / "base", {f"{Q}.weight": (12, 8)}, {})
+    for name, more in (("lora", {}), ("dora", {f"transformer.{Q}.lora_magnitude_vector": abs(draw(3, 12)) + 1})):
+        save_file(
+            _pair(f"diffusion_model.{Q}")
+            | {k.replace("transformer", "diffusion_model", 1): v for k, v in more.items()},
+            tmp_path / "x.safetensors",
+        )
+        out = tmp_path / f"{name}.safetensors"
+        convert(tmp_path / "x.safetensors", "diffusers", output=out, base=base)
+        with safe_open(out, "np") as file:
+            header = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert header.get("transformer.use_dora", False) is bool(more)
+        assert not more or f"transformer.{Q}.lora_magnitude_vector" in load_file(out)
+
+
 def test_a_denoiser_is_found_whatever_the_pipeline_calls_it(tmp_path: Path) -> None:
     base = tmp_path / "pipeline"
     write_base(base / "transformer", {f"{Q}.weight": (12, 8)}, {}, "diffusion_pytorch_model.safetensors")

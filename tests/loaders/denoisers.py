@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny pipelines of diffusers, adapters of them, and the dense weights; run by the Python of an environment with diffusers.
 
-``python denoisers.py FOLDER NAME ...`` writes, into FOLDER/NAME: ``pipeline``, with the denoiser and text encoders; ``peft``, an adapter
-of the denoiser that PEFT saved, and ``dense``, the pipeline with it merged by PEFT; ``single.safetensors``, the denoiser in its
+``python denoisers.py FOLDER NAME ...`` writes, into FOLDER/NAME: ``pipeline``, with the denoiser and text encoders; ``peft``, a LoRA of
+the denoiser that PEFT saved, and ``dense-peft``, the pipeline with it merged by PEFT; ``single.safetensors``, the denoiser in its
 release's names, and ``original.safetensors``, a LoRA file in these names, with ``dense-original``. Which rows of which tensor of a
 release a parameter is, diffusers' own conversion says; where that has the widths of the published model in it, there is none.
 """
 
 from __future__ import annotations
 
-import json
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -404,14 +404,29 @@ def linear_modules(model: torch.nn.Module) -> list[str]:
     ]
 
 
-def train(model: torch.nn.Module, folder: Path, targets: list[str]) -> torch.nn.Module:
-    """Save a LoRA of several ranks and alphas as PEFT does, and merge it."""
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+def _lora(targets: list[str], **more: Any) -> peft.PeftConfig:
+    """Of several ranks and alphas."""
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **more)
     config.rank_pattern, config.alpha_pattern = {targets[0]: 2}, {targets[-1]: 3}
-    wrapped = peft.get_peft_model(model, config)
+    return config
+
+
+KINDS: Mapping[str, Callable[[list[str]], peft.PeftConfig]] = {
+    "peft": _lora,
+    "dora": lambda targets: _lora(targets, use_dora=True),
+    "loha": lambda targets: peft.LoHaConfig(r=2, alpha=3, target_modules=targets),
+    "lokr": lambda targets: peft.LoKrConfig(r=2, alpha=3, target_modules=targets),
+}
+
+
+def train(model: torch.nn.Module, folder: Path, targets: list[str]) -> torch.nn.Module:
+    """Save an adapter of the kind that `folder` is called after as PEFT does, and merge it."""
+    wrapped = peft.get_peft_model(model, KINDS[folder.name](targets))
     generator = torch.Generator().manual_seed(7)
     for key, parameter in wrapped.named_parameters():
-        if "lora_" in key:
+        if "magnitude" in key:
+            parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=generator)
+        elif parameter.requires_grad:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     wrapped.save_pretrained(folder)
     for file in folder.glob("README.md"):
@@ -469,9 +484,9 @@ def write(name: str, folder: Path) -> None:
     pipeline_of(name, components).save_pretrained(folder / "pipeline")
     state = {key: value.clone() for key, value in components[part].state_dict().items()}
     targets = linear_modules(components[part])
-    (folder / "targets.json").write_text(json.dumps(targets))
-    components[part] = train(components[part], folder / "peft", targets)
-    pipeline_of(name, components).save_pretrained(folder / "dense")
+    for kind in KINDS if name == "sd15" else ("peft",):
+        trained = train(copy.deepcopy(components[part]), folder / kind, targets)
+        pipeline_of(name, {**components, part: trained}).save_pretrained(folder / f"dense-{kind}")
     if FAMILIES[name].network is None:
         return
     model = getattr(diffusers, FAMILIES[name].model)(**FAMILIES[name].sizes)

@@ -39,6 +39,7 @@ def header_of(
     modules: Mapping[str, Mapping[str, tuple[int, float]]],
     path: Path,
     biased: Collection[str] = (),
+    directed: Collection[str] = (),
 ) -> dict[str, str]:
     """The field that states ranks and alphas.
 
@@ -47,6 +48,7 @@ def header_of(
         modules: Rank and alpha of modules by path, by component as the header calls it.
         path: That file, for errors.
         biased: Components whose factors have biases beside them.
+        directed: Those that have magnitudes beside them.
     """
     from surgery_formats.adapters.peft.embedded import embedded_fields
 
@@ -56,7 +58,9 @@ def header_of(
         dotted = f"{component}." if component else ""
         fields |= {
             f"{dotted}{key}": value
-            for key, value in embedded_fields(before.get(component, {}), stated, biased=component in biased).items()
+            for key, value in embedded_fields(
+                before.get(component, {}), stated, biased=component in biased, directed=component in directed
+            ).items()
         }
     return {ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
 

@@ -388,14 +388,17 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     metadata = surviving_metadata(adapter, hashed=True)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
-        written = [
-            name
-            for writer in job.writers.values()
-            for name in writer.tensors
-            if LEAVES.get(longest_leaf(name)) == "up_bias"
-        ]
-        biased = [owner for owner in job.ranks if any(name.startswith(f"{owner}.") for name in written)]
-        metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased)
+        names = [name for writer in job.writers.values() for name in writer.tensors]
+        roles = {name: LEAVES.get(longest_leaf(name)) for name in names}
+        biased, directed = (
+            [
+                owner
+                for owner in job.ranks
+                if any(roles[name] == role and name.startswith(f"{owner}.") for name in names)
+            ]
+            for role in ("up_bias", "dora_scale")
+        )
+        metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased, directed)
     _restate_ranks(metadata, job)
     if job.spelt.modules and "format" in adapter.metadata:
         metadata["format"] = adapter.metadata["format"]

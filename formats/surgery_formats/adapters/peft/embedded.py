@@ -26,7 +26,7 @@ def embedded_config(fields: Mapping[str, Any], path: Path) -> PeftConfig:
 
 
 def embedded_fields(
-    before: Mapping[str, Any], modules: Mapping[str, tuple[int, float]], *, biased: bool = False
+    before: Mapping[str, Any], modules: Mapping[str, tuple[int, float]], *, biased: bool = False, directed: bool = False
 ) -> dict[str, Any]:
     """The fields that state the rank and the alpha of each module, beside those of `before` that still hold.
 
@@ -34,6 +34,7 @@ def embedded_fields(
         before: Of the file that it was made from.
         modules: Rank and alpha by path.
         biased: Whether factors have biases beside them, which PEFT drops unless it is told.
+        directed: Whether they have magnitudes beside them, which it drops in the same way.
     """
     rank = commonest(rank for rank, _ in modules.values())
     alpha = commonest(alpha for _, alpha in modules.values())
@@ -48,6 +49,7 @@ def embedded_fields(
         },
         "use_rslora": False,
         **({"lora_bias": True} if biased else {}),
+        **({"use_dora": True} if directed else {}),
         "target_modules": sorted(modules),
     }
 
