@@ -184,6 +184,8 @@ class _Job:
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
+            if self.dialect.names_of is None:
+                return "the base holds what it changes in parts, and has no name for it"
             return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
         leaves = {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})}
         for piece in pieces:
@@ -227,25 +229,36 @@ class _Job:
             return False
         places = places_of(site, base, lora.tensors)
         parameters = [place.parameter for place in places]
-        first, names = parameters[0], {parameter.name for parameter in parameters}
-        if len(names) > 1 or whole_place(places) is not None or len(first.sizes) != 2:
+        width = parameters[0].sizes[1:]
+        if len(width) != 1 or any(
+            p.view.transposed or p.sizes[1:] != width or p.shape[1:] != width for p in parameters
+        ):
             return False
-        if any(p.view.transposed or p.view.shape[1] != first.sizes[1] for p in parameters):
+        component = component_of(site, base)
+        told = [self._released(site, component.within(p.name)[1], p.sizes[0]) for p in parameters]
+        name, height, moved = told[0]
+        if len({other for other, _, _ in told}) > 1 or not name.endswith(".weight"):
             return False
-        name = component_of(site, base).within(first.name)[1]
-        if not name.endswith(".weight"):
+        if whole_place(places) is not None and moved == ((0, height, 0),):
             return False
         module = name.removesuffix(".weight")
         stem = f"{prefix}{module.replace('.', '_') if flat else module}."
-        whole = self.wholes.setdefault(stem, _Whole(prefix, first.sizes[0], []))
+        whole = self.wholes.setdefault(stem, _Whole(prefix, height, []))
         rows = [
-            ((p.view.row_origin + row, p.view.row_origin + row + 1), at)
-            for p in parameters
-            for row, at in enumerate(p.view.rows)
+            ((start, start + 1), next(to + at - a for a, b, to in places_in if a <= at < b))
+            for parameter, (_, _, places_in) in zip(parameters, told, strict=True)
+            for start, at in enumerate(parameter.view.rows, parameter.view.row_origin)
         ]
         whole.parts.append((lora, _runs(rows)))
         self.waiting = self.stem = stem
         return True
+
+    def _released(self, site: Site, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
+        """The dialect's name for a weight of the base, or for the one that it is a part of: see `Names.in_release`."""
+        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_release else None
+        if names is None or site.component not in (*COMPONENTS, ""):
+            return name, height, ((0, height, 0),)
+        return (names.inner or names).in_release(name, height)
 
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
@@ -337,6 +350,7 @@ class _Job:
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
+            name = self._released(site, name, where[1][0])[0]
         elif site.flat and not self.dialect.flat:
             return "", ()
         module = name.rpartition(".")[0]
