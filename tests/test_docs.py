@@ -20,6 +20,10 @@ from surgery_cli.group import surgery as surgery_command
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.containers.registry import BUILT_IN as CONTAINERS
 from tests.oracles.cases import CASES
+from tests.support.bases import COMBINATIONS as BASES
+from tests.support.bases import KINDS as KINDS_OF_BASES
+from tests.support.bases import LAYOUTS
+from tests.support.fp8_bases import FP8_COMBINATIONS, STYLES, WAYS
 from tests.support.peft_kinds import COMBINATIONS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +81,23 @@ def test_the_page_of_kinds_is_of_the_combinations_that_are_tested():
         layers = ", ".join(dict.fromkeys(one.layer for one in own))
         assert told.pop(kind.name) == (layers, len(own), len({one.model_type for one in own})), "tools/kinds_page.py"
     assert not told
+
+
+def test_the_page_of_bases_is_of_the_combinations_that_are_tested():
+    page = (ROOT / "docs" / "bases.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| (?:none|`[^|]+`) \| [^|]+ \| (.+) \|$", page, re.M))
+    for network, kind in KINDS_OF_BASES.items():
+        for cell, layout in zip(rows.pop(kind.title).split(" | "), LAYOUTS, strict=True):
+            own = [one for one in BASES if (one.network, one.layout) == (network, layout)]
+            told = [int(number) for number in re.findall(r"\d+", cell)]
+            assert told[0] == len([one for one in own if not one.refused]), "tools/bases_page.py"
+            assert sum(told) == len(own)
+    assert rows.keys() <= STYLES.keys()  # of the other table
+    for style in STYLES:
+        (counts,) = re.findall(rf"^\| {style} \| [^|]+ \| (.+) \|$", page, re.M)
+        assert [int(count) for count in counts.split(" | ")] == [
+            len([one for one in FP8_COMBINATIONS if (one.style, one.way) == (style, way)]) for way in WAYS
+        ]
 
 
 def test_the_container_in_the_guide_is_the_one_in_the_tests():

@@ -27,22 +27,34 @@ from surgery.engine.factor_proof import (
 )
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.adapters.registry import format_at
 from surgery_formats.adapters.writing import row_slice
-from surgery_formats.arrays import Array
+from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.canonical.site_names import common_names
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError, ProofError
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
 from surgery_formats.threads import one_thread
-from surgery_formats.updates import Factor, LoRA, Update, experts_of, is_directed, is_replacing, low_rank_part, settings
+from surgery_formats.updates import (
+    Factor,
+    LoRA,
+    Update,
+    experts_of,
+    is_directed,
+    is_replacing,
+    low_rank_part,
+    settings,
+)
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -63,11 +75,19 @@ def read_back(target: Format, path: Path) -> Adapter:
         why = f"{target.name} cannot read what was written: {error.message}"
         raise ProofError(why, file=error.file, tensor=error.tensor, hint=error.hint) from error
     check_consumed(written, ProofError)
+    if not target.detect(path) and format_at(path) is None:
+        raise ProofError(f"no format, {target.name} included, knows what was written as an adapter", file=path)
     return written
 
 
 def prove_rendering(
-    path: Path, source: Adapter, target: Format, rendering: Rendering, binding: Binding | None, tolerance: float
+    path: Path,
+    source: Adapter,
+    target: Format,
+    rendering: Rendering,
+    binding: Binding | None,
+    tolerance: float,
+    base: Checkpoint | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Read back what lies at `path` and compare it with what was rendered, weight by weight.
 
@@ -78,6 +98,7 @@ def prove_rendering(
         rendering: Of `source`.
         binding: Of `source` to its base; None without a base.
         tolerance: Greatest error of a weight's delta, relative to its greatest value.
+        base: The one that `source` has its sizes from.
 
     Returns:
         Errors by weight, and by site those of what is approximated.
@@ -97,6 +118,14 @@ def prove_rendering(
     approximated = approximation_errors(rendering, written, tolerance)
     held = {site: chain for site, chain in rendering.held.items() if site not in approximated}
     rest = {site: chain for site, chain in written.updates.items() if site not in approximated}
+    if base is not None and (apart := source.unmergeable & held.keys()):
+        sized_alike = sized(written, base)
+        alone = {site: sized_alike.updates[site] for site in sized_alike.unmergeable}
+        errors |= compare(
+            restricted(source, {site: held[site] for site in apart}), restricted(sized_alike, alone), None
+        )
+        held = {site: chain for site, chain in held.items() if site not in apart}
+        rest = {site: chain for site, chain in rest.items() if site not in alone}
     if held or (rest and rendering.held):
         kept_source = restricted(source, held)
         if binding is not None and held != dict(source.updates):
@@ -157,7 +186,10 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
         expected, actual = dict(_unbound(source.updates, name)), dict(_unbound(written.updates, name))
     else:
         # The written adapter is bound anew: this proves its names, which the source's binding cannot.
-        expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
+        again = bind([(written, 1.0)], binding.checkpoint)
+        if again.untied != binding.untied:
+            raise ProofError("only one of source and output parts the head from the embedding", file=written.path)
+        expected, actual = _bound(binding), _bound(again)
     lost = sorted(expected.keys() - actual.keys())
     new = [name for name in sorted(actual.keys() - expected.keys()) if not _adds_nothing(actual[name])]
     if lost or new:
@@ -236,12 +268,26 @@ def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Ada
     return max(error, _delta_error(expected, actual))
 
 
-def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[str, View, bool], Array]]:
-    return [
-        ((update.kind, view, update.per_row), update.magnitude.load(DType.F64))
-        for update, view in target.pieces
-        if is_directed(update)
-    ]
+def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[object, ...], Array]]:
+    """Trained lengths, with what they belong to; those of rows that follow each other are one vector, whoever holds them."""
+    found: list[tuple[tuple[object, ...], Array]] = []
+    bands: dict[str, list[tuple[int, Array]]] = {}
+    for update, view in target.pieces:
+        if not is_directed(update):
+            continue
+        lengths = update.magnitude.load(DType.F64)
+        straight = not view.transposed and isinstance(view.rows, range) and view.rows.step == 1 and len(view.rows)
+        if update.per_row and straight:
+            own = lengths.reshape(-1)[view.row_origin : view.row_origin + len(view.rows)]
+            bands.setdefault(update.kind, []).append((view.rows[0], own))
+        else:
+            found.append(((update.kind, view, update.per_row), lengths))
+    for kind, parts in bands.items():
+        parts.sort(key=lambda part: part[0])
+        rows = [row for start, own in parts for row in range(start, start + len(own))]
+        joined = namespace(parts[0][1]).concat([own for _, own in parts]) if len(parts) > 1 else parts[0][1]
+        found.append(((kind, tuple(rows)), joined))
+    return found
 
 
 def _added(update: Update) -> Update:

@@ -23,6 +23,7 @@ from surgery_formats.containers.weight_files import container_of_file, is_weight
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.known_files import known_file
+from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
 from surgery_formats.updates import is_directed, is_row_setting
@@ -125,7 +126,7 @@ def _networks(component: Component) -> dict[str, str]:
     """The families of diffusion networks that the names tell, by the parts of the file."""
     if "model_type" in component.config:
         return {}
-    parts = {part: " or ".join(names.networks) for part, names in component.parts.items()}
+    parts = {part: " or ".join(names.networks) or encoder_name(names.prefix) for part, names in component.parts.items()}
     if parts.keys() - {"denoiser"}:
         return parts
     found = parts.get("denoiser") or " or ".join(component.names.networks)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from surgery import combine, convert, inspect, merge, unmerge, verify
@@ -171,3 +172,46 @@ def test_a_half_of_whole_norms_needs_the_base(tmp_path: Path) -> None:
     merge(FOLDER / "base-bfl.safetensors", {CONTROL: 0.5}, output=half)
     got = load_file(half / "base-bfl.safetensors")
     assert _error(FOLDER / "base-bfl.safetensors", got, FOLDER / "control/expected-bfl.safetensors", 0.5) <= 1e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_control_lora_becomes_one_of_diffusers(layout: str, tmp_path: Path) -> None:
+    """With the norms, and biases that diffusers loads only if the header speaks of them."""
+    base, out = FOLDER / f"base-{layout}.safetensors", tmp_path / "d.safetensors"
+    result = convert(CONTROL, "diffusers", output=out, base=base)
+    assert {entry.outcome for entry in result.entries} == {"exact"}
+    with safe_open(out, "np") as opened:
+        assert json.loads(opened.metadata()["lora_adapter_metadata"])["transformer.lora_bias"] is True
+    adapter = read_adapter(out)
+    assert (adapter.format, adapter.unconsumed()) == ("diffusers", ())
+    for other in LAYOUTS:
+        place = FOLDER / f"base-{other}.safetensors"
+        got = merged(place, out, tmp_path / other)
+        assert _error(place, got, FOLDER / f"control/expected-{other}.safetensors") <= 1e-6
+    target = format_named("diffusers")
+    before, written = load_file(out), load_file(save(target.render(adapter, None), target, tmp_path / "again"))
+    assert before.keys() == written.keys()
+    assert all(np.array_equal(written[key], value) for key, value in before.items())
+
+
+def test_biases_beside_factors_follow_the_scale_that_the_header_states(tmp_path: Path) -> None:
+    tensors = {key: value for key, value in load_file(CONTROL).items() if "img_mlp.0." in key}
+    alpha = {"double_blocks.0.img_mlp.0.alpha": np.array(6, np.float32)}  # at rank 4: the bias is scaled by 1.5 as well
+    save_file({**tensors, **alpha}, tmp_path / "lora.safetensors")
+    base = FOLDER / "base-bfl.safetensors"
+    wanted = merged(base, tmp_path / "lora.safetensors", tmp_path / "wanted")
+    bias = "double_blocks.0.img_mlp.0.bias"
+    step = 1.5 * tensors["double_blocks.0.img_mlp.0.lora_B.bias"]
+    assert np.allclose(wanted[bias] - load_file(base)[bias], step, atol=1e-6)
+    for target in ("diffusers", "comfyui", "bare"):
+        source = tmp_path / ("comfyui" if target == "bare" else "lora")
+        convert(source.with_suffix(".safetensors"), target, output=tmp_path / f"{target}.safetensors", base=base)
+        got = merged(base, tmp_path / f"{target}.safetensors", tmp_path / f"out-{target}")
+        assert all(np.allclose(got[key], value, atol=1e-6) for key, value in wanted.items())
+
+
+def test_no_other_whole_weight_goes_to_diffusers(tmp_path: Path) -> None:
+    stem = "diffusion_model.img_in"
+    save_file({f"{stem}.set_weight": draw(1, 16, 4), f"{stem}.diff_b": draw(2, 16)}, tmp_path / "lora.safetensors")
+    with pytest.raises(FitError, match=r"no replacement.*loads no offset|loads no offset.*no replacement"):
+        convert(tmp_path / "lora.safetensors", "diffusers", output=tmp_path / "d", base=FOLDER / "base-bfl.safetensors")

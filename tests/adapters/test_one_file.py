@@ -95,10 +95,6 @@ def test_it_is_scaled_without_a_base(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_of_one_file_holds_what_the_others_do(name: str, target: str, tmp_path: Path) -> None:
     base, file = FOLDER / name / "base.safetensors", FOLDER / name / "adapter.safetensors"
-    if (name, target) == ("lightx2v", "diffusers"):  # differences of biases, which diffusers does not load
-        with pytest.raises(FitError, match="own program loads no offset"):
-            convert(file, target, output=tmp_path / "x.safetensors", base=base)
-        return
     result = convert(file, target, output=tmp_path / "x.safetensors", base=base)
     assert {entry.outcome for entry in result.entries} <= {"exact", "folded"}
     assert read_adapter(tmp_path / "x.safetensors").format == target
@@ -293,6 +289,23 @@ def test_differences_and_whole_weights_beside_factors(tmp_path: Path) -> None:
     assert np.allclose(got[f"{Q}.weight"], changed / length * (draw(4, 12, 1) + 5), atol=1e-4)
     assert np.allclose(got[f"{Q}.bias"], before[f"{Q}.bias"] + draw(3, 12), atol=1e-6)
     assert np.array_equal(got["norm.weight"], draw(5, 8))
+
+
+def test_the_header_of_diffusers_says_that_there_are_magnitudes(tmp_path: Path) -> None:
+    """diffusers makes its LoraConfig of the header, and passes over magnitudes that this does not ask for."""
+    base = write_base(tmp_path / "base", {f"{Q}.weight": (12, 8)}, {})
+    for name, more in (("lora", {}), ("dora", {f"transformer.{Q}.lora_magnitude_vector": abs(draw(3, 12)) + 1})):
+        save_file(
+            _pair(f"diffusion_model.{Q}")
+            | {k.replace("transformer", "diffusion_model", 1): v for k, v in more.items()},
+            tmp_path / "x.safetensors",
+        )
+        out = tmp_path / f"{name}.safetensors"
+        convert(tmp_path / "x.safetensors", "diffusers", output=out, base=base)
+        with safe_open(out, "np") as file:
+            header = json.loads(file.metadata()["lora_adapter_metadata"])
+        assert header.get("transformer.use_dora", False) is bool(more)
+        assert not more or f"transformer.{Q}.lora_magnitude_vector" in load_file(out)
 
 
 def test_a_denoiser_is_found_whatever_the_pipeline_calls_it(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from surgery import combine, convert, inspect, merge
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.testing.format import save
-from tests.support.adapter_files import GOLDEN, Arrays, draw, merged
+from tests.support.adapter_files import GOLDEN, Arrays, draw, merged, write_base
 
 FOLDER, FLUX = GOLDEN / "onetrainer", GOLDEN / "flux"
 OMI, LEGACY = FOLDER / "omi.safetensors", FOLDER / "legacy.safetensors"
@@ -147,3 +147,69 @@ def test_a_bundled_embedding_becomes_a_textual_inversion(file: Path, tmp_path: P
     assert np.array_equal(written["clip_l"], stored["bundle_emb.token.clip_l"])
     assert np.array_equal(written["t5xxl"], stored["bundle_emb.token.t5"])
     assert read_adapter(tmp_path / "token.safetensors").config["token"] == "token"
+
+
+def test_sdxl_in_omis_names_is_what_it_was(tmp_path: Path) -> None:
+    """Names of the original UNet; text encoders by their number."""
+    place = GOLDEN / "kohya/sdxl"
+    file = place / "sgm-names/adapter.safetensors"
+    result = convert(file, "omi", output=tmp_path / "x.safetensors", base=place / "base")
+    assert {entry.outcome for entry in result.entries} == {"exact"}
+    keys = load_file(tmp_path / "x.safetensors").keys()
+    beginnings = {".".join(key.split(".")[:2]) for key in keys}
+    assert {"unet.input_blocks", "unet.middle_block", "unet.output_blocks", "unet.label_emb"} <= beginnings
+    assert {"clip_l.text_model", "clip_g.text_model"} <= beginnings
+    assert read_adapter(tmp_path / "x.safetensors").format == "omi"
+    for source in (file, tmp_path / "x.safetensors"):
+        merge(place / "base", source, output=tmp_path / source.stem)
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        one, two = (load_file(next((tmp_path / stem / part).glob("*.safetensors"))) for stem in ("adapter", "x"))
+        assert all(np.array_equal(one[key], value) for key, value in two.items())
+
+
+def test_the_last_block_of_sd3_has_its_halves_exchanged(tmp_path: Path) -> None:
+    """Its text stream ends there, with a scale and a shift in place of six numbers (OMI's ``filter_is_last``)."""
+    linear = {
+        f"transformer_blocks.{n}.attn.{name}.weight": (8, 8)
+        for n in range(2)
+        for name in ("to_q", "to_k", "to_v", "to_out.0")
+    }
+    linear |= {f"transformer_blocks.0.attn.{name}.weight": (8, 8) for name in ("add_q_proj", "to_add_out")}
+    linear |= {f"transformer_blocks.{n}.norm1_context.linear.weight": (rows, 8) for n, rows in ((0, 48), (1, 16))}
+    linear |= {"context_embedder.weight": (8, 8), "norm_out.linear.weight": (16, 8), "proj_out.weight": (4, 8)}
+    base = tmp_path / "base"
+    write_base(base, linear, {"_class_name": "SD3Transformer2DModel"}, "diffusion_pytorch_model.safetensors")
+    ups = {n: draw(5 + n, rows, 2) for n, rows in ((0, 48), (1, 16))}
+    stems = {n: f"lora_transformer_transformer_blocks_{n}_norm1_context_linear" for n in ups}
+    tensors = {f"{stem}.lora_down.weight": draw(9, 2, 8) for stem in stems.values()}
+    tensors |= {f"{stems[n]}.lora_up.weight": up for n, up in ups.items()}
+    save_file(tensors, tmp_path / "legacy.safetensors")
+    convert(tmp_path / "legacy.safetensors", "omi", output=tmp_path / "x.safetensors", base=base)
+    written = load_file(tmp_path / "x.safetensors")
+    first, last = (
+        written[f"transformer.joint_blocks.{n}.context_block.adaLN_modulation.1.lora_up.weight"] for n in (0, 1)
+    )
+    assert np.array_equal(first, ups[0])
+    assert np.array_equal(last, np.concatenate([ups[1][8:], ups[1][:8]]))
+    one, two = (merged(base, tmp_path / f"{name}.safetensors", tmp_path / name) for name in ("legacy", "x"))
+    assert all(np.allclose(one[key], value, atol=1e-6) for key, value in two.items())
+    changed = {
+        key
+        for key, value in load_file(base / "diffusion_pytorch_model.safetensors").items()
+        if not np.array_equal(one[key], value)
+    }
+    assert changed == {f"transformer_blocks.{n}.norm1_context.linear.weight" for n in (0, 1)}
+
+
+def test_rows_with_lengths_go_along_and_lengths_of_columns_do_not(tmp_path: Path) -> None:
+    """A DoRA of a fused projection is one of each part if its lengths belong to rows; those of columns run through all parts."""
+    stem, base = "lora_unet_double_blocks_0_img_attn_qkv", FLUX / "base-bfl.safetensors"
+    factors = {f"{stem}.lora_down.weight": draw(1, 2, 16), f"{stem}.lora_up.weight": draw(2, 48, 2)}
+    for name, lengths in (("rows", abs(draw(3, 48, 1)) + 1), ("columns", abs(draw(3, 1, 16)) + 1)):
+        save_file({**factors, f"{stem}.dora_scale": lengths}, tmp_path / f"{name}.safetensors")
+    convert(tmp_path / "rows.safetensors", "omi", output=tmp_path / "x.safetensors", base=base)
+    assert sum(key.endswith(".dora_scale") for key in load_file(tmp_path / "x.safetensors")) == 3
+    one, two = (merged(base, tmp_path / f"{name}.safetensors", tmp_path / name) for name in ("rows", "x"))
+    assert all(np.allclose(one[key], value, atol=1e-6) for key, value in two.items())
+    with pytest.raises(FitError, match="in parts that it cannot be cut to"):
+        convert(tmp_path / "columns.safetensors", "omi", output=tmp_path / "y.safetensors", base=base)

@@ -135,6 +135,7 @@ def of_tinker(arch: str, folder: Path) -> tuple[Path, Path, dict[str, torch.Tens
     save_file(tensors, folder / "tinker" / "adapter_model.safetensors", {"format": "pt"})
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     (folder / "tinker" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "tinker" / "checkpoint_complete").write_bytes(b"")  # as an archive of Tinker's unpacks
     return base, folder / "tinker", deltas
 
 
@@ -150,6 +151,18 @@ def test_tinkers_experts_and_head_are_merged(arch: str, tmp_path: Path) -> None:
     assert len(deltas) > 3 * EXPERTS
     wanted = {name: value + deltas[name] if name in deltas else value for name, value in before.items()}
     assert same(after, wanted, 2e-6)
+
+
+def test_a_rank_and_an_alpha_are_a_whole_configuration(
+    tinker: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """tinker-cookbook's ``build_lora_adapter`` and its merges look at nothing else."""
+    base, folder, deltas = tinker
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4}))
+    before, after = disk.read_tensors(base), merged(base, folder, tmp_path / "out")
+    assert same(
+        after, {name: value + deltas[name] if name in deltas else value for name, value in before.items()}, 2e-6
+    )
 
 
 @pytest.mark.parametrize("arch", NAMES)

@@ -34,6 +34,7 @@ def write(folder: Path, rows: list[list[int]], values: np.ndarray) -> Path:
 @pytest.mark.parametrize("name", CASES)
 def test_merges_to_what_the_runtime_computes(name: str, tmp_path: Path) -> None:
     assert format_at(HERE / name) is TENSORRT_LLM
+    assert read_adapter(HERE / name / WEIGHTS).updates.keys() == read_adapter(HERE / name).updates.keys()
     assert read_adapter(HERE / name).unconsumed() == ()
     assert_expected(BASE, merged(BASE, HERE / name, tmp_path / "out"), HERE / name / "expected.safetensors")
 

@@ -355,15 +355,16 @@ def test_what_is_written_for_a_file_of_several_networks_has_no_prefix_of_it(tmp_
 
 
 def test_diffusers_names_of_what_the_file_holds_as_one(tmp_path: Path) -> None:
-    """Parts of a fused weight have names there; the whole has none."""
+    """Parts of a fused weight have names there; the whole has those of all its parts."""
     save_file(_bfl(), tmp_path / "base.safetensors")
     save_file(_loras(("lora_unet_transformer_blocks_0_attn_to_k", 4, 4)), tmp_path / "part.safetensors")
     save_file(_loras(("lora_unet_double_blocks_0_img_attn_qkv", 12, 4)), tmp_path / "whole.safetensors")
     out, base = tmp_path / "out.safetensors", tmp_path / "base.safetensors"
     surgery.convert(tmp_path / "part.safetensors", "diffusers", output=out, base=base)
     assert {key.rpartition(".lora_")[0] for key in load_file(out)} == {"transformer.transformer_blocks.0.attn.to_k"}
-    with pytest.raises(FitError, match="diffusers holds what it changes in parts"):
-        surgery.convert(tmp_path / "whole.safetensors", "diffusers", output=out, base=base, overwrite=True)
+    surgery.convert(tmp_path / "whole.safetensors", "diffusers", output=out, base=base, overwrite=True)
+    attention = "transformer.transformer_blocks.0.attn."
+    assert {key.rpartition(".lora_")[0] for key in load_file(out)} == {f"{attention}to_{part}" for part in "qkv"}
     with pytest.raises(FitError, match="are one weight of the base in two layouts"):
         surgery.combine(
             [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"], output=tmp_path / "both", base=base

@@ -20,7 +20,7 @@ import numpy as np
 
 from tests.loaders.judging import command_of
 
-__all__ = ["Acted", "Trial", "program_of", "run", "start"]
+__all__ = ["Acted", "Trial", "program_of", "python_of", "run", "start"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ def program_of(consumer: str) -> list[str]:
     if command is None:
         raise ValueError(f"no environment for {consumer}")
     return command
+
+
+def python_of(consumer: str) -> list[str]:
+    """The command that stands for ``python`` in its environment."""
+    return program_of(consumer)[:-1]
 
 
 def start(command: Sequence[str]) -> None:

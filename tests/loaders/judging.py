@@ -41,6 +41,8 @@ RUNNERS: Mapping[str, str] = {
     "adapters": "load_adapters.py",
     "diffusers": "load_diffusers.py",
     "lycoris": "load_lycoris.py",
+    "keras": "load_keras.py",
+    "textual-inversion": "load_textual_inversion.py",
 }
 """Of programs that are given nothing but what is written for them (`acting`)."""
 HOME = ("peft", "transformers")  # run by the Python that runs the tests, as is onnxruntime
@@ -88,7 +90,8 @@ def make(folder: Path, names: tuple[str, ...] = tuple(ADAPTERS)) -> dict[str, Ma
 
 def command_of(consumer: str) -> list[str] | None:
     """The command that runs ``consumer``'s loader; None where nothing names its environment."""
-    variable = "SURGERY_LOADER_" + consumer.upper().replace("-", "_").replace(".", "_")
+    owner = "diffusers" if consumer == "textual-inversion" else consumer
+    variable = "SURGERY_LOADER_" + owner.upper().replace("-", "_").replace(".", "_")
     script = str(Path(__file__).parent / {**LOADERS, **RUNNERS}[consumer])
     if variable in os.environ:
         return [*shlex.split(os.environ[variable]), script]

@@ -51,6 +51,7 @@ FORMATS: Mapping[str, str] = {
     "litgpt": "litgpt",
     "adapters": "adapterhub",
     "onnxruntime": "onnx-adapter",
+    "keras": "keras",
 }
 """What is written for each program."""
 _SUFFIXES = {"gguf": ".gguf", "onnx-adapter": ".onnx_adapter", "bare": ".safetensors"}
@@ -125,6 +126,7 @@ ACTS: Mapping[str, Sequence[Act]] = {
     "litgpt": [*_acts(*_LORAS), *_acts("head", via="mlx-lm"), *_acts("plain", via="gguf")],
     "adapters": _acts("query-value", "up-down", "patterns-wrapped", "dora-wrapped", "ia3-wrapped", "vera-wrapped"),
     "onnxruntime": [*_acts(*_LORAS, "qwen2-plain"), *_acts(*_VOCABULARY, via="mlx-lm")],
+    "keras": [*_acts(*_LORAS, "qwen2-plain"), *_acts("alpha-pattern", via="gguf"), *_acts("lokr", as_lora=True)],
 }
 """What each program is given."""
 

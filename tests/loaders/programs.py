@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tests.loaders import language
+from tests.loaders import diffusion, inversions, language
 from tests.loaders.acting import Trial
 
 __all__ = ["PROGRAMS", "Program"]
@@ -41,13 +41,21 @@ _TITLES = {
     "litgpt": "litgpt",
     "adapters": "adapters",
     "onnxruntime": "onnxruntime",
+    "keras": "KerasHub",
 }
-PROGRAMS: Mapping[str, Program] = {
-    name: Program(
-        title,
-        f"`{language.FORMATS[name]}`",
-        tuple(str(act) for act in language.ACTS[name]),
-        partial(language.trials, name),
-    )
-    for name, title in _TITLES.items()
-}
+PROGRAMS: Mapping[str, Program] = (
+    {
+        name: Program(
+            title,
+            f"`{language.FORMATS[name]}`",
+            tuple(str(act) for act in language.ACTS[name]),
+            partial(language.trials, name),
+        )
+        for name, title in _TITLES.items()
+    }
+    | {
+        name: Program(name, written, tuple(str(act) for act in diffusion.ACTS[name]), partial(diffusion.trials, name))
+        for name, written in (("diffusers", "`diffusers`, `kohya`, `comfyui`"), ("lycoris", "`kohya`"))
+    }
+    | {"textual-inversion": Program("diffusers", "`learned-embeds`, `embedding`", inversions.ACTS, inversions.trials)}
+)

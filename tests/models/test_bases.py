@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import surgery
 from surgery import merge
+from surgery.reports.checkpoint_report import CheckpointReport
 from tests.support.bases import (
     COMBINATIONS,
     KINDS,
     LAYOUTS,
+    MODELS,
     SPELLINGS,
     TOLERANCE,
     Combination,
@@ -39,6 +42,24 @@ def test_a_merge_is_right_in_the_layout_of_its_base(combination: Combination, tm
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=str)
 def test_a_merge_is_right_in_the_layout_of_its_base_for_all(combination: Combination, tmp_path: Path) -> None:
     check(combination, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["release", "ComfyUI"])
+@pytest.mark.parametrize("network", KINDS)
+def test_inspect_names_the_networks_of_a_file(network: str, layout: str, tmp_path: Path) -> None:
+    kind, family = KINDS[network], MODELS[network]["family"]
+    report = surgery.inspect(written(drawn(network, np.float32), layout, tmp_path))
+    assert isinstance(report, CheckpointReport)
+    (component,) = report.components
+    found = dict(component.networks)
+    inside = len(kind.encoders) if layout == "ComfyUI" else len(kind.inside)
+    numbers = [f"text_encoder_{number + 1}" if number else "text_encoder" for number in range(inside)]
+    parts = {"denoiser", *numbers, *(["vae"] if layout == "ComfyUI" or kind.vae else [])}
+    assert found.keys() == parts if len(parts) > 1 else {""}
+    denoiser = found.get("denoiser", found.get(""))
+    assert denoiser == ("LTX-Video or LTX-2" if network == "ltx" else family)
+    told = [found[number] for number in numbers]
+    assert told == ["CLIP" if name.startswith("clip") else name for name in kind.encoders[:inside]]
 
 
 def test_both_variants_beside_each_other(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from surgery_formats.models.layouts.index import LayoutIndex, Rows
 from surgery_formats.models.layouts.registry import NETWORKS, indexes_of
-from tests.support.bases import MODELS
+from tests.support.bases import MODELS, in_comfyui
 
 Span = list[Any]
 
@@ -59,7 +59,7 @@ def test_rows_are_those_that_diffusers_takes(name: str) -> None:
 def test_hunyuan_video_has_the_same_rows_under_comfyuis_names() -> None:
     """ComfyUI renames the release as it loads it; its own files hold the new names."""
     heights = MODELS["hunyuan-video"]["heights"]
-    renamed = {_in_comfyui(name): name for name in heights}
+    renamed = {in_comfyui("hunyuan-video", name): name for name in heights}
     (release,), (comfyui,) = indexes_of(list(heights), {}), indexes_of(list(renamed), {})
     assert comfyui.known == len(heights)
     for parameter in MODELS["hunyuan-video"]["rows"]:
@@ -68,29 +68,6 @@ def test_hunyuan_video_has_the_same_rows_under_comfyuis_names() -> None:
             (r.name, r.start, r.stop, r.parts) for r in release.rows(parameter)
         ]
     assert all(comfyui.rows(name) == (Rows(new),) for new, name in renamed.items() if new != name)
-
-
-def _in_comfyui(name: str) -> str:
-    for old, new in (
-        ("txt_in.t_embedder.mlp.0.", "txt_in.t_embedder.in_layer."),
-        ("txt_in.t_embedder.mlp.2.", "txt_in.t_embedder.out_layer."),
-        ("txt_in.c_embedder.linear_1.", "txt_in.c_embedder.in_layer."),
-        ("txt_in.c_embedder.linear_2.", "txt_in.c_embedder.out_layer."),
-        ("_mod.linear.", "_mod.lin."),
-        ("_attn_qkv.", "_attn.qkv."),
-        ("mlp.fc1.", "mlp.0."),
-        ("mlp.fc2.", "mlp.2."),
-        ("_attn_q_norm.weight", "_attn.norm.query_norm.scale"),
-        ("_attn_k_norm.weight", "_attn.norm.key_norm.scale"),
-        (".q_norm.weight", ".norm.query_norm.scale"),
-        (".k_norm.weight", ".norm.key_norm.scale"),
-        ("_attn_proj.", "_attn.proj."),
-        (".modulation.linear.", ".modulation.lin."),
-        ("_in.mlp.2.", "_in.out_layer."),
-        ("_in.mlp.0.", "_in.in_layer."),
-    ):
-        name = name.replace(old, new)
-    return name
 
 
 def test_a_base_of_no_family_has_no_other_names() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from tests.support.adapter_files import GOLDEN, Arrays
 
 __all__ = [
     "COMBINATIONS",
+    "DIFFUSERS",
     "KINDS",
     "LAYOUTS",
     "MODELS",
@@ -34,11 +36,14 @@ __all__ = [
     "Outcome",
     "check",
     "compared",
+    "in_comfyui",
     "merged",
     "sample",
 ]
 
-MODELS: dict[str, Any] = json.loads((GOLDEN / "layouts/rows.json").read_text())["models"]
+_ROWS: dict[str, Any] = json.loads((GOLDEN / "layouts/rows.json").read_text())
+DIFFUSERS: str = _ROWS["diffusers"]
+MODELS: dict[str, Any] = _ROWS["models"]
 TOLERANCE = 1e-6
 WIDTH = 4
 RANK = 2
@@ -52,15 +57,18 @@ T5 = tuple(
     for place, module in ((0, "SelfAttention.q"), (0, "SelfAttention.o"), (1, "DenseReluDense.wi_0"))
 )
 LLM = tuple(f"model.layers.{layer}.{module}" for layer in (0, 1) for module in ("self_attn.q_proj", "mlp.up_proj"))
+_OF_LLM = (
+    *("llama", "qwen25_7b", "qwen3vl_8b", "qwen3vl_4b", "qwen3_4b", "qwen3_06b"),
+    *("gemma2_2b", "gemma3_12b", "mistral3_24b"),
+)
 ENCODERS: dict[str, tuple[str, ...]] = {
     "clip_l": CLIP_L,
     "clip_g": CLIP_L,
     "t5xxl": T5,
     "umt5xxl": T5,
-    "old_t5xxl": T5,
-} | dict.fromkeys(
-    ("llama", "qwen25_7b", "qwen3vl_8b", "qwen3_4b", "qwen3_06b", "gemma2_2b", "gemma3_12b", "mistral3_24b"), LLM
-)
+    "pile_t5xl": T5,
+    **dict.fromkeys(_OF_LLM, LLM),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +121,29 @@ KINDS: dict[str, Kind] = {
     "ltx2": Kind("LTX-2", ("gemma3_12b",), _LDM, (), "vae."),
     "lumina2": Kind("Lumina 2", ("gemma2_2b",)),
     "cosmos2": Kind("Anima (Cosmos-Predict2)", ("qwen3_06b",), "net."),
+    "wan-animate": Kind("Wan 2.2 Animate", ("umt5xxl",)),
+    "hidream": Kind("HiDream", ("clip_l", "clip_g", "t5xxl", "llama")),
+    "mochi": Kind("Mochi", ("t5xxl",)),
+    "sana": Kind("Sana", ("gemma2_2b",)),
+    "auraflow": Kind("AuraFlow", ("pile_t5xl",), "model."),
+    "krea2": Kind("Krea 2", ("qwen3vl_4b",)),
 }
-LAYOUTS = ("release", "ComfyUI", "folder", "pipeline", "variant")
+LAYOUTS = {
+    "release": "the file that was published, with the networks and under the prefix that it has",
+    "ComfyUI": "one file of denoiser, text encoders and VAE, as ComfyUI saves a checkpoint",
+    "folder": "the folder of the denoiser in a pipeline of diffusers",
+    "pipeline": "a pipeline of diffusers",
+    "variant": "the same in float16, `*.fp16.safetensors`, the denoiser in shards with `*.index.fp16.json`",
+}
 WHOLE = ("ComfyUI", "pipeline", "variant")
 """Layouts with all networks of a pipeline."""
-SPELLINGS = ("kohya", "kohya, diffusers' names", "diffusers", "ComfyUI", "bare")
+SPELLINGS = {
+    "kohya": "`lora_unet_`, the release's name with underscores, `.lora_down.weight`; `lora_te1_`",
+    "kohya, diffusers' names": "`lora_unet_`, diffusers' name with underscores, `.lora_down.weight`; `lora_te1_`",
+    "diffusers": "`transformer.` or `unet.`, diffusers' name, `.lora_A.weight`; `text_encoder.`",
+    "ComfyUI": "`diffusion_model.`, ComfyUI's name, `.lora_A.weight`; `text_encoders.clip_l.transformer.`",
+    "bare": "the release's name, `.lora_A.weight`",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +284,36 @@ def drawn(network: str, dtype: Any) -> Weights:
 METADATA = {"modelspec.title": "A base", "modelspec.sai_model_spec": "1.0.0", "format": "pt"}
 
 
+_RENAMED = (
+    ("txt_in.t_embedder.mlp.0.", "txt_in.t_embedder.in_layer."),
+    ("txt_in.t_embedder.mlp.2.", "txt_in.t_embedder.out_layer."),
+    ("txt_in.c_embedder.linear_1.", "txt_in.c_embedder.in_layer."),
+    ("txt_in.c_embedder.linear_2.", "txt_in.c_embedder.out_layer."),
+    ("_mod.linear.", "_mod.lin."),
+    ("_attn_qkv.", "_attn.qkv."),
+    ("mlp.fc1.", "mlp.0."),
+    ("mlp.fc2.", "mlp.2."),
+    ("_attn_q_norm.weight", "_attn.norm.query_norm.weight"),
+    ("_attn_k_norm.weight", "_attn.norm.key_norm.weight"),
+    (".q_norm.weight", ".norm.query_norm.weight"),
+    (".k_norm.weight", ".norm.key_norm.weight"),
+    ("_attn_proj.", "_attn.proj."),
+    (".modulation.linear.", ".modulation.lin."),
+    ("_in.mlp.2.", "_in.out_layer."),
+    ("_in.mlp.0.", "_in.in_layer."),
+)
+"""What ComfyUI calls HunyuanVideo's modules, in its own order."""
+
+
+def in_comfyui(network: str, name: str) -> str:
+    """What ComfyUI calls a tensor of the release once it is loaded, and as it saves it."""
+    if network in ("flux", "flux2", "chroma"):
+        return re.sub(r"_norm\.scale$", "_norm.weight", name)
+    for old, new in _RENAMED if network == "hunyuan-video" else ():
+        name = name.replace(old, new)
+    return name
+
+
 def _prefixed(prefix: str, tensors: Arrays) -> Arrays:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
@@ -270,7 +326,8 @@ def _one_file(weights: Weights, layout: str) -> Arrays:
         for prefix, encoder in zip(kind.inside, weights.encoders.values(), strict=False):
             encoders |= _prefixed(prefix, _as_open_clip(encoder) if prefix.endswith(".model.") else encoder)
         return found | encoders | (_prefixed(kind.vae, weights.vae) if kind.vae else {})
-    found = _prefixed(kind.saved, weights.single())
+    single = {in_comfyui(weights.network, name): tensor for name, tensor in weights.single().items()}
+    found = _prefixed(kind.saved, single)
     for name, encoder in weights.encoders.items():
         encoders |= _prefixed(f"text_encoders.{name}.transformer.", encoder)
     return found | encoders | _prefixed(kind.vae or "vae.", weights.vae)
@@ -304,7 +361,13 @@ def files_of(weights: Weights, layout: str) -> dict[str, Arrays]:
     return found
 
 
-_TYPES = {"t5xxl": "t5", "umt5xxl": "umt5", "clip_l": "clip_text_model", "clip_g": "clip_text_model"}
+_TYPES = {
+    "t5xxl": "t5",
+    "umt5xxl": "umt5",
+    "pile_t5xl": "umt5",
+    "clip_l": "clip_text_model",
+    "clip_g": "clip_text_model",
+}
 
 
 def written(weights: Weights, layout: str, folder: Path) -> Path:
@@ -338,9 +401,8 @@ def written(weights: Weights, layout: str, folder: Path) -> Path:
 
 
 def _class_of(network: str) -> str:
-    return next(each for each in NETWORKS if each.name == MODELS[network]["family"]).classes[
-        1 if network == "wan-vace" else 0
-    ]
+    classes = next(each for each in NETWORKS if each.name == MODELS[network]["family"]).classes
+    return classes[{"wan-vace": 1, "wan-animate": 2}.get(network, 0)]
 
 
 @dataclass(frozen=True)
@@ -364,7 +426,8 @@ def lora_of(weights: Weights, spelling: str, *, encoders: bool, without: str = "
     deltas: Arrays = {}
     for name, shape in own.items():
         if name.endswith(".weight") and len(shape) in (2, 4, 5) and not (without and without in name):
-            stem = _flat("lora_unet_", name) if flat else prefixes[spelling] + name.removesuffix(".weight")
+            told = in_comfyui(weights.network, name) if spelling == "ComfyUI" else name
+            stem = _flat("lora_unet_", name) if flat else prefixes[spelling] + told.removesuffix(".weight")
             deltas[name] = _pair(found, stem, shape, rng, flat)
         else:
             deltas[name] = np.zeros(shape)
@@ -439,16 +502,17 @@ def merged(combination: Combination, folder: Path) -> Outcome:
     return compared(files, files_of(lora.added, combination.layout), folder / "base", folder / "out")
 
 
-def check(combination: Combination, folder: Path) -> None:
-    """Assert that a merge is right, or refused as it says."""
+def check(combination: Combination, folder: Path) -> float:
+    """Assert that a merge is right, or refused as it says; how far it is off."""
     if combination.refused:
         with pytest.raises(FitError, match=combination.refused):
             merged(combination, folder)
-        return
+        return 0.0
     found = merged(combination, folder)
     assert not found.wrong
     assert found.error < TOLERANCE
     assert found.changed
+    return found.error
 
 
 def compared(files: Mapping[str, Arrays], added: Mapping[str, Arrays], base: Path, out: Path) -> Outcome:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click import Context
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
@@ -23,7 +24,7 @@ from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.models.known_files import KNOWN_FILES, known_file
 from tests.support.adapter_files import GOLDEN, draw
 
-_ENDINGS = (".safetensors", ".bin", ".pt", ".lora", ".gguf", ".onnx_adapter", ".npy", ".h5")
+_ENDINGS = (".safetensors", ".bin", ".pt", ".lora", ".gguf", ".onnx_adapter", ".npy", ".npz", ".nemo", ".h5")
 _OTHERS = ("base", "expected")
 LORA, BASE = "examples/lora", "examples/base"
 
@@ -55,6 +56,7 @@ def _in_the_place_of_a_model(path: str, out: str) -> Mapping[str, list[str]]:
         "check": [path, LORA, "--for", "vllm"],
         "convert": [LORA, "--to", "kohya", "--base", path, "-o", out],
         "combine": [LORA, LORA, "--base", path, "--rank", "2", "-o", out],
+        "resize": [LORA, "--base", path, "--rank", "1", "-o", out],
         "report": [LORA, "--base", path],
         "export-onnx": [path, "-o", out],
         "verify": [path],
@@ -63,7 +65,12 @@ def _in_the_place_of_a_model(path: str, out: str) -> Mapping[str, list[str]]:
     }
 
 
-PLACES = tuple(_in_the_place_of_a_model("", ""))
+_WITHOUT_A_MODEL = {"inspect", "env", "formats", "completion"}  # `inspect` is tried by `surgery.open`, which it calls
+
+
+def test_every_command_that_takes_a_model_is_tried() -> None:
+    tried = {place.partition(",")[0].removesuffix(" twice") for place in _in_the_place_of_a_model("", "")}
+    assert tried | _WITHOUT_A_MODEL == {*command.list_commands(Context(command))}
 
 
 @pytest.mark.parametrize("name", _golden())

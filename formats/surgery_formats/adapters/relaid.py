@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
+from surgery_formats.adapters.joining import narrowed
 from surgery_formats.adapters.writing import rows_of
 from surgery_formats.arrays import namespace
 from surgery_formats.models.names import Names, WeightSlice, extent
@@ -89,7 +90,7 @@ def _cut(update: Update, ranges: _Ranges, height: int) -> Update | None:
         direction = replace(update.direction, B=_picked(update.direction.B, ranges))
         return update.rebuilt(direction, _picked(update.magnitude, ranges))
     if isinstance(update, LoRA):
-        return replace(update, B=_picked(update.B, ranges))
+        return narrowed(replace(update, B=_picked(update.B, ranges)))
     return replace(update, value=_picked(update.value, ranges)) if isinstance(update, Offset) else None
 
 

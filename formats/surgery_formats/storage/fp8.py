@@ -48,7 +48,7 @@ _DEFAULT_BLOCK = 128
 _WEIGHTS = ("weight", "bias", "gate_up_proj", "down_proj")
 _ALONE = re.compile(  # parameters of diffusion networks that are in no layer; a cast to fp8 takes all of a file
     r"modulation|scale_shift_table\w*|\w*_scale_shift_table|in_proj_(weight|bias)|text_projection|positional_embedding"
-    r"|\w+_pad_token|register_tokens|pos_embed|pos_frequencies|positional_encoding"
+    r"|lin|\w+_pad_token|padding_tokens|register_tokens|pos_embed|pos_frequencies|positional_encoding"
 )
 
 

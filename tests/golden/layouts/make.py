@@ -12,6 +12,7 @@ else. A name that diffusers does not know fails here.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,7 @@ def models() -> dict[str, tuple[str, torch.nn.Module, Callable[..., Any]]]:
                 diffusers.WanVACETransformer3DModel(num_layers=2, vace_layers=[0, 1]),
                 peer.convert_wan_transformer_to_diffusers,
             ),
+            "wan-animate": ("Wan", _without_act_fn(diffusers.WanAnimateTransformer3DModel(num_layers=5)), animated),
             "qwen-image": (
                 "Qwen-Image",
                 diffusers.QwenImageTransformer2DModel(num_layers=2),
@@ -133,8 +135,49 @@ def models() -> dict[str, tuple[str, torch.nn.Module, Callable[..., Any]]]:
                 ),
                 peer.convert_cosmos_transformer_checkpoint_to_diffusers,
             ),
-            "openclip": ("OpenCLIP", *openclip()),
+            "hidream": (
+                "HiDream",
+                diffusers.HiDreamImageTransformer2DModel(
+                    patch_size=2, num_layers=2, num_single_layers=1, llama_layers=[0, 1], caption_channels=[64, 64]
+                ),
+                peer.convert_hidream_transformer_to_diffusers,
+            ),
+            "mochi": (
+                "Mochi",
+                diffusers.MochiTransformer3DModel(),  # of all its blocks: the conversion counts on 48
+                peer.convert_mochi_transformer_checkpoint_to_diffusers,
+            ),
+            "sana": (
+                "Sana",
+                diffusers.SanaTransformer2DModel(num_layers=2),
+                lambda tensors: peer.convert_sana_transformer_to_diffusers(
+                    tensors | {"pos_embed": None, "y_embedder.y_embedding": None}
+                ),
+            ),
+            "auraflow": (
+                "AuraFlow",
+                diffusers.AuraFlowTransformer2DModel(num_mmdit_layers=2, num_single_dit_layers=2),
+                peer.convert_auraflow_transformer_checkpoint_to_diffusers,
+            ),
+            "krea2": (
+                "Krea 2",
+                diffusers.Krea2Transformer2DModel(num_layers=2),
+                peer.convert_krea2_transformer_checkpoint_to_diffusers,
+            ),
+            "openclip": ("CLIP", *openclip()),
         }
+
+
+def _without_act_fn(model: torch.nn.Module) -> Any:
+    """A model without the biases that the release has in another shape."""
+    kept = {name: tensor for name, tensor in model.state_dict().items() if ".act_fn." not in name}
+    return SimpleNamespace(state_dict=lambda: kept)
+
+
+def animated(tensors: dict[str, Any]) -> dict[str, Any]:
+    """diffusers' conversion expects biases of its motion encoder to have four axes."""
+    whole = {n: t[None, :, :, None] if ".convs." in n and n.endswith(".bias") else t for n, t in tensors.items()}
+    return peer.convert_wan_transformer_to_diffusers(whole)
 
 
 def openclip() -> tuple[torch.nn.Module, Callable[..., Any]]:
@@ -203,8 +246,15 @@ def rows_of(family: str, model: Any, convert: Callable[..., Any]) -> dict[str, A
         found[name] = [[names[a // STEP], a % STEP, (b - 1) % STEP + 1] for a, b in spans]
         if len(spans) == 1 and found[name][0][1:] == [0, tensors[found[name][0][0]]]:
             found[name] = found[name][0][0]  # all of one
-    tails = {name: list(t.shape[1:]) for name, t in sorted(model.state_dict().items()) if t.ndim != 2}
+    if family == "Mochi":  # its blocks are alike, but for the last
+        found, tensors = ({n: v for n, v in some.items() if _block_of(n) in (None, 0, 47)} for some in (found, tensors))
+    tails = {name: list(t.shape[1:]) for name, t in sorted(model.state_dict().items()) if t.ndim != 2 and name in found}
     return {"family": family, "heights": tensors, "rows": found, "tails": tails}
+
+
+def _block_of(name: str) -> int | None:
+    match = re.match(r"(?:transformer_)?blocks\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def main() -> None:

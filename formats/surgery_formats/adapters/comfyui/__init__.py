@@ -15,9 +15,9 @@ __all__ = ["COMFYUI"]
 
 _MODEL = KeyPrefix("diffusion_model.", "denoiser", False)
 _ENCODERS = {
-    "text_encoder": ("clip_l", "llama", "qwen25_3b", "qwen25_7b", "qwen3_06b", "qwen3_4b", "qwen3_8b", "gemma2_2b"),
     "text_encoder_2": ("clip_g",),
-    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl"),  # of whatever number a base has it
+    "text_encoder_3": ("t5xxl", "umt5xxl", "old_t5xxl", "pile_t5xl"),  # of whatever number a base has it
+    "text_encoder": ("*",),  # clip_l, and of most networks the only one: qwen3_06b, gemma2_2b, llama ...
 }
 _TEXT = tuple(
     KeyPrefix(f"text_encoders.{name}.transformer.", component, False)
@@ -30,10 +30,17 @@ COMFYUI = WeightFileFormat(
     Dialect(
         name="comfyui",
         prefixes=(_MODEL, *_TEXT, *(prefix for prefix in FLAT if prefix.component.startswith("text_encoder"))),
-        own=(_MODEL.text,),
+        own=(_MODEL.text, "text_encoders."),
         written={"": _MODEL.text, _MODEL.component: _MODEL.text},
         leaves={"down": _DOWN, "up": _UP},
+        encoders={
+            "clip_text_model:text_encoder": "text_encoders.clip_l.transformer.",
+            "clip_text_model:text_encoder_2": "text_encoders.clip_g.transformer.",
+            "t5": "text_encoders.t5xxl.transformer.",
+            "umt5": "text_encoders.umt5xxl.transformer.",
+        },
         whole=True,
+        in_release=True,
     ),
     title="ComfyUI file (and ai-toolkit, diffusion-pipe, LightX2V): original names behind diffusion_model.",
 )

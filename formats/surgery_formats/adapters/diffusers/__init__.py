@@ -19,10 +19,17 @@ DIFFUSERS = WeightFileFormat(
         prefixes=_PREFIXES,
         own=tuple(prefix.text for prefix in _PREFIXES),
         written={"": "transformer.", **{prefix.component: prefix.text for prefix in _PREFIXES}},
-        leaves={"down": _DOWN, "up": _UP, "dora_scale": "lora_magnitude_vector"},
+        leaves={
+            "down": _DOWN,
+            "up": _UP,
+            "dora_scale": "lora_magnitude_vector",
+            "up_bias": "lora_B.bias",
+            "whole_weight": "weight",
+        },
         with_alpha=False,
         in_header=True,
         names_of="diffusers",
+        norms=(".norm_q.", ".norm_k.", ".norm_added_q.", ".norm_added_k."),  # of control LoRAs of Flux
         loaded=frozenset(["LoRA", "DoRA"]),
     ),
     title="diffusers file (and ai-toolkit, SimpleTuner): unet., transformer., text_encoder., alphas in the header",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,11 @@ def configs_of(metadata: Mapping[str, str], path: Path) -> dict[str, PeftConfig]
 
 
 def header_of(
-    metadata: Mapping[str, str], modules: Mapping[str, Mapping[str, tuple[int, float]]], path: Path
+    metadata: Mapping[str, str],
+    modules: Mapping[str, Mapping[str, tuple[int, float]]],
+    path: Path,
+    biased: Collection[str] = (),
+    directed: Collection[str] = (),
 ) -> dict[str, str]:
     """The field that states ranks and alphas.
 
@@ -43,6 +47,8 @@ def header_of(
         metadata: Of the file that it was made from.
         modules: Rank and alpha of modules by path, by component as the header calls it.
         path: That file, for errors.
+        biased: Components whose factors have biases beside them.
+        directed: Those that have magnitudes beside them.
     """
     from surgery_formats.adapters.peft.embedded import embedded_fields
 
@@ -50,7 +56,12 @@ def header_of(
     fields: dict[str, Any] = {}
     for component, stated in modules.items():
         dotted = f"{component}." if component else ""
-        fields |= {f"{dotted}{key}": value for key, value in embedded_fields(before.get(component, {}), stated).items()}
+        fields |= {
+            f"{dotted}{key}": value
+            for key, value in embedded_fields(
+                before.get(component, {}), stated, biased=component in biased, directed=component in directed
+            ).items()
+        }
     return {ADAPTER_METADATA: json.dumps(fields, indent=2, sort_keys=True)} if fields else {}
 
 

@@ -17,7 +17,8 @@ class KeyPrefix:
     """How keys of one component begin.
 
     Attributes:
-        text: With the separator behind it: ``lora_unet_``, ``transformer.``; empty for keys that begin with the module.
+        text: With the separator behind it: ``lora_unet_``, ``transformer.``; empty for keys that begin with the module. A ``*``
+            stands for any one segment.
         component: What the sites' component is called.
         flat: Whether dots of the module are written as underscores.
     """
@@ -25,6 +26,15 @@ class KeyPrefix:
     text: str
     component: str
     flat: bool
+
+    def beginning_of(self, name: str) -> str | None:
+        """What of a key this is; None if it is not how the key begins."""
+        if "*" not in self.text:
+            return self.text if name.startswith(self.text) else None
+        before, after = self.text.split("*")
+        segment, dot, _ = name.removeprefix(before).partition(".")
+        begun = f"{before}{segment}{after}"
+        return begun if dot and segment and name.startswith(begun) else None
 
 
 def _prefixes(flat: bool, **components: str) -> tuple[KeyPrefix, ...]:
@@ -109,18 +119,19 @@ def split_key(name: str, prefixes: Iterable[KeyPrefix]) -> Key | None:
     if name.startswith(BUNDLE):
         return _bundled(name)
     for prefix in prefixes:
-        if not name.startswith(prefix.text):
+        begun = prefix.beginning_of(name)
+        if begun is None:
             continue
-        rest = name[len(prefix.text) :]
+        rest = name[len(begun) :]
         if prefix.flat:
             module, dot, leaf = rest.partition(".")
             # VideoX-Fun writes two underscores behind the prefix: no module begins with one
-            return Key(prefix, module.lstrip("_"), leaf, f"{prefix.text}{module}.") if module and dot else None
+            return Key(prefix, module.lstrip("_"), leaf, f"{begun}{module}.") if module and dot else None
         if key := _xlabs(prefix, rest) or _processor(prefix, rest):
             return key
         leaf = longest_leaf(rest)
         module = rest[: -len(leaf) - 1] if leaf else ""
-        return Key(prefix, module, leaf, f"{prefix.text}{module}.") if module else None
+        return Key(prefix, module, leaf, f"{begun}{module}.") if module else None
     return None
 
 

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which program wrote a file, by its header and the spelling of its keys."""
+"""Which program wrote a file, and what for, by its header and the spelling of its keys.
+
+Fields of headers as these write them: sd-scripts (``library/sai_model_spec.py``, ``library/train_util.py``), musubi-tuner
+(``utils/sai_model_spec.py``), ai-toolkit (``toolkit/metadata.py``), ComfyUI (``nodes_model_merging.py``, ``save_checkpoint``)
+and diffusers 0.42.1 (``loaders/lora_base.py``, ``LORA_ADAPTER_METADATA_KEY``).
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -17,25 +17,39 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
+from surgery_formats.adapters.grammar.kinds.lora import LORA
+from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
-from surgery_formats.adapters.grammar.leaves import NORMS_OF_FLUX
-from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longest_leaf
+from surgery_formats.adapters.grammar.scales import StatedScales
+from surgery_formats.adapters.grammar.spelling import BUNDLE
+from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
+from surgery_formats.adapters.joining import Span, joined
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
+    restate,
     surviving_metadata,
     whole_place,
 )
 from surgery_formats.binding.growth import grown
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import Update, is_replacing, low_rank_part
+from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
+
+_CLIP, _TEXT = "clip_text_model", "text_model."  # a level of every published CLIP, which transformers 5 leaves out
+_NO_PLACE: Mapping[str, str] = {
+    "embedding": "embeddings",
+    "experts": "stacked experts",
+    "attention output": "the inside of a torch.nn.MultiheadAttention",
+}
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -51,14 +65,29 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
         for source in chain:
             if why := job.write(site, source):
                 ledger.drop(site, source, why)
+            elif job.waiting is not None:
+                ledger.keep(site, source, "folded", f"with the other parts of {job.stem}")
             else:
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
-    ledger.drop_prompt(adapter)
+    job.write_joined()
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
+    bundle_alone = all(name.startswith(BUNDLE) for name in tensors)  # a file of its own format: a textual inversion
+    if not bundle_alone and not dialect.claims(tensors.keys()):
+        ledger, tensors = _unrecognised(adapter), {}
+    ledger.drop_prompt(adapter)
     metadata = _metadata(adapter, job)
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+def _unrecognised(adapter: Adapter) -> ConversionLedger:
+    """Everything dropped: the file would be taken for a model, or for one of another format."""
+    ledger = ConversionLedger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.drop(site, update, "its names do not tell such a file from a model, or from another format's")
+    return ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +114,8 @@ class _Job:
         ranks: Ranks and alphas of modules that the header states, by component and path.
         notes: What was multiplied into which, for the update written last.
         stem: Of that update.
+        waiting: The whole that the update written last is a part of, which is written with its other parts.
+        wholes: Those weights by their stems: their heights, and the parts, each with its rows and theirs.
     """
 
     adapter: Adapter
@@ -95,6 +126,8 @@ class _Job:
     ranks: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     stem: str = ""
+    waiting: str | None = None
+    wholes: dict[str, _Whole] = field(default_factory=dict)
 
     @property
     def with_alpha(self) -> bool:
@@ -110,37 +143,49 @@ class _Job:
 
     def write(self, site: Site, source: Update) -> str:
         """Write one update; why it cannot be, or empty."""
+        self.waiting = None
         held = contents_of(source)
         update: Update = source if kind_of_update(source.kind) else (held.lora or held.offset or source)
         kind = kind_of_update(update.kind)
         module, _, parameter = site.path.rpartition(".")
         own = self.spelt.at(site)
         role = f"whole_{parameter}"
-        if role in (own.leaves if own else self.dialect.leaves) and is_replacing(update):
+        is_whole = role in own.leaves if own else role in self.dialect.leaves and module.endswith(NORMS_OF_FLUX)
+        if is_whole and is_replacing(update):
             kind = WHOLE
+        elif own is None and is_replacing(update) and self._is_loaded_norm(site, update):
+            kind, parameter = WHOLE, "weight"
         elif kind is None or (
             is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
         ):
             return f"this format has no {source.kind}"
+        if len(chain := self.adapter.updates[site]) > 1 and any(other.effect == "maps" for other in chain):
+            return "programs that read it take one kind of change for each module"
         if own is None and not kind.takes(update):
             return f"this format has no {source.kind}"
-        if own is None and self.dialect.loaded is not None and update.kind not in self.dialect.loaded:
+        loaded = self.dialect.loaded is None or update.kind in self.dialect.loaded or kind is WHOLE
+        loaded = loaded or ("up_bias" in self.dialect.leaves and parameter == "bias" and bool(self._beside(site)))
+        if own is None and not loaded:
             return f"the format's own program loads no {source.kind}"
+        if site.module_kind in _NO_PLACE:
+            return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
         named = named or (own is not None and parameter == "output" and "embedding_out" in own.leaves)
         named = named or (parameter == "scale" and module.endswith(NORMS_OF_FLUX) and is_replacing(update))
         if not named:
             return "this format names modules, not parameters"
-        if site.module_kind in ("embedding", "experts", "attention output"):
-            return f"this format has no place for an {site.module_kind}"
         prefix = (self.dialect.prefix_for(self._component(site)) or "") if own else self._prefix(site)
         if prefix is None:
             return f"this format has no place for '{site.component}'"
+        if own is None and isinstance(update, LoRA) and self._waits(site, update, prefix):
+            return ""
         pieces = [_Piece(own.stem, site.kernel, update)] if own else self._pieces(site, update, prefix)
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
+            if self.dialect.names_of is None:
+                return "the base holds what it changes in parts, and has no name for it"
             return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
         leaves = {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})}
         for piece in pieces:
@@ -152,20 +197,93 @@ class _Job:
                 self.in_header and low_rank_part(update) is not None,
                 self._states_shape(site, update),
                 self._bias_scale(site),
+                self.trained,
+                self._alpha_dtype(own, update) if own else DType.F32,
             )
+            if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
+                return "its magnitudes belong to columns, this format's to rows"
             kind.write(piece.update, parameter, writer)
-            known = self.writers.setdefault(piece.stem, writer)
-            if known is not writer:
-                if known.tensors.keys() & writer.tensors.keys():
-                    return "a second one of this kind on one module"
-                known.tensors.update(writer.tensors)
-            if writer.alpha is not None and update.rank:
-                called = module if own else piece.stem.removeprefix(prefix).rstrip(".")
-                self.ranks.setdefault(prefix.rstrip("."), {})[called] = update.rank, writer.alpha
+            if why := self._keep(writer, prefix, piece.update.rank, module if own else ""):
+                return why
             self.notes, self.stem = writer.notes, pieces[0].stem
         if not self.notes and type(update) is not type(source):
             self.notes = [held.folded]
         return ""
+
+    def _keep(self, writer: LeafWriter, prefix: str, rank: int | None, module: str = "") -> str:
+        """Put what was written of a module beside the rest; why that cannot be, or empty."""
+        known = self.writers.setdefault(writer.stem, writer)
+        if known is not writer:
+            if known.tensors.keys() & writer.tensors.keys():
+                return "a second one of this kind on one module"
+            known.tensors.update(writer.tensors)
+        if writer.alpha is not None and rank:
+            called = module or writer.stem.removeprefix(prefix).rstrip(".")
+            self.ranks.setdefault(prefix.rstrip("."), {})[called] = rank, writer.alpha
+        return ""
+
+    def _waits(self, site: Site, lora: LoRA, prefix: str) -> bool:
+        """Whether the update is of some rows of a weight of the base, under whose name it is written with its other parts."""
+        base, flat = self.base, self.dialect.flat
+        if base is None or self.dialect.names_of or site.kernel or site.component not in (*COMPONENTS, ""):
+            return False
+        places = places_of(site, base, lora.tensors)
+        parameters = [place.parameter for place in places]
+        width = parameters[0].sizes[1:]
+        if len(width) != 1 or any(
+            p.view.transposed or p.sizes[1:] != width or p.shape[1:] != width for p in parameters
+        ):
+            return False
+        component = component_of(site, base)
+        told = [self._released(site, component.within(p.name)[1], p.sizes[0]) for p in parameters]
+        name, height, moved = told[0]
+        if len({other for other, _, _ in told}) > 1 or not name.endswith(".weight"):
+            return False
+        if whole_place(places) is not None and moved == ((0, height, 0),):
+            return False
+        module = name.removesuffix(".weight")
+        stem = f"{prefix}{module.replace('.', '_') if flat else module}."
+        whole = self.wholes.setdefault(stem, _Whole(prefix, height, []))
+        rows = [
+            ((start, start + 1), next(to + at - a for a, b, to in places_in if a <= at < b))
+            for parameter, (_, _, places_in) in zip(parameters, told, strict=True)
+            for start, at in enumerate(parameter.view.rows, parameter.view.row_origin)
+        ]
+        whole.parts.append((lora, _runs(rows)))
+        self.waiting = self.stem = stem
+        return True
+
+    def _released(self, site: Site, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
+        """The dialect's name for a weight of the base, or for the one that it is a part of: see `Names.in_release`."""
+        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_release else None
+        if names is None or site.component not in (*COMPONENTS, ""):
+            return name, height, ((0, height, 0),)
+        return (names.inner or names).in_release(name, height)
+
+    def write_joined(self) -> None:
+        """Write what waited for its other parts."""
+        leaves = {**self.dialect.leaves, **self.spelt.usual}
+        for stem, whole in self.wholes.items():
+            writer = LeafWriter(stem, leaves, (), self.with_alpha, self.in_header)
+            lora = joined(stem, whole.parts, whole.height)
+            LORA.write(lora, "weight", writer)
+            self._keep(writer, whole.prefix, lora.rank)
+
+    @cached_property
+    def trained(self) -> tuple[tuple[int, float], ...]:
+        """What readers will take from the header, if no scale stands elsewhere."""
+        if self.with_alpha or self.in_header:
+            return ()
+        metadata = surviving_metadata(self.adapter)
+        _restate_ranks(metadata, self)
+        return StatedScales.of(metadata, with_alphas=False, path=self.adapter.path).trained
+
+    def _alpha_dtype(self, own: ModuleSpelling, update: Update) -> DType | None:
+        """The type of a module's alpha as its file had it; None if it had none."""
+        if "alpha" not in own.leaves:
+            return None
+        name = f"{own.stem}{own.leaves['alpha']}"
+        return next((tensor.dtype for tensor in update.tensors if tensor.name == name), DType.F32)
 
     def _needs_base(self, site: Site) -> str:
         """Why a site cannot be spelt without one."""
@@ -177,9 +295,12 @@ class _Job:
         """How keys of a site's component begin; None if the format has no place for it."""
         component = self._component(site)
         if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
-            config = component_of(site, self.base).config
-            if told := self.dialect.encoders.get(str(config.get("model_type"))):
-                return told
+            encoder = component_of(site, self.base)
+            kind = str(encoder.config.get("model_type"))
+            level = _TEXT if kind == _CLIP and not any(name.startswith(_TEXT) for name in encoder.parameters) else ""
+            for told in (f"{kind}:{encoder.name}", kind):
+                if told in self.dialect.encoders:
+                    return self.dialect.encoders[told] + level
         return self.dialect.prefix_for(component)
 
     def _pieces(self, site: Site, update: Update, prefix: str) -> list[_Piece]:
@@ -194,7 +315,10 @@ class _Job:
         where = whole_place(slices)
         kernel = where[1][2:] if where else site.kernel
         found = relaid(update, slices, names.inner or names, program)
-        return [_Piece(f"{prefix}{name.rpartition('.')[0]}.", kernel, piece) for name, piece in found]
+        level = _TEXT if prefix.endswith(_TEXT) else ""
+        return [
+            _Piece(f"{prefix}{name.removeprefix(level).rpartition('.')[0]}.", kernel, piece) for name, piece in found
+        ]
 
     def _states_shape(self, site: Site, update: Update) -> bool:
         """Whether the shape of a weight that grows is written: as the file had it, or because the base's is smaller."""
@@ -208,15 +332,25 @@ class _Job:
 
     def _bias_scale(self, site: Site) -> float:
         """What is multiplied into a bias beside factors when the file is read: their scale, if the file states it."""
-        beside = self.adapter.updates.get(replace(site, path=f"{site.path.rpartition('.')[0]}.weight"), ())
-        loras = [lora for update in beside if (lora := low_rank_part(update))]
-        return loras[0].scale if loras and (self.with_alpha or self.in_header) else 1.0
+        beside = self._beside(site)
+        return beside[0].scale if beside and (self.with_alpha or self.in_header) else 1.0
+
+    def _beside(self, site: Site) -> list[LoRA]:
+        """The factors of the weight beside a bias."""
+        weight = replace(site, path=f"{site.path.rpartition('.')[0]}.weight")
+        return [lora for update in self.adapter.updates.get(weight, ()) if (lora := low_rank_part(update))]
+
+    def _is_loaded_norm(self, site: Site, update: Update) -> bool:
+        """Whether a whole parameter is one of the norms that the format's program loads."""
+        pieces = self._pieces(site, update, "") if self.dialect.norms and self.base is not None else []
+        return bool(pieces) and all(piece.stem.endswith(self.dialect.norms) for piece in pieces)
 
     def _spelt(self, site: Site, update: Update, prefix: str) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
+            name = self._released(site, name, where[1][0])[0]
         elif site.flat and not self.dialect.flat:
             return "", ()
         module = name.rpartition(".")[0]
@@ -243,15 +377,52 @@ class _Job:
         return where[1][2:] if where else ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A weight of the base whose parts an adapter changes."""
+
+    prefix: str
+    height: int
+    parts: list[tuple[LoRA, Sequence[tuple[Span, int]]]]
+
+
+def _runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
+    """Rows that follow each other on both sides as one."""
+    found: list[tuple[Span, int]] = []
+    for (start, stop), at in rows:
+        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
+            found[-1] = (found[-1][0][0], stop), found[-1][1]
+        else:
+            found.append(((start, stop), at))
+    return found
+
+
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     """What the file says of itself: what its sources said, with ranks and alphas as they are now."""
-    metadata = surviving_metadata(adapter)
+    metadata = surviving_metadata(adapter, hashed=True)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
-        metadata |= header_of(adapter.metadata, job.ranks, adapter.path)
-    loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
-    if loras and "ss_network_dim" in metadata:
-        metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"
-    if loras and "ss_network_alpha" in metadata:
-        metadata["ss_network_alpha"] = f"{commonest(lora.scale * lora.rank for lora in loras):.9g}"
+        names = [name for writer in job.writers.values() for name in writer.tensors]
+        roles = {name: LEAVES.get(longest_leaf(name)) for name in names}
+        biased, directed = (
+            [
+                owner
+                for owner in job.ranks
+                if any(roles[name] == role and name.startswith(f"{owner}.") for name in names)
+            ]
+            for role in ("up_bias", "dora_scale")
+        )
+        metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased, directed)
+    _restate_ranks(metadata, job)
+    if job.spelt.modules and "format" in adapter.metadata:
+        metadata["format"] = adapter.metadata["format"]
     return metadata
+
+
+def _restate_ranks(metadata: dict[str, str], job: _Job) -> None:
+    """The numbers of sd-scripts as they are now. Where they state the scales, what is left of those is in the factors."""
+    loras = [lora for chain in job.adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
+    if loras and "ss_network_dim" in metadata:
+        restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
+    if loras and "ss_network_alpha" in metadata and (job.with_alpha or job.in_header):
+        restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)

@@ -34,7 +34,12 @@ OMI = WeightFileFormat(
         own=tuple(prefix.text for prefix in _PREFIXES),
         mark=rf"bundle_emb\.|({_NETWORKS}|{_UNET}|(clip_[lg]|t5|llama)\.){_TRAINED}",
         written={"": "transformer.", **{prefix.component: prefix.text for prefix in _PREFIXES}},
-        encoders={"t5": "t5.", "llama": "llama."},
+        encoders={
+            "t5": "t5.",
+            "llama": "llama.",
+            "clip_text_model:text_encoder": "clip_l.",
+            "clip_text_model:text_encoder_2": "clip_g.",
+        },
         leaves={"down": _DOWN, "up": _UP},
         names_of="OMI",
     ),

@@ -25,8 +25,17 @@ def embedded_config(fields: Mapping[str, Any], path: Path) -> PeftConfig:
     return parse_config({**fields, "peft_type": LORA.name}, path, {LORA.name: LORA.switches})
 
 
-def embedded_fields(before: Mapping[str, Any], modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """The fields that state the rank and the alpha of each module, beside those of `before` that still hold."""
+def embedded_fields(
+    before: Mapping[str, Any], modules: Mapping[str, tuple[int, float]], *, biased: bool = False, directed: bool = False
+) -> dict[str, Any]:
+    """The fields that state the rank and the alpha of each module, beside those of `before` that still hold.
+
+    Args:
+        before: Of the file that it was made from.
+        modules: Rank and alpha by path.
+        biased: Whether factors have biases beside them, which PEFT drops unless it is told.
+        directed: Whether they have magnitudes beside them, which it drops in the same way.
+    """
     rank = commonest(rank for rank, _ in modules.values())
     alpha = commonest(alpha for _, alpha in modules.values())
     return {
@@ -39,6 +48,8 @@ def embedded_fields(before: Mapping[str, Any], modules: Mapping[str, tuple[int, 
             _whole(name): written_alpha(own) for name, (_, own) in sorted(modules.items()) if own != alpha
         },
         "use_rslora": False,
+        **({"lora_bias": True} if biased else {}),
+        **({"use_dora": True} if directed else {}),
         "target_modules": sorted(modules),
     }
 

@@ -242,6 +242,8 @@ def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switche
         MalformedError: a field of a wrong type, or out of range.
         FitError: a kind, or a switch, that cannot be merged.
     """
+    if raw.keys() >= {"r", "lora_alpha"}:  # all that tinker-cookbook asks of one
+        raw = {"peft_type": "LORA", **raw}
     read = _Reader(raw, file)
     kind = raw.get("peft_type")
     if not isinstance(kind, str):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.adapters.format import Rendering
-from surgery_formats.adapters.tensorrt_llm.files import CONFIG_FILE, TENSOR_FILE
+from surgery_formats.adapters.tensorrt_llm.files import CONFIG_FILE, TENSOR_FILE, own_folder
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.npy import MAGIC
 from surgery_formats.files.raw import first_bytes
@@ -25,8 +25,8 @@ class _TensorrtLlm:
     file_stems: tuple[str, ...] = ("model.lora_weights",)
 
     def detect(self, path: Path) -> bool:
-        """A folder with both arrays."""
-        return all(first_bytes(path / name, len(MAGIC)) == MAGIC for name in (TENSOR_FILE, CONFIG_FILE))
+        """A folder with both arrays, or one of them beside the other."""
+        return all(first_bytes(own_folder(path) / name, len(MAGIC)) == MAGIC for name in (TENSOR_FILE, CONFIG_FILE))
 
     def read(self, path: Path) -> Adapter:
         """See `read.read_tensorrt_llm`."""

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-__all__ = ["CONFIG_FILE", "MODULES", "OTHER_MODULES", "TENSOR_FILE"]
+__all__ = ["CONFIG_FILE", "MODULES", "OTHER_MODULES", "TENSOR_FILE", "own_folder"]
 
 TENSOR_FILE, CONFIG_FILE = "model.lora_weights.npy", "model.lora_config.npy"
 MODULES: Mapping[int, str] = {
@@ -26,3 +27,8 @@ OTHER_MODULES: Mapping[int, str] = {
     18: "gate and up as one, whose order the file does not tell",
 }
 """What is meant by the numbers that are not read."""
+
+
+def own_folder(path: Path) -> Path:
+    """The folder of both arrays, of which `path` may be one."""
+    return path.parent if path.name in (TENSOR_FILE, CONFIG_FILE) else path

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from surgery_formats.adapters.tensorrt_llm.files import CONFIG_FILE, MODULES, OTHER_MODULES, TENSOR_FILE
+from surgery_formats.adapters.tensorrt_llm.files import CONFIG_FILE, MODULES, OTHER_MODULES, TENSOR_FILE, own_folder
 from surgery_formats.adapters.tensorrt_llm.rows import PackedRow
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.provenance import Provenance
@@ -32,20 +32,21 @@ _DORA = (
 
 
 def read_tensorrt_llm(path: Path) -> Adapter:
-    """Read a folder.
+    """Read a folder, or the one that an array of it lies in.
 
     Raises:
         NotFoundError, MalformedError: an array is missing, or is none of TensorRT-LLM's.
         FitError: a module that is not read.
     """
-    weights = npy_array(open_file(path / TENSOR_FILE), "lora_weights")
+    folder = own_folder(path)
+    weights = npy_array(open_file(folder / TENSOR_FILE), "lora_weights")
     if len(weights.shape) != 3 or weights.shape[0] != 1 or 0 in weights.shape or not weights.dtype.is_float:
         raise MalformedError(
             f"is {list(weights.shape)} of {weights.dtype.label}", file=weights.path, tensor=weights.name
         )
     updates: dict[Site, tuple[Update, ...]] = {}
     tensors = []
-    for number, (module, layer, rank, is_dora) in enumerate(_config(path / CONFIG_FILE, weights)):
+    for number, (module, layer, rank, is_dora) in enumerate(_config(folder / CONFIG_FILE, weights)):
         row = _row(weights, number)
         if module not in MODULES:
             what = OTHER_MODULES.get(module)

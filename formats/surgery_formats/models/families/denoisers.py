@@ -66,17 +66,30 @@ DENOISERS = (
     Denoiser("Flux", (r"^single_transformer_blocks_\d+_",), inputs=_FLUX_INPUTS),
     Denoiser("Qwen-Image", (r"^transformer_blocks_\d+_(img|txt)_(mlp|mod)_",)),
     Denoiser("Flux, Stable Diffusion 3 or Qwen-Image", (r"^transformer_blocks_\d+_attn_(to|add)_",)),
+    Denoiser("HiDream", (r"^(double|single)_stream_blocks_\d+_",)),
+    Denoiser("AuraFlow", (r"^((double|single)_layers|joint_transformer_blocks)_\d+_",)),
+    Denoiser(
+        "Krea 2", (r"^(blocks_\d+_attn_(w[qkvo]|gate)$|txtfusion_|text_fusion_|transformer_blocks_\d+_attn_to_gate$)",)
+    ),
+    Denoiser("Mochi", (r"^(blocks_\d+_(attn_\w+_[xy]$|mlp_[xy]_|mod_[xy]$)|transformer_blocks_\d+_attn1_(to_)?add_)",)),
+    Denoiser(
+        "Sana",
+        (
+            r"^(blocks_\d+_(cross_attn_\w+_linear$|mlp_(inverted|depth|point)_conv)"
+            r"|transformer_blocks_\d+_ff_conv_(inverted|depth|point)$)",
+        ),
+    ),
     Denoiser("Wan", (r"^blocks_\d+_(self|cross)_attn_[qkvo](_img)?$",)),
     Denoiser("Wan", (r"^blocks_\d+_ffn_(\d|net)",)),
     Denoiser("Cosmos-Predict2 or Anima", (r"^blocks_\d+_((self|cross)_attn_\w+_proj$|adaln_modulation_)",)),
     Denoiser("Wan", (r"^blocks_\d+_attn[12]_(to|add)_",)),
     Denoiser("Z-Image or Lumina 2", (r"^(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)_",)),
-    Denoiser("LTX-Video or PixArt", (r"^transformer_blocks_\d+_(attn[12]|ff)_",)),
+    Denoiser("LTX-Video, PixArt, Sana or Mochi", (r"^transformer_blocks_\d+_(attn[12]|ff)_",)),
 )
 """In order: of several that match, the first is meant."""
 
 
 def denoiser_of(modules: Iterable[str]) -> Denoiser | None:
     """The family of modules' paths, dotted or flat; None if they tell none."""
-    names = "\n".join(module.replace(".", "_") for module in modules)
+    names = "\n".join(module.removeprefix("net.").replace(".", "_") for module in modules)  # of Anima's checkpoint
     return next((denoiser for denoiser in DENOISERS if denoiser.matches(names)), None)

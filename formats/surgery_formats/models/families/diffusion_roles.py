@@ -18,6 +18,7 @@ _BLOCK = re.compile(r"(?:blocks|layers|refiner)_\d+_|(?:^|_)(?:mid|middle)_block
 _LONGEST = 500  # characters of a name that are looked at, from its end: a hostile one must not take long
 
 _PATTERNS: tuple[tuple[str, str], ...] = (
+    ("embedding", r"(?:^|_)(?:face|motion)_encoder_"),
     ("norm", r"_ln$|(?:^|_)norms_\d+$"),
     # What turns the time and a pooled text into shifts, scales and gates; it is called after the norms that it follows.
     (
@@ -26,16 +27,21 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ),
     ("modulation", r"adaln(?!\w*embedder)|scale_shift(?!\w*embedder)|_gate_linear$|(?:^|_)time_embed_linear$"),
     ("modulation", r"(?:^|_)(?:time_proj|time_projection_1|time_emb_proj|emb_layers_1)$"),
-    ("norm", r"(?:norm|ln)(?:_?\d)?(?:_(?:added|context|in|out|cross|img|txt|q|k|norm|final|cam))*$|(?:^|_)ln_\w+$"),
+    ("modulation", r"(?:^|_)(?:mod(?:x|c|cx|f)_1|t_block_1|tproj_1)$"),
     (
         "norm",
-        r"(?:^|_)(?:in_layers_0|out_layers_0|img_emb_proj_[04]|cap_embedder_0|caption_embedder_0)$|(?:^|model_)out_0$",
+        r"(?:norm|ln)(?:_?\d)?(?:_(?:added|context|in|out|cross|img|txt|q|k|x|y|norm|final|cam))*$|(?:^|_)ln_\w+$",
+    ),
+    (
+        "norm",
+        r"(?:^|_)(?:in_layers_0|out_layers_0|img_emb_proj_[04]|cap_embedder_0|caption_embedder_0|txtmlp_0)$|(?:^|model_)out_0$",
     ),
     (
         "attention+mlp",
         r"(?:^|_)single_(?:transformer_)?blocks_\d+_(?:linear_?[12]|proj_out|attn_to_out|attn_to_qkv_mlp_proj)$",
     ),
     ("mlp", r"(?:^|_)single_transformer_blocks_\d+_proj_mlp$"),
+    ("mlp", r"_mlp_\w+_conv_conv$|_ff_conv_\w+$"),
     ("projection", r"(?:^|_)(?:attentions_\d+|(?:input|output)_blocks_\d+_1|middle_block_1)_proj_(?:in|out)$"),
     ("projection", r"(?:^|_)vace_blocks_\d+_(?:before_proj|after_proj|proj_in|proj_out)$"),
     ("embedding", r"(?:^|_)input_blocks_0_0$|(?:^|_)conv_in$"),
@@ -43,20 +49,21 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
 """Roles and what names tell of them, in order."""
 _IN_BLOCK: tuple[tuple[str, str], ...] = (
     ("embedding", r"(?:timestep|class)_embedder_"),  # of a block's own modulation
-    ("attention", r"attn\d?(?:_|$)|attention(?:_|$)|_qkv(?:_|$)|_to_(?:[qkv]|out(?:_\d)?)$"),
-    ("mlp", r"(?:^|_)(?:mlp|ff|ffn|feed_forward|(?:gate|up|down)_proj)(?:_|$)"),
+    ("attention", r"attn\d?(?:_|$)|attention(?:_|$)|_qkv(?:_|$)|_to_(?:[qkv]|out(?:_\d)?)$|fuser_blocks_\d+_linear"),
+    ("mlp", r"(?:^|_)(?:mlp[xc]?|ff|ffn|feed_forward|(?:gate|up|down)_proj)(?:_|$)"),
 )
 _OUTSIDE: tuple[tuple[str, str], ...] = (
     (
         "output",
         r"(?:^|_)(?:proj_out(?:_\d)?|final_layer(?:_\d+)*_linear|final_linear|out_layer_out_layer|head_head|conv_out)$"
-        r"|(?:^|model_)out_2$",
+        r"|(?:^|model_)(?:out_2|last_linear)$",
     ),
     (
         "embedding",
         r"embed|(?:^|_)(?:img|txt|time|guidance|vector|clip|proj|text|image)_(?:in|emb)(?:_|$)|(?:^|_)label_emb_"
-        r"|(?:^|_)(?:patchify|input|text|cond|timestep|time_step|global)_proj(?:_|$)|proj_in$|caption_projection_|projector_"
-        r"|(?:pad_token|_tokens)$|(?:^|_)patch_",
+        r"|(?:^|_)(?:patchify|input|text|cond|timestep|time_step|global)_proj(?:_|$)|proj_in$|caption_projection_|projector(?:_|$)"
+        r"|(?:pad_token|_tokens)$|(?:^|_)patch_|(?:^|_)(?:cond_seq|init_x)_linear$|pos_frequencies$|positional_encoding$"
+        r"|(?:^|_)(?:t5_yproj|tmlp_\d|txtmlp_\d)$|(?:^|model_)first$",
     ),
     *_IN_BLOCK,
 )

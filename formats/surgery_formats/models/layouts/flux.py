@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from surgery_formats.models.layouts.rule import Network, Rule, fused, same, swapped
 
-__all__ = ["BLOCKS", "NETWORK"]
+__all__ = ["BLOCKS", "NETWORK", "SAVED_NORMS"]
 
 _IN, _OUT = "double_blocks.#.", "transformer_blocks.#."
 _SINGLE_IN, _SINGLE_OUT = "single_blocks.#.", "single_transformer_blocks.#."
@@ -22,6 +22,17 @@ _NORMS = (
     (f"{_SINGLE_IN}norm.query_norm", f"{_SINGLE_OUT}attn.norm_q.weight"),
     (f"{_SINGLE_IN}norm.key_norm", f"{_SINGLE_OUT}attn.norm_k.weight"),
 )
+
+SAVED_NORMS: tuple[Rule, ...] = tuple(
+    same(f"{old}norm.{name}_norm", f"{new}attn.norm_{added}{name[0]}")
+    for old, new, added in (
+        (f"{_IN}img_attn.", _OUT, ""),
+        (f"{_IN}txt_attn.", _OUT, "added_"),
+        (_SINGLE_IN, _SINGLE_OUT, ""),
+    )
+    for name in ("query", "key")
+)
+"""ComfyUI calls the scale of a norm its weight, and saves it so."""
 
 BLOCKS: tuple[Rule, ...] = (
     fused(f"{_IN}img_attn.qkv", *(f"{_OUT}attn.{x}" for x in ("to_q", "to_k", "to_v"))),
@@ -46,6 +57,7 @@ BLOCKS: tuple[Rule, ...] = (
     same(f"{_SINGLE_IN}linear2", f"{_SINGLE_OUT}proj_out"),
     same("img_in", "x_embedder"),
     same("final_layer.linear", "proj_out"),
+    *SAVED_NORMS,
 )
 """What Chroma has too."""
 

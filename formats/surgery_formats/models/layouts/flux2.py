@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from surgery_formats.models.layouts.flux import SAVED_NORMS
 from surgery_formats.models.layouts.rule import Network, fused, same, swapped
 
 __all__ = ["NETWORK"]
@@ -37,6 +38,7 @@ _RULES = (
     same("single_stream_modulation.lin", "single_stream_modulation.linear"),
     swapped("final_layer.adaLN_modulation.1", "norm_out.linear"),
     same("final_layer.linear", "proj_out"),
+    *SAVED_NORMS,
 )
 
 NETWORK = Network("Flux 2", ("Flux2Transformer2DModel",), (lambda _: _RULES,))

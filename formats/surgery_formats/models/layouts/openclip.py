@@ -35,7 +35,7 @@ _WITHOUT_PREFIX = tuple(
 )
 
 NETWORK = Network(
-    "OpenCLIP",
+    "CLIP",
     ("clip", "clip_text_model", "clip_text_model_with_projection"),
     (lambda _: _RULES, lambda _: _WITHOUT_PREFIX),
     denoises=False,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from surgery_formats.models.layouts.registry import indexes_of
 
-__all__ = ["Part", "parts_of"]
+__all__ = ["Part", "encoder_name", "parts_of"]
 
 _DENOISERS = ("model.diffusion_model.", "diffusion_model.", "net.", "model.model.", "model.", "")
 _SAY_SO = _DENOISERS[:2]  # whatever the family
@@ -52,6 +52,12 @@ def parts_of(names: Collection[str]) -> tuple[Part, ...]:
         parts += (Part(component, prefix) for component, prefix in _text_encoders(names))
         parts += (Part(component, prefix) for prefix, component in _BESIDE.items() if _has(names, prefix))
     return tuple(parts)
+
+
+def encoder_name(prefix: str) -> str:
+    """ComfyUI's name of the text encoder behind a prefix (``t5xxl``), or empty."""
+    match = _COMFYUI.match(f"{prefix}x")
+    return match[2] if match else ""
 
 
 def _denoises(names: Collection[str], prefix: str) -> bool:

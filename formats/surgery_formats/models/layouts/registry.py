@@ -9,15 +9,20 @@ from typing import Any
 
 from surgery_formats.models.layouts import (
     anima,
+    auraflow,
     chroma,
     flux,
     flux2,
+    hidream,
     hunyuan_video,
+    krea2,
     ltx,
     ltx2,
     lumina2,
+    mochi,
     openclip,
     qwen_image,
+    sana,
     sd3,
     unet,
     wan,
@@ -43,6 +48,11 @@ NETWORKS: tuple[Network, ...] = (
     ltx2.NETWORK,
     lumina2.NETWORK,
     anima.NETWORK,
+    hidream.NETWORK,
+    mochi.NETWORK,
+    sana.NETWORK,
+    auraflow.NETWORK,
+    krea2.NETWORK,
     openclip.NETWORK,
 )
 _ENOUGH = 0.5  # of a base's names have to be a family's

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRAs of the parts of a fused weight as one of it, and back: the same change of every weight, by the names that programs load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import surgery
+from tests.support.adapter_files import Arrays, draw
+from tests.support.bases import KINDS, drawn, files_of, in_comfyui, lora_of, tensors_of, written
+
+FUSED = [network for network in KINDS if len(tensors_of(network).single) != len(tensors_of(network).spans)]
+
+
+def _stems(path: Path) -> set[str]:
+    return {key.rpartition(".lora_")[0] for key in load_file(path) if ".lora_" in key}
+
+
+def _merged(base: Path, adapter: Path, out: Path) -> Arrays:
+    surgery.merge(base, adapter, output=out)
+    return load_file(out / "base.safetensors")
+
+
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+@pytest.mark.parametrize("network", FUSED)
+def test_parts_become_the_whole_and_parts_again(network: str, to: str, tmp_path: Path) -> None:
+    weights = drawn(network, np.float32)
+    base = written(weights, "ComfyUI", tmp_path / "base")
+    lora = lora_of(weights, "diffusers", encoders=False)
+    source, whole, back = (tmp_path / f"{name}.safetensors" for name in ("source", "whole", "back"))
+    save_file(lora.tensors, source)
+    surgery.convert(source, to, output=whole, base=base)
+    tensors = tensors_of(network)
+    modules = {
+        in_comfyui(network, whole_name).removesuffix(".weight")
+        for part, spans in tensors.spans.items()
+        for whole_name, _, _ in spans
+        if part.endswith(".weight") and len(tensors.single[whole_name]) in (2, 4, 5)
+    }
+    flat = {f"lora_unet_{module.replace('.', '_')}" for module in modules}
+    assert _stems(whole) == (flat if to == "kohya" else {f"diffusion_model.{module}" for module in modules})
+    surgery.convert(whole, "diffusers", output=back, base=base)
+    assert _stems(back) == _stems(source)
+    before = load_file(source)
+    for name, tensor in load_file(back).items():
+        np.testing.assert_array_equal(tensor, before[name])
+    (added,) = files_of(lora.added, "ComfyUI").values()
+    start = load_file(base)
+    for number, adapter in enumerate((whole, back)):
+        for name, tensor in _merged(base, adapter, tmp_path / f"{number}").items():
+            np.testing.assert_allclose(tensor, start[name] + added[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("network", KINDS)
+def test_comfyui_gets_the_names_of_the_release_whatever_the_base_has(network: str, tmp_path: Path) -> None:
+    weights, tensors = drawn(network, np.float32), tensors_of(network)
+    base, file = (written(weights, layout, tmp_path / layout) for layout in ("folder", "ComfyUI"))
+    lora = lora_of(weights, "diffusers", encoders=False)
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(lora.tensors, source)
+    surgery.convert(source, "comfyui", output=out, base=base)
+    assert _stems(out) == {
+        f"diffusion_model.{whole.removesuffix('.weight')}"
+        for part, spans in tensors.spans.items()
+        for whole, _, _ in spans
+        if part.endswith(".weight") and len(tensors.single[whole]) in (2, 4, 5)
+    }
+    (added,) = files_of(lora.added, "ComfyUI").values()
+    start = load_file(file)
+    for name, tensor in _merged(file, out, tmp_path / "merged").items():
+        np.testing.assert_allclose(tensor, start[name] + added[name], atol=1e-5)
+
+
+def _loras(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> Arrays:
+    found: Arrays = {}
+    for module, (a, b) in parts.items():
+        found |= {f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}
+    return found
+
+
+def test_parts_with_one_a_stay_of_its_rank_and_missing_parts_are_zeros(tmp_path: Path) -> None:
+    name, a = "transformer_blocks.0.attn.", draw(1, 2, 4).astype(np.float16)
+    base = {
+        "double_blocks.0.img_attn.qkv.weight": draw(5, 12, 4),
+        "double_blocks.0.img_attn.proj.weight": draw(6, 4, 4),
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    q, v = draw(2, 4, 2).astype(np.float16), draw(3, 4, 2).astype(np.float16)
+    save_file(_loras({f"{name}to_q": (a, q), f"{name}to_v": (a.copy(), v)}), tmp_path / "lora.safetensors")
+    out = tmp_path / "out.safetensors"
+    surgery.convert(tmp_path / "lora.safetensors", "comfyui", output=out, base=tmp_path / "base.safetensors")
+    got = load_file(out)
+    stem = "diffusion_model.double_blocks.0.img_attn.qkv"
+    np.testing.assert_array_equal(got[f"{stem}.lora_A.weight"], a)
+    np.testing.assert_array_equal(got[f"{stem}.lora_B.weight"], np.concatenate([q, np.zeros((4, 2), np.float16), v]))
+    assert got[f"{stem}.lora_B.weight"].dtype == np.float16
+
+
+def test_scales_that_differ_are_multiplied_in(tmp_path: Path) -> None:
+    base = {
+        "double_blocks.0.img_attn.qkv.weight": draw(5, 12, 4),
+        "double_blocks.0.img_attn.proj.weight": draw(6, 4, 4),
+    }
+    save_file(base, tmp_path / "base.safetensors")
+    lora: Arrays = {}
+    for number, (part, alpha) in enumerate((("to_q", 1.0), ("to_k", 4.0))):
+        stem = f"lora_transformer_transformer_blocks_0_attn_{part}"
+        lora |= {f"{stem}.lora_down.weight": draw(10 + number, 2, 4), f"{stem}.lora_up.weight": draw(20 + number, 4, 2)}
+        lora[f"{stem}.alpha"] = np.full((), alpha, np.float32)
+    save_file(lora, tmp_path / "lora.safetensors")
+    out = tmp_path / "out.safetensors"
+    surgery.convert(tmp_path / "lora.safetensors", "comfyui", output=out, base=tmp_path / "base.safetensors")
+    assert _stems(out) == {"diffusion_model.double_blocks.0.img_attn.qkv"}
+    one, other = (
+        _merged(tmp_path / "base.safetensors", p, tmp_path / p.stem) for p in (tmp_path / "lora.safetensors", out)
+    )
+    assert all(np.allclose(tensor, other[name], atol=1e-6) for name, tensor in one.items())
