@@ -18,28 +18,38 @@ from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.kinds.lora import LORA
+from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longest_leaf
-from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.grammar.scales import StatedScales
+from surgery_formats.adapters.grammar.spelling import BUNDLE
+from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
 from surgery_formats.adapters.joining import Span, joined, runs
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
+    restate,
     surviving_metadata,
     whole_place,
 )
 from surgery_formats.binding.growth import grown
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import LoRA, Update, is_replacing, low_rank_part
+from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
 
 _CLIP, _TEXT = "clip_text_model", "text_model."  # a level of every published CLIP, which transformers 5 leaves out
+_NO_PLACE: Mapping[str, str] = {
+    "embedding": "embeddings",
+    "experts": "stacked experts",
+    "attention output": "the inside of a torch.nn.MultiheadAttention",
+}
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -61,11 +71,23 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
     job.write_joined()
-    ledger.drop_prompt(adapter)
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
+    bundle_alone = all(name.startswith(BUNDLE) for name in tensors)  # a file of its own format: a textual inversion
+    if not bundle_alone and not dialect.claims(tensors.keys()):
+        ledger, tensors = _unrecognised(adapter), {}
+    ledger.drop_prompt(adapter)
     metadata = _metadata(adapter, job)
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+def _unrecognised(adapter: Adapter) -> ConversionLedger:
+    """Everything dropped: the file would be taken for a model, or for one of another format."""
+    ledger = ConversionLedger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.drop(site, update, "its names do not tell such a file from a model, or from another format's")
+    return ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +159,22 @@ class _Job:
             is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
         ):
             return f"this format has no {source.kind}"
+        if len(chain := self.adapter.updates[site]) > 1 and any(other.effect == "maps" for other in chain):
+            return "programs that read it take one kind of change for each module"
         if own is None and not kind.takes(update):
             return f"this format has no {source.kind}"
         loaded = self.dialect.loaded is None or update.kind in self.dialect.loaded or kind is WHOLE
         loaded = loaded or ("up_bias" in self.dialect.leaves and parameter == "bias" and bool(self._beside(site)))
         if own is None and not loaded:
             return f"the format's own program loads no {source.kind}"
+        if site.module_kind in _NO_PLACE:
+            return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
         named = named or (own is not None and parameter == "output" and "embedding_out" in own.leaves)
         named = named or (parameter == "scale" and module.endswith(NORMS_OF_FLUX) and is_replacing(update))
         if not named:
             return "this format names modules, not parameters"
-        if site.module_kind in ("embedding", "experts", "attention output"):
-            return f"this format has no place for an {site.module_kind}"
         prefix = (self.dialect.prefix_for(self._component(site)) or "") if own else self._prefix(site)
         if prefix is None:
             return f"this format has no place for '{site.component}'"
@@ -173,7 +197,11 @@ class _Job:
                 self.in_header and low_rank_part(update) is not None,
                 self._states_shape(site, update),
                 self._bias_scale(site),
+                self.trained,
+                self._alpha_dtype(own, update) if own else DType.F32,
             )
+            if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
+                return "its magnitudes belong to columns, this format's to rows"
             kind.write(piece.update, parameter, writer)
             if why := self._keep(writer, prefix, piece.update.rank, module if own else ""):
                 return why
@@ -240,6 +268,22 @@ class _Job:
             lora = joined(stem, whole.parts, whole.height)
             LORA.write(lora, "weight", writer)
             self._keep(writer, whole.prefix, lora.rank)
+
+    @cached_property
+    def trained(self) -> tuple[tuple[int, float], ...]:
+        """What readers will take from the header, if no scale stands elsewhere."""
+        if self.with_alpha or self.in_header:
+            return ()
+        metadata = surviving_metadata(self.adapter)
+        _restate_ranks(metadata, self)
+        return StatedScales.of(metadata, with_alphas=False, path=self.adapter.path).trained
+
+    def _alpha_dtype(self, own: ModuleSpelling, update: Update) -> DType | None:
+        """The type of a module's alpha as its file had it; None if it had none."""
+        if "alpha" not in own.leaves:
+            return None
+        name = f"{own.stem}{own.leaves['alpha']}"
+        return next((tensor.dtype for tensor in update.tensors if tensor.name == name), DType.F32)
 
     def _needs_base(self, site: Site) -> str:
         """Why a site cannot be spelt without one."""
@@ -344,7 +388,7 @@ class _Whole:
 
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     """What the file says of itself: what its sources said, with ranks and alphas as they are now."""
-    metadata = surviving_metadata(adapter)
+    metadata = surviving_metadata(adapter, hashed=True)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
         names = [name for writer in job.writers.values() for name in writer.tensors]
@@ -358,9 +402,16 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
             for role in ("up_bias", "dora_scale")
         )
         metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased, directed)
-    loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
-    if loras and "ss_network_dim" in metadata:
-        metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"
-    if loras and "ss_network_alpha" in metadata:
-        metadata["ss_network_alpha"] = f"{commonest(lora.scale * lora.rank for lora in loras):.9g}"
+    _restate_ranks(metadata, job)
+    if job.spelt.modules and "format" in adapter.metadata:
+        metadata["format"] = adapter.metadata["format"]
     return metadata
+
+
+def _restate_ranks(metadata: dict[str, str], job: _Job) -> None:
+    """The numbers of sd-scripts as they are now. Where they state the scales, what is left of those is in the factors."""
+    loras = [lora for chain in job.adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
+    if loras and "ss_network_dim" in metadata:
+        restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
+    if loras and "ss_network_alpha" in metadata and (job.with_alpha or job.in_header):
+        restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)
