@@ -35,7 +35,7 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.updates import LoRA, Update, is_replacing, low_rank_part
+from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
 
@@ -143,6 +143,8 @@ class _Job:
         loaded = loaded or ("up_bias" in self.dialect.leaves and parameter == "bias" and bool(self._beside(site)))
         if own is None and not loaded:
             return f"the format's own program loads no {source.kind}"
+        if own is None and self.dialect.in_header and update.kind == "LoRA" and site.component in self._directed:
+            return "the format's own program loads no LoRA beside a DoRA"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
         named = named or (own is not None and parameter == "output" and "embedding_out" in own.leaves)
@@ -305,6 +307,12 @@ class _Job:
         if self.base is not None and self.base.is_pipeline:
             return component_of(site, self.base).name
         return self._denoiser or site.component
+
+    @cached_property
+    def _directed(self) -> frozenset[str]:
+        """Components with a DoRA: diffusers then gives every module magnitudes."""
+        updates = self.adapter.updates.items()
+        return frozenset(site.component for site, chain in updates if any(is_directed(update) for update in chain))
 
     @cached_property
     def _denoiser(self) -> str:
