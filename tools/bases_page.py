@@ -25,6 +25,8 @@ part, with `-m slow` all.
 A merge is *right* if files, names, their order, types, shapes and metadata are the base's, every weight that the LoRA names changed as its
 two factors say, within 1e-6 of the greatest change and one rounding, and every other byte is as it was. So one LoRA changes a single
 file and a folder of diffusers alike: what is split in one and fused in the other, halves that lie the other way round, transposed ones.
+`pytest -m nightly tests/models/test_single_file_peer.py` makes small models of eight families with diffusers, and lets its
+`from_single_file` read the merged files: bit for bit the merged folders.
 """
 
 IN_FP8 = """Refused: HunyuanVideo's CLIP is the second text encoder of its pipeline, and `text_encoders.clip_l.` the first of all others.

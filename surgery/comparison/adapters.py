@@ -8,10 +8,13 @@ from dataclasses import replace
 
 from surgery.algebra.group import key_of
 from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, compared, measured_side, ratio, side_of
+from surgery.comparison.on_base import pairs_on
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.site_names import same_denoiser
 from surgery_formats.dtypes import DType
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.expert_stacks import parse_expert_path
 from surgery_formats.updates import (
     Factor,
@@ -30,10 +33,12 @@ TOLERANCE = 1e-6
 """Relative difference of deltas that are called equal: what float32 factors of one delta differ by."""
 
 
-def diff_adapters(a: Adapter, b: Adapter, *, header: bool, tolerance: float | None) -> AdapterDiff:
+def diff_adapters(
+    a: Adapter, b: Adapter, *, header: bool, tolerance: float | None, base: Checkpoint | None = None
+) -> AdapterDiff:
     """Compare two adapters that were read. See `surgery.verbs.diff.diff`."""
     limit = TOLERANCE if tolerance is None else tolerance
-    pairs = _pairs(a, b)
+    pairs, notes = (_pairs(a, b), []) if base is None else pairs_on(base, a, b)
     modules, total, compared = [], Squares(), False
     for name, (mine, theirs) in pairs.items():
         if header:
@@ -50,7 +55,7 @@ def diff_adapters(a: Adapter, b: Adapter, *, header: bool, tolerance: float | No
         "parameters": (str(a.parameters), str(b.parameters)),
     }
     difference = ratio(math.sqrt(total.difference), math.sqrt(total.a)) if compared else None
-    return AdapterDiff(facts, tuple(modules), difference, header, tuple(_notes(a, b)))
+    return AdapterDiff(facts, tuple(modules), difference, header, (*notes, *_notes(a, b)))
 
 
 def _notes(a: Adapter, b: Adapter) -> list[str]:
@@ -81,12 +86,15 @@ def _spelling(site: Site) -> tuple[str, bool, bool] | None:
 def _pairs(a: Adapter, b: Adapter) -> dict[str, tuple[Chain | None, Chain | None]]:
     """Updates of one weight beside each other; flattened names meet those with dots."""
     flat = any(site.flat for adapter in (a, b) for site in adapter.updates)
+    called = same_denoiser(site.component for adapter in (a, b) for site in adapter.updates)
     bare = any(all(not site.component for site in adapter.updates) for adapter in (a, b))
 
     def keys(adapter: Adapter) -> dict[tuple[str, str], tuple[Site, Chain]]:
         single = len({site.component for site in adapter.updates}) == 1
         chains = {key_of(site, flat=flat): (site, chain) for site, chain in adapter.updates.items()}
-        return {("" if bare and single else part, path): value for (part, path), value in chains.items()}
+        return {
+            ("" if bare and single else called.get(part, part), path): value for (part, path), value in chains.items()
+        }
 
     mine, theirs = keys(a), keys(b)
     pairs: dict[str, tuple[Chain | None, Chain | None]] = {}

@@ -147,7 +147,7 @@ def left_beside(adapter: Adapter, target: Format, *, allow_loss: bool) -> tuple[
 
 
 def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
-    """The binding of an adapter to its base; None without a base, or without weights to bind.
+    """The binding of an adapter to its base; None without a base, or without weights that it could be merged into.
 
     Raises:
         FitError: tensors that no update uses, or a base that the adapter was not made for.
@@ -155,7 +155,10 @@ def bound_source(source: Adapter, base: Checkpoint | None) -> Binding | None:
     check_consumed(source)
     if base is None or not source.updates:
         return None
-    binding = bind([(source, 1.0)], base)
+    apart = source.unmergeable  # they cannot be bound, and are written as they are or dropped
+    if apart and not source.updates.keys() - apart:
+        return None
+    binding = bind([(source.only(source.updates.keys() - apart) if apart else source, 1.0)], base)
     check_base_id(base, [source])
     return binding
 
@@ -189,6 +192,8 @@ def plan_conversion(
     source = source if base is None else sized(source, base)
     rendering = target.render(source, base)
     if not allow_loss:
+        if base is not None:
+            _refuse_what_no_weight_holds(source, rendering)
         hints = [as_loras] if as_loras and _other_kinds(source, rendering) else []
         hints += ["`allow_loss=True` leaves them out"] if rendering.tensors else []
         check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None)
@@ -197,6 +202,15 @@ def plan_conversion(
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
     return Conversion(source, reader_of(rendering, target), stored_as(rendering, dtype), base, binding, dtype)
+
+
+def _refuse_what_no_weight_holds(source: Adapter, rendering: Rendering) -> None:
+    """Where such an update was dropped: what it is says more than that a format lacks it."""
+    dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
+    for site in sorted(source.unmergeable):
+        for update in source.updates[site]:
+            if str(site) in dropped and is_refusing(update):
+                update.refuse()
 
 
 def _other_kinds(source: Adapter, rendering: Rendering) -> bool:
@@ -246,7 +260,9 @@ def prove_conversion(
     from surgery.engine.proof import prove_rendering
 
     source, tolerance = conversion.source, tolerance_of(conversion.dtype)
-    errors, near = prove_rendering(path, source, conversion.target, conversion.rendering, conversion.binding, tolerance)
+    errors, near = prove_rendering(
+        path, source, conversion.target, conversion.rendering, conversion.binding, tolerance, conversion.base
+    )
     errors |= also(path) if also is not None else {}
     if conversion.base is not None:
         conversion.base.check_unchanged()

@@ -25,21 +25,33 @@ from surgery.engine.factor_proof import (
 )
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
+from surgery_formats.adapters.registry import format_at
 from surgery_formats.adapters.writing import row_slice
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.canonical.site_names import common_names
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError, ProofError
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
-from surgery_formats.updates import Factor, LoRA, Update, experts_of, is_directed, is_replacing, low_rank_part, settings
+from surgery_formats.updates import (
+    Factor,
+    LoRA,
+    Update,
+    experts_of,
+    is_directed,
+    is_replacing,
+    low_rank_part,
+    settings,
+)
 from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
@@ -59,11 +71,19 @@ def read_back(target: Format, path: Path) -> Adapter:
         why = f"{target.name} cannot read what was written: {error.message}"
         raise ProofError(why, file=error.file, tensor=error.tensor, hint=error.hint) from error
     check_consumed(written, ProofError)
+    if not target.detect(path) and format_at(path) is None:
+        raise ProofError(f"no format, {target.name} included, knows what was written as an adapter", file=path)
     return written
 
 
 def prove_rendering(
-    path: Path, source: Adapter, target: Format, rendering: Rendering, binding: Binding | None, tolerance: float
+    path: Path,
+    source: Adapter,
+    target: Format,
+    rendering: Rendering,
+    binding: Binding | None,
+    tolerance: float,
+    base: Checkpoint | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Read back what lies at `path` and compare it with what was rendered, weight by weight.
 
@@ -74,6 +94,7 @@ def prove_rendering(
         rendering: Of `source`.
         binding: Of `source` to its base; None without a base.
         tolerance: Greatest error of a weight's delta, relative to its greatest value.
+        base: The one that `source` has its sizes from.
 
     Returns:
         Errors by weight, and by site those of what is approximated.
@@ -93,6 +114,14 @@ def prove_rendering(
     approximated = approximation_errors(rendering, written, tolerance)
     held = {site: chain for site, chain in rendering.held.items() if site not in approximated}
     rest = {site: chain for site, chain in written.updates.items() if site not in approximated}
+    if base is not None and (apart := source.unmergeable & held.keys()):
+        sized_alike = sized(written, base)
+        alone = {site: sized_alike.updates[site] for site in sized_alike.unmergeable}
+        errors |= compare(
+            restricted(source, {site: held[site] for site in apart}), restricted(sized_alike, alone), None
+        )
+        held = {site: chain for site, chain in held.items() if site not in apart}
+        rest = {site: chain for site, chain in rest.items() if site not in alone}
     if held or (rest and rendering.held):
         kept_source = restricted(source, held)
         if binding is not None and held != dict(source.updates):
@@ -153,7 +182,10 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
         expected, actual = dict(_unbound(source.updates, name)), dict(_unbound(written.updates, name))
     else:
         # The written adapter is bound anew: this proves its names, which the source's binding cannot.
-        expected, actual = _bound(binding), _bound(bind([(written, 1.0)], binding.checkpoint))
+        again = bind([(written, 1.0)], binding.checkpoint)
+        if again.untied != binding.untied:
+            raise ProofError("only one of source and output parts the head from the embedding", file=written.path)
+        expected, actual = _bound(binding), _bound(again)
     lost = sorted(expected.keys() - actual.keys())
     new = [name for name in sorted(actual.keys() - expected.keys()) if not _adds_nothing(actual[name])]
     if lost or new:

@@ -38,6 +38,7 @@ from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, what_to_tell
 from surgery_formats.adapters.registry import format_named
+from surgery_formats.adapters.writing import lost_strings
 from surgery_formats.binding.containers import housed
 from surgery_formats.errors import FitError, UsageError
 
@@ -188,7 +189,7 @@ def convert(
         target.name,
         entries,
         {},
-        (*original.known_issues(), *what_to_tell(plan.rendering, target)),
+        (*original.known_issues(), *what_to_tell(plan.rendering, target), *lost_strings(source, plan.rendering)),
         original.path,
         as_lora,
     )

@@ -8,7 +8,7 @@ import math
 from surgery.comparison.adapters import diff_adapters
 from surgery.comparison.checkpoints import CheckpointDiff, diff_checkpoints
 from surgery.comparison.results import AdapterDiff
-from surgery.engine.inputs import Openable, as_opened
+from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_opened
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.canonical.adapter import Adapter
@@ -25,6 +25,7 @@ def diff(
     header: bool = False,
     spectrum: bool = False,
     tolerance: float | None = None,
+    base: CheckpointLike | None = None,
     progress: Callback | None = None,
 ) -> AdapterDiff | CheckpointDiff:
     """Compare two files or folders of one sort.
@@ -40,22 +41,28 @@ def diff(
             always have it.
         tolerance: Relative difference up to which a weight counts as equal; by default 0 for checkpoints, 1e-6 for
             adapters.
+        base: Of adapters: the model that both were trained on. It brings names of two programs together, and fused weights
+            and their parts; without it, two names for one weight are two weights.
         progress: Called with every tensor.
 
     Raises:
         InputError: one of them cannot be read.
-        FitError: an adapter and a checkpoint, or a tolerance below 0.
+        FitError: an adapter and a checkpoint, a tolerance below 0, an adapter that is not of the base, or models and a
+            base.
         ProofError: a checkpoint changed while it was read.
     """
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise FitError(f"a tolerance of {tolerance:g}", hint="give 0 or more")
     old, new = as_opened(a, "a"), as_opened(b, "b")
     if isinstance(old, Adapter) and isinstance(new, Adapter):
-        return diff_adapters(old, new, header=header, tolerance=tolerance)
+        model = None if base is None else as_checkpoint(base)
+        return diff_adapters(old, new, header=header, tolerance=tolerance, base=model)
     if isinstance(old, Adapter) or isinstance(new, Adapter):
         raise FitError(
             "one is an adapter, the other a full model",
             file=(new if isinstance(old, Adapter) else old).path,
             hint="extract a LoRA from the model, or merge the adapter into its base, to compare like with like",
         )
+    if base is not None:
+        raise FitError("a base brings names of adapters together, and these are models", hint="leave out `base=`")
     return diff_checkpoints(old, new, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)

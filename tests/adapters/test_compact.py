@@ -261,7 +261,7 @@ def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monke
 
     class Liar:
         single_file, name, coding = honest.single_file, honest.name, honest.coding
-        read = honest.read
+        read, detect = honest.read, honest.detect
 
         def render(self, adapter: object, base: object) -> object:
             rendering = honest.render(adapter, base)  # type: ignore[arg-type]

@@ -55,6 +55,26 @@ def test_parts_become_the_whole_and_parts_again(network: str, to: str, tmp_path:
             np.testing.assert_allclose(tensor, start[name] + added[name], atol=1e-5)
 
 
+@pytest.mark.parametrize("network", KINDS)
+def test_comfyui_gets_the_names_of_the_release_whatever_the_base_has(network: str, tmp_path: Path) -> None:
+    weights, tensors = drawn(network, np.float32), tensors_of(network)
+    base, file = (written(weights, layout, tmp_path / layout) for layout in ("folder", "ComfyUI"))
+    lora = lora_of(weights, "diffusers", encoders=False)
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(lora.tensors, source)
+    surgery.convert(source, "comfyui", output=out, base=base)
+    assert _stems(out) == {
+        f"diffusion_model.{whole.removesuffix('.weight')}"
+        for part, spans in tensors.spans.items()
+        for whole, _, _ in spans
+        if part.endswith(".weight") and len(tensors.single[whole]) in (2, 4, 5)
+    }
+    (added,) = files_of(lora.added, "ComfyUI").values()
+    start = load_file(file)
+    for name, tensor in _merged(file, out, tmp_path / "merged").items():
+        np.testing.assert_allclose(tensor, start[name] + added[name], atol=1e-5)
+
+
 def _loras(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> Arrays:
     found: Arrays = {}
     for module, (a, b) in parts.items():

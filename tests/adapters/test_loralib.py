@@ -137,3 +137,12 @@ def test_the_suite_of_formats(check: Callable[[FormatCase, Path], None], tmp_pat
         return Path(shutil.copy(HERE / "all.pt", folder / "golden"))
 
     check(FormatCase(LORALIB.with_alpha(12), write), tmp_path)
+
+
+def test_a_file_of_gpt2_is_not_one_of_diffusers(tmp_path: Path) -> None:
+    """Its modules begin with ``transformer.``; without an alpha it is refused, where diffusers' would mean the rank."""
+    module = "transformer.h.0.attn.c_attn"
+    torch.save({f"{module}.lora_A": torch.ones(2, 8), f"{module}.lora_B": torch.ones(24, 2)}, tmp_path / "g.pt")
+    assert format_at(tmp_path / "g.pt") is LORALIB
+    with pytest.raises(FitError, match="stores no lora_alpha"):
+        read_adapter(tmp_path / "g.pt")

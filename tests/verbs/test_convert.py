@@ -238,6 +238,9 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
         def read(self, path: Path) -> object:
             return honest.read(path)
 
+        def detect(self, path: Path) -> bool:
+            return honest.detect(path)
+
         def render(self, adapter: object, base: object) -> object:
             rendering = honest.render(adapter, base)  # type: ignore[arg-type]
 

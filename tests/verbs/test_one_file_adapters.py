@@ -10,9 +10,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from surgery import combine, convert, inspect, merge, resize
+from surgery import combine, convert, diff, inspect, merge, resize
 from surgery_formats.errors import FitError
-from tests.support.adapter_files import Arrays, assert_close, draw, kohya_deltas, merged, write_base
+from tests.support.adapter_files import GOLDEN, Arrays, assert_close, draw, kohya_deltas, merged, write_base
 
 BLOCK = "lora_unet_double_blocks_0_img_attn_qkv"
 
@@ -169,3 +169,43 @@ def test_dotted_names_of_a_denoiser_are_flattened_without_a_base(tmp_path: Path)
     save_file({f"model.layers.0.q_proj.{side}.weight": draw(1, 4, 4) for side in ("lora_A", "lora_B")}, file)
     with pytest.raises(FitError, match="come from the base"):
         convert(file, "kohya", output=tmp_path / "no.safetensors")
+
+
+def test_spellings_of_one_lora_are_equal_on_the_base(tmp_path: Path) -> None:
+    """kohya's, diffusers', ComfyUI's and the bare one; without a base only the denoiser's own names are told to be the same."""
+    base = write_base(
+        tmp_path / "base", {"blocks.0.self_attn.q.weight": (8, 6), "blocks.0.self_attn.k.weight": (8, 6)}, {}
+    )
+    stems = {f"lora_unet_blocks_0_self_attn_{part}": (8, 6) for part in "qk"}
+    flat = _kohya(tmp_path / "kohya.safetensors", 1, 2, 3.0, stems)
+    files = [flat]
+    for target in ("diffusers", "comfyui", "bare"):
+        files.append(tmp_path / f"{target}.safetensors")
+        convert(flat, target, output=files[-1], base=base)
+    for one in files:
+        for other in files:
+            found = diff(one, other, base=base)
+            assert found.equal, (one.name, other.name)
+            assert [module.difference for module in found.modules] == [0.0, 0.0]
+    assert diff(flat, files[2]).equal  # ComfyUI has the base's own names
+    assert not diff(flat, files[1]).same_structure
+    combine({flat: 0.5}, output=tmp_path / "half.safetensors")
+    halved = diff(files[1], tmp_path / "half.safetensors", base=base)
+    assert {module.status for module in halved.modules} == {"different"}
+    assert halved.difference == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("layout", ["bfl", "diffusers"])
+def test_a_fused_weight_and_its_parts_are_compared_on_the_base(layout: str, tmp_path: Path) -> None:
+    """XLabs trains Flux' fused projections; diffusers has q, k and v, and the base either."""
+    base, fused = GOLDEN / f"flux/base-{layout}.safetensors", GOLDEN / "flux/xlabs/adapter.safetensors"
+    parts = tmp_path / "parts.safetensors"
+    convert(fused, "diffusers", output=parts, base=base)
+    assert not diff(fused, parts).same_structure
+    found = diff(fused, parts, base=base)
+    assert found.equal
+    assert max(module.difference for module in found.modules) <= 1e-7
+    combine({parts: 2.0}, output=tmp_path / "twice.safetensors")
+    assert diff(fused, tmp_path / "twice.safetensors", base=base).difference == pytest.approx(1.0)
+    with pytest.raises(FitError, match="these are models"):
+        diff(base, base, base=base)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, number, subcommand
 from surgery_cli.output import show_result
 from surgery_cli.progress import bar
@@ -28,6 +29,11 @@ FINDINGS = 6
     metavar="X",
     help="Relative difference that counts as none; default: 0 for models, 1e-6 for adapters.",
 )
+@option.reference(
+    "--base",
+    metavar="BASE",
+    help="Of adapters: the model they were trained on, where they name its weights differently.",
+)
 @click.option(
     "--fail-on",
     type=click.Choice(["any", "structure"]),
@@ -37,12 +43,13 @@ def command(settings: Settings, a: str, b: str, fail_on: str | None, **options: 
     """Show what differs between two models or two adapters.
 
     Models are compared tensor by tensor. Adapters are compared by what they add to each weight, whatever their format,
-    rank and factors: no delta is formed, and no base is needed.
+    rank and factors: no delta is formed, and no base is needed unless they spell its weights in two ways.
 
     \b
     Examples:
       surgery diff base/ tuned/
       surgery diff my-lora/ my-lora.safetensors
+      surgery diff kohya.safetensors diffusers.safetensors --base flux/
       surgery diff base/ merged/ --fail-on structure --header
     """
     from surgery.verbs.diff import diff

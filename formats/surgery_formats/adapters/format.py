@@ -272,4 +272,4 @@ def what_to_tell(rendering: Rendering, target: Format) -> tuple[str, ...]:
     """What the user has to keep beside the files, for whoever reads them."""
     if rendering.alpha is None:
         return ()
-    return (f"files of {target.name} state no scale: this one is read with alpha {rendering.alpha:g}",)
+    return (f"files of {target.name} state no scale: this one is read with alpha {rendering.alpha:.9g}",)

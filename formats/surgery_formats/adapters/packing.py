@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from surgery_formats.adapters.hashes import HASHES, FileHashes
 from surgery_formats.containers.base import FileLayout, TensorSpec
 from surgery_formats.containers.safetensors import layout, reference_order
 from surgery_formats.containers.torch.layout import plan_archive
@@ -32,6 +33,7 @@ class PackedFile:
         nbytes: All of it.
         before: The bytes between a tensor and what is in front of it, given its name and its bytes; None for nothing.
         end: The bytes behind the last tensor, asked for when all others are known.
+        known_header: The first bytes as they are in the end, if they say something of the tensors; as long as `header`.
     """
 
     header: bytes
@@ -39,9 +41,10 @@ class PackedFile:
     nbytes: int
     before: Callable[[str, Data], bytes] | None = None
     end: Callable[[], bytes] = bytes
+    known_header: Callable[[], bytes] | None = None
 
     def pieces(self, tensors: Iterable[tuple[str, Data]]) -> Iterator[tuple[int, Data]]:
-        """All bytes with their positions, front to back; `tensors` come in the order of `ranges`."""
+        """All bytes with their positions, front to back, a header that has to wait once more; `tensors` as in `ranges`."""
         yield 0, self.header
         at = len(self.header)
         for name, data in tensors:
@@ -52,13 +55,28 @@ class PackedFile:
             at += nbytes
         if rest := self.end():
             yield at, rest
+        if self.known_header is not None:
+            yield 0, self.known_header()
 
 
 def packed_as_safetensors(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
-    """A file of safetensors, in the order of the reference implementation."""
-    header, ranges = layout(reference_order(tensors), metadata)
+    """A file of safetensors, in the order of the reference implementation. Hashes among the strings become those of the file."""
+    entries = reference_order(tensors)
+    header, ranges = layout(entries, metadata)
     nbytes = max((offset + size for offset, size in ranges.values()), default=len(header))
-    return PackedFile(header, ranges, nbytes)
+    if not (asked := HASHES.keys() & metadata.keys()):
+        return PackedFile(header, ranges, nbytes)
+    hashes = FileHashes(entries, metadata)
+
+    def taken(name: str, data: Data) -> bytes:
+        hashes.update(name, data)
+        return b""
+
+    def known_header() -> bytes:
+        found = {key: value for key, value in hashes.values().items() if key in asked}
+        return layout(entries, {**metadata, **found})[0]
+
+    return PackedFile(header, ranges, nbytes, taken, known_header=known_header)
 
 
 def packed_as_torch(tensors: Sequence[TensorSpec], metadata: Mapping[str, str], within: str = "") -> PackedFile:

@@ -59,9 +59,9 @@ BUILT_IN: tuple[Format, ...] = (
     KOHYA,
     COMPACT,
     OMI,
+    LORALIB,  # before diffusers, whose files may begin like GPT-2's modules
     DIFFUSERS,
     COMFYUI,
-    LORALIB,
     BARE,
     GGUF_LORA,
     ONNX_ADAPTER,

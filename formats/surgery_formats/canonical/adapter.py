@@ -13,7 +13,7 @@ from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Update
+from surgery_formats.updates import Update, is_refusing
 
 __all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
 
@@ -160,6 +160,11 @@ class Adapter:
         """Trained numbers: the elements of every tensor that does something."""
         dead = {id(entry.tensor) for entry in self.ignored}
         return sum(tensor.numel for tensor in self.tensors if id(tensor) not in dead)
+
+    @property
+    def unmergeable(self) -> frozenset[Site]:
+        """Sites with updates that no weight can hold."""
+        return frozenset(site for site, chain in self.updates.items() if any(is_refusing(update) for update in chain))
 
     def known_issues(self) -> tuple[str, ...]:
         """What makes this adapter easy to use wrongly; reads at most one factor."""

@@ -186,6 +186,8 @@ def _fault(site: Site, held: Contents, method: _Method, adapter: Adapter, base: 
     update, (module, _, leaf) = held.update, site.path.rpartition(".")
     if isinstance(update, Unmerged):
         return "" if adapter.format == "adapterhub" else f"this format has no {update.kind}"
+    if site.module_kind == "experts":
+        return "the library has no adapters on experts"
     if held.whole:
         return "heads lie in files of their own in this format (head_config.json), which are not written"
     if leaf == "bias" and isinstance(update, IA3 | DoRABias):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.format import WeightFileFormat
 from surgery_formats.adapters.grammar.leaves import LORA_SPELLINGS
-from surgery_formats.adapters.grammar.spelling import OF_FLUX, KeyPrefix
+from surgery_formats.adapters.grammar.spelling import DOTTED, OF_FLUX, KeyPrefix
 
 __all__ = ["BARE"]
 
@@ -20,7 +20,8 @@ BARE = WeightFileFormat(
     Dialect(
         name="bare",
         prefixes=(KeyPrefix("base_model.model.", "denoiser", False), KeyPrefix("", "", False)),
-        foreign=("base_model.",),  # of PEFT, without the configuration that has its scale
+        # of PEFT, without the configuration that has its scale; and of diffusers, which is what such a file is taken for
+        foreign=("base_model.", *(prefix.text for prefix in DOTTED)),
         but=OF_FLUX,
         written={"": "", "denoiser": ""},
         leaves={"down": _DOWN, "up": _UP, "whole_scale": "scale"},

@@ -40,6 +40,7 @@ COMFYUI = WeightFileFormat(
             "umt5": "text_encoders.umt5xxl.transformer.",
         },
         whole=True,
+        in_release=True,
     ),
     title="ComfyUI file (and ai-toolkit, diffusion-pipe, LightX2V): original names behind diffusion_model.",
 )

@@ -86,6 +86,9 @@ def _together(errors: list[Callable[[], float]]) -> Callable[[], tuple[float, ..
 
 
 def _update(site: Site, update: Update, state: _CompactWriter) -> None:
+    if site.grows:
+        state.ledger.drop(site, update, "this format has no weights that grow")
+        return
     held = contents_of(update)
     loras = held.stack.experts if held.stack else (held.lora,) if held.lora else ()
     wrapped = bool(loras) and site.module_kind == "attention output"

@@ -32,6 +32,7 @@ class Dialect:
         leaves: Spellings of roles in what is written from other formats.
         with_alpha: Whether scales are written as alphas beside factors from other formats.
         in_header: Whether they are written into the header instead, as diffusers does.
+        in_release: Whether modules have their makers' names, whatever the base calls them.
         names_of: Whose names of modules are written, where the dialect has one for what a base holds fused or otherwise.
         encoders: The prefix of a text encoder by the type of its model, or by type and component (``t5``,
             ``clip_text_model:text_encoder``), where the component alone does not tell it.
@@ -52,6 +53,7 @@ class Dialect:
     with_alpha: bool = True
     in_header: bool = False
     names_of: Program | None = None
+    in_release: bool = False
     encoders: Mapping[str, str] = field(default_factory=dict)
     loaded: frozenset[str] | None = None
     norms: tuple[str, ...] = ()

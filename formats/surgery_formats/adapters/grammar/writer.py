@@ -18,21 +18,26 @@ from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.kinds import kind_of_update
 from surgery_formats.adapters.grammar.kinds.kind import LeafWriter
 from surgery_formats.adapters.grammar.kinds.lora import LORA
+from surgery_formats.adapters.grammar.kinds.magnitudes import has_lengths_of_rows_alone
 from surgery_formats.adapters.grammar.kinds.whole import WHOLE
 from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longest_leaf
-from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
+from surgery_formats.adapters.grammar.scales import StatedScales
+from surgery_formats.adapters.grammar.spelling import BUNDLE
+from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
 from surgery_formats.adapters.joining import Span, joined
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
     places_of,
+    restate,
     surviving_metadata,
     whole_place,
 )
 from surgery_formats.binding.growth import grown
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
@@ -40,6 +45,11 @@ from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low
 __all__ = ["render_weight_file"]
 
 _CLIP, _TEXT = "clip_text_model", "text_model."  # a level of every published CLIP, which transformers 5 leaves out
+_NO_PLACE: Mapping[str, str] = {
+    "embedding": "embeddings",
+    "experts": "stacked experts",
+    "attention output": "the inside of a torch.nn.MultiheadAttention",
+}
 
 
 def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Dialect) -> Rendering:
@@ -61,11 +71,23 @@ def render_weight_file(adapter: Adapter, base: Checkpoint | None, dialect: Diale
                 notes = ", ".join(job.notes)
                 ledger.keep(site, source, "folded" if notes else "exact", notes or job.stem)
     job.write_joined()
-    ledger.drop_prompt(adapter)
     tensors = {name: tensor for writer in job.writers.values() for name, tensor in writer.tensors.items()}
+    bundle_alone = all(name.startswith(BUNDLE) for name in tensors)  # a file of its own format: a textual inversion
+    if not bundle_alone and not dialect.claims(tensors.keys()):
+        ledger, tensors = _unrecognised(adapter), {}
+    ledger.drop_prompt(adapter)
     metadata = _metadata(adapter, job)
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
+
+
+def _unrecognised(adapter: Adapter) -> ConversionLedger:
+    """Everything dropped: the file would be taken for a model, or for one of another format."""
+    ledger = ConversionLedger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.drop(site, update, "its names do not tell such a file from a model, or from another format's")
+    return ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +159,8 @@ class _Job:
             is_replacing(update) and not (self.dialect.whole or (own and "set_weight" in own.leaves))
         ):
             return f"this format has no {source.kind}"
+        if len(chain := self.adapter.updates[site]) > 1 and any(other.effect == "maps" for other in chain):
+            return "programs that read it take one kind of change for each module"
         if own is None and not kind.takes(update):
             return f"this format has no {source.kind}"
         loaded = self.dialect.loaded is None or update.kind in self.dialect.loaded or kind is WHOLE
@@ -145,14 +169,14 @@ class _Job:
             return f"the format's own program loads no {source.kind}"
         if own is None and self.dialect.in_header and update.kind == "LoRA" and site.component in self._directed:
             return "the format's own program loads no LoRA beside a DoRA"
+        if site.module_kind in _NO_PLACE:
+            return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
         named = named or (own is not None and parameter == "modulation" and "diff_m" in own.leaves)
         named = named or (own is not None and parameter == "output" and "embedding_out" in own.leaves)
         named = named or (parameter == "scale" and module.endswith(NORMS_OF_FLUX) and is_replacing(update))
         if not named:
             return "this format names modules, not parameters"
-        if site.module_kind in ("embedding", "experts", "attention output"):
-            return f"this format has no place for an {site.module_kind}"
         prefix = (self.dialect.prefix_for(self._component(site)) or "") if own else self._prefix(site)
         if prefix is None:
             return f"this format has no place for '{site.component}'"
@@ -162,6 +186,8 @@ class _Job:
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
+            if self.dialect.names_of is None:
+                return "the base holds what it changes in parts, and has no name for it"
             return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
         leaves = {**self.dialect.leaves, **self.spelt.usual, **(own.leaves if own else {})}
         for piece in pieces:
@@ -173,7 +199,11 @@ class _Job:
                 self.in_header and low_rank_part(update) is not None,
                 self._states_shape(site, update),
                 self._bias_scale(site),
+                self.trained,
+                self._alpha_dtype(own, update) if own else DType.F32,
             )
+            if is_directed(update) and not update.per_row and has_lengths_of_rows_alone(writer):
+                return "its magnitudes belong to columns, this format's to rows"
             kind.write(piece.update, parameter, writer)
             if why := self._keep(writer, prefix, piece.update.rank, module if own else ""):
                 return why
@@ -201,25 +231,36 @@ class _Job:
             return False
         places = places_of(site, base, lora.tensors)
         parameters = [place.parameter for place in places]
-        first, names = parameters[0], {parameter.name for parameter in parameters}
-        if len(names) > 1 or whole_place(places) is not None or len(first.sizes) != 2:
+        width = parameters[0].sizes[1:]
+        if len(width) != 1 or any(
+            p.view.transposed or p.sizes[1:] != width or p.shape[1:] != width for p in parameters
+        ):
             return False
-        if any(p.view.transposed or p.view.shape[1] != first.sizes[1] for p in parameters):
+        component = component_of(site, base)
+        told = [self._released(site, component.within(p.name)[1], p.sizes[0]) for p in parameters]
+        name, height, moved = told[0]
+        if len({other for other, _, _ in told}) > 1 or not name.endswith(".weight"):
             return False
-        name = component_of(site, base).within(first.name)[1]
-        if not name.endswith(".weight"):
+        if whole_place(places) is not None and moved == ((0, height, 0),):
             return False
         module = name.removesuffix(".weight")
         stem = f"{prefix}{module.replace('.', '_') if flat else module}."
-        whole = self.wholes.setdefault(stem, _Whole(prefix, first.sizes[0], []))
+        whole = self.wholes.setdefault(stem, _Whole(prefix, height, []))
         rows = [
-            ((p.view.row_origin + row, p.view.row_origin + row + 1), at)
-            for p in parameters
-            for row, at in enumerate(p.view.rows)
+            ((start, start + 1), next(to + at - a for a, b, to in places_in if a <= at < b))
+            for parameter, (_, _, places_in) in zip(parameters, told, strict=True)
+            for start, at in enumerate(parameter.view.rows, parameter.view.row_origin)
         ]
         whole.parts.append((lora, _runs(rows)))
         self.waiting = self.stem = stem
         return True
+
+    def _released(self, site: Site, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
+        """The dialect's name for a weight of the base, or for the one that it is a part of: see `Names.in_release`."""
+        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_release else None
+        if names is None or site.component not in (*COMPONENTS, ""):
+            return name, height, ((0, height, 0),)
+        return (names.inner or names).in_release(name, height)
 
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
@@ -229,6 +270,22 @@ class _Job:
             lora = joined(stem, whole.parts, whole.height)
             LORA.write(lora, "weight", writer)
             self._keep(writer, whole.prefix, lora.rank)
+
+    @cached_property
+    def trained(self) -> tuple[tuple[int, float], ...]:
+        """What readers will take from the header, if no scale stands elsewhere."""
+        if self.with_alpha or self.in_header:
+            return ()
+        metadata = surviving_metadata(self.adapter)
+        _restate_ranks(metadata, self)
+        return StatedScales.of(metadata, with_alphas=False, path=self.adapter.path).trained
+
+    def _alpha_dtype(self, own: ModuleSpelling, update: Update) -> DType | None:
+        """The type of a module's alpha as its file had it; None if it had none."""
+        if "alpha" not in own.leaves:
+            return None
+        name = f"{own.stem}{own.leaves['alpha']}"
+        return next((tensor.dtype for tensor in update.tensors if tensor.name == name), DType.F32)
 
     def _needs_base(self, site: Site) -> str:
         """Why a site cannot be spelt without one."""
@@ -295,6 +352,7 @@ class _Job:
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
+            name = self._released(site, name, where[1][0])[0]
         elif site.flat and not self.dialect.flat:
             return "", ()
         module = name.rpartition(".")[0]
@@ -349,7 +407,7 @@ def _runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
 
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
     """What the file says of itself: what its sources said, with ranks and alphas as they are now."""
-    metadata = surviving_metadata(adapter)
+    metadata = surviving_metadata(adapter, hashed=True)
     metadata.pop(ADAPTER_METADATA, None)
     if job.in_header:
         names = [name for writer in job.writers.values() for name in writer.tensors]
@@ -363,9 +421,16 @@ def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:
             for role in ("up_bias", "dora_scale")
         )
         metadata |= header_of(adapter.metadata, job.ranks, adapter.path, biased, directed)
-    loras = [lora for chain in adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
-    if loras and "ss_network_dim" in metadata:
-        metadata["ss_network_dim"] = f"{commonest(lora.rank for lora in loras)}"
-    if loras and "ss_network_alpha" in metadata:
-        metadata["ss_network_alpha"] = f"{commonest(lora.scale * lora.rank for lora in loras):.9g}"
+    _restate_ranks(metadata, job)
+    if job.spelt.modules and "format" in adapter.metadata:
+        metadata["format"] = adapter.metadata["format"]
     return metadata
+
+
+def _restate_ranks(metadata: dict[str, str], job: _Job) -> None:
+    """The numbers of sd-scripts as they are now. Where they state the scales, what is left of those is in the factors."""
+    loras = [lora for chain in job.adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
+    if loras and "ss_network_dim" in metadata:
+        restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
+    if loras and "ss_network_alpha" in metadata and (job.with_alpha or job.in_header):
+        restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)

@@ -2,8 +2,8 @@
 """Write the canonical form to a LoRA file of kohya's sd-scripts.
 
 Module names and shapes come from the base. UNets of SDXL get the names of the original code, all other models those of
-diffusers, because trainers write them and every loader reads them. The hashes ``sshs_*`` are left out: tools compute
-them for files without.
+diffusers, because trainers write them and every loader reads them. Hashes
+``sshs_*`` of a source become those of what is written; tools compute them for files without.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from surgery_formats.adapters.writing import (
     commonest,
     factor_tensor,
     places_of,
+    restate,
     surviving_metadata,
     whole_place,
 )
@@ -89,12 +90,13 @@ def _render_with_base_names(adapter: Adapter, base: Checkpoint) -> Rendering:
         folded = ", ".join(filter(None, [entry.held.folded, folded]))
         ledger.keep(entry.site, entry.held.update, "folded" if folded else "exact", folded or entry.key)
     ledger.drop_prompt(adapter)
-    metadata = surviving_metadata(adapter)
+    metadata = surviving_metadata(adapter, hashed=True)
     loras = [entry.held.lora for entry in fitting.values() if entry.held.lora]
     if loras:
         alpha = commonest(alphas.values()) or commonest(lora.scale * lora.rank for lora in loras)
         lycoris = any(name.endswith((".dora_scale", ".diff", ".diff_b")) for name in tensors)
-        metadata |= {"ss_network_dim": f"{commonest(lora.rank for lora in loras)}", "ss_network_alpha": f"{alpha:.9g}"}
+        restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
+        restate(metadata, "ss_network_alpha", alpha or 0.0)
         metadata.setdefault("ss_network_module", "lycoris.kohya" if lycoris else "networks.lora")
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)

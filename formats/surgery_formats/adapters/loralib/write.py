@@ -8,7 +8,7 @@ all, other scales are multiplied into ``lora_B``, and `Rendering.alpha` is what 
 from __future__ import annotations
 
 from surgery_formats.adapters.contents import Contents, contents_of
-from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.packing import packed_as_torch
 from surgery_formats.adapters.writing import ConversionLedger, commonest, copied, factor_tensor, places_of, whole_place
@@ -60,6 +60,8 @@ def render_loralib(adapter: Adapter, base: Checkpoint | None, alpha: float | Non
         said += [held.folded] if held.folded else []
         ledger.keep(site, held.update, "folded" if said else "exact", ", ".join(said))
         tensors += _factors(module, lora, times)
+        if head := following_head(site, lora, adapter, base):
+            tensors += _factors(head, lora, times, tied=True)
     return Rendering(
         TENSOR_FILE,
         tuple(sorted(tensors, key=lambda tensor: tensor.name)),
@@ -70,14 +72,19 @@ def render_loralib(adapter: Adapter, base: Checkpoint | None, alpha: float | Non
     )
 
 
-def _factors(module: str, lora: LoRA, times: float) -> tuple[NewTensor, NewTensor]:
-    """``lora_A`` (r, in) and ``lora_B`` (out, r); an embedding's change is the transpose of their product."""
+def _factors(module: str, lora: LoRA, times: float, *, tied: bool = False) -> tuple[NewTensor, NewTensor]:
+    """``lora_A`` (r, in) and ``lora_B`` (out, r); an embedding's change is the transpose of their product.
+
+    What is left of the scale is multiplied into B: of a tied head into A, which is the embedding's B, so that both change alike
+    to the bit.
+    """
     a, b = f"{module}.lora_A", f"{module}.lora_B"
     (out, inputs), rank = lora.shape, lora.rank
     if is_embedding(module):
         turned = factor_tensor(a, lora.B, (rank, out), lambda values: values.T)
         return turned, factor_tensor(b, lora.A, (inputs, rank), lambda values: values.T, times=times)
-    return factor_tensor(a, lora.A, (rank, inputs)), factor_tensor(b, lora.B, (out, rank), times=times)
+    of_a, of_b = (times, 1.0) if tied else (1.0, times)
+    return factor_tensor(a, lora.A, (rank, inputs), times=of_a), factor_tensor(b, lora.B, (out, rank), times=of_b)
 
 
 def _name(site: Site, update: Update, base: Checkpoint | None, adapter: Adapter) -> str:

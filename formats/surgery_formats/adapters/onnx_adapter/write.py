@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from surgery_formats.adapters.contents import contents_of
-from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.onnx_adapter.read import A, B
 from surgery_formats.adapters.packing import PackedFile
@@ -20,6 +20,7 @@ from surgery_formats.containers.base import TensorSpec
 from surgery_formats.containers.onnx_adapter import plan_onnx_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import listing
 from surgery_formats.updates import LoRA
 
 __all__ = ["render_onnx_adapter"]
@@ -29,23 +30,33 @@ def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     """One file. A graph's inputs have the names of the model's code, which the adapter has, or the base where they are flattened.
 
     Raises:
-        FitError: flattened names and no base.
+        FitError: flattened names and no base, or several parts of a pipeline.
     """
+    if len(components := sorted({site.component for site in adapter.updates})) > 1:
+        raise FitError(
+            f"an .onnx_adapter file has the inputs of one graph, this adapter has {listing(components)}",
+            file=adapter.path,
+            hint="choose one with `component=`",
+        )
     ledger = ConversionLedger()
     tensors: list[NewTensor] = []
     for site, chain in adapter.updates.items():
         for number, update in enumerate(chain):
             held = contents_of(update)
             lora = held.lora if not held.dora else None
-            if lora is None:
+            if site.module_kind == "experts":
+                ledger.drop(site, update, "a graph has no inputs for LoRAs of stacked experts")
+            elif lora is None:
                 ledger.drop(site, update, f"a graph's inputs hold a LoRA, no {update.kind}")
-            elif number or not site.path.endswith(".weight") or site.kernel or site.module_kind == "experts":
+            elif number or not site.path.endswith(".weight") or site.kernel:
                 ledger.drop(
                     site, update, "a graph has one LoRA for each linear layer and table of tokens, and none elsewhere"
                 )
             else:
                 module = _module(site, lora, adapter, base)
                 tensors += _pair(module, lora, embedding=is_embedding(module, base, site))
+                if head := following_head(site, lora, adapter, base):
+                    tensors += _pair(head, lora, tied=True)
                 folded = [f"scale {lora.scale:g} in lora_B"] if lora.scale != 1.0 else []
                 folded += [held.folded] if held.folded else []
                 ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
@@ -79,14 +90,16 @@ def _module(site: Site, lora: LoRA, adapter: Adapter, base: Checkpoint | None) -
     return path
 
 
-def _pair(module: str, lora: LoRA, *, embedding: bool) -> list[NewTensor]:
+def _pair(module: str, lora: LoRA, *, embedding: bool = False, tied: bool = False) -> list[NewTensor]:
+    """The scale is multiplied into B: of a tied head into A, which is the embedding's B, so that both change alike to the bit."""
     (out, inputs), rank = lora.shape, lora.rank
     if embedding:
         return [
             factor_tensor(f"{module}{A}", lora.B, (out, rank)),
             factor_tensor(f"{module}{B}", lora.A, (rank, inputs), times=lora.scale),
         ]
+    a, b = (lora.scale, 1.0) if tied else (1.0, lora.scale)
     return [
-        factor_tensor(f"{module}{A}", lora.A, (inputs, rank), lambda t: t.T),
-        factor_tensor(f"{module}{B}", lora.B, (rank, out), lambda t: t.T, times=lora.scale),
+        factor_tensor(f"{module}{A}", lora.A, (inputs, rank), lambda t: t.T, times=a),
+        factor_tensor(f"{module}{B}", lora.B, (rank, out), lambda t: t.T, times=b),
     ]

@@ -11,7 +11,7 @@ from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.adapters.textual_inversion.files import ENCODERS, OF_ONE
 from surgery_formats.adapters.textual_inversion.read import KIND
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, surviving_metadata
-from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.updates import Unmerged
 
 __all__ = ["render_textual_inversion"]
@@ -21,8 +21,7 @@ def render_textual_inversion(adapter: Adapter, layout: str) -> Rendering:
     """One file; what is no token embedding is dropped."""
     ledger = ConversionLedger()
     tensors: list[NewTensor] = []
-    bundled = [module.removeprefix(BUNDLE) for site in adapter.updates if (module := _module(site)).startswith(BUNDLE)]
-    token = str(adapter.config.get("token", "")) or next(iter(bundled), adapter.path.name.partition(".")[0])
+    token = str(adapter.config.get("token", "")) or adapter.path.name.partition(".")[0]
     encoders = {site.component for site, chain in adapter.updates.items() if any(u.kind == KIND for u in chain)}
     names = {component: name for name, component in ENCODERS.items()}
     for site, chain in adapter.updates.items():
@@ -30,8 +29,8 @@ def render_textual_inversion(adapter: Adapter, layout: str) -> Rendering:
             if not isinstance(update, Unmerged) or update.kind != KIND:
                 ledger.drop(site, update, "a textual inversion has rows for one token, and nothing else")
                 continue
-            if bundled and _module(site) != f"{BUNDLE}{token}":
-                ledger.drop(site, update, f"the rows of another token than '{token}'")
+            if site.path.startswith(BUNDLE):
+                ledger.drop(site, update, "its rows lie in a bundle: combine the file for them alone, and convert that")
                 continue
             if layout == "learned-embeds" and len(encoders) > 1:
                 ledger.drop(
@@ -54,7 +53,3 @@ def render_textual_inversion(adapter: Adapter, layout: str) -> Rendering:
         entries=tuple(ledger.entries),
         held=ledger.held,
     )
-
-
-def _module(site: Site) -> str:
-    return site.path.rpartition(".")[0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -47,6 +48,8 @@ class LeafWriter:
         in_header: Whether the header will state them.
         grows: Whether the weight's shape is to be stated, because the base's is smaller.
         bias_scale: What the program multiplies a bias beside the factors by.
+        trained: Ranks and the alphas that readers take for them from the header, where no scale stands elsewhere.
+        alpha_dtype: Type of an alpha; None for a module that had none, and needs none while its scale is 1.
         alpha: What it will state for this module.
         tensors: What was written.
         notes: What was multiplied into which, for the ledger.
@@ -59,6 +62,8 @@ class LeafWriter:
     in_header: bool = False
     grows: bool = False
     bias_scale: float = 1.0
+    trained: tuple[tuple[int, float], ...] = ()
+    alpha_dtype: DType | None = DType.F32
     alpha: float | None = None
     tensors: dict[str, NewTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -106,12 +111,17 @@ class LeafWriter:
             self.alpha = scale * rank
             return 1.0
         if self.with_alpha:
-            name = self.spelt("alpha")
-            self.tensors[name] = number_tensor(name, scale * (counted or rank))
+            if self.alpha_dtype is not None or scale != 1.0:
+                name = self.spelt("alpha")
+                self.tensors[name] = number_tensor(name, scale * (counted or rank), self.alpha_dtype or DType.F32)
             return 1.0
-        if scale != 1.0:
-            self.notes.append(f"its scale {scale:g} is in its factors")
-        return scale
+        left = scale / next((alpha / rank for dim, alpha in self.trained if dim == rank), 1.0)
+        if abs(left - 1.0) <= 1e-12:
+            return 1.0
+        self.notes.append(
+            f"{left:g} of its scale is in its factors" if left != scale else f"its scale {scale:g} is in its factors"
+        )
+        return left
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +164,23 @@ def flag_tensor(name: str) -> NewTensor:
     return NewTensor(name, DType.BOOL, (), load)
 
 
-def number_tensor(name: str, value: float) -> NewTensor:
-    """A tensor of no axes."""
+def number_tensor(name: str, value: float, dtype: DType = DType.F32) -> NewTensor:
+    """A tensor of no axes, of another type than float32 only if that holds the number."""
 
     def load() -> Array:
         import numpy
 
         return numpy.array(value)
 
-    return NewTensor(name, DType.F32, (), load)
+    return NewTensor(name, dtype if _holds(dtype, value) else DType.F32, (), load)
+
+
+def _holds(dtype: DType, value: float) -> bool:
+    """Whether a float type has a number exactly."""
+    form = {DType.F16: "<e", DType.F32: "<f", DType.F64: "<d"}.get(dtype)
+    try:
+        if dtype is DType.BF16:
+            return bool(struct.unpack("<f", b"\0\0" + struct.pack("<f", value)[2:])[0] == value)
+        return form is not None and bool(struct.unpack(form, struct.pack(form, value))[0] == value)
+    except OverflowError:
+        return False

@@ -8,7 +8,7 @@ from surgery_formats.adapters.grammar.module import ModuleTensors, fit_error
 from surgery_formats.updates import DoRA, Factor
 from surgery_formats.updates.decomposed import Decomposed
 
-__all__ = ["lengths_of", "put_lengths"]
+__all__ = ["has_lengths_of_rows_alone", "lengths_of", "put_lengths"]
 
 
 def lengths_of(module: ModuleTensors, out: int, channels: tuple[int, ...]) -> tuple[Factor, bool] | None:
@@ -39,10 +39,15 @@ def _fits(size: int, channels: tuple[int, ...]) -> bool:
     return size in channels or (len(channels) == 1 and channels[0] % size == 0)
 
 
+def has_lengths_of_rows_alone(writer: LeafWriter) -> bool:
+    """Whether the spelling is PEFT's, which has one length for each row and no others."""
+    return writer.leaves.get("dora_scale", "").startswith("lora_magnitude")
+
+
 def put_lengths(writer: LeafWriter, update: DoRA | Decomposed) -> None:
     """Write the lengths of an update."""
     size = update.magnitude.shape[0]
-    if writer.leaves.get("dora_scale", "").startswith("lora_magnitude"):
+    if has_lengths_of_rows_alone(writer):
         writer.put("dora_scale", update.magnitude, (size,))
     else:
         writer.put(

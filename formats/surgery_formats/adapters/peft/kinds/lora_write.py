@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery_formats.adapters.contents import Contents, contents_of
-from surgery_formats.adapters.embeddings import is_embedding
+from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.experts import SWITCH, fused_of, taken_apart
 from surgery_formats.adapters.peft.dialects.leaves import named_by_peft
 from surgery_formats.adapters.peft.file import PeftFile
@@ -22,7 +22,7 @@ from surgery_formats.adapters.peft.parameters import (
     todays_order,
 )
 from surgery_formats.adapters.peft.write_config import ranks_and_alphas, targets
-from surgery_formats.adapters.writing import places_of, whole_place, zero_padded
+from surgery_formats.adapters.writing import zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.updates import ChangedBase, LoRA, Offset, Part, Stacked, Update
@@ -155,13 +155,7 @@ def _put_low_rank(
 
 def _put_tied_head(file: PeftFile, site: Site, lora: LoRA) -> None:
     """A tied head that follows the embedding (mlx-lm) needs the same LoRA of its own here."""
-    base = file.base
-    if base is None or base.is_pipeline or not file.adapter.keeps_ties:
-        return
-    main = base.main
-    place = whole_place(places_of(site, base, lora.tensors))
-    if main.tied and main.head and place and place[0] == main.embedding and Site(main.head) not in file.adapter.updates:
-        module = main.head.removesuffix(".weight")
+    if module := following_head(site, lora, file.adapter, file.base):
         _put_factors(file, f"{file.prefix}{module}", lora, lora.shape, embedding=False)
         file.settings[module] = (lora.rank, file.alpha_of(lora.rank, lora.scale))
 
