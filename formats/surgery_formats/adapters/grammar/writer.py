@@ -167,6 +167,8 @@ class _Job:
         loaded = loaded or ("up_bias" in self.dialect.leaves and parameter == "bias" and bool(self._beside(site)))
         if own is None and not loaded:
             return f"the format's own program loads no {source.kind}"
+        if own is None and self.dialect.in_header and update.kind == "LoRA" and site.component in self._directed:
+            return "the format's own program loads no LoRA beside a DoRA"
         if site.module_kind in _NO_PLACE:
             return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
@@ -363,6 +365,12 @@ class _Job:
         if self.base is not None and self.base.is_pipeline:
             return component_of(site, self.base).name
         return self._denoiser or site.component
+
+    @cached_property
+    def _directed(self) -> frozenset[str]:
+        """Components with a DoRA: diffusers then gives every module magnitudes."""
+        updates = self.adapter.updates.items()
+        return frozenset(site.component for site, chain in updates if any(is_directed(update) for update in chain))
 
     @cached_property
     def _denoiser(self) -> str:
