@@ -27,9 +27,9 @@ from surgery_formats.updates import LoRA
 
 __all__ = ["read_keras"]
 
-_KEY = re.compile(r"lora/(\d{1,6})/vars/lora_kernel_([ab])")
+_KEY = re.compile(r"lora/(0|[1-9][0-9]{0,5})/vars/lora_kernel_([ab])")
 _RANK = "lora/vars/rank"
-_KNOWN = (0, 32)  # the last KerasHub whose order of layers was looked at
+_FIRST, _LAST = (0, 18), (0, 32)  # the KerasHubs whose order of layers was looked at
 
 
 def read_keras(path: Path) -> Adapter:
@@ -140,9 +140,9 @@ def _version(file: Path) -> tuple[str, ...]:
     """What is to be said of the program that numbered its layers."""
     beside = file.with_name(METADATA)
     version = read_object(beside).get("keras_hub_version") if beside.is_file() else None
-    known = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+    known = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", version) if isinstance(version, str) else None
     if known is None:
         return ("no metadata.json beside it: its layers are taken to be numbered as in KerasHub 0.18 to 0.32",)
-    if (int(known[1]), int(known[2])) > _KNOWN:
+    if not _FIRST <= (int(known[1]), int(known[2])) <= _LAST:
         return (f"KerasHub {show(version, 20)} wrote it: its layers are taken to be numbered as in 0.18 to 0.32",)
     return ()
