@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from surgery_formats.adapters.contents import contents_of
+from surgery_formats.adapters.joining import joined, runs
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
@@ -72,7 +74,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     called = same_denoiser(components)
     groups: dict[tuple[str, str], list[Contribution]] = {}
     seen: list[set[tuple[str, str]]] = []
-    held: dict[tuple[str, str], list[tuple[tuple[str, str], Site, View]]] = {}
+    placed: list[_Placed] = []
     for owner, term in enumerate(terms):
         mine: set[tuple[str, str]] = set()
         updates = term.adapter.updates if base is None else applicable_updates(term.adapter, base)
@@ -87,46 +89,81 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
                 places = places_of(named, base, chain[0].tensors)
                 if whole := whole_place(places):
                     key = key[0], whole[0]
-                _check_parts(key, named, places, held, term.adapter)
             contributions = groups.setdefault(key, [])
             if contributions:
                 named = replace(named, path=contributions[0].site.path, component=contributions[0].site.component)
-            contributions += [Contribution(owner, named, plain_form(update), term.weight) for update in chain]
+            new = tuple(Contribution(owner, named, plain_form(update), term.weight) for update in chain)
+            contributions += new
+            if base is not None:
+                placed.append(_Placed(key, places, new, term.adapter))
             mine.add(key)
         seen.append(mine)
     if base is None:
         _check_spellings(terms, seen)
+    else:
+        _on_stored(groups, placed, base)
     return groups
 
 
-def _check_parts(
-    key: tuple[str, str],
-    site: Site,
-    places: tuple[WeightSlice, ...],
-    held: dict[tuple[str, str], list[tuple[tuple[str, str], Site, View]]],
-    adapter: Adapter,
-) -> None:
-    """Refuse what changes a part of a weight that another update changes whole: no file can hold both.
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """The updates of a site, and where the base holds its weight."""
 
-    Args:
-        key: Of the weight that `site` names.
-        site: Where an update is.
-        places: Where the base holds its weight.
-        held: By stored weight: key, site and view of every update before; this one is added.
-        adapter: Its adapter.
+    key: tuple[str, str]
+    places: tuple[WeightSlice, ...]
+    contributions: tuple[Contribution, ...]
+    adapter: Adapter
+
+
+def _on_stored(groups: dict[tuple[str, str], list[Contribution]], placed: Sequence[_Placed], base: Checkpoint) -> None:
+    """Put what changes a weight whole in one adapter and in parts in another onto the weights that the base stores.
+
+    Raises:
+        FitError: an update that is no LoRA, or that is of something else than rows.
     """
-    for place in places:
-        parameter = place.parameter
-        others = held.setdefault((parameter.component, parameter.name), [])
-        for other, known, view in others:
-            if other != key and intersect(view, parameter.view):
-                raise FitError(
-                    f"'{known}' and '{site}' are one weight of the base in two layouts, whole in one and in parts in the other",
-                    file=adapter.path,
-                    hint="merge them into the base together",
-                )
-        if all(entry[0] != key or entry[2] != parameter.view for entry in others):
-            others.append((key, site, parameter.view))
+    held: dict[tuple[str, str], list[tuple[_Placed, View]]] = {}
+    clashing: dict[tuple[str, str], Site] = {}
+    for one in placed:
+        for parameter in (place.parameter for place in one.places):
+            others = held.setdefault((parameter.component, parameter.name), [])
+            for other, view in others:
+                if other.key != one.key and intersect(view, parameter.view):
+                    clashing |= {each.key: each.contributions[0].site for each in (other, one)}
+            others.append((one, parameter.view))
+    sites = {
+        place.parameter.name: one.contributions[0].site
+        for one in placed
+        for place in one.places
+        if whole_place(one.places) is not None
+    }
+    for key in clashing:
+        groups.pop(key, None)
+    for one in placed:
+        for place in one.places if one.key in clashing else ():
+            name = place.parameter.name
+            if name not in sites:
+                part, inside = base.components[place.parameter.component].within(name)
+                sites[name] = replace(one.contributions[0].site, path=inside, component=part, flat=False)
+            for each in one.contributions:
+                update = _of_place(each, place, [*clashing.values()], one.adapter)
+                moved = replace(each, site=sites[name], update=update)
+                groups.setdefault((sites[name].component, name), []).append(moved)
+
+
+def _of_place(contribution: Contribution, place: WeightSlice, clashing: Sequence[Site], adapter: Adapter) -> Update:
+    """What an update does to one weight that the base stores."""
+    held, parameter = contents_of(contribution.update), place.parameter
+    view, sizes = parameter.view, parameter.sizes
+    lora = None if held.dora else held.lora
+    if lora is None or view.transposed or len(sizes) != 2 or view.shape[1] != sizes[1]:
+        first, second, *_ = clashing
+        raise FitError(
+            f"'{first}' and '{second}' are one weight of the base in two layouts, whole in one and in parts in the other",
+            file=adapter.path,
+            hint="merge them into the base together",
+        )
+    rows = [((row, row + 1), at) for row, at in enumerate(view.rows, view.row_origin)]
+    return joined(parameter.name, [(lora, runs(rows))], sizes[0])
 
 
 def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:

@@ -212,9 +212,7 @@ class _TensorFile:
     def all_bytes(self, threads: int) -> Iterator[tuple[str, memoryview]]:
         """All tensors in the order of the file, each until the next is asked for; a few at a time are computed ahead."""
         if threads == 1:
-            buffer = numpy.empty(self._largest_moved(), numpy.uint8)
-            for name in self.packed.ranges:
-                yield name, self.moved(name, buffer) or self.bytes_of(name)
+            yield from self._one_ahead()
             return
         with ThreadPoolExecutor(threads, "surgery-write") as pool:
             ahead: deque[tuple[str, Future[memoryview]]] = deque()
@@ -225,6 +223,22 @@ class _TensorFile:
                     yield done, data.result()
             for done, data in ahead:
                 yield done, data.result()
+
+    def _one_ahead(self) -> Iterator[tuple[str, memoryview]]:
+        """All tensors in order, each made while the one before it is written."""
+        buffers = [numpy.empty(self._largest_moved(), numpy.uint8) for _ in range(2)]
+
+        def made(number: int, name: str) -> tuple[str, memoryview]:
+            return name, self.moved(name, buffers[number % 2]) or self.bytes_of(name)
+
+        with ThreadPoolExecutor(1, "surgery-read") as pool:
+            ahead: Future[tuple[str, memoryview]] | None = None
+            for number, name in enumerate(self.packed.ranges):
+                done, ahead = ahead, pool.submit(made, number, name)
+                if done is not None:
+                    yield done.result()
+            if ahead is not None:
+                yield ahead.result()
 
     def _largest_moved(self) -> int:
         """Bytes of the largest tensor that is moved."""

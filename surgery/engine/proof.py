@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy
 
+from surgery.engine.execute import cores
 from surgery.engine.factor_proof import (
     approximation_errors,
     relative,
@@ -42,6 +44,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View, whole
 from surgery_formats.text import listing
+from surgery_formats.threads import one_thread
 from surgery_formats.updates import (
     Factor,
     LoRA,
@@ -56,6 +59,7 @@ from surgery_formats.updates.weights import HeldWeight
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
 
+_THREADS = 4  # more wait for memory and for each other
 _BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
 
 
@@ -192,7 +196,10 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
         raise ProofError(
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
-    return {name: _error(name, expected[name], actual[name], written) for name in sorted(expected)}
+    names = sorted(expected)
+    with one_thread(), ThreadPoolExecutor(min(cores(), _THREADS), "surgery-proof") as pool:
+        errors = list(pool.map(lambda name: _error(name, expected[name], actual[name], written), names))
+    return dict(zip(names, errors, strict=True))
 
 
 def _adds_nothing(target: _ProofTarget) -> bool:

@@ -37,8 +37,8 @@ from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, what_to_tell
+from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_named
-from surgery_formats.adapters.writing import lost_strings
 from surgery_formats.binding.containers import housed
 from surgery_formats.errors import FitError, UsageError
 

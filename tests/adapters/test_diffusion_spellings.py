@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from surgery import convert, merge
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.errors import FitError
 from tests.support.adapter_files import Arrays, draw
 
 H = 16
@@ -195,3 +196,29 @@ def test_text_encoders_are_written_by_their_types(
         merge(base, tmp_path / f"{file}.safetensors", output=tmp_path / file)
     one, two = _weights(tmp_path / "kohya"), _weights(tmp_path / "x")
     assert all(np.array_equal(one[key], value) for key, value in two.items())
+
+
+def test_omi_numbers_the_parts_of_hunyuan_videos_fused_weights(tmp_path: Path) -> None:
+    base = _single(tmp_path, HUNYUAN)
+    key, first, mlp = _pair(1, H, H), _pair(2, 4 * H, H), _pair(3, 4 * H, H)
+    tensors = _named("transformer.double_blocks.0.img_attn_qkv.1", DOWN_UP, key)
+    tensors |= _named("transformer.double_blocks.0.txt_mlp.fc0", DOWN_UP, first)  # OMI's name of fc1
+    tensors |= _named("transformer.single_blocks.0.linear1.3", DOWN_UP, mlp)
+    got, _ = _merge(base, tensors, tmp_path / "out")
+    of_key, of_mlp = np.zeros((3 * H, H)), np.zeros((7 * H, H))
+    of_key[H : 2 * H], of_mlp[3 * H :] = key[1] @ key[0], mlp[1] @ mlp[0]
+    wanted = {
+        "double_blocks.0.img_attn_qkv.weight": of_key,
+        "double_blocks.0.txt_mlp.fc1.weight": first[1] @ first[0],
+        "single_blocks.0.linear1.weight": of_mlp,
+    }
+    assert _same(got, wanted)
+    convert(tmp_path / "out.safetensors", "omi", output=tmp_path / "again.safetensors", base=base)
+    assert load_file(tmp_path / "again.safetensors").keys() >= tensors.keys()
+
+
+def test_a_number_beyond_the_parts_is_no_name(tmp_path: Path) -> None:
+    base = _single(tmp_path, HUNYUAN)
+    save_file(_named("transformer.double_blocks.0.img_attn_qkv.3", DOWN_UP, _pair(1, H, H)), tmp_path / "x.safetensors")
+    with pytest.raises(FitError, match="has no parameter"):
+        merge(base, tmp_path / "x.safetensors", output=tmp_path / "out")

@@ -308,6 +308,18 @@ def test_the_header_of_diffusers_says_that_there_are_magnitudes(tmp_path: Path) 
         assert not more or f"transformer.{Q}.lora_magnitude_vector" in load_file(out)
 
 
+def test_a_lora_beside_a_dora_is_refused_for_diffusers(tmp_path: Path) -> None:
+    """diffusers would give its module magnitudes too, which the file has not."""
+    stem = "diffusion_model.transformer_blocks.0.attn"
+    magnitude = {f"{stem}.to_k.lora_magnitude_vector": abs(draw(3, 12)) + 1}
+    save_file(_pair(f"{stem}.to_q") | _pair(f"{stem}.to_k") | magnitude, tmp_path / "x.safetensors")
+    base = write_base(
+        tmp_path / "base", {Q.replace("to_q", part) + ".weight": (12, 8) for part in ("to_q", "to_k")}, {}
+    )
+    with pytest.raises(FitError, match="no LoRA beside a DoRA"):
+        convert(tmp_path / "x.safetensors", "diffusers", output=tmp_path / "out.safetensors", base=base)
+
+
 def test_a_denoiser_is_found_whatever_the_pipeline_calls_it(tmp_path: Path) -> None:
     base = tmp_path / "pipeline"
     write_base(base / "transformer", {f"{Q}.weight": (12, 8)}, {}, "diffusion_pytorch_model.safetensors")

@@ -365,11 +365,47 @@ def test_diffusers_names_of_what_the_file_holds_as_one(tmp_path: Path) -> None:
     surgery.convert(tmp_path / "whole.safetensors", "diffusers", output=out, base=base, overwrite=True)
     attention = "transformer.transformer_blocks.0.attn."
     assert {key.rpartition(".lora_")[0] for key in load_file(out)} == {f"{attention}to_{part}" for part in "qkv"}
+
+
+@pytest.mark.parametrize("first", ["part", "whole"])
+@pytest.mark.parametrize("base", ["fused", "split"])
+def test_a_sum_of_what_changes_a_weight_whole_and_what_changes_parts_of_it(
+    first: str, base: str, tmp_path: Path
+) -> None:
+    weights = _bfl()
+    attention = "transformer_blocks.0.attn."
+    qkv = weights.pop(f"{UNET}double_blocks.0.img_attn.qkv.weight")
+    parts = {f"{attention}to_{x}.weight": rows for x, rows in zip("qkv", np.split(qkv, 3), strict=True)}
+    split = parts | {f"{attention}to_out.0.weight": weights[f"{UNET}double_blocks.0.img_attn.proj.weight"]}
+    fused = weights | {f"{UNET}double_blocks.0.img_attn.qkv.weight": qkv}
+    save_file(fused if base == "fused" else split, tmp_path / "base.safetensors")
+    key = [f"lora_unet_transformer_blocks_0_attn_to_{x}" for x in "kv"]
+    save_file(_loras(*((module, 4, 4) for module in key)), tmp_path / "part.safetensors")
+    save_file(_loras(("lora_unet_double_blocks_0_img_attn_qkv", 12, 4)), tmp_path / "whole.safetensors")
+    files = [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"]
+    start, both = tmp_path / "base.safetensors", tmp_path / "both.safetensors"
+    surgery.combine(files if first == "part" else files[::-1], output=both, base=start)
+    merge(start, files, output=tmp_path / "wanted")
+    merge(start, both, output=tmp_path / "got")
+    got, wanted = (load_file(tmp_path / name / "base.safetensors") for name in ("got", "wanted"))
+    assert got.keys() == wanted.keys()
+    assert all(np.allclose(tensor, wanted[name], atol=1e-5) for name, tensor in got.items())
+    assert sum(not np.array_equal(tensor, wanted[name]) for name, tensor in load_file(start).items()) == (
+        1 if base == "fused" else 3
+    )
+
+
+def test_a_sum_of_a_whole_and_parts_is_of_loras(tmp_path: Path) -> None:
+    save_file(_bfl(), tmp_path / "base.safetensors")
+    save_file(_loras(("lora_unet_transformer_blocks_0_attn_to_k", 4, 4)), tmp_path / "part.safetensors")
+    whole = {"diffusion_model.double_blocks.0.img_attn.qkv.diff": draw(3, 12, 4)}
+    save_file(whole, tmp_path / "whole.safetensors")
     with pytest.raises(FitError, match="are one weight of the base in two layouts"):
         surgery.combine(
-            [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"], output=tmp_path / "both", base=base
+            [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"],
+            output=tmp_path / "both",
+            base=tmp_path / "base.safetensors",
         )
-    merge(base, [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"], output=tmp_path / "merged")
 
 
 def test_a_lora_of_two_files_of_several_networks(tmp_path: Path) -> None:

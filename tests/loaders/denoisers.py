@@ -182,11 +182,12 @@ _FLUX: Mapping[str, Any] = {
     "joint_attention_dim": 32,
     "axes_dims_rope": (4, 4, 8),
 }
+_STABLE = ("Stable Diffusion 1, 2 or XL", "convert_ldm_unet_checkpoint")
 _LAYERS: Mapping[str, Any] = {"num_layers": 2, "num_attention_heads": 2}
 
 FAMILIES: Mapping[str, Family] = {
-    "sd15": Family("StableDiffusionPipeline", "UNet2DConditionModel", _UNET, _unet),
-    "sdxl": Family("StableDiffusionXLPipeline", "UNet2DConditionModel", _XL, _unet),
+    "sd15": Family("StableDiffusionPipeline", "UNet2DConditionModel", _UNET, _unet, _STABLE),
+    "sdxl": Family("StableDiffusionXLPipeline", "UNet2DConditionModel", _XL, _unet, _STABLE),
     "sd3": Family(
         "StableDiffusion3Pipeline",
         "SD3Transformer2DModel",
@@ -453,7 +454,11 @@ def rows_of(name: str, model: torch.nn.Module) -> dict[str, list[tuple[str, int,
         key: (torch.arange(rows, dtype=torch.float64) + STEP * at).reshape(rows, 1)
         for at, (key, rows) in enumerate(tensors.items())
     }
-    converted = getattr(peer, conversion)(dict(numbered)) if conversion else numbered
+    if family.model.startswith("UNet"):
+        within = {f"{peer.LDM_UNET_KEY}{key}": value for key, value in numbered.items()}
+        converted = peer.convert_ldm_unet_checkpoint(within, dict(model.config))
+    else:
+        converted = getattr(peer, conversion)(dict(numbered)) if conversion else numbered
     assert converted.keys() == heights.keys()
     return {
         key: [(names[int(value) // STEP], int(value) % STEP, at) for at, value in enumerate(tensor.flatten())]
@@ -492,7 +497,8 @@ def write(name: str, folder: Path) -> None:
     model = getattr(diffusers, FAMILIES[name].model)(**FAMILIES[name].sizes)
     rows = rows_of(name, model)
     release = released(state, rows)
-    save_file({key: value.contiguous() for key, value in release.items()}, folder / "single.safetensors")
+    prefix = "model.diffusion_model." if part == "unet" else ""
+    save_file({f"{prefix}{key}": value.contiguous() for key, value in release.items()}, folder / "single.safetensors")
     model.load_state_dict(state)
     trained = {f"{target}.weight" for target in targets}
     parts: dict[str, set[str]] = {}

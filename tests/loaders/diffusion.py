@@ -52,7 +52,7 @@ _ALL = (
     "lumina2",
 )
 _FUSED = ("flux2", "z-image")  # whose releases hold q, k and v as one
-_RELEASED = ("sd3", *_FUSED, "wan", "wan-i2v", "qwen-image", "ltx")
+_RELEASED = ("sd15", "sdxl", "sd3", *_FUSED, "wan", "wan-i2v", "qwen-image", "ltx")
 _OF_TRAINERS = (*_FUSED, "wan", "wan-i2v", "qwen-image")  # whose files by kohya or musubi-tuner diffusers reads
 _WITH_ALPHA = ("wan", "wan-i2v", "qwen-image")  # and by ComfyUI: it refuses, or passes over, the alphas of the others
 
@@ -61,6 +61,7 @@ _DIFFUSERS: Sequence[Act] = [
     Act("sd15", "dora", "diffusers"),
     *(Act(family, "original", "diffusers", into="single") for family in _RELEASED),
     *(Act(family, "peft", "kohya") for family in ("sd15", "sdxl")),
+    *(Act(family, "peft", "kohya", into="single") for family in ("sd15", "sdxl")),
     *(Act(family, "peft", "kohya", "single", "single") for family in _OF_TRAINERS),
     *(Act(family, "original", "kohya", "single", "single") for family in _OF_TRAINERS),
     *(Act(family, "peft", "comfyui", "single", "single") for family in _WITH_ALPHA),

@@ -7,7 +7,7 @@ sd-scripts merges its split projections. A part of that needs only the direction
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from surgery_formats.updates import Factor, LoRA
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["Span", "joined", "narrowed"]
+__all__ = ["Span", "joined", "narrowed", "runs"]
 
 Span = tuple[int, int]
 """First row, and the one behind the last."""
@@ -65,6 +65,17 @@ def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], 
     down = computed(name, a, (t for lora in loras for t in lora.A.tensors), below, dtype)
     up = computed(name, b, (t for lora in loras for t in lora.B.tensors), beside, dtype)
     return LoRA(Factor.of(down), Factor.of(up), first.scale if alike else 1.0, None, noted)
+
+
+def runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
+    """Rows that follow each other on both sides as one."""
+    found: list[tuple[Span, int]] = []
+    for (start, stop), at in rows:
+        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
+            found[-1] = (found[-1][0][0], stop), found[-1][1]
+        else:
+            found.append(((start, stop), at))
+    return found
 
 
 def narrowed(lora: LoRA) -> LoRA:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from surgery_formats.adapters.format import Entry, Moved, NewTensor, Outcome, Rendering
-from surgery_formats.adapters.grammar.header import ADAPTER_METADATA
+from surgery_formats.adapters.format import Entry, Moved, NewTensor, Outcome
 from surgery_formats.adapters.hashes import HASHES
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.sizes import slices_of
@@ -19,16 +18,15 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
-from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoRA, Update
 
 __all__ = [
+    "OF_THE_FILE",
     "ConversionLedger",
     "commonest",
     "copied",
     "factor_dtype",
     "factor_tensor",
-    "lost_strings",
     "places_of",
     "rate_of",
     "restate",
@@ -41,7 +39,7 @@ __all__ = [
 
 _Key = TypeVar("_Key", bound=Hashable)
 
-_OF_THE_FILE = frozenset(["format", *HASHES])  # the container's mark, and hashes of tensors: wrong in another file
+OF_THE_FILE = frozenset(["format", *HASHES])  # the container's mark, and hashes of tensors: wrong in another file
 
 
 @dataclass
@@ -169,7 +167,7 @@ def surviving_metadata(adapter: Adapter, *, hashed: bool = False) -> dict[str, s
         adapter: Whose.
         hashed: Whether hashes that it has are worked out again, by a packing that knows them; else they are left out.
     """
-    kept = {key: value for key, value in adapter.metadata.items() if key not in _OF_THE_FILE}
+    kept = {key: value for key, value in adapter.metadata.items() if key not in OF_THE_FILE}
     return kept | {key: HASHES[key] for key in HASHES.keys() & adapter.metadata.keys()} if hashed else kept
 
 
@@ -181,15 +179,6 @@ def restate(metadata: dict[str, str], key: str, value: float) -> None:
         same = False
     if not same:
         metadata[key] = f"{value:.9g}"
-
-
-def lost_strings(adapter: Adapter, rendering: Rendering) -> tuple[str, ...]:
-    """A warning that names the metadata which the files have no place for, if there is some."""
-    known = {*_OF_THE_FILE, ADAPTER_METADATA, *rendering.metadata}
-    lost = sorted(key for key in adapter.metadata if key not in known and not key.startswith("surgery."))
-    if not lost:
-        return ()
-    return (f"{len(lost)} strings of its header have no place in these files: {listing(lost, 40)}",)
 
 
 def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:

@@ -7,7 +7,7 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longe
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
-from surgery_formats.adapters.joining import Span, joined
+from surgery_formats.adapters.joining import Span, joined, runs
 from surgery_formats.adapters.relaid import relaid
 from surgery_formats.adapters.writing import (
     ConversionLedger,
@@ -167,6 +167,8 @@ class _Job:
         loaded = loaded or ("up_bias" in self.dialect.leaves and parameter == "bias" and bool(self._beside(site)))
         if own is None and not loaded:
             return f"the format's own program loads no {source.kind}"
+        if own is None and self.dialect.in_header and update.kind == "LoRA" and site.component in self._directed:
+            return "the format's own program loads no LoRA beside a DoRA"
         if site.module_kind in _NO_PLACE:
             return f"this format has no place for {_NO_PLACE[site.module_kind]}"
         named = parameter == "weight" or (parameter == "bias" and held.offset) or kind is WHOLE
@@ -249,7 +251,7 @@ class _Job:
             for parameter, (_, _, places_in) in zip(parameters, told, strict=True)
             for start, at in enumerate(parameter.view.rows, parameter.view.row_origin)
         ]
-        whole.parts.append((lora, _runs(rows)))
+        whole.parts.append((lora, runs(rows)))
         self.waiting = self.stem = stem
         return True
 
@@ -365,6 +367,12 @@ class _Job:
         return self._denoiser or site.component
 
     @cached_property
+    def _directed(self) -> frozenset[str]:
+        """Components with a DoRA: diffusers then gives every module magnitudes."""
+        updates = self.adapter.updates.items()
+        return frozenset(site.component for site, chain in updates if any(is_directed(update) for update in chain))
+
+    @cached_property
     def _denoiser(self) -> str:
         own = self.base.main.parts.get("denoiser", self.base.main.names) if self.base else None
         names = own.parameters if own else [site.path for site in self.adapter.updates]
@@ -384,17 +392,6 @@ class _Whole:
     prefix: str
     height: int
     parts: list[tuple[LoRA, Sequence[tuple[Span, int]]]]
-
-
-def _runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
-    """Rows that follow each other on both sides as one."""
-    found: list[tuple[Span, int]] = []
-    for (start, stop), at in rows:
-        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
-            found[-1] = (found[-1][0][0], stop), found[-1][1]
-        else:
-            found.append(((start, stop), at))
-    return found
 
 
 def _metadata(adapter: Adapter, job: _Job) -> Mapping[str, str]:

@@ -96,7 +96,10 @@ class LayoutIndex:
         parts: dict[str, dict[int, Rows]] = {}
         counts: dict[str, int] = {}
         known = 0
+        keys = tables.keys() | back.keys()
         for name in names:
+            if _key(name) not in keys and _key(name.rpartition(".")[0]) not in keys:
+                continue  # most names, of most families
             matches = list(_matches(name, tables))
             known += bool(matches) or next(_matches(name, back, pieces=True), None) is not None
             for rule, numbers, leaf in matches:

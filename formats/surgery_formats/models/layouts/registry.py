@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 from surgery_formats.models.layouts import (
@@ -68,6 +69,11 @@ def indexes_of(names: Collection[str], config: Mapping[str, Any]) -> tuple[Layou
         of_class = tuple(LayoutIndex.of(network, names) for network in NETWORKS if told in network.classes)
         if of_class or "_class_name" not in config:  # diffusers has more classes of a family than are listed
             return of_class
+    return _by_names(frozenset(names))
+
+
+@lru_cache(maxsize=4)  # the parts of a base are told first, then each asks for its own
+def _by_names(names: frozenset[str]) -> tuple[LayoutIndex, ...]:
     found = [LayoutIndex.of(network, names) for network in NETWORKS]
     most = max((index.known for index in found), default=0)
     return tuple(index for index in found if index.known == most >= max(1, _ENOUGH * len(names)))
