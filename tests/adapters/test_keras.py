@@ -136,6 +136,8 @@ def test_the_preset_has_to_be_beside_it(tmp_path: Path) -> None:
     assert "no metadata.json" in read_adapter(tmp_path).known_issues()[0]
     (tmp_path / "metadata.json").write_text(json.dumps({"keras_hub_version": "0.40.1"}))
     assert "KerasHub 0.40.1 wrote it" in read_adapter(tmp_path).known_issues()[0]
+    (tmp_path / "metadata.json").write_text(json.dumps({"keras_hub_version": "0.17.0"}))
+    assert "KerasHub 0.17.0 wrote it" in read_adapter(tmp_path).known_issues()[0]
     shutil.copy(tmp_path / "a.lora.h5", tmp_path / "b.lora.h5")
     assert not KERAS.detect(tmp_path)
     with pytest.raises(NotFoundError, match=r"no \.lora\.h5, or several"):
@@ -178,6 +180,7 @@ def test_parts_of_a_file_that_are_missing_or_strange_are_refused(tmp_path: Path)
         (
             (b"lora_kernel_b\x00", b"lora_kernel_c\x00", "neither a rank nor a factor"),
             (b"rank\x00", b"tank\x00", "neither a rank nor a factor"),
+            (b"\x0011\x00", b"\x0001\x00", "neither a rank nor a factor"),
             (b"lora_kernel_a\x00", b"lora_kernel_b\x00", "without its|twice|neither"),
         )
     ):
@@ -191,9 +194,11 @@ def test_a_whole_model_says_that_its_lora_is_in_its_kernels(tmp_path: Path) -> N
     with zipfile.ZipFile(tmp_path / "a.keras", "w") as archive:
         archive.writestr("config.json", "{}")
     said = "a whole model of Keras, into whose kernels Keras adds the LoRAs"
-    with pytest.raises(FitError, match=said):
-        merge(base_of("llama/lora"), tmp_path / "a.keras", output=tmp_path / "out")
-    with pytest.raises(FitError, match=said):
-        merge(tmp_path / "a.keras", HERE / "llama/lora", output=tmp_path / "out")
-    with pytest.raises(FitError, match=said):
-        surgery.open(tmp_path / "a.keras")
+    shutil.copy(GOLDEN / "keras/bfloat16.h5", tmp_path / "a.weights.h5")
+    for path in (tmp_path / "a.keras", tmp_path / "a.weights.h5"):
+        with pytest.raises(FitError, match=said):
+            merge(base_of("llama/lora"), path, output=tmp_path / "out")
+        with pytest.raises(FitError, match=said):
+            merge(path, HERE / "llama/lora", output=tmp_path / "out")
+        with pytest.raises(FitError, match=said):
+            surgery.open(path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,19 @@ def test_alpha_is_stated_absent_or_asked_for(tmp_path: Path) -> None:
         ),
         (pair(), SETTINGS.replace("num_query_groups: 2", "num_query_groups: 3"), FitError, "4 heads in 3 groups"),
         (pair(), SETTINGS.replace("weight_tying: false", "weight_tying: true"), FitError, "share one LoRA"),
+        (
+            pair(),
+            SETTINGS.replace("adapter_dim: 2", "adapter_dim: 02"),
+            FitError,
+            "does not tell peft.lora_tuning.adap",
+        ),
+        (pair(), SETTINGS.replace("alpha: 6", "alpha: 010"), FitError, "not in its file: its alpha is '010'"),
+        (
+            pair("model.decoder.layers.0.mlp.adapter_layer.lora_hto4h_adapter", 48),
+            SETTINGS + "activation: swiglu\n",
+            FitError,
+            "an activation 'swiglu' takes two",
+        ),
         (pair(), SETTINGS + "megatron_legacy: true\n", FitError, "Megatron before 2021"),
         (pair(), SETTINGS + "hidden_size: 8\n", MalformedError, "appears twice"),
         (pair(out=63), SETTINGS, FitError, "not the 64 rows of q, k and v"),
@@ -216,6 +230,15 @@ def test_hostile_archives_are_refused(tmp_path: Path) -> None:
     path.write_bytes(twice)
     with pytest.raises(MalformedError, match="appears twice"):
         NEMO.read(path)
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XGLTYPE, 20
+    path.write_bytes(info.tobuf() + b"20 path=a_longer_one\n".ljust(512, b"\0") + bytes(1024))
+    with pytest.raises(MalformedError, match="extended header"):
+        NEMO.read(path)
+    info.size = 12
+    path.write_bytes(info.tobuf() + b"12 path=abc\n".ljust(512, b"\0") + tarfile.TarInfo("y").tobuf() + bytes(1024))
+    with pytest.raises(MalformedError, match="for all tar members"):
+        NEMO.read(path)
     for record, said in (
         (b"99 path=x\n", "extended header"),
         (b"22 GNU.sparse.major=1\n", "holes"),
@@ -234,3 +257,21 @@ def test_what_continues_a_text_is_no_value() -> None:
     assert found["hidden_size"] == "5"
     assert found["c.d"] == "e"
     assert found["a.hidden_size"] == "3"
+
+
+def test_what_lies_below_a_strange_key_is_not_of_the_key_before() -> None:
+    text = "peft:\n  x: 1\n# of PEFT's own\n7:\n  alpha: 9\n'peft.beta': 8\n'tail':\n  'alpha': 2\n"
+    assert plain_values(text, Path("x")) == {"peft.x": "1", "[3].alpha": "9", "tail.alpha": "2"}
+
+
+def test_a_configuration_of_any_form_is_read_in_the_time_of_its_size() -> None:
+    """A value with a gap, a long name with many lines below it, and lines ever deeper."""
+    gap = "a: b" + " " * 60_000 + "c\n"
+    wide = "w" * 400_000 + ":\n" + " b: 1\n" * 80_000
+    deep = "".join(" " * at + "d" * 64 + ":\n" for at in range(1300))
+    start = time.process_time()
+    assert plain_values(gap, Path("x"))["a"].endswith(" c")
+    assert plain_values(deep + gap, Path("x")).keys() == {"a"}
+    with pytest.raises(MalformedError, match="appears twice"):
+        plain_values(wide, Path("x"))
+    assert time.process_time() - start < 5

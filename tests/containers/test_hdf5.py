@@ -125,6 +125,47 @@ def test_a_heap_as_large_as_the_file_is_not_read_again_and_again(tmp_path: Path)
         datasets(open_file(written(tmp_path / "a.h5", bomb)))
 
 
+def test_a_long_name_is_not_taken_again_for_each_of_many_groups(tmp_path: Path) -> None:
+    """Names that begin at every byte of one long text: 2 MB would be names of 400 MB."""
+    layout = lay_out_hdf5([(f"n{number:06d}", DType.F32, (1,)) for number in range(200)])
+    content = bytearray(layout.header.ljust(layout.nbytes, b"\0"))
+    heap, names = content.index(b"HEAP"), len(content)
+    struct.pack_into("<Q", content, heap + 8, (2 << 20) + 8)
+    struct.pack_into("<Q", content, heap + 24, names)
+    at, number = content.find(b"SNOD"), 0
+    while at >= 0:
+        for place in range(struct.unpack_from("<H", content, at + 6)[0]):
+            struct.pack_into("<Q", content, at + 8 + 40 * place, number)
+            number += 1
+        at = content.find(b"SNOD", at + 8)
+    with pytest.raises(MalformedError, match="the names of a group are damaged"):
+        datasets(open_file(written(tmp_path / "a.h5", bytes(content) + b"x" * (2 << 20) + bytes(8))))
+    deep = "/".join(["g" * 250] * 5)
+    layout = lay_out_hdf5([(deep, DType.F32, (1,))])
+    with pytest.raises(MalformedError, match="longer than any"):
+        datasets(open_file(written(tmp_path / "a.h5", layout.header.ljust(layout.nbytes, b"\0"))))
+
+
+FLOAT = bytes.fromhex("11201f000400000000002000170800177f00000000000000")
+"""A message of the element type float32."""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (replaced(FLOAT, FLOAT[:2] + b"\x1e" + FLOAT[3:]), "a type that is not read"),  # the sign one bit lower
+        (replaced(FLOAT, FLOAT[:1] + b"\x00" + FLOAT[2:]), "a type that is not read"),  # no hidden bit
+        (replaced(FLOAT, FLOAT[:1] + b"\x21" + FLOAT[2:]), "a type that is not read"),  # of the other endianness
+        (replaced(struct.pack("<HHB3x", 3, 24, 1), struct.pack("<HHB3x", 3, 24, 3)), "that lie elsewhere"),
+        (replaced(struct.pack("<HHB3x", 5, 8, 1), struct.pack("<HHB3x", 1, 8, 1)), "is described twice"),
+        (replaced(LAYOUT, struct.pack("<HHB3xBB", 0, 24, 0, 3, 1)), "neither a group nor a dataset"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(content: bytes, said: str, tmp_path: Path) -> None:
+    with pytest.raises(MalformedError, match=said):
+        datasets(open_file(written(tmp_path / "a.h5", content)))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, min(len(WHOLE), 3000) - 1), st.integers(1, 255))
 def test_any_byte_may_be_wrong(at: int, flip: int) -> None:

@@ -26,10 +26,13 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _UNDEFINED = (1 << 64) - 1
 _OBJECTS = 100_000
 _DEPTH = 32
+_PATH_LIMIT = 1024
 _BLOCKS = 64  # of one object header
 _HEADER_LIMIT = 1 << 20
 _METADATA_LIMIT = 64 << 20  # of a file, all that is no array
 _SPACE, _TYPE, _EXTERNAL, _LAYOUT, _FILTERS, _CONTINUED, _TABLE = 0x01, 0x03, 0x07, 0x08, 0x0B, 0x10, 0x11
+_ONCE = (_SPACE, _TYPE, _EXTERNAL, _LAYOUT, _FILTERS, _TABLE)
+_SHARED = 0x02  # a flag: the message lies elsewhere
 _NEW_GROUPS = (0x02, 0x06, 0x0A)  # messages of links, of newer files
 _FLOATS = {  # size and properties: offset, precision, exponent at, its bits, mantissa at, its bits, bias
     (2, 0, 16, 10, 5, 0, 10, 15): DType.F16,
@@ -52,7 +55,7 @@ def datasets(file: File) -> tuple[StoredTensor, ...]:
     Raises:
         MalformedError: not such a file, or something in it that is not read.
     """
-    return tuple(_Reader(file).walk())
+    return tuple(_Walk(file).walk())
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class _Message:
     data: bytes
 
 
-class _Reader:
+class _Walk:
     """One file, with the objects that were seen."""
 
     def __init__(self, file: File) -> None:
@@ -96,17 +99,26 @@ class _Reader:
         if at in self.seen or depth > _DEPTH or len(self.seen) >= _OBJECTS:
             raise self.fail(f"'{show(path)}' is linked twice, or too much is in the file")
         self.seen.add(at)
-        messages = {message.kind: message for message in self.messages(at)}
+        messages: dict[int, _Message] = {}
+        for message in self.messages(at):
+            if message.kind in _ONCE and message.kind in messages:
+                raise self.fail(f"'{show(path)}' is described twice")
+            messages[message.kind] = message
         if _TABLE in messages:
             tree, heap = struct.unpack("<2Q", self.exactly(messages[_TABLE].data, 16))
             names = self.heap(heap)
             for name_at, child in self.entries(tree, 0):
                 name = self.name(names, name_at)
-                yield from self.object(child, f"{path}/{name}" if path else name, depth + 1)
+                below = f"{path}/{name}" if path else name
+                if len(below) > _PATH_LIMIT:
+                    raise self.fail("the names of a group are longer than any that a program gives")
+                yield from self.object(child, below, depth + 1)
         elif _LAYOUT in messages:
             yield self.dataset(path, messages)
         elif any(kind in messages for kind in _NEW_GROUPS):
             raise self.fail(f"'{show(path)}' is a group of a newer layout, which is not read")
+        else:
+            raise self.fail(f"'{show(path)}' is neither a group nor a dataset")
 
     def exactly(self, data: bytes, nbytes: int) -> bytes:
         if len(data) < nbytes:
@@ -125,10 +137,12 @@ class _Reader:
                 raise self.fail(f"an object header of {length} bytes")
             raw, here = self.take(begin, length), 0
             while here + 8 <= length and count:
-                kind, size = struct.unpack_from("<HH", raw, here)
+                kind, size, flags = struct.unpack_from("<HHB", raw, here)
                 data = raw[here + 8 : here + 8 + size]
                 if len(data) < size:
                     raise self.fail("a message of an object header is cut short")
+                if kind in _ONCE and flags & _SHARED:
+                    raise self.fail("a type or sizes that lie elsewhere, which are not read")
                 if kind == _CONTINUED:
                     blocks.append(struct.unpack("<2Q", self.exactly(data, 16)))
                 yield _Message(kind, begin + here + 8, data)
@@ -143,7 +157,7 @@ class _Reader:
         return self.take(data, nbytes)
 
     def name(self, heap: bytes, at: int) -> str:
-        end = heap.find(b"\x00", at)
+        end = heap.find(b"\x00", at, at + _PATH_LIMIT)
         try:
             name = heap[at:end].decode() if 0 <= at < end else ""
         except UnicodeDecodeError as error:
@@ -208,9 +222,9 @@ class _Reader:
         """The element type; two opaque bytes are a bfloat16, for which HDF5 has no type."""
         kind, bits, nbytes = data[0] & 15 if data else -1, data[1:4], int.from_bytes(data[4:8], "little")
         found = None
-        if len(data) >= 12 and kind == 0 and not bits[0] & 1:
+        if len(data) >= 12 and kind == 0 and bits[0] in (0, 8) and data[8:12] == struct.pack("<HH", 0, 8 * nbytes):
             found = _INTEGERS.get((nbytes, bool(bits[0] & 8)))
-        elif len(data) >= 20 and kind == 1 and not bits[0] & 0x41:
+        elif len(data) >= 20 and kind == 1 and bits == bytes((0x20, 8 * nbytes - 1 & 0xFF, 0)):  # the sign on top
             found = _FLOATS.get((nbytes, *struct.unpack_from("<HHBBBBI", data, 8)))
         elif kind == 5 and nbytes == 2:
             found = DType.BF16

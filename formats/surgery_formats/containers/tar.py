@@ -54,10 +54,12 @@ def tar_members(file: File) -> dict[str, Member]:
             content = bytes(file.read(begin, nbytes))
             if kind == _LONG_NAME:
                 name = _text(content, file)
-            elif kind == b"x":
-                records = _records(content, file)
-                name = records.get("path", name)
-                size = _decimal(records["size"], file) if "size" in records else size
+                continue
+            records = _records(content, file)
+            if kind == b"g" and records.keys() & {"path", "size"}:  # programs differ in whether these reach a member
+                raise MalformedError("a name or a size for all tar members", file=file.path)
+            name = records.get("path", name)
+            size = _decimal(records["size"], file) if "size" in records else size
             continue
         prefix = _text(header[345:500], file) if header[257:263] == b"ustar\x00" else ""
         known = name or "/".join(part for part in (prefix, _text(header[:100], file)) if part)

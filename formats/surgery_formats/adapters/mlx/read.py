@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.embeddings import is_embedding
-from surgery_formats.adapters.mlx.files import OLD_FILE, open_mlx
+from surgery_formats.adapters.mlx.files import TENSOR_FILE, open_mlx
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
@@ -53,7 +53,7 @@ def read_mlx(path: Path, scale: float | None = None) -> Adapter:
     file, shard = open_mlx(path)
     settings = file.with_name("adapter_config.json")
     raw = read_object(settings) if settings.exists() else {}
-    config = _parse(raw, settings, scale, old=file.name.endswith(".npz"))
+    config = _parse(raw, settings, scale, None if file.name == TENSOR_FILE else file)
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}
     for tensor in shard.tensors:
@@ -90,7 +90,8 @@ def _tie_trap(modules: Iterable[str]) -> Iterable[str]:
         yield "it trains the embedding: where the base ties its head to it, mlx-lm lets the head follow"
 
 
-def _parse(raw: Mapping[str, Any], file: Path, told: float | None, *, old: bool) -> _Config:
+def _parse(raw: Mapping[str, Any], file: Path, told: float | None, old: Path | None) -> _Config:
+    """Read the configuration `file`; `old` are weights of the kind that have none, and had one scale or another."""
     kind = raw.get("fine_tune_type", "dora" if raw.get("use_dora") is True else "lora")
     if kind not in ("lora", "dora", "full"):
         raise FitError(f"the fine_tune_type {kind!r} is not known", file=file)
@@ -106,10 +107,10 @@ def _parse(raw: Mapping[str, Any], file: Path, told: float | None, *, old: bool)
     if told is not None and scale is None:
         scale = told
         traps.append(f"no scale in its files: {told:g} is the one that was given")
-    elif scale is None and old:
+    elif scale is None and old is not None:
         raise FitError(
             "the scale of its LoRAs is not in its file",
-            file=file.with_name(OLD_FILE),
+            file=old,
             hint="give what its layers multiplied by with `alpha=`: 20 where nobody changed it, 2 in the first versions",
         )
     elif scale is None:

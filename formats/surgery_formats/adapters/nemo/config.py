@@ -16,8 +16,10 @@ from surgery_formats.text import show
 
 __all__ = ["CONFIG_LIMIT", "NemoConfig", "nemo_config", "plain_values"]
 
-CONFIG_LIMIT = 4 << 20
-_LINE = re.compile(r"( *)([A-Za-z_][A-Za-z0-9_.-]*):(?: +(\S.*?))? *")
+CONFIG_LIMIT = 1 << 20
+_LINE = re.compile(r"( *)[\"']?([A-Za-z_][A-Za-z0-9_-]{0,63})[\"']?:(?: +(\S.*))?")
+_COUNT = re.compile(r"[1-9][0-9]{0,8}")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,30})(\.[0-9]{0,30})?(e[+-]?[0-9]{1,2})?")  # YAML reads 010 as 8
 _OF_DIM = re.compile(r"\$\{[A-Za-z_.]*\badapter_dim\}")
 _NONE = ("", "null", "~", "None")
 
@@ -31,10 +33,9 @@ def plain_values(text: str, file: Path) -> dict[str, str]:
     values: dict[str, str] = {}
     parents: list[tuple[int, str]] = []  # of every line, so that what continues a text over lines lies below its key
     for number, line in enumerate(text.splitlines()):
-        match = _LINE.fullmatch(line)
-        item = line.lstrip(" ").startswith("- ")
-        if match is None and not item:
+        if not line.strip(" ") or line.lstrip(" ").startswith("#"):
             continue
+        match = _LINE.fullmatch(line.rstrip(" "))
         depth = len(line) - len(line.lstrip(" "))
         while parents and parents[-1][0] >= depth:
             parents.pop()
@@ -60,6 +61,7 @@ class NemoConfig:
         groups: Heads of keys and of values.
         head: Rows of a head.
         inner: Width of the MLP.
+        activation: Of the MLP; empty where it is not stated.
         base: The model that it was trained on, as a path or name.
     """
 
@@ -70,6 +72,7 @@ class NemoConfig:
     groups: int
     head: int
     inner: int
+    activation: str
     base: str
 
 
@@ -104,25 +107,22 @@ def nemo_config(text: str, file: Path, told: float | None) -> NemoConfig:
         raise FitError(f"an alpha of {told:g} was given, its model_config.yaml says otherwise", file=file)
     inner = _count(values, "ffn_hidden_size", file, 4 * hidden)
     base = values.get("restore_from_path", "")
-    return NemoConfig(rank, alpha, hidden, heads, groups, head, inner, "" if base in _NONE else base)
+    activation = values.get("activation", "")
+    return NemoConfig(rank, alpha, hidden, heads, groups, head, inner, activation, "" if base in _NONE else base)
 
 
 def _count(values: Mapping[str, str], key: str, file: Path, absent: int = 0) -> int:
     text = values.get(key, "")
     if text in _NONE and absent > 0:
         return absent
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+    if not _COUNT.fullmatch(text):
         raise FitError(f"its model_config.yaml does not tell {key} ({show(repr(text), 40)})", file=file)
     return int(text)
 
 
 def _alpha(text: str, file: Path, told: float | None) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if abs(value) <= 1e30:
-        return value
+    if _NUMBER.fullmatch(text) and abs(float(text)) <= 1e30:
+        return float(text)
     if told is not None:
         return told
     raise FitError(

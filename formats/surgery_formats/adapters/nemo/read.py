@@ -149,6 +149,13 @@ def _loras(module: str, a: StoredTensor, b: StoredTensor, config: NemoConfig) ->
             yield f"self_attn.{name}_proj", replace(whole, B=_of_groups(b, config, first, last))
     elif module == _GATE_UP:
         inner = config.inner
+        if b.shape[0] == inner and config.activation.endswith("glu"):  # in layers of their own, the first is the gate
+            raise FitError(
+                f"has the rows of one layer, and an activation '{show(config.activation, 20)}' takes two: which is meant "
+                "the file does not tell",
+                file=b.path,
+                tensor=b.name,
+            )
         if b.shape[0] == inner:
             yield "mlp.up_proj", whole
         elif b.shape[0] == 2 * inner:
