@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.contents import contents_of
-from surgery_formats.adapters.joining import joined, runs
+from surgery_formats.adapters.rows import joined, runs
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter

@@ -24,8 +24,8 @@ from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longe
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
-from surgery_formats.adapters.joining import Span, joined, runs
 from surgery_formats.adapters.relaid import relaid
+from surgery_formats.adapters.rows import Span, joined, runs
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
