@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An update of a base's weight as updates of the weights that another program has for it: parts of it, or halves exchanged."""
+"""Where another program has a weight of a base: in parts of its own, with halves exchanged, or as rows of a larger one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from surgery_formats.adapters.rows import Span, cut, narrowed
@@ -12,7 +13,7 @@ from surgery_formats.models.names import Names, WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.updates import LoRA, Update
 
-__all__ = ["Program", "relaid"]
+__all__ = ["Program", "Whole", "relaid", "whole_of"]
 
 Program = Literal["diffusers", "OMI"]
 """Whose names are wanted."""
@@ -48,6 +49,41 @@ def relaid(
     meets = all(before[1] == after[0] for before, after in pairwise(covered))
     whole = bool(covered) and (covered[0][0], covered[-1][1]) == (0, extent(slices)[0])
     return tuple(found) if meets and whole else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A weight that another one is rows of.
+
+    Attributes:
+        name: Of it.
+        height: Rows that it has.
+        rows: Those of the other one from top to bottom, and at which of its own each of them lies.
+    """
+
+    name: str
+    height: int
+    rows: tuple[tuple[Span, int], ...]
+
+
+def whole_of(slices: tuple[WeightSlice, ...], names: Names, *, in_release: bool) -> Whole | None:
+    """The weight that those at `slices` are all rows of; None if they are rows of several, or anything else.
+
+    Args:
+        slices: Where the base holds a weight.
+        names: Of the base's network.
+        in_release: Whether the weight is meant that the network's makers have, instead of the one that the base has.
+    """
+    here = {place.parameter.name.removeprefix(names.prefix) for place in slices}
+    called = {names.in_release(name) if in_release else name for name in here}
+    if len(called) > 1:
+        return None
+    (name,) = called
+    whole = (WeightSlice(names.parameters[name]),) if name in names.parameters else names.resolve(name)
+    spans = _rows_of(slices, whole)
+    starts = accumulate((stop - start for start, stop in spans), initial=0)
+    rows = tuple(((own, own + stop - start), start) for (start, stop), own in zip(spans, starts, strict=False))
+    return Whole(name, extent(whole)[0], rows) if rows else None
 
 
 def _rows_of(wanted: Sequence[WeightSlice], slices: Sequence[WeightSlice]) -> tuple[Span, ...]:

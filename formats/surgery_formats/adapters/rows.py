@@ -7,7 +7,7 @@ each other, and B's along the diagonal, as sd-scripts merges its split projectio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery_formats.adapters.writing import factor_dtype
@@ -17,7 +17,7 @@ from surgery_formats.tensors.computed import computed
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, is_directed
 
-__all__ = ["Span", "cut", "joined", "narrowed", "row_slice", "runs"]
+__all__ = ["Span", "cut", "joined", "narrowed", "row_slice"]
 
 Span = tuple[int, int]
 """First row, and the one behind the last."""
@@ -113,17 +113,6 @@ def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], 
     b = computed(f"{name}.B", (height, rank), _stored(ups), beside, _type_of(ups, scaled=not alike))
     noted = tuple(tensor for lora in loras for tensor in lora.noted)
     return LoRA(Factor.of(a), Factor.of(b), first.scale if alike else 1.0, None, noted)
-
-
-def runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
-    """Rows that follow each other on both sides as one."""
-    found: list[tuple[Span, int]] = []
-    for (start, stop), at in rows:
-        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
-            found[-1] = (found[-1][0][0], stop), found[-1][1]
-        else:
-            found.append(((start, stop), at))
-    return found
 
 
 def _stored(factors: Sequence[Factor]) -> list[Tensor]:

@@ -238,23 +238,13 @@ class Names:
                 found.setdefault(tuple(map(index.in_omi, pieces)) if original else pieces)
         return next(iter(found)) if len(found) == 1 else () if found else (name,)
 
-    def in_release(self, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
-        """What its makers call a weight of the base, or the one that it is a part of, and the height of that.
+    def in_release(self, name: str) -> str:
+        """What its makers call a weight of the base, or the one that it is a part of.
 
-        The rows from one to another of the first lie at a row of the second: ``(start, stop, row)``, in order. A name that no
-        family knows, or of which they tell different things, is the same there.
+        A name that no family knows, or of which they tell different things, is the same there.
         """
-        found = {told for index in self._layouts if (told := index.in_release(name))[0]}
-        if len(found) == 1:
-            ((other, whole, places),) = found
-            own = sum(stop - start for start, stop in places)
-            if height % own == 0:
-                unit, at, rows = height // own, 0, []
-                for start, stop in places:
-                    rows.append((at, at + (stop - start) * unit, start * unit))
-                    at += (stop - start) * unit
-                return other, whole * unit, tuple(rows)
-        return name, height, ((0, height, 0),)
+        found = {told for index in self._layouts if (told := index.in_release(name))}
+        return next(iter(found)) if len(found) == 1 else name
 
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""

@@ -153,22 +153,16 @@ class LayoutIndex:
             return tuple(filled(piece.name, numbers) + leaf for piece in rule.pieces)
         return ()
 
-    def in_release(self, name: str) -> tuple[str, int, tuple[tuple[int, int], ...]]:
+    def in_release(self, name: str) -> str:
         """What its makers call a weight, or the one that it is a part of, where the base has diffusers' name for it.
 
-        With the height of that weight in parts, and where those of this one lie in it, in order. An empty name if the base
-        has another name, if it lacks another part, or if no rule knows it.
+        Empty if the base has another name, if it lacks another part, or if no rule knows it.
         """
         for rule, numbers, leaf in self.rules_for(name) if name in self.names else ():
-            found, row = dict[int, tuple[int, int]](), 0
-            for piece in rule.pieces:
-                if filled(piece.name, numbers) + leaf == name:
-                    found[piece.part] = row, row + piece.units
-                row += piece.units
             parts = (filled(piece.name, numbers) + leaf for piece in rule.pieces)
             if not rule.transposed and all(part in self.names for part in parts):
-                return filled(rule.name, numbers) + leaf, row, tuple(place for _, place in sorted(found.items()))
-        return "", 0, ()
+                return filled(rule.name, numbers) + leaf
+        return ""
 
     def in_omi(self, pivot: str) -> str:
         """What OMI calls what diffusers calls `pivot`: its makers' name, and the number of the part where theirs has several."""
