@@ -19,7 +19,8 @@ from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.keras.families import FAMILIES, Backbone, NumberedLayer
 from surgery_formats.adapters.keras.files import CONFIG, METADATA, TENSOR_FILE
 from surgery_formats.adapters.packing import PackedFile, laid_out
-from surgery_formats.adapters.writing import ConversionLedger, places_of, row_slice, whole_place, zero_padded
+from surgery_formats.adapters.rows import row_slice
+from surgery_formats.adapters.writing import ConversionLedger, places_of, whole_place, zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.base import TensorSpec
