@@ -40,6 +40,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
+from surgery_formats.models.names import Names
 from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
@@ -186,6 +187,10 @@ class _Job:
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
+            if self._of_makers(site):
+                return (
+                    "the network's makers hold it with others in one weight, as whose part only a LoRA can be written"
+                )
             if self.dialect.names_of is None:
                 return "the base holds what it changes in parts, and has no name for it"
             return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
@@ -257,10 +262,15 @@ class _Job:
 
     def _released(self, site: Site, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
         """The dialect's name for a weight of the base, or for the one that it is a part of: see `Names.in_release`."""
-        names = self.base.names_of(site.component) if self.base is not None and self.dialect.in_release else None
-        if names is None or site.component not in (*COMPONENTS, ""):
-            return name, height, ((0, height, 0),)
-        return (names.inner or names).in_release(name, height)
+        names = self._of_makers(site)
+        return names.in_release(name, height) if names else (name, height, ((0, height, 0),))
+
+    def _of_makers(self, site: Site) -> Names | None:
+        """The names of a site's network, if it is one that the dialect has its makers' names for."""
+        if self.base is None or not self.dialect.in_release or site.component not in (*COMPONENTS, ""):
+            return None
+        names = self.base.names_of(site.component)
+        return (names.inner or names) if names else None
 
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
@@ -300,6 +310,7 @@ class _Job:
             encoder = component_of(site, self.base)
             kind = str(encoder.config.get("model_type"))
             level = _TEXT if kind == _CLIP and not any(name.startswith(_TEXT) for name in encoder.parameters) else ""
+            level = level.replace(".", "_") if self.dialect.flat else level
             for told in (f"{kind}:{encoder.name}", kind):
                 if told in self.dialect.encoders:
                     return self.dialect.encoders[told] + level
@@ -352,8 +363,10 @@ class _Job:
         name, kernel = site.path, site.kernel
         if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
-            name = self._released(site, name, where[1][0])[0]
-        elif site.flat and not self.dialect.flat:
+            name, height, moved = self._released(site, name, where[1][0])
+            if (height, moved) != (where[1][0], ((0, where[1][0], 0),)):
+                return "", ()
+        elif ((names := self._of_makers(site)) and names.networks) or (site.flat and not self.dialect.flat):
             return "", ()
         module = name.rpartition(".")[0]
         return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
