@@ -17,6 +17,7 @@ from surgery import convert
 from surgery_formats.adapters.mlx import MLX
 from surgery_formats.adapters.peft import PEFT
 from surgery_formats.adapters.registry import format_at, read_adapter
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.updates import DoRA, LoRA
 from tests.support.adapter_files import (
@@ -245,6 +246,27 @@ def test_an_old_npz_merges_to_what_mlx_lm_fuses(place: str, tmp_path: Path) -> N
     assert convert(adapter, "mlx", output=tmp_path / "new").max_error <= 1e-6
     written = tmp_path / "new/adapters.safetensors"
     assert_close(load_file(written), load_file(GOLDEN / "mlx/llama/lora-zero/adapters.safetensors"), 0)
+
+
+def test_rows_and_columns_that_mlx_calls_fortrans_are_read(tmp_path: Path) -> None:
+    """A LoRA of rank 1: mlx 0.32.4 writes ``'fortran_order': True`` for an array of one row or column."""
+    factors = {"x.lora_a": draw(1, 6, 1), "x.lora_b": draw(2, 1, 4)}
+
+    def fortran(values: np.ndarray) -> bytes:
+        array = io.BytesIO()
+        np.save(array, values)
+        return array.getvalue().replace(b"False", b"True", 1).replace(b" \n", b"  \n", 1)
+
+    file = tmp_path / "adapters.npz"
+    members = {f"{name}.npy": fortran(values) for name, values in factors.items()}
+    (chain,) = read_adapter(_zip(file, members), alpha=3).updates.values()
+    lora = chain[0]
+    assert isinstance(lora, LoRA)
+    assert np.array_equal(lora.A.load(DType.F32), factors["x.lora_a"].T)
+    assert np.array_equal(lora.B.load(DType.F32), factors["x.lora_b"].T)
+    members["x.lora_a.npy"] = fortran(draw(1, 6, 2))
+    with pytest.raises(MalformedError, match="fortran_order"):
+        MLX.with_alpha(3.0).read(_zip(file, members))
 
 
 def test_another_scale_than_the_stated_one_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from surgery import combine, convert, merge
 from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, SurgeryError
-from tests.support.adapter_files import GOLDEN, assert_expected, draw, llama, merged, write_peft
+from tests.support.adapter_files import GOLDEN, assert_expected, draw, llama, merged, write_base, write_peft
 
 HERE = GOLDEN / "tensorrt_llm"
 BASE = GOLDEN / "litgpt/base"
@@ -112,6 +112,21 @@ def test_what_it_cannot_hold_is_dropped_by_name(tmp_path: Path) -> None:
         convert(peft, "tensorrt-llm", output=tmp_path / "a", base=BASE)
     result = convert(peft, "tensorrt-llm", output=tmp_path / "a", base=BASE, allow_loss=True)
     assert sorted(entry.outcome for entry in result.entries) == ["dropped", "folded"]
+
+
+def test_a_tower_for_images_is_not_taken_for_the_language_model(tmp_path: Path) -> None:
+    tower, text = "model.vision_tower.vision_model.encoder.layers.0", "model.language_model.layers.0"
+    shapes = {f"{layer}.self_attn.{n}_proj.weight": (32, 32) for layer in (tower, text) for n in "qk"}
+    base = write_base(tmp_path / "base", shapes, {"model_type": "llava"})
+    peft = write_peft(
+        tmp_path / "peft", {f"base_model.model.{k}": v for at in (tower, text) for k, v in _pair(at).items()}
+    )
+    result = convert(peft, "tensorrt-llm", output=tmp_path / "a", base=base, allow_loss=True)
+    assert {entry.site.rpartition(".self_attn")[0]: entry.outcome for entry in result.entries} == {
+        tower: "dropped",
+        text: "folded",
+    }
+    assert np.load(tmp_path / "a" / CONFIG).tolist() == [[[1, 0, 2, 0]]]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def datasets(file: File) -> tuple[StoredTensor, ...]:
     Raises:
         MalformedError: not such a file, or something in it that is not read.
     """
-    return tuple(_Reader(file).walk())
+    return tuple(_Walk(file).walk())
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class _Message:
     data: bytes
 
 
-class _Reader:
+class _Walk:
     """One file, with the objects that were seen."""
 
     def __init__(self, file: File) -> None:

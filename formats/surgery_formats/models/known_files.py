@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery_formats.containers.hdf5 import SIGNATURE as HDF5
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, SurgeryError
 from surgery_formats.files.raw import first_bytes, open_file
@@ -143,9 +144,11 @@ KNOWN_FILES = (
 
 _KERAS = KnownFile(
     "a whole model of Keras, into whose kernels Keras adds the LoRAs of its layers when it saves one: no factor is in it",
-    "save the LoRA with backbone.save_lora_weights('adapter.lora.h5')",
+    "save the LoRA with backbone.save_lora_weights('adapter.lora.h5') where it was trained: what is loaded has none",
     (),
 )
+_OF_KERAS = {".keras": b"PK\x03\x04", ".weights.h5": HDF5}
+"""Endings that Keras asks for, and how such files begin."""
 
 
 def known_file(names: Collection[str]) -> KnownFile | None:
@@ -161,8 +164,9 @@ def known_file_at(path: Path, names: Collection[str] = ()) -> KnownFile | None:
         path: Of the file.
         names: Of its tensors; none where they could not be read as weights.
     """
-    if path.name.endswith(".keras"):
-        return _KERAS if first_bytes(path, 4) == b"PK\x03\x04" else None
+    for ending, magic in _OF_KERAS.items():
+        if path.name.endswith(ending):
+            return _KERAS if first_bytes(path, len(magic)) == magic else None
     if names or not path.name.endswith(TORCH.suffixes):
         return known_file(names)
     from surgery_formats.containers.torch.pickle_file import nested_names, read_torch

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["FAMILIES", "Family", "Layer", "Shape"]
+__all__ = ["FAMILIES", "Backbone", "NumberedLayer", "Shape"]
 
 Shape = Literal["dense", "heads", "heads first", "from heads"]
 """How a kernel lies.
@@ -28,7 +28,7 @@ Shape = Literal["dense", "heads", "heads first", "from heads"]
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class NumberedLayer:
     """A layer with weights.
 
     Attributes:
@@ -47,7 +47,7 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class Backbone:
     """A backbone.
 
     Attributes:
@@ -58,88 +58,88 @@ class Family:
     """
 
     before: int
-    block: tuple[Layer, ...]
+    block: tuple[NumberedLayer, ...]
     path: str = "model.layers.{}"
     absent: tuple[str, ...] = ()
 
-    def layers(self, config: Mapping[str, Any]) -> tuple[Layer, ...]:
+    def layers(self, config: Mapping[str, Any]) -> tuple[NumberedLayer, ...]:
         """Those that a block of this backbone has."""
         return tuple(layer for layer in self.block if not layer.where or config.get(layer.where) is True)
 
 
 _Q, _KV, _PLAIN = "num_query_heads", "num_key_value_heads", "num_heads"
-_NONE = Layer()
+_NONE = NumberedLayer()
 
 
-def _attention(shape: Shape, *, norms: bool = False) -> tuple[Layer, ...]:
+def _attention(shape: Shape, *, norms: bool = False) -> tuple[NumberedLayer, ...]:
     """Output, value, key and query, the latter two behind norms of theirs in some models."""
     norm = (_NONE,) if norms else ()
     return (
-        Layer("self_attn.o_proj", "from heads", _Q),
-        Layer("self_attn.v_proj", shape, _KV),
+        NumberedLayer("self_attn.o_proj", "from heads", _Q),
+        NumberedLayer("self_attn.v_proj", shape, _KV),
         *norm,
-        Layer("self_attn.k_proj", shape, _KV),
+        NumberedLayer("self_attn.k_proj", shape, _KV),
         *norm,
-        Layer("self_attn.q_proj", shape, _Q),
+        NumberedLayer("self_attn.q_proj", shape, _Q),
     )
 
 
-_MLP = (Layer("mlp.down_proj"), Layer("mlp.gate_proj"), Layer("mlp.up_proj"))
-_MLP_OF_GEMMA = (Layer("mlp.down_proj"), Layer("mlp.up_proj"), Layer("mlp.gate_proj"))
-_LLAMA = Family(1, (_NONE, _NONE, *_MLP, _NONE, _NONE, *_attention("heads")))  # block, norm, MLP, norm, attention
-_QWEN3 = Family(1, (_NONE, _NONE, *_MLP, _NONE, _NONE, *_attention("heads", norms=True)))
+_MLP = (NumberedLayer("mlp.down_proj"), NumberedLayer("mlp.gate_proj"), NumberedLayer("mlp.up_proj"))
+_MLP_OF_GEMMA = (NumberedLayer("mlp.down_proj"), NumberedLayer("mlp.up_proj"), NumberedLayer("mlp.gate_proj"))
+_LLAMA = Backbone(1, (_NONE, _NONE, *_MLP, _NONE, _NONE, *_attention("heads")))  # block, norm, MLP, norm, attention
+_QWEN3 = Backbone(1, (_NONE, _NONE, *_MLP, _NONE, _NONE, *_attention("heads", norms=True)))
 
 
-def _gemma(norms: tuple[Layer, ...] = ()) -> tuple[Layer, ...]:
+def _gemma(norms: tuple[NumberedLayer, ...] = ()) -> tuple[NumberedLayer, ...]:
     output, *rest = _attention("heads first")
     return (
         _NONE,
         *_MLP_OF_GEMMA,
-        Layer(where="use_post_ffw_norm"),
+        NumberedLayer(where="use_post_ffw_norm"),
         _NONE,
         _NONE,
         output,
         *norms,
         *rest,
-        Layer(where="use_post_attention_norm"),
+        NumberedLayer(where="use_post_attention_norm"),
         _NONE,
     )
 
 
-_QK_NORMS = (Layer(where="use_query_key_norm"), Layer(where="use_query_key_norm"))
-_GPT2 = Family(
+_QK_NORMS = (NumberedLayer(where="use_query_key_norm"), NumberedLayer(where="use_query_key_norm"))
+_GPT2 = Backbone(
     2,
     (
         *(_NONE, _NONE),
-        Layer("mlp.c_proj"),
-        Layer("mlp.c_fc"),
+        NumberedLayer("mlp.c_proj"),
+        NumberedLayer("mlp.c_fc"),
         *(_NONE, _NONE),
-        Layer("attn.c_proj", "from heads", _PLAIN),
-        *(Layer("attn.c_attn", "heads", _PLAIN, part) for part in (2, 1, 0)),
+        NumberedLayer("attn.c_proj", "from heads", _PLAIN),
+        *(NumberedLayer("attn.c_attn", "heads", _PLAIN, part) for part in (2, 1, 0)),
     ),
     "h.{}",
 )
-_BERT = Family(
+_BERT = Backbone(
     4,
     (
         _NONE,
-        Layer("output.dense"),
-        Layer("intermediate.dense"),
+        NumberedLayer("output.dense"),
+        NumberedLayer("intermediate.dense"),
         *(_NONE, _NONE, _NONE),
-        Layer("attention.output.dense", "from heads", _PLAIN),
-        *(Layer(f"attention.self.{name}", "heads", _PLAIN) for name in ("value", "key", "query")),
+        NumberedLayer("attention.output.dense", "from heads", _PLAIN),
+        *(NumberedLayer(f"attention.self.{name}", "heads", _PLAIN) for name in ("value", "key", "query")),
     ),
     "encoder.layer.{}",
 )
 
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: Mapping[str, Backbone] = {
     "LlamaBackbone": _LLAMA,
     "Llama3Backbone": _LLAMA,
     "MistralBackbone": _LLAMA,
     "QwenBackbone": _LLAMA,
     "Qwen3Backbone": _QWEN3,
-    "GemmaBackbone": Family(1, _gemma()),
-    "Gemma3Backbone": Family(1, _gemma(_QK_NORMS), absent=("vision_encoder",)),
+    "GemmaBackbone": Backbone(1, _gemma()),
+    "Gemma3Backbone": Backbone(1, _gemma(_QK_NORMS), absent=("vision_encoder",)),
     "GPT2Backbone": _GPT2,
     "BertBackbone": _BERT,
 }

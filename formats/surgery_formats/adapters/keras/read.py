@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.adapters.keras.families import FAMILIES, Family, Layer
+from surgery_formats.adapters.keras.families import FAMILIES, Backbone, NumberedLayer
 from surgery_formats.adapters.keras.files import CONFIG, METADATA, own_file
 from surgery_formats.adapters.keras.kernels import joined, lora_of
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -82,7 +82,7 @@ def read_keras(path: Path) -> Adapter:
     )
 
 
-def _backbone(file: Path) -> tuple[Family, Mapping[str, Any]]:
+def _backbone(file: Path) -> tuple[Backbone, Mapping[str, Any]]:
     """The family of the backbone and its configuration, by the preset's config.json beside the file."""
     beside = file.with_name(CONFIG)
     if not beside.is_file():
@@ -105,8 +105,8 @@ def _backbone(file: Path) -> tuple[Family, Mapping[str, Any]]:
 
 
 def _layer(
-    number: int, parts: Mapping[str, StoredTensor], family: Family, config: Mapping[str, Any]
-) -> tuple[int, Layer]:
+    number: int, parts: Mapping[str, StoredTensor], family: Backbone, config: Mapping[str, Any]
+) -> tuple[int, NumberedLayer]:
     """Block and layer of a number."""
     tensor = next(iter(parts.values()))
     layers, blocks = family.layers(config), config.get("num_layers")
@@ -118,7 +118,7 @@ def _layer(
     return block, layers[place]
 
 
-def _check(a: StoredTensor, b: StoredTensor, layer: Layer, rank: int, config: Mapping[str, Any]) -> None:
+def _check(a: StoredTensor, b: StoredTensor, layer: NumberedLayer, rank: int, config: Mapping[str, Any]) -> None:
     """Sizes are those of a factor of this layer: the rank, the heads, the width."""
     width, axes = config.get("hidden_dim"), 2 if layer.shape == "dense" else 3
     fits = len(a.shape) == axes and len(b.shape) == 2 and 0 not in (*a.shape, *b.shape)

@@ -16,7 +16,7 @@ from typing import Any
 
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
-from surgery_formats.adapters.keras.families import FAMILIES, Family, Layer
+from surgery_formats.adapters.keras.families import FAMILIES, Backbone, NumberedLayer
 from surgery_formats.adapters.keras.files import CONFIG, METADATA, TENSOR_FILE
 from surgery_formats.adapters.packing import PackedFile, laid_out
 from surgery_formats.adapters.writing import ConversionLedger, places_of, row_slice, whole_place, zero_padded
@@ -153,7 +153,7 @@ def _fault(site: Site, held: Contents) -> str:
     return ""
 
 
-def _module(site: Site, held: Contents, base: Checkpoint, family: Family) -> str:
+def _module(site: Site, held: Contents, base: Checkpoint, family: Backbone) -> str:
     """The module below the family's path, as ``3.self_attn.q_proj``; empty if the base has it in another way."""
     place = whole_place(places_of(site, base, held.update.tensors))
     stem = re.escape(family.path.removesuffix("{}").removeprefix("model."))
@@ -161,7 +161,7 @@ def _module(site: Site, held: Contents, base: Checkpoint, family: Family) -> str
     return found[1] if found is not None else ""
 
 
-def _numbers(module: str, family: Family, layers: Sequence[Layer]) -> list[tuple[int, Layer]]:
+def _numbers(module: str, family: Backbone, layers: Sequence[NumberedLayer]) -> list[tuple[int, NumberedLayer]]:
     """The numbers of the layers that hold a module: of a fused one its parts, in order."""
     block, _, name = module.partition(".")
     if not name:
@@ -171,7 +171,7 @@ def _numbers(module: str, family: Family, layers: Sequence[Layer]) -> list[tuple
     return sorted(held, key=lambda pair: pair[1].part)
 
 
-def _kernel(lora: LoRA, layer: Layer, config: Mapping[str, Any]) -> _Kernel:
+def _kernel(lora: LoRA, layer: NumberedLayer, config: Mapping[str, Any]) -> _Kernel:
     """Factors of a kernel that do what a LoRA does."""
     (out, inputs), rank = lora.shape, lora.rank
 
@@ -209,7 +209,9 @@ def _basis(blocks: Array) -> Array:
     return left[:, : max(int((values > _NOTHING * values[0]).sum()), 1)]
 
 
-def _fill(found: dict[int, _Kernel], family: Family, layers: Sequence[Layer], config: Mapping[str, Any]) -> None:
+def _fill(
+    found: dict[int, _Kernel], family: Backbone, layers: Sequence[NumberedLayer], config: Mapping[str, Any]
+) -> None:
     """Zeros for the layers of the same kinds in other blocks, which KerasHub looks for."""
     kinds = {(number - family.before) % len(layers): kernel for number, kernel in found.items()}
     for block in range(config["num_layers"]):

@@ -24,7 +24,7 @@ from surgery_formats.updates import Update
 
 __all__ = ["read_tensorrt_llm"]
 
-_MODULE_LIMIT = 1 << 20
+_MODULE_LIMIT = 1 << 16
 _DORA = (
     "its DoRA is taken as TensorRT-LLM takes it: rows are multiplied by the magnitudes as they are, which have to be those of "
     "normalize_weights.py"

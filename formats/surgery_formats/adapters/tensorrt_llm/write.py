@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
@@ -22,6 +23,8 @@ from surgery_formats.updates import LoRA
 
 __all__ = ["render_tensorrt_llm"]
 
+_OF_BLOCK = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.([0-9]{1,6})\.(.+)\.weight")
+"""A module of the language model: towers for images have blocks with the same names in them."""
 _NUMBERS = {name: number for number, name in MODULES.items()}
 
 
@@ -80,8 +83,8 @@ def _place(site: Site, held: Contents, base: Checkpoint) -> tuple[int, int] | No
     place = whole_place(places_of(site, base, held.update.tensors))
     if place is None:
         return None
-    layer, _, module = place[0].removesuffix(".weight").partition("layers.")[2].partition(".")
-    return (int(layer), _NUMBERS[module]) if layer.isdecimal() and module in _NUMBERS else None
+    found = _OF_BLOCK.fullmatch(place[0])
+    return (int(found[1]), _NUMBERS[found[2]]) if found is not None and found[2] in _NUMBERS else None
 
 
 def _values(lora: LoRA) -> int:

@@ -25,12 +25,12 @@ def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     beside = next(role for role in ("down", "up", "mid", "dora_scale", "up_bias") if role in module.parts)
     down, up = module.matrix("down", beside), module.matrix("up", beside)
     mid = module.parts.get("mid")
-    rank = down.shape[0] if mid is None else mid.shape[0]
+    A = Factor((down,), down.matrix) if mid is None else _with_core(mid, down)
+    rank = A.shape[0]
     if up.matrix[1] != rank:
         raise fit_error(up, f"'lora_up' is {list(up.shape)}, but 'lora_down' has rank {down.shape[0]}")
     # alpha counts against the rank of lora_down, also where a core sits between the factors
     scale = scales.of_module(module, rank, down.shape[0])
-    A = Factor((down,), down.matrix) if mid is None else _with_core(mid, down)
     lora = LoRA(A, Factor((up,), up.matrix), scale.value, scale.alpha or float(rank), scale.noted)
     if sizes := module.parts.get("reshape_weight"):
         _check_sizes(sizes, lora)
