@@ -108,7 +108,9 @@ def plan_combination(combination: Combination, target: Format, dtype: DType | No
         raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
     adapter = combined_adapter(terms, {update.site: update.updates for update in combination.updates}, target)
     rendering = stored_as(target.render(adapter, combination.base), dtype)
-    check_nothing_dropped(rendering, target.name, terms[0].adapter.path, "choose another format with `to=`")
+    check_nothing_dropped(
+        rendering, target.name, terms[0].adapter.path, "choose another format with `to=`", base=combination.base
+    )
     result = CombineResult(
         None,
         verb,

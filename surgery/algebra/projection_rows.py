@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates of some rows of a weight, and the updates of rows under each other as one; exact.
-
-Cutting keeps A and takes rows of B. Joining puts the parts' B on the diagonal of one and their A under each other,
-which has the ranks' sum; where all parts have one A, as after cutting, B goes back under each other and the rank stays.
-"""
+"""Updates of a fused projection cut to its parts, and those of the parts as one: of any kind that has rows; exact."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy
 
+from surgery_formats.adapters.rows import cut, joined
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, in_full, is_directed
+from surgery_formats.updates import Factor, LoRA, Offset, Update, in_full, is_directed
 
 __all__ = ["cut_rows", "join_rows"]
 
@@ -29,32 +28,10 @@ def cut_rows(update: Update, site: Site, start: int, stop: int, file: Path) -> U
     Raises:
         FitError: its kind has no rows to cut; `file` is the adapter's.
     """
-    if (lora := update.low_rank()) is not None:
-        return _cut_lora(lora, site, start, stop)
-    if is_directed(update) and update.per_row:
-        magnitude = _rows(f"{site}.magnitude", update.magnitude, start, stop)
-        return update.rebuilt(_cut_lora(update.direction, site, start, stop), magnitude)
-    if (offset := in_full(update)) is not None:
-        return Offset(_rows(f"{site}.value", offset.value, start, stop), offset.scale)
-    raise FitError(f"is changed by a {update.kind}, which has no rows to cut", file=file, tensor=site.path)
-
-
-def _cut_lora(lora: LoRA, site: Site, start: int, stop: int) -> LoRA:
-    A, B = _copied(f"{site}.A", lora.A), _rows(f"{site}.B", lora.B, start, stop)
-    return LoRA(A, B, lora.scale, lora.alpha)
-
-
-def _copied(name: str, factor: Factor) -> Factor:
-    return Factor.of(computed(name, factor.shape, factor.tensors, lambda: factor.load(DType.F64), _type_of([factor])))
-
-
-def _rows(name: str, factor: Factor, start: int, stop: int) -> Factor:
-    shape = (stop - start, *factor.shape[1:])
-
-    def values() -> Array:
-        return factor.load(DType.F64)[start:stop]
-
-    return Factor.of(computed(name, shape, factor.tensors, values, _type_of([factor])))
+    part = cut(update.low_rank() or in_full(update) or update, [(start, stop)])
+    if part is None:
+        raise FitError(f"is changed by a {update.kind}, which has no rows to cut", file=file, tensor=site.path)
+    return part
 
 
 def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int], site: Site, file: Path) -> Update:
@@ -84,7 +61,7 @@ def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int
         (sum(heights),),
         [tensor for part in magnitudes for tensor in part.tensors],
         lambda: numpy.concat([part.load(DType.F64) for part in magnitudes]),
-        _type_of(magnitudes),
+        factor_dtype(magnitudes, folded=False),
     )
     direction = _join_loras([part.direction for part in directed], heights, site)
     return directed[0].rebuilt(direction, Factor.of(magnitude))
@@ -106,37 +83,7 @@ def _join_offsets(offsets: Sequence[Offset | None], heights: Sequence[int], site
 
 
 def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site) -> LoRA:
-    present = [lora for lora in loras if lora is not None]
-    first = present[0]
-    one_scale = all(lora.scale == first.scale for lora in present)
-    times = [1.0 if lora is None or one_scale else lora.scale for lora in loras]
-    scale = first.scale if one_scale else 1.0
-    a_type, b_type = (_type_of(factors) for factors in zip(*((lora.A, lora.B) for lora in present), strict=True))
-    if not one_scale and b_type.bits < 32:
-        b_type = DType.F32
-    shared = len(present) == len(loras) and all(equal_factors(first.A, lora.A) for lora in present[1:])
-    rank = first.rank if shared else sum(lora.rank for lora in present)
-
-    def up() -> Array:
-        whole = numpy.zeros((sum(heights), rank))
-        row = column = 0
-        for lora, height, factor in zip(loras, heights, times, strict=True):
-            if lora is not None:
-                at = 0 if shared else column
-                whole[row : row + height, at : at + lora.rank] = lora.B.load(DType.F64) * factor
-                column += lora.rank
-            row += height
-        return whole
-
-    def down() -> Array:
-        return numpy.concat([lora.A.load(DType.F64) for lora in (present[:1] if shared else present)])
-
-    sources = [tensor for lora in present for tensor in lora.tensors]
-    A = computed(f"{site}.A", (rank, first.shape[1]), sources, down, a_type)
-    B = computed(f"{site}.B", (sum(heights), rank), sources, up, b_type)
-    return LoRA(Factor.of(A), Factor.of(B), scale, scale * rank)
-
-
-def _type_of(factors: Sequence[Factor]) -> DType:
-    """Rows are moved, not computed: the type stays."""
-    return factor_dtype(factors, folded=False)
+    rows = accumulate(heights, initial=0)
+    parts = [(lora, [((0, height), row)]) for lora, height, row in zip(loras, heights, rows, strict=False) if lora]
+    whole = joined(str(site), parts, sum(heights))
+    return replace(whole, alpha=whole.scale * whole.rank)

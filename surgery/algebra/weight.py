@@ -16,6 +16,7 @@ from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import combine_loras
 from surgery.algebra.sums import Recipe
 from surgery.algebra.ties_and_dare import DENSE_METHODS
+from surgery_formats.binding.sizes import check_complete
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -132,6 +133,9 @@ def _kept(
     changed = f"'{show(str(site))}' is changed by"
     why = ""
     if len(owners) > 1:
+        if base is None:
+            for owner in owners:  # their rows or sizes are what a base would tell, whatever their rank
+                check_complete(terms[owner].adapter)
         names = listing([terms[owner].name for owner in owners])
         known = update.effect == "adds" and all(update.shape)
         depends = "has no low rank" if known else "depends on the base"

@@ -11,6 +11,7 @@ from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, com
 from surgery.comparison.on_base import pairs_on
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
+from surgery_formats.binding.sizes import check_complete
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.site_names import same_denoiser
 from surgery_formats.dtypes import DType
@@ -38,6 +39,11 @@ def diff_adapters(
 ) -> AdapterDiff:
     """Compare two adapters that were read. See `surgery.verbs.diff.diff`."""
     limit = TOLERANCE if tolerance is None else tolerance
+    if (
+        base is None and not header and a.format != b.format
+    ):  # of one format, what a base would tell is the same on both sides
+        check_complete(a)
+        check_complete(b)
     pairs, notes = (_pairs(a, b), []) if base is None else pairs_on(base, a, b)
     modules, total, compared = [], Squares(), False
     for name, (mine, theirs) in pairs.items():

@@ -133,6 +133,7 @@ class AdapterDiff:
         facts: list[tuple[str, Phrase]] = [
             (name, Name(a or "none") if a == b else (Name(a or "none"), " | ", Name(b or "none")))
             for name, (a, b) in self.facts.items()
+            if a or b or name != "base"
         ]
         counted = _counted("weights", (module.status for module in self.modules), self.difference)
         shown = _chosen(self.modules, verbose)

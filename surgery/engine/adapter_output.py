@@ -20,13 +20,15 @@ from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format, Moved, NewTensor, Rendering
 from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.arrays import Array, all_finite, cast
+from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, ProofError, SurgeryError
+from surgery_formats.errors import FitError, ProofError, SurgeryError, UsageError
 from surgery_formats.files.output.folder import OutputFolder, output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint, fingerprint_of
 from surgery_formats.tensors.tensor import as_bytes
+from surgery_formats.text import show
 
 __all__ = [
     "Prove",
@@ -99,7 +101,8 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         The output.
 
     Raises:
-        FitError: a value does not fit its type, or a file's name does not end as its format wants it.
+        FitError: a value does not fit its type.
+        UsageError: the name of a file does not end as its format wants it.
         ProofError: as `prove`.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
@@ -120,7 +123,8 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
     if target.single_file:
         suffix = Path(rendering.tensor_file).suffix
         if output.suffix != suffix:
-            raise FitError(f"the name must end in {suffix}", file=output)
+            named = output.with_suffix(suffix) if is_weight_file(output.name) else Path(f"{output}{suffix}")
+            raise UsageError(f"the name must end in {suffix}", file=output, hint=f"write to {show(named, 200)}")
         return write_single(
             output,
             job,

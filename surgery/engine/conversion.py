@@ -196,7 +196,7 @@ def plan_conversion(
             _refuse_what_no_weight_holds(source, rendering)
         hints = [as_loras] if as_loras and _other_kinds(source, rendering) else []
         hints += ["`allow_loss=True` leaves them out"] if rendering.tensors else []
-        check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None)
+        check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None, base=base)
     if not rendering.tensors:
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""

@@ -128,8 +128,10 @@ class ConvertResult:
         return Summary("Conversion", (*sections, *warning_notes(self.warnings)))
 
     def _proof(self, approximated: int) -> str:
-        what = "are written as computed" if self.as_lora and approximated else "change as before"
-        same = f"{len(self.errors)} weights {what}; largest error {self.max_error:.1e} of a change"
+        many = len(self.errors) != 1
+        written = "are written as computed" if many else "is written as computed"
+        what = written if self.as_lora and approximated else "change as before" if many else "changes as before"
+        same = f"{len(self.errors)} weight{'s' if many else ''} {what}; largest error {self.max_error:.1e} of a change"
         near = f"{approximated} change nearly as before; largest error {self.max_approximation:.2%} of a change"
         return "; ".join([same] * bool(self.errors) + [near] * bool(approximated)) or same
 

@@ -18,6 +18,7 @@ from surgery_formats.updates import (
     equal_factors,
     experts_of,
     is_directed,
+    noted_tensors,
     plain_form,
     settings,
     transposed,
@@ -27,21 +28,24 @@ __all__ = ["approximation_errors", "distance", "relative", "scale_error", "tenso
 
 
 def tensor_error(update: Update, other: Update) -> float:
-    """The greatest difference of their stored tensors, relative to the greatest value of each.
+    """The greatest difference of their stored tensors, relative to the greatest value of each, and that of their scales.
 
     Where a format stores a factor in other shapes than the source did, the factors are compared that the tensors make.
     Infinite if shapes differ.
     """
-    mine, theirs = update.tensors, other.tensors
+    before, after = (1.0 if side.scale is None else side.scale for side in (update, other))
+    scales = relative(abs(after - before), abs(before))
+    noted = noted_tensors(update) | noted_tensors(other)
+    mine, theirs = ([tensor for tensor in side.tensors if tensor not in noted] for side in (update, other))
     if [tensor.shape for tensor in mine] == [tensor.shape for tensor in theirs]:
         pairs = ((cast(a.read(), DType.F64), cast(b.read(), DType.F64)) for a, b in zip(mine, theirs, strict=True))
-        return max((_difference(left, right) for left, right in pairs), default=0.0)
+        return max((_difference(left, right) for left, right in pairs), default=0.0) + scales
     factors, twins = update.factors(), other.factors()
     shapes = [{name: factor.shape for name, factor in side.items()} for side in (factors, twins)]
     made = {tensor for factor in factors.values() for tensor in factor.tensors}
     if not factors or shapes[0] != shapes[1] or not made.issuperset(mine):
         return math.inf
-    return max(_difference(factors[name].load(DType.F64), twins[name].load(DType.F64)) for name in factors)
+    return max(_difference(factors[name].load(DType.F64), twins[name].load(DType.F64)) for name in factors) + scales
 
 
 def _difference(left: Array, right: Array) -> float:
@@ -122,20 +126,21 @@ def _product(lora: LoRA) -> tuple[Array, Array]:
 
 
 def scale_error(update: Update, twin: Update) -> float | None:
-    """The relative error of the scale of two updates that differ in nothing else.
+    """The relative error of the scale of two updates that differ in nothing else; 0 where there is nothing to scale.
 
     None where they differ otherwise, or have no scale.
     """
     if update.rank is None or update.scale is None or twin.scale is None or _unscaled(update) != _unscaled(twin):
         return None
-    pairs = zip(update.factors().values(), twin.factors().values(), strict=True)
+    pairs = [*zip(update.factors().values(), twin.factors().values(), strict=True)]
     if not all(equal_factors(factor, other) for factor, other in pairs):
         return None
-    return relative(abs(update.scale - twin.scale), abs(update.scale))
+    error = relative(abs(update.scale - twin.scale), abs(update.scale))
+    return 0.0 if error and not all(float(abs(factor.load(DType.F64)).max()) for factor, _ in pairs) else error
 
 
 def _unscaled(update: Update) -> dict[str, Any]:
-    return {name: value for name, value in settings(update).items() if name not in ("scale", "alpha", "noted")}
+    return {name: value for name, value in settings(update).items() if name != "scale"}
 
 
 def relative(difference: float, size: float) -> float:

@@ -12,11 +12,11 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import content_id
-from surgery_formats.text import show
+from surgery_formats.text import listing, show
 
 __all__ = ["check_base_id", "check_nothing_dropped", "float_type"]
 
-_SHOWN = 3  # dropped parts that are named
+_SHOWN = 3  # reasons why parts are dropped, and the parts of each
 
 
 def float_type(name: str, stored: str = "factors") -> DType | None:
@@ -61,7 +61,9 @@ def check_base_id(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
             )
 
 
-def check_nothing_dropped(rendering: Rendering, target: str, file: Path, hint: str | None) -> None:
+def check_nothing_dropped(
+    rendering: Rendering, target: str, file: Path, hint: str | None, *, base: Checkpoint | None
+) -> None:
     """Refuse a rendering that leaves updates out.
 
     Args:
@@ -69,16 +71,21 @@ def check_nothing_dropped(rendering: Rendering, target: str, file: Path, hint: s
         target: For the message.
         file: The adapter.
         hint: What to do about it.
+        base: The base that it was rendered with. Where there was none and a reason names it, a base is what is missing.
 
     Raises:
         FitError: an update was dropped.
     """
     dropped = [entry for entry in rendering.entries if entry.outcome == "dropped"]
     if dropped:
-        reasons = [f"'{show(entry.site)}' ({entry.detail})" for entry in dropped[:_SHOWN]]
-        reasons += [f"and {len(dropped) - _SHOWN} more"] if len(dropped) > _SHOWN else []
+        sites: dict[str, list[str]] = {}
+        for entry in dropped:
+            sites.setdefault(entry.detail, []).append(f"'{show(entry.site)}'")
+        reasons = [f"{listing(names, _SHOWN)} ({why})" for why, names in list(sites.items())[:_SHOWN]]
+        more = sum(map(len, list(sites.values())[_SHOWN:]))
+        reasons += [f"and {more} more"] if more else []
         raise FitError(
             f"{target} cannot hold {len(dropped)} of {len(rendering.entries)} parts: {'; '.join(reasons)}",
             file=file,
-            hint=hint,
+            hint="give the base with `base=`" if base is None and any("the base" in why for why in sites) else hint,
         )

@@ -28,7 +28,7 @@ from surgery.engine.factor_proof import (
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.adapters.registry import format_at
-from surgery_formats.adapters.writing import row_slice
+from surgery_formats.adapters.rows import row_slice
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.sizes import sized

@@ -56,7 +56,9 @@ class Selection:
             if adapter.updates or not out:
                 kept.append(replace(term, adapter=adapter))
         if not kept:
-            raise NothingChangedError("no module is left", hint="widen the patterns")
+            raise NothingChangedError(
+                "no module is left", hint="widen `only=`" if self.only else "leave out less with `without=`"
+            )
         return kept, tuple(left)
 
 
@@ -85,5 +87,5 @@ def check_patterns(selection: Selection, adapters: Sequence[Adapter]) -> None:
             raise FitError(
                 f"no module matches '{show(pattern)}'",
                 file=adapters[0].path,
-                hint=closest(pattern, names) or "the modules are those that 'surgery inspect -v' lists",
+                hint=closest(pattern, names) or "the modules are those that 'surgery inspect --all' lists",
             )

@@ -88,7 +88,7 @@ class CheckpointPair:
             raise FitError(
                 "a pipeline of several models",
                 file=checkpoint.path,
-                hint="extract each part from its own folder: BASE/unet TUNED/unet",
+                hint="name one part on both sides: BASE/unet and TUNED/unet",
             )
         return checkpoint.main
 

@@ -176,6 +176,7 @@ def _number(value: Any, type: Type, digits: int) -> str:
         case "spread":
             single = len(value) == 1
             return ", ".join(
-                f"{key:.{digits}g}" + ("" if single else f" ({times} times)") for key, times in value.items()
+                f"{key:.{digits}g}" + ("" if single else f" ({times} time{'s' if times != 1 else ''})")
+                for key, times in value.items()
             )
     return str(value)

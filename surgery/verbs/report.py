@@ -17,6 +17,7 @@ from surgery.verbs.inspect import inspect_adapter
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.known_files import refuse_known
 from surgery_formats.models.module_tree import leaves, module_graph
 
 __all__ = ["SavingsReport", "report"]
@@ -60,6 +61,8 @@ def report(
         else:
             models.append(opened)
     if len(models) + (base is not None) > 1:
+        for component in models[-1].components.values():
+            refuse_known(models[-1].path, component.tensors, networks=True)
         raise FitError("more than one base", file=models[-1].path, hint="an adapter was expected here")
     model = models[0] if models else None if base is None else as_checkpoint(base)
     base_cost = None if model is None else _base_cost(model)

@@ -135,6 +135,10 @@ def verify(
     where = as_path(output, "output")
     if where.name.endswith(".onnx") and where.is_file():
         where = where.parent
+    if where.is_file():
+        raise FitError(
+            "a file, not the folder of an output", file=where, hint="verify the folder that surgery has written"
+        )
     if not where.is_dir():
         raise NotFoundError("no such folder", file=where)
     if adapters and against is None:

@@ -20,7 +20,7 @@ from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.containers.gguf.header import Header, read_header
 from surgery_formats.containers.gguf.layout import lay_out_new
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, MalformedError, SurgeryError
+from surgery_formats.errors import FitError, MalformedError, SurgeryError, UsageError
 from surgery_formats.files.raw import open_file
 from surgery_formats.updates import LoRA, PairedRows, Stacked
 from tests.support.adapter_files import GOLDEN, assert_expected, draw, merged, write_peft
@@ -241,7 +241,7 @@ def test_it_needs_a_base_whose_names_are_known(tmp_path: Path) -> None:
     folder = HERE / "llama/lora/peft"
     with pytest.raises(FitError, match="those of the base's architecture"):
         convert(folder, "gguf", output=tmp_path / "out.gguf")
-    with pytest.raises(FitError, match=r"must end in \.gguf"):
+    with pytest.raises(UsageError, match=r"must end in \.gguf"):
         convert(folder, "gguf", output=tmp_path / "out.safetensors", base=HERE / "llama/base")
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from surgery import combine, convert, inspect
+from surgery import combine, convert, diff, inspect
 from surgery_formats.adapters.kohya import KOHYA
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.testing.format import save
 from surgery_formats.updates import LoKr, OutputRotation
-from tests.support.adapter_files import GOLDEN, Arrays, draw, merged
+from tests.support.adapter_files import GOLDEN, Arrays, assert_close, draw, merged, write_base
 
 FOLDER = GOLDEN / "lycoris"
 BASE = FOLDER / "base.safetensors"
@@ -85,6 +85,49 @@ def test_products_become_loras_exactly(name: str, rank: int, tmp_path: Path) -> 
     got = merged(BASE, tmp_path / "peft", tmp_path / "out")
     assert all(abs(got[key] - value).max() <= 1e-6 for key, value in wanted.items())
     assert max(inspect(tmp_path / "peft").ranks) == rank
+
+
+_REFORMED = {"glora": None, "oft": None, "loha-alpha": (1,), "lokr-alpha": (1,), "dokr": (1,), "doha": (1,)}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name in _REFORMED])
+def test_alphas_are_left_out_or_have_an_axis(name: str, tmp_path: Path) -> None:
+    """What says the scale is no factor: whether it is there, and its shape, make no other change."""
+    tensors, shape = load_file(FOLDER / name / "adapter.safetensors"), _REFORMED[name]
+    alphas = [key for key in tensors if key.endswith(".alpha")]
+    for key in alphas:
+        alpha = tensors.pop(key)
+        if shape is not None:
+            tensors[key] = alpha.reshape(shape)
+        elif "glora" in name:
+            tensors[key.replace("alpha", "b1.weight")] *= alpha / tensors[key.replace("alpha", "a1.weight")].shape[1]
+            tensors[key.replace("alpha", "a1.weight")] *= alpha / tensors[key.replace("alpha", "a1.weight")].shape[1]
+    assert alphas
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file)
+    wanted = merged(BASE, file, tmp_path / "out")
+    for target in ("kohya", "comfyui"):
+        convert(file, target, base=BASE, output=tmp_path / f"{target}.safetensors")
+        assert_close(merged(BASE, tmp_path / f"{target}.safetensors", tmp_path / target), wanted)
+
+
+def test_a_scale_inside_a_decomposed_update_is_compared(tmp_path: Path) -> None:
+    """It is no setting of its own, and no factor."""
+    file = FOLDER / "doha" / "adapter.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        tensors[key] = np.array(1.5 * tensors[key], np.float32)
+    save_file(tensors, tmp_path / "stronger.safetensors")
+    assert not diff(file, tmp_path / "stronger.safetensors").equal
+    assert diff(file, file).equal
+
+
+def test_a_difference_of_a_bias_needs_no_lora_beside_it(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"conv.weight": (6, 4, 3, 3), "conv.bias": (6,)}, {})
+    file = tmp_path / "a.safetensors"
+    save_file({"unet.conv.diff": draw(1, 6, 4, 3, 3), "unet.conv.diff_b": draw(2, 6)}, file)
+    convert(file, "diffusers", base=base, output=tmp_path / "b.safetensors")
+    assert load_file(tmp_path / "b.safetensors").keys() == load_file(file).keys()
 
 
 def test_alpha_counts_for_nothing_where_both_factors_of_a_lokr_are_whole(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter, plan_onnx_adapter
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, MalformedError, SurgeryError
+from surgery_formats.errors import FitError, MalformedError, SurgeryError, UsageError
 from tests.support.adapter_files import GOLDEN, draw, merged, write_peft
 
 FOLDER = GOLDEN / "onnx_adapter"
@@ -114,7 +114,7 @@ def test_what_a_graph_cannot_take_is_named(tmp_path: Path) -> None:
     dora = write_peft(tmp_path / "dora", {**tensors, f"{stem}.lora_magnitude_vector": draw(3, 12)}, use_dora=True)
     with pytest.raises(FitError, match="no DoRA"):
         convert(dora, "onnx-adapter", output=tmp_path / "out.onnx_adapter")
-    with pytest.raises(FitError, match=r"must end in \.onnx_adapter"):
+    with pytest.raises(UsageError, match=r"must end in \.onnx_adapter"):
         convert(_peft(tmp_path / "lora"), "onnx-adapter", output=tmp_path / "out.safetensors")
 
 

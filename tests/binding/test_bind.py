@@ -99,7 +99,7 @@ def test_a_base_with_fewer_layers_is_another_base_and_no_misspelling(tmp_path: P
     path = write_adapter(tmp_path / "lora", norms, modules_to_save=["ln_1"])
     with pytest.raises(FitError, match="2 of 3 do not fit") as caught:
         surgery.merge(base, path, output=tmp_path / "out")
-    assert caught.value.hint == "is this the base it was trained on?; --without PATTERN leaves modules out"
+    assert caught.value.hint == "is this the base it was trained on? --without PATTERN leaves modules out"
 
 
 def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
@@ -112,8 +112,10 @@ def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_of_several_models_does_not_fit_one() -> None:
     """Two text encoders have the same names: both would be added to the one."""
     mixed = GOLDEN / "kohya/sd1/mixed/adapter.safetensors"
-    with pytest.raises(FitError, match="the adapter changes text_encoder, unet, the base is one model"):
+    with pytest.raises(FitError, match="the adapter changes text_encoder, unet, the base is one model") as caught:
         surgery.merge(GOLDEN / "kohya/sd1/base/unet", mixed, dry_run=True)
+    assert str(caught.value.hint).endswith("or merge one part: --without 'text_encoder:*'")
+    assert surgery.merge(GOLDEN / "kohya/sd1/base/unet", mixed, dry_run=True, without=["text_encoder:*"]).ledger.classes
 
 
 def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_file_without_text_encoders_lists_what_of_them_is_missing(tmp_path: Pa
     with pytest.raises(FitError) as refused:
         _merged(base, lora, tmp_path)
     told = str(refused.value)
-    assert "the adapter changes text_encoder, the base has denoiser: 8 of 9 parameters are not there" in told
+    assert "the adapter changes text_encoder, the base has denoiser: 8 of 9 parameters are not there: " in told
     for layer in (1, 2):
         assert f"text_encoder:text_model_encoder_layers_[0,1,2,4]_mlp_fc{layer}.weight" in told
     assert "--without 'text_encoder:*'" in told

@@ -25,15 +25,32 @@ def test_dtype_options_name_floating_point_types() -> None:
         float_type("i8", "weights")
 
 
-def test_dropped_parts_are_counted_and_three_are_named() -> None:
-    entries = [Entry("kept", "exact"), *(Entry(f"site{n}", "dropped", f"why {n}") for n in range(5))]
+def _told(*reasons: str) -> FitError:
+    entries = [Entry("kept", "exact"), *(Entry(f"site{n}", "dropped", why) for n, why in enumerate(reasons))]
+    rendering = Rendering("a.safetensors", (), entries=tuple(entries))
     with pytest.raises(FitError) as caught:
-        check_nothing_dropped(Rendering("a.safetensors", (), entries=tuple(entries)), "mlx", Path("lora"), "do that")
-    assert caught.value.message == (
+        check_nothing_dropped(rendering, "mlx", Path("lora"), "do that", base=None)
+    assert caught.value.file == "lora"
+    kept = Rendering("a.safetensors", (), entries=tuple(entries[:1]))
+    check_nothing_dropped(kept, "mlx", Path("lora"), None, base=None)
+    return caught.value
+
+
+def test_dropped_parts_are_counted_and_three_reasons_are_named() -> None:
+    error = _told(*(f"why {n}" for n in range(5)))
+    assert error.message == (
         "mlx cannot hold 5 of 6 parts: 'site0' (why 0); 'site1' (why 1); 'site2' (why 2); and 2 more"
     )
-    assert (caught.value.file, caught.value.hint) == ("lora", "do that")
-    check_nothing_dropped(Rendering("a.safetensors", (), entries=tuple(entries[:1])), "mlx", Path("lora"), None)
+    assert error.hint == "do that"
+
+
+def test_a_reason_is_given_once() -> None:
+    error = _told("no", "no", "never", "no", "no")
+    assert error.message == "mlx cannot hold 5 of 6 parts: 'site0', 'site1', 'site3' and 1 more (no); 'site2' (never)"
+
+
+def test_a_base_is_asked_for_where_it_is_what_is_missing() -> None:
+    assert _told("only the base can tell its dots").hint == "give the base with `base=`"
 
 
 @pytest.mark.parametrize("error", [FitError, ProofError])

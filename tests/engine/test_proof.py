@@ -50,12 +50,18 @@ def test_copied_factors_are_not_multiplied(tmp_path: Path, monkeypatch: pytest.M
     half = {"A": np.ones((2, 6), np.float16), "B": np.full((4, 2), 0.5, np.float16)}
     alpha = np.array(4.0, np.float32)
     mine, theirs = stored(tmp_path / "a.safetensors", **half, alpha=alpha), stored(tmp_path / "b.safetensors", **half)
+    noted = LoRA(mine["A"], mine["B"], 2.0, 4.0, noted=mine["alpha"].tensors)
     monkeypatch.setattr(LoRA, "prepare", None)  # which forms the delta
+    assert error(noted, LoRA(theirs["A"], theirs["B"], 2.5)) == pytest.approx(0.25)
     for factors in (mine, theirs):
         monkeypatch.setattr(type(factors["A"]), "load", None)  # which widens numbers
-    noted = LoRA(mine["A"], mine["B"], 2.0, 4.0, noted=mine["alpha"].tensors)
     assert error(noted, LoRA(theirs["A"], theirs["B"], 2.0)) == 0
-    assert error(noted, LoRA(theirs["A"], theirs["B"], 2.5)) == pytest.approx(0.25)
+
+
+def test_a_change_of_nothing_is_nothing_at_any_scale(tmp_path: Path) -> None:
+    factors = stored(tmp_path / "a.safetensors", A=np.ones((2, 6)), B=np.zeros((4, 2)))
+    lora = LoRA(factors["A"], factors["B"], 1.0)
+    assert error(lora, replace(lora, scale=0.4)) == 0
 
 
 def test_factors_that_are_transformed_into_each_other_are_equal_by_their_delta(tmp_path: Path) -> None:

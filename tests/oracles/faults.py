@@ -213,7 +213,8 @@ def _field(name: str, codes: int | tuple[int, ...], fields: Mapping[str, Any], *
 
 _field("unknown-peft-type", 3, {"peft_type": "FROBNICATE"}, "FROBNICATE")
 _field("peft-type-is-a-list", 3, {"peft_type": ["LORA"]})
-_change("peft-type-missing", 3, "peft_type")(lambda c, t: c.pop("peft_type"))
+# With r and lora_alpha it would be one of Tinker's, which are LoRAs.
+_change("peft-type-missing", 3, "peft_type")(lambda c, t: (c.pop("peft_type"), c.pop("r")))
 _field("unknown-switch-on", (3, 4), {"use_frobnicate": True})
 _field("unknown-config-on", (3, 4), {"frob_config": {"strength": 2}})
 _field("rslora-is-a-string", 3, {"use_rslora": "false"})

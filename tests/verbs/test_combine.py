@@ -327,7 +327,8 @@ def test_a_writer_that_errs_is_caught(tmp_path: Path, rank: int | None, monkeypa
     honest = room.format_named("peft")
 
     class Liar:
-        single_file, name, read = honest.single_file, honest.name, staticmethod(honest.read)
+        single_file, name = honest.single_file, honest.name
+        read, detect = staticmethod(honest.read), staticmethod(honest.detect)
 
         def render(self, adapter: object, base: object) -> object:
             rendering = honest.render(adapter, base)  # type: ignore[arg-type]

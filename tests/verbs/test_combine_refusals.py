@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from surgery import combine, resize
 from surgery_formats.errors import FitError, NothingChangedError
 from tests.support.adapter_files import (
+    GOLDEN,
     config_of,
     draw,
     write_peft,
@@ -88,3 +89,21 @@ def test_soft_prompts_shapes_and_empty_results_are_refused(tmp_path: Path) -> No
     with pytest.raises(FitError, match="the weight nan is not finite"):
         combine([(one, math.nan)], output=tmp_path / "x")
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "w"]
+
+
+def test_rows_that_wait_for_a_base_ask_for_it_and_not_for_a_rank(tmp_path: Path) -> None:
+    folder = GOLDEN / "gguf/llama"
+    both = [folder / "lora/peft", folder / "lora/adapter.gguf"]
+    with pytest.raises(FitError, match="rotary pairs") as caught:
+        combine(both, output=tmp_path / "sum", dry_run=True)
+    assert caught.value.hint == "give it with `base=`"
+    assert combine(both, base=folder / "base", output=tmp_path / "sum", dry_run=True)
+
+
+def test_a_flattened_name_asks_for_the_base(tmp_path: Path) -> None:
+    """Of two spellings in a sum, not another format: without a base none of them has the dots."""
+    dotted = GOLDEN / "dotted/diffusers/adapter.safetensors"
+    flat = GOLDEN / "kohya/sdxl/diffusers-names/adapter.safetensors"
+    with pytest.raises(FitError, match="its name is flattened") as caught:
+        combine([dotted, flat], output=tmp_path / "sum.safetensors")
+    assert caught.value.hint == "give the base with `base=`"

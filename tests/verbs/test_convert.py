@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from surgery import convert
 from surgery_formats.adapters.format import NewTensor
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.errors import FitError, OutputExistsError, ProofError, ResourceError
+from surgery_formats.errors import FitError, OutputExistsError, ProofError, ResourceError, UsageError
 from tests.support.adapter_files import (
     LLAMA,
     UNET,
@@ -328,7 +328,7 @@ def test_the_name_of_a_kohya_file_must_say_so(tmp_path: Path) -> None:
     tensors = {
         f"base_model.model.conv_in.lora_{s}.weight": draw(1, *z) for s, z in (("A", (2, 3, 3, 3)), ("B", (4, 2, 1, 1)))
     }
-    with pytest.raises(FitError, match=r"\.safetensors"):
+    with pytest.raises(UsageError, match=r"must end in \.safetensors; write to .*x\.safetensors"):
         convert(write_peft(tmp_path / "a", tensors, r=2), "kohya", output=tmp_path / "x", base=base)
 
 

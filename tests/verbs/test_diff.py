@@ -19,7 +19,7 @@ from surgery.comparison.checkpoints import CheckpointDiff
 from surgery.comparison.results import AdapterDiff
 from surgery_cli.group import surgery
 from surgery_formats.errors import FitError, NotFoundError
-from tests.support.adapter_files import draw, peft_deltas, write_peft
+from tests.support.adapter_files import GOLDEN, draw, peft_deltas, write_peft
 from tests.support.kit import make_base, make_lora
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -388,3 +388,22 @@ def test_exit_codes_of_combine_and_resize(tmp_path: Path, words: tuple[str, ...]
     assert result.exit_code == code, result.stderr
     assert result.stderr.startswith(("error:", "Usage"))
     assert not (tmp_path / "x").exists()
+
+
+def test_what_waits_for_a_base_is_not_compared_without_one() -> None:
+    """Rows of llama.cpp's queries lie in another order: PEFT's and these are equal, and only a base shows it."""
+    folder = GOLDEN / "gguf/llama"
+    peft, gguf = folder / "lora/peft", folder / "lora/adapter.gguf"
+    with pytest.raises(FitError, match="rotary pairs") as caught:
+        diff(peft, gguf)
+    assert caught.value.hint == "give it with `base=`"
+    found = diff(peft, gguf, base=folder / "base")
+    assert isinstance(found, AdapterDiff)
+    assert found.equal
+    assert diff(peft, gguf, header=True).facts["format"] == ("peft", "gguf")  # type: ignore[union-attr]
+
+
+def test_a_base_of_no_name_is_no_fact_for_people() -> None:
+    peft = GOLDEN / "gguf/llama/lora/peft"
+    told = run("diff", peft, peft).output
+    assert "kind        LORA\nparameters  3072\n" in told

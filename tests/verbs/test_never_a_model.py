@@ -168,6 +168,15 @@ def test_what_it_is_and_what_to_do_is_said_where_an_adapter_is_wanted(name: str,
         assert what in done.output
     if network.network:  # shown as what it is: weights in full
         assert any(what in note for note in surgery.inspect(file).notes)
+        folder = tmp_path / "folder"  # as diffusers saves it
+        folder.mkdir()
+        (folder / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+        for network_at in (file, folder):
+            with pytest.raises(FitError, match=what):
+                read_adapter(network_at)
+            with pytest.raises(FitError, match=what):
+                surgery.report([network_at], base=BASE)
         return
     for look in (surgery.open, open_checkpoint):
         with pytest.raises(FitError, match=what):

@@ -91,6 +91,23 @@ def test_kronecker_products_are_summed_in_a_merge_and_cut_in_a_combination(tmp_p
     assert np.allclose(delta, (u[:, :5] * s[:5]) @ v[:5], atol=1e-4)
 
 
+def test_kronecker_products_whose_shapes_show_a_low_rank_are_summed_exactly(tmp_path: Path) -> None:
+    """Of a tall and of a wide factor the rank is that of their short sides; half of the weight's directions may be taken."""
+    weights, total = {}, np.zeros((24, 24))
+    for seed, weight in ((1, 1.0), (3, -2.0), (5, 2.0)):
+        left, right = draw(seed, 2, 12), draw(seed + 1, 12, 2)
+        save_file(
+            {"lora_unet_blocks_0_q.lokr_w1": left, "lora_unet_blocks_0_q.lokr_w2": right},
+            tmp_path / f"{seed}.safetensors",
+        )
+        weights[tmp_path / f"{seed}.safetensors"] = weight
+        total += weight * np.kron(left, right)
+    result = combine(weights, output=tmp_path / "c.safetensors")
+    assert [(module.outcome, module.rank) for module in result.modules] == [("exact", 12)]
+    ((delta),) = kohya_deltas(tmp_path / "c.safetensors").values()
+    assert np.allclose(delta, total, atol=1e-4)
+
+
 def test_two_spellings_of_one_network_meet_at_the_base(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", {"blocks.0.self_attn.q.weight": (8, 6)}, {})
     flat = _kohya(tmp_path / "flat.safetensors", 1, 2, 2.0, {"lora_unet_blocks_0_self_attn_q": (8, 6)})

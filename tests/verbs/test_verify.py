@@ -347,3 +347,9 @@ def test_the_command_reports_the_checks_and_exits_with_5_on_a_fault(out: Path, e
     assert done.returncode == 5
     assert "a logit differs by" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FitError, match="a file, not the folder of an output"):
+        surgery.verify(tmp_path / "model.safetensors")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from surgery_formats.adapters.writing import row_slice
+from surgery_formats.adapters.rows import row_slice
 from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.models.checkpoint import Checkpoint

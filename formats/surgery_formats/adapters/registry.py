@@ -134,8 +134,11 @@ def refuse_unread(path: Path, *, networks: bool = True) -> None:
 
 def _names_in(path: Path) -> Collection[str]:
     """The names of the tensors of a folder whose file of weights is called as a model's; none of a model, or of a file."""
-    if not path.is_dir() or (path / "config.json").exists():
-        return ()
+    return () if not path.is_dir() or (path / "config.json").exists() else _tensors_in(path)
+
+
+def _tensors_in(path: Path) -> Collection[str]:
+    """The names of the tensors of a folder; none if it cannot be read as weights."""
     try:
         return open_folder_tensors(path).tensors.keys()
     except (SurgeryError, OSError, ValueError):
@@ -174,6 +177,7 @@ def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Ad
     if (known := format_at(where)) is not None:
         return (known if alpha is None else told_alpha(known, where, alpha)).read(where)
     if (where / "config.json").is_file():
+        refuse_known(where, _tensors_in(where), networks=True)
         raise MalformedError(
             "a full model where an adapter was expected",
             file=where,

@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An update of a base's weight as updates of the weights that another program has for it: parts of it, or halves exchanged."""
+"""Where another program has a weight of a base: in parts of its own, with halves exchanged, or as rows of a larger one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
-from surgery_formats.adapters.joining import narrowed
-from surgery_formats.adapters.writing import rows_of
-from surgery_formats.arrays import namespace
+from surgery_formats.adapters.rows import Span, cut, narrowed
 from surgery_formats.models.names import Names, WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.updates import Factor, LoRA, Offset, Update, is_directed
+from surgery_formats.updates import LoRA, Update
 
-__all__ = ["Program", "relaid"]
+__all__ = ["Program", "Whole", "relaid", "whole_of"]
 
 Program = Literal["diffusers", "OMI"]
 """Whose names are wanted."""
-
-_Ranges = tuple[tuple[int, int], ...]
 
 
 def relaid(
@@ -39,25 +35,60 @@ def relaid(
     """
     here = [place.parameter.name.removeprefix(names.prefix) for place in slices]
     found: list[tuple[str, Update]] = []
-    covered: list[tuple[int, int]] = []
+    covered: list[Span] = []
     for name in dict.fromkeys(other for own in here for other in names.called_by(own, program)):
         ranges = _rows_of(names.resolve(name), slices)
         if not ranges:  # another part of what the base holds with this one
             continue
-        part = _cut(update, ranges, extent(slices)[0])
+        part = cut(update, ranges)
         if part is None:
             return ()
         covered += ranges
-        found.append((name, part))
+        found.append((name, narrowed(part) if part is not update and isinstance(part, LoRA) else part))
     covered.sort()
     meets = all(before[1] == after[0] for before, after in pairwise(covered))
     whole = bool(covered) and (covered[0][0], covered[-1][1]) == (0, extent(slices)[0])
     return tuple(found) if meets and whole else ()
 
 
-def _rows_of(wanted: Sequence[WeightSlice], slices: Sequence[WeightSlice]) -> _Ranges:
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A weight that another one is rows of.
+
+    Attributes:
+        name: Of it.
+        height: Rows that it has.
+        rows: Those of the other one from top to bottom, and at which of its own each of them lies.
+    """
+
+    name: str
+    height: int
+    rows: tuple[tuple[Span, int], ...]
+
+
+def whole_of(slices: tuple[WeightSlice, ...], names: Names, *, in_release: bool) -> Whole | None:
+    """The weight that those at `slices` are all rows of; None if they are rows of several, or anything else.
+
+    Args:
+        slices: Where the base holds a weight.
+        names: Of the base's network.
+        in_release: Whether the weight is meant that the network's makers have, instead of the one that the base has.
+    """
+    here = {place.parameter.name.removeprefix(names.prefix) for place in slices}
+    called = {names.in_release(name) if in_release else name for name in here}
+    if len(called) > 1:
+        return None
+    (name,) = called
+    whole = (WeightSlice(names.parameters[name]),) if name in names.parameters else names.resolve(name)
+    spans = _rows_of(slices, whole)
+    starts = accumulate((stop - start for start, stop in spans), initial=0)
+    rows = tuple(((own, own + stop - start), start) for (start, stop), own in zip(spans, starts, strict=False))
+    return Whole(name, extent(whole)[0], rows) if rows else None
+
+
+def _rows_of(wanted: Sequence[WeightSlice], slices: Sequence[WeightSlice]) -> tuple[Span, ...]:
     """Which rows of the weight at `slices` those of `wanted` are, from top to bottom; empty if some are none of it."""
-    ranges: list[tuple[int, int]] = []
+    ranges: list[Span] = []
     for piece in (place.parameter for place in wanted):
         rows = piece.view.rows
         if not isinstance(rows, range) or rows.step != 1:
@@ -72,7 +103,7 @@ def _rows_of(wanted: Sequence[WeightSlice], slices: Sequence[WeightSlice]) -> _R
     return tuple(ranges)
 
 
-def _span(piece: Parameter, own: Parameter, start: int, stop: int) -> tuple[int, int] | None:
+def _span(piece: Parameter, own: Parameter, start: int, stop: int) -> Span | None:
     """The rows of a weight that are those of `piece` from `start`, up to `stop` or the end of one of the weight's pieces."""
     rows, view = own.view.rows, own.view
     same = piece.name == own.name and (piece.view.cols, piece.view.transposed) == (view.cols, view.transposed)
@@ -80,28 +111,3 @@ def _span(piece: Parameter, own: Parameter, start: int, stop: int) -> tuple[int,
         return None
     first = view.row_origin + start - rows.start
     return first, first + min(stop, rows.stop) - start
-
-
-def _cut(update: Update, ranges: _Ranges, height: int) -> Update | None:
-    """The update of some rows of its weight, in this order; None if they are not its own."""
-    if ranges == ((0, height),):
-        return update
-    if is_directed(update) and update.per_row:
-        direction = replace(update.direction, B=_picked(update.direction.B, ranges))
-        return update.rebuilt(direction, _picked(update.magnitude, ranges))
-    if isinstance(update, LoRA):
-        return narrowed(replace(update, B=_picked(update.B, ranges)))
-    return replace(update, value=_picked(update.value, ranges)) if isinstance(update, Offset) else None
-
-
-def _picked(factor: Factor, ranges: _Ranges) -> Factor:
-    """Some rows of a factor, which are copied if they lie together."""
-    if len(ranges) == 1:
-        return rows_of(factor, *ranges[0])
-
-    def rows(*stored: object) -> object:
-        values = factor.show(stored)
-        return namespace(values).concat([values[start:stop] for start, stop in ranges], axis=0)
-
-    count = sum(stop - start for start, stop in ranges)
-    return Factor(factor.tensors, (count, *factor.shape[1:]), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from surgery_formats.adapters.format import Entry, Moved, NewTensor, Outcome
@@ -18,7 +18,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
-from surgery_formats.updates import Factor, LoRA, Update
+from surgery_formats.updates import Factor, Update
 
 __all__ = [
     "OF_THE_FILE",
@@ -30,8 +30,6 @@ __all__ = [
     "places_of",
     "rate_of",
     "restate",
-    "row_slice",
-    "rows_of",
     "surviving_metadata",
     "whole_place",
     "zero_padded",
@@ -129,22 +127,6 @@ def copied(name: str, tensor: Tensor) -> NewTensor:
 def _moved(tensor: Tensor, load: Callable[[], Array]) -> Callable[[], Array]:
     """`load`, which reads `tensor`, with the mark that it does no more, where its bytes are its values in order."""
     return Moved(tensor, load) if isinstance(tensor, StoredTensor) and tensor.strides is None else load
-
-
-def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
-    """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
-    return replace(lora, B=rows_of(lora.B, start, stop))
-
-
-def rows_of(factor: Factor, start: int, stop: int) -> Factor:
-    """Rows of a matrix, or numbers of a vector; those of a stored one are a stored tensor, which is copied like any other."""
-    shape = (stop - start, *factor.shape[1:])
-    stored = factor.tensors[0]
-    if factor.view is None and isinstance(stored, StoredTensor) and stored.strides is None and not stored.packed_as:
-        row = stored.nbytes // factor.shape[0]
-        part = replace(stored, shape=shape, offset=stored.offset + start * row, nbytes=(stop - start) * row)
-        return Factor((part,), shape)
-    return Factor(factor.tensors, shape, lambda *values: factor.show(values)[start:stop])
 
 
 def commonest(values: Iterable[_Key]) -> _Key | None:

@@ -50,7 +50,12 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
         raise FitError("the adapter holds no tensors", file=adapter.path)
     components = sorted({site.component for site in adapter.updates})
     if len(components) > 1 and not (checkpoint.is_pipeline or checkpoint.main.parts):
-        raise FitError(f"the adapter changes {listing(components)}, the base is one model", file=adapter.path)
+        apart = [name for name in components if name.startswith("text_encoder")]
+        raise FitError(
+            f"the adapter changes {listing(components)}, the base is one model",
+            file=adapter.path,
+            hint=f"give the whole pipeline as the base, or merge one part: {_without(apart or components[:-1])}",
+        )
 
 
 def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:
@@ -203,7 +208,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
     if absent:
         raise FitError(
             f"the adapter changes {listing(absent)}, the base has {listing(sorted(_networks(checkpoint)))}: "
-            f"{len(missing)} of {len(adapter.updates)} parameters are not there, {lacking}",
+            f"{len(missing)} of {len(adapter.updates)} parameters are not there: {lacking}",
             file=adapter.path,
             hint=f"to merge the rest, leave them out: {_without(absent)}"
             if len(missing) < len(adapter.updates)
@@ -223,7 +228,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
         )
     others = f": {lacking}" if len(missing) > 1 else ""
     misspelt = len(missing) in (1, len(adapter.updates))  # where some fit, the names are right and the base is another
-    rest = "; --without PATTERN leaves modules out" if len(missing) < len(adapter.updates) else ""
+    rest = " --without PATTERN leaves modules out" if len(missing) < len(adapter.updates) else ""
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,

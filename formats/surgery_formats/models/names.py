@@ -225,45 +225,26 @@ class Names:
             )
         return next((slices for _, slices in found.values()), ())
 
-    def in_diffusers(self, name: str) -> str:
-        """What diffusers calls a weight of the base; empty if it holds that in parts, or the other way round.
-
-        A name that no family knows is the same there.
-        """
-        found = {told for index in self._layouts if (told := index.in_diffusers(name)) is not None}
-        return next(iter(found)) if len(found) == 1 else "" if found else name
-
     def called_by(self, name: str, program: str) -> tuple[str, ...]:
-        """What a program (``diffusers``, ``OMI``) calls a weight of the base, or the parts that it holds it in.
+        """What a program (``diffusers``, ``OMI``) calls a weight of the base, or its pieces from top to bottom.
 
-        A name that no family knows is the same there; nothing where families tell different names.
+        Halves that the program holds the other way round are two pieces of one name. A name that no family knows is the
+        same there; nothing where families tell different names.
         """
         found: dict[tuple[str, ...], None] = {}
         for index in self._layouts:
             if pieces := index.pieces_of(name):
-                original = (
-                    program == "OMI" and index.network.denoises
-                )  # text encoders have transformers' names there, too
+                original = program == "OMI" and index.network.denoises  # OMI's text encoders have transformers' names
                 found.setdefault(tuple(map(index.in_omi, pieces)) if original else pieces)
         return next(iter(found)) if len(found) == 1 else () if found else (name,)
 
-    def in_release(self, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
-        """What its makers call a weight of the base, or the one that it is a part of, and the height of that.
+    def in_release(self, name: str) -> str:
+        """What its makers call a weight of the base, or the one that it is a part of.
 
-        The rows from one to another of the first lie at a row of the second: ``(start, stop, row)``, in order. A name that no
-        family knows, or of which they tell different things, is the same there.
+        A name that no family knows, or of which they tell different things, is the same there.
         """
-        found = {told for index in self._layouts if (told := index.in_release(name))[0]}
-        if len(found) == 1:
-            ((other, whole, places),) = found
-            own = sum(stop - start for start, stop in places)
-            if height % own == 0:
-                unit, at, rows = height // own, 0, []
-                for start, stop in places:
-                    rows.append((at, at + (stop - start) * unit, start * unit))
-                    at += (stop - start) * unit
-                return other, whole * unit, tuple(rows)
-        return name, height, ((0, height, 0),)
+        found = {told for index in self._layouts if (told := index.in_release(name))}
+        return next(iter(found)) if len(found) == 1 else name
 
     def _of_rows(self, wanted: Sequence[Rows]) -> tuple[WeightSlice, ...]:
         """Rows of stored weights below each other; nothing if a height cannot be divided so."""

@@ -48,7 +48,7 @@ from surgery_formats.updates.pvera import PVeRA
 from surgery_formats.updates.randlora import RandLoRA, RandomBases
 from surgery_formats.updates.replacement import Held, Replacement
 from surgery_formats.updates.road import RoAd
-from surgery_formats.updates.sameness import equal_factors, same_update, settings
+from surgery_formats.updates.sameness import equal_factors, noted_tensors, same_update, settings
 from surgery_formats.updates.shira import SHiRA
 from surgery_formats.updates.spectrum import Part
 from surgery_formats.updates.stacked import Stacked
@@ -191,6 +191,7 @@ __all__ = [
     "is_unsized",
     "is_waiting",
     "low_rank_part",
+    "noted_tensors",
     "paired",
     "plain_form",
     "same_update",

@@ -76,11 +76,12 @@ class LoKr:
     def expanded(self) -> LoRA | None:
         """``kron(C' C'', D' D'') = kron(C', D') kron(C'', D'')``: of the rank of C times the rank of D.
 
-        None as well where neither is stored as a pair of low rank: only a pair shows its rank.
+        None where that is no low rank: where neither is a pair, so that only the short sides limit it, above half of the
+        weight's directions.
         """
         first, second = _Pair.of(self.C), _Pair.of(self.D)
         rank, kernel, crossed = first.rank * second.rank, self.kernel, self.crossed
-        if rank > min(self.shape) or not (first.is_low or second.is_low):
+        if rank > (min(self.shape) if first.is_low or second.is_low else min(self.shape) // 2):
             return None
 
         def left(*stored: Array) -> Array:

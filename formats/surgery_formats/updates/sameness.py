@@ -12,18 +12,27 @@ from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.updates.base import Factor
 from surgery_formats.updates.update import Update
 
-__all__ = ["equal_factors", "same_update", "settings"]
+__all__ = ["equal_factors", "noted_tensors", "same_update", "settings"]
 
 _STEP = 1 << 20  # bytes, two times which a processor keeps near it
+_AS_WRITTEN = frozenset(["alpha", "noted"])  # what a scale, a limit or a switch was read from: those are compared
 
 
 def settings(update: Update) -> dict[str, Any]:
     """Everything but the trained numbers: scales, sizes, switches, and the shapes of factors."""
-    values = {field.name: getattr(update, field.name) for field in fields(update)}  # type: ignore[arg-type]
+    names = [field.name for field in fields(update) if field.name not in _AS_WRITTEN]  # type: ignore[arg-type]
+    values = {name: getattr(update, name) for name in names}
     facts = {
         n: v.shape if isinstance(v, Factor) else v for n, v in values.items() if isinstance(v, Factor) or _plain(v)
     }
     return {"kind": update.kind, **facts}
+
+
+def noted_tensors(update: Update) -> frozenset[Tensor]:
+    """What scales, limits and switches were read from, by itself and by an update that it is made of."""
+    made_of = (getattr(update, field.name) for field in fields(update))  # type: ignore[arg-type]
+    holders = (update, *(value for value in made_of if is_dataclass(value)))
+    return frozenset(tensor for holder in holders for tensor in getattr(holder, "noted", ()))
 
 
 def _plain(value: object) -> bool:
@@ -51,6 +60,7 @@ def same_update(update: Update, other: Update) -> bool:
 def _beside(update: Update) -> list[Tensor]:
     """Whole numbers that its equation takes from its file beside factors: indices."""
     used = {tensor for factor in update.factors().values() for tensor in factor.tensors}
+    used |= noted_tensors(update)
     return [tensor for tensor in update.untrained if tensor.shape and tensor not in used and not tensor.dtype.is_float]
 
 

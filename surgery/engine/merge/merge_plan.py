@@ -67,7 +67,7 @@ def planned_merge(
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     if left:
-        out = f"left out, as --without says: {len(left)} parameters, {listing(summed_up(left), 40)}"
+        out = f"left out, as --without says: {len(left)} parameter{'s' if len(left) != 1 else ''}, {listing(summed_up(left), 6)}"
         binding = replace(binding, warnings=(*binding.warnings, out))
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     quantised.check(checkpoint)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes files of OneTrainer: legacy and OMI names of Flux with an embedding in a bundle, and OFT.
 
-Run it from this folder, in an environment with torch, diffusers, peft and parse (see ../README.md), with the sources of both projects::
+Run it from this folder, in an environment with torch, diffusers, peft and parse (see ../README.md)::
 
     PYTHONPATH=ONETRAINER:OMI python make.py            # rewrites the files and expected.json
     PYTHONPATH=ONETRAINER:OMI python make.py --check    # makes everything again elsewhere and compares it with what is here
 
 ONETRAINER is a checkout of Nerogar/OneTrainer at 23df3832, OMI the folder ``src`` of Open-Model-Initiative/OMI-Model-Standards at 16e78ee.
+That commit is on no branch that could be cloned. The files here were made with its converters typed again from the published text, the
+pairs of names in shorter tables, which were compared with that text: they stand for OMI's sources, and are not those sources.
 Keys of the legacy file are OneTrainer's (``convert_to_mixture``), those of the other OMI's (``convert_to_omi``), from the same factors;
 expected weights are ``W + alpha / rank up down``, as OneTrainer's module computes it, for the bases of ../flux. Rotations are those of
 OneTrainer's ``OFTRotationModule``: of the inputs of linear layers, measured, and of kernels as its ``OFTModule`` multiplies them.

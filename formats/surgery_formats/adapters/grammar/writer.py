@@ -24,8 +24,8 @@ from surgery_formats.adapters.grammar.leaves import LEAVES, NORMS_OF_FLUX, longe
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.adapters.grammar.spelt_modules import ModuleSpelling, SpeltModules
-from surgery_formats.adapters.joining import Span, joined, runs
-from surgery_formats.adapters.relaid import relaid
+from surgery_formats.adapters.relaid import Whole, relaid, whole_of
+from surgery_formats.adapters.rows import Span, joined
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -40,7 +40,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
-from surgery_formats.models.names import Names
+from surgery_formats.models.names import Names, WeightSlice
 from surgery_formats.updates import LoRA, Update, is_directed, is_replacing, low_rank_part
 
 __all__ = ["render_weight_file"]
@@ -128,7 +128,7 @@ class _Job:
     notes: list[str] = field(default_factory=list)
     stem: str = ""
     waiting: str | None = None
-    wholes: dict[str, _Whole] = field(default_factory=dict)
+    wholes: dict[str, _Waiting] = field(default_factory=dict)
 
     @property
     def with_alpha(self) -> bool:
@@ -187,7 +187,7 @@ class _Job:
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
-            if self._of_makers(site):
+            if self._in_release(site):
                 return (
                     "the network's makers hold it with others in one weight, as whose part only a LoRA can be written"
                 )
@@ -236,41 +236,34 @@ class _Job:
             return False
         places = places_of(site, base, lora.tensors)
         parameters = [place.parameter for place in places]
-        width = parameters[0].sizes[1:]
-        if len(width) != 1 or any(
-            p.view.transposed or p.sizes[1:] != width or p.shape[1:] != width for p in parameters
-        ):
+        if any(len(p.sizes) != 2 or p.view.transposed or p.shape[1] != p.sizes[1] for p in parameters):
             return False
-        component = component_of(site, base)
-        told = [self._released(site, component.within(p.name)[1], p.sizes[0]) for p in parameters]
-        name, height, moved = told[0]
-        if len({other for other, _, _ in told}) > 1 or not name.endswith(".weight"):
+        whole = self._whole_of(site, places)
+        if whole is None or not whole.name.endswith(".weight"):
             return False
-        if whole_place(places) is not None and moved == ((0, height, 0),):
+        if whole_place(places) is not None and whole.rows == (((0, whole.height), 0),):
             return False
-        module = name.removesuffix(".weight")
+        module = whole.name.removesuffix(".weight")
         stem = f"{prefix}{module.replace('.', '_') if flat else module}."
-        whole = self.wholes.setdefault(stem, _Whole(prefix, height, []))
-        rows = [
-            ((start, start + 1), next(to + at - a for a, b, to in places_in if a <= at < b))
-            for parameter, (_, _, places_in) in zip(parameters, told, strict=True)
-            for start, at in enumerate(parameter.view.rows, parameter.view.row_origin)
-        ]
-        whole.parts.append((lora, runs(rows)))
+        waiting = self.wholes.setdefault(stem, _Waiting(prefix, whole.height, []))
+        waiting.parts.append((lora, whole.rows))
         self.waiting = self.stem = stem
         return True
 
-    def _released(self, site: Site, name: str, height: int) -> tuple[str, int, tuple[tuple[int, int, int], ...]]:
-        """The dialect's name for a weight of the base, or for the one that it is a part of: see `Names.in_release`."""
-        names = self._of_makers(site)
-        return names.in_release(name, height) if names else (name, height, ((0, height, 0),))
+    def _whole_of(self, site: Site, places: tuple[WeightSlice, ...]) -> Whole | None:
+        """The weight of which the dialect has those at `places` as rows."""
+        names = self._names_at(site, places[0].parameter.name)
+        return whole_of(places, names, in_release=self._in_release(site))
 
-    def _of_makers(self, site: Site) -> Names | None:
-        """The names of a site's network, if it is one that the dialect has its makers' names for."""
-        if self.base is None or not self.dialect.in_release or site.component not in (*COMPONENTS, ""):
-            return None
-        names = self.base.names_of(site.component)
-        return (names.inner or names) if names else None
+    def _in_release(self, site: Site) -> bool:
+        """Whether a site's modules have their makers' names."""
+        return self.dialect.in_release and site.component in (*COMPONENTS, "")
+
+    def _names_at(self, site: Site, stored: str) -> Names:
+        """The names of the network of a site's component that a weight of the base is of."""
+        assert self.base is not None
+        component = component_of(site, self.base)
+        return component.parts.get(component.within(stored)[0], component.names)
 
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
@@ -361,12 +354,16 @@ class _Job:
     def _spelt(self, site: Site, update: Update, prefix: str) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
         name, kernel = site.path, site.kernel
-        if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
+        places = places_of(site, self.base, update.tensors) if self.base is not None else ()
+        where = whole_place(places) if places else None
+        if self.base is not None and where:
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
-            name, height, moved = self._released(site, name, where[1][0])
-            if (height, moved) != (where[1][0], ((0, where[1][0], 0),)):
+        if places and self._in_release(site) and self._names_at(site, places[0].parameter.name).networks:
+            whole = self._whole_of(site, places)
+            if whole is None or whole.rows != (((0, whole.height), 0),):
                 return "", ()
-        elif ((names := self._of_makers(site)) and names.networks) or (site.flat and not self.dialect.flat):
+            name = whole.name
+        elif not where and site.flat and not self.dialect.flat:
             return "", ()
         module = name.rpartition(".")[0]
         return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel
@@ -399,8 +396,8 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Whole:
-    """A weight of the base whose parts an adapter changes."""
+class _Waiting:
+    """A weight that is written when all its parts are known: LoRAs, and which of their rows lie at which of its own."""
 
     prefix: str
     height: int

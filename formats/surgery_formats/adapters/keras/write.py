@@ -19,7 +19,8 @@ from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.keras.families import FAMILIES, Backbone, NumberedLayer
 from surgery_formats.adapters.keras.files import CONFIG, METADATA, TENSOR_FILE
 from surgery_formats.adapters.packing import PackedFile, laid_out
-from surgery_formats.adapters.writing import ConversionLedger, places_of, row_slice, whole_place, zero_padded
+from surgery_formats.adapters.rows import row_slice
+from surgery_formats.adapters.writing import ConversionLedger, places_of, whole_place, zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.base import TensorSpec
@@ -27,6 +28,7 @@ from surgery_formats.containers.hdf5_layout import lay_out_hdf5
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings
 from surgery_formats.updates import LoRA
 
 __all__ = ["render_keras"]
@@ -64,7 +66,7 @@ def render_keras(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     Raises:
         FitError: no base is given, or KerasHub makes no backbone of it whose layers are known.
     """
-    if base is None or base.is_pipeline or base.main.config.get("model_type") not in _BACKBONES:
+    if base is None or base.is_pipeline or str(base.main.config.get("model_type")) not in _BACKBONES:
         raise FitError(
             "KerasHub's files number the layers of a backbone: only the base tells them"
             if base is None
@@ -120,21 +122,23 @@ def _packed(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedF
 
 
 def _backbone(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Class and sizes of the backbone that KerasHub makes of a model, as far as its layers go."""
-    kind = config["model_type"]
-    if kind == "gpt2":
-        sizes = {"num_layers": config["n_layer"], "num_heads": config["n_head"], "hidden_dim": config["n_embd"]}
-        return _BACKBONES[kind], {**sizes, "intermediate_dim": config.get("n_inner") or 4 * config["n_embd"]}
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    """Class and sizes of the backbone that KerasHub makes of a model, as far as its layers go.
+
+    Raises:
+        FitError: a size is missing, or none.
+    """
+    kind, stated = config["model_type"], ModelSettings(config)
+    hidden, heads = stated.count("hidden_size", "n_embd"), stated.count("num_attention_heads", "n_head")
+    inner = {"default": 4 * hidden} if kind == "gpt2" else {}
     sizes = {
-        "num_layers": config["num_hidden_layers"],
+        "num_layers": stated.count("num_hidden_layers", "n_layer", most=MOST_LAYERS),
         "hidden_dim": hidden,
-        "intermediate_dim": config["intermediate_size"],
+        "intermediate_dim": stated.count("intermediate_size", "n_inner", **inner),
     }
-    if kind == "bert":
+    if kind in ("bert", "gpt2"):
         return _BACKBONES[kind], {**sizes, "num_heads": heads}
-    sizes |= {"num_query_heads": heads, "num_key_value_heads": config.get("num_key_value_heads") or heads}
-    sizes["head_dim"] = config.get("head_dim") or hidden // heads
+    sizes |= {"num_query_heads": heads, "num_key_value_heads": stated.count("num_key_value_heads", default=heads)}
+    sizes["head_dim"] = stated.count("head_dim", default=hidden // heads)
     if kind in ("gemma2", "gemma3_text"):
         sizes |= {"use_post_ffw_norm": True, "use_post_attention_norm": True}
     if kind == "gemma3_text":
@@ -184,9 +188,11 @@ def _kernel(lora: LoRA, layer: NumberedLayer, config: Mapping[str, Any]) -> _Ker
     if layer.shape == "dense":
         return _Kernel(down, up, rank, (inputs,), out)
     heads = config[layer.heads]
+    size = config.get("head_dim") or config["hidden_dim"] // heads
+    if (inputs if layer.shape == "from heads" else out) != heads * size:
+        raise FitError(f"a weight of {[out, inputs]} is not one of {heads} heads of {size}", tensor=layer.name)
     if layer.shape == "from heads":
-        return _Kernel(down, up, rank, (heads, inputs // heads), out)
-    size = out // heads
+        return _Kernel(down, up, rank, (heads, size), out)
     basis = _basis(up().T.reshape(heads, size, rank))
     kept = basis.shape[1]
 

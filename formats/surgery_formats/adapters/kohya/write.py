@@ -174,9 +174,7 @@ def _namers(base: Checkpoint) -> Iterator[tuple[str, _Namer]]:
         for part, names in component.parts.items():
             prefix = "lora_te" if part == "text_encoder" and not two else _OF_PARTS.get(part, "")
             keeps = part == "denoiser" and not ("input_blocks.0.0.weight" in names.parameters and not _is_xl(names))
-            called = (
-                {} if keeps else {n.rpartition(".")[0]: _flat_module(names.in_diffusers(n)) for n in names.parameters}
-            )
+            called = {} if keeps else {n.rpartition(".")[0]: _in_diffusers(n, names) for n in names.parameters}
             yield part, _Namer(prefix, called)
 
 
@@ -192,8 +190,10 @@ def _is_xl(names: Names) -> bool:
     return "label_emb.0.0.weight" in names.parameters
 
 
-def _flat_module(name: str) -> str:
-    return name.rpartition(".")[0].replace(".", "_")
+def _in_diffusers(name: str, names: Names) -> str:
+    """What diffusers calls a parameter's module, flattened; empty if it holds that in parts, or the other way round."""
+    pieces = names.called_by(name, "diffusers")
+    return pieces[0].rpartition(".")[0].replace(".", "_") if len(pieces) == 1 else ""
 
 
 def _prefix(component: Component, base: Checkpoint) -> str:

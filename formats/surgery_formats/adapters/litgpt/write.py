@@ -36,6 +36,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
 from surgery_formats.updates import LoRA
 
 __all__ = ["render_litgpt"]
@@ -123,19 +124,29 @@ def _switches(found: Mapping[str, LoRA]) -> dict[str, bool]:
     return {**on, "lora_head": "lm_head" in modules}
 
 
+def _sizes(config: Mapping[str, Any]) -> Sizes:
+    """What the base's config.json says; what it leaves out is as in transformers' classes.
+
+    Raises:
+        FitError: a size is none.
+    """
+    kv_heads, inner = (8, 14336) if config["model_type"] == "mistral" else (None, 11008)
+    return read_sizes(ModelSettings(config), vocabulary=32000, max_positions=4096, kv_heads=kv_heads, inner=inner)
+
+
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Sizes of the modules of one layer, and of the head."""
-    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    size = config.get("head_dim") or hidden // heads
-    q, kv = heads * size, config.get("num_key_value_heads", heads) * size
+    sizes = _sizes(config)
+    hidden, inner = sizes.hidden, sizes.inner
+    q, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     return {
         **{f"self_attn.{part}": (rows, hidden) for part, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv))},
         "self_attn.o_proj": (hidden, q),
         "mlp.gate_proj": (inner, hidden),
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
-        "lm_head": (config["vocab_size"], hidden),
-        "layers": (config["num_hidden_layers"], 0),
+        "lm_head": (sizes.vocabulary, hidden),
+        "layers": (sizes.layers, 0),
     }
 
 
@@ -168,7 +179,16 @@ def _joined(
     scale: float,
     found: Mapping[str, LoRA],
 ) -> list[NewTensor]:
-    """Both factors of one of litgpt's modules: those of its parts, one below the other, zeros where there is none."""
+    """Both factors of one of litgpt's modules: those of its parts, one below the other, zeros where there is none.
+
+    Raises:
+        FitError: a part has another size than the base's configuration says.
+    """
+    for lora, shape in parts:
+        if lora is not None and lora.shape != shape:
+            raise FitError(
+                f"a weight of {list(lora.shape)}, which is {list(shape)} by the base's config.json", tensor=name
+            )
     out, inputs = sum(shape[0] for _, shape in parts), parts[0][1][1]
     present = [lora for lora, _ in parts if lora is not None] or list(found.values())
 
@@ -206,18 +226,18 @@ def _joined(
 
 def _model(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model_config.yaml of such a model, as far as its layers' sizes go."""
-    heads = config["num_attention_heads"]
+    sizes = _sizes(config)
     return {
         "name": str(config.get("_name_or_path") or "model").rpartition("/")[2] or "model",
-        "block_size": config.get("max_position_embeddings", 4096),
-        "vocab_size": config["vocab_size"],
-        "padded_vocab_size": config["vocab_size"],
-        "n_layer": config["num_hidden_layers"],
-        "n_head": heads,
-        "head_size": config.get("head_dim") or config["hidden_size"] // heads,
-        "n_query_groups": config.get("num_key_value_heads", heads),
-        "n_embd": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
+        "block_size": sizes.max_positions,
+        "vocab_size": sizes.vocabulary,
+        "padded_vocab_size": sizes.vocabulary,
+        "n_layer": sizes.layers,
+        "n_head": sizes.heads,
+        "head_size": sizes.head_dim,
+        "n_query_groups": sizes.kv_heads,
+        "n_embd": sizes.hidden,
+        "intermediate_size": sizes.inner,
         "rotary_percentage": 1.0,
         "parallel_residual": False,
         "bias": False,

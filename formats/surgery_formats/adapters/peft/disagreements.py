@@ -17,6 +17,7 @@ from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
 from surgery_formats.text import listing, show
 
 __all__ = [
+    "NO_RANK",
     "beyond_targets",
     "chooses_none",
     "empty_saved",
@@ -24,6 +25,9 @@ __all__ = [
     "unmet_promises",
     "unusable_targets",
 ]
+
+
+NO_RANK = "its configuration has no 'r': the tensors' rank is used"
 
 
 def stated_disagreements(
@@ -82,7 +86,7 @@ def _numbers(config: PeftConfig, switches: Switches, trained: Collection[str]) -
     if not trained:
         return
     if "r" in switches.understood and config.raw.get("r") is None:
-        yield "its configuration has no 'r': the tensors' rank is used"
+        yield NO_RANK
     if switches.signed and switches.alpha in switches.understood and config.alpha < 0:
         yield f"'{switches.alpha}' is negative ({config.alpha:g}): what was trained is subtracted"
     if negative := [f"{key}: {alpha:g}" for key, alpha in config.alpha_pattern.items() if alpha < 0]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.adapters.alphas import TELL_ALPHA
+from surgery_formats.adapters.peft.disagreements import NO_RANK
 from surgery_formats.adapters.peft.embedded import embedded_fields
 from surgery_formats.adapters.peft.keys import sort_tensors, unwrapped
 from surgery_formats.adapters.peft.kinds import kinds, switches
@@ -64,7 +65,8 @@ def read_unconfigured(path: Path, alpha: float | None) -> Adapter:
         raise FitError(
             f"PEFT's weights without their {CONFIG_FILE}, which has their scale",
             file=file,
-            hint=f"{_BESIDE}, or {TELL_ALPHA} (of rsLoRA: that times the root of its rank)",
+            hint=f"{_BESIDE}, or {TELL_ALPHA} (of rsLoRA: that times the root of its rank); "
+            'convert with `to="peft"` writes the folder that every command reads',
         )
     if not scaled and alpha is not None:
         raise FitError("an alpha was given, and (IA)^3 has none", file=file)
@@ -91,7 +93,7 @@ def read_unconfigured(path: Path, alpha: float | None) -> Adapter:
         new_modules=frozenset().union(*(part.new_modules for part in parts.values())),
         config=_with_ranks(kind, first.config, updates),
         metadata=dict(opened.shards[0].metadata),
-        stated_issues=(*dict.fromkeys(issue for part in parts.values() for issue in part.stated_issues), *_said(alpha)),
+        stated_issues=(*dict.fromkeys(issue for part in parts.values() for issue in part.stated_issues if issue != NO_RANK), *_said(alpha)),
         provenance=Provenance("PEFT (its keys)", family.name if family else ""),
     )  # fmt: skip
 

@@ -16,12 +16,13 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation
 from surgery_formats.text import show
 
-__all__ = ["ModelSettings", "Sizes", "read_sizes"]
+__all__ = ["MOST_LAYERS", "ModelSettings", "Sizes", "read_sizes"]
 
 T = TypeVar("T")
 
 _LARGEST = 1 << 31  # bound on a size; keeps products of two sizes within the range of a graph
-_LAYERS = 4096  # bound on the number of layers, each of which costs memory here
+MOST_LAYERS = 4096
+"""Bound on the number of layers, each of which costs memory here."""
 _REQUIRED: Any = object()
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -247,7 +248,7 @@ def read_sizes(
     return Sizes(
         hidden=width,
         inner=settings.count(*named["inner"], default=4 * width if inner is None else inner),
-        layers=settings.count(*named["layers"], default=layers, most=_LAYERS),
+        layers=settings.count(*named["layers"], default=layers, most=MOST_LAYERS),
         heads=queries,
         kv_heads=groups,
         head_dim=per_head,

@@ -146,29 +146,23 @@ class LayoutIndex:
         return ()
 
     def pieces_of(self, name: str) -> tuple[str, ...]:
-        """What diffusers calls the base's `name`, or the parts that it holds it in; empty if no rule knows it."""
+        """What diffusers calls the base's `name`, or its pieces from top to bottom; empty if no rule knows it."""
         if name in self.held or any(_matches(name, self.back, pieces=True)):
             return (name,)
         for rule, numbers, leaf in _matches(name, self.tables):
-            return tuple(dict.fromkeys(filled(piece.name, numbers) + leaf for piece in rule.pieces))
+            return tuple(filled(piece.name, numbers) + leaf for piece in rule.pieces)
         return ()
 
-    def in_release(self, name: str) -> tuple[str, int, tuple[tuple[int, int], ...]]:
+    def in_release(self, name: str) -> str:
         """What its makers call a weight, or the one that it is a part of, where the base has diffusers' name for it.
 
-        With the height of that weight in parts, and where those of this one lie in it, in order. An empty name if the base
-        has another name, if it lacks another part, or if no rule knows it.
+        Empty if the base has another name, if it lacks another part, or if no rule knows it.
         """
         for rule, numbers, leaf in self.rules_for(name) if name in self.names else ():
-            found, row = dict[int, tuple[int, int]](), 0
-            for piece in rule.pieces:
-                if filled(piece.name, numbers) + leaf == name:
-                    found[piece.part] = row, row + piece.units
-                row += piece.units
             parts = (filled(piece.name, numbers) + leaf for piece in rule.pieces)
             if not rule.transposed and all(part in self.names for part in parts):
-                return filled(rule.name, numbers) + leaf, row, tuple(place for _, place in sorted(found.items()))
-        return "", 0, ()
+                return filled(rule.name, numbers) + leaf
+        return ""
 
     def in_omi(self, pivot: str) -> str:
         """What OMI calls what diffusers calls `pivot`: its makers' name, and the number of the part where theirs has several."""
@@ -195,16 +189,6 @@ class LayoutIndex:
     def rules_for(self, pivot: str) -> Iterator[tuple[Rule, tuple[str, ...], str]]:
         """The rules with a piece that diffusers calls `pivot`, the numbers in it, and the leaf behind the module."""
         return _matches(pivot, self.back, pieces=True)
-
-    def in_diffusers(self, name: str) -> str | None:
-        """What diffusers calls the base's `name`; empty if it holds that in parts, None if no rule knows it."""
-        found = [
-            filled(piece.name, numbers) + leaf if len(rule.pieces) == 1 else ""
-            for rule, numbers, leaf in _matches(name, self.tables)
-            for piece in rule.pieces[:1]
-        ]
-        own = name in self.held or any(_matches(name, self.back, pieces=True))
-        return name if own else found[0] if found else None
 
     def other_names(self) -> Iterator[str]:
         """Names that `rows` knows, and the base has not."""

@@ -39,7 +39,7 @@ def _write(update: Update, parameter: str, writer: LeafWriter) -> None:
         writer.put("set_weight", update.value)
         return
     assert isinstance(update, Offset)  # as `writes` says
-    if parameter == "bias" and "up_bias" in writer.leaves:
+    if parameter == "bias" and "up_bias" in writer.leaves and not {"diff_b", "b_norm"} & writer.leaves.keys():
         writer.put("up_bias", update.value, times=update.scale / writer.bias_scale)
         return
     norm = len(update.value.shape) == 1 and {"w_norm", "b_norm"} & writer.leaves.keys()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Updates of some rows of a weight, and LoRAs of rows as one of the whole: both are exact.
+
+A cut keeps A and takes rows of B. Parts with one A, as after a cut, become a LoRA of its rank. Others lie side by side: A's below
+each other, and B's along the diagonal, as sd-scripts merges its split projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from surgery_formats.adapters.writing import factor_dtype
+from surgery_formats.arrays import Array, cast, namespace
+from surgery_formats.dtypes import DType
+from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
+from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, is_directed
+
+__all__ = ["Span", "cut", "joined", "narrowed", "row_slice"]
+
+Span = tuple[int, int]
+"""First row, and the one behind the last."""
+
+
+def cut(update: Update, spans: Sequence[Span]) -> Update | None:
+    """The update of some rows of its weight, in this order; None if it is of a kind that has none of its own.
+
+    Lengths of columns, for one, belong to all rows.
+    """
+    if tuple(spans) == ((0, update.shape[0]),):
+        return update
+    if is_directed(update) and update.per_row:
+        direction = replace(update.direction, B=_rows_of(update.direction.B, spans))
+        return update.rebuilt(direction, _rows_of(update.magnitude, spans))
+    if isinstance(update, LoRA):
+        return replace(update, B=_rows_of(update.B, spans))
+    return replace(update, value=_rows_of(update.value, spans)) if isinstance(update, Offset) else None
+
+
+def row_slice(lora: LoRA, start: int, stop: int) -> LoRA:
+    """The LoRA of rows ``[start, stop)`` of its weight: the same A, a part of B."""
+    return replace(lora, B=_rows_of(lora.B, [(start, stop)]))
+
+
+def _rows_of(factor: Factor, spans: Sequence[Span]) -> Factor:
+    """Rows of a matrix, or numbers of a vector. Those of a stored one that lie together are a stored tensor, and copied as such."""
+    shape = (sum(stop - start for start, stop in spans), *factor.shape[1:])
+    stored = factor.tensors[0]
+    plain = len(spans) == 1 and factor.view is None
+    if plain and isinstance(stored, StoredTensor) and stored.strides is None and not stored.packed_as:
+        start, row = spans[0][0], stored.nbytes // factor.shape[0]
+        part = replace(stored, shape=shape, offset=stored.offset + start * row, nbytes=shape[0] * row)
+        return Factor((part,), shape)
+
+    def rows(*values: object) -> Array:
+        shown = factor.show(values)
+        parts = [shown[start:stop] for start, stop in spans]
+        return parts[0] if len(parts) == 1 else namespace(shown).concat(parts, axis=0)
+
+    return Factor(factor.tensors, shape, rows)
+
+
+def narrowed(lora: LoRA) -> LoRA:
+    """The same LoRA without columns of B that are zero: what a cut of joined parts leaves of the others.
+
+    The first row of a block on a diagonal shows them already, so that no other LoRA is read.
+    """
+    tensor = lora.B.tensors[0]
+    if lora.B.view is not None or tensor.shape != lora.B.shape or cast(tensor.read(0, 1), DType.F64).all():
+        return lora
+    used = (lora.B.load(DType.F64) != 0).any(axis=0).nonzero()[0]
+    if not 0 < len(used) < lora.rank:
+        return lora
+    a, b = lora.A, lora.B
+    down = Factor(a.tensors, (len(used), a.shape[1]), lambda *stored: a.show(stored)[used])
+    up = Factor(b.tensors, (b.shape[0], len(used)), lambda *stored: b.show(stored)[:, used])
+    return replace(lora, A=down, B=up, alpha=None)
+
+
+def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], height: int) -> LoRA:
+    """One LoRA of a weight that does what LoRAs of its rows do.
+
+    Args:
+        name: Of the weight, for messages.
+        parts: Each LoRA, and which of its rows lie at which row of the weight.
+        height: Rows of the weight; those that no part has stay as they are.
+    """
+    loras = [lora for lora, _ in parts]
+    first, alike = loras[0], all(lora.scale == loras[0].scale for lora in loras)
+    shared = len(loras) > 1 and all(equal_factors(first.A, lora.A) for lora in loras[1:])
+    downs, ups = [lora.A for lora in loras[: 1 if shared else None]], [lora.B for lora in loras]
+    rank = sum(down.shape[0] for down in downs)
+
+    def below() -> Array:
+        import numpy
+
+        return numpy.concat([down.load(DType.F64) for down in downs])
+
+    def beside() -> Array:
+        import numpy
+
+        whole = numpy.zeros((height, rank))
+        column = 0
+        for lora, places in parts:
+            part = lora.B.load(DType.F64) * (1.0 if alike else lora.scale)
+            for (start, stop), row in places:
+                whole[row : row + stop - start, column : column + lora.rank] = part[start:stop]
+            column += 0 if shared else lora.rank
+        return whole
+
+    a = computed(f"{name}.A", (rank, first.shape[1]), _stored(downs), below, _type_of(downs))
+    b = computed(f"{name}.B", (height, rank), _stored(ups), beside, _type_of(ups, scaled=not alike))
+    noted = tuple(tensor for lora in loras for tensor in lora.noted)
+    return LoRA(Factor.of(a), Factor.of(b), first.scale if alike else 1.0, None, noted)
+
+
+def _stored(factors: Sequence[Factor]) -> list[Tensor]:
+    return [tensor for factor in factors for tensor in factor.tensors]
+
+
+def _type_of(factors: Sequence[Factor], *, scaled: bool = False) -> DType:
+    """Numbers that are only moved keep their type."""
+    return factor_dtype(factors, folded=scaled or any(len(factor.tensors) > 1 or factor.terms for factor in factors))
