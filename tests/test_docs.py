@@ -61,7 +61,12 @@ def test_every_command_is_documented(command: str):
 
 @pytest.mark.parametrize("format", BUILT_IN, ids=lambda one: one.name)
 def test_every_format_is_documented(format):
-    assert f"`{format.name}`" in (ROOT / "docs" / "formats.md").read_text()
+    """In the table that a newcomer begins with, with what it takes to write it."""
+    page = (ROOT / "docs" / "formats.md").read_text().partition("## Find yours\n")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in page.splitlines() if row.startswith("| ")]
+    needs = [row[3] for row in rows if f"`{format.name}`" in row[2]]
+    assert needs
+    assert needs[0] == ("`--base`" if format.needs_base else "")
 
 
 @pytest.mark.parametrize("container", CONTAINERS, ids=lambda one: one.name)

@@ -85,7 +85,7 @@ def convert(
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
             they are. Where only the base knows how high the parts are it is needed; it may have either.
         dialect: How to hold experts, for ``peft``: ``peft``, ``peft-0.18``, ``unsloth``, ``unsloth-grouped``, ``tinker``,
-            ``sglang``, ``vllm``, ``unsloth-linears`` or ``per-expert`` (docs/formats.md); by default as near as possible
+            ``sglang``, ``vllm``, ``unsloth-linears`` or ``per-expert`` (docs/peft.md); by default as near as possible
             to how the adapter has them.
         dtype: ``keep`` (each tensor its own; float32 where a scale had to be multiplied in), ``fp32``, ``fp16``,
             ``bf16``.

@@ -62,7 +62,7 @@ def page(pairs: Sequence[Pair], version: str) -> str:
         *_table("read", FORMATS, [(one.title, _of(examples, row=one)) for one in ROWS], reasons),
         "",
         "## Dialects of experts\n",
-        "Adapters of mixtures, as [each program](formats.md#dialects-of-experts) holds their experts.\n",
+        "Adapters of mixtures, as [each program](peft.md#dialects-of-experts) holds their experts.\n",
         *_table("read", DIALECTS, _grouped([p for p in pairs if p.column.dialect], DIALECTS, reasons), reasons),
         "",
         "## All adapters\n",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a PEFT folder (docs/formats.md) into the canonical form."""
+"""Read a PEFT folder (docs/peft.md) into the canonical form."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and check PEFT's adapter_config.json (docs/formats.md; source: PEFT 0.21, ``LoraConfig``)."""
+"""Read and check PEFT's adapter_config.json (docs/peft.md; source: PEFT 0.21, ``LoraConfig``)."""
 
 from __future__ import annotations
 
