@@ -87,5 +87,5 @@ def check_patterns(selection: Selection, adapters: Sequence[Adapter]) -> None:
             raise FitError(
                 f"no module matches '{show(pattern)}'",
                 file=adapters[0].path,
-                hint=closest(pattern, names) or "the modules are those that 'surgery inspect --all' lists",
+                hint=closest(pattern, names) or "the modules are those that `inspect` lists",
             )

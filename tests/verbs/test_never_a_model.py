@@ -216,6 +216,7 @@ def test_a_folder_of_adapter_fusion_is_named(tmp_path: Path) -> None:
         ["transformer_blocks.0.mlp_fc1.lora_down", "transformer_blocks.0.mlp_fc1.lora_up", "transformer_blocks.0.mlp_fc1.qweight"],
         ["model.layers.0.self_attn.q_proj.weight", "body.0.weight"],
         ["control_model.zero_convs.0.weight", "control_model.input_hint_block.0.weight", "model.diffusion_model.x.weight"],
+        ["controlnet_blocks.0.lora_A.weight", "controlnet_blocks.0.lora_B.weight"],
         ["down_blocks.0.motion_modules.0.x.processor.to_q_lora.down.weight"],
         [],
     ],

@@ -29,7 +29,7 @@ class KnownFile:
         marks: Texts, each of which is in some name.
         every: A pattern that all names match; empty for any.
         without: Texts that are in no name.
-        network: Whether it is a network in full: a model where one is wanted, and no adapter.
+        network: Whether it is a network in full: a model where one is wanted, and no adapter. A LoRA of it is another file.
     """
 
     what: str
@@ -41,7 +41,8 @@ class KnownFile:
 
     def is_of(self, names: Collection[str], joined: str) -> bool:
         """Whether a file with these tensors is one; `joined` has their names below each other, searched as one text."""
-        if not all(mark in joined for mark in self.marks) or any(mark in joined for mark in self.without):
+        without = (*self.without, "lora") if self.network else self.without
+        if not all(mark in joined for mark in self.marks) or any(mark in joined for mark in without):
             return False
         return not self.every or all(re.fullmatch(self.every, name) for name in names)
 
@@ -136,7 +137,6 @@ KNOWN_FILES = (
         f"{_IN_UI} (MotionAdapter)",
         ("motion_modules.",),
         r".*motion_modules\..*",
-        ("lora",),
         network=True,
     ),
 )

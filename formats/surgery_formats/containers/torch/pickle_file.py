@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from surgery_formats.containers.stored_zip import members
@@ -171,11 +171,23 @@ def _weights(tree: object) -> dict[object, object]:
     return weights
 
 
-def _holds_tensors(value: object, depth: int = 8) -> bool:
-    if isinstance(value, StoredTensor):
-        return True
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return depth > 0 and any(_holds_tensors(item, depth - 1) for item in inner)
+def _inner(value: object) -> Iterable[tuple[object, object]]:
+    """Keys and values of a dict, positions and values of a list; none of anything else."""
+    return value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+
+
+def _holds_tensors(tree: object) -> bool:
+    """Whether a tensor is in it, however deep. What is shared is looked into once: a file of 3 KB may repeat it a billion times."""
+    waiting, seen = [tree], {id(tree)}
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, StoredTensor):
+            return True
+        for _, item in _inner(value):
+            if id(item) not in seen:
+                seen.add(id(item))
+                waiting.append(item)
+    return False
 
 
 def _pairs(tree: object) -> Iterator[tuple[str, object]]:
@@ -190,14 +202,27 @@ def _pairs(tree: object) -> Iterator[tuple[str, object]]:
         yield key, value
 
 
+_KEY_LIMIT = 200  # of a part of a path, of which there may be as many copies as tensors
+
+
 def nested_names(tree: object, depth: int = 4) -> list[str]:
-    """The names of all tensors of a tree of dicts and lists, as dotted paths; those of deeper ones are left out."""
-    if not isinstance(tree, dict | list | tuple) or not depth:
-        return []
-    found = []
-    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-        inside = [f"{key}.{name}" for name in nested_names(value, depth - 1)]
-        found += [str(key)] if isinstance(value, StoredTensor) else inside
+    """The names of the tensors of a tree of dicts and lists, as dotted paths.
+
+    Those below `depth` are left out, and what is shared is named once, where it is found first.
+    """
+    found: list[str] = []
+    level, seen = [("", tree)], {id(tree)}
+    for _ in range(depth):
+        below = []
+        for path, value in level:
+            for key, item in _inner(value):
+                name = f"{path}{str(key)[:_KEY_LIMIT] if isinstance(key, str | int) else '?'}"
+                if isinstance(item, StoredTensor):
+                    found.append(name)
+                elif id(item) not in seen:
+                    seen.add(id(item))
+                    below.append((f"{name}.", item))
+        level = below
     return found
 
 
