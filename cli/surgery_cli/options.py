@@ -139,7 +139,7 @@ def alpha(function: F) -> F:
         "--alpha",
         type=number(above=0),
         metavar="NUMBER",
-        help="lora_alpha of an ADAPTER whose file does not state it: PEFT's weights alone, torchtune, litgpt, loralib, older MLX.",
+        help="lora_alpha of an ADAPTER whose file does not state it: PEFT's weights alone, torchtune, litgpt, loralib, NeMo, older MLX.",
     )(function)
 
 

@@ -21,7 +21,7 @@ from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import expanded, in_full, is_linear
+from surgery_formats.updates import expanded, in_full, is_linear, is_refusing
 
 __all__ = ["combine_weight"]
 
@@ -148,6 +148,8 @@ def _kept(
         depends = "sizes only the base tells" if update.effect == "adds" else "change depends on the base"
         why = f"{changed} a {update.kind}, whose {depends}: its rank cannot change without it"
     if why:
+        if is_refusing(update):  # no base and no rank would help
+            update.refuse()
         raise FitError(
             why,
             file=terms[others[0].owner].adapter.path,

@@ -190,11 +190,17 @@ def plan_conversion(
     if base is None and source.format != target.name:
         check_complete(source)
     source = source if base is None else sized(source, base)
-    rendering = target.render(source, base)
+    rows = _way_of_tokens(source, target)
+    try:
+        rendering = target.render(source, base)
+    except FitError as error:
+        error.hint = rows or error.hint
+        raise
     if not allow_loss:
         if base is not None:
             _refuse_what_no_weight_holds(source, rendering)
-        hints = [as_loras] if as_loras and _other_kinds(source, rendering) else []
+        hints = [rows] if rows else []
+        hints += [as_loras] if as_loras and _other_kinds(source, rendering) else []
         hints += ["`allow_loss=True` leaves them out"] if rendering.tensors else []
         check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None, base=base)
     if not rendering.tensors:
@@ -202,6 +208,16 @@ def plan_conversion(
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
     return Conversion(source, reader_of(rendering, target), stored_as(rendering, dtype), base, binding, dtype)
+
+
+def _way_of_tokens(source: Adapter, target: Format) -> str:
+    """What a textual inversion is written as; empty for adapters of other kinds. A base would not help it."""
+    if source.kind != "TEXTUAL_INVERSION":
+        return ""
+    parts = sorted({site.component for site in source.updates})
+    if target.name == "learned-embeds" and len(parts) > 1:
+        return f"choose one with `component=`: {listing(parts)}"
+    return 'a textual inversion is written as `to="embedding"` or `to="learned-embeds"`'
 
 
 def _refuse_what_no_weight_holds(source: Adapter, rendering: Rendering) -> None:

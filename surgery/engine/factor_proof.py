@@ -144,7 +144,7 @@ def _unscaled(update: Update) -> dict[str, Any]:
 
 
 def relative(difference: float, size: float) -> float:
-    """``difference / size``; 0 for no difference from nothing, infinite for NaN or for a difference from nothing."""
-    if math.isnan(difference):
+    """``difference / size``; 0 for no difference from nothing, infinite for one from nothing or one that is no finite number."""
+    if not math.isfinite(difference):
         return math.inf
     return difference / size if size else (0.0 if difference == 0 else math.inf)

@@ -88,6 +88,10 @@ def attaching(target: str, output: Path, adapter: Adapter, base: Checkpoint | No
         return 'load it with MLX-LM: mlx_lm.load("', model, '", adapter_path="', path, '")'
     if target == "gguf":
         return 'run it with llama.cpp, beside the base: llama-cli -m base.gguf --lora "', path, '"'
+    if target == "learned-embeds":
+        return 'load it with diffusers: pipe.load_textual_inversion("', path, '")'
+    if target == "embedding":
+        return "put it into the folder embeddings of ComfyUI, Forge or A1111; the file's name is the token: ", path
     if target == "adapterhub":
         return 'load it with adapters: model.load_adapter("', path, '", use_safetensors=True)'
     return ()

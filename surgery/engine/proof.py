@@ -3,7 +3,8 @@
 
 Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced
 values and token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and
-two for its parts meet at the same bytes. What a format only approximates is compared by factors
+two for its parts meet at the same bytes. Names are proved by the tables that they were written by, read the other way: that
+those are the programs' own, golden files of the programs show. What a format only approximates is compared by factors
 (`surgery.engine.factor_proof`).
 """
 
@@ -391,7 +392,9 @@ def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int
 
 
 def _largest(values: Array) -> float:
-    return float(abs(values).max())
+    """The greatest value; infinite if one is no number, which `max` of Python would pass over."""
+    found = float(abs(values).max())
+    return math.inf if math.isnan(found) else found
 
 
 def restricted(adapter: Adapter, held: Mapping[Site, tuple[Update, ...]]) -> Adapter:

@@ -33,7 +33,7 @@ from surgery.engine.selection import Selection
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery_formats.adapters.registry import format_named
+from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.parts import in_its_part
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import listing, show
@@ -97,7 +97,7 @@ def combine(
     ranks = Rank() if rank is None else Rank.of(rank)
     recipe = Recipe.of(method, ranks, 1.0 if density is None else density, seed, majority or MAJORITIES[0])
     _check_options(recipe, density, majority)
-    stored, target = float_type(dtype), None if to is None else format_named(to)
+    stored, target = float_type(dtype), None if to is None else format_to_write(to)
     destination = output_path(output, dry_run=dry_run)
     terms = as_weighted(adapters)
     if not terms:
@@ -109,7 +109,7 @@ def combine(
     if model is not None:
         terms = [replace(term, adapter=in_its_part(term.adapter, model)) for term in terms]
     combination = combine_adapters(terms, recipe, model, left)
-    plan = plan_combination(combination, target or format_named(terms[0].adapter.format), stored, "combine")
+    plan = plan_combination(combination, target or format_to_write(terms[0].adapter.format), stored, "combine")
     if destination is None:
         return plan.result
     options = WriteOptions(destination, overwrite=overwrite, progress=progress)

@@ -38,7 +38,7 @@ from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, what_to_tell
 from surgery_formats.adapters.lost_strings import lost_strings
-from surgery_formats.adapters.registry import format_named
+from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.containers import housed
 from surgery_formats.errors import FitError, UsageError
 
@@ -138,7 +138,7 @@ def convert(
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
     if saved is not None or max_rank is not None or merge_rest is not None:
         raise FitError("what a program takes is asked of a program", hint="name the program")
-    target = in_dialect(coded_as(format_named(to), factors), dialect)
+    target = in_dialect(coded_as(format_to_write(to), factors), dialect)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     if rank is not None and not as_lora:

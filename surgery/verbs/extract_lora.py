@@ -44,7 +44,7 @@ from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, Format, Scaling
-from surgery_formats.adapters.registry import format_named
+from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
@@ -129,7 +129,7 @@ def extract_lora(
     if beyond_rounding and (calibration is not None or kind == "dora"):
         raise FitError("`beyond_rounding=True` finds the factors of a merged LoRA, without calibration")
     chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
-    adapter_format = coded_as(format_named("compact" if factors is not None and to == "peft" else to), factors)
+    adapter_format = coded_as(format_to_write("compact" if factors is not None and to == "peft" else to), factors)
     coding = _coding(adapter_format, dtype)
     check_counts(workers=workers)
     if device != "auto":

@@ -17,6 +17,7 @@ from surgery.reports.sections import Column, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery_formats import updates
+from surgery_formats.adapters.format import OnlyRead
 from surgery_formats.adapters.peft.dialects import BUILT_IN as DIALECTS
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.adapters.registry import formats as adapter_formats
@@ -38,6 +39,7 @@ class AdapterFormat:
         title: One line.
         needs_base: Whether writing it needs the base's names.
         single_file: Whether an adapter is one file rather than a folder.
+        only_read: Why it is not written; empty if it is.
         built_in: False for a plugin's.
     """
 
@@ -45,6 +47,7 @@ class AdapterFormat:
     title: str
     needs_base: bool
     single_file: bool
+    only_read: str
     built_in: bool
 
 
@@ -139,7 +142,7 @@ class Catalogue:
     """The formats, containers, storages, families and updates of this installation.
 
     Attributes:
-        formats: Adapter formats, all of which are read and written.
+        formats: Adapter formats, all of which are read.
         dialects: In which PEFT's folders hold experts, all of which are read and written.
         containers: Of models.
         storages: Of weights that are not plain numbers.
@@ -170,9 +173,9 @@ class Catalogue:
                 entry.name,
                 entry.title + ("" if entry.built_in else " (plugin)"),
                 "file" if entry.single_file else "folder",
-                "needs --base" if entry.needs_base else "",
+                "only read" if entry.only_read else "needs --base" if entry.needs_base else "",
             )
-            for entry in self.formats
+            for entry in sorted(self.formats, key=lambda entry: entry.name)
         )
         containers = (
             (entry.name, entry.files + ("" if entry.built_in else " (plugin)"), entry.reads, entry.writes)
@@ -212,6 +215,7 @@ def formats() -> Catalogue:
                 adapter_format.title,
                 adapter_format.needs_base,
                 adapter_format.single_file,
+                adapter_format.only_read if isinstance(adapter_format, OnlyRead) else "",
                 adapter_format in BUILT_IN,
             )
             for adapter_format in adapter_formats().values()

@@ -16,7 +16,7 @@ from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapt
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery_formats.adapters.registry import format_named
+from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
 
@@ -61,14 +61,14 @@ def resize(
     recipe = Recipe.of("exact", Rank.of(rank))
     if not recipe.truncates:
         raise FitError("no size was chosen", hint="give a rank, an energy or an error")
-    stored, target = float_type(dtype), None if to is None else format_named(to)
+    stored, target = float_type(dtype), None if to is None else format_to_write(to)
     destination = output_path(output, dry_run=dry_run)
     source = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
     if all(update.outcome == "kept" for update in combination.updates):
         raise _nothing_to_lose(combination, recipe)
-    plan = plan_combination(combination, target or format_named(source.format), stored, "resize")
+    plan = plan_combination(combination, target or format_to_write(source.format), stored, "resize")
     if destination is None:
         return plan.result
     options = WriteOptions(destination, overwrite=overwrite, progress=progress)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from surgery import convert, merge
 from surgery_formats.adapters.registry import read_adapter
-from tests.support.adapter_files import draw
+from surgery_formats.errors import FitError
+from tests.support.adapter_files import draw, write_base
 
 D, M, RANK = 8, 32, 2
 FUSED = {
@@ -138,3 +140,52 @@ def test_parts_in_any_order_become_one(change: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(float(made[f"{key}.alpha"]) / len(down) * up @ down, expected, rtol=1e-6, atol=1e-7)
     shared = change in ("none", "one is missing", "another scale", "another type")
     assert len(down) == (RANK if shared else 3 * RANK)
+
+
+_FUSED = {
+    "double_blocks_0_img_attn_qkv": tuple(f"transformer_blocks.0.attn.to_{part}" for part in "qkv"),
+    "single_blocks_0_linear1": (
+        *(f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"),
+        "single_transformer_blocks.0.proj_mlp",
+    ),
+    "final_layer_adaLN_modulation_1": ("norm_out.linear",),
+}
+
+
+def _parts_of(weights: Mapping[str, np.ndarray], parts: Sequence[str]) -> np.ndarray:
+    """The fused weight, float64; a modulation's halves lie the other way round."""
+    whole = np.concatenate([weights[f"{part}.weight"] for part in parts]).astype(np.float64)
+    return np.roll(whole, len(whole) // 2, axis=0) if len(parts) == 1 else whole
+
+
+@pytest.mark.parametrize("module", _FUSED)
+@pytest.mark.parametrize("kind", ["DoRA", "DoHa"])
+def test_lengths_of_rows_of_a_fused_weight_meet_its_parts(tmp_path: Path, module: str, kind: str) -> None:
+    parts = _FUSED[module]
+    shapes = {
+        **{f"{part}.weight": (8, 8) for name in _FUSED.values() for part in name},
+        "single_transformer_blocks.0.proj_mlp.weight": (32, 8),
+        "norm_out.linear.weight": (16, 8),
+        "single_transformer_blocks.0.proj_out.weight": (8, 40),
+    }
+    base = write_base(tmp_path / "base", shapes, {"_class_name": "FluxTransformer2DModel"})
+    before = _parts_of(load_file(base / "model.safetensors"), parts)
+    out, inputs = before.shape
+    factors = [draw(seed, *shape) for seed, shape in enumerate([(out, 2), (2, inputs), (out, 2), (2, inputs)])]
+    left, right, other, beside = factors
+    names = (
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        if kind == "DoHa"
+        else ("lora_up.weight", "lora_down.weight")
+    )
+    V = before + (left @ right * (other @ beside) if kind == "DoHa" else left @ right)
+    for lengths in (abs(draw(9, out, 1)), abs(draw(9, 1, inputs))):
+        tensors = {f"lora_unet_{module}.{name}": value for name, value in zip(names, factors, strict=False)}
+        save_file({**tensors, f"lora_unet_{module}.dora_scale": lengths}, tmp_path / "a.safetensors")
+        if lengths.shape[0] == 1:  # of columns, which go through all parts
+            with pytest.raises(FitError, match="needs all of its weight at once"):
+                merge(base, tmp_path / "a.safetensors", output=tmp_path / "refused")
+            continue
+        merge(base, tmp_path / "a.safetensors", output=tmp_path / "out")
+        after = _parts_of(load_file(tmp_path / "out" / "model.safetensors"), parts)
+        assert np.allclose(after, V * lengths / np.linalg.norm(V, axis=1, keepdims=True), atol=1e-5)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import surgery
+from surgery_formats.errors import FitError
 from tests.support.adapter_files import Arrays, draw
 from tests.support.bases import KINDS, drawn, files_of, in_comfyui, lora_of, tensors_of, written
 
@@ -55,24 +57,98 @@ def test_parts_become_the_whole_and_parts_again(network: str, to: str, tmp_path:
             np.testing.assert_allclose(tensor, start[name] + added[name], atol=1e-5)
 
 
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
 @pytest.mark.parametrize("network", KINDS)
-def test_comfyui_gets_the_names_of_the_release_whatever_the_base_has(network: str, tmp_path: Path) -> None:
+def test_the_names_are_those_of_the_release_whatever_the_base_has(network: str, to: str, tmp_path: Path) -> None:
     weights, tensors = drawn(network, np.float32), tensors_of(network)
     base, file = (written(weights, layout, tmp_path / layout) for layout in ("folder", "ComfyUI"))
     lora = lora_of(weights, "diffusers", encoders=False)
     source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
     save_file(lora.tensors, source)
-    surgery.convert(source, "comfyui", output=out, base=base)
-    assert _stems(out) == {
-        f"diffusion_model.{whole.removesuffix('.weight')}"
+    surgery.convert(source, to, output=out, base=base)
+    modules = {
+        whole.removesuffix(".weight")
         for part, spans in tensors.spans.items()
         for whole, _, _ in spans
         if part.endswith(".weight") and len(tensors.single[whole]) in (2, 4, 5)
     }
+    if to == "kohya" and network == "sd15":  # whose trainers have diffusers' names
+        modules = {key.removeprefix("unet.").rpartition(".lora_")[0] for key in lora.tensors}
+    flat = {f"lora_unet_{module.replace('.', '_')}" for module in modules}
+    assert _stems(out) == (flat if to == "kohya" else {f"diffusion_model.{module}" for module in modules})
     (added,) = files_of(lora.added, "ComfyUI").values()
     start = load_file(file)
     for name, tensor in _merged(file, out, tmp_path / "merged").items():
         np.testing.assert_allclose(tensor, start[name] + added[name], atol=1e-5)
+
+
+ENCODERS = {
+    "flux": {"text_encoder": "te1", "text_encoder_2": "te3"},
+    "chroma": {"text_encoder": "te3"},
+    "sd3": {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"},
+    "lumina2": {"text_encoder": "te"},
+}
+"""What sd-scripts (48d368fa) calls the text encoders of a pipeline."""
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "ComfyUI"])
+@pytest.mark.parametrize("network", ENCODERS)
+def test_text_encoders_have_the_numbers_of_sd_scripts(network: str, layout: str, tmp_path: Path) -> None:
+    weights = drawn(network, np.float32)
+    base = written(weights, layout, tmp_path / "base")
+    tensors = lora_of(weights, "diffusers", encoders=True).tensors
+    if network == "lumina2":
+        stem = "text_encoder.model.layers.0.self_attn.q_proj"
+        tensors |= {f"{stem}.lora_A.weight": draw(1, 2, 4), f"{stem}.lora_B.weight": draw(2, 6, 2)}
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    surgery.convert(source, "kohya", output=out, base=base)
+    of_encoders = [stem.split(".", 1) for stem in _stems(source) if stem.startswith("text_encoder")]
+    wanted = {f"lora_{ENCODERS[network][name]}_{module.replace('.', '_')}" for name, module in of_encoders}
+    assert {stem for stem in _stems(out) if stem.startswith("lora_te")} == wanted != set()
+    surgery.merge(base, source, output=tmp_path / "before")
+    surgery.merge(base, out, output=tmp_path / "after")
+    for file in (tmp_path / "before").rglob("*.safetensors"):
+        after = load_file(tmp_path / "after" / file.relative_to(tmp_path / "before"))
+        assert all(np.allclose(tensor, after[name], atol=1e-5) for name, tensor in load_file(file).items())
+
+
+@pytest.mark.parametrize("layout", ["folder", "ComfyUI"])
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+def test_what_cannot_be_joined_is_not_written_as_if_of_the_whole(to: str, layout: str, tmp_path: Path) -> None:
+    weights = drawn("flux", np.float32)
+    base = written(weights, layout, tmp_path / "base")
+    lora = _loras({"transformer_blocks.0.attn.to_q": (draw(1, 2, 4), draw(2, 48, 2))})
+    lora["transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight"] = draw(3, 48)
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(lora, source)
+    with pytest.raises(FitError, match="makers hold it with others in one weight"):
+        surgery.convert(source, to, output=out, base=base)
+    assert not out.exists()
+
+
+def test_kohya_keeps_the_keys_that_its_file_had(tmp_path: Path) -> None:
+    weights = drawn("flux", np.float32)
+    base = written(weights, "folder", tmp_path / "base")
+    for spelling in ("kohya", "kohya, diffusers' names"):
+        source, out = tmp_path / f"{spelling}.safetensors", tmp_path / f"{spelling} again.safetensors"
+        save_file(lora_of(weights, spelling, encoders=False).tensors, source)
+        surgery.convert(source, "kohya", output=out, base=base)
+        before = load_file(source)
+        after = load_file(out)
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_kohya_says_the_rank_and_alpha_that_its_tools_show(tmp_path: Path) -> None:
+    weights = drawn("flux", np.float32)
+    base = written(weights, "folder", tmp_path / "base")
+    source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
+    save_file(lora_of(weights, "diffusers", encoders=False).tensors, source)
+    surgery.convert(source, "kohya", output=out, base=base)
+    with safe_open(out, "np") as file:
+        metadata = file.metadata()
+    assert [metadata[f"ss_network_{name}"] for name in ("dim", "alpha", "module")] == ["2", "2", "networks.lora"]
 
 
 def _loras(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> Arrays:

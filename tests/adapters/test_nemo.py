@@ -16,13 +16,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from surgery import convert, merge
+from surgery import convert, formats, merge, resize
 from surgery_formats.adapters.nemo import NEMO
 from surgery_formats.adapters.nemo.config import plain_values
 from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.containers.tar import tar_members
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.raw import open_file
+from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase
 from tests.support.adapter_files import GOLDEN, assert_expected, draw, merged, write_base
 
 HERE = GOLDEN / "nemo"
@@ -275,3 +276,20 @@ def test_a_configuration_of_any_form_is_read_in_the_time_of_its_size() -> None:
     with pytest.raises(MalformedError, match="appears twice"):
         plain_values(wide, Path("x"))
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("check", FORMAT_CHECKS, ids=lambda check: check.__name__)
+def test_a_format_that_is_only_read_conforms(check: Any, tmp_path: Path) -> None:
+    check(FormatCase(NEMO, lambda folder: HERE / "qkv/adapter.nemo"), tmp_path)
+
+
+def test_it_is_said_to_be_only_read(tmp_path: Path) -> None:
+    for verb in (
+        lambda: convert(GOLDEN / "gguf/llama/lora/peft", "nemo", output=tmp_path / "x.nemo"),
+        lambda: resize(HERE / "qkv/adapter.nemo", output=tmp_path / "x.nemo", rank=1),
+    ):
+        with pytest.raises(FitError, match=r"^nemo is only read: a \.nemo describes its whole model; choose another"):
+            verb()
+    listed = {entry.name: entry.only_read for entry in formats().formats}
+    assert [name for name, why in listed.items() if why] == ["nemo"]
+    assert "only read" in str(formats().summary())

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from surgery import convert, inspect, merge
+from surgery import combine, convert, inspect, merge, resize
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
@@ -57,7 +57,7 @@ def test_each_layout_becomes_the_other_and_keeps_its_token(name: str, tmp_path: 
 def test_of_two_encoders_diffusers_has_a_file_each(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="the rows for one text encoder") as caught:
         convert(FOLDER / "xl.safetensors", "learned-embeds", output=tmp_path / "x.safetensors")
-    assert caught.value.hint is None  # no LoRA can be made of them
+    assert caught.value.hint == "choose one with `component=`: text_encoder, text_encoder_2"
     wanted = load_file(FOLDER / "xl.safetensors")
     for component, key in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
         out = tmp_path / f"{key}.safetensors"
@@ -101,3 +101,16 @@ def test_other_single_tensors_are_none(tmp_path: Path) -> None:
     for tensors in ({"weight": draw(1, 4, 8)}, {"a.b": draw(1, 768)}, {"weight": draw(1, 300, 768)}):
         save_file(tensors, tmp_path / "x.safetensors")
         assert format_at(tmp_path / "x.safetensors") is None
+
+
+def test_it_is_said_what_it_is_written_as(tmp_path: Path) -> None:
+    """Neither a base nor a rank makes a weight of a token's rows."""
+    one, two = FOLDER / "fluffy.safetensors", FOLDER / "xl.safetensors"
+    for target in ("kohya", "peft", "mlx", "gguf"):
+        with pytest.raises(FitError) as caught:
+            convert(one, target, output=tmp_path / "x")
+        assert str(caught.value.hint).startswith('a textual inversion is written as `to="embedding"`')
+    for verb in (lambda: resize(two, rank=1, dry_run=True), lambda: combine([one, one], dry_run=True)):
+        with pytest.raises(FitError, match="rows for a new token") as caught:
+            verb()
+        assert "load_textual_inversion" in str(caught.value.hint)

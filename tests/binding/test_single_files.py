@@ -340,7 +340,7 @@ def test_what_is_written_for_a_file_of_several_networks_has_no_prefix_of_it(tmp_
             "transformer.transformer_blocks.0.attn.to_out.0",
             "text_encoder.text_model.encoder.layers.0.mlp.fc1",
         },
-        "kohya": {"lora_unet_double_blocks_0_img_attn_proj", "lora_te_text_model_encoder_layers_0_mlp_fc1"},
+        "kohya": {"lora_unet_double_blocks_0_img_attn_proj", "lora_te1_text_model_encoder_layers_0_mlp_fc1"},
     }
     before = _merge_of(tmp_path, "lora.safetensors", "before", without=())
     for name, stems in wanted.items():

@@ -197,6 +197,8 @@ def test_extraction_says_when_an_adapter_is_larger_than_the_copy(run: Run):
         (("resize", "examples/lora", "--max-error", ".01"), ("lose a direction", "allow a larger error")),
         (("resize", "examples/lora", "--rank", "16"), ("higher rank than asked", "only add zeros")),
         (("extract-lora", "examples/base", "examples/lora"), ("an adapter where a full model", "surgery merge")),
+        (("convert", "examples/lora", "--to", "vllm"), ("vllm is a program: --for vllm",)),
+        (("convert", "examples/lora", "--to", "nemo"), ("only read", "choose another format with --to")),
         (("convert", "examples/base", "--to", "mlx"), ("a full model where an adapter", "BASE comes before ADAPTER")),
         (("extract-lora", "examples/base", "examples/tuned", "--budget", "10X"), ("no budget: write 20MB",)),
         (("extract-lora", "examples/base", "examples/tuned", "--calibration", "nix"), ("nix: no such file",)),

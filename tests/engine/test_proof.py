@@ -97,6 +97,15 @@ def test_a_weight_that_is_missing_or_new_is_named(tmp_path: Path) -> None:
         compare(here, there, None)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+def test_changes_too_great_for_a_number_are_not_equal(tmp_path: Path) -> None:
+    great = {"A": np.full((1, 6), 1e200), "B": np.full((4, 1), 1e200), "twice": np.full((4, 1), 2e200)}
+    factors = stored(tmp_path / "a.safetensors", **great)
+    found = error(LoRA(factors["A"], factors["B"], 1.0), LoRA(factors["A"], factors["twice"], 1.0))
+    with pytest.raises(ProofError, match="1 of 1 weights differ"):
+        check_errors({"W": found}, 1e-6, tmp_path)
+
+
 def test_errors_above_the_tolerance_and_nan_are_refused() -> None:
     check_errors({"a": 1e-7, "b": 0.0}, 1e-6, Path("out"))
     for worst in (1e-5, math.nan, math.inf):

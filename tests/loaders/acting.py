@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What we write, run by the program it is written for, beside the dense weights ``W + dW`` in that same program.
 
-Adapters and the dense weights are made by peers; no code of ours has a part in them. `surgery.convert` writes an adapter in the
+Adapters and the dense weights are made by peers, or with torch alone where a release's names are trained; what is called `via` a
+format was converted by us before. Of the dense weights, ours are only the names and heights of a release's tensors, which diffusers'
+conversion has to read to the last row. `surgery.convert` writes an adapter in the
 program's format, `surgery.merge` merges what was written into the base as the program has it. The program runs four things: the
 base, the dense weights, the base with what was written, the merged base. Errors are greatest differences from the output of the
 dense weights, as shares of the greatest difference that the dense weights make to the output of the base.
@@ -106,5 +108,6 @@ def run(consumer: str, trials: Mapping[str, Trial], folder: Path) -> tuple[dict[
 
 
 def _distance(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> float:
+    """The greatest difference of all outputs; no number if one of them is none."""
     assert one.keys() == other.keys()
-    return max(float(np.abs(value - other[name]).max()) for name, value in one.items())
+    return float(np.max([np.abs(value - other[name]).max() for name, value in one.items()]))

@@ -3,8 +3,9 @@
 
 ``python denoisers.py FOLDER NAME ...`` writes, into FOLDER/NAME: ``pipeline``, with the denoiser and text encoders; ``peft``, a LoRA of
 the denoiser that PEFT saved, and ``dense-peft``, the pipeline with it merged by PEFT; ``single.safetensors``, the denoiser in its
-release's names, and ``original.safetensors``, a LoRA file in these names, with ``dense-original``. Which rows of which tensor of a
-release a parameter is, diffusers' own conversion says; where that has the widths of the published model in it, there is none.
+release's names, and ``original.safetensors``, a LoRA file in these names, with ``dense-original``. What tensors a release has, and how
+high they are, our layouts say; which rows of which of them a parameter is, diffusers' own conversion of them. Where that has the widths
+of the published model in it, there is none.
 """
 
 from __future__ import annotations

@@ -54,7 +54,11 @@ def _rounded(error: float | None) -> float | None:
 def wrong(consumer: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """What is off by more than the program's precision."""
     limit = PROGRAMS[consumer].precision
-    return {name: one for name, one in found["acts"].items() if not max(one["written"], one["merged"] or 0) <= limit}
+
+    def near(act: Mapping[str, float | None]) -> bool:
+        return all(error <= limit for key in ("written", "merged") if (error := act[key]) is not None)
+
+    return {name: act for name, act in found["acts"].items() if not near(act)}
 
 
 def _greatest(errors: Iterator[float | None]) -> str:

@@ -20,11 +20,15 @@ __all__ = ["command"]
 
 def _format(text: str) -> str:
     """A format's name, plugins' included."""
+    from surgery.consumers.registry import consumers
     from surgery_formats.adapters.registry import formats
     from surgery_formats.text import closest, listing
 
     if text not in formats():
-        hint = closest(text, formats()) or f"there are {listing(formats(), 20)}"
+        if text.partition("@")[0] in consumers():
+            hint = f"{show(text)} is a program: --for {show(text)} writes what it honours"
+        else:
+            hint = closest(text, formats()) or f"there are {listing(sorted(formats()), 30)}"
         raise click.BadParameter(f"no adapter format '{show(text)}'; {hint}")
     return text
 

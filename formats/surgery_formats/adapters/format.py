@@ -26,6 +26,7 @@ __all__ = [
     "Inheriting",
     "Moved",
     "NewTensor",
+    "OnlyRead",
     "Outcome",
     "Rendering",
     "Scaled",
@@ -239,6 +240,18 @@ class TakesAlpha(Format, Protocol):
 
     def with_alpha(self, alpha: float) -> Format:
         """The same format, reading files that state none with this alpha."""
+
+
+@runtime_checkable
+class OnlyRead(Format, Protocol):
+    """A format that is not written: its `render` drops everything (`writing.nothing_written`).
+
+    Attributes:
+        only_read: Why.
+    """
+
+    @property
+    def only_read(self) -> str: ...
 
 
 @runtime_checkable

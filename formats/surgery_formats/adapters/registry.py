@@ -14,7 +14,7 @@ from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
-from surgery_formats.adapters.format import Format, TakesAlpha
+from surgery_formats.adapters.format import Format, OnlyRead, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.grammar.format import WeightFileFormat
@@ -94,9 +94,23 @@ def format_named(name: str) -> Format:
     if not isinstance(name, str):
         raise UsageError(f"a format is named, as in 'peft', not {type(name).__name__}")
     if name not in formats():
-        hint = closest(name, formats()) or f"known: {listing(formats(), 20)}"
+        hint = closest(name, formats()) or f"there are {listing(sorted(formats()), 30)}"
         raise NotFoundError(f"no adapter format '{name}'", hint=hint)
     return formats()[name]
+
+
+def format_to_write(name: str) -> Format:
+    """The format called `name`, for an output.
+
+    Raises:
+        UsageError: not a name.
+        NotFoundError: no such format.
+        FitError: it is only read.
+    """
+    known = format_named(name)
+    if isinstance(known, OnlyRead):
+        raise FitError(f"{name} is only read: {known.only_read}", hint="choose another format with `to=`")
+    return known
 
 
 def format_at(path: Path) -> Format | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from surgery_formats.adapters.format import Entry, Moved, NewTensor, Outcome
+from surgery_formats.adapters.format import Entry, Moved, NewTensor, Outcome, Rendering
 from surgery_formats.adapters.hashes import HASHES
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.sizes import slices_of
@@ -27,6 +27,7 @@ __all__ = [
     "copied",
     "factor_dtype",
     "factor_tensor",
+    "nothing_written",
     "places_of",
     "rate_of",
     "restate",
@@ -72,6 +73,16 @@ class ConversionLedger:
         """Record that virtual tokens are dropped, for a format that has none."""
         if adapter.prompt is not None:
             self.entries.append(Entry(adapter.prompt.table.name, "dropped", "this format has no virtual tokens"))
+
+
+def nothing_written(tensor_file: str, adapter: Adapter, why: str) -> Rendering:
+    """What a format renders that is only read: every update dropped, for that reason."""
+    ledger = ConversionLedger()
+    for site, chain in adapter.updates.items():
+        for update in chain:
+            ledger.drop(site, update, f"{why}, so that it is only read")
+    ledger.drop_prompt(adapter)
+    return Rendering(tensor_file, (), entries=tuple(ledger.entries))
 
 
 def factor_dtype(factors: Iterable[Factor], *, folded: bool) -> DType:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from surgery_formats.text import show
+
 __all__ = ["promised"]
 
 P = ParamSpec("P")
@@ -45,5 +47,5 @@ def _what(error: Exception) -> str:
     """What went wrong: the words of the error, or the line that asserts; where it was raised in others' code."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     if not isinstance(error, AssertionError):
-        return f"{type(error).__name__}: {error}, raised at {Path(frame.filename).name}:{frame.lineno}"
+        return f"{type(error).__name__}: {show(error, 300)}, raised at {Path(frame.filename).name}:{frame.lineno}"
     return str(error) or linecache.getline(frame.filename, frame.lineno or 0).strip()

@@ -12,6 +12,7 @@ from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
 from surgery_formats.updates.lora import LoRA
+from surgery_formats.updates.spectrum import all_blocks
 
 __all__ = ["DoRA"]
 
@@ -95,18 +96,25 @@ class DoRA:
         return apply
 
     def lost(self, weight: Weight) -> Array:
-        """The lengths of V, in float64: the result has the trained ones instead."""
+        """The lengths of V, in float64: the result has the trained ones instead.
+
+        Rows that a part of a fused weight has before its own count as zeros. Columns need all rows.
+
+        Raises:
+            FitError: lengths of columns, of a weight whose rows the base holds in several tensors.
+        """
         add = self.direction.prepare(weight)
         magnitude = self.magnitude.load(DType.F64, weight.device)
         xp = namespace(magnitude)
         squares = xp.zeros(weight.shape[0 if self.per_row else 1], dtype=xp.float64, device=magnitude.device)
-        for block, rows, cols in weight.blocks():
+        blocks = weight.blocks() if self.per_row else all_blocks(weight, self.shape, self.magnitude.tensors[0])
+        for block, rows, cols in blocks:
             v = add(block, rows, cols)
             v *= v
             sums = xp.sum(v, axis=1 if self.per_row else 0, dtype=xp.float64)
             at = rows if self.per_row else cols
             squares[slice(at.start, at.stop, at.step) if isinstance(at, range) else list(at)] += sums
-        shared = len(squares) // len(magnitude)  # columns of one input channel
+        shared = 1 if self.per_row else len(squares) // len(magnitude)  # columns of one input channel
         return xp.sqrt(xp.sum(squares.reshape(-1, shared), axis=1))
 
     def inverse(self, weight: Weight, share: float, lost: Array | None) -> Apply:
@@ -132,8 +140,9 @@ class DoRA:
     def _gain(self, lengths: Array, weight: Weight) -> Array:
         """``m / ||V||`` of every row or column, in float64."""
         magnitude = self.magnitude.load(DType.F64, weight.device)
-        size = weight.shape[0 if self.per_row else 1]
-        return namespace(magnitude).repeat(magnitude / lengths, size // len(magnitude))
+        if self.per_row:  # a part of a fused weight may end before the others; what lies before it is not looked at
+            return magnitude[: weight.shape[0]] / lengths
+        return namespace(magnitude).repeat(magnitude / lengths, weight.shape[1] // len(magnitude))
 
     def _along(self, gain: Array, rows: Index, cols: Index) -> Array:
         """The gains of a block, of a shape that multiplies it."""

@@ -187,6 +187,10 @@ class _Job:
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
+            if self._in_release(site):
+                return (
+                    "the network's makers hold it with others in one weight, as whose part only a LoRA can be written"
+                )
             if self.dialect.names_of is None:
                 return "the base holds what it changes in parts, and has no name for it"
             return f"{self.dialect.names_of} holds what it changes in parts that it cannot be cut to"
@@ -299,6 +303,7 @@ class _Job:
             encoder = component_of(site, self.base)
             kind = str(encoder.config.get("model_type"))
             level = _TEXT if kind == _CLIP and not any(name.startswith(_TEXT) for name in encoder.parameters) else ""
+            level = level.replace(".", "_") if self.dialect.flat else level
             for told in (f"{kind}:{encoder.name}", kind):
                 if told in self.dialect.encoders:
                     return self.dialect.encoders[told] + level
@@ -349,10 +354,16 @@ class _Job:
     def _spelt(self, site: Site, update: Update, prefix: str) -> tuple[str, tuple[int, ...]]:
         """The stem of a site that no file of this format had, and its kernel; an empty stem if none can be told."""
         name, kernel = site.path, site.kernel
-        if self.base is not None and (where := whole_place(places_of(site, self.base, update.tensors))):
+        places = places_of(site, self.base, update.tensors) if self.base is not None else ()
+        where = whole_place(places) if places else None
+        if self.base is not None and where:
             name, kernel = component_of(site, self.base).within(where[0])[1], where[1][2:]
-            name = self._names_at(site, where[0]).in_release(name) if self._in_release(site) else name
-        elif site.flat and not self.dialect.flat:
+        if places and self._in_release(site) and self._names_at(site, places[0].parameter.name).networks:
+            whole = self._whole_of(site, places)
+            if whole is None or whole.rows != (((0, whole.height), 0),):
+                return "", ()
+            name = whole.name
+        elif not where and site.flat and not self.dialect.flat:
             return "", ()
         module = name.rpartition(".")[0]
         return f"{prefix}{module.replace('.', '_') if self.dialect.flat else module}.", kernel

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the canonical form to a LoRA file of kohya's sd-scripts.
 
-Module names and shapes come from the base. UNets of SDXL get the names of the original code, all other models those of
-diffusers, because trainers write them and every loader reads them. Hashes
+Module names and shapes come from the base. UNets of Stable Diffusion 1 and 2 get the names of diffusers, all other networks
+those of their makers, because trainers write them and every loader reads them: see `releases` for transformers. Hashes
 ``sshs_*`` of a source become those of what is written; tools compute them for files without.
 """
 
@@ -16,6 +16,7 @@ from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.grammar.writer import render_weight_file
 from surgery_formats.adapters.kohya.dialect import DIALECT
+from surgery_formats.adapters.kohya.releases import is_of_a_transformer, render_for_transformer
 from surgery_formats.adapters.writing import (
     ConversionLedger,
     commonest,
@@ -53,6 +54,8 @@ def render_kohya(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         if adapter.updates and not _dropped(kept):
             return kept
         raise FitError("module names of this format come from the base", file=adapter.path, hint="give it with `base=`")
+    if is_of_a_transformer(base):
+        return render_for_transformer(adapter, base)
     rendering = _render_with_base_names(adapter, base)
     if _dropped(rendering):
         return min(rendering, render_weight_file(adapter, base, DIALECT), key=_dropped)

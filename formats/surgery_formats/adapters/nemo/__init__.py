@@ -20,14 +20,16 @@ class _Nemo:
     """The format.
 
     Attributes:
+        only_read: Why it is not written.
         alpha: For an archive that does not tell it in numbers.
     """
 
     name: str = "nemo"
-    title: str = "NeMo's .nemo of a LoRA: models with Llama's names, fused and canonical; only read"
+    title: str = "NeMo's .nemo of a LoRA: models with Llama's names, fused and canonical"
     needs_base: bool = False
     single_file: bool = True
     file_stems: tuple[str, ...] = ()
+    only_read: str = "a .nemo describes its whole model"
     alpha: float | None = None
 
     def detect(self, path: Path) -> bool:
@@ -46,14 +48,9 @@ class _Nemo:
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """Nothing: an archive describes the whole model, down to the program that trains it."""
-        from surgery_formats.adapters.writing import ConversionLedger
+        from surgery_formats.adapters.writing import nothing_written
 
-        ledger = ConversionLedger()
-        for site, chain in adapter.updates.items():
-            for update in chain:
-                ledger.drop(site, update, "a .nemo describes its whole model, so that it is only read")
-        ledger.drop_prompt(adapter)
-        return Rendering("adapter.nemo", (), entries=tuple(ledger.entries))
+        return nothing_written("adapter.nemo", adapter, self.only_read)
 
 
 NEMO = _Nemo()

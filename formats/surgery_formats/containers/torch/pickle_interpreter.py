@@ -8,7 +8,7 @@ be compared with those below; the five that may be "called" are cases in `_Machi
 refused by name.
 
 Time and memory grow with the number of opcodes, which is bounded, and with nothing else. Shared references
-may form cycles or deep graphs, as in any pickle, so a walk of the result must bound its depth.
+may form cycles or deep graphs, as in any pickle, so a walk of the result must bound its depth, and look into what is shared once.
 """
 
 from __future__ import annotations

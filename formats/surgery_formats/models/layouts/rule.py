@@ -58,8 +58,8 @@ class Network:
         classes: Its classes in diffusers, or model types in transformers.
         layouts: Every layout beside diffusers' own.
         denoises: Whether it is the network of a pipeline that removes noise.
-        in_omi: What OMI calls otherwise than the network's makers: ends of modules' names.
         told_by: Classes that are not the first, by how names begin that they alone have.
+        in_omi: Ends of modules' names that OMI has otherwise than the network's makers: theirs, then OMI's.
     """
 
     name: str
