@@ -29,6 +29,7 @@ ANIMA = {"blocks.0.self_attn.q_proj": (H, H), "blocks.0.mlp.layer1": (2 * H, H),
 HIDREAM = {"double_stream_blocks.0.block.attn1.to_q": (H, H), "single_stream_blocks.0.block.attn1.to_q": (H, H)}
 HUNYUAN = {
     "txt_in.input_embedder": (H, H),
+    "txt_in.t_embedder.mlp.0": (H, H),
     "final_layer.linear": (4, H),
     "time_in.mlp.0": (H, H),
     "vector_in.in_layer": (H, H),
@@ -204,12 +205,15 @@ def test_omi_numbers_the_parts_of_hunyuan_videos_fused_weights(tmp_path: Path) -
     tensors = _named("transformer.double_blocks.0.img_attn_qkv.1", DOWN_UP, key)
     tensors |= _named("transformer.double_blocks.0.txt_mlp.fc0", DOWN_UP, first)  # OMI's name of fc1
     tensors |= _named("transformer.single_blocks.0.linear1.3", DOWN_UP, mlp)
+    time = _pair(4, H, H)
+    tensors |= _named("transformer.txt_in.t_embedder.linear_1", DOWN_UP, time)  # and of mlp.0
     got, _ = _merge(base, tensors, tmp_path / "out")
     of_key, of_mlp = np.zeros((3 * H, H)), np.zeros((7 * H, H))
     of_key[H : 2 * H], of_mlp[3 * H :] = key[1] @ key[0], mlp[1] @ mlp[0]
     wanted = {
         "double_blocks.0.img_attn_qkv.weight": of_key,
         "double_blocks.0.txt_mlp.fc1.weight": first[1] @ first[0],
+        "txt_in.t_embedder.mlp.0.weight": time[1] @ time[0],
         "single_blocks.0.linear1.weight": of_mlp,
     }
     assert _same(got, wanted)

@@ -78,6 +78,21 @@ def swap(rendering: Rendering) -> Rendering:
     return with_tensors(rendering, replace(one, load=other.load), replace(other, load=one.load))
 
 
+def swap_modules(rendering: Rendering) -> Rendering:
+    """Two modules under each other's names: all that belongs to one of them is told to be the other's."""
+    modules: dict[str, dict[str, NewTensor]] = {}
+    for tensor in rendering.tensors:
+        stem, _, leaf = tensor.name.partition(".lora")
+        modules.setdefault(stem, {})[leaf] = tensor
+    for one, other in combinations([module for module in modules.values() if len(module) > 1], 2):
+        pairs = [(one.get(leaf), other.get(leaf)) for leaf in one.keys() | other.keys()]
+        known = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
+        if len(known) == len(pairs) and all(mine.shape == theirs.shape for mine, theirs in known):
+            changed = [replace(a, load=b.load) for pair in known for a, b in (pair, pair[::-1])]
+            return with_tensors(rendering, *changed)
+    raise AssertionError("no two modules are of one shape")
+
+
 def copy_another(rendering: Rendering) -> Rendering:
     """The bytes of another tensor where those of this one are meant."""
     one, other = next(alike([tensor for tensor in matrices(rendering) if isinstance(tensor.load, Moved)]))
@@ -139,7 +154,7 @@ def swap_the_axes(rendering: Rendering) -> Rendering:
     raise AssertionError("every matrix is symmetric")
 
 
-MUTATIONS = (swap, scale_a_matrix, change_a_scale, drop_a_tensor, drop_a_module, swap_the_axes)
+MUTATIONS = (swap, swap_modules, scale_a_matrix, change_a_scale, drop_a_tensor, drop_a_module, swap_the_axes)
 Mutation = Callable[[Rendering], Rendering]
 
 

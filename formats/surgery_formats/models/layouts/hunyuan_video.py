@@ -88,5 +88,9 @@ NETWORK = Network(
     "HunyuanVideo",
     ("HunyuanVideoTransformer3DModel",),
     (lambda _: _RELEASE, lambda _: _COMFYUI),
-    in_omi={"mlp.fc1": "mlp.fc0", "img_mlp.fc1": "img_mlp.fc0", "txt_mlp.fc1": "txt_mlp.fc0"},
+    in_omi={
+        **{f"{mlp}.fc1": f"{mlp}.fc0" for mlp in ("mlp", "img_mlp", "txt_mlp")},
+        "t_embedder.mlp.0": "t_embedder.linear_1",
+        "t_embedder.mlp.2": "t_embedder.linear_2",
+    },
 )
