@@ -11,9 +11,10 @@ from surgery.algebra.lora_form import LoraForm, lora_form
 from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import facts_of
-from surgery.consumers.rewriting import padded, scaled_inside, with_partners, without
+from surgery.consumers.rewriting import padded, scaled_inside, with_partners
 from surgery.consumers.traits import Trait
 from surgery.consumers.verdict import Remedy, Verdict
+from surgery.engine.leaving_out import without
 from surgery_formats.adapters.format import Entry, Format, Outcome, Scaled
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError

@@ -79,7 +79,7 @@ def write_for(
         None,
         original.format,
         target.name,
-        (*made.restated(plan.rendering.entries), *left),
+        (*made.restated(plan.rendering.entries), *plan.left_out, *left),
         {},
         original.known_issues(),
         original.path,
