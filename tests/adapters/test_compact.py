@@ -257,7 +257,7 @@ def test_how_a_parameter_is_held_is_recorded_where_the_configuration_does_not_im
 
 def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     room = sys.modules["surgery.verbs.convert"]
-    honest = room.format_named("compact")
+    honest = room.format_to_write("compact")
 
     class Liar:
         single_file, name, coding = honest.single_file, honest.name, honest.coding
@@ -271,7 +271,7 @@ def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monke
     def _negated(tensor: NewTensor) -> Callable[[], Any]:
         return lambda: -tensor.load()
 
-    monkeypatch.setattr(room, "format_named", lambda name: Liar())
+    monkeypatch.setattr(room, "format_to_write", lambda name: Liar())
     with pytest.raises(ProofError, match="its writer stated") as caught:
         convert(_lora(tmp_path / "a"), "compact", output=tmp_path / "c")
     assert caught.value.exit_code == 5

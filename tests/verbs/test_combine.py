@@ -324,7 +324,7 @@ def test_outputs_and_inputs_are_left_alone(tmp_path: Path) -> None:
 def test_a_writer_that_errs_is_caught(tmp_path: Path, rank: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [(simple(tmp_path / "a"), 1.0), (simple(tmp_path / "b", 5), 1.0)]
     room = sys.modules["surgery.verbs.combine"]
-    honest = room.format_named("peft")
+    honest = room.format_to_write("peft")
 
     class Liar:
         single_file, name = honest.single_file, honest.name
@@ -338,7 +338,7 @@ def test_a_writer_that_errs_is_caught(tmp_path: Path, rank: int | None, monkeypa
 
             return replace(rendering, tensors=tuple(off(tensor) for tensor in rendering.tensors))
 
-    monkeypatch.setattr(room, "format_named", lambda name: Liar())
+    monkeypatch.setattr(room, "format_to_write", lambda name: Liar())
     with pytest.raises(ProofError, match="away from the sum") as caught:
         combine(pairs, output=tmp_path / "out", rank=rank)
     assert caught.value.exit_code == 5

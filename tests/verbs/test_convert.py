@@ -230,7 +230,7 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
     else:
         source = _simple(tmp_path / "a")
     room = sys.modules["surgery.verbs.convert"]
-    honest = room.format_named(target)
+    honest = room.format_to_write(target)
 
     class Liar:
         single_file, name = honest.single_file, honest.name
@@ -253,7 +253,7 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
 
             return replace(rendering, tensors=tuple(off(tensor) for tensor in rendering.tensors))
 
-    monkeypatch.setattr(room, "format_named", lambda name: Liar())
+    monkeypatch.setattr(room, "format_to_write", lambda name: Liar())
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ProofError, match="differ") as caught:
         convert(source, target, output=tmp_path / "out.safetensors", base=base)
