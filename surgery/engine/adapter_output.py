@@ -199,18 +199,21 @@ class _TensorFile:
         return as_bytes(_rounded(self.tensors[name]))
 
     def moved(self, name: str, buffer: Array) -> memoryview | None:
-        """The bytes of one tensor in `buffer`, if it is a stored one and all its numbers are finite.
+        """The bytes of one tensor in `buffer`, if they are those of stored ones and all its numbers are finite.
 
         They are checked where they lie: fresh memory for each tensor would cost as much as copying it.
         """
         tensor, nbytes = self.tensors[name], self.packed.ranges[name][1]
         if not isinstance(tensor.load, Moved):
             return None
-        source = tensor.load.tensor
-        if source.dtype is not tensor.dtype or source.nbytes != nbytes or tensor.dtype.bits < 8:
+        sources = tensor.load.tensors
+        alike = all(source.dtype is tensor.dtype for source in sources)
+        if not alike or sum(source.nbytes for source in sources) != nbytes or tensor.dtype.bits < 8:
             return None
-        view = memoryview(buffer)[:nbytes]
-        source.file.read_into(view, source.offset)
+        view, at = memoryview(buffer)[:nbytes], 0
+        for source in sources:
+            source.file.read_into(view[at : at + source.nbytes], source.offset)
+            at += source.nbytes
         return view if all_finite(buffer[:nbytes].view(tensor.dtype.numpy)) else None
 
     def all_bytes(self, threads: int) -> Iterator[tuple[str, memoryview]]:

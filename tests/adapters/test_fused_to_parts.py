@@ -104,6 +104,44 @@ def test_factors_are_copied_not_widened(tmp_path: Path) -> None:
     assert not read_adapter(tmp_path / "d.safetensors").unconsumed()
 
 
+def test_parts_become_the_tensors_that_they_were(tmp_path: Path) -> None:
+    base, lora = model(tmp_path / "base.safetensors", FUSED), kohya(tmp_path / "k.safetensors", {})
+    convert(lora, "diffusers", output=tmp_path / "d.safetensors", base=base)
+    convert(tmp_path / "d.safetensors", "kohya", output=tmp_path / "back.safetensors", base=base)
+    before, after = load_file(lora), load_file(tmp_path / "back.safetensors")
+    assert {name: (values.dtype, values.tobytes()) for name, values in before.items()} == {
+        name: (values.dtype, values.tobytes()) for name, values in after.items()
+    }
+
+
+@pytest.mark.parametrize("change", ["none", "one is missing", "another A", "another scale", "another type"])
+def test_parts_in_any_order_become_one(change: str, tmp_path: Path) -> None:
+    base = model(tmp_path / "base.safetensors", FUSED)
+    module = "transformer_blocks.0.attn"
+    parts = [part for part in ("to_v", "to_k", "to_q") if (part, change) != ("to_k", "one is missing")]
+    tensors, expected = {}, np.zeros((3 * D, D))
+    for part in parts:
+        odd = part == "to_k"
+        A = draw(70 + (odd and change == "another A"), RANK, D).astype(np.float16)
+        B = draw(len(part) + ord(part[-1]), D, RANK).astype(
+            np.float32 if odd and change == "another type" else np.float16
+        )
+        alpha = 4.0 if odd and change == "another scale" else 1.0
+        key = f"transformer.{module}.{part}"
+        tensors |= {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B, f"{key}.alpha": np.float32(alpha)}
+        row = D * ("to_q", "to_k", "to_v").index(part)
+        expected[row : row + D] = alpha / RANK * B.astype(np.float64) @ A.astype(np.float64)
+    save_file({name: np.asarray(values) for name, values in tensors.items()}, tmp_path / "d.safetensors")
+    convert(tmp_path / "d.safetensors", "kohya", output=tmp_path / "k.safetensors", base=base)
+    made = load_file(tmp_path / "k.safetensors")
+    key = "lora_unet_double_blocks_0_img_attn_qkv"
+    assert {name.partition(".")[0] for name in made} == {key}
+    down, up = (made[f"{key}.lora_{side}.weight"].astype(np.float64) for side in ("down", "up"))
+    np.testing.assert_allclose(float(made[f"{key}.alpha"]) / len(down) * up @ down, expected, rtol=1e-6, atol=1e-7)
+    shared = change in ("none", "one is missing", "another scale", "another type")
+    assert len(down) == (RANK if shared else 3 * RANK)
+
+
 _FUSED = {
     "double_blocks_0_img_attn_qkv": tuple(f"transformer_blocks.0.attn.to_{part}" for part in "qkv"),
     "single_blocks_0_linear1": (

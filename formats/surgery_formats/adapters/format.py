@@ -41,14 +41,14 @@ Outcome = Literal["exact", "folded", "approximated", "dropped"]
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A `NewTensor.load` that only reads a stored tensor, whose bytes in its file are the values in order.
+    """A `NewTensor.load` that only reads stored tensors, whose bytes in their files are the values in order.
 
     Attributes:
-        tensor: The stored tensor.
-        values: Reads it.
+        tensors: The stored tensors, each behind the one before it.
+        values: Reads them.
     """
 
-    tensor: StoredTensor
+    tensors: tuple[StoredTensor, ...]
     values: Callable[[], Array]
 
     def __call__(self) -> Array:
@@ -64,7 +64,7 @@ class NewTensor:
         name: Key in the file.
         dtype: Stored type; `load` may return more precision, it is rounded once.
         shape: Sizes.
-        load: Values, ``shape``; a `Moved` where they are those of one stored tensor, which is then copied.
+        load: Values, ``shape``; a `Moved` where they are those of stored tensors, which are then copied.
     """
 
     name: str

@@ -13,7 +13,7 @@ from dataclasses import replace
 from surgery_formats.adapters.writing import factor_dtype
 from surgery_formats.arrays import Array, cast, namespace
 from surgery_formats.dtypes import DType
-from surgery_formats.tensors.computed import computed
+from surgery_formats.tensors.computed import ComputedTensor, computed
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import Index, View
 from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, is_directed
@@ -121,6 +121,7 @@ def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], 
     shared = len(loras) > 1 and all(equal_factors(first.A, lora.A) for lora in loras[1:])
     downs, ups = [lora.A for lora in loras[: 1 if shared else None]], [lora.B for lora in loras]
     rank = sum(down.shape[0] for down in downs)
+    dtype, wider = _type_of(ups, scaled=not alike), None if alike and _are_moved(ups) else DType.F64
 
     def below() -> Array:
         import numpy
@@ -130,19 +131,39 @@ def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], 
     def beside() -> Array:
         import numpy
 
-        whole = numpy.zeros((height, rank))
+        whole = numpy.zeros((height, rank), (wider or dtype).numpy)
         column = 0
         for lora, places in parts:
-            part = lora.B.load(DType.F64) * (1.0 if alike else lora.scale)
+            part = lora.B.load(wider) if alike else lora.B.load(wider) * lora.scale
             for (start, stop), row in places:
                 whole[row : row + stop - start, column : column + lora.rank] = part[start:stop]
             column += 0 if shared else lora.rank
         return whole
 
-    a = computed(f"{name}.A", (rank, first.shape[1]), _stored(downs), below, _type_of(downs))
-    b = computed(f"{name}.B", (height, rank), _stored(ups), beside, _type_of(ups, scaled=not alike))
+    below_each_other = _stack(parts, height) if shared and wider is None else ()
+    A = (
+        first.A
+        if shared
+        else Factor.of(computed(f"{name}.A", (rank, first.shape[1]), _stored(downs), below, _type_of(downs)))
+    )
+    sources = below_each_other or tuple(dict.fromkeys(source for tensor in _stored(ups) for source in tensor.sources))
+    B = ComputedTensor(f"{name}.B", dtype, (height, rank), sources, beside, stacked=bool(below_each_other))
     noted = tuple(tensor for lora in loras for tensor in lora.noted)
-    return LoRA(Factor.of(a), Factor.of(b), first.scale if alike else 1.0, None, noted)
+    return LoRA(A, Factor.of(B), first.scale if alike else 1.0, None, noted)
+
+
+def _stack(parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], height: int) -> tuple[StoredTensor, ...]:
+    """The stored B's of all parts from top to bottom, if they are all rows of the weight; else none."""
+    found, end = [], 0
+    for row, span, factor in sorted(
+        ((row, span, lora.B) for lora, places in parts for span, row in places), key=lambda part: part[0]
+    ):
+        stored = factor.tensors[0]
+        if not isinstance(stored, StoredTensor) or (row, span) != (end, (0, factor.shape[0])):
+            return ()
+        found.append(stored)
+        end += factor.shape[0]
+    return tuple(found) if end == height else ()
 
 
 def _stored(factors: Sequence[Factor]) -> list[Tensor]:
@@ -152,3 +173,9 @@ def _stored(factors: Sequence[Factor]) -> list[Tensor]:
 def _type_of(factors: Sequence[Factor], *, scaled: bool = False) -> DType:
     """Numbers that are only moved keep their type."""
     return factor_dtype(factors, folded=scaled or any(len(factor.tensors) > 1 or factor.terms for factor in factors))
+
+
+def _are_moved(factors: Sequence[Factor]) -> bool:
+    """Whether the numbers of all are those of tensors of one type of floats, which need no wider one on their way."""
+    types = {tensor.dtype for tensor in _stored(factors)}
+    return len(types) == 1 and types.pop().is_float and not any(factor.view for factor in factors)

@@ -137,7 +137,8 @@ def copied(name: str, tensor: Tensor) -> NewTensor:
 
 def _moved(tensor: Tensor, load: Callable[[], Array]) -> Callable[[], Array]:
     """`load`, which reads `tensor`, with the mark that it does no more, where its bytes are its values in order."""
-    return Moved(tensor, load) if isinstance(tensor, StoredTensor) and tensor.strides is None else load
+    stored = tensor.sources if isinstance(tensor, StoredTensor) or getattr(tensor, "stacked", False) else ()
+    return Moved(stored, load) if stored and all(one.strides is None for one in stored) else load
 
 
 def commonest(values: Iterable[_Key]) -> _Key | None:

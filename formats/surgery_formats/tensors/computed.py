@@ -25,6 +25,7 @@ class ComputedTensor:
         shape: Sizes.
         sources: The stored tensors it is computed from.
         make: Its values, of `dtype` or wider, up to a reshape. Called at every read; an expensive one should remember its result.
+        stacked: Whether its values are those of `sources`, each behind the one before it.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ComputedTensor:
     shape: tuple[int, ...]
     sources: tuple[StoredTensor, ...]
     make: Callable[[], Array]
+    stacked: bool = False
 
     @property
     def numel(self) -> int:
