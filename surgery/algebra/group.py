@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.contents import contents_of
@@ -14,6 +15,7 @@ from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.canonical.site_names import flattened, same_denoiser
 from surgery_formats.errors import FitError
+from surgery_formats.models.families.denoisers import COMPONENTS, of_two_layouts
 from surgery_formats.tensors.views import intersect
 from surgery_formats.text import listing, show
 from surgery_formats.updates import Stacked, Update, is_replacing, plain_form, stack_of_loras
@@ -175,7 +177,19 @@ def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tupl
 
 
 def _check_spellings(terms: Sequence[WeightedAdapter], seen: Sequence[set[tuple[str, str]]]) -> None:
-    """``layers.0.x`` beside ``model.layers.0.x``: the same weight, or not; no adapter's file can tell."""
+    """``layers.0.x`` beside ``model.layers.0.x``: the same weight, or not; no adapter's file can tell.
+
+    Nor whether ``double_blocks.0.img_attn.qkv`` and ``transformer_blocks.0.attn.to_q`` meet: programs that load a file of
+    both take one of them.
+    """
+    inside = [[path for component, path in mine if component in ("", *COMPONENTS)] for mine in seen]
+    for first, second in combinations(range(len(seen)), 2):
+        if of_two_layouts(inside[first], inside[second]):
+            raise FitError(
+                f"{show(terms[first].name)} and {show(terms[second].name)} name one network's modules in two ways, its "
+                "release's and diffusers'",
+                hint="give the model with `base=`, which knows its weights",
+            )
     for owner, mine in enumerate(seen):
         for component, path in mine:
             rest = path

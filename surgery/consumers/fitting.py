@@ -11,9 +11,10 @@ from surgery.algebra.lora_form import LoraForm, lora_form
 from surgery.consumers.consent import Consent
 from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import facts_of
-from surgery.consumers.rewriting import padded, scaled_inside, with_partners, without
+from surgery.consumers.rewriting import padded, scaled_inside, with_partners
 from surgery.consumers.traits import Trait
 from surgery.consumers.verdict import Remedy, Verdict
+from surgery.engine.leaving_out import without
 from surgery_formats.adapters.format import Entry, Format, Outcome, Scaled
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError
@@ -114,6 +115,8 @@ def fitted(
     made = combined_adapter([WeightedAdapter(left, 1.0)], updates, target)
     if any(one.what in _OF_CONFIGURATION for one in verdicts):  # its own would say the same again
         made = replace(made, format="combined", config={})
+    if any(one.remedy == "rewrite" for one in verdicts):  # keys as they came are what stands in the way
+        made = replace(made, spelling={})
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
         facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)

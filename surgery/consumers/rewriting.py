@@ -6,7 +6,7 @@ All of them keep what the adapter does to every weight, except for what is left 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from surgery_formats.adapters.contents import contents_of
@@ -14,37 +14,11 @@ from surgery_formats.adapters.writing import places_of, zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.updates import Factor, LoRA, Stacked, Update
 
-__all__ = ["padded", "scaled_inside", "with_partners", "without"]
-
-
-def without(adapter: Adapter, gone: Iterable[Update], files: Iterable[str]) -> Adapter:
-    """Leave out updates, with the tensors that no other uses, and side files.
-
-    Raises:
-        FitError: nothing would be left.
-    """
-    out = {id(update) for update in gone}
-    if not out:
-        kept = dict(adapter.updates)
-    else:
-        chains = {site: tuple(one for one in chain if id(one) not in out) for site, chain in adapter.updates.items()}
-        kept = {site: chain for site, chain in chains.items() if chain}
-    if not kept:
-        raise FitError("nothing of it would be left", file=adapter.path, hint="merge it into the base")
-    used = {tensor.name for chain in kept.values() for update in chain for tensor in update.tensors}
-    names = set(files)
-    return replace(
-        adapter,
-        updates=kept,
-        tensors=tuple(tensor for tensor in adapter.tensors if tensor.name in used) if out else adapter.tensors,
-        ignored=() if out else adapter.ignored,
-        side_files=tuple(file for file in adapter.side_files if file.name not in names),
-    )
+__all__ = ["padded", "scaled_inside", "with_partners"]
 
 
 def scaled_inside(adapter: Adapter, factors: Mapping[str, float]) -> Adapter:

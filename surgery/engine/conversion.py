@@ -14,6 +14,7 @@ from typing import Any
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
+from surgery.engine.leaving_out import without_base_values
 from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering, reader_of
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.parts import in_component, in_its_part
@@ -65,6 +66,7 @@ class Conversion:
             `source`.
         binding: Of `source` to `base`.
         dtype: Type of the stored matrices; None keeps them.
+        left_out: What the format has no place for and the base has already; it is not in `source`.
     """
 
     source: Adapter
@@ -73,6 +75,7 @@ class Conversion:
     base: Checkpoint | None
     binding: Binding | None
     dtype: DType | None
+    left_out: tuple[Entry, ...] = ()
 
 
 def coded_as(target: Format, factors: str | None) -> Format:
@@ -196,6 +199,11 @@ def plan_conversion(
     except FitError as error:
         error.hint = rows or error.hint
         raise
+    left_out: tuple[Entry, ...] = ()
+    if base is not None:
+        source, left_out = without_base_values(source, rendering, base)
+    if left_out:
+        rendering, binding = target.render(source, base), bound_source(source, base)
     if not allow_loss:
         if base is not None:
             _refuse_what_no_weight_holds(source, rendering)
@@ -207,7 +215,8 @@ def plan_conversion(
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
-    return Conversion(source, reader_of(rendering, target), stored_as(rendering, dtype), base, binding, dtype)
+    written = reader_of(rendering, target), stored_as(rendering, dtype)
+    return Conversion(source, *written, base, binding, dtype, left_out)
 
 
 def _way_of_tokens(source: Adapter, target: Format) -> str:

@@ -180,7 +180,7 @@ def convert(
         also = partial(
             prove_layout, original=original, target=plan.target, change=change, tolerance=tolerance_of(stored)
         )
-    entries = (*plan.rendering.entries, *left)
+    entries = (*plan.rendering.entries, *plan.left_out, *left)
     if form is not None:
         entries = form.restated(entries)
     result = ConvertResult(

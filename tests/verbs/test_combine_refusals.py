@@ -107,3 +107,14 @@ def test_a_flattened_name_asks_for_the_base(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="its name is flattened") as caught:
         combine([dotted, flat], output=tmp_path / "sum.safetensors")
     assert caught.value.hint == "give the base with `base=`"
+
+
+def test_two_layouts_of_one_network_are_summed_by_its_base_alone(tmp_path: Path) -> None:
+    """Without it each weight would have two LoRAs in the sum, of which programs load one."""
+    both = [GOLDEN / f"kohya/sdxl/{names}/adapter.safetensors" for names in ("sgm-names", "diffusers-names")]
+    with pytest.raises(FitError, match="name one network's modules in two ways") as caught:
+        combine(both, output=tmp_path / "sum.safetensors")
+    assert caught.value.hint == "give the model with `base=`, which knows its weights"
+    found = combine(both, base=GOLDEN / "kohya/sdxl/base", output=tmp_path / "sum.safetensors")
+    assert len(found.modules) == 71
+    assert combine([both[0], both[0]], output=tmp_path / "twice.safetensors")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["COMPONENTS", "DENOISERS", "Denoiser", "denoiser_of"]
+__all__ = ["COMPONENTS", "DENOISERS", "Denoiser", "denoiser_of", "of_two_layouts"]
 
 COMPONENTS = ("transformer", "unet", "denoiser", "prior")
 """What pipelines and adapters call the network that removes noise."""
@@ -87,6 +87,28 @@ DENOISERS = (
     Denoiser("LTX-Video, PixArt, Sana or Mochi", (r"^transformer_blocks_\d+_(attn[12]|ff)_",)),
 )
 """In order: of several that match, the first is meant."""
+
+
+_LAYOUTS = (
+    (r"^(input|middle|output)_blocks?_\d", r"^(down|up|mid)_blocks?_"),
+    (r"^(double|single)_blocks_\d", r"^(single_)?transformer_blocks_\d"),
+    (r"^joint_blocks_\d", r"^transformer_blocks_\d"),
+    (r"^(double|single)_layers_\d", r"^(joint|single)_transformer_blocks_\d"),
+    (r"^blocks_\d+_(self|cross)_attn_[qkvo]", r"^blocks_\d+_attn[12]_"),
+)
+"""How the release of a network names its blocks, and how diffusers does."""
+
+
+def of_two_layouts(a: Iterable[str], b: Iterable[str]) -> bool:
+    """Whether one of two adapters has the release's names of a network, and the other diffusers': dotted or flat paths."""
+    mine, theirs = ("\n".join(path.replace(".", "_") for path in paths) for paths in (a, b))
+    for release, other in _LAYOUTS:
+        found = [
+            (bool(re.search(release, names, re.M)), bool(re.search(other, names, re.M))) for names in (mine, theirs)
+        ]
+        if sorted(found) == [(False, True), (True, False)]:
+            return True
+    return False
 
 
 def denoiser_of(modules: Iterable[str]) -> Denoiser | None:
