@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.contents import contents_of
-from surgery_formats.adapters.rows import Span, joined
+from surgery_formats.adapters.rows import widened
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
@@ -164,19 +164,7 @@ def _of_place(contribution: Contribution, place: WeightSlice, clashing: Sequence
             file=adapter.path,
             hint="merge them into the base together",
         )
-    rows = [((row, row + 1), at) for row, at in enumerate(view.rows, view.row_origin)]
-    return joined(parameter.name, [(lora, _runs(rows))], sizes[0])
-
-
-def _runs(rows: Iterable[tuple[Span, int]]) -> list[tuple[Span, int]]:
-    """Rows that follow each other on both sides as one."""
-    found: list[tuple[Span, int]] = []
-    for (start, stop), at in rows:
-        if found and found[-1][0][1] == start and found[-1][1] + start - found[-1][0][0] == at:
-            found[-1] = (found[-1][0][0], stop), found[-1][1]
-        else:
-            found.append(((start, stop), at))
-    return found
+    return widened(lora, view, parameter.storage.shape)
 
 
 def applicable_updates(adapter: Adapter, base: Checkpoint) -> Mapping[Site, tuple[Update, ...]]:

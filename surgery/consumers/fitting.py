@@ -115,6 +115,8 @@ def fitted(
     made = combined_adapter([WeightedAdapter(left, 1.0)], updates, target)
     if any(one.what in _OF_CONFIGURATION for one in verdicts):  # its own would say the same again
         made = replace(made, format="combined", config={})
+    if any(one.remedy == "rewrite" for one in verdicts):  # keys as they came are what stands in the way
+        made = replace(made, spelling={})
     done: dict[str, str] = {}
     for _ in range(_ROUNDS):
         facts = facts_of(as_it_would_be_read(made, target), base, consent.greatest_rank)

@@ -20,6 +20,7 @@ from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.registry import format_named
+from surgery_formats.binding.sizes import slices_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
@@ -71,8 +72,8 @@ def write_for(
     made = fitted(original, base, consumer, version, target, consent)
     if made.rest is not None:
         made = replace(made, adapter=_of_base(made.adapter, rest_name))
-    biases = any(part.trait == "bias of a LoRA" for part in facts_of(made.adapter, base).parts)
-    binding = None if biases else bound_source(made.adapter, base)  # a base need not have them: see `bound_facts`
+    lacking = any(site.path.endswith(".bias") and not slices_of(site, base) for site in made.adapter.updates)
+    binding = None if lacking else bound_source(made.adapter, base)  # a base need not have biases: see `bound_facts`
     plan = plan_conversion(made.adapter, target, base, binding, dtype=dtype, allow_loss=consent.loss)
     result = ConvertResult(
         None,

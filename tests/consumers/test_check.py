@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from surgery_formats.testing.plugins import installed
 from tests.support.adapter_files import (
     assert_close,
     draw,
-    kohya_deltas,
+    merged,
     mlx_deltas,
     peft_deltas,
     unet,
@@ -269,10 +269,90 @@ def test_diffusion_programs_get_one_file_with_the_scale_inside(tmp_path: Path, c
     fixed = tmp_path / "style.safetensors"
     surgery.check(network, adapter, consumer=consumer, fix=fixed)
     assert surgery.check(network, fixed, consumer=consumer).honoured
+    own = {"diffusers": "unet.", "comfyui": "lora_unet_"}[consumer]
+    assert all(name.startswith(own) for name in load_file(fixed))
+    assert_close(merged(network, fixed, tmp_path / "one"), merged(network, adapter, tmp_path / "other"))
+
+
+_FLUX = {
+    "img_in": (16, 4),
+    "time_in.in_layer": (16, 8),
+    "final_layer.linear": (4, 16),
+    "final_layer.adaLN_modulation.1": (32, 16),
+    "double_blocks.0.img_attn.qkv": (48, 16),
+    "single_blocks.0.linear2": (16, 80),
+}
+_OF_FLUX = {name.replace(".", "_"): shape for name, shape in _FLUX.items()}
+
+
+def _flux(folder: Path) -> Path:
+    """In the release's names, with the layers that tell its family and the others' sizes."""
+    others = {
+        "txt_in": (16, 8),
+        "time_in.out_layer": (16, 16),
+        "vector_in.in_layer": (16, 8),
+        "vector_in.out_layer": (16, 16),
+        "double_blocks.0.img_mod.lin": (96, 16),
+        "single_blocks.0.linear1": (112, 16),
+        "single_blocks.0.modulation.lin": (48, 16),
+    }
+    shapes = {f"{name}.weight": shape for name, shape in {**_FLUX, **others}.items()}
+    return write_base(folder, {**shapes, "single_blocks.0.norm.key_norm.scale": (8,)}, {})
+
+
+def _kohya(file: Path, modules: Mapping[str, tuple[int, int]], axis: int | None = None) -> Path:
+    tensors: dict[str, np.ndarray] = {}
+    for number, (name, shape) in enumerate(modules.items()):
+        tensors[f"lora_unet_{name}.lora_down.weight"] = draw(number, 2, shape[1])
+        tensors[f"lora_unet_{name}.lora_up.weight"] = draw(number + 50, shape[0], 2)
+        if axis is not None:
+            lengths = abs(draw(number + 90, shape[axis]))
+            tensors[f"lora_unet_{name}.dora_scale"] = lengths[:, None] if axis == 0 else lengths[None]
+    save_file(tensors, file)
+    return file
+
+
+def test_diffusers_leaves_layers_of_kohyas_flux_files_out_and_gets_its_own_names(tmp_path: Path) -> None:
+    base, file = _flux(tmp_path / "base"), _kohya(tmp_path / "a.safetensors", _OF_FLUX)
+    (check,) = surgery.check(base, file, consumer="diffusers").consumers
+    left_out = {fault.part.removeprefix("unet:").removesuffix(".weight") for fault in check.faults}
+    assert left_out == {name for name in _OF_FLUX if "blocks" not in name}
+    assert {(fault.outcome, fault.remedy) for fault in check.faults} == {("ignored", "rewrite")}
+    surgery.check(base, file, consumer="diffusers", fix=tmp_path / "own.safetensors")
+    own = load_file(tmp_path / "own.safetensors")
+    assert all(name.startswith("transformer.") for name in own)
+    assert "transformer.x_embedder.lora_A.weight" in own
+    assert surgery.check(base, tmp_path / "own.safetensors", consumer="diffusers").honoured
     assert_close(
-        {name.replace(".", "_"): value for name, value in peft_deltas(adapter).items()},
-        {name.removeprefix("lora_unet_"): value for name, value in kohya_deltas(fixed).items()},
+        merged(base, tmp_path / "own.safetensors", tmp_path / "one"), merged(base, file, tmp_path / "other"), 1e-6
     )
+
+
+def test_diffusers_filters_dora_scale_out_of_every_file(tmp_path: Path) -> None:
+    """Of rows they are written as PEFT spells them; of columns, and beside a LoRA, a LoRA stands for them."""
+    base, file = _flux(tmp_path / "base"), tmp_path / "a.safetensors"
+    one = {"single_blocks_0_linear2": _OF_FLUX["single_blocks_0_linear2"]}
+    for axis, remedy in ((0, "rewrite"), (1, "lora")):
+        (check,) = surgery.check(base, _kohya(file, one, axis), consumer="diffusers").consumers
+        assert [(fault.what, fault.outcome, fault.remedy) for fault in check.faults] == [("DoRA", "ignored", remedy)]
+        fixed, options = tmp_path / f"{axis}.safetensors", {"rank": 16} if axis else {}
+        surgery.check(base, file, consumer="diffusers", fix=fixed, **options)
+        assert not any("dora_scale" in name for name in load_file(fixed))
+        assert any("lora_magnitude_vector" in name for name in load_file(fixed)) == (axis == 0)
+        assert_close(merged(base, fixed, tmp_path / f"m{axis}"), merged(base, file, tmp_path / f"w{axis}"), 1e-5)
+    dotted = tmp_path / "dotted.safetensors"
+    stem = "transformer.single_transformer_blocks.0.proj_out"
+    own = {"lora_A.weight": draw(1, 2, 80), "lora_B.weight": draw(2, 16, 2), "dora_scale": abs(draw(3, 16, 1))}
+    save_file({f"{stem}.{leaf}": value for leaf, value in own.items()}, dotted)
+    surgery.check(base, dotted, consumer="diffusers", fix=tmp_path / "spelt.safetensors")
+    assert f"{stem}.lora_magnitude_vector" in load_file(tmp_path / "spelt.safetensors")
+
+
+def test_pipelines_without_a_converter_find_nothing_in_kohyas_files(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", {"joint_blocks.0.x_block.attn.proj.weight": (8, 8)}, {})
+    file = _kohya(tmp_path / "a.safetensors", {"joint_blocks_0_x_block_attn_proj": (8, 8)})
+    (check,) = surgery.check(base, file, consumer="diffusers").consumers
+    assert [(fault.outcome, fault.remedy) for fault in check.faults] == [("ignored", "rewrite")]
 
 
 def test_results_are_json_and_markdown_without_values_read_twice(base: Path, tmp_path: Path) -> None:
