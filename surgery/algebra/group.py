@@ -162,7 +162,7 @@ def _of_place(contribution: Contribution, place: WeightSlice, clashing: Sequence
         raise FitError(
             f"'{first}' and '{second}' are one weight of the base in two layouts, whole in one and in parts in the other",
             file=adapter.path,
-            hint="merge them into the base together",
+            hint="`surgery merge` takes them together, into the base",
         )
     return widened(lora, view, parameter.storage.shape)
 
