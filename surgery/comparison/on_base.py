@@ -6,17 +6,16 @@ A weight may be fused for one and in parts for the other; both are compared as w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Iterable
 
 from surgery.comparison.additive import Chain
-from surgery_formats.arrays import Array, namespace
+from surgery_formats.adapters.rows import widened
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.operation import Operation
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.tensors.views import Index, View, whole
-from surgery_formats.updates import Factor, LoRA, Update
+from surgery_formats.tensors.views import View, whole
+from surgery_formats.updates import Update
 
 __all__ = ["pairs_on"]
 
@@ -68,38 +67,7 @@ def _on_weight(operations: Iterable[Operation], shape: tuple[int, int]) -> Chain
         if operation.view == whole(shape) and operation.update.shape == shape:
             chain.append(operation.update)
         elif (lora := operation.update.low_rank()) is not None and operation.update.effect == "adds":
-            chain.append(_widened(lora, operation.view, shape))
+            chain.append(widened(lora, operation.view, shape))
         else:
             return None
     return tuple(chain)
-
-
-def _widened(lora: LoRA, view: View, shape: tuple[int, int]) -> LoRA:
-    """A LoRA of a part of a weight as one of all of it, with zeros elsewhere."""
-    rows = range(view.row_origin, view.row_origin + len(view.rows))
-    cols = range(view.col_origin, view.col_origin + len(view.cols))
-    of_rows = _scattered(lora.B, (shape[1 if view.transposed else 0], lora.rank), rows, view.rows, lambda b: b)
-    of_cols = _scattered(lora.A, (shape[0 if view.transposed else 1], lora.rank), cols, view.cols, lambda a: a.T)
-    b, a = (of_cols, of_rows) if view.transposed else (of_rows, of_cols)
-    turned = Factor.computed((a,), (a.shape[1], a.shape[0]), lambda values: values.T)
-    return replace(lora, A=turned, B=b)
-
-
-def _scattered(
-    factor: Factor, shape: tuple[int, int], taken: Index, to: Index, turn: Callable[[Array], Array]
-) -> Factor:
-    """Rows of a factor (of its transpose) at their places in a larger one."""
-
-    def equation(values: Array) -> Array:
-        xp = namespace(values)
-        wide = xp.zeros(shape, dtype=values.dtype)
-        wide[_index(to)] = turn(values)[_index(taken)]
-        return wide
-
-    return Factor.computed((factor,), shape, equation)
-
-
-def _index(at: Index) -> slice | list[int]:
-    if isinstance(at, range) and at.step > 0:
-        return slice(at.start, at.stop, at.step)
-    return list(at)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,14 +30,16 @@ from surgery.engine.inputs import (
     StrPath,
     as_adapter,
     as_checkpoint,
+    as_list,
     local_path,
     output_path,
 )
 from surgery.engine.loaders import attaching
+from surgery.engine.selection import Selection
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery_formats.adapters.format import Coded, what_to_tell
+from surgery_formats.adapters.format import Coded, Entry, what_to_tell
 from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.containers import housed
@@ -58,6 +61,7 @@ def convert(
     output: StrPath | None = None,
     base: CheckpointLike | None = None,
     component: str | None = None,
+    without: Sequence[str] = (),
     projections: str | None = None,
     dialect: str | None = None,
     dtype: str = "keep",
@@ -82,6 +86,7 @@ def convert(
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
             given.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
+        without: Patterns of modules to leave out, as `combine` takes them, such as those that the base lacks.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
             they are. Where only the base knows how high the parts are it is needed; it may have either.
         dialect: How to hold experts, for ``peft``: ``peft``, ``peft-0.18``, ``unsloth``, ``unsloth-grouped``, ``tinker``,
@@ -123,7 +128,7 @@ def convert(
             raise FitError("the rules of a program look at the base too", hint="give it with `base=`")
         check_greatest_rank(max_rank)
         return _for_consumer(
-            as_adapter(adapter),
+            _left_out(as_adapter(adapter), without)[0],
             as_checkpoint(base),
             consumer,
             Consent(saved, allow_loss, merge_rest is not None, None if rank is None else Rank.of(rank), max_rank),
@@ -146,7 +151,7 @@ def convert(
     if as_lora and projections is not None:
         raise FitError("LoRAs are made of the weights as they are named", hint="convert with `projections=` afterwards")
     destination = output_path(output, dry_run=dry_run)
-    original = as_adapter(adapter)
+    original, out = _left_out(as_adapter(adapter), without)
     checkpoint = None if base is None else as_checkpoint(base)
     original, left = placed(original, checkpoint, component)
     if checkpoint is not None and not checkpoint.is_pipeline:
@@ -172,7 +177,7 @@ def convert(
         if change.held:  # the base has the old names, and none of the new ones
             bound_source(original, checkpoint)
             named = None
-    left = (*left, *left_beside(original, target, allow_loss=allow_loss))
+    left = (*out, *left, *left_beside(original, target, allow_loss=allow_loss))
     binding = bound_source(source, named)
     remedy = "`as_lora=True` makes LoRAs of other kinds"
     plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)
@@ -205,6 +210,16 @@ def convert(
     )
     chosen = repr(rank) if as_lora else None
     return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)
+
+
+def _left_out(adapter: Adapter, without: Sequence[str]) -> tuple[Adapter, tuple[Entry, ...]]:
+    """`adapter` without the modules that are to be left out, and what became of those."""
+    if not without:
+        return adapter, ()
+    from surgery_formats.canonical.adapter import WeightedAdapter
+
+    (kept,), names = Selection(without=tuple(as_list(without))).chosen([WeightedAdapter(adapter, 1.0)])
+    return kept.adapter, tuple(Entry(name, "dropped", "left out by choice") for name in names)
 
 
 def _for_consumer(

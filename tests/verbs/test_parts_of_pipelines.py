@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from surgery import combine, convert, merge, report, verify
+from surgery import combine, convert, diff, merge, report, verify
 from surgery_formats.errors import FitError, ProofError
-from tests.support.adapter_files import Arrays, assert_close, draw, peft_deltas, write_peft
+from tests.support.adapter_files import GOLDEN, Arrays, assert_close, draw, peft_deltas, write_peft
 
 UNET = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{x}" for x in ("to_q", "to_v")]
 CLIP = [f"text_model.encoder.layers.0.self_attn.{x}_proj" for x in "qv"]
@@ -103,3 +103,20 @@ def test_an_adapter_of_no_part_is_refused(tmp_path: Path) -> None:
     base = _pipeline(tmp_path / "sd", text_encoder=8)
     with pytest.raises(FitError, match="it fits none; there are text_encoder, unet"):
         merge(base, _adapter(tmp_path / "a", ["model.layers.0.mlp.up_proj"]), output=tmp_path / "no")
+
+
+def test_what_the_base_lacks_is_left_out_of_a_conversion_too(tmp_path: Path) -> None:
+    folder = GOLDEN / "kohya/sd1"
+    mixed, unet = folder / "mixed/adapter.safetensors", folder / "base/unet"
+    with pytest.raises(FitError, match="the base is one model") as caught:
+        convert(mixed, "diffusers", base=unet, output=tmp_path / "x.safetensors")
+    assert "--without 'text_encoder:*'" in str(caught.value.hint)
+    found = convert(mixed, "diffusers", base=unet, without=["text_encoder:*"], output=tmp_path / "x.safetensors")
+    out = {entry.site.partition(":")[0] for entry in found.entries if entry.outcome == "dropped"}
+    assert out == {"text_encoder"}
+    assert diff(mixed, tmp_path / "x.safetensors", base=folder / "base").modules
+    merge(unet, tmp_path / "x.safetensors", output=tmp_path / "a")
+    merge(unet, mixed, without=["text_encoder:*"], output=tmp_path / "b")
+    assert diff(tmp_path / "a", tmp_path / "b", tolerance=1e-6).equal
+    with pytest.raises(FitError, match="no module matches 'vae:\\*'"):
+        convert(mixed, "diffusers", base=unet, without=["vae:*"], dry_run=True)

@@ -72,6 +72,12 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
 @click.option(
+    "--without",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out modules of this name, such as those that BASE lacks: 'text_encoder:*'. May be repeated.",
+)
+@click.option(
     "--projections",
     type=click.Choice(["split", "fused"]),
     help="Make qkv_proj and gate_up_proj of their parts, or parts of them.",

@@ -15,9 +15,10 @@ from surgery_formats.arrays import Array, cast, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import ComputedTensor, computed
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
+from surgery_formats.tensors.views import Index, View
 from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, is_directed
 
-__all__ = ["Span", "cut", "joined", "narrowed", "row_slice"]
+__all__ = ["Span", "cut", "joined", "narrowed", "row_slice", "widened"]
 
 Span = tuple[int, int]
 """First row, and the one behind the last."""
@@ -76,6 +77,35 @@ def narrowed(lora: LoRA) -> LoRA:
     down = Factor(a.tensors, (len(used), a.shape[1]), lambda *stored: a.show(stored)[used])
     up = Factor(b.tensors, (b.shape[0], len(used)), lambda *stored: b.show(stored)[:, used])
     return replace(lora, A=down, B=up, alpha=None)
+
+
+def widened(lora: LoRA, view: View, shape: tuple[int, int]) -> LoRA:
+    """The LoRA of what `view` shows of a weight as one of all of it, ``shape``, with zeros elsewhere."""
+    rows = range(view.row_origin, view.row_origin + len(view.rows))
+    cols = range(view.col_origin, view.col_origin + len(view.cols))
+    height, width = reversed(shape) if view.transposed else shape
+    of_rows = _scattered(lora.B, 0, (height, lora.rank), rows, view.rows)
+    of_cols = _scattered(lora.A, 1, (lora.rank, width), cols, view.cols)
+    wide = replace(lora, A=of_cols, B=of_rows)
+    return wide.transpose() if view.transposed else wide
+
+
+def _scattered(factor: Factor, axis: int, shape: tuple[int, int], taken: Index, to: Index) -> Factor:
+    """Rows of a factor, or columns (axis 1), at their places in a larger one."""
+
+    def places(at: Index) -> tuple[slice | list[int], ...]:
+        index: slice | list[int] = list(at)
+        if isinstance(at, range) and at.step > 0:
+            index = slice(at.start, at.stop, at.step)
+        return (*(slice(None),) * axis, index)
+
+    def scattered(*stored: object) -> Array:
+        values = factor.show(stored)
+        wide = namespace(values).zeros(shape, dtype=values.dtype)
+        wide[places(to)] = values[places(taken)]
+        return wide
+
+    return Factor(factor.tensors, shape, scattered)
 
 
 def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], height: int) -> LoRA:

@@ -210,7 +210,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
             f"the adapter changes {listing(absent)}, the base has {listing(sorted(_networks(checkpoint)))}: "
             f"{len(missing)} of {len(adapter.updates)} parameters are not there: {lacking}",
             file=adapter.path,
-            hint=f"to merge the rest, leave them out: {_without(absent)}"
+            hint=f"to use the rest, leave them out: {_without(absent)}"
             if len(missing) < len(adapter.updates)
             else "is this the base it was trained on?",
         )
