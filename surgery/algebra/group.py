@@ -76,7 +76,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
     called = same_denoiser(components)
     groups: dict[tuple[str, str], list[Contribution]] = {}
     seen: list[set[tuple[str, str]]] = []
-    placed: list[_Placed] = []
+    placed: list[_OnBase] = []
     for owner, term in enumerate(terms):
         mine: set[tuple[str, str]] = set()
         updates = term.adapter.updates if base is None else applicable_updates(term.adapter, base)
@@ -97,7 +97,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
             new = tuple(Contribution(owner, named, plain_form(update), term.weight) for update in chain)
             contributions += new
             if base is not None:
-                placed.append(_Placed(key, places, new, term.adapter))
+                placed.append(_OnBase(key, places, new, term.adapter))
             mine.add(key)
         seen.append(mine)
     if base is None:
@@ -108,7 +108,7 @@ def group(terms: Sequence[WeightedAdapter], base: Checkpoint | None) -> dict[tup
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
+class _OnBase:
     """The updates of a site, and where the base holds its weight."""
 
     key: tuple[str, str]
@@ -117,13 +117,13 @@ class _Placed:
     adapter: Adapter
 
 
-def _on_stored(groups: dict[tuple[str, str], list[Contribution]], placed: Sequence[_Placed], base: Checkpoint) -> None:
+def _on_stored(groups: dict[tuple[str, str], list[Contribution]], placed: Sequence[_OnBase], base: Checkpoint) -> None:
     """Put what changes a weight whole in one adapter and in parts in another onto the weights that the base stores.
 
     Raises:
         FitError: an update that is no LoRA, or that is of something else than rows.
     """
-    held: dict[tuple[str, str], list[tuple[_Placed, View]]] = {}
+    held: dict[tuple[str, str], list[tuple[_OnBase, View]]] = {}
     clashing: dict[tuple[str, str], Site] = {}
     for one in placed:
         for parameter in (place.parameter for place in one.places):
@@ -162,7 +162,7 @@ def _of_place(contribution: Contribution, place: WeightSlice, clashing: Sequence
         raise FitError(
             f"'{first}' and '{second}' are one weight of the base in two layouts, whole in one and in parts in the other",
             file=adapter.path,
-            hint="merge them into the base together",
+            hint="`surgery merge` takes them together, into the base",
         )
     return widened(lora, view, parameter.storage.shape)
 

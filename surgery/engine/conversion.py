@@ -17,7 +17,7 @@ from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery.engine.leaving_out import without_base_values
 from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering, reader_of
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.parts import in_component, in_its_part
+from surgery_formats.binding.parts import in_component, in_its_encoder, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
@@ -113,6 +113,7 @@ def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> 
     Raises:
         FitError: the component is not in the adapter or the base, or cannot be told.
     """
+    adapter = adapter if base is None else in_its_encoder(adapter, base)
     named = {site.component for site in adapter.updates} - {""}
     if component is not None and named:
         if component not in named:

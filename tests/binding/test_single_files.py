@@ -400,12 +400,15 @@ def test_a_sum_of_a_whole_and_parts_is_of_loras(tmp_path: Path) -> None:
     save_file(_loras(("lora_unet_transformer_blocks_0_attn_to_k", 4, 4)), tmp_path / "part.safetensors")
     whole = {"diffusion_model.double_blocks.0.img_attn.qkv.diff": draw(3, 12, 4)}
     save_file(whole, tmp_path / "whole.safetensors")
-    with pytest.raises(FitError, match="are one weight of the base in two layouts"):
-        surgery.combine(
-            [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"],
-            output=tmp_path / "both",
-            base=tmp_path / "base.safetensors",
-        )
+    files = [tmp_path / "part.safetensors", tmp_path / "whole.safetensors"]
+    with pytest.raises(FitError, match="are one weight of the base in two layouts") as caught:
+        surgery.combine(files, output=tmp_path / "both", base=tmp_path / "base.safetensors")
+    assert caught.value.hint == "`surgery merge` takes them together, into the base"
+    merge(tmp_path / "base.safetensors", files, output=tmp_path / "out")
+    lora, name = load_file(files[0]), f"{UNET}double_blocks.0.img_attn.qkv.weight"
+    wanted = _bfl()[name] + whole["diffusion_model.double_blocks.0.img_attn.qkv.diff"]
+    wanted[4:8] += _delta(lora, "lora_unet_transformer_blocks_0_attn_to_k")
+    np.testing.assert_allclose(load_file(tmp_path / "out" / "base.safetensors")[name], wanted, atol=1e-5)
 
 
 def test_a_lora_of_two_files_of_several_networks(tmp_path: Path) -> None:

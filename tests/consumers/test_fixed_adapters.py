@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from tests.support.adapter_files import (
+    GOLDEN,
     assert_close,
     config_of,
     draw,
@@ -248,3 +249,16 @@ def test_saved_modules_go_to_mlx_as_loras_by_convert(base: Path, tmp_path: Path)
     for name in ("lm_head", "model.embed_tokens"):
         change = whole[f"base_model.model.{name}.weight"] - stored[f"{name}.weight"]
         assert np.abs(deltas[name] - change).max() < 1e-5
+
+
+def test_tensorrt_llms_python_api_gets_a_folder_of_peft_for_the_arrays_of_its_runtime(tmp_path: Path) -> None:
+    base, arrays = GOLDEN / "litgpt/base", GOLDEN / "tensorrt_llm/all"
+    (check,) = surgery.check(base, arrays, consumer="tensorrt-llm").consumers
+    assert [(one.what, one.why) for one in check.verdicts] == [("format", "it loads peft, this is tensorrt-llm")]
+    surgery.convert(arrays, consumer="tensorrt-llm", base=base, output=tmp_path / "out")
+    assert surgery.check(base, tmp_path / "out", consumer="tensorrt-llm").honoured
+    for name, adapter in {"before": arrays, "after": tmp_path / "out"}.items():
+        surgery.merge(base, adapter, output=tmp_path / name)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    for name, tensor in before.items():
+        np.testing.assert_allclose(after[name], tensor, atol=1e-6)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery import merge
@@ -86,3 +86,17 @@ def test_the_sample_has_every_network_layout_and_spelling() -> None:
     assert {one.layout for one in tried} == set(LAYOUTS)
     assert {one.spelling for one in tried} == set(SPELLINGS)
     assert len(COMBINATIONS) == len(KINDS) * len(LAYOUTS) * len(SPELLINGS)
+
+
+def test_clip_behind_a_llama_is_written_as_the_second_encoder(tmp_path: Path) -> None:
+    """ComfyUI calls it as it calls the first of other networks; its own format keeps the name."""
+    weights = drawn("hunyuan-video", np.float32)
+    base = written(weights, "pipeline", tmp_path / "base")
+    save_file(lora_of(weights, "ComfyUI", encoders=True).tensors, tmp_path / "lora.safetensors")
+    source = load_file(tmp_path / "lora.safetensors")
+    for name, wanted in {"diffusers": "text_encoder_2.", "comfyui": "text_encoders.clip_l.transformer."}.items():
+        out = tmp_path / f"{name}.safetensors"
+        surgery.convert(tmp_path / "lora.safetensors", name, output=out, base=base)
+        encoders = {key for key in load_file(out) if key.startswith("text_encoder")}
+        assert len(encoders) == len([key for key in source if key.startswith("text_encoders.clip_l.")]) > 0
+        assert all(key.startswith(wanted) for key in encoders)

@@ -98,7 +98,7 @@ def copy_another(rendering: Rendering) -> Rendering:
     one, other = next(alike([tensor for tensor in matrices(rendering) if isinstance(tensor.load, Moved)]))
     assert isinstance(one.load, Moved)
     assert isinstance(other.load, Moved)
-    return with_tensors(rendering, replace(one, load=replace(one.load, tensor=other.load.tensor)))
+    return with_tensors(rendering, replace(one, load=replace(one.load, tensors=other.load.tensors)))
 
 
 def scale_a_matrix(rendering: Rendering) -> Rendering:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a pipeline that an adapter belongs to which names none: PEFT's folders hold one network's names alone."""
+"""The part of a pipeline that an adapter belongs to, where its own names do not tell it.
+
+PEFT's folders hold one network's names alone, and ComfyUI calls a text encoder the same whatever number a pipeline has it under.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from surgery_formats.binding.containers import fits
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.text import listing
 
-__all__ = ["in_component", "in_its_part"]
+__all__ = ["in_component", "in_its_encoder", "in_its_part"]
 
+_FIRST, _SECOND = "text_encoder", "text_encoder_2"
 _HINT = "convert it for one of them first, which is named with `component=`"
 
 
@@ -25,13 +30,42 @@ def in_component(adapter: Adapter, component: str) -> Adapter:
     return replace(adapter, updates=updates, optional=optional)
 
 
+def in_its_encoder(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """`adapter` with ComfyUI's ``clip_l`` as the second text encoder, if the base has it so: HunyuanVideo's is behind a Llama."""
+    moved = {
+        site: replace(site, component=_SECOND)
+        for site, chain in adapter.updates.items()
+        if site.component == _FIRST and all(encoder_name(t.name) == "clip_l" for one in chain for t in one.tensors)
+    }
+    first, second = base.names_of(_FIRST), base.names_of(_SECOND)
+    if not moved or first is None or second is None:
+        return adapter
+    if any(first.resolve(site.path) for site in moved) or not all(second.resolve(site.path) for site in moved):
+        return adapter
+    updates = {moved.get(site, site): chain for site, chain in adapter.updates.items()}
+    if len(updates) < len(adapter.updates):
+        return adapter
+    modules = {f":{site.path.rpartition('.')[0]}" for site in moved}
+    spelling = {
+        name: {
+            **spelt,
+            **{f"{_SECOND}{one}": spelt[f"{_FIRST}{one}"] for one in sorted(modules) if f"{_FIRST}{one}" in spelt},
+        }
+        for name, spelt in adapter.spelling.items()
+    }
+    optional = frozenset(moved.get(site, site) for site in adapter.optional)
+    return replace(adapter, updates=updates, optional=optional, spelling=spelling)
+
+
 def in_its_part(adapter: Adapter, base: Checkpoint, hint: str = _HINT) -> Adapter:
     """`adapter` as one that names the only network of `base` which has its parameters; as it is if it names some itself.
 
     Raises:
         FitError: the base is a pipeline, and several of its networks have them, or none has.
     """
-    if not adapter.updates or base.component("") is not None or any(site.component for site in adapter.updates):
+    if not adapter.updates or any(site.component for site in adapter.updates):
+        return in_its_encoder(adapter, base)
+    if base.component("") is not None:
         return adapter
     found = {name: _found(adapter, component) for name, component in base.components.items()}
     some = [name for name, (held, _) in found.items() if held]

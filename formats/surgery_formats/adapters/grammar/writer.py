@@ -92,7 +92,7 @@ def _unrecognised(adapter: Adapter) -> ConversionLedger:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
+class _SpeltPart:
     """One module of the file, or a part of what a site has.
 
     Attributes:
@@ -183,7 +183,7 @@ class _Job:
             return f"this format has no place for '{site.component}'"
         if own is None and isinstance(update, LoRA) and self._waits(site, update, prefix):
             return ""
-        pieces = [_Piece(own.stem, site.kernel, update)] if own else self._pieces(site, update, prefix)
+        pieces = [_SpeltPart(own.stem, site.kernel, update)] if own else self._pieces(site, update, prefix)
         if not pieces:
             if self.base is None:
                 return self._needs_base(site)
@@ -309,13 +309,13 @@ class _Job:
                     return self.dialect.encoders[told] + level
         return self.dialect.prefix_for(component)
 
-    def _pieces(self, site: Site, update: Update, prefix: str) -> list[_Piece]:
+    def _pieces(self, site: Site, update: Update, prefix: str) -> list[_SpeltPart]:
         """What the file has for a site that no file of this format had; nothing if it cannot be told, or cut."""
         program = self.dialect.names_of
         names = self.base.names_of(site.component) if self.base is not None else None
         if program is None or names is None:
             stem, kernel = self._spelt(site, update, prefix)
-            return [_Piece(stem, kernel, update)] if stem and program != "OMI" else []
+            return [_SpeltPart(stem, kernel, update)] if stem and program != "OMI" else []
         assert self.base is not None
         slices = places_of(site, self.base, update.tensors)
         where = whole_place(slices)
@@ -323,7 +323,8 @@ class _Job:
         found = relaid(update, slices, names.inner or names, program)
         level = _TEXT if prefix.endswith(_TEXT) else ""
         return [
-            _Piece(f"{prefix}{name.removeprefix(level).rpartition('.')[0]}.", kernel, piece) for name, piece in found
+            _SpeltPart(f"{prefix}{name.removeprefix(level).rpartition('.')[0]}.", kernel, piece)
+            for name, piece in found
         ]
 
     def _states_shape(self, site: Site, update: Update) -> bool:
