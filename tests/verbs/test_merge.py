@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError, ResourceError, UsageError
+from surgery_formats.errors import (
+    FitError,
+    NothingChangedError,
+    OutputExistsError,
+    ProofError,
+    ResourceError,
+    UsageError,
+)
 from surgery_formats.files.output.folder import verify_folder
 from tests.support.hand_made import write_adapter, write_model
 from tests.support.kit import environment, make_base, make_lora, spawn
