@@ -17,7 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError, ResourceError
+from surgery_formats.errors import (
+    FitError,
+    NothingChangedError,
+    OutputExistsError,
+    ProofError,
+    ResourceError,
+    UsageError,
+)
 from surgery_formats.files.output.folder import verify_folder
 from tests.support.hand_made import write_adapter, write_model
 from tests.support.kit import environment, make_base, make_lora, spawn
@@ -360,3 +367,11 @@ def test_small_blocks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     surgery.merge(base, lora, output=tmp_path / "many")
     one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
     assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_a_folder_is_not_called_like_a_file(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a base in one file a file is expected, and a folder of that name would hold it."""
+    with pytest.raises(UsageError, match=r"the name is that of a file; write to .*merged$"):
+        surgery.merge(*pair, output=tmp_path / "merged.safetensors")
+    assert not (tmp_path / "merged.safetensors").exists()
+    surgery.merge(*pair, output=tmp_path / "llama-3.2")  # a version is no ending

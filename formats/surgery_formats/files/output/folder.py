@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import xxhash
 
-from surgery_formats.errors import FitError, ProofError
+from surgery_formats.errors import FitError, ProofError, UsageError
 from surgery_formats.files.output.kernel_copy import sync_folder, write_all
 from surgery_formats.files.output.manifest import (
     MANIFEST,
@@ -43,6 +43,7 @@ __all__ = ["FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder"
 
 Verify = Callable[[Path, FileRecord], bool]
 
+_OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".onnx", ".onnx_adapter")
 _JOURNAL = ".surgery-journal"
 
 
@@ -63,7 +64,16 @@ def output_folder(
         inputs: Files and folders that are read; the output must not be, contain, or lie in one of them.
         verify: Checks whether a file that an interrupted run finished is still good. The default compares the hash
             of the whole file.
+
+    Raises:
+        UsageError: the name is that of a file.
     """
+    if (path := Path(out)).suffix in _OF_FILES and not path.is_dir():
+        raise UsageError(
+            "a folder is written, and the name is that of a file",
+            file=path,
+            hint=f"write to {show(path.with_suffix(''), 200)}",
+        )
     return OutputFolder(Stage(out, plan_id, overwrite=overwrite, inputs=inputs), plan_id, verify)
 
 
