@@ -15,7 +15,13 @@ from pathlib import Path
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
 from surgery.algebra.group import applicable_updates
-from surgery.algebra.lora_of_weight import WeightForm, is_saved_matrix, lora_of_saved, lora_of_weight
+from surgery.algebra.lora_of_weight import (
+    WeightForm,
+    is_full_matrix,
+    is_saved_matrix,
+    lora_of_saved,
+    lora_of_weight,
+)
 from surgery.algebra.lora_question import no_low_rank
 from surgery.algebra.proof import OPTIMAL, TOLERANCE
 from surgery.algebra.sums import Recipe, stacked
@@ -99,6 +105,12 @@ def lora_form(
     if high:
         raise no_low_rank(high, len(updates), adapter)
     if not any(form.made.rank for form in weights.values()):
+        if not recipe.truncates and any(is_full_matrix(site, one) for site, chain in updates.items() for one in chain):
+            raise FitError(
+                "its changes of matrices are stored in full: a LoRA of them has a rank that is chosen",
+                file=adapter.path,
+                hint="give a rank (`rank=`)",
+            )
         kinds = sorted({update.kind for chain in updates.values() for update in chain})
         raise FitError(
             f"it changes no matrix ({', '.join(map(show, kinds))}): a LoRA could hold nothing of it",

@@ -31,7 +31,7 @@ from surgery_formats.updates import (
     stack_of_loras,
 )
 
-__all__ = ["WeightForm", "is_saved_matrix", "lora_of_saved", "lora_of_weight"]
+__all__ = ["WeightForm", "is_full_matrix", "is_saved_matrix", "lora_of_saved", "lora_of_weight"]
 
 _EXACT = 1e-7
 """Residual of a change formed in float64, relative to it, that is rounding: float32 factors differ by more."""
@@ -72,13 +72,19 @@ def lora_of_weight(
 ) -> WeightForm:
     """The LoRA that does what `chain` does, or the nearest that `recipe` allows.
 
+    A difference that is stored in full stays one where nothing may be lost.
+
     Raises:
         FitError: the change depends on a base, and there is none, or on values that replace the base's.
     """
     kind = "+".join(dict.fromkeys(update.kind for update in chain))
     forms = [plain_form(update) for update in chain]
     own = all(form is update for form, update in zip(forms, chain, strict=True))
-    changes = [form for form in forms if form.effect != "sets" and not in_full(form)]
+    changes = [
+        form
+        for form in forms
+        if form.effect != "sets" and ((recipe.truncates and is_full_matrix(site, form)) or not in_full(form))
+    ]
     kept = tuple(form for form in forms if not any(form is change for change in changes))
     if all(form.low_rank() or stack_of_loras(form) for form in changes):
         if not changes or not recipe.truncates:
@@ -101,6 +107,12 @@ def lora_of_weight(
         error = best[1] / best[0] if best is not None and best[0] else 0.0
         return WeightForm(_beside(kept, made), kind, error)
     return _by_svd(site, change, changes, kept, kind, recipe, solutions)
+
+
+def is_full_matrix(site: Site, update: Update) -> bool:
+    """Whether it is a difference of a matrix, stored in full; those of norms and biases are vectors, which no LoRA holds."""
+    stored = in_full(update)
+    return stored is not None and len(stored.value.shape) == 2 and site.path.endswith(".weight")
 
 
 def is_saved_matrix(chain: Sequence[Update]) -> bool:

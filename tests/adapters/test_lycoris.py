@@ -130,6 +130,25 @@ def test_a_difference_of_a_bias_needs_no_lora_beside_it(tmp_path: Path) -> None:
     assert load_file(tmp_path / "b.safetensors").keys() == load_file(file).keys()
 
 
+def test_a_difference_of_a_matrix_becomes_a_lora_of_the_rank_that_is_chosen(tmp_path: Path) -> None:
+    """Without a rank it is asked for; a bias beside it stays what it is."""
+    base = write_base(tmp_path / "base", {"conv.weight": (6, 4, 3, 3), "conv.bias": (6,)}, {})
+    file, change, bias = tmp_path / "a.safetensors", draw(1, 6, 4, 3, 3), draw(2, 6)
+    save_file({"lora_unet_conv.diff": change, "lora_unet_conv.diff_b": bias}, file)
+    with pytest.raises(FitError, match="a rank that is chosen"):
+        convert(file, "diffusers", base=base, output=tmp_path / "b.safetensors", as_lora=True)
+    for rank in (2, 6):
+        convert(file, "diffusers", base=base, output=tmp_path / f"{rank}.safetensors", as_lora=True, rank=rank)
+        before, after = (
+            load_file(base / "model.safetensors"),
+            merged(base, tmp_path / f"{rank}.safetensors", tmp_path / f"m{rank}"),
+        )
+        u, s, v = np.linalg.svd(change.reshape(6, -1), full_matrices=False)
+        best = ((u[:, :rank] * s[:rank]) @ v[:rank]).reshape(change.shape)
+        assert np.allclose(after["conv.weight"] - before["conv.weight"], best, atol=1e-4)
+        assert np.allclose(after["conv.bias"] - before["conv.bias"], bias, atol=1e-6)
+
+
 def test_alpha_counts_for_nothing_where_both_factors_of_a_lokr_are_whole(tmp_path: Path) -> None:
     tensors = {f"{KEY}.lokr_w1": draw(1, 4, 4), f"{KEY}.lokr_w2": draw(2, 8, 4), f"{KEY}.alpha": np.float32(9.9e9)}
     save_file({key: np.asarray(value) for key, value in tensors.items()}, tmp_path / "a.safetensors")
