@@ -38,7 +38,9 @@ from surgery.engine.loaders import attaching
 from surgery.engine.selection import Selection
 from surgery.progress import Callback
 from surgery.rank import Rank
+from surgery.reports.output import PATH
 from surgery.reports.result import timed
+from surgery.reports.values import Name
 from surgery_formats.adapters.format import Coded, Entry, what_to_tell
 from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_to_write
@@ -243,7 +245,7 @@ def _for_consumer(
     merger = None
     if merge_rest is not None and output is not None:
         merger = rest_merger(base, merge_rest, overwrite, progress)
-    return write_for(
+    result = write_for(
         adapter,
         base,
         program,
@@ -256,3 +258,7 @@ def _for_consumer(
         rest_name="" if merge_rest is None else local_path(merge_rest, "merge_rest").resolve().name,
         **options,
     )
+    if program.name != "llama.cpp" or output is None:
+        return result
+    command = "make a GGUF of it: surgery convert ", Name(output, PATH), " --to gguf --base ", Name(base.path, PATH)
+    return replace(result, following=(*command, " -o adapter.gguf"))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from surgery import convert, merge
-from tests.support.adapter_files import draw, write_base, write_peft
+from tests.support.adapter_files import GOLDEN, draw, write_base, write_peft
 
 UNET = "model.diffusion_model."
 CLIP_L, CLIP_G = "text_model.encoder.layers.0.self_attn.q_proj.weight", "transformer.resblocks.0.attn.out_proj.weight"
@@ -130,3 +130,11 @@ def test_a_network_of_a_pipeline_is_what_peft_attaches_to(tmp_path: Path) -> Non
     )
     result = convert(tmp_path / "a.safetensors", "peft", base=base, component="unet", output=tmp_path / "out")
     assert f'PeftModel.from_pretrained(pipe.unet, "{tmp_path / "out"}")' in str(result.summary())
+
+
+def test_what_llama_cpp_is_given_becomes_a_gguf_by_the_command_that_is_shown(tmp_path: Path) -> None:
+    folder = GOLDEN / "gguf/llama"
+    result = convert(folder / "lora/peft", consumer="llama.cpp", base=folder / "base", output=tmp_path / "out")
+    told = next(line for line in str(result.summary()).splitlines() if line.startswith("next: "))
+    assert told.endswith(f"surgery convert {tmp_path / 'out'} --to gguf --base {folder / 'base'} -o adapter.gguf")
+    convert(tmp_path / "out", "gguf", base=folder / "base", output=tmp_path / "adapter.gguf")
