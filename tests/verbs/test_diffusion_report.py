@@ -52,7 +52,7 @@ def test_parts_of_one_file_are_told_by_the_words_of_each(tmp_path: Path) -> None
     file = _base(tmp_path / "all.safetensors", "model.diffusion_model.", **{text: (8, 8)})
     found = inspect(file)
     assert isinstance(found, CheckpointReport)
-    assert found.components[0].networks == {"denoiser": "Wan", "text_encoder": ""}
+    assert found.components[0].networks == {"denoiser": "Wan", "text_encoder": "umt5xxl"}
     assert found.components[0].roles["attention"].parameters == ATTENTION + 64
 
 

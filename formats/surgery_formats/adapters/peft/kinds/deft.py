@@ -26,6 +26,8 @@ def _read(module: Module) -> ModuleUpdates:
     if not isinstance(method, str) or method not in _METHODS:
         raise MalformedError("'decomposition_method' is neither 'relu' nor 'qr'", file=config.file)
     rank, R = P.shape[1], None
+    if rank > P.shape[0]:
+        raise malformed(P, f"it has no {rank} directions")
     if config.flag("para") != ("deft_R" not in module.parts):
         raise malformed(P, "'para' and 'deft_R' exclude each other, and one of them is needed")
     if "deft_R" in module.parts:

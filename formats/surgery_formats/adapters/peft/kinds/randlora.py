@@ -32,7 +32,7 @@ def _read(module: Module) -> ModuleUpdates:
     rank, count = lam.shape
     if gamma.shape[0] != count:
         raise malformed(gamma, f"'randlora_lambda' is {list(lam.shape)}")
-    copies = tuple(module.parts[name] for name in _SHARED if name in module.parts)
+    copies = {name: module.parts[name] for name in _SHARED if name in module.parts}
     bases: tuple[Factor, Factor] | RandomBases
     stored = shared_pair(module, _SHARED, (3, 3))
     if stored is None:
@@ -44,11 +44,11 @@ def _read(module: Module) -> ModuleUpdates:
         A, B = bases = stored
         if A.shape[:2] != (rank, 1) or B.shape[2] != rank or B.shape[1] < count or A.shape[2] < gamma.shape[1]:
             raise malformed(lam, f"the shared bases are {list(A.shape)} and {list(B.shape)}")
-        for copy in copies:
-            _check_copy(copy, module.shared[copy.name.rpartition(".")[2]])
+        for name, copy in copies.items():
+            _check_copy(copy, module.shared[name])
     scale = module.config.number("randlora_alpha", _ALPHA)
     update = RandLoRA(Factor.of(lam), Factor.of(gamma), bases, scale / rank, scale)
-    ignored = tuple(Ignored(copy, "one more copy of a basis that all modules share") for copy in copies)
+    ignored = tuple(Ignored(copy, "one more copy of a basis that all modules share") for copy in copies.values())
     return ModuleUpdates({module.site(): (update,)}, ignored=ignored)
 
 
