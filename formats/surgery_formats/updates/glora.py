@@ -169,7 +169,20 @@ class GLoRABias:
         return _tensors(self.C, self.D, self.E)
 
     def fitted(self, fit: Fit) -> GLoRABias:
-        """The elements of the bias, and the weight beside it."""
+        """The elements of the bias, and the weight beside it.
+
+        Raises:
+            FitError: a support has other elements than the bias.
+        """
+        for support in (self.D, self.E):
+            if support and support[0].shape[0] not in (1, fit.shape[0]):
+                stored = support[0].tensors[0]
+                raise FitError(
+                    f"it is of {support[0].shape[0]} elements, and the bias has {fit.shape[0]}",
+                    file=stored.path,
+                    tensor=stored.name,
+                    hint="is this the base it was trained on?",
+                )
         return replace(self, outputs=fit.shape[0], beside=fit.beside if self.C else None)
 
     def factors(self) -> dict[str, Factor]:
