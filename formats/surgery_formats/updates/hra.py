@@ -110,7 +110,8 @@ class HRA:
         lengths = xp.linalg.vector_norm(U, axis=0)
         if self.gram_schmidt:
             Q, R = xp.linalg.qr(U)
-            if bool(xp.any(xp.abs(xp.linalg.diagonal(R)) <= _DEPENDENT * lengths)):
+            more = self.rank > U.shape[0]  # vectors than directions
+            if more or bool(xp.any(xp.abs(xp.linalg.diagonal(R)) <= _DEPENDENT * lengths)):
                 raise self._error("one of its vectors depends on those before it: Gram-Schmidt has no answer")
             return Q, 2 * xp.eye(self.rank, dtype=U.dtype, device=U.device)
         if not bool(xp.all(lengths > 0)):
