@@ -176,7 +176,8 @@ def fails(case: Case, mutation: Mutation, tmp_path: Path, monkeypatch: pytest.Mo
     )
     folder = tmp_path / "made"
     folder.mkdir()
-    output = folder / "out.gguf" if case.to == "gguf" else folder / "out.safetensors"
+    endings = {"gguf": ".gguf", "peft": "", "mlx": "", "torchtune": "", "litgpt": ""}
+    output = folder / f"out{endings.get(case.to, '.safetensors')}"
     with pytest.raises(ProofError) as caught:
         convert(source, case.to, output=output, base=GOLDEN / case.base if case.base else None)
     assert caught.value.exit_code == 5
