@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from surgery_formats.updates.update import Update
 
 __all__ = ["equal_factors", "noted_tensors", "same_update", "settings"]
 
-_STEP = 1 << 20  # bytes, two times which a processor keeps near it
+_STEP = 1 << 18  # bytes, two times which a core keeps near it
+_read = threading.local()  # two buffers of a thread: fresh memory would cost as much as reading
 _AS_WRITTEN = frozenset(["alpha", "noted"])  # what a scale, a limit or a switch was read from: those are compared
 
 
@@ -82,11 +84,13 @@ def _same_bytes(tensor: Tensor, other: Tensor) -> bool:
         return False
     import numpy
 
-    mine, theirs = (numpy.empty(min(_STEP, tensor.nbytes), numpy.uint8) for _ in range(2))
+    if not hasattr(_read, "buffers"):
+        _read.buffers = [numpy.empty(_STEP, numpy.uint8) for _ in range(2)]
+    mine, theirs = _read.buffers
     for start in range(0, tensor.nbytes, _STEP):
         left, right = (buffer[: tensor.nbytes - start] for buffer in (mine, theirs))
         for buffer, stored in ((left, tensor), (right, other)):
-            stored.file.read_into(memoryview(buffer), stored.offset + start)  # type: ignore[arg-type]  # it has no stub
+            stored.file.read_into(memoryview(buffer), stored.offset + start)
         if not numpy.array_equal(left, right):
             return False
     return True

@@ -7,7 +7,9 @@ from elsewhere get the dialect's spelling; flat ones need the base, which alone 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -268,9 +270,14 @@ class _Job:
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
         leaves = {**self.dialect.leaves, **self.spelt.usual}
-        for stem, whole in self.wholes.items():
+        with ThreadPoolExecutor(
+            min(4, os.cpu_count() or 1), "surgery-join"
+        ) as pool:  # each reads whether A's are equal
+            loras = list(
+                pool.map(lambda stem: joined(stem, self.wholes[stem].parts, self.wholes[stem].height), self.wholes)
+            )
+        for (stem, whole), lora in zip(self.wholes.items(), loras, strict=True):
             writer = LeafWriter(stem, leaves, (), self.with_alpha, self.in_header)
-            lora = joined(stem, whole.parts, whole.height)
             LORA.write(lora, "weight", writer)
             self._keep(writer, whole.prefix, lora.rank)
 
