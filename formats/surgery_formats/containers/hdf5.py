@@ -222,7 +222,12 @@ class _Walk:
         """The element type; two opaque bytes are a bfloat16, for which HDF5 has no type."""
         kind, bits, nbytes = data[0] & 15 if data else -1, data[1:4], int.from_bytes(data[4:8], "little")
         found = None
-        if len(data) >= 12 and kind == 0 and bits[0] in (0, 8) and data[8:12] == struct.pack("<HH", 0, 8 * nbytes):
+        if (
+            len(data) >= 12
+            and kind == 0
+            and bits[0] in (0, 8)
+            and struct.unpack_from("<HH", data, 8) == (0, 8 * nbytes)
+        ):
             found = _INTEGERS.get((nbytes, bool(bits[0] & 8)))
         elif len(data) >= 20 and kind == 1 and bits == bytes((0x20, 8 * nbytes - 1 & 0xFF, 0)):  # the sign on top
             found = _FLOATS.get((nbytes, *struct.unpack_from("<HHBBBBI", data, 8)))
