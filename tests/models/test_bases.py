@@ -12,22 +12,9 @@ from safetensors.numpy import load_file, save_file
 import surgery
 from surgery import merge
 from surgery.reports.checkpoint_report import CheckpointReport
-from tests.support.bases import (
-    COMBINATIONS,
-    KINDS,
-    LAYOUTS,
-    MODELS,
-    SPELLINGS,
-    TOLERANCE,
-    Combination,
-    check,
-    compared,
-    drawn,
-    files_of,
-    lora_of,
-    sample,
-    written,
-)
+from tests.support.base_loras import SPELLINGS, lora_of
+from tests.support.base_merges import COMBINATIONS, TOLERANCE, Combination, check, compared, sample
+from tests.support.bases import KINDS, LAYOUTS, MODELS, drawn, files_of, written
 
 EVERY = 7
 """Of this many combinations one is tried by default; the mark ``slow`` has all."""
