@@ -42,7 +42,7 @@ def test_inspect_names_the_networks_of_a_file(network: str, layout: str, tmp_pat
     inside = len(kind.encoders) if layout == "ComfyUI" else len(kind.inside)
     numbers = [f"text_encoder_{number + 1}" if number else "text_encoder" for number in range(inside)]
     parts = {"denoiser", *numbers, *(["vae"] if layout == "ComfyUI" or kind.vae else [])}
-    assert found.keys() == parts if len(parts) > 1 else {""}
+    assert found.keys() == (parts if len(parts) > 1 else {""})
     denoiser = found.get("denoiser", found.get(""))
     assert denoiser == ("LTX-Video or LTX-2" if network == "ltx" else family)
     told = [found[number] for number in numbers]
