@@ -44,7 +44,7 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
         )
     for chain in adapter.updates.values():
         for update in chain:
-            if is_refusing(update):
+            if is_refusing(update):  # whether or not the base has such a module, which for one that is inserted is no
                 update.refuse()
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
