@@ -398,6 +398,17 @@ def test_a_plugin_is_a_consumer(base: Path, tmp_path: Path) -> None:
     assert check.outcome == "refused"
 
 
+def test_modules_left_out_by_choice_are_in_the_account(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", lora_of(1, MODULES), target_modules=TARGETS)
+    made = surgery.convert(adapter, consumer="vllm", base=base, without="*down_proj", output=tmp_path / "b")
+    gone = [entry.site for entry in made.entries if entry.detail == "left out by choice"]
+    assert gone
+    assert all(site.endswith("down_proj.weight") for site in gone)
+    assert {
+        entry["site"] for entry in json.loads((tmp_path / "b" / "surgery_manifest.json").read_text())["entries"]
+    } >= {*gone}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
