@@ -20,7 +20,7 @@ from surgery_cli.group import surgery as surgery_command
 from surgery_formats.adapters.registry import BUILT_IN
 from surgery_formats.containers.registry import BUILT_IN as CONTAINERS
 from tests.oracles.cases import CASES
-from tests.support.bases import COMBINATIONS as BASES
+from tests.support.base_merges import COMBINATIONS as BASES
 from tests.support.bases import KINDS as KINDS_OF_BASES
 from tests.support.bases import LAYOUTS
 from tests.support.fp8_bases import FP8_COMBINATIONS, STYLES, WAYS

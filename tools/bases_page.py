@@ -11,7 +11,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
 
-from tests.support.bases import COMBINATIONS, DIFFUSERS, KINDS, LAYOUTS, SPELLINGS, TOLERANCE, Combination, check
+from tests.support.base_loras import SPELLINGS
+from tests.support.base_merges import COMBINATIONS, TOLERANCE, Combination, check
+from tests.support.bases import DIFFUSERS, KINDS, LAYOUTS
 from tests.support.fp8_bases import FP8_COMBINATIONS, STYLES, WAYS, Fp8Combination, check_fp8
 
 PAGE = ROOT / "docs" / "bases.md"

@@ -62,8 +62,9 @@ _stand_in()
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy  # noqa: E402
-from fuzz_mutations import Words, mutated  # noqa: E402
+from fuzz_mutations import mutated  # noqa: E402
 from fuzz_seeds import Seed, readers, seeds  # noqa: E402
+from fuzz_words import Words  # noqa: E402
 
 from surgery_formats.adapters.format import TakesAlpha  # noqa: E402
 from surgery_formats.adapters.registry import formats, read_adapter  # noqa: E402

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -75,10 +76,13 @@ _RENAMED = {"output": "-o", "as_lora": "--as lora"}  # arguments whose options h
 
 
 def _option(argument: re.Match[str]) -> str:
-    """An argument of a function as the option of the same name: ``overwrite=True`` -> ``--overwrite``."""
+    """An argument of a function as the option of the same name: ``overwrite=True`` -> ``--overwrite``.
+
+    A pattern is quoted, as a shell would look for files of its name.
+    """
     option = _RENAMED.get(argument["name"]) or f"--{argument['name'].replace('_', '-')}"
     value = argument["value"].strip('"')
-    return option if value in ("", "True") else f"{option} {value}"
+    return option if value in ("", "True") else f"{option} {shlex.quote(value)}"
 
 
 def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:

@@ -60,7 +60,8 @@ def diff_adapters(
         "base": (a.base_name, b.base_name),
         "parameters": (str(a.parameters), str(b.parameters)),
     }
-    difference = ratio(math.sqrt(total.difference), math.sqrt(total.a)) if compared else None
+    told = compared and (total.difference > 0 or all(module.status == "equal" for module in modules))
+    difference = ratio(math.sqrt(total.difference), math.sqrt(total.a)) if told else None
     return AdapterDiff(facts, tuple(modules), difference, header, (*notes, *_notes(a, b)))
 
 
@@ -147,7 +148,9 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     difference = ratio(math.sqrt(sums.difference), math.sqrt(sums.a))
     sizes = math.sqrt(sums.a) * math.sqrt(sums.b)
     cosine = max(-1.0, min(1.0, sums.product / sizes)) if sizes else None
-    status: AdapterStatus = "equal" if difference <= limit and not notes else "different"
+    if notes and difference <= limit:  # only the base would tell the size of what differs, and 0 it is not
+        return ModuleDiff(name, "different", a, b, None, cosine, "; ".join(notes)), sums
+    status: AdapterStatus = "equal" if difference <= limit else "different"
     return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes)), sums
 
 

@@ -92,7 +92,8 @@ class AdapterDiff:
     Attributes:
         facts: ``{what: (A's, B's)}`` of format, kind, base and trained parameters.
         modules: Every weight that one of them touches.
-        difference: Over all weights together, relative to A; None where no deltas were compared.
+        difference: Over all weights together, relative to A; None where no deltas were compared, or only what is no
+            delta differs.
         header: Whether values were left unread.
         notes: What the user should know.
         seconds: How long it took.

@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from surgery.reports.output import PATH
 from surgery.reports.values import Name
+from surgery_formats.adapters.format import Format
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.layouts.parts import parts_of
@@ -32,6 +33,35 @@ _PIPELINES = (
     ("SD3Transformer2DModel", ("text_encoder", "text_encoder_2"), "StableDiffusion3Pipeline"),
 )
 """Pipelines that take their text encoders from the file: the network, what text encoders there are, the class."""
+
+_OF_FILE = {
+    "comfyui": ("put it into the folder models/loras of ComfyUI, for its node LoraLoader: ", ""),
+    "embedding": ("put it into the folder embeddings of ComfyUI, Forge or A1111; the file's name is the token: ", ""),
+    "gguf": ('run it with llama.cpp, beside the base: llama-cli -m base.gguf --lora "', '"'),
+    "keras": ('load it with KerasHub, after backbone.enable_lora: backbone.load_lora_weights("', '")'),
+    "learned-embeds": ('load it with diffusers: pipe.load_textual_inversion("', '")'),
+    "litgpt": (
+        'load it into litgpt.lora.GPT: model.load_state_dict(torch.load("',
+        '", weights_only=True)["model"], strict=False)',
+    ),
+    "loralib": (
+        'load it into a model with layers of loralib: model.load_state_dict(torch.load("',
+        '", weights_only=True), strict=False)',
+    ),
+    "onnx-adapter": ('load it with onnxruntime: adapter = LoraAdapter(); adapter.Load("', '")'),
+    "torchtune": (
+        'load it into a model of torchtune with LoRA: model.load_state_dict(torch.load("',
+        '", weights_only=True), strict=False)',
+    ),
+}
+"""What loads the file of weights, by format: the words in front of its path, and those behind it."""
+_OF_FOLDER = {
+    "adapterhub": ('load it with adapters: model.load_adapter("', '", use_safetensors=True)'),
+    "tensorrt-llm": (
+        "give it to Triton with inflight_batcher_llm_client.py of tensorrtllm_backend: --lora-task-id 1 --lora-path ",
+        "",
+    ),
+}
 
 
 def is_identifier(name: object) -> TypeGuard[str]:
@@ -75,25 +105,23 @@ def class_of_file(names: Collection[str]) -> str:
     )
 
 
-def attaching(target: str, output: Path, adapter: Adapter, base: Checkpoint | None) -> tuple[str | Name, ...]:
-    """How to load an adapter that is written at `output` in a format; empty for formats that no one call loads."""
-    path = Name(output, PATH)
+def attaching(
+    target: Format, output: Path, tensor_file: str, adapter: Adapter, base: Checkpoint | None
+) -> tuple[str | Name, ...]:
+    """How to load what is written at `output`, in `tensor_file` of a folder; empty for formats that no one call loads."""
+    path, name = Name(output, PATH), target.name
+    if around := _OF_FOLDER.get(name):
+        return around[0], path, around[1]
+    if around := _OF_FILE.get(name):
+        return around[0], path if target.single_file else Name(output / tensor_file, PATH), around[1]
     kinds = {update.kind for chain in adapter.updates.values() for update in chain}
-    if target == "peft":
+    if name == "peft":
         return "attach it: PeftModel.from_pretrained(", *_model(adapter, base), ', "', path, '")'
-    if target in ("kohya", "diffusers") and kinds <= {"LoRA", "DoRA"}:
+    if name in ("kohya", "diffusers") and kinds <= {"LoRA", "DoRA"}:
         return 'load it with diffusers: pipe.load_lora_weights("', path, '")'
-    if target == "mlx":
+    if name == "mlx":
         model = "model" if base is None else Name(base.path, PATH)
         return 'load it with MLX-LM: mlx_lm.load("', model, '", adapter_path="', path, '")'
-    if target == "gguf":
-        return 'run it with llama.cpp, beside the base: llama-cli -m base.gguf --lora "', path, '"'
-    if target == "learned-embeds":
-        return 'load it with diffusers: pipe.load_textual_inversion("', path, '")'
-    if target == "embedding":
-        return "put it into the folder embeddings of ComfyUI, Forge or A1111; the file's name is the token: ", path
-    if target == "adapterhub":
-        return 'load it with adapters: model.load_adapter("', path, '", use_safetensors=True)'
     return ()
 
 

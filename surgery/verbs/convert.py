@@ -202,7 +202,7 @@ def convert(
     )
     if destination is None:
         return result
-    result = replace(result, following=attaching(target.name, destination, source, checkpoint))
+    result = replace(result, following=attaching(target, destination, plan.rendering.tensor_file, source, checkpoint))
     options = WriteOptions(
         destination,
         (original.path, *(() if checkpoint is None else (checkpoint.path,))),

@@ -15,25 +15,12 @@ from surgery import combine, convert, inspect, merge, unmerge, verify
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.testing.format import save
-from tests.support.adapter_files import GOLDEN, Arrays, draw, merged
+from tests.support.adapter_files import GOLDEN, Arrays, assert_expected, draw, merged
 
 FOLDER = GOLDEN / "flux"
 FILES = json.loads((FOLDER / "expected.json").read_text())["files"]
 LAYOUTS = ("bfl", "diffusers")
 CONTROL = FOLDER / "control/adapter.safetensors"
-
-
-def _error(base: Path, got: Arrays, expected: Path, share: float = 1.0) -> float:
-    """The greatest error of a weight, of its greatest change; what did not change must not, and what is wider begins as it was."""
-    before, wanted = load_file(base), load_file(expected)
-    assert all(np.array_equal(got[name], value) for name, value in before.items() if name not in wanted)
-    worst = 0.0
-    for name, value in wanted.items():
-        old = np.zeros_like(value, np.float64)
-        old[tuple(slice(0, size) for size in before[name].shape)] = before[name]
-        step = value - old
-        worst = max(worst, abs(got[name] - old - share * step).max() / abs(step).max())
-    return worst
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -42,7 +29,7 @@ def test_it_does_what_diffusers_does(name: str, layout: str, tmp_path: Path) -> 
     base, file = FOLDER / f"base-{layout}.safetensors", FOLDER / name / "adapter.safetensors"
     adapter = read_adapter(file)
     assert (adapter.format, adapter.unconsumed()) == ("bare", ())
-    assert _error(base, merged(base, file, tmp_path / "out"), FOLDER / name / f"expected-{layout}.safetensors") <= 1e-6
+    assert_expected(base, merged(base, file, tmp_path / "out"), FOLDER / name / f"expected-{layout}.safetensors")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -85,7 +72,7 @@ def test_comfyui_is_told_of_the_growth(with_base: bool, tmp_path: Path) -> None:
     assert sizes == {"diffusion_model.img_in.reshape_weight": [16, 8]}
     assert written["diffusion_model.img_in.reshape_weight"].dtype == np.int64
     assert sum(key.endswith("_norm.set_weight") for key in written) == 6
-    assert _error(base, merged(base, out, tmp_path / "out"), FOLDER / "control/expected-bfl.safetensors") <= 1e-6
+    assert_expected(base, merged(base, out, tmp_path / "out"), FOLDER / "control/expected-bfl.safetensors")
     again = format_named("comfyui")
     adapter = read_adapter(out)
     assert load_file(save(again.render(adapter, None), again, tmp_path / "again")).keys() == written.keys()
@@ -171,7 +158,7 @@ def test_a_half_of_whole_norms_needs_the_base(tmp_path: Path) -> None:
     half = tmp_path / "half"
     merge(FOLDER / "base-bfl.safetensors", {CONTROL: 0.5}, output=half)
     got = load_file(half / "base-bfl.safetensors")
-    assert _error(FOLDER / "base-bfl.safetensors", got, FOLDER / "control/expected-bfl.safetensors", 0.5) <= 1e-6
+    assert_expected(FOLDER / "base-bfl.safetensors", got, FOLDER / "control/expected-bfl.safetensors", share=0.5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -187,7 +174,7 @@ def test_a_control_lora_becomes_one_of_diffusers(layout: str, tmp_path: Path) ->
     for other in LAYOUTS:
         place = FOLDER / f"base-{other}.safetensors"
         got = merged(place, out, tmp_path / other)
-        assert _error(place, got, FOLDER / f"control/expected-{other}.safetensors") <= 1e-6
+        assert_expected(place, got, FOLDER / f"control/expected-{other}.safetensors")
     target = format_named("diffusers")
     before, written = load_file(out), load_file(save(target.render(adapter, None), target, tmp_path / "again"))
     assert before.keys() == written.keys()

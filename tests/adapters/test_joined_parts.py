@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 import surgery
 from surgery_formats.errors import FitError
 from tests.support.adapter_files import Arrays, draw
-from tests.support.bases import KINDS, drawn, files_of, in_comfyui, lora_of, tensors_of, written
+from tests.support.base_loras import lora_of
+from tests.support.bases import KINDS, drawn, files_of, in_comfyui, tensors_of, written
 
 FUSED = [network for network in KINDS if len(tensors_of(network).single) != len(tensors_of(network).spans)]
 

@@ -16,7 +16,7 @@ from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.testing.format import save
 from surgery_formats.updates import LoKr, OutputRotation
-from tests.support.adapter_files import GOLDEN, Arrays, assert_close, draw, merged, write_base
+from tests.support.adapter_files import GOLDEN, assert_close, assert_expected, draw, merged, write_base
 
 FOLDER = GOLDEN / "lycoris"
 BASE = FOLDER / "base.safetensors"
@@ -24,19 +24,11 @@ FILES = json.loads((FOLDER / "expected.json").read_text())["files"]
 KEY = "lora_unet_blocks_0_to_q"
 
 
-def _error(got: Arrays, expected: Path) -> float:
-    """The greatest error of a weight, of its greatest change; what did not change must not."""
-    before, wanted = load_file(BASE), load_file(expected)
-    assert all(np.array_equal(got[name], value) for name, value in before.items() if name not in wanted)
-    steps = {name: abs(value.astype(np.float64) - before[name]).max() for name, value in wanted.items()}
-    return max(abs(got[name].astype(np.float64) - value).max() / steps[name] for name, value in wanted.items())
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_it_does_what_lycoris_own_forward_does(name: str, tmp_path: Path) -> None:
     file = FOLDER / name / "adapter.safetensors"
     assert read_adapter(file).unconsumed() == ()
-    assert _error(merged(BASE, file, tmp_path / "out"), FOLDER / name / "expected.safetensors") <= 1e-6
+    assert_expected(BASE, merged(BASE, file, tmp_path / "out"), FOLDER / name / "expected.safetensors")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -54,7 +46,7 @@ def test_it_is_written_again_under_its_own_keys_without_a_base(name: str, tmp_pa
         assert all(np.array_equal(written[key], value) for key, value in before.items())
     saved = tmp_path / "again.safetensors"
     save_file(written, saved)
-    assert _error(merged(BASE, saved, tmp_path / "out"), FOLDER / name / "expected.safetensors") <= 1e-6
+    assert_expected(BASE, merged(BASE, saved, tmp_path / "out"), FOLDER / name / "expected.safetensors")
 
 
 @pytest.mark.parametrize(

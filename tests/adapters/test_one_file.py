@@ -19,20 +19,12 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.testing.format import save
 from surgery_formats.updates import DoRA, LoRA
-from tests.support.adapter_files import GOLDEN, Arrays, draw, merged, write_base
+from tests.support.adapter_files import GOLDEN, Arrays, assert_expected, draw, merged, write_base
 
 FOLDER = GOLDEN / "dotted"
 FILES = json.loads((FOLDER / "expected.json").read_text())["files"]
 FORMATS = {"lightning": "bare", "lightx2v": "comfyui", "diffsynth": "bare"}
 Q = "transformer_blocks.0.attn.to_q"
-
-
-def _error(base: Path, got: Arrays, expected: Path) -> float:
-    """The greatest error of a weight, of its greatest change; what did not change must not."""
-    before, wanted = load_file(base), load_file(expected)
-    assert all(np.array_equal(got[name], value) for name, value in before.items() if name not in wanted)
-    steps = {name: abs(value.astype(np.float64) - before[name]).max() for name, value in wanted.items()}
-    return max(abs(got[name].astype(np.float64) - value).max() / steps[name] for name, value in wanted.items())
 
 
 def _pair(stem: str, down: str = "lora_A.weight", up: str = "lora_B.weight", rank: int = 2) -> Arrays:
@@ -57,7 +49,7 @@ def test_it_does_what_its_own_program_does(name: str, tmp_path: Path) -> None:
     adapter = read_adapter(file)
     assert adapter.format == FORMATS.get(name, "diffusers")
     assert adapter.unconsumed() == ()
-    assert _error(base, merged(base, file, tmp_path / "out"), FOLDER / name / "expected.safetensors") <= 1e-6
+    assert_expected(base, merged(base, file, tmp_path / "out"), FOLDER / name / "expected.safetensors")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -99,7 +91,7 @@ def test_every_format_of_one_file_holds_what_the_others_do(name: str, target: st
     assert {entry.outcome for entry in result.entries} <= {"exact", "folded"}
     assert read_adapter(tmp_path / "x.safetensors").format == target
     got = merged(base, tmp_path / "x.safetensors", tmp_path / "out")
-    assert _error(base, got, FOLDER / name / "expected.safetensors") <= 1e-6
+    assert_expected(base, got, FOLDER / name / "expected.safetensors")
 
 
 def test_it_is_resized_and_split_without_a_base(tmp_path: Path) -> None:

@@ -13,20 +13,12 @@ from surgery import combine, convert, inspect, merge
 from surgery_formats.adapters.registry import format_named, read_adapter
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.testing.format import save
-from tests.support.adapter_files import GOLDEN, Arrays, draw, merged, write_base
+from tests.support.adapter_files import GOLDEN, Arrays, assert_expected, draw, merged, write_base
 
 FOLDER, FLUX = GOLDEN / "onetrainer", GOLDEN / "flux"
 OMI, LEGACY = FOLDER / "omi.safetensors", FOLDER / "legacy.safetensors"
 FORMATS = {OMI: "omi", LEGACY: "kohya"}
 BUNDLED = {"bundle_emb.token.clip_l", "bundle_emb.token.t5", "bundle_emb.token.t5_out"}
-
-
-def _error(base: Path, got: Arrays, expected: Path) -> float:
-    """The greatest error of a weight, of its greatest change; what did not change must not."""
-    before, wanted = load_file(base), load_file(expected)
-    assert all(np.array_equal(got[name], value) for name, value in before.items() if name not in wanted)
-    steps = {name: abs(value.astype(np.float64) - before[name]).max() for name, value in wanted.items()}
-    return max(abs(got[name].astype(np.float64) - value).max() / steps[name] for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
@@ -38,7 +30,7 @@ def test_its_names_are_read_against_both_layouts(file: Path, layout: str, tmp_pa
     base, out = FLUX / f"base-{layout}.safetensors", tmp_path / "out"
     merge(base, file, output=out, without="*bundle_emb*")
     got = load_file(out / base.name)
-    assert _error(base, got, FOLDER / f"expected-{layout}.safetensors") <= 1e-6
+    assert_expected(base, got, FOLDER / f"expected-{layout}.safetensors")
 
 
 @pytest.mark.parametrize("file", FORMATS, ids=lambda file: file.stem)
@@ -82,7 +74,7 @@ def test_every_layout_of_a_base_gives_the_same_file(target: str, layout: str, tm
     for other in ("bfl", "diffusers"):
         place = FLUX / f"base-{other}.safetensors"
         got = merged(place, tmp_path / "x.safetensors", tmp_path / other)
-        assert _error(place, got, FOLDER / f"expected-{other}.safetensors") <= 1e-6
+        assert_expected(place, got, FOLDER / f"expected-{other}.safetensors")
 
 
 @pytest.mark.parametrize("layout", ["bfl", "diffusers"])
@@ -95,7 +87,7 @@ def test_factors_of_fused_weights_are_cut_to_parts(source: str, target: str, lay
     assert {entry.outcome for entry in result.entries} == {"exact"}
     assert any(".0.attn.to_k." in key or ".qkv.1." in key for key in load_file(out))
     got = merged(base, out, tmp_path / "out")
-    assert _error(base, got, FLUX / source / f"expected-{layout}.safetensors") <= 1e-6
+    assert_expected(base, got, FLUX / source / f"expected-{layout}.safetensors")
 
 
 def test_omi_needs_a_base_for_names_of_others(tmp_path: Path) -> None:
@@ -115,7 +107,7 @@ def test_its_rotations_are_those_of_its_modules(name: str, tmp_path: Path) -> No
     assert (adapter.format, adapter.unconsumed()) == ("kohya", ())
     got = merged(base, file, tmp_path / "out")
     # its series is in float32, ours in float64
-    assert _error(base, got, place / "expected.safetensors") <= 1e-6
+    assert_expected(base, got, place / "expected.safetensors")
     target = format_named("kohya")
     before, written = load_file(file), load_file(save(target.render(adapter, None), target, tmp_path))
     assert before.keys() == written.keys()

@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
-from safetensors.numpy import load_file
 
 from surgery import convert, inspect
 from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
@@ -21,7 +20,7 @@ from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter, plan_onnx_adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, SurgeryError, UsageError
-from tests.support.adapter_files import GOLDEN, draw, merged, write_peft
+from tests.support.adapter_files import GOLDEN, assert_expected, draw, merged, write_peft
 
 FOLDER = GOLDEN / "onnx_adapter"
 CASES: list[str] = json.loads((FOLDER / "expected.json").read_text())["cases"]
@@ -39,14 +38,8 @@ def test_olives_file_does_what_peft_does(name: str, tmp_path: Path) -> None:
     file = FOLDER / name / "adapter.onnx_adapter"
     adapter = read_adapter(file)
     assert (adapter.format, adapter.unconsumed()) == ("onnx-adapter", ())
-    before, wanted = load_file(FOLDER / name / "model.safetensors"), load_file(FOLDER / name / "expected.safetensors")
-    got = merged(FOLDER / name, file, tmp_path / "out")
-    for key, value in got.items():
-        if key not in wanted:
-            assert np.array_equal(value, before[key])
-            continue
-        step = abs(wanted[key].astype(float) - before[key]).max()
-        assert abs(value.astype(float) - wanted[key]).max() <= 1e-6 * step, key
+    base, expected = FOLDER / name / "model.safetensors", FOLDER / name / "expected.safetensors"
+    assert_expected(base, merged(FOLDER / name, file, tmp_path / "out"), expected)
 
 
 @pytest.mark.parametrize("name", CASES)

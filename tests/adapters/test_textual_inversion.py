@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from surgery import combine, convert, inspect, merge, resize
+from surgery import combine, convert, diff, inspect, merge, resize
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.registry import format_at, read_adapter
 from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
@@ -65,6 +65,17 @@ def test_of_two_encoders_diffusers_has_a_file_each(tmp_path: Path) -> None:
         assert np.array_equal(load_file(out)["xl"], wanted[key])
     convert(FOLDER / "xl.safetensors", "embedding", output=tmp_path / "again.safetensors")
     assert load_file(tmp_path / "again.safetensors").keys() == {"clip_l", "clip_g"}
+
+
+def test_two_that_differ_do_not_differ_by_nothing(tmp_path: Path) -> None:
+    a, b = ({"emb_params": draw(seed, 2, 768)} for seed in (1, 2))
+    for name, tensors in (("a", a), ("b", b), ("c", a)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert not found.equal
+    assert found.difference is None
+    assert "of A's norm" not in str(found.summary())
+    assert diff(tmp_path / "a.safetensors", tmp_path / "c.safetensors").equal
 
 
 def test_no_weight_can_hold_them(tmp_path: Path) -> None:

@@ -99,7 +99,9 @@ def test_a_base_with_fewer_layers_is_another_base_and_no_misspelling(tmp_path: P
     path = write_adapter(tmp_path / "lora", norms, modules_to_save=["ln_1"])
     with pytest.raises(FitError, match="2 of 3 do not fit") as caught:
         surgery.merge(base, path, output=tmp_path / "out")
-    assert caught.value.hint == "is this the base it was trained on? --without PATTERN leaves modules out"
+    assert caught.value.hint == (
+        'is this the base it was trained on? to use the rest, merge, convert or combine without them: `without="PATTERN"`'
+    )
 
 
 def test_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_an_adapter_of_several_models_does_not_fit_one() -> None:
     mixed = GOLDEN / "kohya/sd1/mixed/adapter.safetensors"
     with pytest.raises(FitError, match="the adapter changes text_encoder, unet, the base is one model") as caught:
         surgery.merge(GOLDEN / "kohya/sd1/base/unet", mixed, dry_run=True)
-    assert str(caught.value.hint).endswith("or merge one part: --without 'text_encoder:*'")
+    assert str(caught.value.hint).endswith('or merge, convert or combine without them: `without="text_encoder:*"`')
     assert surgery.merge(GOLDEN / "kohya/sd1/base/unet", mixed, dry_run=True, without=["text_encoder:*"]).ledger.classes
 
 

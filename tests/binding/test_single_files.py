@@ -78,7 +78,7 @@ def test_a_lora_of_all_networks_in_a_file_of_all(tmp_path: Path) -> None:
     wanted[f"{G}attn.in_proj_weight"][4:8] += _delta(lora, f"{te2}self_attn_k_proj")
     wanted[f"{G}mlp.c_fc.weight"] += _delta(lora, f"{te2}mlp_fc1")
     wanted["conditioner.embedders.1.model.text_projection"] += _delta(lora, "lora_te2_text_projection").T
-    assert list(got) == sorted(wanted) or got.keys() == wanted.keys()
+    assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         np.testing.assert_allclose(got[name], tensor, atol=1e-6)
         assert np.array_equal(got[name], base[name]) == np.array_equal(tensor, base[name])
@@ -159,7 +159,7 @@ def test_a_file_without_text_encoders_lists_what_of_them_is_missing(tmp_path: Pa
     assert "the adapter changes text_encoder, the base has denoiser: 8 of 9 parameters are not there: " in told
     for layer in (1, 2):
         assert f"text_encoder:text_model_encoder_layers_[0,1,2,4]_mlp_fc{layer}.weight" in told
-    assert "--without 'text_encoder:*'" in told
+    assert 'without them: `without="text_encoder:*"`' in told
     result = merge(
         tmp_path / "base.safetensors", tmp_path / "lora.safetensors", output=tmp_path / "o", without="text_encoder:*"
     )
@@ -185,7 +185,7 @@ def test_modules_that_another_version_of_a_network_lacks_are_listed(tmp_path: Pa
     told = str(refused.value)
     assert "2 of 3 do not fit" in told
     assert f"denoiser:{attention}k_img.weight, denoiser:{attention}v_img.weight" in told
-    assert "--without PATTERN leaves modules out" in told
+    assert 'without them: `without="PATTERN"`' in told
     merge(tmp_path / "base.safetensors", tmp_path / "lora.safetensors", output=tmp_path / "o", without="*_img")
     got = load_file(tmp_path / "o" / "base.safetensors")
     assert [name for name in got if not np.array_equal(got[name], base[name])] == [f"{attention}q.weight"]

@@ -56,7 +56,8 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int):
     [
         ("give another name, or `overwrite=True`", "give another name, or --overwrite"),
         ('`merge_to="delta"`, or `workers=2`', "--merge-to delta, or --workers 2"),
-        ("give it with `base=`, or `output=/x y`", "give it with --base, or -o /x y"),
+        ("give it with `base=`, or `output=/x y`", "give it with --base, or -o '/x y'"),
+        ('without them: `without="text_encoder:*"`', "without them: --without 'text_encoder:*'"),
         ("`as_lora=True`, or resize it", "--as lora, or resize it"),
         ("`surgery merge` makes one", "`surgery merge` makes one"),
         (None, None),

@@ -12,22 +12,9 @@ from safetensors.numpy import load_file, save_file
 import surgery
 from surgery import merge
 from surgery.reports.checkpoint_report import CheckpointReport
-from tests.support.bases import (
-    COMBINATIONS,
-    KINDS,
-    LAYOUTS,
-    MODELS,
-    SPELLINGS,
-    TOLERANCE,
-    Combination,
-    check,
-    compared,
-    drawn,
-    files_of,
-    lora_of,
-    sample,
-    written,
-)
+from tests.support.base_loras import SPELLINGS, lora_of
+from tests.support.base_merges import COMBINATIONS, TOLERANCE, Combination, check, compared, sample
+from tests.support.bases import KINDS, LAYOUTS, MODELS, drawn, files_of, written
 
 EVERY = 7
 """Of this many combinations one is tried by default; the mark ``slow`` has all."""
@@ -55,7 +42,7 @@ def test_inspect_names_the_networks_of_a_file(network: str, layout: str, tmp_pat
     inside = len(kind.encoders) if layout == "ComfyUI" else len(kind.inside)
     numbers = [f"text_encoder_{number + 1}" if number else "text_encoder" for number in range(inside)]
     parts = {"denoiser", *numbers, *(["vae"] if layout == "ComfyUI" or kind.vae else [])}
-    assert found.keys() == parts if len(parts) > 1 else {""}
+    assert found.keys() == (parts if len(parts) > 1 else {""})
     denoiser = found.get("denoiser", found.get(""))
     assert denoiser == ("LTX-Video or LTX-2" if network == "ltx" else family)
     told = [found[number] for number in numbers]

@@ -171,19 +171,31 @@ def merged(base: Path, adapter: Path, out: Path) -> Arrays:
     return {f"{prefix[file]}{name}": value for file in files for name, value in load_file(file).items()}
 
 
-def assert_expected(base: Path, got: Mapping[str, np.ndarray], expected: Path, tolerance: float = 1e-6) -> None:
-    """Golden weights are met within `tolerance` of the greatest change, and nothing else changed."""
-    files = sorted(base.rglob("*.safetensors"))
+def assert_expected(
+    base: Path, got: Mapping[str, np.ndarray], expected: Path, tolerance: float = 1e-6, share: float = 1.0
+) -> None:
+    """Golden weights are met within `tolerance` of the greatest change of each, and nothing else changed.
+
+    Args:
+        base: A file, or a folder of files.
+        got: Every weight, as `merged` names it.
+        expected: Weights that change, as they are afterwards; one that is wider than before begins with what it was.
+        share: Of the change, which was to be made.
+    """
+    files = sorted(base.rglob("*.safetensors")) if base.is_dir() else [base]
     before = {
-        (f"{file.parent.name}/" if file.parent != base else "") + name: value.astype(np.float64)
+        (f"{file.parent.name}/" if file.parent != base and file != base else "") + name: value.astype(np.float64)
         for file in files
         for name, value in load_file(file).items()
     }
     want = load_file(expected)
+    assert want.keys() <= before.keys() == got.keys()
     for name, value in before.items():
         if name not in want:
             assert np.array_equal(got[name], value), name
             continue
-        step = np.abs(want[name].astype(np.float64) - value).max()
-        assert np.abs(got[name].astype(np.float64) - want[name]).max() <= tolerance * step, name
-    assert want.keys() <= before.keys()
+        old = np.zeros(want[name].shape)
+        old[tuple(slice(size) for size in value.shape)] = value
+        step = want[name] - old
+        assert got[name].shape == step.shape, name
+        assert np.abs(got[name] - old - share * step).max() <= tolerance * np.abs(step).max(), name

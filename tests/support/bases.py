@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks x base layouts x spellings of a LoRA: bases as people have them, and what a merge has to write.
+"""Bases of diffusion networks as people have them: networks x layouts of their files.
 
 Names and rows are those of diffusers' own conversions (``tests/golden/layouts``), so that what is wanted is worked out
 without a rule of ours: a weight of a single file is the rows of diffusers' parameters, one below the other.
@@ -17,34 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from surgery import merge
 from surgery_formats.models.layouts.registry import NETWORKS
 from tests.support.adapter_files import GOLDEN, Arrays
 
 __all__ = [
-    "COMBINATIONS",
     "DIFFUSERS",
     "KINDS",
     "LAYOUTS",
     "MODELS",
-    "SPELLINGS",
-    "Combination",
-    "Outcome",
-    "check",
-    "compared",
+    "MODEL_TYPES",
+    "WHOLE",
+    "Kind",
+    "Tensors",
+    "Weights",
+    "draw",
+    "drawn",
+    "files_of",
     "in_comfyui",
-    "merged",
-    "sample",
+    "tensors_of",
+    "written",
 ]
 
 _ROWS: dict[str, Any] = json.loads((GOLDEN / "layouts/rows.json").read_text())
 DIFFUSERS: str = _ROWS["diffusers"]
 MODELS: dict[str, Any] = _ROWS["models"]
-TOLERANCE = 1e-6
 WIDTH = 4
-RANK = 2
 Span = tuple[str, int, int]
 
 _CLIP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -135,41 +134,6 @@ LAYOUTS = {
 }
 WHOLE = ("ComfyUI", "pipeline", "variant")
 """Layouts with all networks of a pipeline."""
-SPELLINGS = {
-    "kohya": "`lora_unet_`, the release's name with underscores, `.lora_down.weight`; `lora_te1_`",
-    "kohya, diffusers' names": "`lora_unet_`, diffusers' name with underscores, `.lora_down.weight`; `lora_te1_`",
-    "diffusers": "`transformer.` or `unet.`, diffusers' name, `.lora_A.weight`; `text_encoder.`",
-    "ComfyUI": "`diffusion_model.`, ComfyUI's name, `.lora_A.weight`; `text_encoders.clip_l.transformer.`",
-    "bare": "the release's name, `.lora_A.weight`",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Combination:
-    """A base and a LoRA.
-
-    Attributes:
-        network: By its name in the golden rows.
-        layout: Of the base.
-        spelling: Of the LoRA.
-    """
-
-    network: str
-    layout: str
-    spelling: str
-
-    def __str__(self) -> str:
-        return f"{self.network}, {self.layout}, {self.spelling}"
-
-
-COMBINATIONS = tuple(
-    Combination(network, layout, spelling) for network in KINDS for layout in LAYOUTS for spelling in SPELLINGS
-)
-
-
-def sample(every: int) -> tuple[Combination, ...]:
-    """Every so many-th combination, another layout and spelling of each network in turn."""
-    return COMBINATIONS[::every]
 
 
 @dataclass(frozen=True)
@@ -219,12 +183,12 @@ def tensors_of(network: str) -> Tensors:
     return Tensors({name: (rows // unit, *tails[name]) for name, rows in heights.items()}, spans)
 
 
-def _draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return rng.standard_normal(shape).astype(dtype)
 
 
 def _encoder(name: str, rng: np.random.Generator, dtype: Any) -> Arrays:
-    return {f"{module}.weight": _draw(rng, (6, WIDTH), dtype) for module in ENCODERS[name]}
+    return {f"{module}.weight": draw(rng, (6, WIDTH), dtype) for module in ENCODERS[name]}
 
 
 _OPEN_CLIP = {"attn.in_proj_weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")} | {
@@ -267,9 +231,9 @@ def drawn(network: str, dtype: Any) -> Weights:
     """Random weights."""
     rng = np.random.default_rng(11)
     tensors = tensors_of(network)
-    single = {name: _draw(rng, shape, dtype) for name, shape in tensors.single.items()}
+    single = {name: draw(rng, shape, dtype) for name, shape in tensors.single.items()}
     encoders = {name: _encoder(name, rng, dtype) for name in KINDS[network].encoders}
-    vae = {"decoder.conv_in.weight": _draw(rng, (6, WIDTH, 3, 3), dtype)}
+    vae = {"decoder.conv_in.weight": draw(rng, (6, WIDTH, 3, 3), dtype)}
     return Weights(network, tensors.split(single), encoders, vae)
 
 
@@ -353,13 +317,14 @@ def files_of(weights: Weights, layout: str) -> dict[str, Arrays]:
     return found
 
 
-_TYPES = {
+MODEL_TYPES = {
     "t5xxl": "t5",
     "umt5xxl": "umt5",
     "pile_t5xl": "umt5",
     "clip_l": "clip_text_model",
     "clip_g": "clip_text_model",
 }
+"""transformers' `model_type` of the text encoders that LoRAs have keys for; the others are language models."""
 
 
 def written(weights: Weights, layout: str, folder: Path) -> Path:
@@ -380,7 +345,7 @@ def written(weights: Weights, layout: str, folder: Path) -> Path:
         own = told if name == kind.component else {"_class_name": "AutoencoderKL"}
         if name.startswith("text"):
             number = int(name.rpartition("_")[2]) - 1 if name[-1].isdigit() else 0
-            own = {"model_type": _TYPES.get(kind.encoders[number], "qwen3")}
+            own = {"model_type": MODEL_TYPES.get(kind.encoders[number], "qwen3")}
         (folder / name / "config.json").write_text(json.dumps(own))
     (folder / "model_index.json").write_text(json.dumps(index))
     if layout == "variant":
@@ -395,146 +360,3 @@ def written(weights: Weights, layout: str, folder: Path) -> Path:
 def _class_of(network: str) -> str:
     classes = next(each for each in NETWORKS if each.name == MODELS[network]["family"]).classes
     return classes[{"wan-vace": 1, "wan-animate": 2}.get(network, 0)]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A LoRA in a file's spelling, and what it adds to each network, under the names that diffusers has."""
-
-    tensors: Arrays
-    added: Weights
-
-
-def lora_of(weights: Weights, spelling: str, *, encoders: bool, without: str = "") -> Lora:
-    """A LoRA of every matrix and convolution, as a program spells it, but for those `without` is in the name of."""
-    rng = np.random.default_rng(17)
-    tensors = tensors_of(weights.network)
-    splits = spelling in ("diffusers", "kohya, diffusers' names")
-    own = {n: t.shape for n, t in weights.denoiser.items()} if splits else tensors.single
-    flat = spelling.startswith("kohya")
-    component = KINDS[weights.network].component
-    prefixes = {"diffusers": f"{component}.", "ComfyUI": "diffusion_model.", "bare": ""}
-    found: Arrays = {}
-    deltas: Arrays = {}
-    for name, shape in own.items():
-        if name.endswith(".weight") and len(shape) in (2, 4, 5) and not (without and without in name):
-            told = in_comfyui(weights.network, name) if spelling == "ComfyUI" else name
-            stem = _flat("lora_unet_", name) if flat else prefixes[spelling] + told.removesuffix(".weight")
-            deltas[name] = _pair(found, stem, shape, rng, flat)
-        else:
-            deltas[name] = np.zeros(shape)
-    added = tensors.split(deltas) if not splits else deltas
-    inside: dict[str, Arrays] = {}
-    for number, (encoder, own_weights) in enumerate(weights.encoders.items()):
-        inside[encoder] = {name: np.zeros(tensor.shape) for name, tensor in own_weights.items()}
-        if not encoders or encoder not in _TYPES or spelling == "bare":
-            continue
-        for name, tensor in own_weights.items():
-            stem = _encoder_stem(spelling, encoder, number, len(weights.encoders), name)
-            inside[encoder][name] = _pair(found, stem, tensor.shape, rng, flat)
-    vae = {name: np.zeros(tensor.shape) for name, tensor in weights.vae.items()}
-    return Lora(found, Weights(weights.network, added, inside, vae))
-
-
-def _flat(prefix: str, name: str) -> str:
-    return prefix + name.removesuffix(".weight").replace(".", "_")
-
-
-def _encoder_stem(spelling: str, encoder: str, number: int, count: int, name: str) -> str:
-    module = name.removesuffix(".weight")
-    if spelling == "ComfyUI":
-        return f"text_encoders.{encoder}.transformer.{module}"
-    if spelling == "diffusers":
-        return f"text_encoder{f'_{number + 1}' if number else ''}.{module}"
-    return _flat(f"lora_te{number + 1 if count > 1 else ''}_", name)
-
-
-def _pair(found: Arrays, stem: str, shape: tuple[int, ...], rng: np.random.Generator, flat: bool) -> np.ndarray:
-    """Two factors and an alpha under `stem`; what they add."""
-    down = _draw(rng, (RANK, *shape[1:]), np.float32)
-    up = _draw(rng, (shape[0], RANK, *(1,) * (len(shape) - 2)), np.float32)
-    leaves = ("lora_down.weight", "lora_up.weight") if flat else ("lora_A.weight", "lora_B.weight")
-    found |= {f"{stem}.{leaves[0]}": down, f"{stem}.{leaves[1]}": up}
-    scale = 1.0
-    if flat:
-        found[f"{stem}.alpha"] = np.ones((), np.float32)
-        scale = 1 / RANK
-    change: np.ndarray = scale * (up.reshape(shape[0], RANK).astype(float) @ down.reshape(RANK, -1)).reshape(shape)
-    return change
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is wrong with a merge, if anything, and how far off it is.
-
-    Attributes:
-        wrong: What is not as it should be; empty if all is.
-        error: The greatest difference from what is wanted beyond one rounding to the stored type, as a share of the
-            greatest change of the weight.
-        changed: How many weights changed.
-    """
-
-    wrong: tuple[str, ...]
-    error: float
-    changed: int
-
-
-def merged(combination: Combination, folder: Path) -> Outcome:
-    """One merge, held to what diffusers' conversion says."""
-    dtype = np.float16 if combination.layout == "variant" else np.float32
-    weights = drawn(combination.network, dtype)
-    base = written(weights, combination.layout, folder / "base")
-    files = files_of(weights, combination.layout)
-    whole = combination.layout in WHOLE or (
-        combination.layout == "release" and len(KINDS[combination.network].inside) == len(weights.encoders)
-    )
-    lora = lora_of(weights, combination.spelling, encoders=whole)
-    save_file(lora.tensors, folder / "lora.safetensors")
-    merge(base, folder / "lora.safetensors", output=folder / "out")
-    return compared(files, files_of(lora.added, combination.layout), folder / "base", folder / "out")
-
-
-def check(combination: Combination, folder: Path) -> float:
-    """Assert that a merge is right; how far it is off."""
-    found = merged(combination, folder)
-    assert not found.wrong
-    assert found.error < TOLERANCE
-    assert found.changed
-    return found.error
-
-
-def compared(files: Mapping[str, Arrays], added: Mapping[str, Arrays], base: Path, out: Path) -> Outcome:
-    """What a merge wrote against what it was to write: same files, names, order, types and metadata; other values."""
-    wrong, worst, changed = list[str](), 0.0, 0
-    told = {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
-    made = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    wrong += [
-        f"{name}: a file of one side only" for name in sorted(told ^ (made - {"surgery_manifest.json", "README.md"}))
-    ]
-    for name, tensors in files.items():
-        if name not in made:
-            continue
-        if header(base / name) != header(out / name):
-            wrong.append(f"{name}: another header")
-        got = load_file(out / name)
-        for key, tensor in tensors.items():
-            delta = added[name][key]
-            wanted = tensor.astype(float) + delta
-            if not delta.any() and not np.array_equal(got[key], tensor):
-                wrong.append(f"{key}: changed")
-            if delta.any() and np.array_equal(got[key], tensor):
-                wrong.append(f"{key}: not changed")
-            changed += bool(delta.any())
-            rounding = np.spacing(np.abs(wanted).astype(tensor.dtype)).astype(float) / 2
-            excess = np.abs(got[key].astype(float) - wanted) - rounding
-            worst = max(worst, float(excess.max(initial=0) / max(np.abs(delta).max(initial=0), 1e-30)))
-    return Outcome(tuple(wrong), worst, changed)
-
-
-def header(path: Path) -> list[tuple[str, Any]]:
-    """Names in the order of the file, types and shapes, metadata."""
-    with path.open("rb") as file:
-        told = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    metadata = told.pop("__metadata__", None)
-    ordered = sorted(told.items(), key=lambda item: item[1]["data_offsets"])
-    return [("__metadata__", metadata), *((name, (each["dtype"], each["shape"])) for name, each in ordered)]

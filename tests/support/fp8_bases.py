@@ -19,7 +19,8 @@ from safetensors.numpy import save_file
 
 import surgery
 from tests.support.adapter_files import Arrays
-from tests.support.bases import KINDS, drawn, files_of, lora_of
+from tests.support.base_loras import lora_of
+from tests.support.bases import KINDS, drawn, files_of
 
 __all__ = ["FP8_COMBINATIONS", "STYLES", "WAYS", "Fp8Combination", "check_fp8", "fp8_file"]
 

@@ -111,6 +111,9 @@ def test_magnitudes_whole_weights_and_kinds_are_told(tmp_path: Path) -> None:
     notes = {one.name: one.note for one in adapters(base, scaled).modules}
     assert notes["model.layers.0.self_attn.q_proj.weight"] == "magnitudes differ by 0.5"
     assert notes["model.norm.weight"] == "new values differ by 1"
+    assert {one.difference for one in adapters(base, scaled).modules} == {None}  # 0 would contradict the notes
+    assert adapters(base, scaled).difference is None
+    assert adapters(base, made("d", 1, 1)).difference == 0.0
     kinds = {one.name: (one.status, one.note) for one in adapters(base, plain).modules}
     assert kinds["model.norm.weight"] == ("equal", "")
     assert kinds["model.layers.0.self_attn.q_proj.weight"][0] == "different"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,28 @@ def test_a_converted_adapter_is_attached_to_a_model_of_its_bases_class(tmp_path:
     assert hint.format(base=base, out=tmp_path / "out") in str(result.summary())
 
 
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("gguf", 'llama-cli -m base.gguf --lora "{out}"'),
+        ("keras", 'backbone.load_lora_weights("{out}/adapter.lora.h5")'),
+        ("litgpt", 'torch.load("{out}/lit_model.pth.lora", weights_only=True)["model"], strict=False)'),
+        ("loralib", 'model.load_state_dict(torch.load("{out}", weights_only=True), strict=False)'),
+        ("onnx-adapter", 'adapter.Load("{out}")'),
+        ("tensorrt-llm", "--lora-path {out}"),
+        ("torchtune", 'model.load_state_dict(torch.load("{out}/adapter_model.pt", weights_only=True), strict=False)'),
+    ],
+)
+def test_programs_of_language_models_are_told_by_their_calls(tmp_path: Path, target: str, hint: str) -> None:
+    folder, endings = GOLDEN / "gguf/llama", {"gguf": ".gguf", "loralib": ".pt", "onnx-adapter": ".onnx_adapter"}
+    out = tmp_path / f"out{endings.get(target, '')}"
+    told = str(convert(folder / "lora/peft", target, base=folder / "base", output=out).summary())
+    assert hint.format(out=out) in told.replace("\n", "")
+    named = re.search(rf"{re.escape(str(out))}[\w./]*", told)
+    assert named
+    assert Path(named[0]).exists()
+
+
 @pytest.mark.parametrize("loads", [True, False])
 def test_a_file_for_diffusers_is_loaded_by_a_pipeline_if_it_holds_loras(tmp_path: Path, loads: bool) -> None:
     stem, out = "lycoris_transformer_blocks_0_attn_to_q", tmp_path / "k.safetensors"
@@ -113,6 +136,17 @@ def test_a_file_for_diffusers_is_loaded_by_a_pipeline_if_it_holds_loras(tmp_path
     base = write_base(tmp_path / "base", {"transformer_blocks.0.attn.to_q.weight": (8, 8)}, {})
     result = convert(tmp_path / "a.safetensors", "kohya", base=base, output=out)
     assert (f'pipe.load_lora_weights("{out}")' in str(result.summary())) is loads
+
+
+def test_a_file_for_comfyui_goes_into_its_folder(tmp_path: Path) -> None:
+    stem, out = "transformer.blocks.0.attn1.to_q", tmp_path / "c.safetensors"
+    save_file(
+        {f"{stem}.lora_{x}.weight": draw(1, *shape) for x, shape in (("A", (2, 8)), ("B", (8, 2)))},
+        tmp_path / "a.safetensors",
+    )
+    base = write_base(tmp_path / "base", {"blocks.0.attn1.to_q.weight": (8, 8)}, {})
+    told = str(convert(tmp_path / "a.safetensors", "comfyui", base=base, output=out).summary())
+    assert f"models/loras of ComfyUI, for its node LoraLoader: {out}" in told
 
 
 def test_a_network_of_a_pipeline_is_what_peft_attaches_to(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_what_the_base_lacks_is_left_out_of_a_conversion_too(tmp_path: Path) -> 
     mixed, unet = folder / "mixed/adapter.safetensors", folder / "base/unet"
     with pytest.raises(FitError, match="the base is one model") as caught:
         convert(mixed, "diffusers", base=unet, output=tmp_path / "x.safetensors")
-    assert "--without 'text_encoder:*'" in str(caught.value.hint)
+    assert '`without="text_encoder:*"`' in str(caught.value.hint)
     found = convert(mixed, "diffusers", base=unet, without=["text_encoder:*"], output=tmp_path / "x.safetensors")
     out = {entry.site.partition(":")[0] for entry in found.entries if entry.outcome == "dropped"}
     assert out == {"text_encoder"}

@@ -43,6 +43,7 @@ __all__ = [
     "ENTRY_POINTS",
     "format_at",
     "format_named",
+    "format_to_write",
     "formats",
     "is_adapter_file",
     "read_adapter",

@@ -44,7 +44,7 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
         )
     for chain in adapter.updates.values():
         for update in chain:
-            if is_refusing(update):
+            if is_refusing(update):  # whether or not the base has such a module, which for one that is inserted is no
                 update.refuse()
     if not adapter.updates:
         raise FitError("the adapter holds no tensors", file=adapter.path)
@@ -54,7 +54,7 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
         raise FitError(
             f"the adapter changes {listing(components)}, the base is one model",
             file=adapter.path,
-            hint=f"give the whole pipeline as the base, or merge one part: {_without(apart or components[:-1])}",
+            hint=f"give the whole pipeline as the base, or {_leaving_out(*map(_all_of, apart or components[:-1]))}",
         )
 
 
@@ -210,7 +210,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
             f"the adapter changes {listing(absent)}, the base has {listing(sorted(_networks(checkpoint)))}: "
             f"{len(missing)} of {len(adapter.updates)} parameters are not there: {lacking}",
             file=adapter.path,
-            hint=f"to use the rest, leave them out: {_without(absent)}"
+            hint=f"to use the rest, {_leaving_out(*map(_all_of, absent))}"
             if len(missing) < len(adapter.updates)
             else "is this the base it was trained on?",
         )
@@ -228,7 +228,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
         )
     others = f": {lacking}" if len(missing) > 1 else ""
     misspelt = len(missing) in (1, len(adapter.updates))  # where some fit, the names are right and the base is another
-    rest = " --without PATTERN leaves modules out" if len(missing) < len(adapter.updates) else ""
+    rest = f" to use the rest, {_leaving_out('PATTERN')}" if len(missing) < len(adapter.updates) else ""
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,
@@ -237,8 +237,13 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
     )
 
 
-def _without(components: Sequence[str]) -> str:
-    return " ".join(f"--without '{show(name)}:*'" for name in components)
+def _leaving_out(*patterns: str) -> str:
+    """Said of the commands that can: others that meet a base (resize, check, export-onnx) cannot leave modules out."""
+    return "merge, convert or combine without them: " + " ".join(f'`without="{pattern}"`' for pattern in patterns)
+
+
+def _all_of(component: str) -> str:
+    return f"{show(component)}:*"
 
 
 def _networks(checkpoint: Checkpoint) -> Iterator[str]:

@@ -14,7 +14,7 @@ from surgery_formats.arrays import Array, namespace
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.updates import Factor, LoRA
 
-__all__ = ["joined", "lora_of"]
+__all__ = ["fused_lora", "lora_of"]
 
 
 def lora_of(a: StoredTensor, b: StoredTensor, shape: Shape) -> LoRA:
@@ -47,8 +47,11 @@ def lora_of(a: StoredTensor, b: StoredTensor, shape: Shape) -> LoRA:
     )
 
 
-def joined(parts: Sequence[tuple[int, LoRA]], count: int) -> LoRA:
-    """LoRAs of some of `count` parts of equal height, below each other, as one of the whole weight."""
+def fused_lora(parts: Sequence[tuple[int, LoRA]], count: int) -> LoRA:
+    """LoRAs of some of `count` parts of equal height, below each other, as one of the whole weight.
+
+    `rows.joined` does so for a writer: it looks whether they share an A. A reader reads no values.
+    """
     (out, inputs), rank = parts[0][1].shape, sum(lora.rank for _, lora in parts)
 
     def stacked(*values: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery_formats.adapters.keras.families import FAMILIES, Backbone, NumberedLayer
 from surgery_formats.adapters.keras.files import CONFIG, METADATA, own_file
-from surgery_formats.adapters.keras.kernels import joined, lora_of
+from surgery_formats.adapters.keras.kernels import fused_lora, lora_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.containers.hdf5 import datasets
@@ -30,6 +30,7 @@ __all__ = ["read_keras"]
 _KEY = re.compile(r"lora/(0|[1-9][0-9]{0,5})/vars/lora_kernel_([ab])")
 _RANK = "lora/vars/rank"
 _FIRST, _LAST = (0, 18), (0, 32)  # the KerasHubs whose order of layers was looked at
+_RANGE = " to ".join(f"{major}.{minor}" for major, minor in (_FIRST, _LAST))
 
 
 def read_keras(path: Path) -> Adapter:
@@ -69,7 +70,7 @@ def read_keras(path: Path) -> Adapter:
             fused.setdefault(site, []).append((layer.part, lora))
         else:
             updates[site] = lora
-    updates |= {site: joined(sorted(found, key=lambda part: part[0]), 3) for site, found in fused.items()}
+    updates |= {site: fused_lora(sorted(found, key=lambda part: part[0]), 3) for site, found in fused.items()}
     return Adapter(
         path=path,
         format="keras",
@@ -142,7 +143,7 @@ def _version(file: Path) -> tuple[str, ...]:
     version = read_object(beside).get("keras_hub_version") if beside.is_file() else None
     known = re.match(r"([0-9]{1,4})\.([0-9]{1,4})", version) if isinstance(version, str) else None
     if known is None:
-        return ("no metadata.json beside it: its layers are taken to be numbered as in KerasHub 0.18 to 0.32",)
+        return (f"no metadata.json beside it: its layers are taken to be numbered as in KerasHub {_RANGE}",)
     if not _FIRST <= (int(known[1]), int(known[2])) <= _LAST:
-        return (f"KerasHub {show(version, 20)} wrote it: its layers are taken to be numbered as in 0.18 to 0.32",)
+        return (f"KerasHub {show(version, 20)} wrote it: its layers are taken to be numbered as in {_RANGE}",)
     return ()

@@ -9,6 +9,7 @@ head.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,14 @@ def render_keras(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     Raises:
         FitError: no base is given, or KerasHub makes no backbone of it whose layers are known.
     """
-    if base is None or base.is_pipeline or str(base.main.config.get("model_type")) not in _BACKBONES:
+    if base is None:
         raise FitError(
-            "KerasHub's files number the layers of a backbone: only the base tells them"
-            if base is None
-            else "is no model whose KerasHub backbone is known",
-            file=adapter.path if base is None else base.path,
-            hint="give the base with `base=`" if base is None else None,
+            "KerasHub's files number the layers of a backbone: only the base tells them",
+            file=adapter.path,
+            hint="give the base with `base=`",
         )
+    if base.is_pipeline or str(base.main.config.get("model_type")) not in _BACKBONES:
+        raise FitError("is no model whose KerasHub backbone is known", file=base.path)
     name, config = _backbone(base.main.config)
     family = FAMILIES[name]
     layers = family.layers(config)
@@ -229,8 +230,6 @@ def _fill(
 
 def _zeros(sizes: tuple[int, ...], last: int) -> Callable[[], Array]:
     def load() -> Array:
-        import math
-
         import numpy
 
         return numpy.zeros((math.prod(sizes), last))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery_formats.adapters.alphas import TELL_ALPHA
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.text import show
 
@@ -128,5 +129,5 @@ def _alpha(text: str, file: Path, told: float | None) -> float:
     raise FitError(
         f"the scale of its LoRAs is not in its file: its alpha is {show(repr(text), 60)}",
         file=file,
-        hint="give the alpha with `alpha=`",
+        hint=TELL_ALPHA,
     )

@@ -146,7 +146,7 @@ def _loras(module: str, a: StoredTensor, b: StoredTensor, config: NemoConfig) ->
             raise FitError(f"is {list(b.shape)}: not the {rows} rows of q, k and v", file=b.path, tensor=b.name)
         each = config.heads // config.groups  # heads of queries in a group
         for name, first, last in (("q", 0, each), ("k", each, each + 1), ("v", each + 1, each + 2)):
-            yield f"self_attn.{name}_proj", replace(whole, B=_of_groups(b, config, first, last))
+            yield f"self_attn.{name}_proj", replace(whole, B=_of_groups(b, config.groups, config.head, first, last))
     elif module == _GATE_UP:
         inner = config.inner
         if b.shape[0] == inner and config.activation.endswith("glu"):  # in layers of their own, the first is the gate
@@ -159,26 +159,19 @@ def _loras(module: str, a: StoredTensor, b: StoredTensor, config: NemoConfig) ->
         if b.shape[0] == inner:
             yield "mlp.up_proj", whole
         elif b.shape[0] == 2 * inner:
-            for name, start in (("gate", 0), ("up", inner)):
-                yield f"mlp.{name}_proj", replace(whole, B=_rows(b, start, start + inner))
+            for number, name in enumerate(("gate", "up")):
+                yield f"mlp.{name}_proj", replace(whole, B=_of_groups(b, 1, inner, number, number + 1))
         else:
             raise FitError(f"is {list(b.shape)}: neither {inner} rows nor twice", file=b.path, tensor=b.name)
     else:
         raise FitError(f"'{show(module)}' is no adapter that is read", file=a.path, tensor=a.name)
 
 
-def _of_groups(b: StoredTensor, config: NemoConfig, first: int, last: int) -> Factor:
-    """Rows of some heads of every group."""
-    rank = config.rank
+def _of_groups(b: StoredTensor, groups: int, height: int, first: int, last: int) -> Factor:
+    """Rows of the blocks from `first` up to `last` in every group; a block has `height` rows."""
+    rank = b.shape[1]
 
     def view(values: Array) -> Array:
-        return values.reshape(config.groups, -1, config.head, rank)[:, first:last].reshape(-1, rank)
+        return values.reshape(groups, -1, height, rank)[:, first:last].reshape(-1, rank)
 
-    return Factor((b,), (config.groups * (last - first) * config.head, rank), view)
-
-
-def _rows(b: StoredTensor, start: int, stop: int) -> Factor:
-    def view(values: Array) -> Array:
-        return values[start:stop]
-
-    return Factor((b,), (stop - start, b.shape[1]), view)
+    return Factor((b,), (groups * (last - first) * height, rank), view)

@@ -14,7 +14,7 @@ whether it was divided by the rank or, with rsLoRA, by its root. The vectors of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from surgery_formats.adapters.peft.kinds.kind import PeftKind
 from surgery_formats.adapters.peft.lone_weights import open_lone, roots_of
 from surgery_formats.adapters.peft.read import is_embedding_weight, read_tensors
 from surgery_formats.adapters.peft.read_config import CONFIG_FILE, parse_config
-from surgery_formats.canonical.adapter import Adapter, Ignored, Site
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.denoisers import denoiser_of
@@ -41,6 +41,8 @@ __all__ = ["read_unconfigured"]
 _COMPONENT = re.compile(r"(unet|transformer|prior|text_encoder(?:_[23])?)\.base_model\.model\.")
 _TOLD_BY_TENSORS = ("LORA", "LOHA", "IA3")
 """Kinds whose tensors mean one thing once their alpha is known; the configuration of the others decides more."""
+_OF_KASA = "lora_diag"
+"""Singular values, which replace a part of the base; all else in such a file is a LoRA's."""
 _BESIDE = f"put {CONFIG_FILE} beside it"
 
 
@@ -77,25 +79,34 @@ def read_unconfigured(path: Path, alpha: float | None) -> Adapter:
     fields = {"peft_type": kind.name, **({kind.switches.alpha: alpha} if scaled else {})}
     parts = {name: _read_part(path, kind, fields, tensors, name) for name, tensors in groups.items()}
     family = denoiser_of(site.path.rpartition(".")[0] for part in parts.values() for site in part.updates)
-    unnamed = "denoiser" if family else ""
-    updates: dict[Site, tuple[Update, ...]] = {}
-    ignored: list[Ignored] = []
-    for name, part in parts.items():
-        updates |= {replace(site, component=name or unnamed): chain for site, chain in part.updates.items()}
-        ignored += part.ignored
-    first = next(iter(parts.values()))
+    placed = [_within(part, name or ("denoiser" if family else "")) for name, part in parts.items()]
+    updates = {site: chain for part in placed for site, chain in part.updates.items()}
+    issues = dict.fromkeys(issue for part in placed for issue in part.stated_issues if issue != NO_RANK)
     return replace(
-        first,
+        placed[0],
         updates=dict(sorted(updates.items())),
         tensors=tuple(opened.tensors.values()),
-        ignored=tuple(ignored),
-        optional=frozenset(replace(site, component=name or unnamed) for name, part in parts.items() for site in part.optional),
-        new_modules=frozenset().union(*(part.new_modules for part in parts.values())),
-        config=_with_ranks(kind, first.config, updates),
+        ignored=tuple(entry for part in placed for entry in part.ignored),
+        optional=frozenset().union(*(part.optional for part in placed)),
+        new_modules=frozenset().union(*(part.new_modules for part in placed)),
+        config=_with_ranks(kind, placed[0].config, updates),
         metadata=dict(opened.shards[0].metadata),
-        stated_issues=(*dict.fromkeys(issue for part in parts.values() for issue in part.stated_issues if issue != NO_RANK), *_said(alpha)),
+        stated_issues=(*issues, *_said(alpha)),
+        unmet=_nothing_promised,
         provenance=Provenance("PEFT (its keys)", family.name if family else ""),
-    )  # fmt: skip
+    )
+
+
+def _within(adapter: Adapter, component: str) -> Adapter:
+    """The adapter, of a part of a pipeline."""
+    updates = {replace(site, component=component): chain for site, chain in adapter.updates.items()}
+    optional = frozenset(replace(site, component=component) for site in adapter.optional)
+    return replace(adapter, updates=updates, optional=optional)
+
+
+def _nothing_promised(parameters: Collection[str], changed: Collection[str]) -> tuple[str, ...]:
+    """No configuration says what the file should have."""
+    return ()
 
 
 def _kind_of(names: Iterable[str], file: Path) -> PeftKind:
@@ -107,23 +118,15 @@ def _kind_of(names: Iterable[str], file: Path) -> PeftKind:
     known = kinds()
     every = set().union(*map(roots_of, known.values()))
     found = {segment for name in names for segment in name.split(".") if segment in every}
-    fitting = [kind for kind in known.values() if found <= roots_of(kind)]
-    rows = "trainable_tokens_delta" in found
-    if not rows and (kind := next((kind for kind in fitting if kind.name in _TOLD_BY_TENSORS), None)):
-        if kind.name == "LORA" and "lora_diag" in found:  # KaSA: singular values, which replace a part of the base
-            fitting = []
-        else:
-            return kind
-    what = (
-        "rows of trained tokens, whose ids stand there alone"
-        if rows
-        else f"of type {_list(fitting)}, whose numbers that file explains"
-    )
+    if "trainable_tokens_delta" in found:
+        what = "rows of trained tokens, whose ids stand there alone"
+    else:
+        fitting = [] if _OF_KASA in found else [kind for kind in known.values() if found <= roots_of(kind)]
+        if told := [kind for kind in fitting if kind.name in _TOLD_BY_TENSORS]:
+            return told[0]
+        names = " or ".join(kind.name for kind in fitting) or "KaSA or another variant"
+        what = f"of type {names}, whose numbers that file explains"
     raise FitError(f"PEFT's weights without their {CONFIG_FILE}: {what}", file=file, hint=_BESIDE)
-
-
-def _list(fitting: Iterable[PeftKind]) -> str:
-    return " or ".join(kind.name for kind in fitting) or "KaSA or another variant"
 
 
 def _read_part(
@@ -132,30 +135,25 @@ def _read_part(
     """The tensors of one component, with the configuration that they show."""
     contents = sort_tensors(tensors, kind.factors, kind.shared, unused=kind.unused)
     for module, parts in contents.modules.items():
-        _check_plain_module(module, parts)
-    whole = {name.rpartition(".")[0] for name in contents.plain if not name.endswith(".bias")}
-    biases = any(name.endswith(".bias") and name.rpartition(".")[0] not in whole for name in contents.plain)
-    saved = sorted(
-        name.rpartition(".")[0]
-        for name in contents.plain
-        if not name.endswith(".bias") and not is_embedding_weight(name)
-    )
-    lora = kind.name == "LORA"
+        _refuse_stack(module, parts)
+    plain = [(name, *name.rpartition(".")[::2]) for name in contents.plain]
+    whole = {module for _, module, leaf in plain if leaf != "bias"}
+    biased = any(leaf == "bias" and module not in whole for _, module, leaf in plain)
+    saved = sorted(module for name, module, leaf in plain if leaf != "bias" and not is_embedding_weight(name))
     shown: dict[str, Any] = {
         **fields,
         "modules_to_save": saved or None,
-        **({"bias": "all"} if biases and "bias" in kind.switches.understood else {}),
+        **({"bias": "all"} if biased and "bias" in kind.switches.understood else {}),
     }
-    if lora:
-        parts_of_all = [set(parts) for parts in contents.modules.values()]
-        shown["use_dora"] = any("lora_magnitude_vector" in parts for parts in parts_of_all)
-        shown["lora_bias"] = any("lora_B.bias" in parts for parts in parts_of_all)
+    if kind.name == "LORA":
+        shown["use_dora"] = any("lora_magnitude_vector" in parts for parts in contents.modules.values())
+        shown["lora_bias"] = any("lora_B.bias" in parts for parts in contents.modules.values())
     config = parse_config(shown, tensors[0].file.path, switches())
     return read_tensors(path, config, tensors, around=component)
 
 
-def _check_plain_module(module: str, parts: Mapping[str, StoredTensor]) -> None:
-    """Refuse stacks of experts, which have several readings.
+def _refuse_stack(module: str, parts: Mapping[str, StoredTensor]) -> None:
+    """Refuse factors of stacked experts, which have several readings.
 
     Raises:
         FitError: they are some.
