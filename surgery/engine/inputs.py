@@ -62,7 +62,7 @@ def open(reference: StrPath, *, alpha: float | None = None) -> Checkpoint | Adap
     Args:
         reference: File, folder or name on the hub. A folder that is both (a training run's) is an adapter.
         alpha: What an adapter was trained with whose file does not state it (PEFT's weights alone, torchtune,
-            litgpt, loralib, older MLX).
+            litgpt, loralib, NeMo, older MLX).
 
     Raises:
         UsageError: an alpha, and a model.

@@ -11,7 +11,7 @@ __all__ = ["command"]
 
 @subcommand("formats")
 def command(settings: Settings) -> None:
-    """List the adapter formats that can be read and written.
+    """List the adapter formats, and which of them can be written.
 
     And the containers of models, the model families whose names are known, and the kinds of update that can be merged.
     """
