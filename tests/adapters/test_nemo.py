@@ -20,9 +20,7 @@ from surgery import convert, formats, merge, resize
 from surgery_formats.adapters.nemo import NEMO
 from surgery_formats.adapters.nemo.config import plain_values
 from surgery_formats.adapters.registry import format_at, read_adapter
-from surgery_formats.containers.tar import tar_members
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
-from surgery_formats.files.raw import open_file
 from surgery_formats.testing.format import FORMAT_CHECKS, FormatCase
 from tests.support.adapter_files import GOLDEN, assert_expected, draw, merged, write_base
 
@@ -186,17 +184,6 @@ def test_other_archives_are_refused_by_name(tmp_path: Path) -> None:
     assert NEMO.render(read_adapter(HERE / "qkv/adapter.nemo"), None).tensors == ()
 
 
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_every_form_of_tar_is_read(form: int, tmp_path: Path) -> None:
-    deep = "/".join(["a" * 40] * 3)
-    files = {"./x": b"1" * 700, f"{deep}/b": b"22", "../c": b"", "model_weights.ckpt": b"3" * 512}
-    path = pack(tmp_path / "a.tar", files, format=form)
-    members = tar_members(open_file(path))
-    assert {name: path.read_bytes()[m.offset : m.offset + m.nbytes] for name, m in members.items()} == {
-        name.removeprefix("./"): data for name, data in files.items()
-    }
-
-
 @pytest.mark.parametrize(
     "path", ["nemo/fused/adapter.nemo", "mlx/llama/npz/adapters.npz", "keras/llama/lora/adapter.lora.h5"]
 )
@@ -205,51 +192,13 @@ def test_files_of_other_programs_are_no_models(path: str, tmp_path: Path) -> Non
         merge(GOLDEN / path, HERE / "fused/adapter.nemo", output=tmp_path / "out")
 
 
-def test_hostile_archives_are_refused(tmp_path: Path) -> None:
+def test_an_archive_cut_short_is_never_read(tmp_path: Path) -> None:
+    """What else may be wrong with an archive is in ``tests/containers/test_tar.py``."""
     whole = (HERE / "qkv/adapter.nemo").read_bytes()
-    path = tmp_path / "a.nemo"
     for size in (0, 100, 511, 512, 600, 1200, 2000, len(whole) - 11000):
-        path.write_bytes(whole[:size])
+        (tmp_path / "a.nemo").write_bytes(whole[:size])
         with pytest.raises(MalformedError):
-            NEMO.read(path)
-    info = tarfile.TarInfo("model_weights.ckpt")
-    info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    path.write_bytes(info.tobuf() + bytes(1024))
-    with pytest.raises(MalformedError, match="is no plain file"):
-        NEMO.read(path)
-    info = tarfile.TarInfo("model_weights.ckpt")
-    info.size = 8**10
-    path.write_bytes(info.tobuf() + bytes(1024))
-    with pytest.raises(MalformedError, match="beyond the archive"):
-        NEMO.read(path)
-    damaged = bytearray(tarfile.TarInfo("x").tobuf() + bytes(1024))
-    damaged[0] ^= 1
-    path.write_bytes(damaged)
-    with pytest.raises(MalformedError, match="is damaged"):
-        NEMO.read(path)
-    twice = tarfile.TarInfo("x").tobuf() * 2 + bytes(1024)
-    path.write_bytes(twice)
-    with pytest.raises(MalformedError, match="appears twice"):
-        NEMO.read(path)
-    info = tarfile.TarInfo("x")
-    info.type, info.size = tarfile.XGLTYPE, 20
-    path.write_bytes(info.tobuf() + b"20 path=a_longer_one\n".ljust(512, b"\0") + bytes(1024))
-    with pytest.raises(MalformedError, match="extended header"):
-        NEMO.read(path)
-    info.size = 12
-    path.write_bytes(info.tobuf() + b"12 path=abc\n".ljust(512, b"\0") + tarfile.TarInfo("y").tobuf() + bytes(1024))
-    with pytest.raises(MalformedError, match="for all tar members"):
-        NEMO.read(path)
-    for record, said in (
-        (b"99 path=x\n", "extended header"),
-        (b"22 GNU.sparse.major=1\n", "holes"),
-        (b"x", "no number|extended"),
-    ):
-        info = tarfile.TarInfo("x")
-        info.type, info.size = tarfile.XHDTYPE, len(record)
-        path.write_bytes(info.tobuf() + record.ljust(512, b"\0") + tarfile.TarInfo("y").tobuf() + bytes(1024))
-        with pytest.raises(MalformedError, match=said):
-            NEMO.read(path)
+            NEMO.read(tmp_path / "a.nemo")
 
 
 def test_what_continues_a_text_is_no_value() -> None:

@@ -159,37 +159,17 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
         merge(llama(tmp_path / "other"), HERE / "half", output=tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"\x93NUMPY", "not an array of numpy's"),
-        (b"\x93NUMPY\x01\x00\xff\xff" + b" " * 100, "header is longer"),
-        (b"\x93NUMPY\x09\x00\x10\x00" + b" " * 100, "unknown version"),
-        (b"\x93NUMPY\x01\x00\x14\x00" + b"{'descr': __import__" + b" " * 8, "not that of an array of numbers"),
-    ],
-)
-def test_damaged_arrays_are_refused(content: bytes, said: str, tmp_path: Path) -> None:
+def test_one_array_is_not_enough(tmp_path: Path) -> None:
     shutil.copytree(HERE / "half", tmp_path / "a")
-    (tmp_path / "a" / WEIGHTS).write_bytes(content)
-    with pytest.raises(MalformedError, match=said):
-        TENSORRT_LLM.read(tmp_path / "a")
-
-
-def test_arrays_of_objects_and_columns_are_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", LINEAR, np.asfortranarray(draw(1, 1, 2, 64)))
-    with pytest.raises(MalformedError, match="fortran_order"):
-        TENSORRT_LLM.read(folder)
-    np.save(folder / WEIGHTS, np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(MalformedError, match=r"not (that of an array of|numbers that)"):
-        TENSORRT_LLM.read(folder)
-    np.save(folder / WEIGHTS, np.zeros((1, 1, 128), [("a", "<f4")]))
-    with pytest.raises(MalformedError, match="not that of an array of numbers"):
-        TENSORRT_LLM.read(folder)
-    with pytest.raises(NotFoundError):
-        TENSORRT_LLM.read(tmp_path / "nothing")
+    (tmp_path / "a" / CONFIG).unlink()
+    assert not TENSORRT_LLM.detect(tmp_path / "a")
+    for folder in (tmp_path / "a", tmp_path / "nothing"):
+        with pytest.raises(NotFoundError):
+            TENSORRT_LLM.read(folder)
 
 
 def test_a_file_cut_short_is_never_read(tmp_path: Path) -> None:
+    """What else may be wrong with an array is in ``tests/containers/test_npy.py``."""
     whole = (HERE / "ranks" / WEIGHTS).read_bytes()
     shutil.copytree(HERE / "ranks", tmp_path / "a")
     for size in (*range(140), len(whole) - 1):

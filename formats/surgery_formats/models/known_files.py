@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that lie beside adapters in people's folders and are none that weights can hold: what they are, and what to do with them.
+"""Files that lie beside adapters in people's folders and that no weight can hold: what they are, and what to do with them.
 
-They are told by the names of their tensors, as `factor_names` tells factors, so that every command names them in the same words.
+They are told by the names of their tensors, as `factor_names` tells factors, and whole models of Keras by their endings. Every
+command names them in the same words.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +219,15 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place)
-        make(options.source.resolve(), made)
-        files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
-        for name in files:
-            if not options.check:
-                (HERE / name).parent.mkdir(parents=True, exist_ok=True)
-                (HERE / name).write_bytes((made / name).read_bytes())
-            elif name.suffix == ".safetensors":
-                mine, theirs = load_file(HERE / name), load_file(made / name)
-                assert mine.keys() == theirs.keys(), name
-                assert all(np.array_equal(mine[key], theirs[key]) for key in mine), name
-            else:
-                assert (HERE / name).read_bytes() == (made / name).read_bytes(), f"{name} differs"
-        print(f"{len(files)} files")
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep, same_values
+
+    keep(
+        HERE,
+        lambda root: make(options.source.resolve(), root),
+        check=options.check,
+        same=partial(same_values, rtol=0, atol=0),
+    )
 
 
 if __name__ == "__main__":

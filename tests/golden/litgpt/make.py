@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -122,31 +122,14 @@ def make(root: Path) -> None:
         save_file(changed, folder / "expected.safetensors")
 
 
-def same(mine: Path, theirs: Path) -> bool:
-    if mine.suffix in (".json", ".yaml"):
-        return mine.read_bytes() == theirs.read_bytes()
-    if mine.suffix == ".lora":
-        first, second = (torch.load(path, weights_only=True)["model"] for path in (mine, theirs))
-    else:
-        first, second = ({k: torch.from_numpy(v) for k, v in load_file(path).items()} for path in (mine, theirs))
-    return first.keys() == second.keys() and all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place)
-        make(made)
-        files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
-        for name in files:
-            if options.check:
-                assert same(HERE / name, made / name), f"{name} differs"
-            else:
-                (HERE / name).parent.mkdir(parents=True, exist_ok=True)
-                (HERE / name).write_bytes((made / name).read_bytes())
-        print(f"{len(files)} files")
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep, same_values
+
+    keep(HERE, make, check=options.check, same=same_values)
 
 
 if __name__ == "__main__":

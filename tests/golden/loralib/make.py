@@ -10,7 +10,7 @@ Needs loralib 0.1.2 and torch. ``expected.safetensors`` has what ``eval()`` left
 from __future__ import annotations
 
 import argparse
-import tempfile
+import sys
 import zlib
 from pathlib import Path
 
@@ -69,14 +69,6 @@ def make(root: Path) -> None:
     torch.save(lora.lora_state_dict(fused), root / "fused.pt")
 
 
-def same(mine: Path, theirs: Path) -> bool:
-    if mine.suffix == ".pt":
-        first, second = (torch.load(path, weights_only=True) for path in (mine, theirs))
-    else:
-        first, second = ({k: torch.from_numpy(v) for k, v in load_file(path).items()} for path in (mine, theirs))
-    return first.keys() == second.keys() and all(torch.allclose(first[k], second[k], atol=1e-6) for k in first)
-
-
 def load(file: str, alpha: float) -> None:
     """A state dict of the model above, loaded as loralib's page says, must give the weights that its own gives."""
     global ALPHA
@@ -104,17 +96,10 @@ def main() -> None:
     if options.load:
         load(options.load[0], float(options.load[1]))
         return
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place)
-        make(made)
-        files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
-        for name in files:
-            if options.check:
-                assert same(HERE / name, made / name), f"{name} differs"
-            else:
-                (HERE / name).parent.mkdir(parents=True, exist_ok=True)
-                (HERE / name).write_bytes((made / name).read_bytes())
-        print(f"{len(files)} files")
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep, same_values
+
+    keep(HERE, make, check=options.check, same=same_values)
 
 
 if __name__ == "__main__":

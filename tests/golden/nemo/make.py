@@ -16,7 +16,6 @@ import io
 import runpy
 import sys
 import tarfile
-import tempfile
 import types
 import zlib
 from pathlib import Path
@@ -192,17 +191,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--peer", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place)
-        make(made, options.peer)
-        files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
-        for name in files:
-            if options.check:
-                assert (HERE / name).read_bytes() == (made / name).read_bytes(), f"{name} differs"
-            else:
-                (HERE / name).parent.mkdir(parents=True, exist_ok=True)
-                (HERE / name).write_bytes((made / name).read_bytes())
-        print(f"{len(files)} files")
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep
+
+    keep(HERE, lambda root: make(root, options.peer), check=options.check)
 
 
 if __name__ == "__main__":

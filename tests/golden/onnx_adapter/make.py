@@ -84,16 +84,12 @@ def write(root: Path) -> None:
     (root / "expected.json").write_text(json.dumps({"versions": versions, "cases": list(CASES)}, indent=1) + "\n")
 
 
-def check() -> int:
-    with tempfile.TemporaryDirectory() as name:
-        write(Path(name))
-        made = {p.relative_to(name) for p in Path(name).rglob("*") if p.is_file()}
-        bad = [str(p) for p in sorted(made) if (Path(name) / p).read_bytes() != (HERE / p).read_bytes()]
-        print("\n".join(f"differs: {p}" for p in bad) or f"{len(made)} files are the same")
-        return 1 if bad else 0
+def main() -> None:
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep
+
+    keep(HERE, write, check=sys.argv[1:] == ["--check"])
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
-        sys.exit(check())
-    write(HERE)
+    main()

@@ -72,8 +72,7 @@ def make(peer: Path, root: Path) -> None:
     convert = runpy.run_path(str(peer))["convert_hf_model"]
     base = load_file(BASE)
     for case, said in CASES.items():
-        source, folder = root / "source" / case, root / case
-        source.mkdir(parents=True)
+        folder = root / case
         tensors, expected = {}, {}
         stored = getattr(torch, said["dtype"])
         for layer in range(2):
@@ -91,10 +90,11 @@ def make(peer: Path, root: Path) -> None:
                     tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
                     changed = magnitude[:, None].astype(np.float64) * changed
                 expected[f"{name}.weight"] = changed.astype(np.float32)
-        save_file(tensors, source / "adapter_model.safetensors")
         config = {"lora_alpha": said["alpha"], "r": 1, "use_rslora": said.get("use_rslora", False)}
-        (source / "adapter_config.json").write_text(json.dumps(config))
-        convert(source, said["dtype"], folder)
+        with tempfile.TemporaryDirectory() as place:
+            save_file(tensors, Path(place) / "adapter_model.safetensors")
+            (Path(place) / "adapter_config.json").write_text(json.dumps(config))
+            convert(Path(place), said["dtype"], folder)
         save_file(expected, folder / "expected.safetensors")
 
 
@@ -103,17 +103,10 @@ def main() -> None:
     parser.add_argument("peer", type=Path)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place)
-        make(options.peer, made)
-        files = sorted(path.relative_to(made) for case in CASES for path in (made / case).iterdir())
-        for name in files:
-            if options.check:
-                assert (HERE / name).read_bytes() == (made / name).read_bytes(), f"{name} differs"
-            else:
-                (HERE / name).parent.mkdir(parents=True, exist_ok=True)
-                (HERE / name).write_bytes((made / name).read_bytes())
-        print(f"{len(files)} files")
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep
+
+    keep(HERE, lambda root: make(options.peer, root), check=options.check)
 
 
 if __name__ == "__main__":
