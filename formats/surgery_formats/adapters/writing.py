@@ -30,7 +30,6 @@ __all__ = [
     "nothing_written",
     "places_of",
     "rate_of",
-    "restate",
     "surviving_metadata",
     "whole_place",
     "zero_padded",
@@ -163,16 +162,6 @@ def surviving_metadata(adapter: Adapter, *, hashed: bool = False) -> dict[str, s
     """
     kept = {key: value for key, value in adapter.metadata.items() if key not in OF_THE_FILE}
     return kept | {key: HASHES[key] for key in HASHES.keys() & adapter.metadata.keys()} if hashed else kept
-
-
-def restate(metadata: dict[str, str], key: str, value: float) -> None:
-    """State a number in metadata; text that says the same stays."""
-    try:
-        same = abs(float(metadata[key]) - value) <= 1e-7 * abs(value)
-    except (KeyError, ValueError):
-        same = False
-    if not same:
-        metadata[key] = f"{value:.9g}"
 
 
 def places_of(site: Site, base: Checkpoint, tensors: tuple[Tensor, ...]) -> tuple[WeightSlice, ...]:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Mapping
 
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.grammar.scales import StatedScales
+from surgery_formats.adapters.grammar.training import network_arguments, positive_number
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.text import show
 from surgery_formats.updates import LoRA, OutputRotation, ProductGLoRA, Update
@@ -35,7 +34,7 @@ def stated_issues(
     every = [update for chain in updates.values() for update in chain]
     contents = [contents_of(update) for update in every]
     loras = [held.lora for held in contents if held.lora]
-    dim = _number(metadata, "ss_network_dim")
+    dim = positive_number(metadata.get("ss_network_dim"))
     lacking = [lora for lora in loras if not lora.noted]
     if scales.configs and any(lora.scale != 1.0 for lora in lacking):
         yield "its alphas stand in the header alone: programs that look for a tensor beside the factors take 1 for the scale"
@@ -78,12 +77,8 @@ def _is_rank(lora: LoRA) -> bool:
 
 
 def _is_on(metadata: Mapping[str, str], switch: str) -> bool:
-    """Whether a switch of the network was on in training (``ss_network_args``)."""
-    try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(arguments, dict) and str(arguments.get(switch)).lower() in ("true", "1", "yes")
+    """Whether a switch of the network was on in training."""
+    return str(network_arguments(metadata).get(switch)).lower() in ("true", "1", "yes")
 
 
 def _meant(scales: list[float]) -> str:
@@ -93,12 +88,3 @@ def _meant(scales: list[float]) -> str:
         return "their scale is 1"
     shown = ", ".join(f"{scale:.3g}" for scale in stated)
     return f"their scale is {shown} by ss_network_alpha in its metadata; programs that look for alphas take 1"
-
-
-def _number(metadata: Mapping[str, str], key: str) -> float | None:
-    """The value of `key` if it is a positive number; None for ``Dynamic``, ``None`` and other texts."""
-    try:
-        value = float(metadata.get(key, ""))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None

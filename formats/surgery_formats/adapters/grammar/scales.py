@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from surgery_formats.adapters.grammar.header import configs_of
 from surgery_formats.adapters.grammar.module import ModuleTensors, malformed
 from surgery_formats.adapters.grammar.scalars import scalar
+from surgery_formats.adapters.grammar.training import stated_dims
 from surgery_formats.canonical.provenance import ScaleSource
 from surgery_formats.models.families.denoisers import COMPONENTS
 from surgery_formats.tensors.tensor import StoredTensor
@@ -65,7 +65,7 @@ class StatedScales:
         Raises:
             MalformedError, FitError: see `header.configs_of`.
         """
-        return cls(configs_of(metadata, path), () if with_alphas else _trained(metadata))
+        return cls(configs_of(metadata, path), () if with_alphas else stated_dims(metadata))
 
     def of_module(self, module: ModuleTensors, rank: int, counted: int | None = None) -> Scale:
         """The scale of a module.
@@ -104,27 +104,3 @@ class StatedScales:
             return self.configs[component]
         others = [name for name in self.configs if name in COMPONENTS or not name]
         return self.configs[others[0]] if len(others) == 1 and component in (*COMPONENTS, "") else None
-
-
-def _trained(metadata: Mapping[str, str]) -> tuple[tuple[int, float], ...]:
-    """What sd-scripts notes of dims and alphas; convolutions have theirs in ``ss_network_args``."""
-    try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
-    except (ValueError, RecursionError):
-        arguments = {}
-    arguments = arguments if isinstance(arguments, dict) else {}
-    pairs = (
-        (metadata.get("ss_network_dim"), metadata.get("ss_network_alpha")),
-        (arguments.get("conv_dim"), arguments.get("conv_alpha")),
-    )
-    known = [(_number(dim), _number(alpha)) for dim, alpha in pairs]
-    return tuple((int(dim), alpha) for dim, alpha in known if dim and alpha and dim == int(dim))
-
-
-def _number(text: object) -> float | None:
-    """A positive number; None for ``Dynamic``, ``None`` and other texts."""
-    try:
-        value = float(str(text))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None

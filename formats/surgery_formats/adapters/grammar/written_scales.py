@@ -15,7 +15,8 @@ from surgery_formats.adapters.grammar.header import ADAPTER_METADATA, header_of
 from surgery_formats.adapters.grammar.leaves import LEAVES, longest_leaf
 from surgery_formats.adapters.grammar.scales import StatedScales
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
-from surgery_formats.adapters.writing import commonest, restate, surviving_metadata
+from surgery_formats.adapters.grammar.training import restate_network
+from surgery_formats.adapters.writing import surviving_metadata
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.updates import LoRA, Update, low_rank_part
@@ -100,10 +101,7 @@ class WrittenScales:
     def _restate_ranks(self, metadata: dict[str, str]) -> None:
         """The numbers of sd-scripts as they are now. Where they state the scales, what is left of those is in the factors."""
         loras = [lora for chain in self.adapter.updates.values() for u in chain if (lora := low_rank_part(u))]
-        if loras and "ss_network_dim" in metadata:
-            restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
-        if loras and "ss_network_alpha" in metadata and (self.with_alpha or self.in_header):
-            restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)
+        restate_network(metadata, loras, alphas=self.with_alpha or self.in_header)
 
 
 def factors_beside(adapter: Adapter, site: Site) -> list[LoRA]:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from surgery_formats.adapters.format import Rendering
+from surgery_formats.adapters.grammar.training import restate_network
 from surgery_formats.adapters.grammar.writer import render_weight_file
 from surgery_formats.adapters.kohya.dialect import DIALECT
-from surgery_formats.adapters.writing import commonest, restate
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
@@ -53,9 +53,7 @@ def render_for_transformer(adapter: Adapter, base: Checkpoint) -> Rendering:
     if not loras or adapter.format == DIALECT.name:
         return rendering
     metadata = dict(rendering.metadata)
-    restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
-    restate(metadata, "ss_network_alpha", commonest(lora.scale * lora.rank for lora in loras) or 0.0)
-    metadata.setdefault("ss_network_module", "networks.lora")
+    restate_network(metadata, loras, "networks.lora")
     return replace(rendering, metadata=metadata)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from surgery_formats.adapters.contents import Contents, contents_of
 from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.grammar.training import restate_network
 from surgery_formats.adapters.grammar.writer import render_weight_file
 from surgery_formats.adapters.kohya.dialect import DIALECT
 from surgery_formats.adapters.kohya.releases import is_of_a_transformer, render_for_transformer
@@ -22,7 +23,6 @@ from surgery_formats.adapters.writing import (
     commonest,
     factor_tensor,
     places_of,
-    restate,
     surviving_metadata,
     whole_place,
 )
@@ -95,12 +95,9 @@ def _render_with_base_names(adapter: Adapter, base: Checkpoint) -> Rendering:
     ledger.drop_prompt(adapter)
     metadata = surviving_metadata(adapter, hashed=True)
     loras = [entry.held.lora for entry in fitting.values() if entry.held.lora]
-    if loras:
-        alpha = commonest(alphas.values()) or commonest(lora.scale * lora.rank for lora in loras)
-        lycoris = any(name.endswith((".dora_scale", ".diff", ".diff_b")) for name in tensors)
-        restate(metadata, "ss_network_dim", commonest(lora.rank for lora in loras) or 0)
-        restate(metadata, "ss_network_alpha", alpha or 0.0)
-        metadata.setdefault("ss_network_module", "lycoris.kohya" if lycoris else "networks.lora")
+    lycoris = any(name.endswith((".dora_scale", ".diff", ".diff_b")) for name in tensors)
+    module = "lycoris.kohya" if lycoris else "networks.lora"
+    restate_network(metadata, loras, module, alpha=commonest(alphas.values()))
     ordered = tuple(tensors[name] for name in sorted(tensors))
     return Rendering(f"{adapter.path.stem}.safetensors", ordered, metadata, {}, tuple(ledger.entries), ledger.held)
 
