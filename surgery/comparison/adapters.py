@@ -39,9 +39,8 @@ def diff_adapters(
 ) -> AdapterDiff:
     """Compare two adapters that were read. See `surgery.verbs.diff.diff`."""
     limit = TOLERANCE if tolerance is None else tolerance
-    if (
-        base is None and not header and a.format != b.format
-    ):  # of one format, what a base would tell is the same on both sides
+    # Of one format, what a base would tell is the same on both sides.
+    if base is None and not header and a.format != b.format:
         check_complete(a)
         check_complete(b)
     pairs, notes = (_pairs(a, b), []) if base is None else pairs_on(base, a, b)

@@ -6,15 +6,16 @@ A weight may be fused for one and in parts for the other; both are compared as w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations, pairwise
 
 from surgery.comparison.additive import Chain
-from surgery_formats.adapters.rows import widened
+from surgery_formats.adapters.rows import Span, cut, widened
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.operation import Operation
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.tensors.views import View, whole
+from surgery_formats.tensors.views import View, intersect, whole
 from surgery_formats.updates import Update
 
 __all__ = ["pairs_on"]
@@ -30,6 +31,7 @@ def pairs_on(
     """
     mine, theirs = (bind([(adapter, 1.0)], base) for adapter in (a, b))
     pairs: dict[str, tuple[Chain | None, Chain | None]] = {}
+    notes: list[str] = []
     for key in sorted(mine.edits.keys() | theirs.edits.keys()):
         component, name = key
         called = f"{component}:{name}" if component else name
@@ -39,11 +41,20 @@ def pairs_on(
         if None not in wholes:
             pairs[called] = (wholes[0] or None, wholes[1] or None)
             continue
+        if (bands := _in_bands(left, right, shape)) is not None:
+            pairs |= {
+                called if span == (0, shape[0]) else f"{called}, rows {span[0]}:{span[1]}": chains
+                for span, chains in bands.items()
+            }
+            continue
         views = dict.fromkeys(operation.view for operation in (*left, *right))
         for number, view in enumerate(views):
             part = called if len(views) == 1 else f"{called}, part {number + 1}"
             pairs[part] = (_at(left, view) or None, _at(right, view) or None)
-    notes = []
+        if any(view != other and intersect(view, other) for view, other in combinations(views, 2)):
+            notes.append(
+                f"{called} is changed by kinds that cannot be cut to the same parts, so that they are not compared"
+            )
     if mine.untied != theirs.untied:
         notes.append("in this base, head and embedding are one tensor: one of them changes both, the other does not")
     return pairs, notes
@@ -58,6 +69,44 @@ def _operations(binding: Binding, key: tuple[str, str]) -> tuple[Operation, ...]
 
 def _at(operations: Iterable[Operation], view: View) -> Chain:
     return tuple(operation.update for operation in operations if operation.view == view)
+
+
+def _in_bands(
+    left: Sequence[Operation], right: Sequence[Operation], shape: tuple[int, int]
+) -> dict[Span, tuple[Chain | None, Chain | None]] | None:
+    """Updates by the rows that they change, cut where one of them begins or ends; None if one cannot be cut."""
+    both = (*left, *right)
+    if not all(_is_of_rows(operation.view, shape[1]) for operation in both):
+        return None
+    edges = sorted({edge for operation in both for edge in (operation.view.rows[0], operation.view.rows[-1] + 1)})
+    found: dict[Span, tuple[Chain | None, Chain | None]] = {}
+    for span in pairwise(edges):
+        mine, theirs = _of_rows(left, span), _of_rows(right, span)
+        if mine is None or theirs is None:
+            return None
+        if mine or theirs:
+            found[span] = mine or None, theirs or None
+    return found
+
+
+def _is_of_rows(view: View, width: int) -> bool:
+    """Whether it shows rows that follow each other, all of each."""
+    straight = isinstance(view.rows, range) and view.rows.step == 1 and len(view.rows) > 0
+    return straight and not view.transposed and view.cols == range(width) and view.col_origin == 0
+
+
+def _of_rows(operations: Iterable[Operation], span: Span) -> Chain | None:
+    """What is done to rows of the weight, which lie in one view or in none; None if an update has no part for them."""
+    chain: list[Update] = []
+    for operation in operations:
+        start = span[0] - operation.view.rows[0]
+        if 0 <= start < len(operation.view.rows):
+            first = operation.view.row_origin + start
+            part = cut(operation.update, [(first, first + span[1] - span[0])])
+            if part is None:
+                return None
+            chain.append(part)
+    return tuple(chain)
 
 
 def _on_weight(operations: Iterable[Operation], shape: tuple[int, int]) -> Chain | None:

@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from surgery import convert, merge
+from surgery import convert, diff, merge
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError
 from tests.support.adapter_files import draw, write_base
@@ -189,3 +189,36 @@ def test_lengths_of_rows_of_a_fused_weight_meet_its_parts(tmp_path: Path, module
         merge(base, tmp_path / "a.safetensors", output=tmp_path / "out")
         after = _parts_of(load_file(tmp_path / "out" / "model.safetensors"), parts)
         assert np.allclose(after, V * lengths / np.linalg.norm(V, axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_lengths_of_a_fused_weight_and_of_its_parts_are_compared_by_rows(tmp_path: Path, fused: bool) -> None:
+    shapes = {f"{name}.weight": shape for name, shape in (FUSED if fused else PARTS).items()}
+    shapes |= (
+        {"img_in.weight": (D, 4), "final_layer.linear.weight": (4, D)}
+        if fused
+        else {"norm_out.linear.weight": (2 * D, D)}
+    )
+    base = write_base(tmp_path / "base", shapes, {} if fused else {"_class_name": "FluxTransformer2DModel"})
+    stem = "lora_unet_double_blocks_0_img_attn_qkv"
+    whole = {f"{stem}.lora_up.weight": draw(1, 3 * D, RANK), f"{stem}.lora_down.weight": draw(2, RANK, D)}
+    whole |= {f"{stem}.dora_scale": abs(draw(9, 3 * D, 1))}
+    save_file(whole, tmp_path / "a.safetensors")
+    parts: dict[str, np.ndarray] = {}
+    for number, name in enumerate(("to_q", "to_k", "to_v")):
+        rows, module = slice(number * D, (number + 1) * D), f"transformer.transformer_blocks.0.attn.{name}"
+        parts |= {f"{module}.lora_A.weight": whole[f"{stem}.lora_down.weight"]}
+        parts |= {f"{module}.lora_B.weight": whole[f"{stem}.lora_up.weight"][rows].copy()}
+        parts |= {f"{module}.lora_magnitude_vector": whole[f"{stem}.dora_scale"][rows, 0].copy()}
+    save_file(parts, tmp_path / "b.safetensors")
+    found = diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", base=base)
+    assert [one.status for one in found.modules] == ["equal"] * 3
+    parts[f"{module}.lora_magnitude_vector"] *= 2
+    save_file(parts, tmp_path / "b.safetensors")
+    changed = [
+        one
+        for one in diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", base=base).modules
+        if one.status != "equal"
+    ]
+    assert [one.note for one in changed] == ["magnitudes differ by 1"]
+    assert changed[0].name.endswith("rows 16:24" if fused else "to_v.weight")
