@@ -152,9 +152,9 @@ class CheckResult:
 
 def _facts_of_one(check: ConsumerCheck) -> list[tuple[Phrase, Phrase]]:
     read: Phrase = f"{check.title} {check.version}"
-    files: dict[str, list[str]] = {}
+    files: dict[str, dict[str, None]] = {}  # a file may have several rules
     for source in check.sources:
-        files.setdefault(f"{source.program} {source.version}", []).append(source.file)
+        files.setdefault(f"{source.program} {source.version}", {})[source.file] = None
     return [
         ("for", read),
         ("verdict", f"{check.outcome}: {_counted(check.verdicts)}"),

@@ -96,6 +96,10 @@ def _no_exception(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ..
     return None
 
 
+def _no_other(facts: AdapterFacts) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class RuledConsumer:
     """A consumer whose rules are data.
@@ -109,7 +113,8 @@ class RuledConsumer:
         format: See `Consumer`.
         rules: What becomes of parts of each trait: a start of `surgery.consumers.starts`, and what differs. A plain LoRA
             is honoured.
-        reads: Formats of adapters that it loads; of others it refuses the whole file.
+        reads: Formats of adapters that it loads; of others it refuses the whole file ...
+        reads_too: ... but for those that this is true of.
         scale: How it works out scales; None where it does as the file's format means it.
         one_rank: What becomes of a LoRA whose rank is not the configuration's ``r``.
         leaves: Last names of modules that it knows; empty for any.
@@ -131,6 +136,7 @@ class RuledConsumer:
     rules: Mapping[Trait, TraitRule]
     format: str = "peft"
     reads: frozenset[str] = frozenset({"peft"})
+    reads_too: Callable[[AdapterFacts], bool] = field(default=_no_other)
     scale: Formula | None = None
     one_rank: TraitRule = honoured
     leaves: frozenset[str] = frozenset()
@@ -145,7 +151,7 @@ class RuledConsumer:
 
     def judge(self, facts: AdapterFacts, version: tuple[int, ...]) -> tuple[Verdict, ...]:
         """One verdict for each part."""
-        if facts.adapter.format not in self.reads:
+        if facts.adapter.format not in self.reads and not self.reads_too(facts):
             why = f"it loads {' and '.join(sorted(self.reads))}, this is {facts.adapter.format}"
             return (Verdict(facts.adapter.path.name, "format", "refused", why, "rewrite"),)
         rules: dict[Trait, TraitRule] = {"LoRA": honoured, **self.rules}

@@ -2,7 +2,8 @@
 """diffusers: ``load_lora_weights`` of pipelines; single files of kohya's and its own keys, LoRA and DoRA alone.
 
 Its converters of kohya's keys hold less than their files: magnitudes are filtered out before any of them, of Flux they
-give the layers outside the blocks no prefix, and not every pipeline has one. Its own keys it loads as they are.
+give the layers outside the blocks no prefix, and not every pipeline has one. Its own keys it loads as they are. Of files with
+the modules' names alone it has converters for three of Flux: XLabs', fal's, and Black Forest Labs' control LoRAs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _ENCODERS = {"Flux or HunyuanVideo": 1, "Flux": 1, "Flux, Stable Diffusion 3 or 
 _OUTSIDE = ("img_in", "txt_in", "time_in_", "vector_in_", "guidance_in_", "final_layer_")
 _OF_CONTROL = re.compile(r"norm\.(query|key)_norm\.scale$|\.norm_(added_)?[qk]\.weight$")
 
+_OF_FLUX = re.compile(r"\.processor\.|\.query_norm\.scale$|^base_model\.")
+"""Names by which it tells files of XLabs, control LoRAs and fal's."""
+_TURNED = "final_layer.adaLN_modulation.1.weight"
+
 _NO_ENCODER = ignored("its pipeline of this network loads no LoRA into this text encoder", "drop")
 _WITHOUT_LENGTHS = ignored(
     "it filters 'dora_scale' out, with a warning in its log, and loads the rest as a LoRA", "rewrite"
@@ -38,6 +43,17 @@ _WITHOUT_PREFIX = ignored(
 _NOT_CONVERTED = ignored(
     "its pipeline of this network does not convert kohya's keys, and finds none of its own", "rewrite"
 )
+
+_OTHER_CHANGE = ignored(
+    "its converter exchanges the halves of both factors, where those of the first are no shift and scale: another change",
+    "rewrite",
+)
+
+
+def _is_of_flux(facts: AdapterFacts) -> bool:
+    """Whether it is a file of Flux with the modules' names alone that diffusers converts."""
+    names = (tensor.name for tensor in facts.adapter.tensors)
+    return facts.adapter.format == "bare" and "Flux" in _family(facts) and any(map(_OF_FLUX.search, names))
 
 
 def _of_dora(part: AdapterPart, update: Update, facts: AdapterFacts) -> TraitRule | None:
@@ -63,6 +79,8 @@ def _of_file(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -
         return _of_dora(part, part.update, facts)
     if part.trait == "saved norm" and _OF_CONTROL.search(path):
         return honoured
+    if facts.adapter.format == "bare" and path == _TURNED and any(one.trait == "saved norm" for one in facts.parts):
+        return _OTHER_CHANGE
     if facts.adapter.format != "kohya" or part.scale is None or component.startswith("text_encoder") or not family:
         return None
     if not any(name in family for name in _CONVERTED):
@@ -94,11 +112,20 @@ DIFFUSERS = RuledConsumer(
         SourceRead(
             "diffusers", "0.42.1", "diffusers/loaders/lora_conversion_utils.py", "_convert_kohya_flux_lora_to_diffusers"
         ),
+        *(
+            SourceRead("diffusers", "0.42.1", "diffusers/loaders/lora_conversion_utils.py", name)
+            for name in (
+                "_convert_xlabs_flux_lora_to_diffusers",
+                "_convert_bfl_flux_control_lora_to_diffusers",
+                "_convert_fal_kontext_lora_to_diffusers",
+            )
+        ),
         SourceRead("diffusers", "0.42.1", "diffusers/loaders/lora_pipeline.py", "FluxLoraLoaderMixin.lora_state_dict"),
         SourceRead("diffusers", "0.42.1", "diffusers/loaders/peft.py", "PeftAdapterMixin.load_lora_adapter"),
     ),
     format="diffusers",
     reads=frozenset({"kohya", "diffusers"}),
+    reads_too=_is_of_flux,
     exceptions=_of_file,
     rules={
         **NO_FOLDERS,

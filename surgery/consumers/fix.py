@@ -18,7 +18,7 @@ from surgery.engine.conversion import bound_source, in_dialect, placed, plan_con
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery.progress import Callback
-from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.format import Entry, Format
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.binding.sizes import slices_of
 from surgery_formats.canonical.adapter import Adapter
@@ -38,6 +38,7 @@ def write_for(
     *,
     output: Path | None,
     component: str | None = None,
+    left_out: tuple[Entry, ...] = (),
     dtype: DType | None = None,
     overwrite: bool = False,
     progress: Callback | None = None,
@@ -54,6 +55,7 @@ def write_for(
         consent: What the user allows.
         output: File or folder to make; None writes nothing.
         component: The part of a pipeline to write.
+        left_out: What was left out of the adapter before, for the account.
         dtype: Type of the stored matrices; None keeps them.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step.
@@ -79,7 +81,7 @@ def write_for(
         None,
         original.format,
         target.name,
-        (*made.restated(plan.rendering.entries), *plan.left_out, *left),
+        (*made.restated(plan.rendering.entries), *plan.left_out, *left, *left_out),
         {},
         original.known_issues(),
         original.path,

@@ -1,36 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The proof of a written adapter: it is read back and must do to every weight what its source does.
 
-Low-rank parts are compared as the dense deltas they stand for, in float64, a few rows at a time; magnitudes, replaced
-values and token rows as they are. With a base both adapters are bound to it, so that one name for a fused weight and
-two for its parts meet at the same bytes. Names are proved by the tables that they were written by, read the other way: that
-those are the programs' own, golden files of the programs show. What a format only approximates is compared by factors
-(`surgery.engine.factor_proof`).
+How far a weight is from what its source makes of it `surgery.engine.weight_error` says. With a base both adapters are
+bound to it, so that one name for a fused weight and two for its parts meet at the same bytes. Names are proved by the tables
+that they were written by, read the other way: that those are the programs' own, golden files of the programs show. What a
+format only approximates is compared by factors (`surgery.engine.factor_proof`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
-import numpy
-
 from surgery.engine.execute import cores
-from surgery.engine.factor_proof import (
-    approximation_errors,
-    relative,
-    scale_error,
-    tensor_error,
-)
+from surgery.engine.factor_proof import approximation_errors, relative
+from surgery.engine.weight_error import ProofTarget, adds_nothing, largest, weight_error
 from surgery_formats.adapters.experts import fused_of, taken_apart
 from surgery_formats.adapters.format import Format, Rendering
 from surgery_formats.adapters.registry import format_at
-from surgery_formats.adapters.rows import row_slice
-from surgery_formats.arrays import Array, namespace
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
@@ -40,28 +29,15 @@ from surgery_formats.canonical.site_names import common_names
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.storage.base import Storage, read_values
 from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.apply import Apply, apply_chain
-from surgery_formats.tensors.views import View, whole
+from surgery_formats.tensors.views import whole
 from surgery_formats.text import listing
 from surgery_formats.threads import one_thread
-from surgery_formats.updates import (
-    Factor,
-    LoRA,
-    Update,
-    experts_of,
-    is_directed,
-    is_replacing,
-    low_rank_part,
-    settings,
-)
-from surgery_formats.updates.weights import HeldWeight
+from surgery_formats.updates import Factor, Update, experts_of, is_replacing
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]
 
 _THREADS = 4  # more wait for memory and for each other
-_BLOCK_ELEMENTS = 1 << 20  # 8 MB of float64 per side
 
 
 def read_back(target: Format, path: Path) -> Adapter:
@@ -156,21 +132,6 @@ def check_errors(errors: Mapping[str, float], tolerance: float, path: Path) -> N
         )
 
 
-@dataclass(frozen=True)
-class _ProofTarget:
-    """All that an adapter does to one weight.
-
-    Attributes:
-        shape: Of the matrix the views look into.
-        pieces: Updates and where in it they act.
-        value: What replaces the weight first.
-    """
-
-    shape: tuple[int, int]
-    pieces: tuple[tuple[Update, View], ...]
-    value: Storage | None = None
-
-
 def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[str, float]:
     """The greatest error of every weight, relative to the greatest value the source adds to it.
 
@@ -192,24 +153,15 @@ def compare(source: Adapter, written: Adapter, binding: Binding | None) -> dict[
             raise ProofError("only one of source and output parts the head from the embedding", file=written.path)
         expected, actual = _bound(binding), _bound(again)
     lost = sorted(expected.keys() - actual.keys())
-    new = [name for name in sorted(actual.keys() - expected.keys()) if not _adds_nothing(actual[name])]
+    new = [name for name in sorted(actual.keys() - expected.keys()) if not adds_nothing(actual[name])]
     if lost or new:
         raise ProofError(
             f"{len(lost)} weights are missing ({listing(lost)}), {len(new)} are new ({listing(new)})", file=written.path
         )
     names = sorted(expected)
     with one_thread(), ThreadPoolExecutor(min(cores(), _THREADS), "surgery-proof") as pool:
-        errors = list(pool.map(lambda name: _error(name, expected[name], actual[name], written), names))
+        errors = list(pool.map(lambda name: weight_error(name, expected[name], actual[name], written), names))
     return dict(zip(names, errors, strict=True))
-
-
-def _adds_nothing(target: _ProofTarget) -> bool:
-    """Whether its rows of B are zeros: they stand for what was not trained, where a format stacks it with what was."""
-    for update, view in target.pieces:
-        lora = update.low_rank()
-        if lora is None or _largest(lora.B.load(DType.F64)[view.row_origin :][: view.shape[0]]):
-            return False
-    return target.value is None
 
 
 def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
@@ -222,179 +174,34 @@ def compare_prompt(prompt: SoftPrompt, written: Adapter) -> dict[str, float]:
     if twin is None or twin.table.shape != prompt.table.shape or replace(twin, table=prompt.table) != prompt:
         raise ProofError(f"the virtual tokens {list(prompt.table.shape)} are not in it", file=written.path)
     mine, theirs = (Factor.of(side.table).load(DType.F64) for side in (prompt, twin))
-    return {prompt.table.name: relative(_largest(mine - theirs), _largest(mine))}
+    return {prompt.table.name: relative(largest(mine - theirs), largest(mine))}
 
 
-def _bound(binding: Binding) -> dict[str, _ProofTarget]:
+def _bound(binding: Binding) -> dict[str, ProofTarget]:
     """Updates by the base's names, so that fused and separate names of one weight meet."""
     targets = {}
     for (component, name), edit in binding.edits.items():
         pieces = tuple((operation.update, operation.view) for operation in edit.operations)
         shape = edit.source.shape
         value = edit.source if edit.replaced is not None else None
-        targets[f"{component}/{name}" if component else name] = _ProofTarget(shape, pieces, value)
+        targets[f"{component}/{name}" if component else name] = ProofTarget(shape, pieces, value)
     return targets
 
 
 def _unbound(
     updates: Mapping[Site, tuple[Update, ...]], name: Callable[[Site], str]
-) -> Iterator[tuple[str, _ProofTarget]]:
+) -> Iterator[tuple[str, ProofTarget]]:
     """Updates by the adapter's own names; stacked experts one by one."""
     for site, chain in updates.items():
         if len(chain) == 1 and experts_of(chain[0]):
             apart: list[tuple[str, Update]] = [*taken_apart(site.path, chain[0], fused_of(site, None))]
             for path, expert in apart or [(f"{site}[{row}]", part) for row, part in chain[0].parts()]:
-                yield path, _ProofTarget(expert.shape, ((expert, whole(expert.shape)),))
+                yield path, ProofTarget(expert.shape, ((expert, whole(expert.shape)),))
             continue
         value = next((Plain.of(update.stored) for update in chain if is_replacing(update)), None)
         rest = tuple((update, whole(update.shape)) for update in chain if not is_replacing(update))
         shape = value.shape if value else (max(u.shape[0] for u, _ in rest), rest[0][0].shape[1])
-        yield name(site), _ProofTarget(shape, rest, value)
-
-
-def _error(name: str, expected: _ProofTarget, actual: _ProofTarget, written: Adapter) -> float:
-    magnitudes = [_magnitudes(target) for target in (expected, actual)]
-    if expected.shape != actual.shape or [key for key, _ in magnitudes[0]] != [key for key, _ in magnitudes[1]]:
-        raise ProofError("the written update is of a different kind than the source's", file=written.path, tensor=name)
-    error = 0.0
-    for (_, mine), (_, theirs) in zip(*magnitudes, strict=True):
-        error = max(error, relative(_largest(mine - theirs), _largest(mine)))
-    if (expected.value is None) != (actual.value is None):
-        raise ProofError(
-            "one of source and output replaces this weight, the other does not", file=written.path, tensor=name
-        )
-    for by_factors in (_tensor_error, _scale_error):
-        if (known := by_factors(expected, actual)) is not None:
-            return max(error, known)
-    return max(error, _delta_error(expected, actual))
-
-
-def _magnitudes(target: _ProofTarget) -> list[tuple[tuple[object, ...], Array]]:
-    """Trained lengths, with what they belong to; those of rows that follow each other are one vector, whoever holds them."""
-    found: list[tuple[tuple[object, ...], Array]] = []
-    bands: dict[str, list[tuple[int, Array]]] = {}
-    for update, view in target.pieces:
-        if not is_directed(update):
-            continue
-        lengths = update.magnitude.load(DType.F64)
-        straight = not view.transposed and isinstance(view.rows, range) and view.rows.step == 1 and len(view.rows)
-        if update.per_row and straight:
-            own = lengths.reshape(-1)[view.row_origin : view.row_origin + len(view.rows)]
-            bands.setdefault(update.kind, []).append((view.rows[0], own))
-        else:
-            found.append(((update.kind, view, update.per_row), lengths))
-    for kind, parts in bands.items():
-        parts.sort(key=lambda part: part[0])
-        rows = [row for start, own in parts for row in range(start, start + len(own))]
-        joined = namespace(parts[0][1]).concat([own for _, own in parts]) if len(parts) > 1 else parts[0][1]
-        found.append(((kind, tuple(rows)), joined))
-    return found
-
-
-def _added(update: Update) -> Update:
-    """What an update adds to its weight, as a LoRA if it has that form.
-
-    The row lengths of a DoRA are compared on their own.
-    """
-    return low_rank_part(update) or update
-
-
-def _tensor_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
-    """The error of the stored tensors if the delta is neither low-rank nor stored in full; else None."""
-    if all(_has_plain_delta(update) for target in (expected, actual) for update, _ in target.pieces):
-        return None
-    pairs = list(zip(expected.pieces, actual.pieces, strict=False))
-    if len(expected.pieces) == len(actual.pieces) and all(_alike(*pair) for pair in pairs):
-        return max(tensor_error(mine, theirs) for (mine, _), (theirs, _) in pairs)
-    known = (update.effect != "maps" and all(update.shape) for t in (expected, actual) for update, _ in t.pieces)
-    return None if all(known) else math.inf
-
-
-def _has_plain_delta(update: Update) -> bool:
-    stored_in_full = update.effect != "maps" and len(update.factors()) == 1 and all(update.shape)
-    return stored_in_full or low_rank_part(update) is not None
-
-
-def _alike(piece: tuple[Update, View], other: tuple[Update, View]) -> bool:
-    (mine, view), (theirs, seen) = piece, other
-    return type(mine) is type(theirs) and view == seen and settings(mine) == settings(theirs)
-
-
-def _scale_error(expected: _ProofTarget, actual: _ProofTarget) -> float | None:
-    """The error of the scale, where rows are changed by low-rank updates with equal factors; else None."""
-    if expected.value or actual.value:
-        return None
-    if len(expected.pieces) == len(actual.pieces) == 1:
-        (mine, view), (theirs, seen) = expected.pieces[0], actual.pieces[0]
-        if view == seen:
-            return scale_error(_added(mine), _added(theirs))
-    bands, others = _bands(expected), _bands(actual)
-    if not bands or not others:
-        return None
-    edges = sorted({edge for start, stop, _ in (*bands, *others) for edge in (start, stop)})
-    worst = 0.0
-    for start, stop in pairwise(edges):
-        left, right = _band(bands, start, stop), _band(others, start, stop)
-        if left is None and right is None:
-            continue
-        error = scale_error(left, right) if left and right else None
-        if error is None:
-            return None
-        worst = max(worst, error)
-    return worst
-
-
-def _bands(target: _ProofTarget) -> list[tuple[int, int, LoRA]]:
-    """Rows of the matrix with the LoRA that changes them, from top to bottom; nothing if some are changed in another way."""
-    bands = []
-    for update, view in target.pieces:
-        lora, (height, width) = low_rank_part(update), view.shape
-        plain = not view.transposed and isinstance(view.rows, range) and view.rows.step == 1
-        if lora is None or not plain or view.cols != range(target.shape[1]) or lora.shape[1] != width or not height:
-            return []
-        start = view.rows[0]
-        bands.append((start, start + height, row_slice(lora, view.row_origin, view.row_origin + height)))
-    bands.sort(key=lambda band: band[:2])
-    return [] if any(one[1] > other[0] for one, other in pairwise(bands)) else bands
-
-
-def _band(bands: Sequence[tuple[int, int, LoRA]], start: int, stop: int) -> LoRA | None:
-    """The LoRA of rows ``[start, stop)``, which lie in one band or in none."""
-    found = next((band for band in bands if band[0] <= start and stop <= band[1]), None)
-    return row_slice(found[2], start - found[0], stop - found[0]) if found else None
-
-
-def _delta_error(expected: _ProofTarget, actual: _ProofTarget) -> float:
-    worst = largest = 0.0
-    mine, theirs = _applied(expected), _applied(actual)
-    step = max(1, _BLOCK_ELEMENTS // max(expected.shape[1], 1))
-    for start in range(0, expected.shape[0], step):
-        stop = min(start + step, expected.shape[0])
-        a, b = _block(expected, mine, start, stop), _block(actual, theirs, start, stop)
-        worst = max(worst, _largest(a - b))
-        largest = max(largest, _largest(a))
-    return relative(worst, largest)
-
-
-def _applied(target: _ProofTarget) -> list[tuple[View, Apply]]:
-    nothing = HeldWeight.zeros(target.shape, DType.F64)
-    return [(view, _added(update).prepare(nothing)) for update, view in target.pieces]
-
-
-def _block(target: _ProofTarget, chain: Sequence[tuple[View, Apply]], start: int, stop: int) -> Array:
-    """Rows ``[start, stop)`` of what becomes of a weight of zeros, or of the replaced values."""
-    if target.value is not None:
-        block = read_values(target.value, start, stop, DType.F64)
-    else:
-        block = numpy.zeros((stop - start, target.shape[1]))
-    apply_chain(chain, block, start, stop)
-    return block
-
-
-def _largest(values: Array) -> float:
-    """The greatest value; infinite if one is no number, which `max` of Python would pass over."""
-    found = float(abs(values).max())
-    return math.inf if math.isnan(found) else found
+        yield name(site), ProofTarget(shape, rest, value)
 
 
 def restricted(adapter: Adapter, held: Mapping[Site, tuple[Update, ...]]) -> Adapter:

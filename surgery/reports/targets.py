@@ -163,9 +163,7 @@ def distribution(values: Iterable[_Number | None]) -> dict[_Number, int]:
 
 def site_roles(adapter: Adapter) -> dict[Site, str]:
     """The roles that the names of an adapter's parameters tell, by the words of diffusion networks where it is one's."""
-    own = frozenset(
-        site for site in adapter.updates if not site.component.startswith("te")
-    )  # text encoders are no such networks
+    own = frozenset(site for site in adapter.updates if not site.component.startswith("text_encoder"))
     diffuses = denoiser_of(site.path.removesuffix(".weight") for site in own) is not None
     return {site: diffusion_role(site.path) if diffuses and site in own else _role(site) for site in adapter.updates}
 

@@ -45,6 +45,7 @@ from surgery_formats.adapters.format import Coded, Entry, what_to_tell
 from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.containers import housed
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def convert(
     output: StrPath | None = None,
     base: CheckpointLike | None = None,
     component: str | None = None,
-    without: Sequence[str] = (),
+    without: str | Sequence[str] = (),
     projections: str | None = None,
     dialect: str | None = None,
     dtype: str = "keep",
@@ -129,14 +130,16 @@ def convert(
         if base is None:
             raise FitError("the rules of a program look at the base too", hint="give it with `base=`")
         check_greatest_rank(max_rank)
+        kept, out = _left_out(as_adapter(adapter), without)
         return _for_consumer(
-            _left_out(as_adapter(adapter), without)[0],
+            kept,
             as_checkpoint(base),
             consumer,
             Consent(saved, allow_loss, merge_rest is not None, None if rank is None else Rank.of(rank), max_rank),
             merge_rest,
             output=output_path(output, dry_run=dry_run),
             component=component,
+            left_out=out,
             dtype=stored,
             overwrite=overwrite,
             progress=progress,
@@ -214,12 +217,10 @@ def convert(
     return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)
 
 
-def _left_out(adapter: Adapter, without: Sequence[str]) -> tuple[Adapter, tuple[Entry, ...]]:
+def _left_out(adapter: Adapter, without: str | Sequence[str]) -> tuple[Adapter, tuple[Entry, ...]]:
     """`adapter` without the modules that are to be left out, and what became of those."""
     if not without:
         return adapter, ()
-    from surgery_formats.canonical.adapter import WeightedAdapter
-
     (kept,), names = Selection(without=tuple(as_list(without))).chosen([WeightedAdapter(adapter, 1.0)])
     return kept.adapter, tuple(Entry(name, "dropped", "left out by choice") for name in names)
 

@@ -20,6 +20,7 @@ from surgery.consumers.traits import TRAITS
 from surgery_formats.errors import FitError
 from surgery_formats.testing.plugins import installed
 from tests.support.adapter_files import (
+    GOLDEN,
     assert_close,
     draw,
     merged,
@@ -328,6 +329,29 @@ def test_diffusers_leaves_layers_of_kohyas_flux_files_out_and_gets_its_own_names
     )
 
 
+@pytest.mark.parametrize("kind", ["control", "xlabs", "fal"])
+def test_diffusers_loads_three_kinds_of_flux_files_and_turns_a_layer_of_one(kind: str, tmp_path: Path) -> None:
+    """tests/golden/flux has what diffusers made of them: all as they were trained, but norm_out of the control LoRA."""
+    base, file = GOLDEN / "flux/base-diffusers.safetensors", GOLDEN / "flux" / kind / "adapter.safetensors"
+    (check,) = surgery.check(base, file, consumer="diffusers").consumers
+    turned = ["denoiser:final_layer.adaLN_modulation.1.weight"] if kind == "control" else []
+    assert [fault.part for fault in check.faults] == turned
+    if turned:
+        surgery.check(base, file, consumer="diffusers", fix=tmp_path / "own.safetensors")
+        assert surgery.check(base, tmp_path / "own.safetensors", consumer="diffusers").honoured
+
+
+def test_diffusers_refuses_other_files_with_the_modules_names_alone(tmp_path: Path) -> None:
+    stem = "single_blocks.0.linear2"
+    save_file(
+        {f"{stem}.lora_A.weight": draw(1, 2, 80), f"{stem}.lora_B.weight": draw(2, 16, 2)}, tmp_path / "a.safetensors"
+    )
+    (check,) = surgery.check(
+        GOLDEN / "flux/base-bfl.safetensors", tmp_path / "a.safetensors", consumer="diffusers"
+    ).consumers
+    assert [(fault.part, fault.outcome) for fault in check.faults] == [("a.safetensors", "refused")]
+
+
 def test_diffusers_filters_dora_scale_out_of_every_file(tmp_path: Path) -> None:
     """Of rows they are written as PEFT spells them; of columns, and beside a LoRA, a LoRA stands for them."""
     base, file = _flux(tmp_path / "base"), tmp_path / "a.safetensors"
@@ -372,6 +396,17 @@ def test_a_plugin_is_a_consumer(base: Path, tmp_path: Path) -> None:
         assert consumer_named("critic@2.0") == (critic, "2.0")
         (check,) = surgery.check(base, adapter, consumer="critic").consumers
     assert check.outcome == "refused"
+
+
+def test_modules_left_out_by_choice_are_in_the_account(base: Path, tmp_path: Path) -> None:
+    adapter = write_peft(tmp_path / "a", lora_of(1, MODULES), target_modules=TARGETS)
+    made = surgery.convert(adapter, consumer="vllm", base=base, without="*down_proj", output=tmp_path / "b")
+    gone = [entry.site for entry in made.entries if entry.detail == "left out by choice"]
+    assert gone
+    assert all(site.endswith("down_proj.weight") for site in gone)
+    assert {
+        entry["site"] for entry in json.loads((tmp_path / "b" / "surgery_manifest.json").read_text())["entries"]
+    } >= {*gone}
 
 
 @pytest.mark.parametrize(

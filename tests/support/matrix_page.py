@@ -88,7 +88,7 @@ def _cell(outcome: Outcome | None, reasons: Mapping[str, int]) -> str:
     if outcome.word == "impossible":
         return str(reasons[outcome.why])
     marks = "l" * outcome.as_lora + "p" * outcome.by_part
-    shown = f"{100 * outcome.error:.1g} %" if outcome.word == "approximated" else outcome.word
+    shown = f"{float(f'{100 * outcome.error:.1g}'):g} %" if outcome.word == "approximated" else outcome.word
     return f"{shown} {marks}".strip()
 
 

@@ -65,6 +65,11 @@ class Whole:
     height: int
     rows: tuple[tuple[Span, int], ...]
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether the other one is all of it, in the same order."""
+        return self.rows == (((0, self.height), 0),)
+
 
 def whole_of(slices: tuple[WeightSlice, ...], names: Names, *, in_release: bool) -> Whole | None:
     """The weight that those at `slices` are all rows of; None if they are rows of several, or anything else.
