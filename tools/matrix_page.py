@@ -11,8 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
 
 from surgery._version import __version__
-from tests.support.matrix import ROWS, outcomes, sources_of
+from tests.support.matrix import outcomes
 from tests.support.matrix_page import PAGE, page
+from tests.support.matrix_rows import ROWS, sources_of
 
 
 def main() -> None:

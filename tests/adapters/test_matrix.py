@@ -13,12 +13,15 @@ from surgery_formats.adapters.peft.dialects import BUILT_IN as DIALECTS
 from surgery_formats.adapters.registry import BUILT_IN, read_adapter
 from surgery_formats.errors import FitError, MalformedError
 from tests.support.adapter_files import GOLDEN
-from tests.support.matrix import COLUMNS, REFUSED, ROWS, Column, Row, adapters_at, outcome, outcomes, row_of, sources_of
+from tests.support.matrix import outcome, outcomes
 from tests.support.matrix_page import PAGE, line_of, page, reasons_in
+from tests.support.matrix_rows import COLUMNS, REFUSED, ROWS, Column, Row, adapters_at, row_of, sources_of
 
 
 def test_every_format_has_a_row() -> None:
-    assert {row.format for row in ROWS} == {one.name for one in BUILT_IN}, "give it a row in tests/support/matrix.py"
+    assert {row.format for row in ROWS} == {one.name for one in BUILT_IN}, (
+        "give it a row in tests/support/matrix_rows.py"
+    )
     assert {f"PEFT, experts of {one.name}" for one in DIALECTS} <= {row.title for row in ROWS}
 
 

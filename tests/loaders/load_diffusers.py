@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from denoisers import TOKENS, denoiser_of, given
+from denoiser_families import TOKENS, denoiser_of, given
 from loading import Found, run
 
 SAID: list[str] = []

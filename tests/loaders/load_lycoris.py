@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from denoisers import given
+from denoiser_families import given
 from loading import Found, run
 from lycoris import create_lycoris_from_weights
 from lycoris.wrapper import LycorisNetwork

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from denoisers import draw, pipeline_of, seeded
+from denoiser_families import draw
+from denoisers import pipeline_of, seeded
 from diffusers import StableDiffusionPipeline
 from loading import Found, run
 from safetensors.torch import save_file

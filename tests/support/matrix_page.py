@@ -10,7 +10,8 @@ from itertools import groupby
 from pathlib import Path
 
 from tests.support.adapter_files import GOLDEN
-from tests.support.matrix import COLUMNS, RANK, ROWS, Column, Outcome, Pair, Row
+from tests.support.matrix import RANK, Outcome, Pair
+from tests.support.matrix_rows import COLUMNS, ROWS, Column, Row
 
 __all__ = ["PAGE", "line_of", "page", "reasons_in"]
 

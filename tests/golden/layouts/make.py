@@ -219,7 +219,10 @@ def single_file(index: LayoutIndex, heights: dict[str, int]) -> dict[str, int]:
     return tensors
 
 
-def rows_of(family: str, model: Any, convert: Callable[..., Any]) -> dict[str, Any]:
+def traced(
+    family: str, model: torch.nn.Module, convert: Callable[..., Any]
+) -> tuple[dict[str, int], dict[str, list[tuple[str, int]]]]:
+    """Tensors of a release with their heights; and, by parameter, the tensor and the row of it that each row is made of."""
     heights = {name: tensor.shape[0] for name, tensor in model.state_dict().items()}
     network = next(network for network in NETWORKS if network.name == family)
     tensors = single_file(LayoutIndex.of(network, list(heights)), heights)
@@ -232,20 +235,28 @@ def rows_of(family: str, model: Any, convert: Callable[..., Any]) -> dict[str, A
     if converted.keys() != heights.keys():
         odd = sorted(converted.keys() ^ heights.keys())
         raise SystemExit(f"{family}: diffusers' conversion and model differ in {odd[:6]} ({len(odd)})")
-    found: dict[str, Any] = {}
-    for name, tensor in sorted(converted.items()):
+    rows: dict[str, list[tuple[str, int]]] = {}
+    for name, tensor in converted.items():
         values = [int(value) for value in tensor.flatten()]
         if len(values) != heights[name]:
             raise SystemExit(f"{family}: {name} has {len(values)} rows, {heights[name]} in the model")
-        spans: list[list[int]] = []
-        for value in values:
-            if spans and spans[-1][1] == value:
-                spans[-1][1] += 1
+        rows[name] = [(names[value // STEP], value % STEP) for value in values]
+    return tensors, rows
+
+
+def rows_of(family: str, model: torch.nn.Module, convert: Callable[..., Any]) -> dict[str, Any]:
+    """As ``rows.json`` has it: spans of rows, or the name alone where a parameter is all of a tensor."""
+    tensors, rows = traced(family, model, convert)
+    found: dict[str, Any] = {}
+    for name, places in sorted(rows.items()):
+        spans: list[list[Any]] = []
+        for source, row in places:
+            if spans and spans[-1][0] == source and spans[-1][2] == row:
+                spans[-1][2] += 1
             else:
-                spans.append([value, value + 1])
-        found[name] = [[names[a // STEP], a % STEP, (b - 1) % STEP + 1] for a, b in spans]
-        if len(spans) == 1 and found[name][0][1:] == [0, tensors[found[name][0][0]]]:
-            found[name] = found[name][0][0]  # all of one
+                spans.append([source, row, row + 1])
+        source, *rest = spans[0]
+        found[name] = source if len(spans) == 1 and rest == [0, tensors[source]] else spans
     if family == "Mochi":  # its blocks are alike, but for the last
         found, tensors = ({n: v for n, v in some.items() if _block_of(n) in (None, 0, 47)} for some in (found, tensors))
     tails = {name: list(t.shape[1:]) for name, t in sorted(model.state_dict().items()) if t.ndim != 2 and name in found}
