@@ -16,14 +16,13 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
 RANK, ALPHA = 3, 7.0

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 from litgpt.lora import GPT, Config, lora_filter, merge_lora_weights
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 HERE = Path(__file__).parent
 LAYERS, HIDDEN, INNER, HEADS, GROUPS, VOCABULARY = 2, 32, 48, 4, 2, 24

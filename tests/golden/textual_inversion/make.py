@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace

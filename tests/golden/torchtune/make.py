@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
