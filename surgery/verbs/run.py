@@ -152,9 +152,7 @@ def prepare_decoder(
         FitError: an adapter that does not fit the graph.
     """
     contract = opened.contract
-    paths: list[StrPath] = as_list(adapters)
-    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
-    slots = fill_slots(files, contract, opened.inputs)
+    slots = _slots(opened, adapters)
     past = None
     if prompt_adapter is not None:
         past = prompt_past(read_adapter_file(prompt_adapter), contract, file=os.fspath(prompt_adapter))
@@ -163,6 +161,13 @@ def prepare_decoder(
     whole = max_length + (past.tokens if past else 0)
     decoder = make_decoder(opened, batch=batch, max_length=min(whole, contract.max_length), slots=slots, past=past)
     return decoder, past
+
+
+def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[str, Any]:
+    """What goes into the graph's slots."""
+    paths: list[StrPath] = as_list(adapters)
+    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
+    return fill_slots(files, opened.contract, opened.inputs, opened.optional)
 
 
 @checked
@@ -221,10 +226,11 @@ def run(
     ]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
-        if adapters or prompt_adapter is not None:
-            raise FitError("this encoder takes no adapters", file=opened.path)
+        if prompt_adapter is not None:
+            raise FitError("an encoder takes no soft prompt", file=opened.path)
+        slots = _slots(opened, adapters)
         began = time.perf_counter()
-        encoded = encode(opened, rows)
+        encoded = encode(opened, rows, slots)
         result = _encoder_result(opened, rows, encoded, load, time.perf_counter() - began)
     else:
         result = _generated(

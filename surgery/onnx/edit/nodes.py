@@ -88,7 +88,7 @@ class Patch:
         for graph in {id(graph): graph for graph, _, _ in self._behind}.values():
             position = {value: number + 1 for number, node in enumerate(graph.node) for value in node.output}
             ours = [(position.get(behind, 0), new) for owner, behind, new in self._behind if owner is graph]
-            for at, new in reversed(sorted(ours, key=lambda pair: pair[0])):
+            for at, new in sorted(ours, key=lambda pair: pair[0], reverse=True):
                 for node in reversed(new):
                     graph.node.insert(at, node)
         self._behind = []

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,7 @@ def places_of(graph: OnnxGraph, component: Component, weights: Iterable[str]) ->
     Raises:
         FitError: a weight, or a part of it, is not in the graph.
     """
-    tensors = {name: tensor for name, tensor in graph.tensors.items() if tensor.dtype in _FLOATS}
+    tensors = {name: tensor for name, tensor in graph.tensors.items() if tensor.dtype in _FLOATS and tensor.numel}
     found: dict[str, tuple[WeightPlace, ...]] = {}
     for name in weights:
         parameter = component.parameters[component.aliases.get(name, name)]

@@ -54,8 +54,10 @@ class SlotShape:
         if self.element == 16:
             import ml_dtypes
 
-            return np.dtype(ml_dtypes.bfloat16)
-        return np.dtype(_NUMPY[self.element])
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
+        other: np.dtype[Any] = np.dtype(_NUMPY[self.element])
+        return other
 
     def shaped(self, A: Array, B: Array) -> tuple[Array, Array]:
         """``(in, rank)`` and ``(rank, out)`` as this slot takes them."""
@@ -126,9 +128,10 @@ def add_slots(
     patch = Patch(model.graph)
     for shape in shapes.values():
         _inputs(model.graph, shape, required=required)
+    readers = readers_of(model.graph)
     for spot in spots:
         slots = [(shapes[name], place) for name, place in spot.parts]
-        _branch(model.graph, patch, spot.use, slots)
+        _branch(model.graph, patch, spot.use, slots, readers)
     patch.apply()
 
 
@@ -149,7 +152,11 @@ def _module(slot: Slot) -> str:
 
 
 def _branch(
-    main: onnx.GraphProto, patch: Patch, use: Use, slots: Sequence[tuple[SlotShape, WeightPlace]]
+    main: onnx.GraphProto,
+    patch: Patch,
+    use: Use,
+    slots: Sequence[tuple[SlotShape, WeightPlace]],
+    readers: Readers,
 ) -> None:
     """Nodes that add the slots' product to the result of one node."""
     at = _module(slots[0][0].slot)
@@ -170,7 +177,7 @@ def _branch(
             if use.alpha != 1.0:
                 down = patch.node("Mul", [down, patch.constant(np.array(use.alpha, slots[0][0].dtype), at)], at)
         delta = patch.node("MatMul", [down, B], at)
-    add_to(main, patch, use, delta, at)
+    add_to(main, patch, use, delta, at, readers)
 
 
 def _joined(patch: Patch, values: Sequence[str], axis: int, at: str) -> str:
@@ -198,9 +205,9 @@ def _columns(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str
     return B
 
 
-def add_to(main: onnx.GraphProto, patch: Patch, use: Use, delta: str, at: str) -> None:
+def add_to(main: onnx.GraphProto, patch: Patch, use: Use, delta: str, at: str, readers: Readers) -> None:
     """Give the result of a node, behind its bias, the sum with `delta` as its value."""
-    node = _with_bias(main, use)
+    node = _with_bias(main, use, readers)
     result = node.output[0]
     before = patch.name(f"{result} without {at}")
     node.output[0] = before
@@ -209,20 +216,28 @@ def add_to(main: onnx.GraphProto, patch: Patch, use: Use, delta: str, at: str) -
     patch.place(use.graph, before)
 
 
-def _with_bias(main: onnx.GraphProto, use: Use) -> onnx.NodeProto:
+Readers = Mapping[str, Sequence[tuple["onnx.GraphProto", "onnx.NodeProto"]]]
+
+
+def readers_of(main: onnx.GraphProto) -> Readers:
+    """The nodes that read each value, with the graphs that they are in; what a graph returns has itself as a reader."""
+    found: dict[str, list[Any]] = {}
+    for inner in graphs_in(main):
+        for node in inner.node:
+            for value in set(node.input):
+                found.setdefault(value, []).append((inner, node))
+        for out in inner.output:
+            found.setdefault(out.name, []).append((inner, None))
+    return found
+
+
+def _with_bias(main: onnx.GraphProto, use: Use, readers: Readers) -> onnx.NodeProto:
     """The node that adds a bias to the result of `use`, if that is all that is made of it; else the node itself."""
-    if use.kind != "product":
+    found = readers.get(use.y, ())
+    if use.kind != "product" or len(found) != 1:
         return use.node
-    readers = [
-        (inner, node)
-        for inner in graphs_in(main)
-        for node in inner.node
-        if use.y in node.input
-    ]
-    if len(readers) != 1 or any(use.y == out.name for inner in graphs_in(main) for out in inner.output):
-        return use.node
-    inner, node = readers[0]
-    if inner is not use.graph or node.op_type != "Add" or list(node.input).count(use.y) != 1:
+    inner, node = found[0]
+    if inner is not use.graph or node is None or node.op_type != "Add" or list(node.input).count(use.y) != 1:
         return use.node
     other = next(value for value in node.input if value != use.y)
     bias = next((one for one in main.initializer if one.name == other), None)

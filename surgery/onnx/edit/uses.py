@@ -7,7 +7,7 @@ inside the branches of an If or the body of a Loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +36,7 @@ class Use:
         y: Its result.
         by_output: Whether the rows of the weight, as it lies, are the outputs of the map.
         alpha: What it multiplies the product by.
-        element: ``TensorProto.DataType`` of its result; 0 where only the weight itself tells.
+        element: ``TensorProto.DataType`` of its numbers.
     """
 
     graph: onnx.GraphProto
@@ -72,15 +72,18 @@ def uses_of(graph: onnx.GraphProto, name: str) -> list[Use]:
     Raises:
         FitError: a node makes something of it that is not understood.
     """
+    types = {one.name: one.data_type for one in graph.initializer}
     return [
         use
         for inner in graphs_in(graph)
         if inner is graph or all(name != own.name for own in (*inner.input, *inner.initializer))
-        for use in _in_graph(inner, name, turned=False, element=0)
+        for use in _in_graph(inner, name, types, turned=False, element=types.get(name, 0))
     ]
 
 
-def _in_graph(graph: onnx.GraphProto, name: str, *, turned: bool, element: int) -> Iterator[Use]:
+def _in_graph(
+    graph: onnx.GraphProto, name: str, types: Mapping[str, int], *, turned: bool, element: int
+) -> Iterator[Use]:
     """The uses of a value in one graph; those of what a node makes of it are in the same graph or in graphs inside."""
     for node in graph.node:
         for position, value in enumerate(node.input):
@@ -90,14 +93,13 @@ def _in_graph(graph: onnx.GraphProto, name: str, *, turned: bool, element: int) 
             if op in _OF_SHAPE:
                 continue
             if op in _KEEPING and position == 0:
-                if op == "Cast":
-                    following = attribute(node, "to", 0)
-                else:
-                    following = element if op == "Identity" else attribute(node, "output_dtype", 0)
-                yield from _below(graph, node.output[0], turned=turned, element=following)
+                following = attribute(node, "to", 0) if op == "Cast" else element
+                if op == "DequantizeLinear":
+                    following = attribute(node, "output_dtype", 0) or types.get(node.input[1], 0)
+                yield from _below(graph, node.output[0], types, turned=turned, element=following)
             elif op == "Transpose" and list(attribute(node, "perm", [1, 0])) == [1, 0]:
-                yield from _below(graph, node.output[0], turned=not turned, element=element)
-            elif (use := _direct(graph, node, position, turned, element)) is not None:
+                yield from _below(graph, node.output[0], types, turned=not turned, element=element)
+            elif (use := _direct(graph, node, position, types, turned, element)) is not None:
                 yield use
             else:
                 raise FitError(
@@ -107,12 +109,19 @@ def _in_graph(graph: onnx.GraphProto, name: str, *, turned: bool, element: int) 
                 )
 
 
-def _below(graph: onnx.GraphProto, name: str, *, turned: bool, element: int) -> Iterator[Use]:
+def _below(graph: onnx.GraphProto, name: str, types: Mapping[str, int], *, turned: bool, element: int) -> Iterator[Use]:
     for inner in graphs_in(graph):
-        yield from _in_graph(inner, name, turned=turned, element=element)
+        yield from _in_graph(inner, name, types, turned=turned, element=element)
 
 
-def _direct(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, turned: bool, element: int) -> Use | None:
+def _direct(
+    graph: onnx.GraphProto,
+    node: onnx.NodeProto,
+    position: int,
+    types: Mapping[str, int],
+    turned: bool,
+    element: int,
+) -> Use | None:
     """The use of the operand at `position`; None if this node is not understood."""
     op = node.op_type
     by_output, alpha, x = True, 1.0, node.input[0]
@@ -123,9 +132,12 @@ def _direct(graph: onnx.GraphProto, node: onnx.NodeProto, position: int, turned:
         by_output, alpha = bool(attribute(node, "transB", 0)), float(attribute(node, "alpha", 1.0))
     elif op == "Conv" and position == 1 and attribute(node, "group", 1) == 1:
         kind = "convolution"
-    elif (op == "Gather" and attribute(node, "axis", 0) == 0 or op == "GatherBlockQuantized") and position == 0:
+    elif position == 0 and (op == "GatherBlockQuantized" or (op == "Gather" and attribute(node, "axis", 0) == 0)):
         kind, x = "table", node.input[1]
-    elif op != "MatMulNBits" or position != 1:
+        element = types.get(node.input[2], 0) if op == "GatherBlockQuantized" else element
+    elif op == "MatMulNBits" and position == 1:
+        element = types.get(node.input[2], 0)
+    else:
         return None
     return Use(graph, node, kind, x, node.output[0], by_output != turned, alpha, element)
 

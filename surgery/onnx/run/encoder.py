@@ -75,8 +75,8 @@ def vocabulary(graph: GraphSession) -> int:
     return size
 
 
-def encode(graph: GraphSession, rows: Rows) -> EncoderOutput:
-    """Run an encoder on rows of token ids, which are padded on the right.
+def encode(graph: GraphSession, rows: Rows, slots: Mapping[str, npt.NDArray[Any]] | None = None) -> EncoderOutput:
+    """Run an encoder on rows of token ids, which are padded on the right, with `slots` for its adapters.
 
     Raises:
         FitError: not an encoder, an empty row, a row longer than the graph takes, or an unsupported input.
@@ -92,7 +92,9 @@ def encode(graph: GraphSession, rows: Rows) -> EncoderOutput:
     known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
     binding = graph.session.io_binding()
     for name, port in graph.inputs.items():
-        if name in known:
+        if name in (slots or {}):
+            binding.bind_cpu_input(name, (slots or {})[name])
+        elif name in known:
             binding.bind_cpu_input(name, known[name].astype(port.dtype))
         elif name not in graph.optional:
             raise FitError(f"the runner does not support the input '{name}'", file=graph.path)
