@@ -116,7 +116,7 @@ def test_a_head_whose_parts_disagree_is_refused(five, tmp_path):
     surgery.export_onnx(base, swap=adapters, output=tmp_path / "out")
     arrays = read_adapter_file(tmp_path / "out" / "adapters" / "c.onnx_adapter")
     write_adapter_file(tmp_path / "x.onnx_adapter", arrays | {"classifier.bias": np.zeros(4, np.float32)})
-    with pytest.raises(FitError, match="4 and 5 labels|5 and 4 labels"):
+    with pytest.raises(FitError, match=r"have \d and \d labels"):
         surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=tmp_path / "x.onnx_adapter")
     wide = {"classifier.weight": np.zeros((5, 7), np.float32)}
     write_adapter_file(tmp_path / "y.onnx_adapter", arrays | wide)
