@@ -25,6 +25,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base model.",
     "unmerge": "Take a merge back.",
     "extract-lora": "Extract a LoRA from a full fine-tune.",
+    "insert": "Put into a model, or beside it, what trains or was trained.",
     "convert": "Convert an adapter to another format.",
     "combine": "Combine adapters into one.",
     "resize": "Lower the rank of an adapter.",
