@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import inspect as inspect
+    from surgery.verbs.locate import LocateResult as LocateResult
+    from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.report import SavingsReport as SavingsReport
@@ -81,6 +83,7 @@ else:
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
+            "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
