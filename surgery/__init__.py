@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_nearest import NearestReport as NearestReport
+    from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
+    from surgery.verbs.prompt_show import PromptReport as PromptReport
+    from surgery.verbs.prompt_show import prompt_show as prompt_show
     from surgery.verbs.report import SavingsReport as SavingsReport
     from surgery.verbs.report import report as report
     from surgery.verbs.resize import resize as resize
@@ -85,6 +89,8 @@ else:
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
+            "surgery.verbs.prompt_nearest": ["NearestReport", "prompt_nearest"],
+            "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],
