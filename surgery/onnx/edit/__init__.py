@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes graphs that exist: weights located by value, new bytes in their places, slots beside them."""
+"""Changes of graphs that exist, whoever made them."""
