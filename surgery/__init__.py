@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import inspect as inspect
+    from surgery.verbs.layers import LayersResult as LayersResult
+    from surgery.verbs.layers import layers as layers
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.report import SavingsReport as SavingsReport
@@ -78,6 +80,7 @@ else:
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
+            "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
