@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from surgery.verbs.extract_lora import extract_lora as extract_lora
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
+    from surgery.verbs.insert import DeltaResult as DeltaResult
+    from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import inspect as inspect
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
     from surgery.verbs.layers import layers as layers
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_nearest import NearestReport as NearestReport
+    from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
+    from surgery.verbs.prompt_show import PromptReport as PromptReport
+    from surgery.verbs.prompt_show import prompt_show as prompt_show
     from surgery.verbs.report import SavingsReport as SavingsReport
     from surgery.verbs.report import report as report
     from surgery.verbs.resize import resize as resize
@@ -79,9 +85,12 @@ else:
             "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
+            "surgery.verbs.insert": ["DeltaResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
+            "surgery.verbs.prompt_nearest": ["NearestReport", "prompt_nearest"],
+            "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],

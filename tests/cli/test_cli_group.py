@@ -117,7 +117,7 @@ def test_a_misspelt_command_is_guessed(run: Run):
 
 
 def test_completion_of_names_comes_from_the_table():
-    done = spawn(_SURGERY_COMPLETE="bash_complete", COMP_WORDS="surgery in", COMP_CWORD="1")
+    done = spawn(_SURGERY_COMPLETE="bash_complete", COMP_WORDS="surgery insp", COMP_CWORD="1")
     assert done.stdout == "plain,inspect\n"
 
 

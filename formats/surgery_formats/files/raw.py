@@ -15,7 +15,20 @@ from pathlib import Path
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
 
-__all__ = ["File", "FileRange", "first_bytes", "joined_file", "open_file", "read_all", "stays_inside"]
+__all__ = [
+    "File",
+    "FileIdentity",
+    "FileRange",
+    "first_bytes",
+    "identity_of",
+    "joined_file",
+    "open_file",
+    "read_all",
+    "stays_inside",
+]
+
+FileIdentity = tuple[int, int, int, int]
+"""``(device, inode, size, mtime_ns)``."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -26,7 +39,7 @@ class File:
         path: The path it was opened by.
         fd: Read-only descriptor; its position is never used (`os.pread`).
         size: Size in bytes when opened.
-        identity: ``(device, inode, size, mtime_ns)`` when opened; `check_unchanged` compares with it.
+        identity: What it was when opened; `check_unchanged` compares with it.
         begin: Where positions count from: 0, or where a file inside this one lies (`window`).
         pieces: Of a file that is made of ranges of others (`joined_file`): these, in order. It has no descriptor.
         starts: Where each piece begins.
@@ -35,7 +48,7 @@ class File:
     path: Path
     fd: int
     size: int
-    identity: tuple[int, int, int, int]
+    identity: FileIdentity
     begin: int = 0
     pieces: tuple[FileRange, ...] = ()
     starts: tuple[int, ...] = ()
@@ -114,10 +127,10 @@ class File:
                 file.check_unchanged()
             return
         try:
-            by_name = _identity(os.stat(self.path))
+            by_name = identity_of(self.path)
         except OSError as error:
             raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
-        if by_name != self.identity or _identity(os.fstat(self.fd)) != self.identity:
+        if by_name != self.identity or identity_of(self.fd) != self.identity:
             raise ProofError("the input changed while it was read", file=self.path, hint="run again")
 
 
@@ -151,7 +164,9 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+def identity_of(file: Path | int) -> FileIdentity:
+    """What tells a file, by its path or descriptor, from others and from itself once it was written to."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -175,7 +190,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise MalformedError("not a regular file", file=where)
-    opened = File(where, fd, status.st_size, _identity(status))
+    opened = File(where, fd, status.st_size, identity_of(fd))
     weakref.finalize(opened, os.close, fd)
     return opened
 
