@@ -30,6 +30,8 @@ COMMANDS = {
     "inspect a model": ["inspect", BASE],
     "inspect an adapter": ["inspect", LORA],
     "report": ["report", LORA, DORA, "--base", BASE],
+    "show a prompt": ["prompt", "show", PROMPT, "--base", BASE],
+    "tokens near a prompt": ["prompt", "nearest", PROMPT, BASE],
     "diff of models": ["diff", BASE, TUNED, "--spectrum"],
     "diff of adapters": ["diff", LORA, LORA],
     "convert to MLX": ["convert", LORA, "--to", "mlx", "-o", "{out}"],

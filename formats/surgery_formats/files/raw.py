@@ -12,7 +12,10 @@ from pathlib import Path
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
 
-__all__ = ["File", "first_bytes", "open_file", "read_all", "stays_inside"]
+__all__ = ["File", "FileIdentity", "first_bytes", "identity_of", "open_file", "read_all", "stays_inside"]
+
+FileIdentity = tuple[int, int, int, int]
+"""``(device, inode, size, mtime_ns)``."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -23,14 +26,14 @@ class File:
         path: The path it was opened by.
         fd: Read-only descriptor; its position is never used (`os.pread`).
         size: Size in bytes when opened.
-        identity: ``(device, inode, size, mtime_ns)`` when opened; `check_unchanged` compares with it.
+        identity: What it was when opened; `check_unchanged` compares with it.
         begin: Where positions count from: 0, or where a file inside this one lies (`window`).
     """
 
     path: Path
     fd: int
     size: int
-    identity: tuple[int, int, int, int]
+    identity: FileIdentity
     begin: int = 0
 
     def window(self, begin: int, nbytes: int) -> File:
@@ -78,10 +81,10 @@ class File:
             ProofError: the file was replaced or written to since it was opened.
         """
         try:
-            by_name = _identity(os.stat(self.path))
+            by_name = identity_of(self.path)
         except OSError as error:
             raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
-        if by_name != self.identity or _identity(os.fstat(self.fd)) != self.identity:
+        if by_name != self.identity or identity_of(self.fd) != self.identity:
             raise ProofError("the input changed while it was read", file=self.path, hint="run again")
 
 
@@ -93,7 +96,9 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+def identity_of(file: Path | int) -> FileIdentity:
+    """What tells a file, by its path or descriptor, from others and from itself once it was written to."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -117,7 +122,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise MalformedError("not a regular file", file=where)
-    opened = File(where, fd, status.st_size, _identity(status))
+    opened = File(where, fd, status.st_size, identity_of(fd))
     weakref.finalize(opened, os.close, fd)
     return opened
 

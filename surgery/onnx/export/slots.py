@@ -2,7 +2,7 @@
 """LoRA adapters as contents of a graph's slots: exact, or refused by name.
 
 A slot adds ``x A B`` to the result of a weight for ``x``. It holds a low-rank addition to a linear map or to the token
-table, but no magnitude, rotation, bias or new values.
+table, but no magnitude, rotation or new values. Small parameters that are trained in full are optional inputs beside it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.export.replaced import is_small, is_untouched, own_labels, replaced_array
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
@@ -44,11 +45,13 @@ class Swappable:
         adapter: The adapter.
         additions: The LoRAs of each slot with their views, by slot, named as in `Context`.
         tables: Slots whose weight is a table of rows.
+        replaced: Edits of the small parameters that it replaces, under the recipe's names.
     """
 
     adapter: Adapter
     additions: Mapping[str, Additions]
     tables: frozenset[str]
+    replaced: Mapping[str, Edit]
 
 
 def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappable:
@@ -63,14 +66,21 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
             file=adapter.path,
             hint="`prefix=` makes it swappable as keys and values",
         )
-    binding = bind([(adapter, 1.0)], checkpoint, new_biases=True)
     component = checkpoint.main
+    replaced = own_labels(adapter, component, model)
+    without = [site for site in adapter.updates if site.path not in replaced]
+    rest = adapter.only(without) if replaced else adapter
+    binding = bind([(rest, 1.0)], checkpoint, new_biases=True) if without else None
     recipe = _by_stored_name(component, model)
     additions: dict[str, Additions] = {}
     tables = set()
-    for edit in binding.edits.values():
+    for edit in binding.edits.values() if binding else ():
         if edit.added and not edit.operations and edit.replaced is None:
             continue  # a formerly tied head with the embedding's values, which slots do not change
+        if is_small(edit, component):
+            if not is_untouched(edit, component):
+                replaced[recipe.get(edit.name, edit.name)] = edit
+            continue
         loras = _additions(edit, adapter, component)
         if not loras:
             continue
@@ -78,11 +88,11 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
         additions[weight] = loras
         if weight == model.embedding.tokens:
             tables.add(weight)
-            if _head_follows(binding, component, edit):
+            if binding and _head_follows(binding, component, edit):
                 additions[component.head] = loras
-    if not additions:
+    if not additions and not replaced:
         raise FitError("the adapter changes nothing", file=adapter.path)
-    return Swappable(adapter, additions, frozenset(tables))
+    return Swappable(adapter, additions, frozenset(tables), replaced)
 
 
 def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
@@ -132,14 +142,27 @@ def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> F
 
 
 def slot_arrays(
-    adapter: Swappable, slots: Iterable[Slot], sizes: Mapping[str, tuple[int, int]], dtype: Any
+    adapter: Swappable,
+    slots: Iterable[Slot],
+    sizes: Mapping[str, tuple[int, int]],
+    dtype: Any,
+    inputs: Mapping[str, Any],
 ) -> dict[str, Array]:
-    """The arrays that fill an adapter's slots, with the scale folded into B; `sizes` are rows of A and columns of B.
+    """The arrays of an adapter's inputs: its slots, with the scale folded into B, and the parameters that it replaces.
+
+    Args:
+        adapter: The adapter.
+        slots: The graph's.
+        sizes: Rows of A and columns of B.
+        dtype: Type of the slots.
+        inputs: Types of the inputs that replace parameters.
 
     Raises:
         FitError: a factor is not finite.
     """
-    arrays: dict[str, Array] = {}
+    arrays: dict[str, Array] = {
+        name: replaced_array(edit).astype(inputs[name]) for name, edit in adapter.replaced.items()
+    }
     for slot in slots:
         size, table = sizes[slot.weight], slot.weight in adapter.tables
         parts = [_factors(lora, view, size, table=table) for lora, view in adapter.additions.get(slot.weight, ())]

@@ -167,7 +167,7 @@ def open_prefill(graph: GraphSession) -> GraphSession | None:
     if not path.exists():  # the main graph also works alone, row by row
         return None
     prefill = open_graph(path, device="cpu", weights=graph.weights, threads=graph.threads)
-    for field in ("dtype", "layers", "kv_heads", "head_dim", "vocabulary", "weights", "slots"):
+    for field in ("dtype", "layers", "kv_heads", "head_dim", "vocabulary", "weights", "slots", "replaceable"):
         if getattr(prefill.contract, field) != getattr(contract, field):
             raise MalformedError(
                 f"belongs to another model than {GRAPH}: {field} differs", file=path, hint="export it again"

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vocabulary tokens nearest to virtual ones, and what each of these is worth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from surgery.engine.inputs import AdapterLike, CheckpointLike, as_adapter, as_checkpoint, check_counts
+from surgery.prompts.nearest_result import NearestReport, VirtualToken
+from surgery.prompts.search import search
+from surgery.prompts.spacing import reading_of, spacing_of
+from surgery.prompts.vocabulary import component_for, vocabulary_of
+from surgery.reports.result import timed
+from surgery_formats.adapters.soft_prompts import soft_prompt, soft_prompts
+from surgery_formats.arrays import cast
+from surgery_formats.dtypes import DType
+
+__all__ = ["NearestReport", "prompt_nearest"]
+
+
+@timed
+def prompt_nearest(
+    prompt: AdapterLike,
+    base: CheckpointLike,
+    *,
+    top: int = 5,
+    sample: int | None = None,
+    component: str | None = None,
+) -> NearestReport:
+    """Find the tokens of a vocabulary that are nearest to virtual ones, by cosine, distance and dot product.
+
+    Beside each match stands what it is worth: how far real tokens are from their own nearest neighbours, and how near a
+    random direction comes to one. The embedding is read in blocks, once for the prompt and once for the spacing.
+
+    Args:
+        prompt: File or folder of an adapter with virtual tokens, or an opened Adapter.
+        base: The model it was trained on.
+        top: How many tokens to find of each.
+        sample: How many tokens are asked for their own nearest neighbour; by default all of a small vocabulary, else 512.
+        component: Of virtual tokens for several text encoders, the one to look at.
+
+    Raises:
+        InputError: the adapter or the base cannot be read.
+        FitError: the prompt holds keys and values, which lie among no tokens, or does not fit the base.
+    """
+    check_counts(top=top, sample=sample)
+    adapter, checkpoint = as_adapter(prompt, "prompt"), as_checkpoint(base)
+    found = soft_prompt(adapter, component)
+    where = component if component is not None else next(iter(soft_prompts(adapter)))
+    vocabulary = vocabulary_of(component_for(checkpoint, where), found)
+    vectors = cast(found.embeddings(), DType.F32)
+    spacing = spacing_of(vocabulary, sample)
+    tokens = tuple(
+        VirtualToken(number, float(np.linalg.norm(vector)), nearest, reading_of(nearest, vector, spacing))
+        for number, (vector, nearest) in enumerate(zip(vectors, search(vocabulary, vectors, top), strict=True))
+    )
+    ids = {near.id for token in tokens for ranked in token.nearest.values() for near in ranked}
+    warnings = [] if vocabulary.told else ["whether this model scales its embeddings is not known; it is taken not to"]
+    if found.submodules > 1:
+        warnings.append("only the virtual tokens of the encoder are looked at: those of the decoder are not used")
+    return NearestReport(
+        adapter.path,
+        checkpoint.path,
+        found.kind,
+        tokens,
+        spacing,
+        {row: text for row, text in vocabulary.tokens.items() if row in ids},
+        sum(source.nbytes for source in vocabulary.storage.sources),
+        tuple(warnings),
+    )
