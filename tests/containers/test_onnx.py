@@ -229,7 +229,7 @@ def test_weights_in_bodies_functions_constants_and_sparse_tensors_are_accounted_
     assert all(np.array_equal(tensor.read(), expected[name]) for name, tensor in graph.tensors.items())
     assert graph.strings == ("t/value",)
     assert {graph.holders[name] for name in ("constant", "chosen/then_branch/c", "mine.F/b")} == {"Constant"}
-    assert graph.holders["s/values"] == graph.holders["thin/indices"] == "sparse"
+    assert graph.holders["s/values"] == graph.holders["thin/indices"] == "SparseTensor"
     assert not graph.proto.functions[0].node[0].attribute[0].t.raw_data
 
 

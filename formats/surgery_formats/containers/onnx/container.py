@@ -41,7 +41,7 @@ def weights_of(graph: OnnxGraph) -> dict[str, StoredTensor]:
 
 
 def _is_weight(graph: OnnxGraph, name: str, tensor: StoredTensor) -> bool:
-    if graph.holders[name] in ("initializer", "sparse"):
+    if graph.holders[name] in ("initializer", "SparseTensor"):
         return True
     return tensor.nbytes > tensor.dtype.bits // 8 and (
         tensor.dtype.is_floating_point or tensor.dtype in (DType.I8, DType.U8)

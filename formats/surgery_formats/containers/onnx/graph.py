@@ -45,7 +45,7 @@ class OnnxGraph:
             order of the graph. Of types that safetensors lacks they are bytes, see `StoredTensor.packed_as`.
         shapes: The shape of every tensor as the graph has it, also of those that are bytes here.
         small: Every other tensor of numbers: written one by one, they are decoded when they are asked for.
-        holders: ``initializer``, ``Constant``, ``attribute`` or ``sparse``, by name of the tensor.
+        holders: ``initializer``, ``Constant``, ``attribute`` or ``SparseTensor``, by name of the tensor.
         strings: Names of tensors of text.
         external: The other files, open, in order of their first use.
     """
