@@ -57,6 +57,7 @@ class Component:
         config: config.json, or empty.
         uninterpreted: Whether every stored tensor is a weight of its own, whatever storage would claim it.
         self_contained: Whether the weights carry the configuration, see `ShardSet.self_contained`.
+        made: Digest of what was made of the files (`surgery_formats.models.rebuilt`); empty for the files as they are.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Component:
     config: Mapping[str, Any]
     uninterpreted: bool = False
     self_contained: bool = False
+    made: str = ""
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
