@@ -166,7 +166,7 @@ def test_parts_with_and_without_lengths_are_no_whole(tmp_path: Path) -> None:
     }
     lora["transformer.transformer_blocks.0.attn.to_q.dora_scale"] = abs(draw(3, 4, 1))
     save_file(lora, tmp_path / "a.safetensors")
-    with pytest.raises(FitError, match="cannot hold 3 of 3 parts: .* only some have lengths"):
+    with pytest.raises(FitError, match=r"cannot hold 3 of 3 parts: .* only some have lengths"):
         surgery.convert(tmp_path / "a.safetensors", "kohya", output=tmp_path / "b.safetensors", base=base)
 
 
