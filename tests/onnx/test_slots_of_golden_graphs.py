@@ -13,10 +13,18 @@ import pytest
 
 import surgery
 from surgery.onnx.run.adapter_file import read_adapter_file
-from surgery_formats import NothingChangedError
+from surgery_formats import FitError, NothingChangedError
 from tests.support.graph_pairs import PAIRS, Pair, difference, feed
 
-CASES = [(name, "lora") for name, pair in PAIRS.items() if pair.dtype in ("float32", "float16") and "slots" not in name]
+REFUSED = {
+    "fused-bert": "read by the Attention",
+    "fused-bert-fp16": "read by the Attention",
+    "quantized-bert": "read by the MatMulInteger",
+    "dynamo-resnet": "does not hold the weight",  # its norms are folded into it
+    "script-resnet": "does not hold the weight",
+}
+CODED = ("genai-llama-int4", "genai-qwen2-int4", "q4-llama", "q4-zeros-llama")
+CASES = [(name, "lora") for name in PAIRS if not name.endswith("-slots") and name not in (*REFUSED, *CODED, "qdq-vit")]
 CASES += [(name, "head") for name in ("genai-llama", "dynamo-llama", "mobius-llama")]
 WITHIN = {"float32": 1e-4, "float16": 2e-2}
 
@@ -58,6 +66,35 @@ def test_slots_are_silent_until_filled_and_leave_no_trace_once_folded(name: str,
     assert operators(folded) == sorted(before)
     inputs = {one.name for one in onnx.load(folded, load_external_data=False).graph.input}
     assert inputs == {one.name for one in onnx.load(pair.graph, load_external_data=False).graph.input}
+
+
+@pytest.mark.parametrize("name", CODED)
+def test_slots_beside_codes_add_to_what_the_codes_give(name: str, tmp_path: Path):
+    pair = PAIRS[name]
+    surgery.insert(pair.graph, pair.adapter("lora"), base=pair.base, output=tmp_path / "slots")
+    graph, file = tmp_path / "slots" / "model.onnx", tmp_path / "slots" / "adapters" / "lora.onnx_adapter"
+    before = answered(pair.graph, pair)
+    assert answered(graph, pair).tobytes() == before.tobytes()
+    of_codes = difference(before, pair.run()["outputs"])
+    expected = pair.expected("lora")["outputs"]
+    assert difference(answered(graph, pair, file), expected) <= 3 * of_codes < difference(before, expected)
+    with pytest.raises(FitError, match="into which nothing can be folded"):
+        surgery.fold(graph, file, output=tmp_path / "folded")
+
+
+def test_ranges_of_quantised_activations_are_warned_of(tmp_path: Path):
+    pair = PAIRS["qdq-vit"]
+    result = surgery.insert(pair.graph, pair.adapter("lora"), base=pair.base, output=tmp_path / "slots")
+    assert "cut off" in result.warnings[0]
+    assert answered(tmp_path / "slots" / "model.onnx", pair).tobytes() == answered(pair.graph, pair).tobytes()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_no_slot_can_be_is_told(name: str, tmp_path: Path):
+    pair = PAIRS[name]
+    with pytest.raises(FitError, match=REFUSED[name]):
+        surgery.insert(pair.graph, pair.adapter("lora"), base=pair.base, output=tmp_path / "slots")
+    assert not (tmp_path / "slots").exists()
 
 
 def test_what_the_genai_builder_made_of_an_adapter_is_folded(tmp_path: Path):

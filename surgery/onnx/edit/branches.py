@@ -124,6 +124,8 @@ def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constan
     op = node.op_type
     if op == "Gather" and node.input[0] in constants and attribute(node, "axis", 0) == 0:
         return _Map(node, "table", node.input[1], node.input[0], False, 1.0)
+    if op == "MatMulNBits" and node.input[1] in constants:
+        return _Map(node, "product", node.input[0], node.input[1], True, 1.0)
     if len(node.input) < 2 or node.input[0] in constants or node.input[1] not in constants:
         return None
     x, weight = node.input[0], node.input[1]
@@ -162,8 +164,8 @@ def _small(
     factors: list[tuple[str, str, bool]] = []
     while len(maps) < 2:
         if (found := _mapped(value, producers, constants)) is not None:
-            if len(found.node.input) > 2 and found.node.input[2] and found.kind != "table":
-                return None  # a bias belongs to no LoRA
+            if len(found.node.input) > 2 and found.kind != "table":
+                return None  # no LoRA has a bias, and one of codes is not understood
             maps.append(found)
             value = found.x
             continue

@@ -151,6 +151,8 @@ def _stored(branch: Branch, constants: Constants) -> tuple[str, bool]:
     Raises:
         FitError: it is made of codes or of several tensors.
     """
+    if branch.node.op_type == "MatMulNBits":
+        raise _of_codes(branch, "codes of a MatMulNBits")
     name, turned = branch.weight, False
     while constants.initializer(name) is None:
         node = constants.producer(name)
@@ -159,12 +161,15 @@ def _stored(branch: Branch, constants: Constants) -> tuple[str, bool]:
         elif node is not None and node.op_type == "Transpose" and list(attribute(node, "perm", [1, 0])) == [1, 0]:
             name, turned = node.input[0], not turned
         else:
-            made = f"made by a {show(node.op_type, 40)}" if node is not None else "an input"
-            raise FitError(
-                f"the weight '{show(branch.weight)}' is {made}, into which nothing can be folded",
-                hint="leave the branch where it is, or fold it before the graph is quantised",
-            )
+            raise _of_codes(branch, f"made by a {show(node.op_type, 40)}" if node is not None else "an input")
     return name, turned
+
+
+def _of_codes(branch: Branch, what: str) -> FitError:
+    return FitError(
+        f"the weight '{show(branch.weight)}' is {what}, into which nothing can be folded",
+        hint="leave the branch where it is, or fold it before the graph is quantised",
+    )
 
 
 def _copied(model: onnx.ModelProto, branch: Branch, name: str, constants: Constants) -> str:
