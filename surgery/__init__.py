@@ -42,6 +42,10 @@ if TYPE_CHECKING:
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import inspect as inspect
+    from surgery.verbs.layers import LayersResult as LayersResult
+    from surgery.verbs.layers import layers as layers
+    from surgery.verbs.locate import LocateResult as LocateResult
+    from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
@@ -86,6 +90,8 @@ else:
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
+            "surgery.verbs.layers": ["LayersResult", "layers"],
+            "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
