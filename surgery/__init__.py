@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from surgery.verbs.export_onnx import export_onnx as export_onnx
     from surgery.verbs.extract_lora import ExtractResult as ExtractResult
     from surgery.verbs.extract_lora import extract_lora as extract_lora
+    from surgery.verbs.fold import FoldResult as FoldResult
+    from surgery.verbs.fold import fold as fold
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
     from surgery.verbs.insert import DeltaResult as DeltaResult
@@ -87,6 +89,7 @@ else:
             "surgery.verbs.env": ["EnvironmentReport", "env"],
             "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
+            "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
