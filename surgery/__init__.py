@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from surgery.verbs.inspect import inspect as inspect
     from surgery.verbs.layers import LayersResult as LayersResult
     from surgery.verbs.layers import layers as layers
+    from surgery.verbs.locate import LocateResult as LocateResult
+    from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
@@ -88,6 +90,7 @@ else:
             "surgery.verbs.insert": ["DeltaResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
+            "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.prompt_nearest": ["NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],

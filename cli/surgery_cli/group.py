@@ -26,6 +26,7 @@ COMMANDS = {
     "unmerge": "Take a merge back.",
     "extract-lora": "Extract a LoRA from a full fine-tune.",
     "insert": "Put into a model, or beside it, what trains or was trained.",
+    "locate": "Find a checkpoint's weights in an ONNX graph.",
     "convert": "Convert an adapter to another format.",
     "combine": "Combine adapters into one.",
     "resize": "Lower the rank of an adapter.",

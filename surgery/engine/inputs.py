@@ -128,16 +128,21 @@ def as_path(value: StrPath, argument: str) -> Path:
     return local_path(value, argument)
 
 
-def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
+def as_checkpoint(value: CheckpointLike, argument: str = "base", *, graph: bool = False) -> Checkpoint:
     """The model that `value` is or names.
+
+    Args:
+        value: A path, a name on the hub, or what was opened.
+        argument: Its name, for messages.
+        graph: Whether it may be an ONNX graph.
 
     Raises:
         UsageError: neither.
-        FitError: an adapter.
+        FitError: an adapter, or a graph.
         InputError: see `open_checkpoint`.
     """
     if isinstance(value, Checkpoint):
-        return value
+        return value if graph else _no_graph(value)
     if isinstance(value, str | os.PathLike):
         path = as_path(value, argument)
         files = _model_files(path) if path.is_dir() else []
@@ -149,10 +154,25 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
                 raise FitError(
                     _AN_ADAPTER, file=path, hint="`surgery merge` makes a full model of an adapter and its base"
                 )
-        return open_checkpoint(path)
+        return open_checkpoint(path) if graph else _no_graph(open_checkpoint(path))
     if _is_adapter(value):
         raise FitError(_AN_ADAPTER, file=getattr(value, "path", None))
     raise wrong_type(value, argument, "a path or a Checkpoint")
+
+
+def _no_graph(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, if its weights are a model's, and not a graph's.
+
+    Raises:
+        FitError: a graph. Its weights may be transposed, packed and renamed, so that no name tells what they are.
+    """
+    if checkpoint.is_graph:
+        raise FitError(
+            "an ONNX graph where the model's own weights were expected",
+            file=checkpoint.path,
+            hint="give the checkpoint that the graph was exported from",
+        )
+    return checkpoint
 
 
 def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.registry import open_weights
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
@@ -77,9 +78,14 @@ class Component:
     @cached_property
     def owners(self) -> dict[str, Storage]:
         """From every stored tensor to the weight that it is, or is a part of."""
-        claimed = {} if self.uninterpreted else claimed_weights(self.tensors, self.config)
+        claimed = {} if self.uninterpreted or self.is_graph else claimed_weights(self.tensors, self.config)
         counts = expert_counts(self.config)
         return {name: claimed.get(name) or _plain(tensor, counts) for name, tensor in self.tensors.items()}
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether its weights are those of an ONNX graph."""
+        return bool(self.shards) and self.shards[0].container == ONNX.name
 
     @cached_property
     def is_quantised(self) -> bool:
@@ -104,7 +110,11 @@ class Component:
 
     def _parameter(self, storage: Storage) -> Parameter:
         view = whole(storage.shape)
-        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name) != storage.transposed:
+        if (
+            len(storage.sizes) == 2
+            and not self.is_graph
+            and self.family.stores_transposed(storage.name) != storage.transposed
+        ):
             view = transpose(view)
         return Parameter(storage.name, storage, view, self.name)
 
@@ -283,6 +293,11 @@ class Checkpoint:
     def is_pipeline(self) -> bool:
         """Whether it has named components."""
         return "" not in self.components
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether it is an ONNX graph: weights by names of its own, in the orientation of its operators."""
+        return any(component.is_graph for component in self.components.values())
 
     @property
     def is_quantised(self) -> bool:

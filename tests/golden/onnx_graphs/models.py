@@ -54,6 +54,19 @@ def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(**ENCODER, image_size=16, patch_size=4, num_labels=3))
 
 
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=2, n_inner=64, n_positions=32))
+
+
+def resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**shape, num_labels=3))
+
+
 def unet() -> nn.Module:
     from diffusers import UNet2DConditionModel
 
@@ -97,6 +110,8 @@ KINDS = {
         "logits",
     ),
     "qwen2": Kind(qwen2, {"lora": lora(ALL_LINEAR), "dora": lora(["k_proj"], use_dora=True)}, tokens, "logits"),
+    "gpt2": Kind(gpt2, {"lora": lora(["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)}, tokens, "logits"),
+    "resnet": Kind(resnet, {"lora": lora(["convolution"]) | {"lora_alpha": 0.5}}, picture, "logits"),
     "bert": Kind(
         bert, {"lora": lora(["query", "key", "value", "dense"]), "dora": lora(["value"], use_dora=True)}, tokens, "logits"
     ),
@@ -113,6 +128,9 @@ def seeded(model: nn.Module, seed: int, only: str = "", scale: float = 0.15) -> 
             if only in name:
                 noise = scale * torch.randn_like(parameter)
                 parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
+        for name, values in sorted(model.named_buffers()):
+            if not only and name.endswith(("running_mean", "running_var")):  # a batch norm's, which exporters fold
+                values.copy_(values + 0.5 * torch.rand_like(values))
     return model
 
 
