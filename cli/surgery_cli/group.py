@@ -27,6 +27,7 @@ COMMANDS = {
     "extract-lora": "Extract a LoRA from a full fine-tune.",
     "insert": "Put into a model, or beside it, what trains or was trained.",
     "locate": "Find a checkpoint's weights in an ONNX graph.",
+    "fold": "Fold the LoRA branches of an ONNX graph into the weights beside them.",
     "convert": "Convert an adapter to another format.",
     "combine": "Combine adapters into one.",
     "resize": "Lower the rank of an adapter.",

@@ -68,6 +68,16 @@ COMMANDS = {
 }
 NEEDS_TORCH = {
     "env that looks": ["env", "--deep"],  # at what torch can use
+    "what a prompt does": [
+        "prompt",
+        "nearest",
+        PROMPT,
+        BASE,
+        "--by",
+        "effect",
+        "--ids",
+        "5,6,7",
+    ],  # by the same reference
     "verify a graph": ["verify", "{graph}"],  # the reference is independent of the product's arithmetic
 }
 

@@ -193,6 +193,8 @@ def _columns(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str
     def ints(*values: int) -> str:
         return patch.constant(np.array(values, np.int64), at)
 
+    if place.factor != 1.0:
+        B = patch.node("Mul", [B, patch.constant(np.array(place.factor, shape.dtype), at)], at)
     if not isinstance(place.rows, range) or not isinstance(place.at, range):
         source = np.full(place.width, outputs)
         source[list(place.at)] = list(place.rows)
