@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
     from surgery.verbs.prompt_show import PromptReport as PromptReport
@@ -96,7 +97,7 @@ else:
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
-            "surgery.verbs.prompt_nearest": ["NearestReport", "prompt_nearest"],
+            "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
