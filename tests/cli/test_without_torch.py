@@ -40,6 +40,7 @@ COMMANDS = {
     "combine by SVD": ["combine", f"{LORA}=0.5", f"{LORA}=-1", "--rank", "4", "-o", "{out}"],
     "combine by TIES": ["combine", LORA, LORA, "--method", "ties", "--density", "0.5", "--rank", "4", "-o", "{out}"],
     "layers": ["layers", BASE, "--keep", "0,2-3", "-o", "{out}"],
+    "layers with more rows": ["layers", BASE, "--vocab", "pad=100", "-o", "{out}"],
     "layers with an adapter": [
         "layers",
         BASE,
