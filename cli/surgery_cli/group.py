@@ -31,7 +31,7 @@ COMMANDS = {
     "convert": "Convert an adapter to another format.",
     "combine": "Combine adapters into one.",
     "resize": "Lower the rank of an adapter.",
-    "layers": "Write a model with other layers.",
+    "layers": "Write a model with other layers, projections or rows.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
     "check": "Show what programs make of an adapter.",

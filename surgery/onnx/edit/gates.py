@@ -127,7 +127,7 @@ def _branch(
                 A, B = adapter.factors[name]
                 ranks.append((adapter, A.shape[1]))
                 downs.append(A)
-                ups.append(_columns(B, shapes[name], place) * np.float32(place.factor * use.alpha))
+                ups.append(_columns(B * np.float32(use.alpha), shapes[name], place))
     if not ranks:
         return
     A, B = first.shaped(np.concatenate(downs, 1), np.concatenate(ups, 0))
@@ -149,6 +149,14 @@ def _branch(
 
 def _columns(B: Array, shape: SlotShape, place: WeightPlace) -> Array:
     """B with the outputs that lie in a tensor, at their places among the others."""
+    factor = np.asarray(place.factor, np.float32)
+    if factor.ndim and shape.table:
+        raise FitError(
+            f"each row of the table '{show(place.weight)}' is multiplied by a number, where no adapter can follow",
+            tensor=place.tensor,
+            hint="merge the adapter into the graph instead",
+        )
+    B = B * factor
     if shape.table or len(shape.up) > 2:
         return B
     wide = np.zeros((len(B), place.width), np.float32)
