@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
     from surgery.verbs.insert import DeltaResult as DeltaResult
+    from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
@@ -79,7 +80,7 @@ else:
             "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
-            "surgery.verbs.insert": ["DeltaResult", "insert"],
+            "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.report": ["SavingsReport", "report"],
