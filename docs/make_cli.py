@@ -37,7 +37,12 @@ def render() -> str:
     for name in COMMANDS:
         command = surgery.get_command(top, name)
         assert command is not None
-        parts += _section(f"surgery {name}", command, click.Context(command, top, name, terminal_width=_WIDTH))
+        context = click.Context(command, top, name, terminal_width=_WIDTH)
+        parts += _section(f"surgery {name}", command, context)
+        if isinstance(command, click.Group):
+            for inner, each in command.commands.items():
+                below = click.Context(each, context, inner, terminal_width=_WIDTH)
+                parts += _section(f"surgery {name} {inner}", each, below)
     return "\n".join(parts)
 
 

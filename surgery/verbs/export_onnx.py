@@ -66,7 +66,8 @@ def export_onnx(
         adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, all others are merged.
         output: Folder to make, or the base's own, to which files are only added.
         merge: Adapters to merge, with or without weights.
-        swap: Adapters for slots: the graph is the base until one is given to a run.
+        swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
+            hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
@@ -102,6 +103,8 @@ def export_onnx(
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
+    if chosen == "reference" and assembly.headed:
+        raise _another_configuration(checkpoint.main)
     warnings = _warnings(chosen, roles, checkpoint, binding) + _graph_warnings(assembly, draft)
     built: list[GraphSet] = []
 
@@ -129,7 +132,7 @@ def export_onnx(
         weights=() if chosen == "embed" else sources,
         plan=merged.plan if merged else None,
         judge=check,
-        side_files=_side_files(checkpoint, merged, {*names, *(file.path.name for file in draft.files)}),
+        side_files=_side_files(checkpoint, merged, assembly, {*names, *(file.path.name for file in draft.files)}),
         inputs=sorted({adapter.path for adapter in roles.adapters}),
         facts=_facts(draft, chosen),
         id=_id(draft, assembly),
@@ -183,15 +186,14 @@ def _assembly(
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    return Assembly(
-        component,
-        model,
-        GraphOptions(choose(target, io), io, max_length, overrides=overrides),
-        roles,
-        _slots(checkpoint, roles, model),
-        tuple(prompts),
-        prompt_form(form, tuple(prompts), model),
-    )
+    slots, given = _slots(checkpoint, roles, model), component
+    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides)
+    form = prompt_form(form, tuple(prompts), model)
+    if any(adapter.replaced for adapter in slots):
+        from surgery.onnx.export.replaced import headed
+
+        component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots])
+    return Assembly(component, model, options, roles, slots, tuple(prompts), form, component.config != given.config)
 
 
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
@@ -246,14 +248,20 @@ def _check_same_sides(merged: MergedWeights, base: Component) -> None:
     same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
     tokenizers = [side.name for side in merged.side_files if side.source and side.source.parent != base.folder]
     if not same or tokenizers:
-        raise FitError(
-            "the merged model has another configuration or tokenizer than the base, whose folder this is",
-            file=base.folder,
-            hint="write to another folder: blocks are shared where the file system can",
-        )
+        raise _another_configuration(base)
 
 
-def _side_files(checkpoint: Checkpoint, merged: MergedWeights | None, taken: set[str]) -> list[SideFile]:
+def _another_configuration(base: Component) -> FitError:
+    return FitError(
+        "the model with its adapters has another configuration or tokenizer than the base, whose folder this is",
+        file=base.folder,
+        hint="write to another folder: blocks are shared where the file system can",
+    )
+
+
+def _side_files(
+    checkpoint: Checkpoint, merged: MergedWeights | None, assembly: Assembly, taken: set[str]
+) -> list[SideFile]:
     """Tokenizer, configuration and the like, but for names that the export itself takes."""
     if merged is not None:
         side_files = list(merged.side_files)
@@ -261,6 +269,10 @@ def _side_files(checkpoint: Checkpoint, merged: MergedWeights | None, taken: set
         config = checkpoint.main.folder / "config.json"
         side_files = [SideFile(name, source=path) for name, path in checkpoint.side_files]
         side_files += [SideFile("config.json", source=config)] if config.exists() else []
+    if assembly.headed:
+        data = json.dumps(dict(assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
+        side_files = [side for side in side_files if side.name != "config.json"]
+        side_files.append(SideFile("config.json", data=data))
     return [side for side in side_files if side.name not in taken]
 
 

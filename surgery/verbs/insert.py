@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from surgery.arguments import wrong_type
 from surgery.engine.calibration_file import open_calibration
 from surgery.engine.execute import Run
 from surgery.engine.inputs import (
-    AdapterLike,
+    AdaptersLike,
     CheckpointLike,
     StrPath,
-    as_adapter,
     as_checkpoint,
+    as_path,
+    as_weighted,
     check_counts,
     local_path,
     output_path,
@@ -25,6 +29,10 @@ from surgery.reports.result import timed
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from surgery.onnx.export.into_graph import GraphInsertion
+    from surgery_formats.canonical.adapter import Adapter
+
 __all__ = ["DeltaResult", "FreshResult", "insert"]
 
 _RANK = 16
@@ -32,10 +40,12 @@ _RANK = 16
 
 @timed
 def insert(
-    base: CheckpointLike,
-    what: AdapterLike | None = None,
+    model: CheckpointLike,
+    what: AdaptersLike | None = None,
     *,
+    base: CheckpointLike | None = None,
     output: StrPath | None = None,
+    required: bool = False,
     new: str | None = None,
     rank: int | None = None,
     alpha: float | None = None,
@@ -51,16 +61,19 @@ def insert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> DeltaResult | FreshResult:
-    """Put the tensors that a fine-tune changed into its base, or begin an adapter beside it.
+) -> DeltaResult | FreshResult | GraphInsertion:
+    """Put what a fine-tune changed into its base, slots for adapters into an ONNX graph; or begin an adapter beside a model.
 
     Args:
-        base: The model.
-        what: An adapter that holds parameters, or rows of them, as a fine-tune has them: biases, norms, layers, token
-            rows, as `extract_lora` writes them. They replace the base's own, to the byte.
+        model: The model: a checkpoint, or an ``.onnx`` file, whoever made it.
+        what: Of a checkpoint: an adapter that holds parameters, or rows of them, as a fine-tune has them: biases, norms,
+            layers, token rows (what ``extract_lora(dense=..., matrices="full")`` writes). Of a graph: adapters, each of
+            which gets a file for the slots.
+        base: Of a graph: the checkpoint that it was made of, by whose values its weights are found.
         output: Folder to make. Its parent must exist.
-        new: Begin an adapter of this kind instead: ``lora``, ``dora``, ``rslora``, ``ia3``, ``loha``, ``lokr``, ``oft``,
-            ``vera``, ``bottleneck``, ``prompt``, ``prefix``.
+        required: Of a graph: whether slots are inputs without a default, for runtimes that pass no optional ones.
+        new: Begin an adapter of this kind for the checkpoint: ``lora``, ``dora``, ``rslora``, ``ia3``, ``loha``, ``lokr``,
+            ``oft``, ``vera``, ``bottleneck``, ``prompt``, ``prefix``.
         rank: Of `new`: directions of a module (16); the side of a block of an OFT, the width of a bottleneck, the number of
             virtual tokens of a prompt or prefix.
         alpha: Of `new`: as its configuration has it; None is the rank, which makes the scale 1 (rsLoRA: its root).
@@ -74,64 +87,76 @@ def insert(
         release: Of ``loftq``: the unquantised model that the base was made of.
         residual: Of ``pissa`` and ``olora``: folder to make, the base without the part that the factors begin with, on which
             the adapter is a plain LoRA. Without it PEFT takes the part away itself whenever it loads the adapter.
-        seed: Of everything random: the same seed, base and options give the same bytes.
+        seed: Of `new`: of everything random; the same seed, base and options give the same bytes.
         format: Of `new`: ``peft`` (the default), ``mlx``, or ``adapterhub``, the only one of bottlenecks.
-        workers: Threads that compute weights of a model; None is one per core, at most eight. Never changes the result.
+        workers: Computing threads; None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
-        dry_run: Say what would be written, and of `new` what training it takes; write nothing.
+        dry_run: Plan only; of `new`, say what training it takes.
         progress: Called with every step.
 
     Returns:
-        What became of every tensor and the share of the model that was trained; or what trains, and what that takes.
+        What became of every tensor, and the share of the model that was trained; or the slots; or what is trained, and what
+        that takes.
 
     Raises:
         UsageError: an argument of a wrong type, nothing to insert, or no output.
         InputError: an input cannot be read.
-        FitError: it does not fit the base, is more than tensors to be copied, or would be rounded; options that do not go
-            together.
+        FitError: it does not fit the base, is more than tensors to be copied, or would be rounded; a graph that was made of
+            another base, or has no place for a slot; options that do not go together.
         NothingChangedError: the output would be the base.
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
     check_counts(workers=workers, rank=rank)
     check_counts(least=0, seed=seed)
     folder = output_path(output, dry_run=dry_run)
-    if (new is None) == (what is None):
-        raise UsageError(
-            "an adapter to insert and a kind to begin were both named" if new else "nothing to insert was named",
-            hint="name a file of trained tensors, or a kind of adapter to begin",
-        )
-    if what is not None:
-        asked: dict[str, object] = {
-            "rank": rank,
-            "alpha": alpha,
-            "targets": targets,
-            "text": text,
-            "calibration": calibration,
-        }
-        asked |= {"release": release, "residual": residual, "format": format}
-        if odd := [name for name, value in asked.items() if value is not None]:
-            raise UsageError(f"{odd[0]} belongs to an adapter that is begun, and tensors to insert were named")
-        run = Run(workers=workers, overwrite=overwrite, progress=progress)
-        return insert_delta(as_checkpoint(base), as_adapter(what, "what"), folder, run)
+    asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
+    asked |= {"release": release, "residual": residual, "format": format}
+    if new is not None:
+        if what is not None or base is not None or required:
+            raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
+        return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
+    if odd := [name for name, value in asked.items() if value is not None]:
+        raise UsageError(f"{odd[0]} belongs to an adapter that is begun", hint="`new=` names its kind")
+    if what is None:
+        raise UsageError("nothing to insert was named", hint="or name a kind of adapter to begin")
+    if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
+        return _into_graph(path, what, base, folder, required=required, overwrite=overwrite)
+    if base is not None or required:
+        raise FitError("a checkpoint has no slots", hint="`base=` and `required=` are for an .onnx file")
+    run = Run(workers=workers, overwrite=overwrite, progress=progress)
+    return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
+
+
+def _fresh(
+    model: Checkpoint,
+    kind: str,
+    init: Init,
+    seed: int,
+    asked: Mapping[str, Any],
+    folder: Path | None,
+    overwrite: bool,
+    progress: Callback | None,
+) -> FreshResult:
     from surgery.insertion.fresh import FreshOptions, fresh_adapter
 
-    assert new is not None
-    model = as_checkpoint(base)
-    options = FreshOptions(
-        kind=new,
-        rank=_RANK if rank is None else rank,
-        alpha=alpha,
-        targets=targets or "attention",
-        init="text" if text is not None and init == "default" else init,
-        text=() if text is None else _tokens(text, model),
-        calibration=None if calibration is None else open_calibration(calibration),
-        release=None if release is None else as_checkpoint(release, "release"),
-        residual=None if residual is None else local_path(residual, "residual"),
-        seed=seed,
-        format=format or ("adapterhub" if new == "bottleneck" else "peft"),
-    )
-    if options.init == "text" and text is None:
+    said = asked["text"]
+    if init == "text" and said is None:
         raise UsageError("a prompt that begins as a text needs the text")
+    if not isinstance(targets := asked["targets"] or "attention", str):
+        raise wrong_type(targets, "targets", "a role or patterns, in one text")
+    options = FreshOptions(
+        kind=kind,
+        rank=_RANK if asked["rank"] is None else asked["rank"],
+        alpha=asked["alpha"],
+        targets=targets,
+        init="text" if said is not None and init == "default" else init,
+        text=() if said is None else _tokens(said, model),
+        calibration=None if asked["calibration"] is None else open_calibration(asked["calibration"]),
+        release=None if asked["release"] is None else as_checkpoint(asked["release"], "release"),
+        residual=None if asked["residual"] is None else local_path(asked["residual"], "residual"),
+        seed=seed,
+        format=asked["format"] or ("adapterhub" if kind == "bottleneck" else "peft"),
+    )
     return fresh_adapter(model, options, folder, overwrite=overwrite, progress=progress)
 
 
@@ -144,8 +169,31 @@ def _tokens(text: str, model: Checkpoint) -> tuple[int, ...]:
     """
     from surgery.onnx.run.tokenizer import open_tokenizer
 
-    folder: Path = model.path if model.path.is_dir() else model.path.parent
-    ids = open_tokenizer(folder).encode(text)
+    ids = open_tokenizer(model.path if model.path.is_dir() else model.path.parent).encode(text)
     if not ids:
         raise FitError("the text has no tokens")
     return tuple(ids)
+
+
+def _one(what: AdaptersLike) -> Adapter:
+    """The single thing to insert.
+
+    Raises:
+        FitError: several, or one with a weight.
+    """
+    given = as_weighted(what, "what")
+    if len(given) != 1 or given[0].weight != 1.0:
+        raise FitError("one thing is put into a checkpoint, and as it is", hint="merge adapters with weights")
+    return given[0].adapter
+
+
+def _into_graph(
+    path: Path, what: AdaptersLike, base: CheckpointLike | None, folder: Path | None, *, required: bool, overwrite: bool
+) -> GraphInsertion:
+    from surgery.onnx.export.adapters import sort_adapters
+    from surgery.onnx.export.into_graph import insert_adapters
+
+    if base is None:
+        raise UsageError("the weights of a graph are found by those of its base", hint="give it with `base=`")
+    adapters = sort_adapters(swap=what).swap
+    return insert_adapters(path, adapters, as_checkpoint(base), folder, required=required, overwrite=overwrite)

@@ -17,7 +17,7 @@ from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
-from surgery.onnx.run.encoder import EncoderOutput, encode, labels
+from surgery.onnx.run.encoder import EncoderOutput, adapter_labels, encode, labels
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
@@ -151,10 +151,7 @@ def prepare_decoder(
     Raises:
         FitError: an adapter that does not fit the graph.
     """
-    contract = opened.contract
-    paths: list[StrPath] = as_list(adapters)
-    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
-    slots = fill_slots(files, contract, opened.inputs)
+    contract, slots = opened.contract, _slots(opened, adapters)
     past = None
     if prompt_adapter is not None:
         past = prompt_past(read_adapter_file(prompt_adapter), contract, file=os.fspath(prompt_adapter))
@@ -163,6 +160,17 @@ def prepare_decoder(
     whole = max_length + (past.tokens if past else 0)
     decoder = make_decoder(opened, batch=batch, max_length=min(whole, contract.max_length), slots=slots, past=past)
     return decoder, past
+
+
+def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[str, Any]:
+    """The arrays of adapters by input.
+
+    Raises:
+        FitError: an adapter that does not fit the graph.
+    """
+    paths: list[StrPath] = as_list(adapters)
+    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
+    return fill_slots(files, opened.contract, opened.inputs, opened.optional)
 
 
 @checked
@@ -188,7 +196,8 @@ def run(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
         sampling: Greedy if None.
-        adapters: ``.onnx_adapter`` files for the graph's slots; several add up.
+        adapters: ``.onnx_adapter`` files for the graph's slots; several add up. A classifier has the labels that the
+            graph's contract names for the file.
         prompt_adapter: ``.onnx_adapter`` file of a soft prompt.
         prompt: Whether the graph's own soft prompt is used.
         weights: Folder of the weight files, where it is not the graph's own.
@@ -221,11 +230,14 @@ def run(
     ]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
-        if adapters or prompt_adapter is not None:
-            raise FitError("this encoder takes no adapters", file=opened.path)
+        if prompt_adapter is not None:
+            raise FitError("this encoder takes no soft prompt", file=opened.path)
+        slots = _slots(opened, adapters)
+        classifier = adapter_labels(opened, as_list(adapters))
         began = time.perf_counter()
-        encoded = encode(opened, rows)
-        result = _encoder_result(opened, rows, encoded, load, time.perf_counter() - began)
+        encoded = encode(opened, rows, slots, classifier.problem)
+        names = classifier.names or labels(opened)
+        result = _encoder_result(opened, rows, encoded, names, load, time.perf_counter() - began)
     else:
         result = _generated(
             opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
@@ -325,9 +337,13 @@ def _generated(
 
 
 def _encoder_result(
-    opened: GraphSession, rows: list[list[int]], encoded: EncoderOutput, load: float, seconds: float
+    opened: GraphSession,
+    rows: list[list[int]],
+    encoded: EncoderOutput,
+    names: Sequence[str],
+    load: float,
+    seconds: float,
 ) -> RunResult:
-    names = labels(opened)
     texts = tuple(RunText(tuple(row), scores=encoded.scores(number, names)) for number, row in enumerate(rows))
     return RunResult(
         texts, opened.memory.device, opened.contract.virtual_tokens, load, seconds, seconds, 0, dict(encoded.arrays)

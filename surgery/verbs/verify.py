@@ -210,6 +210,7 @@ def _graphs(
     notes: list[str],
 ) -> None:
     from surgery.verification.session import check_weights, read_graph
+    from surgery.verification.slots import with_defaults
 
     main = read_graph(where / _GRAPH)
     graphs = [main]
@@ -226,7 +227,7 @@ def _graphs(
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(main, base, roles)
+    reference = with_defaults(main, _reference(main, base, roles))
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
         checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]

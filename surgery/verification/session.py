@@ -58,9 +58,11 @@ class GraphFile:
 
     @property
     def rounded(self) -> bool:
-        """Whether it holds 16-bit scalars, whose rounding no float32 twin can undo."""
+        """Whether it holds 16-bit scalars, or defaults of parameters, whose rounding no float32 twin can undo."""
         return any(
-            tensor.data_type in SHORT_TYPES and not tensor.external_data and math.prod(tensor.dims) == 1
+            tensor.data_type in SHORT_TYPES
+            and not tensor.external_data
+            and (math.prod(tensor.dims) == 1 or tensor.name in self.contract.replaceable)
             for tensor in self.model.graph.initializer
         )
 

@@ -11,16 +11,20 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 
+from surgery.onnx.export.merged import with_biases
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.session import Arrays, GraphFile
-from surgery_formats.errors import ProofError
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.bounded_json import read_object
+from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.text import show
 
-__all__ = ["random_slots"]
+__all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
 _OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask")
@@ -38,11 +42,11 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
         for port in graph.model.graph.input
         if port.name not in _OTHERS and not port.name.startswith("past_key_values.")
     }
-    slot_inputs = [name for slot in slots for name in (slot.A, slot.B)]
+    slot_inputs = [name for slot in slots for name in (slot.A, slot.B)] + [*graph.contract.replaceable]
     if sorted(slot_inputs) != sorted(sizes):
         differing = min(set(slot_inputs) ^ set(sizes), default=min(slot_inputs, default=""))
         raise ProofError("inputs of the graph and slots of its contract differ", file=graph.path, tensor=differing)
-    if not slots:
+    if not slot_inputs:
         return None
     model, weights = _own_head(reference.model, {slot.weight for slot in slots}, reference.weights)
     shapes = _matrices(model)
@@ -64,7 +68,53 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
         arrays |= {slot.A: A, slot.B: B}
         product = torch.from_numpy(A @ B)
         added[slot.weight] = product if stored_by_input else product.T
-    return arrays, replace(reference, model=model, weights=_SummedWeights(weights, added))
+    replaced = _replaced(graph, model, weights, draw)
+    arrays |= {name: values.astype(np.float32) for name, values in replaced.items()}
+    changed = _ReplacedWeights(weights, {name: torch.from_numpy(values) for name, values in replaced.items()})
+    return arrays, replace(reference, model=model, weights=_SummedWeights(changed, added))
+
+
+def _replaced(
+    graph: GraphFile, model: Model, weights: ReferenceWeights, draw: np.random.Generator
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Random values for every parameter that can be replaced; a classifier gets one label more than the base has.
+
+    Raises:
+        ProofError: a parameter that the model lacks, or an input of other sizes.
+    """
+    shapes, found = parameters(model), {}
+    ports = {port.name: port.type.tensor_type.shape.dim for port in graph.model.graph.input}
+    for name in graph.contract.replaceable:
+        if (shape := shapes.get(name)) is None:
+            raise ProofError(f"'{show(name)}' can be replaced, but the model lacks it", file=graph.path)
+        dims = [dim.dim_value or None for dim in ports[name]]
+        if len(dims) != len(shape) or any(dim not in (None, size) for dim, size in zip(dims, shape, strict=True)):
+            raise ProofError(f"an input has other sizes than {list(shape)}", file=graph.path, tensor=name)
+        sizes = [size + 1 if dim is None else size for dim, size in zip(dims, shape, strict=True)]
+        found[name] = draw.normal(size=sizes) * _SIZE
+    return found
+
+
+def with_defaults(graph: GraphFile, reference: Reference) -> Reference:
+    """The reference with the head and the biases that only adapters have, at the graph's own defaults.
+
+    The configuration beside the graph names the head.
+    """
+    stored = {tensor.name: tensor for tensor in graph.model.graph.initializer if not tensor.external_data}
+    absent = {name for name in graph.contract.replaceable if not _has(reference.weights, name)} & stored.keys()
+    if not absent:
+        return reference
+    values = {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).astype(np.float32)) for name in absent}
+    weights = _ReplacedWeights(reference.weights, values)
+    model = model_of(read_object(graph.path.parent / "config.json"), weights.names)
+    return replace(reference, model=with_biases(model, weights.names), weights=weights)
+
+
+def _has(weights: ReferenceWeights, name: str) -> bool:
+    try:
+        return bool(weights.load(name, 0, 1).numel())
+    except FitError:
+        return False
 
 
 def _own_head(model: Model, slots: Collection[str], weights: ReferenceWeights) -> tuple[Model, ReferenceWeights]:
@@ -116,6 +166,19 @@ class _RenamedWeights:
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self.inner.load(self.renames.get(name, name), start, stop)
+
+
+@dataclass(frozen=True)
+class _ReplacedWeights:
+    inner: ReferenceWeights
+    values: Mapping[str, torch.Tensor]
+
+    @property
+    def names(self) -> Collection[str]:
+        return {*self.inner.names, *self.values}
+
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self.values[name][start:stop].float() if name in self.values else self.inner.load(name, start, stop)
 
 
 @dataclass(frozen=True)

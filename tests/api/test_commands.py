@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import click
 import pytest
 
 import surgery
@@ -30,25 +31,44 @@ OTHERWISE: dict[str, dict[str, str | None]] = {
     "export-onnx": {"mode": None},
     "inspect": {"depth": None, "every": None, "alpha": None},
     "diff": {"fail_on": None},
+    "prompt nearest": {"text_file": "texts", "ids": "texts"},
     "report": {"markdown": None, "overwrite": None},
 }
 CALLBACKS = {"progress", "on_text", "engine"}
 
-VERBS = [name for name in COMMANDS if name not in ONLY_A_COMMAND]
+GROUPS = {"prompt"}
+"""Commands with commands of their own: `surgery prompt show` is the function `prompt_show`."""
+
+
+def command_of(name: str) -> click.Command:
+    """A command by its words."""
+    first, *rest = name.split()
+    command = importlib.import_module(f"surgery_cli.commands.{first.replace('-', '_')}").command
+    return command.commands[rest[0]] if rest else command
+
+
+VERBS = [
+    verb
+    for name in COMMANDS
+    if name not in ONLY_A_COMMAND
+    for verb in ([f"{name} {each}" for each in command_of(name).commands] if name in GROUPS else [name])
+]
+
+
+def function_name(verb: str) -> str:
+    return verb.replace("-", "_").replace(" ", "_")
 
 
 def test_every_command_is_a_function_and_every_function_a_command():
     functions = {name for name in surgery.__all__ if inspect.isfunction(getattr(surgery, name))}
-    assert functions - ONLY_A_FUNCTION == {name.replace("-", "_") for name in VERBS}
+    assert functions - ONLY_A_FUNCTION == {function_name(name) for name in VERBS}
 
 
 @pytest.mark.parametrize("name", VERBS)
 def test_options_of_a_command_are_parameters_of_its_function(name: str):
-    module = name.replace("-", "_")
-    command = importlib.import_module(f"surgery_cli.commands.{module}").command
-    options = {option.name for option in command.params} - {option.name for option in global_options()}
+    options = {option.name for option in command_of(name).params} - {option.name for option in global_options()}
     names = {OTHERWISE.get(name, {}).get(option, option) for option in options} - {None}
-    parameters = inspect.signature(getattr(surgery, module)).parameters
+    parameters = inspect.signature(getattr(surgery, function_name(name))).parameters
     assert names == set(parameters) - CALLBACKS
     assert not [option for option in OTHERWISE.get(name, {}) if option in parameters and option != "rank"]
 
@@ -56,7 +76,7 @@ def test_options_of_a_command_are_parameters_of_its_function(name: str):
 @pytest.mark.parametrize("name", VERBS)
 def test_what_is_no_input_is_passed_by_name(name: str):
     """So that adding a parameter breaks no caller."""
-    parameters = inspect.signature(getattr(surgery, name.replace("-", "_"))).parameters.values()
+    parameters = inspect.signature(getattr(surgery, function_name(name))).parameters.values()
     positional = [one.name for one in parameters if one.kind is not inspect.Parameter.KEYWORD_ONLY]
     assert len(positional) <= 2
     assert not {"rank", "dtype", "overwrite", "progress"} & set(positional)

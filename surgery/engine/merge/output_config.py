@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from surgery.engine.plan import PlannedTensor, SideFile, is_coded
@@ -16,7 +16,7 @@ from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.quantised import CONFIG_KEYS
 
-__all__ = ["coded_modules", "corrected_config", "corrected_quantisation_files"]
+__all__ = ["coded_modules", "corrected_config", "corrected_quantisation_files", "task_config"]
 
 _TASKS = {
     "text-classification": "ForSequenceClassification",
@@ -55,7 +55,7 @@ def corrected_config(
             config[key] = dtype.torch_name
         _task_head(config, binding, written)
         name = f"{component.name}/config.json" if component.name else "config.json"
-        own = not component.self_contained and (component.folder / "config.json").exists()
+        own = not (component.self_contained or component.made) and (component.folder / "config.json").exists()
         if config == component.config and own:
             side_files.append(SideFile(name, source=component.folder / "config.json"))
         else:
@@ -156,15 +156,27 @@ def _task_head(config: dict[str, Any], binding: Binding, outputs: Sequence[Plann
         and tensor.name.endswith(".weight")
     ]
     task = next((adapter.task for adapter, _ in binding.adapters if adapter.task), "")
-    architectures = config.get("architectures")
-    if not heads or task not in _TASKS or not isinstance(architectures, list):
-        return
-    config["architectures"] = [_renamed(str(name), _TASKS[task]) for name in architectures]
-    labels = heads[0].shape[0]
+    if heads:
+        config.update(task_config(config, task, heads[0].shape[0]))
+
+
+def task_config(config: Mapping[str, Any], task: str, labels: int) -> dict[str, Any]:
+    """The configuration of a model that was given a head for a task; the same for a task that is not known.
+
+    Args:
+        config: The model's own.
+        task: As the Hub names it.
+        labels: Rows of the head.
+    """
+    changed, architectures = dict(config), config.get("architectures")
+    if task not in _TASKS or not isinstance(architectures, list):
+        return changed
+    changed["architectures"] = [_renamed(str(name), _TASKS[task]) for name in architectures]
     labelled = config.get("id2label")
     if task != "question-answering" and not (isinstance(labelled, dict) and len(labelled) == labels):
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+        changed["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
+        changed["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
+    return changed
 
 
 def _renamed(architecture: str, suffix: str) -> str:

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.export.adapters import AdapterRoles, entry
+from surgery.onnx.export.adapters import AdapterRoles, NamedAdapter, entry
 from surgery.onnx.export.genai import genai_config
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.virtual_tokens import Virtual
+from surgery.onnx.graph.weights import Replaceable
+from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Component
@@ -78,6 +78,7 @@ class Assembly:
         slots: The swappable adapters, in the order of `roles`.
         prompts: The prompts; the first one is the default.
         form: Form of the prompts.
+        headed: Whether swapped adapters bring a head for which the base's configuration has no place.
     """
 
     component: Component
@@ -87,6 +88,7 @@ class Assembly:
     slots: tuple[Swappable, ...] = ()
     prompts: tuple[Prompt, ...] = ()
     form: Form = ""
+    headed: bool = False
 
     @property
     def slot_names(self) -> frozenset[str]:
@@ -129,10 +131,10 @@ class Assembly:
         for named, adapter in zip(self.roles.swap, self.slots, strict=True):
             from surgery.onnx.export.slots import slot_arrays
 
-            arrays = slot_arrays(adapter, built.contract.slots, sizes, kind)
-            files[self._adapter_file(named.name)] = _adapter_bytes(arrays)
+            arrays = slot_arrays(adapter, built.contract.slots, sizes, kind, built.inputs)
+            files[self._adapter_file(named.name)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
-            files[self._prompt_file(prompt)] = _adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
+            files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
         if genai := self.for_genai(built):
             folder = self.component.folder
             generation = folder / "generation_config.json"
@@ -167,7 +169,13 @@ class Assembly:
         table = np.concatenate(rows) if rows else None
         front = len(table) if table is not None and self.form == "front" else 0
         virtual = Virtual(past, None if self.form == "kv" else table, front)
-        options = replace(self.options, slotted=self.slot_names, virtual=virtual, contract=self._contract())
+        options = replace(
+            self.options,
+            slotted=self.slot_names,
+            replaceable=self._replaceable(),
+            virtual=virtual,
+            contract=self._contract(),
+        )
         built = build(self.component, options, self.model)
         if self.form != "kv" or self.prompts[0].embeddings is None:
             return built
@@ -178,7 +186,7 @@ class Assembly:
     def _contract(self, form: Form = "") -> dict[str, Any]:
         form = form or self.form
         entries = [entry(named, "merged", weight=named.weight) for named in self.roles.merge]
-        entries += [entry(named, "swapped", file=self._adapter_file(named.name)) for named in self.roles.swap]
+        entries += [self._swapped(*pair) for pair in zip(self.roles.swap, self.slots, strict=True)]
         names = {id(named.adapter): named for named in self.roles.prefix}
         first = self.model.vocabulary
         for prompt in self.prompts:
@@ -200,6 +208,21 @@ class Assembly:
             else:
                 fields["virtual_tokens"] = self.prompts[0].tokens
         return fields
+
+    def _replaceable(self) -> Replaceable:
+        if not any(adapter.replaced for adapter in self.slots):
+            return Replaceable()
+        from surgery.onnx.export.replaced import replaceable
+
+        return replaceable(self.model, self.component, [adapter.replaced for adapter in self.slots])
+
+    def _swapped(self, named: NamedAdapter, adapter: Swappable) -> dict[str, Any]:
+        facts: dict[str, Any] = {}
+        if adapter.replaced:
+            from surgery.onnx.export.replaced import label_facts
+
+            facts = label_facts(adapter.adapter, adapter.replaced, self.model, self.component.config)
+        return entry(named, "swapped", file=self._adapter_file(named.name), **facts)
 
     @staticmethod
     def _adapter_file(name: str) -> str:
@@ -223,13 +246,3 @@ def _slot_sizes(built: GraphSet) -> dict[str, tuple[int, int]]:
         for port in built.graphs["model.onnx"].graph.input
     }
     return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in built.contract.slots}
-
-
-def _adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
-    """Create an ``.onnx_adapter`` file."""
-    from surgery.onnx.run.adapter_file import write_adapter_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.onnx_adapter"
-        write_adapter_file(path, arrays)
-        return path.read_bytes()

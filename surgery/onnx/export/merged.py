@@ -27,7 +27,7 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model, Projection
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
-__all__ = ["DELTA", "Layout", "MergedWeights", "merged_weights"]
+__all__ = ["DELTA", "Layout", "MergedWeights", "merged_weights", "with_biases"]
 
 DELTA = "delta.safetensors"
 """File name of the changed tensors."""
@@ -88,19 +88,19 @@ def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
     side_files = tuple(side for side in merge_plan.side_files if layout == "full" or side.name != component.index_name)
     changed = component.with_config(_config(component, side_files))
     model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides))
-    return MergedWeights(plan, changed, overrides, side_files, _with_biases(model, overrides))
+    return MergedWeights(plan, changed, overrides, side_files, with_biases(model, overrides))
 
 
-def _with_biases(part: Any, names: Collection[str]) -> Any:
+def with_biases(part: Any, names: Collection[str]) -> Any:
     """Add biases in `names` to the projections in a recipe's `part` that lack them."""
     if isinstance(part, tuple):
-        return tuple(_with_biases(item, names) for item in part)
+        return tuple(with_biases(item, names) for item in part)
     if not is_dataclass(part) or isinstance(part, type):
         return part
     if isinstance(part, Projection):
         bias = f"{part.weight.removesuffix('weight')}bias"
         return replace(part, bias=bias) if not part.bias and bias in names else part
-    return replace(part, **{field.name: _with_biases(getattr(part, field.name), names) for field in fields(part)})
+    return replace(part, **{field.name: with_biases(getattr(part, field.name), names) for field in fields(part)})
 
 
 def _config(component: Component, side_files: Collection[SideFile]) -> Mapping[str, object]:

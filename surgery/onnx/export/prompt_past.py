@@ -20,6 +20,7 @@ from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.run.ports import cpu_session
+from surgery_formats.binding.prompt_fit import check_prompt
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Component
@@ -67,33 +68,9 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
     prompt = adapter.prompt
     if prompt is None:
         raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="`merge=` or `swap=`")
-    file, tensor = prompt.table.path, prompt.table.name
-    if prompt.submodules != 1:
-        raise FitError("the soft prompt is for an encoder and its decoder", file=file, tensor=tensor)
+    check_prompt(prompt, model)
     if prompt.prefix is not None:
-        layers = model.layers if model.kind == "decoder" else ()
-        sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in layers}
-        size = (prompt.prefix.kv_heads, prompt.prefix.head_dim)
-        if not layers:
-            raise FitError("the prompt holds keys and values, but an encoder has no cache", file=file, tensor=tensor)
-        if prompt.prefix.layers != len(layers) or sizes != {size}:
-            expected = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
-            raise FitError(
-                f"was made for {prompt.prefix.layers} layers with {size[0]} heads of {size[1]}, "
-                f"but the model has {len(layers)} with {expected}",
-                file=file,
-                tensor=tensor,
-                hint="is this the base it was trained on?",
-            )
         return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter)
-    width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
-    if prompt.dim != width:
-        raise FitError(
-            f"the embeddings have {prompt.dim} values, but the model's have {width}",
-            file=file,
-            tensor=tensor,
-            hint="is this the base it was trained on?",
-        )
     rows = prompt.embeddings().astype(np.float32)
     return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter, rows)
 

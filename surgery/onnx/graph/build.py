@@ -18,7 +18,7 @@ from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
-from surgery.onnx.graph.weights import GraphTensor, GraphWeights
+from surgery.onnx.graph.weights import GraphTensor, GraphWeights, Replaceable
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
@@ -44,6 +44,7 @@ class GraphOptions:
         prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them.
         overrides: Tensors that replace the checkpoint's, by stored name: those that a merge changed.
         slotted: Weights that get a slot for a LoRA, see `Context`.
+        replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
     """
@@ -54,6 +55,7 @@ class GraphOptions:
     prefill: bool = True
     overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
+    replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
 
@@ -68,6 +70,7 @@ class GraphSet:
         model: The recipe that was built.
         nodes: Number of nodes of the main graph.
         files: Weight files that hold its initializers.
+        inputs: Types of the inputs that replace parameters.
     """
 
     graphs: Mapping[str, onnx.ModelProto]
@@ -75,6 +78,7 @@ class GraphSet:
     model: Model
     nodes: int
     files: tuple[File | UnwrittenFile, ...]
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build(component: Component, options: GraphOptions, model: Model | None = None) -> GraphSet:
@@ -102,17 +106,22 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_built_parts(ctx))
     graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
-    return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files))
+    inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
+    return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
 
 
 def _built_parts(ctx: Context) -> dict[str, Any]:
     """Parts of the contract that are known only after building."""
-    return {"slots": tuple(ctx.slots), "weights": tuple(weight_file(file) for file in ctx.weights.files)}
+    return {
+        "slots": tuple(ctx.slots),
+        "replaceable": tuple(ctx.weights.inputs),
+        "weights": tuple(weight_file(file) for file in ctx.weights.files),
+    }
 
 
 def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
     graph = Graph()
-    weights = GraphWeights(graph, component, options.io, options.overrides)
+    weights = GraphWeights(graph, component, options.io, options.overrides, options.replaceable)
     ctx = Context(
         graph,
         weights,
@@ -127,7 +136,8 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
     else:
         encoder(ctx, model)
     weights.check(model.unused)
-    if missing := options.slotted - {slot.weight for slot in ctx.slots}:
+    wanted = options.slotted | options.replaceable.names
+    if missing := wanted - {slot.weight for slot in ctx.slots} - weights.inputs.keys():
         raise FitError(
             "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"
         )

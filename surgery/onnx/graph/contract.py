@@ -37,6 +37,7 @@ _LARGEST = 1 << 48  # bound on numbers, including file sizes
 _LAYERS = 4096
 _PAIR = 2
 _DTYPES = ("fp32", "fp16", "bf16")
+_LATER = ("replaceable",)  # fields that are left out where empty, so that runners of before take the graph
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
 
 
@@ -99,10 +100,12 @@ class Contract:
         prompt_kind: ``PREFIX_TUNING``, ``PROMPT_TUNING``, ``P_TUNING``, ``TEXT``, or empty.
         vocabulary_rows: First id and number of the soft prompt's rows after the vocabulary, or None.
         slots: Slots for LoRA adapters.
+        replaceable: Parameters that are optional inputs under their own names, see `surgery.onnx.export.replaced`.
         weights: Files that hold the initializers.
         base: Content id of the base.
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
-            mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number).
+            mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number), ``id2label`` of a classifier
+            of its own.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -123,13 +126,15 @@ class Contract:
     prompt_kind: str = ""
     vocabulary_rows: tuple[int, int] | None = None
     slots: tuple[Slot, ...] = ()
+    replaceable: tuple[str, ...] = ()
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
-        return {_KEY: json.dumps({"schema": _SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))}
+        stated = {key: value for key, value in asdict(self).items() if value or key not in _LATER}
+        return {_KEY: json.dumps({"schema": _SCHEMA, **stated}, sort_keys=True, separators=(",", ":"))}
 
 
 def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "model.onnx") -> Contract | None:
@@ -151,7 +156,8 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
             raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
         entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
         entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
-        entries["adapters"] = tuple(entries.get("adapters", ()))
+        for name in ("adapters", "replaceable"):
+            entries[name] = tuple(entries.get(name, ()))
         rows = entries.get("vocabulary_rows")
         entries["vocabulary_rows"] = None if rows is None else tuple(rows)
         contract = Contract(**entries)
@@ -183,6 +189,7 @@ def _fault(contract: Contract) -> str | None:
         return "cache"
     texts: dict[str, tuple[Any, ...]] = {name: (getattr(contract, name),) for name in _TEXTS}
     texts["slots"] = tuple(text for slot in contract.slots for text in (slot.weight, slot.A, slot.B))
+    texts["replaceable"] = contract.replaceable
     texts["weights"] = tuple(text for entry in contract.weights for text in (entry.name, entry.header))
     for name, values in texts.items():
         if not all(isinstance(text, str) for text in values):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.layers import activate
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.weights import LABELS
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead
 
@@ -37,10 +38,11 @@ def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
         if activation is not None:
             x = activate(ctx, activation, x, at)
     last = record.steps[-1][0]
+    labels: int | str = LABELS if last.weight in ctx.weights.replaceable.labels else last.outputs
     if record.tokens == "every":
-        _every_token(ctx, x, module_of(last.weight), "logits", last.outputs)
+        _every_token(ctx, x, module_of(last.weight), "logits", labels)
     else:
-        ctx.graph.output(ctx.graph.rename(x, "logits"), ctx.io, ("batch", last.outputs))
+        ctx.graph.output(ctx.graph.rename(x, "logits"), ctx.io, ("batch", labels))
 
 
 def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
@@ -61,7 +63,7 @@ def _first_token(ctx: Context, x: str, at: str) -> str:
     return ctx.graph.node("Gather", [x, ctx.graph.number(0, DType.I64)], at, axis=1)
 
 
-def _every_token(ctx: Context, x: str, at: str, name: str, width: int) -> None:
+def _every_token(ctx: Context, x: str, at: str, name: str, width: int | str) -> None:
     if ctx.virtual.front:  # results at virtual tokens are not part of the output
         x = ctx.batched(x, at) if ctx.flat else x
         ends = [ctx.graph.ints(bound) for bound in (ctx.virtual.front, _ALL, 1)]

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
@@ -15,7 +18,10 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
 
-__all__ = ["GraphTensor", "GraphWeights", "file_of"]
+__all__ = ["LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of"]
+
+LABELS = "labels"
+"""Name of the free axis of a classifier that adapters replace."""
 
 GraphTensor = StoredTensor | UnwrittenTensor
 """Possible targets of an initializer: a graph needs the location of the bytes, not the bytes."""
@@ -26,26 +32,49 @@ def file_of(tensor: GraphTensor) -> str:
     return tensor.path.name
 
 
+@dataclass(frozen=True)
+class Replaceable:
+    """Parameters that become optional inputs, the base's values being the default.
+
+    Attributes:
+        names: Their names in the recipe.
+        labels: Those whose first axis has one entry for each label, of which an adapter may have another number.
+        absent: Shapes of those that the base lacks; their default is zero.
+    """
+
+    names: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
+    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
 class GraphWeights:
     """The tensors of one checkpoint as values of one graph.
 
     Attributes:
         used: Stored names that some node reads.
         files: Files that hold them, in order of use.
+        inputs: Types of the optional inputs by name, which is the recipe's of their parameter, in order of use.
     """
 
     def __init__(
-        self, graph: Graph, component: Component, io: DType, overrides: Mapping[str, GraphTensor] | None = None
+        self,
+        graph: Graph,
+        component: Component,
+        io: DType,
+        overrides: Mapping[str, GraphTensor] | None = None,
+        replaceable: Replaceable | None = None,
     ) -> None:
         """Use tensors of `component`, unless `overrides` (by stored name) replaces them."""
         self._graph = graph
         self._component = component
         self._io = io
         self._overrides = overrides or {}
+        self.replaceable = replaceable or Replaceable()
         self._tensors: dict[str, GraphTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
         self.files: list[File | UnwrittenFile] = []
+        self.inputs: dict[str, DType] = {}
 
     def find(self, name: str, shape: Sequence[int]) -> GraphTensor:
         """Look up the recipe's tensor `name`.
@@ -113,10 +142,14 @@ class GraphWeights:
 
     def value(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a value of the graph's type."""
+        if name in self.replaceable.names:
+            return self._input(name, shape, self._io)
         return self.adjacent([name], [shape]) or ""
 
     def adjacent(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | None:
-        """Adjacent tensors as one value, joined along the first axis; None if they are not adjacent."""
+        """Adjacent tensors as one value, joined along the first axis; None if they are not adjacent, or replaceable."""
+        if not self.replaceable.names.isdisjoint(names):
+            return None
         tensors = [self.find(name, shape) for name, shape in zip(names, shapes, strict=True)]
         first = tensors[0]
         end = first.offset
@@ -133,8 +166,31 @@ class GraphWeights:
 
     def exact(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a float32 value, whatever the graph's type."""
+        if name in self.replaceable.names:
+            return self._input(name, shape, DType.F32)
         tensor = self.find(name, shape)
         return self._ranged(tensor.name, tensor, shape, tensor.nbytes, DType.F32)
+
+    def _input(self, name: str, shape: Sequence[int], dtype: DType) -> str:
+        """The tensor as an optional input of type `dtype`.
+
+        The default has the input's type, so it is stored in the graph unless the file's bytes can be it. In a graph of
+        16 bits it is stored too, so that the graph can be verified in float32.
+
+        Raises:
+            FitError: a merge changes the tensor too, and would have to be written before its values can be converted.
+        """
+        if name in self.inputs:
+            return name
+        tensor = None if name in self.replaceable.absent else self.find(name, shape)
+        if tensor is not None and dtype is DType.F32 and tensor.dtype is DType.F32:
+            self._graph.external(name, tensor.dtype, tensor.offset, file_of(tensor), shape, tensor.nbytes)
+        else:
+            default = np.zeros(tuple(shape), np.float32) if tensor is None else _values(tensor)
+            self._graph.initializer(name, default.astype(self._graph.numpy_type(dtype)))
+        rows: list[int | str] = [LABELS if name in self.replaceable.labels else shape[0], *shape[1:]]
+        self.inputs[name] = dtype
+        return self._graph.input(name, dtype, rows)
 
     def _ranged(self, name: str, first: GraphTensor, shape: Sequence[int], nbytes: int, to: DType | None = None) -> str:
         """A byte range as a value, with a Cast if stored in another type; runtimes fold the Cast at load time."""
@@ -177,6 +233,16 @@ class GraphWeights:
                 tensor=unused[0],
                 hint="config.json and weights belong to different models, or the model has unsupported parts",
             )
+
+
+def _values(tensor: GraphTensor) -> np.ndarray:
+    if not isinstance(tensor, StoredTensor):
+        raise FitError(
+            "one adapter is merged into it and another replaces it, in a graph of another type",
+            tensor=tensor.name,
+            hint="export in the type of the merged weights",
+        )
+    return np.asarray(tensor.read()).astype(np.float32).reshape(tensor.shape)
 
 
 def _unsupported_type(kind: str, name: str, file: Path) -> FitError:

@@ -8,7 +8,7 @@ with a binding, which CUDA graphs need, ignore active adapters. LoRA adapters ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,19 +67,38 @@ def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -
 
 
 def fill_slots(
-    adapters: Sequence[tuple[str, Mapping[str, Array]]], contract: Contract, inputs: Mapping[str, Port]
+    adapters: Sequence[tuple[str, Mapping[str, Array]]],
+    contract: Contract,
+    inputs: Mapping[str, Port],
+    optional: Collection[str] | None = None,
 ) -> dict[str, Array]:
-    """Combine LoRA adapters, each with the name of its file, into arrays for the graph's inputs; several add up.
+    """Combine adapters, each with the name of its file, into arrays for the graph's inputs.
+
+    Several LoRAs add up. A parameter that is replaced is so by one adapter.
+
+    Slots that no adapter fills are empty: those that are not `optional` get factors of rank 0.
 
     Raises:
-        FitError: the graph lacks a slot, half of a slot is missing, or a shape or type does not fit.
+        FitError: the graph lacks a slot, half of a slot is missing, a shape or type does not fit, or two adapters replace
+            one parameter.
     """
     pairs = {slot.A: slot.B for slot in contract.slots}
     arrays_by_input: dict[str, list[Array]] = {}
+    labels: dict[int, str] = {}
     for file, arrays in adapters:
-        inputs_of_slots = {*pairs, *pairs.values()}
+        inputs_of_slots = {*pairs, *pairs.values(), *contract.replaceable}
+        for name in sorted(set(arrays) & set(contract.replaceable)):
+            if name in arrays_by_input:
+                raise FitError("two adapters replace this parameter", file=file, tensor=name, hint="one at a time")
+            _check_type(file, arrays, name, inputs)
+            free = _check_sizes(file, arrays[name], name, inputs[name])
+            labels |= dict.fromkeys(free, name)
+            if len(labels) > 1:
+                raise FitError(f"have {' and '.join(map(str, labels))} labels", file=file, tensor=name)
+            arrays_by_input[name] = [arrays[name]]
         if extra := sorted(set(arrays) - inputs_of_slots):
-            reason = "the graph has no such slot" if contract.slots else "the graph was exported without slots"
+            has_slots = contract.slots or contract.replaceable
+            reason = "the graph has no such slot" if has_slots else "the graph was exported without slots"
             hint = closest(extra[0], inputs_of_slots) or "export it with `swap=`"
             raise FitError(reason, file=file, tensor=extra[0], hint=hint)
         for a, b in pairs.items():
@@ -89,6 +108,9 @@ def fill_slots(
                 _check(file, arrays, a, b, inputs)
                 arrays_by_input.setdefault(a, []).append(arrays[a])
                 arrays_by_input.setdefault(b, []).append(arrays[b])
+    for a, b in pairs.items():
+        if optional is not None and a not in arrays_by_input and not {a, b} <= {*optional}:
+            arrays_by_input |= {a: [_empty(inputs[a])], b: [_empty(inputs[b])]}
     axis = {**dict.fromkeys(pairs, 1), **dict.fromkeys(pairs.values(), 0)}
     return {
         name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis[name])
@@ -96,14 +118,33 @@ def fill_slots(
     }
 
 
+def _empty(port: Port) -> Array:
+    """A factor of rank 0."""
+    return np.zeros([size if isinstance(size, int) else 0 for size in port.shape], port.dtype)
+
+
 def _check(file: str, arrays: Mapping[str, Array], a: str, b: str, inputs: Mapping[str, Port]) -> None:
     for name in (a, b):
-        if arrays[name].dtype != inputs[name].dtype:
-            text = f"is {arrays[name].dtype}, but the graph takes {inputs[name].dtype}"
-            raise FitError(text, file=file, tensor=name, hint="write the adapter for this graph's type")
+        _check_type(file, arrays, name, inputs)
     A, B = arrays[a], arrays[b]
     inner, outer = inputs[a].shape[0], inputs[b].shape[1]
     if A.ndim != 2 or B.ndim != 2 or A.shape[1] != B.shape[0] or A.shape[0] != inner or B.shape[1] != outer:
         slot = f"the slot takes [{show(inner)}, rank] and [rank, {show(outer)}]"
         text = f"the shapes are {list(A.shape)} and {list(B.shape)}, but {slot}"
         raise FitError(text, file=file, tensor=a)
+
+
+def _check_type(file: str, arrays: Mapping[str, Array], name: str, inputs: Mapping[str, Port]) -> None:
+    if arrays[name].dtype != inputs[name].dtype:
+        text = f"is {arrays[name].dtype}, but the graph takes {inputs[name].dtype}"
+        raise FitError(text, file=file, tensor=name, hint="write the adapter for this graph's type")
+
+
+def _check_sizes(file: str, array: Array, name: str, port: Port) -> list[int]:
+    """Compare a parameter with its input; returns the sizes of axes that are free: the number of labels."""
+    fixed = [size for size in port.shape if isinstance(size, int)]
+    if array.ndim != len(port.shape) or list(array.shape[array.ndim - len(fixed) :]) != fixed:
+        raise FitError(
+            f"has the shape {list(array.shape)}, but the graph takes {list(port.shape)}", file=file, tensor=name
+        )
+    return list(array.shape[: array.ndim - len(fixed)])

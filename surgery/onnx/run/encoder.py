@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,20 @@ from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
-__all__ = ["EncoderOutput", "encode", "labels", "vocabulary"]
+__all__ = ["Classifier", "EncoderOutput", "adapter_labels", "encode", "labels", "vocabulary"]
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """What the contract says of the classifier of an adapter; nothing if it has none.
+
+    Attributes:
+        names: Its labels in order.
+        problem: Its ``problem_type``.
+    """
+
+    names: tuple[str, ...] = ()
+    problem: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +71,31 @@ class EncoderOutput:
 
 def labels(graph: GraphSession) -> list[str]:
     """``id2label`` of config.json, in order; empty if it is missing or incomplete."""
-    labels_by_id = _setting(graph, "id2label")
+    return _ordered(_setting(graph, "id2label"))
+
+
+def _ordered(labels_by_id: object) -> list[str]:
     if not isinstance(labels_by_id, dict) or sorted(labels_by_id) != sorted(str(n) for n in range(len(labels_by_id))):
         return []
     return [str(labels_by_id[str(n)]) for n in range(len(labels_by_id))]
+
+
+def adapter_labels(graph: GraphSession, files: Sequence[str | os.PathLike[str]]) -> Classifier:
+    """The classifier of the first of these adapter files that has its own, by the entries of the graph's contract."""
+    for file in files:
+        for entry in graph.contract.adapters:
+            known = entry.get("file")
+            if "id2label" in entry and isinstance(known, str) and _is_same(graph.folder / known, file):
+                problem = entry.get("problem_type")
+                return Classifier(tuple(_ordered(entry["id2label"])), problem if isinstance(problem, str) else "")
+    return Classifier()
+
+
+def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
 
 
 def vocabulary(graph: GraphSession) -> int:
@@ -75,8 +111,16 @@ def vocabulary(graph: GraphSession) -> int:
     return size
 
 
-def encode(graph: GraphSession, rows: Rows) -> EncoderOutput:
+def encode(
+    graph: GraphSession, rows: Rows, slots: Mapping[str, npt.NDArray[Any]] | None = None, problem: str = ""
+) -> EncoderOutput:
     """Run an encoder on rows of token ids, which are padded on the right.
+
+    Args:
+        graph: The opened graph.
+        rows: Token ids.
+        slots: Arrays of adapters, see `fill_slots`.
+        problem: ``problem_type`` of the adapter's classifier; empty for the base's.
 
     Raises:
         FitError: not an encoder, an empty row, a row longer than the graph takes, or an unsupported input.
@@ -90,18 +134,24 @@ def encode(graph: GraphSession, rows: Rows) -> EncoderOutput:
             f"{ids.shape[1]} tokens, but the graph's positions end at {contract.max_length}", file=graph.path
         )
     known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    binding = graph.session.io_binding()
+    binding, slots = graph.session.io_binding(), slots or {}
+    buffers = []  # alive until the run is over
+    for name, array in slots.items():
+        buffers.append(graph.memory.allocate(array.nbytes))
+        graph.memory.write(buffers[-1], array)
+        where = (graph.memory.device, graph.memory.index)
+        binding.bind_input(name, *where, graph.inputs[name].element, array.shape, buffers[-1].address)
     for name, port in graph.inputs.items():
         if name in known:
             binding.bind_cpu_input(name, known[name].astype(port.dtype))
-        elif name not in graph.optional:
+        elif name not in graph.optional and name not in slots:
             raise FitError(f"the runner does not support the input '{name}'", file=graph.path)
     for name in graph.outputs:
         binding.bind_output(name, "cpu")
     execute(graph.session, binding, run_options())
     values = dict(zip(graph.outputs, binding.get_outputs(), strict=True))
     arrays = {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
-    return EncoderOutput(arrays, tuple(len(row) for row in rows), _problem(graph))
+    return EncoderOutput(arrays, tuple(len(row) for row in rows), problem or _problem(graph))
 
 
 def _setting(graph: GraphSession, key: str) -> object:

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from surgery_formats.adapters.peft.read_config import COMMON, PeftConfig, Switches
 from surgery_formats.canonical.prompts import Prefix, SoftPrompt
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["PROMPTS", "read_prompt"]
+__all__ = ["PROMPTS", "prompt_history", "read_prompt"]
 
 _KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 _SWITCHES = Switches(
@@ -76,6 +77,24 @@ def read_prompt(tensors: Sequence[StoredTensor], config: PeftConfig) -> SoftProm
     if dim % heads:
         raise FitError(f"'token_dim' {dim} is no multiple of 'num_attention_heads' {heads}", file=config.file)
     return SoftPrompt(config.kind, table, tokens, dim, submodules, Prefix(layers, heads, dim // heads)).check()
+
+
+def prompt_history(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the configuration says of a prompt's making: who wrote it, what it began as and was trained through."""
+    found: dict[str, str] = {}
+    if isinstance(version := config.get("peft_version"), str):
+        found["written by"] = f"PEFT {version}"
+    if isinstance(text := config.get("prompt_tuning_init_text"), str):
+        found["began as"] = f"the text '{text}'"
+    elif isinstance(ids := config.get("cpt_token_ids"), list):
+        found["began as"] = f"the tokens {', '.join(map(str, ids))}"
+    elif isinstance(init := config.get("prompt_tuning_init"), str):
+        found["began as"] = {"RANDOM": "random numbers", "SAMPLE_VOCAB": "rows of the vocabulary"}.get(init, init)
+    if isinstance(encoder := config.get("encoder_reparameterization_type"), str):
+        found["trained through"] = f"an encoder ({encoder}), whose output is stored"
+    elif config.get("prefix_projection") is True:
+        found["trained through"] = "a projection, whose output is stored"
+    return found
 
 
 def _field(config: PeftConfig, key: str, default: int = 0) -> int:
