@@ -46,6 +46,7 @@ def insert(
     base: CheckpointLike | None = None,
     output: StrPath | None = None,
     required: bool = False,
+    gated: bool = False,
     new: str | None = None,
     rank: int | None = None,
     alpha: float | None = None,
@@ -71,7 +72,9 @@ def insert(
             which gets a file for the slots.
         base: Of a graph: the checkpoint that it was made of, by whose values its weights are found.
         output: Folder to make. Its parent must exist.
-        required: Of a graph: whether slots are inputs without a default, for runtimes that pass no optional ones.
+        required: Of a graph: whether slots and strengths are inputs without a default, for runtimes that pass no optional
+            ones.
+        gated: Of a graph: put the adapters into it, each behind an input for its strength, by default its weight.
         new: Begin an adapter of this kind for the checkpoint: ``lora``, ``dora``, ``rslora``, ``ia3``, ``loha``, ``lokr``,
             ``oft``, ``vera``, ``bottleneck``, ``prompt``, ``prefix``.
         rank: Of `new`: directions of a module (16); the side of a block of an OFT, the width of a bottleneck, the number of
@@ -112,7 +115,7 @@ def insert(
     asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
     asked |= {"release": release, "residual": residual, "format": format}
     if new is not None:
-        if what is not None or base is not None or required:
+        if what is not None or base is not None or required or gated:
             raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
         return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
     if odd := [name for name, value in asked.items() if value is not None]:
@@ -120,9 +123,10 @@ def insert(
     if what is None:
         raise UsageError("nothing to insert was named", hint="or name a kind of adapter to begin")
     if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
-        return _into_graph(path, what, base, folder, required=required, overwrite=overwrite)
-    if base is not None or required:
-        raise FitError("a checkpoint has no slots", hint="`base=` and `required=` are for an .onnx file")
+        options = {"required": required, "gated": gated, "overwrite": overwrite}
+        return _into_graph(path, what, base, folder, **options)
+    if base is not None or required or gated:
+        raise FitError("a checkpoint has no slots", hint="`base=`, `required=` and `gated=` are for an .onnx file")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
     return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
 
@@ -188,12 +192,11 @@ def _one(what: AdaptersLike) -> Adapter:
 
 
 def _into_graph(
-    path: Path, what: AdaptersLike, base: CheckpointLike | None, folder: Path | None, *, required: bool, overwrite: bool
+    path: Path, what: AdaptersLike, base: CheckpointLike | None, folder: Path | None, **options: bool
 ) -> GraphInsertion:
     from surgery.onnx.export.adapters import sort_adapters
     from surgery.onnx.export.into_graph import insert_adapters
 
     if base is None:
         raise UsageError("the weights of a graph are found by those of its base", hint="give it with `base=`")
-    adapters = sort_adapters(swap=what).swap
-    return insert_adapters(path, adapters, as_checkpoint(base), folder, required=required, overwrite=overwrite)
+    return insert_adapters(path, sort_adapters(merge=what).merge, as_checkpoint(base), folder, **options)

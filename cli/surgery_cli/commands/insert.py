@@ -29,7 +29,10 @@ _OF_FRESH = ("rank", "alpha", "targets", "text", "calibration", "release", "resi
 @click.option(
     "--required",
     is_flag=True,
-    help="Of an .onnx file: slots have no default, for runtimes that pass no optional inputs.",
+    help="Of an .onnx file: new inputs have no default, for runtimes that pass no optional ones.",
+)
+@click.option(
+    "--gated", is_flag=True, help="Of an .onnx file: put adapters inside, each with an input for its strength."
 )
 @click.option("--new", type=click.Choice(_KINDS), help="Begin an adapter of this kind for MODEL, in the place of WHAT.")
 @click.option(
@@ -96,6 +99,7 @@ def command(
       surgery insert llama-nf4/ --new lora --init loftq --release llama/ -o fresh/
       surgery insert llama/ --new prompt --rank 20 --text "Classify the sentiment:" -o prompt/
       surgery insert model.onnx sql-lora/ chat-lora/ --base llama/ -o with-slots/
+      surgery insert model.onnx style=0.7 facts=0 --base llama/ --gated -o with-strengths/
     """
     from surgery.verbs.insert import insert
 
