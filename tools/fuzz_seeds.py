@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in ("", "formats", "cli") if str(ROOT / part) not in sys.path]
 
@@ -138,3 +140,22 @@ def _several_files() -> Iterator[Seed]:
         raw = RawGguf(entries, {name: GgufTensor(F32, (2, 3), bytes(24)) for name in names})
         parts[f"m-{number + 1:05d}-of-00002.gguf"] = raw.data()
     yield Seed("splits", "container:gguf-splits", parts, alone=False)
+    yield Seed("a graph", "container:onnx", {"model.onnx": _graph(), "a.data": bytes(96)}, alone=True)
+
+
+def _graph() -> bytes:
+    """A graph with a weight in it, one in another file, one written value by value, a body and a Constant."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = numpy_helper.from_array(numpy.arange(24, dtype=numpy.float32).reshape(4, 6), "w")
+    other = TensorProto(name="e", data_type=1, dims=(4, 6), data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "a.data"), ("offset", "0"), ("length", "96")):
+        other.external_data.add(key=key, value=value)
+    typed = helper.make_tensor("t", TensorProto.FLOAT16, (3,), [1, 2, 3])
+    out = helper.make_tensor_value_info("o", 1, None)
+    body = helper.make_graph([helper.make_node("Constant", [], ["o"], value=values)], "b", [], [out], [values])
+    node = helper.make_node("If", ["x"], ["y"], then_branch=body, else_branch=body)
+    x, y = (helper.make_tensor_value_info(name, 1, ["n"]) for name in "xy")
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y], [values, other, typed]), producer_name="seeds")
+    data: bytes = model.SerializeToString()
+    return data

@@ -17,6 +17,8 @@ from typing import Any
 
 from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.gguf.splits import series
+from surgery_formats.containers.onnx.container import ONNX
+from surgery_formats.containers.onnx.graph import external_locations
 from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
 from surgery_formats.errors import InputError, NotFoundError
 from surgery_formats.text import closest, show
@@ -112,6 +114,9 @@ def _download(name: HubName, text: str) -> Path:
             for other in series(Path(name.file)):  # the other files of a split GGUF lie beside it in the cache
                 if other.name != named.name:
                     hub.hf_hub_download(name.repo, other.as_posix(), revision=name.revision)
+            for location in external_locations(named) if name.file.endswith(ONNX.suffixes) else ():
+                beside = Path(name.file).parent / location  # a graph's weights lie beside it in the repository, too
+                hub.hf_hub_download(name.repo, beside.as_posix(), revision=name.revision)
             return named
         first, *others = file_containers().values()
         unread = [*_OTHER_COPIES, *(f"*{suffix}" for suffix in UNREAD_SUFFIXES if not is_weight_file(f"x{suffix}"))]

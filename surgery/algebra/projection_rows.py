@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy
 
-from surgery_formats.adapters.rows import cut, joined
-from surgery_formats.adapters.writing import factor_dtype
+from surgery_formats.adapters.rows import cut, joined_lengths, joined_loras
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
@@ -55,16 +54,13 @@ def join_rows(chains: Sequence[tuple[Update, ...] | None], heights: Sequence[int
     if len(directed) < len(parts) or not all(part.per_row for part in directed):
         some = " in some of its parts only: the lengths of the others are the base's" if directed else ""
         raise FitError(f"is changed by a {kinds[0]}{some}", file=file, tensor=site.path)
-    magnitudes = [part.magnitude for part in directed]
-    magnitude = computed(
-        f"{site}.magnitude",
-        (sum(heights),),
-        [tensor for part in magnitudes for tensor in part.tensors],
-        lambda: numpy.concat([part.load(DType.F64) for part in magnitudes]),
-        factor_dtype(magnitudes, folded=False),
-    )
-    direction = _join_loras([part.direction for part in directed], heights, site)
-    return directed[0].rebuilt(direction, Factor.of(magnitude))
+    rows = accumulate(heights, initial=0)
+    places = [
+        (part.magnitude, [((0, height), row)]) for part, height, row in zip(directed, heights, rows, strict=False)
+    ]
+    lengths = joined_lengths(str(site), places, sum(heights))
+    assert lengths is not None  # every part has its own
+    return directed[0].rebuilt(_join_loras([part.direction for part in directed], heights, site), lengths)
 
 
 def _join_offsets(offsets: Sequence[Offset | None], heights: Sequence[int], site: Site) -> Offset:
@@ -85,5 +81,5 @@ def _join_offsets(offsets: Sequence[Offset | None], heights: Sequence[int], site
 def _join_loras(loras: Sequence[LoRA | None], heights: Sequence[int], site: Site) -> LoRA:
     rows = accumulate(heights, initial=0)
     parts = [(lora, [((0, height), row)]) for lora, height, row in zip(loras, heights, rows, strict=False) if lora]
-    whole = joined(str(site), parts, sum(heights))
+    whole = joined_loras(str(site), parts, sum(heights))
     return replace(whole, alpha=whole.scale * whole.rank)

@@ -41,7 +41,12 @@ __all__ = [
     "write_adapter",
 ]
 
+_LARGEST_BUFFER = 16 << 20
+"""Bytes. What is larger gets memory of its own, for as long as it is written."""
+
 Put = Callable[[bytes | memoryview, int], None]
+Confirm = Callable[[memoryview, int, File, int], None]
+"""Reads back bytes of an output, by their offset, that were read from a file, at an offset there; raises if they differ."""
 Prove = Callable[[Path], Mapping[str, Any]]
 """Reads back what lies at a path, raises if it is not what was meant, and returns the manifest's facts."""
 
@@ -117,9 +122,6 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
                 error.file = error.file.replace(str(path), str(output)).replace(path.name, output.name)
             raise
 
-    def fill(put: Put) -> str:
-        return content.fill(put, options.threads, options.progress)
-
     if target.single_file:
         suffix = Path(rendering.tensor_file).suffix
         if output.suffix != suffix:
@@ -129,7 +131,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
             output,
             job,
             content.size,
-            lambda file: (fill(file.pwrite), None)[1],
+            lambda file: content.fill(file.pwrite, options.threads, options.progress, file.confirm),
             overwrite=options.overwrite,
             inputs=options.inputs,
             prove=lambda path: (proved(path), None)[1],
@@ -155,7 +157,14 @@ def put_adapter(
     for name, data in rendering.small_files.items():
         folder.write_small(within + name, data)
     file = folder.create(within + rendering.tensor_file, content.size)
-    file.finish({"xxh3": content.fill(file.pwrite, threads, progress)})
+    state = xxhash.xxh3_128()
+
+    def put(data: bytes | memoryview, offset: int) -> None:
+        file.pwrite(data, offset)
+        state.update(data)
+
+    content.fill(put, threads, progress)
+    file.finish({"xxh3": state.hexdigest()})
     return content.size
 
 
@@ -181,18 +190,21 @@ class _TensorFile:
         """Bytes of all of it."""
         return self.packed.nbytes
 
-    def fill(self, put: Put, threads: int = 1, progress: Callback | None = None) -> str:
-        """Hand all bytes to `put` in order; returns their hash."""
+    def fill(
+        self, put: Put, threads: int = 1, progress: Callback | None = None, confirm: Confirm | None = None
+    ) -> None:
+        """Hand all bytes to `put`, in order, and to `confirm` those that were moved, when they are written."""
         from surgery_formats.threads import one_thread
 
-        state = xxhash.xxh3_128()
-        with one_thread():  # for hundreds of small tensors a team of threads costs more than it does
-            for offset, data in self.packed.pieces(self.all_bytes(threads)):
+        # For hundreds of small tensors a team of threads costs more than it does.
+        with one_thread(), ThreadPoolExecutor(threads, "surgery-tensors") as pool:
+            line = _Line(self, pool, threads, confirm)
+            for offset, data in self.packed.pieces(line.tensors()):
                 put(data, offset)
-                state.update(data)
+                line.written(offset)
                 if progress is not None and offset:
                     progress(Progress(offset + len(data), self.size, "writing"))
-        return state.hexdigest()
+            line.finish()
 
     def bytes_of(self, name: str) -> memoryview:
         """The bytes of one tensor, computed now."""
@@ -210,48 +222,18 @@ class _TensorFile:
         alike = all(source.dtype is tensor.dtype for source in sources)
         if not alike or sum(source.nbytes for source in sources) != nbytes or tensor.dtype.bits < 8:
             return None
+        if nbytes > len(buffer):
+            return None
         view, at = memoryview(buffer)[:nbytes], 0
         for source in sources:
             source.file.read_into(view[at : at + source.nbytes], source.offset)
             at += source.nbytes
         return view if all_finite(buffer[:nbytes].view(tensor.dtype.numpy)) else None
 
-    def all_bytes(self, threads: int) -> Iterator[tuple[str, memoryview]]:
-        """All tensors in the order of the file, each until the next is asked for; a few at a time are computed ahead."""
-        if threads == 1:
-            yield from self._one_ahead()
-            return
-        with ThreadPoolExecutor(threads, "surgery-write") as pool:
-            ahead: deque[tuple[str, Future[memoryview]]] = deque()
-            for name in self.packed.ranges:
-                ahead.append((name, pool.submit(self.bytes_of, name)))
-                if len(ahead) > 2 * threads:
-                    done, data = ahead.popleft()
-                    yield done, data.result()
-            for done, data in ahead:
-                yield done, data.result()
-
-    def _one_ahead(self) -> Iterator[tuple[str, memoryview]]:
-        """All tensors in order, each made while the one before it is written."""
-        buffers = [numpy.empty(self._largest_moved(), numpy.uint8) for _ in range(2)]
-
-        def made(number: int, name: str) -> tuple[str, memoryview]:
-            return name, self.moved(name, buffers[number % 2]) or self.bytes_of(name)
-
-        with ThreadPoolExecutor(1, "surgery-read") as pool:
-            ahead: Future[tuple[str, memoryview]] | None = None
-            for number, name in enumerate(self.packed.ranges):
-                done, ahead = ahead, pool.submit(made, number, name)
-                if done is not None:
-                    yield done.result()
-            if ahead is not None:
-                yield ahead.result()
-
-    def _largest_moved(self) -> int:
-        """Bytes of the largest tensor that is moved."""
-        return max(
-            (self.packed.ranges[name][1] for name, t in self.tensors.items() if isinstance(t.load, Moved)), default=0
-        )
+    def largest_moved(self) -> int:
+        """Bytes of the largest tensor that is moved through a buffer."""
+        sizes = (self.packed.ranges[name][1] for name, t in self.tensors.items() if isinstance(t.load, Moved))
+        return max((size for size in sizes if size <= _LARGEST_BUFFER), default=0)
 
     def read(self, offset: int, nbytes: int) -> bytearray:
         """Bytes as they will lie in the file; computes the tensors that they are of."""
@@ -271,6 +253,55 @@ class _TensorFile:
         for start, data in self.packed.pieces((name, self.bytes_of(name)) for name in needed):
             copy(start, data)
         return window
+
+
+class _Line:
+    """The tensors of a file on their way to it: made a few at a time, written in order, and looked at once written."""
+
+    def __init__(self, content: _TensorFile, pool: ThreadPoolExecutor, threads: int, confirm: Confirm | None) -> None:
+        self._content = content
+        self._pool = pool
+        self._confirm = confirm
+        self._ahead = 2 * threads  # one would have the maker wait for the writer after each tensor
+        self._buffers = [numpy.empty(content.largest_moved(), numpy.uint8) for _ in range(self._ahead + 1)]
+        self._moved: dict[int, tuple[int, memoryview, Moved]] = {}  # by offset: buffer, bytes, where they are from
+        self._looks: dict[int, Future[None]] = {}  # by buffer
+
+    def tensors(self) -> Iterator[tuple[str, memoryview]]:
+        """All in the order of the file, each until the next is asked for."""
+        made: deque[Future[tuple[str, memoryview]]] = deque()
+        for number, name in enumerate(self._content.packed.ranges):
+            made.append(self._pool.submit(self._make, number % len(self._buffers), name))
+            if len(made) > self._ahead:
+                yield made.popleft().result()
+        for done in made:
+            yield done.result()
+
+    def _make(self, buffer: int, name: str) -> tuple[str, memoryview]:
+        if buffer in self._looks:
+            self._looks[buffer].result()
+        data, load = self._content.moved(name, self._buffers[buffer]), self._content.tensors[name].load
+        if data is None or not isinstance(load, Moved):
+            return name, self._content.bytes_of(name)
+        self._moved[self._content.packed.ranges[name][0]] = buffer, data, load
+        return name, data
+
+    def written(self, offset: int) -> None:
+        """The piece at `offset` is in the file; bytes that were moved are looked at beside what follows."""
+        if self._confirm is not None and offset in self._moved:
+            buffer, data, load = self._moved.pop(offset)
+            self._looks[buffer] = self._pool.submit(self._look, self._confirm, offset, data, load)
+
+    def _look(self, confirm: Confirm, offset: int, data: memoryview, load: Moved) -> None:
+        at = 0
+        for source in load.tensors:
+            confirm(data[at : at + source.nbytes], offset + at, source.file, source.offset)
+            at += source.nbytes
+
+    def finish(self) -> None:
+        """All was written; raises what was found."""
+        for look in self._looks.values():
+            look.result()
 
 
 def rendered_size(rendering: Rendering) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from surgery.arguments import check_types, wrong_type
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.sharded import MODEL_STEMS, is_index
 from surgery_formats.containers.weight_files import holds_weights, is_weight_file
 from surgery_formats.errors import FitError, NotFoundError, UsageError
@@ -41,6 +42,7 @@ __all__ = [
     "check_counts",
     "local_path",
     "open",
+    "opened_or_graph",
     "output_path",
 ]
 
@@ -101,6 +103,21 @@ def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
     raise wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
 
 
+def opened_or_graph(value: Openable, argument: str) -> Checkpoint | Adapter | Path:
+    """As `as_opened`; of an ONNX graph the path of its file, whatever is in it.
+
+    Raises:
+        UsageError: neither a reference nor what was opened.
+        InputError, FitError: see `open`.
+    """
+    if isinstance(value, str | os.PathLike):
+        value = as_path(value, argument)
+        if value.name.endswith(ONNX.suffixes) and value.is_file():
+            return value
+    opened = as_opened(value, argument)
+    return opened.main.shards[0].path if isinstance(opened, Checkpoint) and opened.is_graph else opened
+
+
 def _weight_files(folder: Path) -> list[str]:
     """Names of the files of weights in a folder, of any program, and of their indices; none for a file."""
     names = [entry.name for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
@@ -128,16 +145,21 @@ def as_path(value: StrPath, argument: str) -> Path:
     return local_path(value, argument)
 
 
-def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
+def as_checkpoint(value: CheckpointLike, argument: str = "base", *, graph: bool = False) -> Checkpoint:
     """The model that `value` is or names.
+
+    Args:
+        value: A path, a name on the hub, or what was opened.
+        argument: Its name, for messages.
+        graph: Whether it may be an ONNX graph.
 
     Raises:
         UsageError: neither.
-        FitError: an adapter.
+        FitError: an adapter, or a graph.
         InputError: see `open_checkpoint`.
     """
     if isinstance(value, Checkpoint):
-        return value
+        return value if graph else _no_graph(value)
     if isinstance(value, str | os.PathLike):
         path = as_path(value, argument)
         files = _model_files(path) if path.is_dir() else []
@@ -149,10 +171,25 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base") -> Checkpoint:
                 raise FitError(
                     _AN_ADAPTER, file=path, hint="`surgery merge` makes a full model of an adapter and its base"
                 )
-        return open_checkpoint(path)
+        return open_checkpoint(path) if graph else _no_graph(open_checkpoint(path))
     if _is_adapter(value):
         raise FitError(_AN_ADAPTER, file=getattr(value, "path", None))
     raise wrong_type(value, argument, "a path or a Checkpoint")
+
+
+def _no_graph(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint`, if its weights are a model's, and not a graph's.
+
+    Raises:
+        FitError: a graph. Its weights may be transposed, packed and renamed, so that no name tells what they are.
+    """
+    if checkpoint.is_graph:
+        raise FitError(
+            "an ONNX graph where the model's own weights were expected",
+            file=checkpoint.path,
+            hint="give the checkpoint that the graph was exported from",
+        )
+    return checkpoint
 
 
 def as_adapter(value: AdapterLike, argument: str = "adapter") -> Adapter:

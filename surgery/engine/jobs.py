@@ -45,17 +45,19 @@ def _chunks(file: PlannedFile) -> list[_CopyRange]:
     for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
         if not isinstance(tensor.step, Copy) or tensor.nbytes == 0:
             continue
-        source = tensor.step.source
-        last = runs[-1] if runs else None
-        if (
-            last is not None
-            and last.source is source.file
-            and last.source_offset + last.nbytes == source.offset
-            and last.offset + last.nbytes == tensor.offset
-        ):
-            runs[-1] = _CopyRange(last.source, last.source_offset, last.offset, last.nbytes + tensor.nbytes)
-        else:
-            runs.append(_CopyRange(source.file, source.offset, tensor.offset, tensor.nbytes))
+        source, target = tensor.step.source, tensor.offset
+        for origin, offset, nbytes in source.file.ranges(source.offset, tensor.nbytes):
+            last = runs[-1] if runs else None
+            if (
+                last is not None
+                and last.source is origin
+                and last.source_offset + last.nbytes == offset
+                and last.offset + last.nbytes == target
+            ):
+                runs[-1] = _CopyRange(last.source, last.source_offset, last.offset, last.nbytes + nbytes)
+            else:
+                runs.append(_CopyRange(origin, offset, target, nbytes))
+            target += nbytes
     return [
         _CopyRange(run.source, run.source_offset + at, run.offset + at, min(_COPY_CHUNK, run.nbytes - at))
         for run in runs

@@ -11,9 +11,11 @@ from typing import Any
 
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.tensors.tensor import origin
+from surgery_formats.tensors.tensor import StoredTensor, origin
 
 __all__ = ["CodeChange", "Ledger", "Measurement", "Row"]
+
+_RANGES = 16  # of a tensor that are listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,7 @@ class Row:
         if tensor.why:
             row["why"] = tensor.why
         if isinstance(tensor.step, Copy):
-            source = tensor.step.source
-            row["source"] = {"file": source.file.path.name, "tensor": source.name, "offset": source.offset}
+            row |= _source(tensor.step.source)
         else:
             row["updates"] = [_update(tensor.step, i) for i in range(len(tensor.step.operations))]
         if self.measured is not None:
@@ -150,6 +151,19 @@ class Row:
                 correlation = round(self.measured.kept.correlation, 6)
                 row["codes"] = {"correlation": correlation} | self.measured.codes.as_json()
         return row
+
+
+def _source(source: StoredTensor) -> dict[str, Any]:
+    """Where the bytes of a copied tensor lay; of one that is made of many ranges, how many."""
+    if not source.file.pieces:
+        return {"source": {"file": source.file.path.name, "tensor": source.name, "offset": source.offset}}
+    ranges = [
+        {"made": nbytes} if file.nameless else {"file": file.path.name, "offset": at, "nbytes": nbytes}
+        for file, at, nbytes in source.file.ranges(source.offset, source.nbytes)
+    ]
+    if len(ranges) > _RANGES:
+        return {"ranges": len(ranges)}
+    return {"sources": ranges}
 
 
 def _update(step: Compute, index: int) -> dict[str, Any]:

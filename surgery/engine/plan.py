@@ -54,9 +54,11 @@ TensorOutcome = Literal[
     "superseded",
     "referenced",
     "restored",
+    "moved",
+    "dropped",
 ]
-"""What became of a tensor (law 1). Output tensors are copied, cast, updated, replaced, added or (of an unmerge) restored;
-the others are inputs without an output."""
+"""What became of a tensor (law 1). Output tensors are copied, moved (copied from ranges of others), cast, updated, replaced,
+added or (of an unmerge) restored; the others are inputs without an output."""
 
 
 @dataclass(frozen=True, slots=True)

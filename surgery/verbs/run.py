@@ -170,7 +170,7 @@ def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[
     """
     paths: list[StrPath] = as_list(adapters)
     files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
-    return fill_slots(files, opened.contract, opened.inputs)
+    return fill_slots(files, opened.contract, opened.inputs, opened.optional)
 
 
 @checked

@@ -66,7 +66,7 @@ def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, 
         source = entry.get("source")
         origin = source.get("tensor", label) if isinstance(source, Mapping) else label
         prefix = label.rpartition(":")[0]
-        original = originals.get(label) or originals.get(f"{prefix}:{origin}" if prefix else str(origin))
+        original = originals.get(f"{prefix}:{origin}" if prefix else str(origin)) or originals.get(label)
         if label not in written or original is None:
             raise ProofError("is not in both", file=folder.path, tensor=label)
         if written[label].nbytes != original.nbytes or tensor_digest(written[label]) != tensor_digest(original):

@@ -15,7 +15,7 @@ from surgery.onnx.export.inserted import module_values
 from surgery.reference import Reference
 from surgery.verification.replaced_weights import ReplacedWeights
 from surgery.verification.session import Arrays, GraphFile
-from surgery_formats.models.families.inserted import Inserted, from_fields, inserted_shapes, named, with_inserted
+from surgery_formats.models.families.inserted import PlacedModule, from_fields, inserted_shapes, named, with_inserted
 from surgery_formats.models.families.recipe import Coupling, Model
 
 __all__ = ["is_gated", "random_modules", "with_adapter_modules", "with_baked_modules"]
@@ -25,7 +25,7 @@ _RANK = 3
 
 def with_adapter_modules(reference: Reference, adapters: Iterable[NamedAdapter]) -> Reference:
     """The reference with the modules of adapters, read from their own files."""
-    places: list[Inserted] = []
+    places: list[PlacedModule] = []
     values: dict[str, torch.Tensor] = {}
     for adapter in adapters:
         for module in adapter.modules:
@@ -56,23 +56,23 @@ def is_gated(model: Model) -> bool:
     return any(network.form.gated for branch in branches for network in branch.inserted)
 
 
-def _places(graph: GraphFile) -> list[Inserted]:
+def _places(graph: GraphFile) -> list[PlacedModule]:
     return [from_fields(fields) for fields in graph.contract.inserted]
 
 
-def _is_optional(place: Inserted) -> bool:
+def _is_optional(place: PlacedModule) -> bool:
     network = place.network
     return not (any(network.ranks) if isinstance(network, Coupling) else network.rank)
 
 
-def _ranked(place: Inserted) -> Inserted:
+def _ranked(place: PlacedModule) -> PlacedModule:
     network = place.network
     if isinstance(network, Coupling):
         return replace(place, network=replace(network, ranks=(_RANK, _RANK)))
     return replace(place, network=replace(network, rank=_RANK))
 
 
-def _with(reference: Reference, places: list[Inserted], values: dict[str, torch.Tensor]) -> Reference:
+def _with(reference: Reference, places: list[PlacedModule], values: dict[str, torch.Tensor]) -> Reference:
     if not places:
         return reference
     weights = ReplacedWeights(reference.weights, values) if values else reference.weights

@@ -123,9 +123,51 @@ def test_what_cannot_be_joined_is_not_written_as_if_of_the_whole(to: str, layout
     lora["transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector.weight"] = draw(3, 48)
     source, out = tmp_path / "source.safetensors", tmp_path / "out.safetensors"
     save_file(lora, source)
-    with pytest.raises(FitError, match="makers hold it with others in one weight"):
+    with pytest.raises(FitError, match=r"attn.qkv', in which this format holds it, have no lengths"):
         surgery.convert(source, to, output=out, base=base)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("to", ["kohya", "comfyui"])
+def test_lengths_of_all_rows_are_those_of_the_whole(to: str, shared: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    qkv = draw(5, 12, 4)
+    save_file({"double_blocks.0.img_attn.qkv.weight": qkv, "double_blocks.0.img_attn.proj.weight": draw(6, 4, 4)}, base)
+    lora, expected = {}, []
+    for number, part in enumerate(("to_q", "to_k", "to_v")):
+        a, b = draw(10 + (0 if shared else number), 2, 4), draw(20 + number, 4, 2)
+        lengths = abs(draw(30 + number, 4)) + 0.1
+        lora |= _loras({f"transformer_blocks.0.attn.{part}": (a, b)})
+        lora[f"transformer.transformer_blocks.0.attn.{part}.lora_magnitude_vector"] = lengths
+        v = qkv[4 * number : 4 * number + 4].astype(np.float64) + b.astype(np.float64) @ a
+        expected.append(lengths[:, None] * v / np.linalg.norm(v, axis=1, keepdims=True))
+    source, out, back = (tmp_path / f"{name}.safetensors" for name in ("source", "out", "back"))
+    save_file(lora, source)
+    surgery.convert(source, to, output=out, base=base)
+    ((stem,), got) = _stems(out), load_file(out)
+    assert {tensor.shape[1] for key, tensor in got.items() if "up" in key or "lora_B" in key} == {2 if shared else 6}
+    assert got[f"{stem}.dora_scale"].shape == (12, 1)
+    merged = _merged(base, out, tmp_path / "merged")["double_blocks.0.img_attn.qkv.weight"]
+    np.testing.assert_allclose(merged, np.concatenate(expected), atol=1e-5)
+    surgery.convert(out, "diffusers", output=back, base=base)
+    assert {key: tensor.tolist() for key, tensor in load_file(back).items()} == {k: t.tolist() for k, t in lora.items()}
+
+
+def test_parts_with_and_without_lengths_are_no_whole(tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    tensors = {f"double_blocks.0.img_attn.{n}.weight": draw(5, h, 4) for n, h in (("qkv", 12), ("proj", 4))}
+    save_file(tensors, base)
+    parts = {f"transformer_blocks.0.attn.{part}": (draw(1, 2, 4), draw(2, 4, 2)) for part in ("to_q", "to_k", "to_v")}
+    lora = _loras(parts)
+    lora = {
+        k.replace("lora_A.weight", "lora_down.weight").replace("lora_B.weight", "lora_up.weight"): t
+        for k, t in lora.items()
+    }
+    lora["transformer.transformer_blocks.0.attn.to_q.dora_scale"] = abs(draw(3, 4, 1))
+    save_file(lora, tmp_path / "a.safetensors")
+    with pytest.raises(FitError, match=r"cannot hold 3 of 3 parts: .* only some have lengths"):
+        surgery.convert(tmp_path / "a.safetensors", "kohya", output=tmp_path / "b.safetensors", base=base)
 
 
 def test_kohya_keeps_the_keys_that_its_file_had(tmp_path: Path) -> None:

@@ -198,3 +198,11 @@ def test_a_repository_of_gguf_is_not_downloaded_in_all_its_sizes(hub: FakeHub):
     hub.holds = ["model-Q4_K_M.gguf", "model-Q8_0.gguf"]
     resolve("hf://org/name")
     assert "*.gguf" in hub.ignored
+
+
+def test_the_files_that_a_graph_has_its_weights_in_come_with_it(hub: FakeHub, monkeypatch):
+    from surgery_formats import refs
+
+    monkeypatch.setattr(refs, "external_locations", lambda path: ("model.onnx_data", "sub/b.bin"))
+    assert resolve("hf://org/name:onnx/model.onnx") == hub.cache / "onnx" / "model.onnx"
+    assert [asked[2] for asked in hub.asked] == ["onnx/model.onnx", "onnx/model.onnx_data", "onnx/sub/b.bin"]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -19,6 +20,7 @@ import surgery
 from surgery_formats.arrays import Array, as_torch, dtype_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.base import FileContainer
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.pipeline import PIPELINE
 from surgery_formats.containers.registry import ENTRY_POINTS, container_at, containers
 from surgery_formats.containers.safetensors import SAFETENSORS
@@ -76,6 +78,24 @@ def write_pipeline(folder: Path, tensors: Tensors) -> Path:
     return folder
 
 
+def write_onnx(folder: Path, tensors: Tensors) -> Path:
+    """Every other tensor in the graph, the rest in a file beside it."""
+    made, data = [], b""
+    for number, (name, array) in enumerate(tensors.items()):
+        tensor = onnx.numpy_helper.from_array(array, name)
+        if number % 2:
+            for key, value in (("location", "model.data"), ("offset", len(data)), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            data += array.tobytes()
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+        made.append(tensor)
+    (folder / "model.data").write_bytes(data)
+    path = folder / "model.onnx"
+    path.write_bytes(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], made)).SerializeToString())
+    return path
+
+
 def write_toyz(folder: Path, tensors: Tensors, config: Mapping[str, object] = {}) -> Path:
     entries, data = [], b""
     for name, tensor in tensors.items():
@@ -102,6 +122,7 @@ BUILT_IN = {
     "safetensors": ContainerCase(SAFETENSORS, write_safetensors),
     "torch": ContainerCase(TORCH, write_torch),
     "torch before 1.6": ContainerCase(TORCH, write_old_torch),
+    "onnx": ContainerCase(ONNX, write_onnx),
     "sharded": ContainerCase(SHARDED, write_sharded),
     "pipeline": ContainerCase(PIPELINE, write_pipeline),
 }
@@ -135,7 +156,7 @@ def test_every_container_is_found_where_it_is(toyz: FileContainer, tmp_path: Pat
     assert container_at(tmp_path / "3" / "model.safetensors.index.json") is SHARDED
 
 
-@pytest.mark.parametrize("suffix", [*UNREAD_SUFFIXES, ".toyz", ".txt"])
+@pytest.mark.parametrize("suffix", [*({*UNREAD_SUFFIXES} - {".onnx"}), ".toyz", ".txt"])
 def test_a_file_that_no_container_reads_is_refused_by_its_name(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"model{suffix}").write_bytes(b"TOYZ")
     with pytest.raises(MalformedError, match="by its name"):

@@ -20,5 +20,5 @@ def test_a_golden_graph_answers_as_its_base(name: str) -> None:
 
 
 def test_there_are_graphs_of_every_kind() -> None:
-    assert {pair.base_name for pair in PAIRS.values()} == {"llama", "qwen2", "bert", "vit", "unet"}
+    assert {pair.base_name for pair in PAIRS.values()} == {"llama", "qwen2", "gpt2", "bert", "vit", "resnet", "unet"}
     assert len({pair.exporter for pair in PAIRS.values()}) >= 10

@@ -67,7 +67,9 @@ PAIRS = {path.parent.name: pair(path.parent) for path in sorted(GOLDEN.glob("*/p
 
 def answer(graph: Path, inputs: dict[str, Any], more: dict[str, Any] | None = None) -> Any:
     """The first output of a graph, without a past; every input it asks for is made of these."""
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     given = {key.removeprefix("inputs."): value for key, value in inputs.items() if key.startswith("inputs.")}
     feeds = {one.name: feed(one, given) for one in session.get_inputs()} | (more or {})
     return session.run([session.get_outputs()[0].name], feeds)[0]

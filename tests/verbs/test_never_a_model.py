@@ -52,6 +52,7 @@ def _in_the_place_of_a_model(path: str, out: str) -> Mapping[str, list[str]]:
         "extract-lora, base": [path, BASE, "--rank", "2", "-o", out],
         "extract-lora, tuned": [BASE, path, "--rank", "2", "-o", out],
         "diff": [BASE, path],
+        "layers": [path, "--keep", "0", "-o", out],
         "unmerge": [path, LORA, "-o", out],
         "check": [path, LORA, "--for", "vllm"],
         "convert": [LORA, "--to", "kohya", "--base", path, "-o", out],

@@ -11,7 +11,7 @@ from typing import Literal
 from surgery_formats.adapters.rows import Span, cut, narrowed
 from surgery_formats.models.names import Names, WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.updates import LoRA, Update
+from surgery_formats.updates import Update
 
 __all__ = ["Program", "Whole", "relaid", "whole_of"]
 
@@ -44,7 +44,7 @@ def relaid(
         if part is None:
             return ()
         covered += ranges
-        found.append((name, narrowed(part) if part is not update and isinstance(part, LoRA) else part))
+        found.append((name, part if part is update else narrowed(part)))
     covered.sort()
     meets = all(before[1] == after[0] for before, after in pairwise(covered))
     whole = bool(covered) and (covered[0][0], covered[-1][1]) == (0, extent(slices)[0])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates of some rows of a weight, and LoRAs of rows as one of the whole: both are exact.
+"""Updates of some rows of a weight, and LoRAs and DoRAs of rows as one of the whole: both are exact.
 
 A cut keeps A and takes rows of B. Parts with one A, as after a cut, become a LoRA of its rank. Others lie side by side: A's below
 each other, and B's along the diagonal, as sd-scripts merges its split projections.
@@ -16,9 +16,9 @@ from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import ComputedTensor, computed
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.tensors.views import Index, View
-from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, is_directed
+from surgery_formats.updates import Factor, LoRA, Offset, Update, equal_factors, is_directed, low_rank_part
 
-__all__ = ["Span", "cut", "joined", "narrowed", "row_slice", "widened"]
+__all__ = ["Span", "cut", "joined", "joined_lengths", "joined_loras", "narrowed", "row_slice", "widened"]
 
 Span = tuple[int, int]
 """First row, and the one behind the last."""
@@ -62,11 +62,15 @@ def _rows_of(factor: Factor, spans: Sequence[Span]) -> Factor:
     return Factor(factor.tensors, shape, rows)
 
 
-def narrowed(lora: LoRA) -> LoRA:
-    """The same LoRA without columns of B that are zero: what a cut of joined parts leaves of the others.
+def narrowed(update: Update) -> Update:
+    """The same LoRA or DoRA without columns of B that are zero: what a cut of joined parts leaves of the others."""
+    if is_directed(update):
+        return update.rebuilt(_narrowed(update.direction), update.magnitude)
+    return _narrowed(update) if isinstance(update, LoRA) else update
 
-    The first row of a block on a diagonal shows them already, so that no other LoRA is read.
-    """
+
+def _narrowed(lora: LoRA) -> LoRA:
+    """The first row of a block on a diagonal shows them already, so that no other LoRA is read."""
     tensor = lora.B.tensors[0]
     if lora.B.view is not None or tensor.shape != lora.B.shape or cast(tensor.read(0, 1), DType.F64).all():
         return lora
@@ -108,14 +112,48 @@ def _scattered(factor: Factor, axis: int, shape: tuple[int, int], taken: Index, 
     return Factor(factor.tensors, shape, scattered)
 
 
-def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], height: int) -> LoRA:
-    """One LoRA of a weight that does what LoRAs of its rows do.
+Part = tuple[LoRA, Sequence[tuple[Span, int]]]
+"""A LoRA of rows of a weight, and which of its own rows lie at which row of the weight."""
+
+
+def joined(name: str, parts: Sequence[tuple[Update, Sequence[tuple[Span, int]]]], height: int) -> Update | str:
+    """One LoRA or DoRA of a weight that does what those of its rows do; or why there is none.
 
     Args:
         name: Of the weight, for messages.
-        parts: Each LoRA, and which of its rows lie at which row of the weight.
-        height: Rows of the weight; those that no part has stay as they are.
+        parts: Each update, and which of its rows lie at which row of the weight.
+        height: Rows of the weight; of LoRAs those that no part has stay as they are.
     """
+    directed = [(update, rows) for update, rows in parts if is_directed(update) and update.per_row]
+    if not directed:
+        return joined_loras(name, [(lora, rows) for update, rows in parts if (lora := low_rank_part(update))], height)
+    if len(directed) < len(parts):
+        return f"of the rows of '{name}', in which this format holds it, only some have lengths"
+    lengths = joined_lengths(name, [(update.magnitude, rows) for update, rows in directed], height)
+    if lengths is None:
+        return f"other rows of '{name}', in which this format holds it, have no lengths"
+    low_rank = joined_loras(name, [(update.direction, rows) for update, rows in directed], height)
+    return directed[0][0].rebuilt(low_rank, lengths)
+
+
+def joined_lengths(name: str, parts: Sequence[tuple[Factor, Sequence[tuple[Span, int]]]], height: int) -> Factor | None:
+    """The lengths of all rows of a weight; None unless each row has one."""
+    pieces = sorted(((row, span, lengths) for lengths, places in parts for span, row in places), key=lambda p: p[0])
+    ends = [row + stop - start for row, (start, stop), _ in pieces]
+    if [row for row, _, _ in pieces] != [0, *ends[:-1]] or ends[-1] != height:
+        return None
+
+    def beside() -> Array:
+        import numpy
+
+        return numpy.concat([lengths.load(DType.F64)[start:stop] for _, (start, stop), lengths in pieces])
+
+    factors = [lengths for _, _, lengths in pieces]
+    return Factor.of(computed(f"{name}.magnitude", (height,), _stored(factors), beside, _type_of(factors)))
+
+
+def joined_loras(name: str, parts: Sequence[Part], height: int) -> LoRA:
+    """One LoRA of a weight that does what LoRAs of its rows do; rows that no part has stay as they are."""
     loras = [lora for lora, _ in parts]
     first, alike = loras[0], all(lora.scale == loras[0].scale for lora in loras)
     shared = len(loras) > 1 and all(equal_factors(first.A, lora.A) for lora in loras[1:])
@@ -152,7 +190,7 @@ def joined(name: str, parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], 
     return LoRA(A, Factor.of(B), first.scale if alike else 1.0, None, noted)
 
 
-def _stack(parts: Sequence[tuple[LoRA, Sequence[tuple[Span, int]]]], height: int) -> tuple[StoredTensor, ...]:
+def _stack(parts: Sequence[Part], height: int) -> tuple[StoredTensor, ...]:
     """The stored B's of all parts from top to bottom, if they are all rows of the weight; else none."""
     found, end = [], 0
     for row, span, factor in sorted(

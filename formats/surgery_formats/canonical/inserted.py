@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
-from surgery_formats.models.families.inserted import Inserted
+from surgery_formats.models.families.inserted import PlacedModule
 
 __all__ = ["InsertedModule"]
 
@@ -23,6 +23,6 @@ class InsertedModule:
         values: Returns its tensors in float32, by the names of the network, stored ``(inputs, outputs)``.
     """
 
-    place: Inserted
+    place: PlacedModule
     sites: frozenset[Site]
     values: Callable[[], Mapping[str, Array]]

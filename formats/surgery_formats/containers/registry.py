@@ -11,13 +11,19 @@ from surgery_formats.containers.base import Container, FileContainer, ShardSet
 from surgery_formats.containers.gguf.splits import GGUF_SPLITS
 from surgery_formats.containers.pipeline import PIPELINE
 from surgery_formats.containers.sharded import SHARDED, is_index
-from surgery_formats.containers.weight_files import ENTRY_POINTS, WEIGHT_FILES, container_of_file, open_weight_file
+from surgery_formats.containers.weight_files import (
+    ENTRY_POINTS,
+    GRAPH_FILES,
+    WEIGHT_FILES,
+    container_of_file,
+    open_weight_file,
+)
 from surgery_formats.errors import NotFoundError
 from surgery_formats.plugins import with_plugins
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "container_at", "containers", "open_weights"]
 
-BUILT_IN: tuple[Container, ...] = (*WEIGHT_FILES, SHARDED, PIPELINE, GGUF_SPLITS)
+BUILT_IN: tuple[Container, ...] = (*WEIGHT_FILES, *GRAPH_FILES, SHARDED, PIPELINE, GGUF_SPLITS)
 
 
 def containers() -> dict[str, Container]:

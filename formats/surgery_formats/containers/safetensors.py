@@ -265,7 +265,7 @@ class _Safetensors:
 
     def lay_out(self, tensors: Sequence[TensorSpec], like: Shard | None = None, alignment: int = 1) -> FileLayout:
         """The header of `like` byte for byte if it still describes the content, else one of our own (see `layout`)."""
-        same = like is not None and like.container == self.name
+        same = like is not None and like.container == self.name and like.header_nbytes > 0
         if like is not None and same and [(t.name, t.dtype, t.shape) for t in like.tensors] == list(tensors):
             header = bytes(like.file.read(0, like.header_nbytes))
             ranges = {tensor.name: (tensor.offset, tensor.nbytes) for tensor in like.tensors}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from surgery_formats.containers.base import FileContainer, Shard, ShardSet, WritableContainer
 from surgery_formats.containers.gguf.container import GGUF
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
@@ -18,6 +19,7 @@ from surgery_formats.text import show
 
 __all__ = [
     "ENTRY_POINTS",
+    "GRAPH_FILES",
     "UNREAD_SUFFIXES",
     "WEIGHT_FILES",
     "container_of_file",
@@ -34,10 +36,13 @@ WEIGHT_FILES: tuple[FileContainer, ...] = (
     TORCH,
     GGUF,
 )  # in order of preference where a folder holds several
+GRAPH_FILES: tuple[FileContainer, ...] = (ONNX,)
+"""Graphs hold a model's weights beside its computation. They are no shard of a model and no part of an adapter, and a folder's is
+opened only where no other file is."""
 ENTRY_POINTS = "surgery.containers"  # a plugin's entry point is an object like those above
 
 UNREAD_SUFFIXES = (".onnx", ".onnx_data", ".msgpack", ".h5", ".ot", ".npz")
-"""Endings of weights that no container here reads; outputs do not carry such files."""
+"""Endings of weights that no container reads, and of graphs; outputs do not carry such files."""
 
 _MAGIC = (
     (b"version https://git-lfs", "this is a Git LFS pointer, not the weights: run 'git lfs pull'"),
@@ -57,13 +62,16 @@ def file_containers() -> dict[str, FileContainer]:
     Raises:
         SurgeryError: a plugin cannot be imported, or takes a name that is taken.
     """
-    known = with_plugins(ENTRY_POINTS, WEIGHT_FILES, "container")
-    return {name: container for name, container in known.items() if isinstance(container, FileContainer)}
+    known = with_plugins(ENTRY_POINTS, (*WEIGHT_FILES, *GRAPH_FILES), "container")
+    files = {name: container for name, container in known.items() if isinstance(container, FileContainer)}
+    return dict(sorted(files.items(), key=lambda entry: entry[1] in GRAPH_FILES))
 
 
 def is_weight_file(name: str) -> bool:
-    """Whether a file of this name is one of weights that can be read."""
-    return any(name.endswith(container.suffixes) for container in file_containers().values())
+    """Whether a file of this name is one of weights that can be read, and no graph."""
+    return any(
+        name.endswith(container.suffixes) for container in file_containers().values() if container not in GRAPH_FILES
+    )
 
 
 def holds_weights(name: str) -> bool:

@@ -3,16 +3,34 @@
 
 from __future__ import annotations
 
+import bisect
+import hashlib
 import os
 import stat
+import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
 
-__all__ = ["File", "first_bytes", "open_file", "read_all", "stays_inside"]
+__all__ = [
+    "File",
+    "FileIdentity",
+    "FileRange",
+    "first_bytes",
+    "identity_of",
+    "joined_file",
+    "nameless_file",
+    "open_file",
+    "read_all",
+    "stays_inside",
+]
+
+FileIdentity = tuple[int, int, int, int]
+"""``(device, inode, size, mtime_ns)``."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -23,15 +41,21 @@ class File:
         path: The path it was opened by.
         fd: Read-only descriptor; its position is never used (`os.pread`).
         size: Size in bytes when opened.
-        identity: ``(device, inode, size, mtime_ns)`` when opened; `check_unchanged` compares with it.
+        identity: What it was when opened; `check_unchanged` compares with it.
         begin: Where positions count from: 0, or where a file inside this one lies (`window`).
+        pieces: Of a file that is made of ranges of others (`joined_file`): these, in order. It has no descriptor.
+        starts: Where each piece begins.
+        nameless: Whether no path leads to it (`nameless_file`).
     """
 
     path: Path
     fd: int
     size: int
-    identity: tuple[int, int, int, int]
+    identity: FileIdentity
     begin: int = 0
+    pieces: tuple[FileRange, ...] = ()
+    starts: tuple[int, ...] = ()
+    nameless: bool = False
 
     def window(self, begin: int, nbytes: int) -> File:
         """A file that lies in this one, as a file of its own. It is good as long as this one is open.
@@ -59,9 +83,34 @@ class File:
         Raises:
             MalformedError: the file ends too early.
         """
+        if self.pieces:
+            at = 0
+            for file, start, nbytes in self.ranges(offset, len(buffer)):
+                file.read_into(buffer[at : at + nbytes], start)
+                at += nbytes
+            return
         done = read_all(self.fd, buffer, self.begin + offset)
         if early := len(buffer) - done:
             raise MalformedError(f"the file ends at byte {offset + done}, {early} bytes early", file=self.path)
+
+    def ranges(self, offset: int, nbytes: int) -> Iterator[tuple[File, int, int]]:
+        """``(file, offset, nbytes)`` of the files with descriptors that hold `nbytes` bytes from `offset`: most are one.
+
+        Raises:
+            MalformedError: the last piece ends too early.
+        """
+        if not self.pieces:
+            yield self, offset, nbytes
+            return
+        at, end = self.begin + offset, self.begin + offset + nbytes
+        number = max(bisect.bisect_right(self.starts, at) - 1, 0)
+        while at < end:
+            if number >= len(self.pieces):
+                raise MalformedError(f"the pieces end {end - at} bytes early", file=self.path)
+            piece, inside = self.pieces[number], at - self.starts[number]
+            count = min(piece.nbytes - inside, end - at)
+            yield from piece.file.ranges(piece.offset + inside, count)
+            at, number = at + count, number + 1
 
     def blocks(self, offset: int, nbytes: int, step: int = 4 << 20) -> Iterator[memoryview]:
         """`nbytes` bytes from `offset` in blocks of at most `step`; each is valid until the next one is requested."""
@@ -77,12 +126,49 @@ class File:
         Raises:
             ProofError: the file was replaced or written to since it was opened.
         """
+        if self.pieces:
+            for file in {piece.file.identity: piece.file for piece in self.pieces}.values():
+                file.check_unchanged()
+            return
         try:
-            by_name = _identity(os.stat(self.path))
+            by_name = identity_of(self.fd if self.nameless else self.path)
         except OSError as error:
             raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
-        if by_name != self.identity or _identity(os.fstat(self.fd)) != self.identity:
+        if by_name != self.identity or identity_of(self.fd) != self.identity:
             raise ProofError("the input changed while it was read", file=self.path, hint="run again")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileRange:
+    """A range of a file."""
+
+    file: File
+    offset: int
+    nbytes: int
+
+
+def joined_file(pieces: Sequence[FileRange], name: str) -> File:
+    """A file that is nowhere: ranges of others, one behind the other. Two of different names are different files.
+
+    Its bytes are read, and copied, from where they lie. It is called by the path of the first.
+    """
+    sizes = [piece.nbytes for piece in pieces]
+    seen = [(*piece.file.identity, piece.offset, piece.nbytes) for piece in pieces]
+    digest = hashlib.sha256(repr((name, seen)).encode(errors="surrogatepass")).digest()
+    identity = (-1, int.from_bytes(digest[:8]), sum(sizes), int.from_bytes(digest[8:16]))
+    starts = tuple(accumulate(sizes, initial=0))[:-1]
+    return File(pieces[0].file.path, -1, sum(sizes), identity, 0, tuple(pieces), starts)
+
+
+def nameless_file(data: bytes, path: Path) -> File:
+    """A file with this content that is gone with its last use; `path` is what messages call it."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        fd = os.dup(file.fileno())
+    opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+    weakref.finalize(opened, os.close, fd)
+    return opened
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> int:
@@ -93,7 +179,9 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+def identity_of(file: Path | int) -> FileIdentity:
+    """What tells a file, by its path or descriptor, from others and from itself once it was written to."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -117,7 +205,7 @@ def open_file(path: str | os.PathLike[str]) -> File:
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise MalformedError("not a regular file", file=where)
-    opened = File(where, fd, status.st_size, _identity(status))
+    opened = File(where, fd, status.st_size, identity_of(fd))
     weakref.finalize(opened, os.close, fd)
     return opened
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.registry import open_weights
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
@@ -56,6 +57,7 @@ class Component:
         config: config.json, or empty.
         uninterpreted: Whether every stored tensor is a weight of its own, whatever storage would claim it.
         self_contained: Whether the weights carry the configuration, see `ShardSet.self_contained`.
+        made: Digest of what was made of the files (`surgery_formats.models.rebuilt`); empty for the files as they are.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Component:
     config: Mapping[str, Any]
     uninterpreted: bool = False
     self_contained: bool = False
+    made: str = ""
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -75,9 +78,14 @@ class Component:
     @cached_property
     def owners(self) -> dict[str, Storage]:
         """From every stored tensor to the weight that it is, or is a part of."""
-        claimed = {} if self.uninterpreted else claimed_weights(self.tensors, self.config)
+        claimed = {} if self.uninterpreted or self.is_graph else claimed_weights(self.tensors, self.config)
         counts = expert_counts(self.config)
         return {name: claimed.get(name) or _plain(tensor, counts) for name, tensor in self.tensors.items()}
+
+    @property
+    def is_graph(self) -> bool:
+        """Whether its weights are those of an ONNX graph."""
+        return bool(self.shards) and self.shards[0].container == ONNX.name
 
     @cached_property
     def is_quantised(self) -> bool:
@@ -102,7 +110,11 @@ class Component:
 
     def _parameter(self, storage: Storage) -> Parameter:
         view = whole(storage.shape)
-        if len(storage.sizes) == 2 and self.family.stores_transposed(storage.name) != storage.transposed:
+        if (
+            len(storage.sizes) == 2
+            and not self.is_graph
+            and self.family.stores_transposed(storage.name) != storage.transposed
+        ):
             view = transpose(view)
         return Parameter(storage.name, storage, view, self.name)
 
@@ -283,6 +295,11 @@ class Checkpoint:
         return "" not in self.components
 
     @property
+    def is_graph(self) -> bool:
+        """Whether it is an ONNX graph: weights by names of its own, in the orientation of its operators."""
+        return any(component.is_graph for component in self.components.values())
+
+    @property
     def is_quantised(self) -> bool:
         """Whether a weight of a component is stored as codes that are read."""
         return any(component.is_quantised for component in self.components.values())
@@ -372,8 +389,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         refuse_known(where, (), networks=False)
         raise
     components = {name: _component(name, where, weights) for name, weights in opened.items()}
-    if len(components) == 1:
-        names = next(iter(components.values())).tensors
+    first = next(iter(components.values()))
+    if len(components) == 1 and not first.is_graph:  # a graph may have an adapter's factors among its weights
+        names = first.tensors
         refuse_known(where, names, networks=False)
         if what := named_adapter(names):
             raise FitError(f"an adapter where a full model was expected: {what}", file=where)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from surgery_formats.arrays import Array, to_cpu
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.raw import File
 
 __all__ = ["StoredTensor", "Tensor", "as_bytes", "matrix_of", "origin"]
@@ -68,6 +68,9 @@ class Tensor(Protocol):
             MalformedError: the file is shorter than its header says.
             FitError: neither numpy nor ml_dtypes has such an element type.
         """
+
+
+_TOO_LARGE = 1 << 60  # elements: numpy counts bytes of up to 8 an element in 63 bits, and a size of 0 as 1
 
 
 def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -144,7 +147,7 @@ class StoredTensor:
             Shape ``(stop - start, *shape[1:])``; a scalar keeps its shape ``()``.
 
         Raises:
-            MalformedError: the file is shorter than its header says.
+            MalformedError: the file is shorter than its header says, or sizes beside a 0 are too large for any array.
             FitError: neither numpy nor ml_dtypes has such an element type.
         """
         import numpy
@@ -155,6 +158,8 @@ class StoredTensor:
             raise FitError(
                 f"values of type {self.dtype.label} cannot be read", file=self.file.path, tensor=self.name
             ) from error
+        if not self.nbytes and math.prod(max(size, 1) for size in self.shape) >= _TOO_LARGE:
+            raise MalformedError(f"its sizes {list(self.shape)} overflow", file=self.file.path, tensor=self.name)
         if self.strides is not None:
             steps = [stride * dtype.itemsize for stride in self.strides]
             whole = numpy.ndarray(self.shape, dtype, self.file.read(self.offset, self.nbytes), strides=steps)

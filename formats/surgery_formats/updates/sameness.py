@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from surgery_formats.arrays import to_cpu
 from surgery_formats.dtypes import DType
+from surgery_formats.files.equal_ranges import equal_ranges
 from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.updates.base import Factor
 from surgery_formats.updates.update import Update
 
 __all__ = ["equal_factors", "noted_tensors", "same_update", "settings"]
 
-_STEP = 1 << 18  # bytes, two times which a core keeps near it
-_read = threading.local()  # two buffers of a thread: fresh memory would cost as much as reading
 _AS_WRITTEN = frozenset(["alpha", "noted"])  # what a scale, a limit or a switch was read from: those are compared
 
 
@@ -82,15 +80,4 @@ def _same_bytes(tensor: Tensor, other: Tensor) -> bool:
     facts = [(t.dtype, t.packed_as, t.nbytes, t.strides) for t in (tensor, other)]
     if facts[0] != facts[1] or (tensor.strides is not None and tensor.shape != other.shape):
         return False
-    import numpy
-
-    if not hasattr(_read, "buffers"):
-        _read.buffers = [numpy.empty(_STEP, numpy.uint8) for _ in range(2)]
-    mine, theirs = _read.buffers
-    for start in range(0, tensor.nbytes, _STEP):
-        left, right = (buffer[: tensor.nbytes - start] for buffer in (mine, theirs))
-        for buffer, stored in ((left, tensor), (right, other)):
-            stored.file.read_into(memoryview(buffer), stored.offset + start)
-        if not numpy.array_equal(left, right):
-            return False
-    return True
+    return equal_ranges(tensor.file, tensor.offset, other.file, other.offset, tensor.nbytes)

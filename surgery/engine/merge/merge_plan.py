@@ -198,7 +198,8 @@ def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
 
 def _facts(binding: Binding) -> dict[str, Any]:
     """Facts that identify the inputs by content, not by path."""
-    return {
+    made = {name: component.made for name, component in binding.checkpoint.components.items() if component.made}
+    return ({"made": made} if made else {}) | {
         "base": {
             (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)
             for component in binding.checkpoint.components.values()

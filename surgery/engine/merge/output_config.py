@@ -55,7 +55,7 @@ def corrected_config(
             config[key] = dtype.torch_name
         _task_head(config, binding, written)
         name = f"{component.name}/config.json" if component.name else "config.json"
-        own = not component.self_contained and (component.folder / "config.json").exists()
+        own = not (component.self_contained or component.made) and (component.folder / "config.json").exists()
         if config == component.config and own:
             side_files.append(SideFile(name, source=component.folder / "config.json"))
         else:

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import Replaceable
+from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Component
@@ -153,9 +152,9 @@ class Assembly:
 
             arrays = slot_arrays(adapter, built.contract.slots, sizes, kind, built.inputs)
             arrays |= self._module_arrays(named.name, adapter, built.inputs)
-            files[self._adapter_file(named.name)] = _adapter_bytes(arrays)
+            files[self._adapter_file(named.name)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
-            files[self._prompt_file(prompt)] = _adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
+            files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
         if self.baked is not None:
             files[INSERTED] = self.baked.data()
         if genai := self.for_genai(built):
@@ -281,13 +280,3 @@ def _slot_sizes(built: GraphSet) -> dict[str, tuple[int, int]]:
         for port in built.graphs["model.onnx"].graph.input
     }
     return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in built.contract.slots}
-
-
-def _adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
-    """Create an ``.onnx_adapter`` file."""
-    from surgery.onnx.run.adapter_file import write_adapter_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.onnx_adapter"
-        write_adapter_file(path, arrays)
-        return path.read_bytes()

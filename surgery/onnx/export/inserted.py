@@ -22,7 +22,7 @@ from surgery_formats.containers.base import FileLayout
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.inserted import Inserted, inserted_shapes, named
+from surgery_formats.models.families.inserted import PlacedModule, inserted_shapes, named
 from surgery_formats.models.families.recipe import Bottleneck, Coupling
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
@@ -60,7 +60,7 @@ class BakedModules:
         layout: Of their file.
     """
 
-    places: tuple[Inserted, ...]
+    places: tuple[PlacedModule, ...]
     overrides: Mapping[str, UnwrittenTensor]
     modules: Mapping[str, InsertedModule]
     layout: FileLayout
@@ -102,13 +102,13 @@ class ModuleSlots:
         names: The names of the places of each adapter's modules, in the order of both.
     """
 
-    places: tuple[Inserted, ...]
+    places: tuple[PlacedModule, ...]
     names: tuple[tuple[str, ...], ...]
 
     @staticmethod
     def of(adapters: Sequence[Sequence[InsertedModule]]) -> ModuleSlots:
         """The slots for the modules of several adapters."""
-        forms: dict[tuple[str, int, str], list[Inserted]] = {}
+        forms: dict[tuple[str, int, str], list[PlacedModule]] = {}
         names = []
         for modules in adapters:
             own = []
@@ -131,14 +131,14 @@ class ModuleSlots:
         return Replaceable(frozenset(sizes), sizes, frozenset(sizes))
 
 
-def _emptied(place: Inserted) -> Inserted:
+def _emptied(place: PlacedModule) -> PlacedModule:
     network = place.network
     if isinstance(network, Coupling):
         return replace(place, network=replace(network, ranks=(0, 0)))
     return replace(place, network=replace(network, rank=0))
 
 
-def _slot_name(place: Inserted, number: int) -> str:
+def _slot_name(place: PlacedModule, number: int) -> str:
     return place.network.module + (str(number + 1) if number else "")
 
 

@@ -11,32 +11,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.edit.additions import Additions, additions_of, factors_of
 from surgery.onnx.export.adapters import NamedAdapter
 from surgery.onnx.export.replaced import is_small, is_untouched, own_labels, replaced_array
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
-from surgery_formats.binding.operation import Operation
-from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.inserted import InsertedModule
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
-from surgery_formats.storage.base import is_stacked
-from surgery_formats.tensors.views import View
-from surgery_formats.updates import LoRA
 
 __all__ = ["Swappable", "slot_arrays", "swappable"]
 
 Array = npt.NDArray[Any]
-Additions = tuple[tuple[LoRA, View], ...]
-_HINT = "merge it instead (`merge=`), or make LoRAs of it: surgery convert --as lora"
 
 
 @dataclass(frozen=True)
@@ -86,7 +78,7 @@ def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swap
             if not is_untouched(edit, component):
                 replaced[recipe.get(edit.name, edit.name)] = edit
             continue
-        loras = _additions(edit, adapter, component)
+        loras = additions_of(edit, adapter, component)
         if not loras:
             continue
         weight = component.head if component.tied and edit.name == component.head else recipe.get(edit.name, edit.name)
@@ -115,37 +107,6 @@ def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bo
     return bool(follows) and embedding.name == component.embedding
 
 
-def _additions(edit: Edit, adapter: Adapter, component: Component) -> Additions:
-    """Return the LoRAs that are added to one weight.
-
-    Raises:
-        FitError: an update that no slot can hold.
-    """
-    base = component.parameters.get(component.aliases.get(edit.name, edit.name))
-    if edit.replaced is not None and (base is None or not same_values(base.storage, edit.source)):
-        raise _refused("new values in place of the base's", edit, edit.replaced, adapter)
-    if is_stacked(edit.source):
-        raise _refused("an update of stacked experts", edit, edit.operations[0], adapter)
-    additions = []
-    for operation in edit.operations:
-        lora = operation.update.low_rank()
-        if lora is None or operation.share != 1.0:
-            raise _refused(operation.update.kind, edit, operation, adapter)
-        additions.append((lora, operation.view))
-    if len(edit.source.shape) != 2:
-        raise _refused(f"LoRA of a tensor of shape {list(edit.source.shape)}", edit, edit.operations[0], adapter)
-    return tuple(additions)
-
-
-def _refused(what: str, edit: Edit, operation: Operation, adapter: Adapter) -> FitError:
-    return FitError(
-        f"{what} for '{edit.name}': a slot holds a low-rank addition only, not this",
-        file=adapter.path,
-        tensor=operation.update.tensors[0].name,
-        hint=_HINT,
-    )
-
-
 def slot_arrays(
     adapter: Swappable,
     slots: Iterable[Slot],
@@ -170,21 +131,7 @@ def slot_arrays(
     }
     for slot in slots:
         size, table = sizes[slot.weight], slot.weight in adapter.tables
-        parts = [_factors(lora, view, size, table=table) for lora, view in adapter.additions.get(slot.weight, ())]
-        if parts:
-            arrays[slot.A] = np.concatenate([A for A, _ in parts], 1).astype(dtype)
-            arrays[slot.B] = np.concatenate([B for _, B in parts], 0).astype(dtype)
+        if additions := adapter.additions.get(slot.weight):
+            A, B = factors_of(additions, size, table=table)
+            arrays[slot.A], arrays[slot.B] = A.astype(dtype), B.astype(dtype)
     return arrays
-
-
-def _factors(lora: LoRA, view: View, size: tuple[int, int], *, table: bool) -> tuple[Array, Array]:
-    """``(inputs, rank)`` and ``(rank, outputs)``, float32, of one addition; zero outside its view."""
-    rows, cols = view.shape
-    left = lora.B.load(DType.F32)[view.row_origin : view.row_origin + rows]
-    right = lora.A.load(DType.F32)[:, view.col_origin : view.col_origin + cols]
-    A, B = np.zeros((size[0], lora.rank), np.float32), np.zeros((lora.rank, size[1]), np.float32)
-    if table:
-        A[list(view.rows)], B[:, list(view.cols)] = left, right
-    else:
-        A[list(view.cols)], B[:, list(view.rows)] = right.T, left.T
-    return A, B * np.float32(lora.scale)

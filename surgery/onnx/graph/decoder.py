@@ -8,9 +8,9 @@ from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.embedding import token_rows
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.heads import language_head
-from surgery.onnx.graph.inserted import couple
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery.onnx.graph.virtual_tokens import completed_mask
 from surgery_formats.dtypes import DType

@@ -7,9 +7,9 @@ from surgery.onnx.graph.attention import project, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
-from surgery.onnx.graph.inserted import couple
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType

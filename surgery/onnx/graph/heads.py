@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
-from surgery.onnx.graph.inserted import uncouple
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.weights import LABELS
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead

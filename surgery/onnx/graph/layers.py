@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.inserted import run_inserted
 from surgery.onnx.graph.linear import joined, linear
+from surgery.onnx.graph.modules import run_inserted
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery_formats.models.families.recipe import MLP, Branch, Layer, Model
 

@@ -9,6 +9,7 @@ the file is read back by the other reader.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from surgery.onnx.run.ports import element
 from surgery_formats.containers.onnx_adapter import LIMIT, open_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
 
-__all__ = ["read_adapter_file", "write_adapter_file"]
+__all__ = ["adapter_bytes", "read_adapter_file", "write_adapter_file"]
 
 Array = npt.NDArray[Any]
 
@@ -64,6 +65,14 @@ def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]
         if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
             raise ProofError("the array read back differs from what was written", file=path, tensor=name)
     return Path(path).stat().st_size
+
+
+def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
+    """The bytes of an ``.onnx_adapter`` file with `arrays`, see `write_adapter_file`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.onnx_adapter"
+        write_adapter_file(path, arrays)
+        return path.read_bytes()
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:

@@ -67,11 +67,16 @@ def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -
 
 
 def fill_slots(
-    adapters: Sequence[tuple[str, Mapping[str, Array]]], contract: Contract, inputs: Mapping[str, Port]
+    adapters: Sequence[tuple[str, Mapping[str, Array]]],
+    contract: Contract,
+    inputs: Mapping[str, Port],
+    optional: Collection[str] | None = None,
 ) -> dict[str, Array]:
     """Combine adapters, each with the name of its file, into arrays for the graph's inputs.
 
     Several LoRAs add up. A parameter that is replaced is so by one adapter.
+
+    Slots that no adapter fills are empty: those that are not `optional` get factors of rank 0.
 
     Raises:
         FitError: the graph lacks a slot, half of a slot is missing, a shape or type does not fit, or two adapters replace
@@ -101,11 +106,19 @@ def fill_slots(
                 _check(file, arrays, a, b, inputs)
                 arrays_by_input.setdefault(a, []).append(arrays[a])
                 arrays_by_input.setdefault(b, []).append(arrays[b])
+    for a, b in pairs.items():
+        if optional is not None and a not in arrays_by_input and not {a, b} <= {*optional}:
+            arrays_by_input |= {a: [_empty(inputs[a])], b: [_empty(inputs[b])]}
     axis = {**dict.fromkeys(pairs, 1), **dict.fromkeys(pairs.values(), 0)}
     return {
         name: parts[0] if len(parts) == 1 else np.concatenate(parts, axis[name])
         for name, parts in arrays_by_input.items()
     }
+
+
+def _empty(port: Port) -> Array:
+    """A factor of rank 0."""
+    return np.zeros([size if isinstance(size, int) else 0 for size in port.shape], port.dtype)
 
 
 def _check(file: str, arrays: Mapping[str, Array], a: str, b: str, inputs: Mapping[str, Port]) -> None:

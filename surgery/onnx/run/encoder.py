@@ -144,7 +144,7 @@ def encode(
     for name, port in graph.inputs.items():
         if name in known:
             binding.bind_cpu_input(name, known[name].astype(port.dtype))
-        elif name not in graph.optional:
+        elif name not in graph.optional and name not in slots:
             raise FitError(f"the runner does not support the input '{name}'", file=graph.path)
     for name in graph.outputs:
         binding.bind_output(name, "cpu")

@@ -6,16 +6,16 @@ The names are common to optimum, onnxruntime-genai's builder and this project.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.onnx.graph.contract import Contract
+from surgery.onnx.graph.contract import Contract, Slot
 from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
-__all__ = ["guessed_contract"]
+__all__ = ["guessed_contract", "named_slots"]
 
 _NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -78,6 +78,14 @@ def guessed_contract(
         max_length=length,
         prefill_batch=not grouped,
     )
+
+
+def named_slots(names: Iterable[str]) -> tuple[Slot, ...]:
+    """The slots that the names of inputs tell: Olive's, TensorRT Edge-LLM's and ours."""
+    from surgery_formats.adapters.onnx_adapter.names import factor_name, factor_pairs
+
+    named = [(factor_name(A), A, B) for A, B in factor_pairs(names)]
+    return tuple(Slot(f"{found.module}.weight", A, B) for found, A, B in named if found is not None)
 
 
 def _beside(path: Path, name: str) -> dict[str, Any]:

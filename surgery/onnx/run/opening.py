@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
+from surgery.onnx.graph.inserted import inserted_in
 from surgery.onnx.graph.read_metadata import read_metadata
 from surgery.onnx.run.adapters import past_names
-from surgery.onnx.run.foreign import guessed_contract
+from surgery.onnx.run.foreign import guessed_contract, named_slots
 from surgery.onnx.run.memory import HostMemory, Memory
 from surgery.onnx.run.ports import Port, ports
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
@@ -119,7 +120,8 @@ def open_graph(
     if not isinstance(device, str):
         raise UsageError(f"device is a name such as 'cuda:0', not {type(device).__name__}")
     path = find_graph(model)
-    contract = from_metadata(read_metadata(path), path)
+    props = read_metadata(path)
+    contract = from_metadata(props, path)
     folder = path.parent if weights is None else Path(weights)
     if contract is not None:
         check_weight_files(contract.weights, folder)
@@ -133,6 +135,9 @@ def open_graph(
     if contract is not None:
         _check_ports(contract, {**inputs, **defaults}, outputs, path)
     contract_or_guess = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
+    if contract is None:
+        slots = inserted_in(props, path).slots or named_slots({**inputs, **defaults})
+        contract_or_guess = replace(contract_or_guess, slots=slots)
     return GraphSession(
         session=session,
         contract=contract_or_guess,

@@ -10,6 +10,7 @@ from graphs import base, say, scratch
 
 GRAPHS = {
     "optimum-llama": ("llama", "text-generation-with-past"),
+    "optimum-gpt2": ("gpt2", "text-generation-with-past"),
     "optimum-bert": ("bert", "text-classification"),
     "optimum-vit": ("vit", "image-classification"),
 }

@@ -34,7 +34,7 @@ def export(folder: Path, name: str, *, dynamo: bool, **more: object) -> None:
         name == "llama"
     ):  # without them the rotation's tables have a batch of one, and opset 23's operator takes no other
         inputs["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
-    without_cache = {"use_cache": False} if name == "llama" else {}
+    without_cache = {"use_cache": False} if name in ("llama", "gpt2") else {}
     wrapped = Answer(opened(base(name), name), list(inputs), kind.output, without_cache)
     axes = {key: AXES.get(key, {0: "batch"}) for key in inputs}
     if dynamo:
@@ -61,10 +61,25 @@ def optimised(source: Path, folder: Path, name: str) -> None:
     say(folder, name, ["onnxruntime-gpu"], exporter=f"onnxruntime of {source.parent.name}", dtype="float32")
 
 
+def fused(source: Path, folder: Path, name: str, *, half: bool) -> None:
+    """What onnxruntime's optimiser for transformers writes: attention as one operator, its three maps as one matrix."""
+    from onnxruntime.transformers import optimizer
+
+    folder.mkdir(parents=True)
+    made = optimizer.optimize_model(str(source), model_type="bert", num_heads=2, hidden_size=32, opt_level=0)
+    if half:
+        made.convert_float_to_float16(keep_io_types=True)
+    made.save_model_to_file(str(folder / "model.onnx"))
+    exporter, dtype = f"onnxruntime.transformers of {source.parent.name}", "float16" if half else "float32"
+    say(folder, name, ["onnxruntime-gpu"], exporter=exporter, dtype=dtype)
+
+
 def make(root: Path) -> None:
     onnxruntime.set_default_logger_severity(3)
-    for name in ("llama", "bert", "vit", "unet"):
+    for name in ("llama", "bert", "vit", "unet", "gpt2", "resnet"):
         export(root / f"dynamo-{name}", name, dynamo=True, opset_version=23 if name == "llama" else 20)
-        export(root / f"script-{name}", name, dynamo=False, opset_version=17)
+        if name != "gpt2":  # optimum-onnx makes one the same way
+            export(root / f"script-{name}", name, dynamo=False, opset_version=17)
     optimised(root / "script-llama" / "model.onnx", root / "optimised-llama", "llama")
-    optimised(root / "script-bert" / "model.onnx", root / "optimised-bert", "bert")
+    fused(root / "script-bert" / "model.onnx", root / "fused-bert", "bert", half=False)
+    fused(root / "script-bert" / "model.onnx", root / "fused-bert-fp16", "bert", half=True)

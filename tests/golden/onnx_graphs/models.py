@@ -18,6 +18,7 @@ DECODER = {
 ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DRAWN = {"lora_A": 0.3, "lora_B": 0.3, "lora_embedding": 0.3, "lora_magnitude": 0.05}
+VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv2", "time_emb_proj", "conv_shortcut"]
 
 
@@ -52,6 +53,19 @@ def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(ViTConfig(**ENCODER, image_size=16, patch_size=4, num_labels=3))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=32, n_layer=2, n_head=2, n_inner=64, n_positions=32))
+
+
+def resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**shape, num_labels=3))
 
 
 def unet() -> nn.Module:
@@ -97,10 +111,12 @@ KINDS = {
         "logits",
     ),
     "qwen2": Kind(qwen2, {"lora": lora(ALL_LINEAR), "dora": lora(["k_proj"], use_dora=True)}, tokens, "logits"),
+    "gpt2": Kind(gpt2, {"lora": lora(["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True)}, tokens, "logits"),
+    "resnet": Kind(resnet, {"lora": lora(["convolution"]) | {"lora_alpha": 0.5}}, picture, "logits"),
     "bert": Kind(
         bert, {"lora": lora(["query", "key", "value", "dense"]), "dora": lora(["value"], use_dora=True)}, tokens, "logits"
     ),
-    "vit": Kind(vit, {"lora": lora(["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])}, picture, "logits"),
+    "vit": Kind(vit, {"lora": lora(VIT), "light": lora(VIT) | {"lora_alpha": 0.2}}, picture, "logits"),
     "unet": Kind(unet, {"lora": lora(UNET), "dora": lora(["to_q"], use_dora=True)}, latents, "sample"),
 }  # fmt: skip
 
@@ -113,6 +129,9 @@ def seeded(model: nn.Module, seed: int, only: str = "", scale: float = 0.15) -> 
             if only in name:
                 noise = scale * torch.randn_like(parameter)
                 parameter.copy_(parameter + noise if parameter.ndim == 1 else noise)
+        for name, values in sorted(model.named_buffers()):
+            if not only and name.endswith(("running_mean", "running_var")):  # a batch norm's, which exporters fold
+                values.copy_(values + 0.5 * torch.rand_like(values))
     return model
 
 

@@ -25,7 +25,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
-from surgery_formats.models.families.inserted import Inserted
+from surgery_formats.models.families.inserted import PlacedModule
 from surgery_formats.models.families.recipe import Bottleneck, Coupling
 from surgery_formats.updates import Factor, Unmerged
 
@@ -109,7 +109,7 @@ def _bottleneck(
     network = Bottleneck(f"{module}.adapters", _width(adapter, update, settings, up), rank, form)
     values = partial(_values, adapter, network, held, settings, down, up, number)
     sites = frozenset({site}) | (shared_sites if settings.phm else frozenset())
-    return InsertedModule(Inserted(network, behind, layer), sites, values)
+    return InsertedModule(PlacedModule(network, behind, layer), sites, values)
 
 
 def _odd(adapter: Adapter, factor: Factor, what: str) -> MalformedError:
@@ -241,7 +241,9 @@ def _coupling(adapter: Adapter, site: Site, update: Unmerged) -> InsertedModule:
     halves = held["F.2.weight"].shape[0], held["G.2.weight"].shape[0]
     ranks = held["F.0.weight"].shape[0], held["G.0.weight"].shape[0]
     network = Coupling(_module(site) + ".invertible_adapters", sum(halves), ranks, settings.form.activation)
-    place = Inserted(network, "embedding", inverted=str(adapter.config.get("model_class", "")).endswith("AdapterModel"))
+    place = PlacedModule(
+        network, "embedding", inverted=str(adapter.config.get("model_class", "")).endswith("AdapterModel")
+    )
     return InsertedModule(place, frozenset({site}), partial(_coupling_values, adapter, network, held))
 
 

@@ -26,7 +26,7 @@ from surgery_formats.adapters.writing import ConversionLedger, places_of
 from surgery_formats.binding.growth import grown
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.updates import LoRA, Update, is_directed, low_rank_part
+from surgery_formats.updates import Update, is_directed, low_rank_part
 
 __all__ = ["render_weight_file"]
 
@@ -105,9 +105,7 @@ class _Job:
         prefix = self.names.prefix(site)
         if prefix is None:
             return f"this format has no place for '{site.component}'"
-        whole = self.waiting.take(site, update, prefix) if candidate.own is None and isinstance(update, LoRA) else ""
-        if whole:
-            self.ledger.keep(site, candidate.source, "folded", f"with the other parts of {whole}")
+        if self.waiting.take(candidate, prefix):
             return ""
         parts = self.names.parts(site, update, prefix)
         if not parts:
@@ -129,10 +127,16 @@ class _Job:
 
     def write_joined(self) -> None:
         """Write what waited for its other parts."""
-        for stem, prefix, lora in self.waiting.joined():
-            writer = LeafWriter(stem, self.leaves, (), self.scales.with_alpha, self.scales.in_header)
-            LORA.write(lora, "weight", writer)
-            self._keep(writer, prefix, lora.rank)
+        for whole, made in self.waiting.joined():
+            if isinstance(made, str):
+                for part in whole.parts:
+                    self.ledger.drop(part.site, part.source, made)
+                continue
+            writer = LeafWriter(whole.stem, self.leaves, (), self.scales.with_alpha, self.scales.in_header)
+            LORA.write(made, "weight", writer)
+            self._keep(writer, whole.prefix, made.rank)
+            for part in whole.parts:
+                self.ledger.keep(part.site, part.source, "folded", f"with the other parts of {whole.stem}")
 
     def _writer(self, candidate: Candidate, part: SpeltPart) -> LeafWriter:
         """What collects the tensors of one module of an update."""

@@ -15,10 +15,17 @@ from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.raw import File, open_file, stays_inside
 from surgery_formats.text import show
 
-__all__ = ["ExternalFiles"]
+__all__ = ["ExternalFiles", "is_inside"]
 
 _NUMBER = re.compile(r"[0-9]{1,19}")
 _DRIVE = re.compile(r"[A-Za-z]:")
+
+
+def is_inside(location: str) -> bool:
+    """Whether a location is a plain path below the graph's folder; where links lead is another question."""
+    if not location or not location.isprintable() or "\\" in location:
+        return False
+    return not location.startswith("/") and ".." not in location.split("/") and not _DRIVE.match(location)
 
 
 class ExternalFiles:
@@ -67,9 +74,7 @@ class ExternalFiles:
         return file, offset or 0
 
     def _open(self, name: str, location: str) -> File:
-        parts = location.replace("\\", "/").split("/")
-        inside = location and not location.startswith(("/", "\\")) and ".." not in parts and not _DRIVE.match(location)
-        if not inside or not location.isprintable() or "\\" in location:
+        if not is_inside(location):
             raise MalformedError(
                 f"its data is said to lie at '{show(location)}', which is no path inside the graph's folder",
                 file=self.graph,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from surgery_formats.arrays import Array
 from surgery_formats.containers.onnx.elements import ELEMENT_NAMES, STRING, raw_form
-from surgery_formats.containers.onnx.external import ExternalFiles
+from surgery_formats.containers.onnx.external import ExternalFiles, is_inside
 from surgery_formats.containers.onnx.tensor_proto import FoundTensor
 from surgery_formats.containers.onnx.walk import walk
 from surgery_formats.containers.onnx.wire import Pieces
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.tensors.tensor import StoredTensor
@@ -24,7 +26,7 @@ from surgery_formats.text import nbytes, show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OnnxGraph", "TypedTensors", "open_graph"]
+__all__ = ["OnnxGraph", "TypedTensors", "external_locations", "open_graph"]
 
 _SKELETON = 1 << 29  # bytes of a graph without its weights
 _DECODED = 1 << 28  # bytes of values that are read one by one
@@ -43,7 +45,7 @@ class OnnxGraph:
             order of the graph. Of types that safetensors lacks they are bytes, see `StoredTensor.packed_as`.
         shapes: The shape of every tensor as the graph has it, also of those that are bytes here.
         small: Every other tensor of numbers: written one by one, they are decoded when they are asked for.
-        holders: ``initializer``, ``Constant``, ``attribute`` or ``sparse``, by name of the tensor.
+        holders: ``initializer``, ``Constant``, ``attribute`` or ``SparseTensor``, by name of the tensor.
         strings: Names of tensors of text.
         external: The other files, open, in order of their first use.
     """
@@ -130,6 +132,13 @@ class TypedTensors(Mapping[str, Array]):
         """The shape, without reading values."""
         return self._found[name].shape
 
+    def is_weight(self, name: str, elements: int) -> bool:
+        """Whether it is an array of more than so many numbers of a type that weights have."""
+        found = self._found[name]
+        form = raw_form(found.elements, found.shape)
+        numbers = form is not None and (form[0].is_floating_point or bool(form[3]) or form[0] in (DType.I8, DType.U8))
+        return numbers and math.prod(found.shape) > elements
+
     def label(self, name: str) -> str:
         """The type."""
         return ELEMENT_NAMES[self._found[name].elements]
@@ -166,6 +175,17 @@ def open_graph(path: str | os.PathLike[str]) -> OnnxGraph:
         tuple(dict.fromkeys(external.files.values())),
         found.skeleton,
     )
+
+
+def external_locations(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The other files that a graph has its weights in, as it names them, whether they are there or not.
+
+    Raises:
+        NotFoundError, MalformedError: see `open_graph`.
+    """
+    found = (tensor.external for tensor in walk(open_file(path)).tensors)
+    names = dict.fromkeys(entries.get("location", "") for entries in found if entries is not None)
+    return tuple(name for name in names if is_inside(name))
 
 
 def _stored(file: File, tensor: FoundTensor, external: ExternalFiles) -> StoredTensor | None:

@@ -27,7 +27,7 @@ class FoundTensor:
 
     Attributes:
         key: Its name in the graph, see `surgery_formats.containers.onnx.walk`.
-        holder: ``initializer``, ``Constant``, ``attribute`` or ``sparse``.
+        holder: ``initializer``, ``Constant``, ``attribute`` or ``SparseTensor``.
         elements: Number of its type.
         shape: Its sizes.
         message: Range of the whole message in the file.

@@ -177,7 +177,7 @@ class _Walker:
 
         def inner(one: Field) -> Pieces | None:
             half = halves.get(one.number)
-            return None if half is None else self.tensor(one, "sparse", "", f"{key}/{half}")
+            return None if half is None else self.tensor(one, "SparseTensor", "", f"{key}/{half}")
 
         return self._within(whole, inner)
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from surgery_formats.errors import FitError, NotFoundError, OutputExistsError
+from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError
+from surgery_formats.files.equal_ranges import EqualRanges, holds
 from surgery_formats.files.output.kernel_copy import rename_new, reserve, start_writeback, sync_folder, write_all
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
+from surgery_formats.files.raw import File
 
 __all__ = ["SingleFile", "write_single"]
 
@@ -27,6 +29,7 @@ class SingleFile:
         self._shown = shown
         self.path = path
         self.nbytes = nbytes
+        self.equal = EqualRanges()
         self._unsynced = 0
 
     def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
@@ -41,6 +44,22 @@ class SingleFile:
             if self._unsynced >= WRITEBACK_STEP:
                 self._unsynced = 0
                 start_writeback(self._fd, 0, 0)
+
+    def confirm(self, data: memoryview, offset: int, source: File, source_offset: int) -> None:
+        """Read back what lies at `offset`, which must be `data`, and note that it is equal to that range of `source`.
+
+        Args:
+            data: As read from `source`.
+            offset: Where it was written.
+            source: The file that it was read from.
+            source_offset: Where it lies there.
+
+        Raises:
+            ProofError: the file holds other bytes.
+        """
+        if not holds(self._fd, data, offset):
+            raise ProofError("the disk gives back other bytes than were written", file=self._shown)
+        self.equal.add(offset, source, source_offset, len(data))
 
 
 def write_single(
@@ -85,11 +104,13 @@ def write_single(
         fd = _open_hidden(hidden, shown)
         try:
             reserve(fd, nbytes)
-            fill(SingleFile(fd, hidden, shown, nbytes))
+            file = SingleFile(fd, hidden, shown, nbytes)
+            fill(file)
             with ThreadPoolExecutor(1, "surgery-sync") as pool:  # the disk and the proof do not wait for each other
                 synced = pool.submit(os.fsync, fd)
                 if prove is not None:
-                    prove(hidden)
+                    with file.equal.known(fd):
+                        prove(hidden)
                 synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
         except BaseException:

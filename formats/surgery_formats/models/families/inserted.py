@@ -21,13 +21,13 @@ from surgery_formats.models.families.recipe import (
     Projection,
 )
 
-__all__ = ["Inserted", "as_fields", "from_fields", "inserted_shapes", "named", "with_inserted"]
+__all__ = ["PlacedModule", "as_fields", "from_fields", "inserted_shapes", "named", "with_inserted"]
 
 _LARGEST = 1 << 31
 
 
 @dataclass(frozen=True, slots=True)
-class Inserted:
+class PlacedModule:
     """One module and its place.
 
     Attributes:
@@ -43,12 +43,12 @@ class Inserted:
     inverted: bool = False
 
 
-def named(module: Inserted, name: str) -> Inserted:
+def named(module: PlacedModule, name: str) -> PlacedModule:
     """The same module, its tensors under another name."""
     return replace(module, network=replace(module.network, module=name))
 
 
-def as_fields(module: Inserted) -> dict[str, Any]:
+def as_fields(module: PlacedModule) -> dict[str, Any]:
     """Plain values, from which `from_fields` makes the module again."""
     network = module.network
     own: dict[str, Any]
@@ -60,7 +60,7 @@ def as_fields(module: Inserted) -> dict[str, Any]:
     return {"module": network.module, "width": network.width, **place, **own}
 
 
-def from_fields(fields: Mapping[str, Any]) -> Inserted:
+def from_fields(fields: Mapping[str, Any]) -> PlacedModule:
     """The module that plain values describe.
 
     Raises:
@@ -76,7 +76,7 @@ def from_fields(fields: Mapping[str, Any]) -> Inserted:
             raise ValueError("no ranks of a coupling")
         _check_choice(activation, Activation)
         network = Coupling(module, width, (ranks[0], ranks[1]), cast(Activation, activation))
-        return Inserted(network, "embedding", layer, inverted)
+        return PlacedModule(network, "embedding", layer, inverted)
     if behind not in ("attention", "mlp") or not _is_size(rank := fields.get("rank")):
         raise ValueError("not a place, or no rank")
     form = BottleneckForm(**fields["form"]) if isinstance(fields.get("form"), Mapping) else None
@@ -87,7 +87,7 @@ def from_fields(fields: Mapping[str, Any]) -> Inserted:
             _check_choice(value, get_type_hints(BottleneckForm)[name])
         elif not isinstance(value, bool):
             raise ValueError(f"'{name}' is no switch")
-    return Inserted(Bottleneck(module, width, rank, form), behind, layer, inverted)
+    return PlacedModule(Bottleneck(module, width, rank, form), behind, layer, inverted)
 
 
 def _is_size(value: object) -> TypeGuard[int]:
@@ -99,7 +99,7 @@ def _check_choice(value: object, choices: Any) -> None:
         raise ValueError("not a choice")
 
 
-def with_inserted(model: Model, modules: Iterable[Inserted]) -> Model:
+def with_inserted(model: Model, modules: Iterable[PlacedModule]) -> Model:
     """The recipe with modules inserted, each behind those that stand there already.
 
     Raises:

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration of a network that has other layers: their number, what it lists for each, and rules that go by number.
+
+Checked against transformers 5.23. A rule that gives a layer another role at its new place is written out where the family
+has a list for it (``layer_types``, ``mlp_only_layers``, ``no_rope_layers``), and refused where it has none.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery_formats.errors import FitError
+from surgery_formats.models.rebuilt.stack import COUNTS, LayerStack
+from surgery_formats.text import show
+
+__all__ = ["LayerConfig", "layer_config"]
+
+_LISTS = (
+    *("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "layers_block_type", "layer_rope_theta"),
+    *("indexer_types", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "activation_sparsity_pattern"),
+    *("intermediate_size", "sliding_windows", "block_configs", "num_query_heads", "num_kv_heads", "ffn_multipliers"),
+    *("num_key_value_heads", "num_attention_heads", "hybrid_override_pattern", "hybrid_layer_pattern"),
+)
+"""What has an entry for each layer, where it is a list."""
+_NUMBERS = (
+    *("mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids"),
+    *("moe_layers", "local_layer_ids", "global_layers"),
+)
+"""Lists of the numbers of layers."""
+_OTHER_LISTS = frozenset(
+    {
+        *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"),
+        *("keys_to_ignore_at_inference", "mrope_section", "summary_proj_to_labels", "labels", "decoder_start_token_id"),
+    }
+)
+_PERIODS = (
+    *("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step", "moe_layer_freq"),
+    *("moe_layer_frequency", "layer_group_size", "moe_every_n_layers"),
+)
+"""Rules by which every n-th layer is of another kind."""
+_REFUSED = ("num_kv_shared_layers", "num_last_full_attention_layers", "num_first_full_attention_layers")
+"""Rules that count from the last layer, or tie layers to others."""
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_NOT_LISTED = frozenset(
+    {
+        *("afmoe", "bailing_hybrid", "beam", "cohere2_moe", "cwm", "deepseek_v4", "exaone4", "exaone_moe", "flint"),
+        *("gemma3n_text", "gemma4_text", "gemma4_unified_text", "granite_swa", "granitemoe_swa", "inkling_text"),
+        *("kimi_linear", "lfm2", "llama4_text", "mimo_v2_flash", "minimax", "modernbert-decoder", "olmo_hybrid"),
+        *("qwen3_5_moe_text", "qwen3_5_text", "t5gemma2_text", "vaultgemma", "zamba", "zamba2", "nemotron_h"),
+    }
+)
+"""Types whose layers differ by a rule of their own, if config.json does not list their types."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """A configuration made true.
+
+    Attributes:
+        config: All of it.
+        warnings: What programs that go by the family's own pattern will make of it.
+    """
+
+    config: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def layer_config(
+    config: Mapping[str, Any], stack: LayerStack, order: Sequence[int], contents: Sequence[Hashable]
+) -> LayerConfig:
+    """`config` for a network whose layer `i` was the layer ``order[i]``.
+
+    Args:
+        config: config.json of all layers; empty where there is none.
+        stack: The layers.
+        order: Old numbers.
+        contents: What each of the old layers consists of; where these differ, the configuration must say which is which.
+
+    Raises:
+        FitError: it does not, or says it by a rule that no longer holds.
+    """
+    whole = copy.deepcopy(dict(config))
+    if not config:
+        _check_alike(contents, [() for _ in contents])
+        return LayerConfig(whole)
+    holder = stack.holder(whole)
+    assert isinstance(holder, dict)
+    roles: list[list[Any]] = [[] for _ in range(stack.count)]
+    changed = _Changes(holder, stack.count, tuple(order), roles)
+    changed.types()
+    changed.lists()
+    changed.numbers()
+    changed.rules()
+    _check_alike(contents, [tuple(map(repr, role)) for role in roles])
+    for key in COUNTS:
+        if holder.get(key) == stack.count:
+            holder[key] = len(order)
+    return LayerConfig(whole, tuple(changed.warnings))
+
+
+def _check_alike(contents: Sequence[Hashable], roles: Sequence[Hashable]) -> None:
+    """Layers of one role must consist of the same tensors, or nothing would tell which is which."""
+    seen: dict[Hashable, int] = {}
+    for number, role in enumerate(roles):
+        first = seen.setdefault(role, number)
+        if contents[first] != contents[number]:
+            raise FitError(
+                f"layers {first} and {number} consist of different tensors, and config.json does not say by what rule",
+                hint="this network's layers cannot be moved",
+            )
+
+
+class _Changes:
+    """The corrections of one configuration, in place."""
+
+    def __init__(self, config: dict[str, Any], count: int, order: tuple[int, ...], roles: list[list[Any]]) -> None:
+        self.config, self.count, self.order, self.roles = config, count, order, roles
+        self.warnings: list[str] = []
+
+    def types(self) -> None:
+        """The types of attention, where the family has a pattern and config.json does not list them."""
+        kind = str(self.config.get("model_type"))
+        if isinstance(self.config.get("layer_types"), list):
+            return
+        rule = _PATTERNS.get(kind)
+        if rule is None:
+            if kind in _NOT_LISTED and not self._stays:
+                raise FitError(
+                    f"layers of '{show(kind)}' are of several types, and config.json does not list them",
+                    hint="load and save it with transformers 5, which writes layer_types",
+                )
+            return
+        key, value = rule(self.config)
+        old = [value(number) for number in range(self.count)]
+        self._note(old)
+        new = [old[number] for number in self.order]
+        if not isinstance(self.config.get(key), list) and new != [value(number) for number in range(len(new))]:
+            self.config[key] = old  # for `lists` to put in order
+            self.warnings.append(
+                f"config.json lists {key}, because the layers no longer follow the pattern of {show(kind)}: programs "
+                "that take the pattern for granted (llama.cpp, old servers) would run this model wrongly"
+            )
+
+    def lists(self) -> None:
+        """What has an entry for each layer.
+
+        Raises:
+            FitError: a list that is not known and has as many entries as there are layers.
+        """
+        for key, value in self.config.items():
+            if not isinstance(value, list) and not (key == "hybrid_override_pattern" and isinstance(value, str)):
+                continue
+            if key in _LISTS and len(value) == self.count:
+                self._note(value)
+                new = [value[number] for number in self.order]
+                self.config[key] = "".join(new) if isinstance(value, str) else new
+            elif key in _LISTS:
+                raise FitError(f"config.json has {len(value)} {key} for {self.count} layers")
+            elif len(value) == self.count > 3 and key not in (*_OTHER_LISTS, *_NUMBERS):
+                raise FitError(
+                    f"config.json has {self.count} values of '{show(key)}': whether there is one for each layer is not known"
+                )
+        if isinstance(self.config.get("attention_types"), list) and isinstance(
+            names := self.config.get("attention_layers"), list
+        ):
+            self.config["attention_types"] = [[[name], 1] for name in names]  # GPT-Neo's short form of the same
+        elif isinstance(types := self.config.get("attention_types"), list):
+            names = [name for entry in types for _ in range(entry[1]) for name in entry[0]]
+            self._note(names)
+            self.config["attention_types"] = [[[names[number]], 1] for number in self.order]
+
+    def numbers(self) -> None:
+        """Lists of numbers of layers."""
+        for key in _NUMBERS:
+            value = self.config.get(key)
+            if isinstance(value, list) and key != "mlp_only_layers":
+                self._note([number in value for number in range(self.count)])
+                self.config[key] = [new for new, old in enumerate(self.order) if old in value]
+
+    def rules(self) -> None:
+        """Rules that go by the number of a layer."""
+        self._windows()
+        self._dense_first()
+        self._sparse_step()
+        for key in _PERIODS:
+            period = self.config.get(key)
+            if type(period) is not int or period < 2:
+                continue
+            self._note([number % period for number in range(self.count)])
+            if any(new % period != old % period for new, old in enumerate(self.order)):
+                raise FitError(f"every {period}. layer is of another kind ({key}), which would no longer be true")
+        for key in _REFUSED:
+            if self.config.get(key) and not self._stays:
+                raise FitError(f"{key} of config.json ties layers to their places")
+        if self.config.get("scale_attn_by_inverse_layer_idx") and any(n != o for n, o in enumerate(self.order)):
+            raise FitError(
+                "attention is scaled by the number of the layer (scale_attn_by_inverse_layer_idx), so that no layer can move",
+                hint="drop layers at the end only",
+            )
+
+    def _note(self, values: Sequence[Any]) -> None:
+        """What tells one old layer from another."""
+        for role, value in zip(self.roles, values, strict=True):
+            role.append(value)
+
+    @property
+    def _stays(self) -> bool:
+        return self.order == tuple(range(self.count))
+
+    def _windows(self) -> None:
+        """Qwen2's layers have a window from this one on, if any has."""
+        first = self.config.get("max_window_layers")
+        if type(first) is int:
+            self.config["max_window_layers"] = sum(number < first for number in self.order)
+
+    def _dense_first(self) -> None:
+        """DeepSeek's first layers have no experts."""
+        first = self.config.get("first_k_dense_replace")
+        if type(first) is not int or isinstance(self.config.get("mlp_layer_types"), list):
+            return
+        self._note([number < first for number in range(self.count)])
+        dense = [old < first for old in self.order]
+        if dense != sorted(dense, reverse=True):
+            raise FitError("a layer without experts would stand behind one with experts (first_k_dense_replace)")
+        self.config["first_k_dense_replace"] = sum(dense)
+
+    def _sparse_step(self) -> None:
+        """Qwen's layers without experts: those that are listed, and all but every n-th."""
+        step, listed = self.config.get("decoder_sparse_step"), self.config.get("mlp_only_layers")
+        if type(step) is not int and not isinstance(listed, list):
+            return
+        step, listed = step if type(step) is int and step > 0 else 1, listed if isinstance(listed, list) else []
+
+        def dense(number: int) -> bool:
+            return number in listed or (number + 1) % step != 0
+
+        self._note([dense(number) for number in range(self.count)])
+        if all(dense(new) == dense(old) for new, old in enumerate(self.order)):
+            self.config["mlp_only_layers"] = [number for number in listed if number < len(self.order)]
+            return
+        self.config["decoder_sparse_step"] = 1
+        self.config["mlp_only_layers"] = [new for new, old in enumerate(self.order) if dense(old)]
+
+
+_Pattern = Callable[[Mapping[str, Any]], tuple[str, Callable[[int], Any]]]
+
+
+def _every(default: int, *keys: str, other: str = _SLIDING, first: int = 1) -> _Pattern:
+    """Every n-th layer attends to everything."""
+
+    def pattern(config: Mapping[str, Any]) -> tuple[str, Callable[[int], Any]]:
+        told = (value for key in keys if type(value := config.get(key)) is int and value > 0)
+        period = next(told, default)
+        return "layer_types", lambda number: other if (number + first) % period else _FULL
+
+    return pattern
+
+
+def _from_a_layer_on(config: Mapping[str, Any]) -> tuple[str, Callable[[int], Any]]:
+    """Qwen's."""
+    first = config.get("max_window_layers", 28)
+    slides = bool(config.get("use_sliding_window")) and config.get("sliding_window", 4096) is not None
+    return "layer_types", lambda number: _SLIDING if slides and number >= first else _FULL
+
+
+def _up_to_a_layer(config: Mapping[str, Any]) -> tuple[str, Callable[[int], Any]]:
+    """Qwen2-MoE's."""
+    first = config.get("max_window_layers", 28)
+    slides = bool(config.get("use_sliding_window"))
+    return "layer_types", lambda number: _SLIDING if slides and (number + 1) % 2 and number < first else _FULL
+
+
+def _with_and_without_positions(config: Mapping[str, Any]) -> tuple[str, Callable[[int], Any]]:
+    """SmolLM3's."""
+    period = config.get("no_rope_layer_interval", 4)
+    listed = config.get("no_rope_layers")
+    if isinstance(listed, list):
+        return "no_rope_layers", lambda number: listed[number] if number < len(listed) else None
+    return "no_rope_layers", lambda number: int((number + 1) % period != 0)
+
+
+_PATTERNS: Mapping[str, _Pattern] = {
+    "gemma2": _every(2),
+    "gpt_oss": _every(2),
+    "gemma3_text": _every(6, "sliding_window_pattern", "_sliding_window_pattern"),
+    "cohere2": _every(4, "sliding_window_pattern"),
+    "olmo3": _every(4),
+    "modernbert": _every(3, "global_attn_every_n_layers", first=0),
+    "qwen3_next": _every(4, "full_attention_interval", other="linear_attention"),
+    "qwen2": _from_a_layer_on,
+    "qwen2_moe": _up_to_a_layer,
+    "qwen3": _from_a_layer_on,
+    "smollm3": _with_and_without_positions,
+}
+"""Of types whose layers follow a pattern: the list that says it, and its entry for a layer."""

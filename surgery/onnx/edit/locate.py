@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weight of a checkpoint every tensor of a graph holds, by value.
+
+Names are not asked, except of weights that have equal values. A search over few elements of each row proposes; a
+comparison of all elements decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
+
+from surgery.engine.execute import default_workers
+from surgery.onnx.edit.coded_nodes import coded_matrices
+from surgery.onnx.edit.compare import differing_rows, is_there
+from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_weights
+from surgery.onnx.edit.matrix import Matrix, float_matrices
+from surgery.onnx.edit.pieces import Piece, Place, compact, count_of
+from surgery.onnx.edit.quantised import CodedMatrix
+from surgery.onnx.edit.rows import RowIndex, scattered_rows
+from surgery.onnx.edit.tables import known_table
+from surgery.onnx.edit.ties import affinity, names_beside, settled_ties
+from surgery.onnx.edit.vectors import Vectors, vectors_in
+from surgery.onnx.edit.wanted import Wanted
+from surgery.onnx.edit.whole import Beginnings, whole_weights
+from surgery_formats.containers.onnx import OnnxGraph
+from surgery_formats.threads import one_thread
+
+__all__ = ["Located", "located_weights"]
+
+_LEAST = 16  # elements of a matrix that rows are looked for in
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What a graph holds of a checkpoint.
+
+    Attributes:
+        graph: The graph.
+        weights: What was looked for.
+        pieces: What was found, in the order of the graph.
+        tables: Tensors that are no weights, by name, with what they are.
+        near: Weights that are there with other values.
+        others: Names of tensors of numbers of which nothing is known.
+        coded: Every tensor of codes by name, whether a weight was found in it or not.
+    """
+
+    graph: OnnxGraph
+    weights: tuple[Wanted, ...]
+    pieces: tuple[Piece, ...]
+    tables: Mapping[str, str] = field(default_factory=dict)
+    near: tuple[Near, ...] = ()
+    others: tuple[str, ...] = ()
+    coded: Mapping[str, CodedMatrix] = field(default_factory=dict)
+
+    @cached_property
+    def of_weight(self) -> Mapping[str, tuple[Piece, ...]]:
+        """The pieces of every weight, by label; also those that it shares."""
+        found: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            for weight in (piece.weight, *piece.also):
+                found.setdefault(weight.label, []).append(piece)
+        return {label: tuple(pieces) for label, pieces in found.items()}
+
+    @cached_property
+    def covered(self) -> Mapping[str, float]:
+        """The share of the rows of every weight that was found."""
+        return {weight.label: _share(weight, self.of_weight.get(weight.label, ())) for weight in self.weights}
+
+    @property
+    def whole(self) -> tuple[Wanted, ...]:
+        """Weights that are in the graph wholly."""
+        return tuple(weight for weight in self.weights if self.covered[weight.label] == 1)
+
+    @property
+    def missing(self) -> tuple[Wanted, ...]:
+        """Weights that are not, or not wholly."""
+        return tuple(weight for weight in self.weights if self.covered[weight.label] < 1)
+
+
+def _share(weight: Wanted, pieces: Sequence[Piece]) -> float:
+    straight = [piece for piece in pieces if not piece.flipped]
+    flipped = [piece for piece in pieces if piece.flipped]
+    size = weight.rows * weight.cols if weight.is_vector else weight.rows
+    return max(count_of(straight, size) / size, count_of(flipped, weight.cols) / weight.cols if flipped else 0.0)
+
+
+def located_weights(
+    graph: OnnxGraph,
+    weights: Sequence[Wanted],
+    *,
+    touched: Collection[str] | None = None,
+    tables: bool = True,
+    workers: int | None = None,
+) -> Located:
+    """Find weights in a graph.
+
+    Args:
+        graph: The graph.
+        weights: What is looked for.
+        touched: Labels of the weights that matter: what else is found is not compared in full. None is all.
+        tables: Whether tensors that are no weight are looked at, too.
+        workers: Threads that compare.
+
+    Raises:
+        MalformedError: a file ends before, or codes and scales do not fit each other.
+    """
+    search = _Search(graph, weights, touched, workers or default_workers())
+    with one_thread():
+        return search.run(tables=tables)
+
+
+class _Search:
+    """One search; what is found leaves less to look for."""
+
+    def __init__(
+        self, graph: OnnxGraph, weights: Sequence[Wanted], touched: Collection[str] | None, workers: int
+    ) -> None:
+        self.graph, self.weights, self.touched, self.workers = graph, tuple(weights), touched, workers
+        self.coded = dict(coded_matrices(graph))
+        self.plain = {name: matrices for name, matrices in float_matrices(graph) if name not in self.coded}
+        self.vectors = Vectors(weights)
+        self.found: dict[str, list[Piece]] = {}
+
+    def run(self, *, tables: bool) -> Located:
+        """All of it."""
+        beginnings = Beginnings(self.weights)
+        proposed: dict[str, list[Piece]] = {}
+        for name, matrices in self.plain.items():
+            one = matrices[0] if matrices else None
+            if one is not None and one.cols == 1:
+                if pieces := vectors_in(one, self.vectors):
+                    self.found[name] = pieces
+            elif matrices and (pieces := whole_weights(matrices, beginnings)):
+                proposed[name] = pieces
+        self._keep_whole(proposed)
+        self._scattered()
+        self._fits()
+        order = {name: number for number, name in enumerate((*self.plain, *self.coded))}
+        names = sorted(self.found, key=order.__getitem__)
+        pieces = settled_ties([piece for name in names for piece in self.found[name]], names_beside(self.graph.proto))
+        located = Located(self.graph, self.weights, tuple(pieces), coded={n: m[0] for n, m in self.coded.items()})
+        return self._with_rest(located) if tables else located
+
+    def _matters(self, piece: Piece) -> bool:
+        labels = {weight.label for weight in (piece.weight, *piece.also)}
+        return self.touched is None or not labels.isdisjoint(self.touched)
+
+    def _each(self, work: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
+        if self.workers < 2 or len(items) < 2:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(self.workers, "surgery-compare") as pool:
+            return list(pool.map(work, items))
+
+    def _keep_whole(self, proposed: Mapping[str, list[Piece]]) -> None:
+        every = [(name, piece) for name, pieces in proposed.items() for piece in pieces]
+        there = self._each(lambda entry: not self._matters(entry[1]) or is_there(entry[1]), every)
+        wrong = {name for (name, _), good in zip(every, there, strict=True) if not good}
+        self.found |= {name: pieces for name, pieces in proposed.items() if name not in wrong}
+
+    def _left(self) -> list[Wanted]:
+        """Weights that matter and are not found wholly yet."""
+        located = Located(self.graph, self.weights, tuple(p for pieces in self.found.values() for p in pieces))
+        return [w for w in located.missing if self.touched is None or w.label in self.touched]
+
+    def _scattered(self) -> None:
+        """Rows, where whole weights were not found."""
+        places = {
+            name: matrices
+            for name, matrices in self.plain.items()
+            if name not in self.found and matrices and matrices[0].numel >= _LEAST and matrices[0].cols > 1
+        }
+        if not places or not any(not weight.is_vector for weight in self._left()):
+            return
+        index = RowIndex(self.weights)
+        for name, matrices in places.items():
+            proposed = scattered_rows(matrices, index)
+            kept = [piece for piece in self._each(_only_equal, proposed) if len(piece.rows)]
+            if kept:
+                self.found[name] = kept
+
+    def _fits(self) -> None:
+        """Factors, folds and codes, where values were not found."""
+        left = [weight for weight in self._left() if not weight.is_vector]
+        beside = names_beside(self.graph.proto) if self.coded or left else {}
+        wanted = left if not self.coded else [w for w in self.weights if not w.is_vector]
+        if not left:
+            return
+        partly = {name for name, pieces in self.found.items() if not _fills(pieces)}
+        names = [name for name in (*self.plain, *self.coded) if name not in self.found or name in partly]
+        by_label = {weight.label: weight for weight in self.weights}
+
+        def fit(name: str) -> list[Piece]:
+            places: Sequence[Place] = self.coded.get(name) or self.plain[name]
+            if not places or places[0].cols == 1:
+                return []
+            texts = beside.get(name, ((name, 0.0),))
+            here = [piece.weight for piece in self.found.get(name, ()) if piece.weight not in left]
+            likely = sorted(wanted if name in self.coded else (*left, *here), key=lambda each: -affinity(each, texts))
+            found = []
+            for piece in fitting_weights(places, likely, self.vectors):
+                fold = by_label[piece.fold] if piece.fold else None
+                values = None if fold is None else fold.block(0, fold.rows).reshape(-1).astype("f8") + piece.fold_plus
+                same = piece.factor == 1 and fold is None and not piece.row_factors and isinstance(piece.place, Matrix)
+                error = (0.0 if is_there(piece) else None) if same else measured(piece, values)
+                if error is None:
+                    return []
+                found.append(replace(piece, error=error))
+            return found
+
+        for name, pieces in zip(names, self._each(fit, names), strict=True):
+            if pieces:
+                self.found[name] = pieces
+
+    def _with_rest(self, located: Located) -> Located:
+        """With what is known of all other tensors."""
+        tables: dict[str, str] = {}
+        others: list[str] = []
+        near: list[Near] = []
+        left = [weight for weight in located.missing if not weight.is_vector]
+        for name in (*self.plain, *self.coded):
+            if name in self.found:
+                continue
+            places: Sequence[Place] = self.coded.get(name) or self.plain[name]
+            if not places:
+                continue
+            first = places[0]
+            if isinstance(first, Matrix) and (what := known_table(first)):
+                tables[name] = what
+            elif first.cols > 1 and left and (changed := nearest_weights(places, left)):
+                near += changed
+            else:
+                others.append(name)
+        return replace(located, tables=tables, near=tuple(near), others=tuple(others))
+
+
+def _only_equal(piece: Piece) -> Piece:
+    """The piece without the rows that only began alike."""
+    wrong = differing_rows(piece)
+    if not wrong:
+        return piece
+    kept = [number for number in range(len(piece.rows)) if number not in wrong]
+    graph_rows, rows = (compact([index[number] for number in kept]) for index in (piece.graph_rows, piece.rows))
+    return replace(piece, graph_rows=graph_rows, rows=rows)
+
+
+def _fills(pieces: Iterable[Piece]) -> bool:
+    """Whether pieces are all of a tensor."""
+    some = list(pieces)
+    return sum(len(p.graph_rows) * (p.place.rows if p.turned else p.place.cols) for p in some) >= some[0].place.numel

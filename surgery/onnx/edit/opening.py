@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph by its file, or by the folder that it is alone in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from surgery_formats.containers.onnx import OnnxGraph, open_graph
+from surgery_formats.errors import FitError, NotFoundError
+from surgery_formats.text import listing
+
+__all__ = ["graph_at", "is_graph"]
+
+
+def is_graph(path: Path) -> bool:
+    """Whether a name is that of a graph's file."""
+    return path.suffix == ".onnx" and path.is_file()
+
+
+def graph_at(path: Path) -> OnnxGraph:
+    """Open the graph at `path`; of a folder, the only one in it.
+
+    Raises:
+        NotFoundError: there is none.
+        FitError: a folder with several.
+        MalformedError: it is no graph.
+    """
+    if not path.is_dir():
+        return open_graph(path)
+    found = sorted(one for one in path.iterdir() if is_graph(one))
+    if not found:
+        raise NotFoundError("no .onnx file in it", file=path)
+    if len(found) > 1:
+        names = listing([one.name for one in found])
+        raise FitError(f"several graphs: {names}", file=path, hint="name one of them")
+    return open_graph(found[0])

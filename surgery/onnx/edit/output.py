@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write an edited graph into a folder of its own: its files of weights copied by the kernel, and what lies beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surgery.engine.execute import write_side_file
+from surgery.engine.plan import SideFile
+from surgery_formats.containers.onnx import OnnxGraph, open_graph
+from surgery_formats.containers.weight_files import holds_weights
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.manifest import MANIFEST, is_safe_name
+from surgery_formats.files.raw import stays_inside
+from surgery_formats.models.identity import fingerprint, tensor_digest
+from surgery_formats.text import nbytes as human
+
+if TYPE_CHECKING:
+    import onnx
+
+    from surgery_formats.tensors.tensor import StoredTensor
+
+__all__ = ["Change", "editable", "write_edited"]
+
+Array = npt.NDArray[Any]
+Change = Callable[[Array], Array]
+
+_LIMIT = 2_000_000_000  # bytes of a protocol buffer; readers refuse 2 GiB
+_LARGEST_SIDE = 1 << 28
+_WEIGHTS = (".onnx", ".data", ".onnx_adapter", ".bin", ".ort")
+
+
+def editable(graph: OnnxGraph) -> onnx.ModelProto:
+    """The model of a graph with the values that are inside its file, for editing."""
+    import onnx
+
+    if graph.file.size > _LIMIT:
+        raise FitError(f"a graph of more than {human(_LIMIT)} cannot be parsed", file=graph.path)
+    return onnx.load_model_from_string(bytes(graph.file.read(0, graph.file.size)))
+
+
+def write_edited(
+    graph: OnnxGraph,
+    model: onnx.ModelProto,
+    output: Path,
+    *,
+    files: Mapping[str, bytes],
+    facts: Mapping[str, Any],
+    inputs: Sequence[Path] = (),
+    overwrite: bool = False,
+    changed: Mapping[str, Change] | None = None,
+    dropped: Collection[str] = (),
+) -> int:
+    """Write the model under its old name, with the files it needs; returns the bytes written.
+
+    Args:
+        graph: The graph it was made of.
+        model: The edited model; tensors with values in other files still say so.
+        output: Folder to make.
+        files: Further small files.
+        facts: For the manifest.
+        inputs: What was read beside the graph; the output may not lie in it.
+        overwrite: Replace an existing output.
+        changed: New values of tensors, made from the old ones, of the same type and shape.
+        dropped: Tensors that the edited model no longer has.
+
+    Raises:
+        FitError: too large for a protocol buffer, or files in deeper folders.
+        OutputExistsError, ResourceError, ProofError: nothing is written.
+    """
+    changed = changed or {}
+    inside = [name for name in changed if name not in graph.tensors or graph.tensors[name].file is graph.file]
+    _change_inside(model, {name: changed[name] for name in inside})
+    data = model.SerializeToString(deterministic=True)
+    if len(data) > _LIMIT:
+        raise FitError(f"the graph would have {human(len(data))}, more than one file of ONNX can hold", file=graph.path)
+    name = graph.path.name
+    ours = {name, *files, *(_location(graph, file.path) for file in graph.external)}
+    sides = [side for side in _beside(graph.path.parent) if side.name not in ours]
+    state = [name, [file.identity for file in graph.files], hashlib.sha256(data).hexdigest()]
+    state += [sorted((key, hashlib.sha256(value).hexdigest()) for key, value in files.items())]
+    job = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    roots = [graph.path.parent, *inputs]
+    with output_folder(output, job, overwrite=overwrite, inputs=roots) as folder:
+        for file in graph.external:
+            location = _location(graph, file.path)
+            if location not in folder.finished:
+                out = folder.create(location, file.size)
+                out.copy_from(file, 0, 0, file.size)
+                for key, change in changed.items():
+                    if key not in inside and (tensor := graph.tensors[key]).file is file:
+                        out.pwrite(_new(tensor, graph, change), tensor.offset)
+                out.finish({})
+        for side in sides:
+            write_side_file(side, folder)
+        for key, value in {**files, name: data}.items():
+            folder.write_small(key, value)
+        _prove(graph, folder.staged / name, changed, set(dropped))
+        graph.check_unchanged()
+        folder.commit({"plan": job, "inputs": {name: fingerprint(graph.file)}, **facts})
+    return len(data) + sum(file.size for file in graph.external) + sum(map(len, files.values()))
+
+
+def _location(graph: OnnxGraph, path: Path) -> str:
+    return path.relative_to(graph.path.parent).as_posix()
+
+
+def _beside(folder: Path) -> Iterator[SideFile]:
+    """Tokenizer, configuration and the like beside a graph; no weights, and nothing of other graphs."""
+    for path in sorted(folder.iterdir()):
+        weights = holds_weights(path.name) or path.name.endswith(_WEIGHTS) or ".onnx_data" in path.name
+        if weights or path.name == MANIFEST or path.name.startswith(".") or not path.is_file():
+            continue
+        if stays_inside(path) and is_safe_name(path.name) and path.stat().st_size <= _LARGEST_SIDE:
+            yield SideFile(path.name, source=path)
+
+
+def _new(tensor: StoredTensor, graph: OnnxGraph, change: Change) -> bytes:
+    """The bytes of a tensor with its new values."""
+    values = np.asarray(tensor.read()).reshape(graph.shapes[tensor.name])
+    return np.ascontiguousarray(change(values)).tobytes()
+
+
+def _change_inside(model: onnx.ModelProto, changed: Mapping[str, Change]) -> None:
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if tensor.name in changed:
+            values = changed[tensor.name](onnx.numpy_helper.to_array(tensor))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+
+
+def _prove(before: OnnxGraph, path: Path, changed: Mapping[str, Change], dropped: Collection[str]) -> None:
+    """Read back: every tensor that the graph had, where it lies now.
+
+    Raises:
+        ProofError: one is missing, or has other bytes.
+    """
+    after = open_graph(path)
+    for name, tensor in before.tensors.items():
+        if name in dropped:
+            continue
+        found = after.tensors.get(name)
+        if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+            raise ProofError("a tensor of the graph is gone from what was written", file=path, tensor=name)
+        if name in changed:
+            if bytes(found.file.read(found.offset, found.nbytes)) != _new(tensor, before, changed[name]):
+                raise ProofError(
+                    "a tensor has other values than were meant in what was written", file=path, tensor=name
+                )
+        elif not _same(tensor, found, before, after):
+            raise ProofError("a tensor of the graph has other bytes in what was written", file=path, tensor=name)
+
+
+def _same(old: StoredTensor, new: StoredTensor, before: OnnxGraph, after: OnnxGraph) -> bool:
+    inside = old.file is before.file, new.file is after.file
+    if inside == (False, False):  # a copy by the kernel, which is proved by the identity of its source
+        return old.offset == new.offset and old.file.path.name == new.file.path.name
+    return inside == (True, True) and tensor_digest(old) == tensor_digest(new)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots for adapters in a graph that somebody else made: where its weights lie is found by value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.onnx.edit.additions import BoundAdditions, bound_additions, factors_of
+from surgery.onnx.edit.output import editable, write_edited
+from surgery.onnx.edit.places import places_of
+from surgery.onnx.edit.slots import SlotShape, Spot, add_slots, spots_of
+from surgery.onnx.edit.unfuse import unfuse
+from surgery.onnx.export.adapters import NamedAdapter, entry
+from surgery.onnx.graph.contract import Slot, from_metadata
+from surgery.onnx.graph.inserted import Inserted, inserted_in
+from surgery.onnx.run.adapter_file import adapter_bytes
+from surgery.reports.output import DRY_RUN, PATH
+from surgery.reports.result import elapsed, summarised
+from surgery.reports.sections import Facts, Note
+from surgery.reports.summary import Summary, warning_notes
+from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.binding.bind import warn_of_other_base
+from surgery_formats.containers.onnx import OnnxGraph, open_graph
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["GraphInsertion", "insert_adapters"]
+
+
+@summarised
+@dataclass(frozen=True)
+class GraphInsertion:
+    """What became of a graph that got slots.
+
+    Attributes:
+        output: The folder; None for a dry run.
+        graph: The graph it was made of.
+        slots: The slots, in order.
+        adapters: What the graph says of each adapter.
+        nodes: Nodes that were added.
+        nbytes: Bytes written.
+        required: Whether the slots are inputs without a default.
+        warnings: What the user should know.
+        seconds: How long it took.
+    """
+
+    output: Path | None
+    graph: Path
+    slots: tuple[Slot, ...]
+    adapters: tuple[Mapping[str, Any], ...]
+    nodes: int
+    nbytes: int = 0
+    required: bool = False
+    warnings: tuple[str, ...] = ()
+    seconds: float = elapsed()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "type": "slots",
+            "output": None if self.output is None else str(self.output),
+            "graph": str(self.graph),
+            "slots": [{"weight": slot.weight, "A": slot.A, "B": slot.B} for slot in self.slots],
+            "adapters": [dict(adapter) for adapter in self.adapters],
+            "required": self.required,
+            "nodes": self.nodes,
+            "nbytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
+        }
+
+    def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
+        """The slots and the adapters for them; with `verbose` the inputs by name.
+
+        Args:
+            verbose: Name every slot.
+            output: Where a dry run would write.
+        """
+        where = self.output or output
+        kind = "inputs without a default" if self.required else "optional inputs"
+        facts: list[tuple[str, Phrase]] = [
+            ("into", Name(self.graph, PATH)),
+            ("slots", f"{len(self.slots)} ({2 * len(self.slots)} {kind}), {self.nodes} nodes"),
+        ]
+        facts += [("adapter", (Name(one["name"], 60), f": {one['file']}")) for one in self.adapters if "file" in one]
+        size: Phrase = Value(self.nbytes, "bytes")
+        if where is not None:
+            facts.append(("wrote" if self.output else "would write", (Name(where, PATH), ": ", *_pair(size))))
+        notes = [Note(f"{show(slot.A)}, {show(slot.B)}") for slot in self.slots] if verbose else []
+        notes += [DRY_RUN] if self.output is None else []
+        return Summary("Insertion", (Facts(tuple(facts)), *notes, *warning_notes(self.warnings)))
+
+
+def _pair(phrase: Phrase) -> tuple[Any, ...]:
+    return phrase if isinstance(phrase, tuple) else (phrase,)
+
+
+def insert_adapters(
+    path: Path,
+    adapters: Sequence[NamedAdapter],
+    checkpoint: Checkpoint,
+    output: Path | None,
+    *,
+    required: bool = False,
+    overwrite: bool = False,
+) -> GraphInsertion:
+    """Add slots for `adapters` to the graph `path`, and write each adapter as a file for them.
+
+    Args:
+        path: The graph.
+        adapters: The adapters; every weight that one of them adds to gets a slot.
+        checkpoint: The base that the graph was made of.
+        output: Folder to make; None for a dry run.
+        required: Leave the slots without a default, for runtimes that pass no optional inputs.
+        overwrite: Replace an existing output.
+
+    Raises:
+        InputError: the graph cannot be read.
+        FitError: the graph was made of another base, a weight is used where no slot can be, or an adapter holds what no
+            slot can.
+        OutputExistsError, ResourceError, ProofError: nothing is written.
+    """
+    graph = open_graph(path)
+    bounds = [bound_additions(named.adapter, checkpoint) for named in adapters]
+    model = editable(graph)
+    spots, shapes = _located(graph, model, checkpoint, bounds)
+    _check_free(model, shapes, path)
+    before = _nodes(model)
+    files = {
+        f"adapters/{named.name}.onnx_adapter": _contents(bound, shapes)
+        for named, bound in zip(adapters, bounds, strict=True)
+    }
+    add_slots(model, spots, shapes, required=required)
+    entries = tuple(entry(named, "swapped", file=f"adapters/{named.name}.onnx_adapter") for named in adapters)
+    slots = tuple(shape.slot for shape in shapes.values())
+    _note(model, slots, entries, path)
+    warnings = tuple(
+        text
+        for named in adapters
+        for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
+    )
+    warnings += _of_ranges(model)
+    nodes, written = _nodes(model) - before, 0
+    if output is not None:
+        facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
+        read = [checkpoint.path, *(named.adapter.path for named in adapters)]
+        written = write_edited(graph, model, output, files=files, facts=facts, inputs=read, overwrite=overwrite)
+        checkpoint.check_unchanged()
+    return GraphInsertion(output, path, slots, entries, nodes, written, required, warnings)
+
+
+def _of_ranges(model: onnx.ModelProto) -> tuple[str, ...]:
+    """A warning of activations that are quantised: their ranges are the base's."""
+    stored = {one.name for one in model.graph.initializer}
+    if all(node.op_type != "QuantizeLinear" or node.input[0] in stored for node in model.graph.node):
+        return ()
+    return ("activations are quantised to ranges that were measured without an adapter: what it adds is cut off there",)
+
+
+def _nodes(model: onnx.ModelProto) -> int:
+    from surgery.onnx.edit.uses import graphs_in
+
+    return sum(len(inner.node) for inner in graphs_in(model.graph))
+
+
+def _located(
+    graph: OnnxGraph, model: onnx.ModelProto, checkpoint: Checkpoint, bounds: Sequence[BoundAdditions]
+) -> tuple[list[Spot], dict[str, SlotShape]]:
+    """Where to add, and the shapes of the slots by weight."""
+    component = bounds[0].component
+    sizes = {name: size for bound in bounds for name, size in bound.sizes.items()}
+    if any(bound.component.name != component.name for bound in bounds):
+        raise FitError("the adapters are for different networks, and a graph is one", file=graph.path)
+    only = {component.embedding: "table", component.head: "product"}  # which may be one tensor
+
+    def slot_of(weight: str, kind: str) -> str | None:
+        return weight if only.get(weight, kind) == kind else None
+
+    turned = {name: any(name in bound.turned for bound in bounds) for name in sizes}
+    places = places_of(graph, checkpoint, component, turned)
+    unfuse(model.graph, {place.tensor for some in places.values() for place in some})
+    spots = spots_of(model.graph, places, slot_of)
+    shapes: dict[str, SlotShape] = {}
+    for spot in spots:
+        for name, place in spot.parts:
+            shape = _shape(name, sizes[name], spot, graph.shapes[place.tensor])
+            if shapes.setdefault(name, shape) != shape:
+                raise FitError(f"'{show(name)}' is used in two ways, and one slot cannot serve both", file=graph.path)
+    if missing := [name for name in sizes if name not in shapes]:
+        raise FitError(f"nothing in the graph uses the weight '{show(missing[0])}'", file=graph.path)
+    return spots, {name: shapes[name] for name in sizes}
+
+
+def _shape(name: str, size: tuple[int, ...], spot: Spot, dims: tuple[int, ...]) -> SlotShape:
+    out, width = size[:2]
+    module = name.removesuffix(".weight")
+    slot = Slot(name, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
+    element, kind = spot.use.element, spot.use.kind
+    if kind == "convolution":
+        kernel = dims[2:]
+        return SlotShape(slot, (None, width, *kernel), (out, None, *([1] * len(kernel))), element, table=False)
+    if kind == "table":
+        return SlotShape(slot, (out, None), (None, width), element, table=True)
+    return SlotShape(slot, (width, None), (None, out), element, table=False)
+
+
+def _check_free(model: onnx.ModelProto, shapes: Mapping[str, SlotShape], path: Path) -> None:
+    from surgery.onnx.edit.nodes import names_in
+
+    taken = names_in(model.graph)
+    for shape in shapes.values():
+        for name in (shape.slot.A, shape.slot.B):
+            if name in taken:
+                raise FitError(
+                    "the graph has a slot for this already",
+                    file=path,
+                    tensor=name,
+                    hint="write the adapter for the slots that are there: surgery convert",
+                )
+
+
+def _contents(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> bytes:
+    """The ``.onnx_adapter`` file of one adapter."""
+    arrays: dict[str, Any] = {}
+    for name, additions in bound.weights.items():
+        shape, size = shapes[name], bound.sizes[name]
+        inputs = 1
+        for one in size[1:]:
+            inputs *= one
+        whole = (size[0], inputs) if shape.table else (inputs, size[0])
+        A, B = shape.shaped(*factors_of(additions, whole, table=shape.table))
+        arrays |= {shape.slot.A: A, shape.slot.B: B}
+    return adapter_bytes(arrays)
+
+
+def _note(model: onnx.ModelProto, slots: tuple[Slot, ...], entries: tuple[Mapping[str, Any], ...], path: Path) -> None:
+    """Say in the graph what was inserted: in its contract, if it has one."""
+    from dataclasses import replace
+
+    props = {one.key: one.value for one in model.metadata_props}
+    contract = from_metadata(props, path)
+    if contract is not None:
+        props |= replace(
+            contract, slots=(*contract.slots, *slots), adapters=(*contract.adapters, *entries)
+        ).as_metadata()
+    else:
+        known = inserted_in(props, path)
+        props |= Inserted((*known.slots, *slots), (*known.adapters, *entries)).as_metadata()
+    del model.metadata_props[:]
+    for key, value in props.items():
+        model.metadata_props.add(key=key, value=value)

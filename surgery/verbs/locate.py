@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Locate: which weight of a checkpoint every tensor of an ONNX graph holds, by value."""
+
+from __future__ import annotations
+
+from surgery.engine.inputs import (
+    AdaptersLike,
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_path,
+    as_weighted,
+    check_counts,
+)
+from surgery.onnx.edit.locate_result import LocateResult
+from surgery.reports.result import timed
+from surgery_formats.binding.bind import bind
+
+__all__ = ["LocateResult", "locate"]
+
+
+@timed
+def locate(
+    graph: StrPath, base: CheckpointLike, *, adapters: AdaptersLike = (), workers: int | None = None
+) -> LocateResult:
+    """Find the weights of a checkpoint in an ONNX graph that any exporter made.
+
+    Names are asked only of weights that have equal values. Weights are found as they are, transposed, beside others, in
+    slices, with rows in another order, in another type, times a constant, folded with a norm, and as codes within the
+    error that their quantiser may make.
+
+    Args:
+        graph: An ``.onnx`` file, or a folder with one.
+        base: The checkpoint whose weights are looked for, in any container.
+        adapters: What was merged into it before the graph was made, as `surgery.merge` takes it.
+        workers: Threads that compare; None is one per core, at most eight. Never changes the result.
+
+    Returns:
+        Every tensor with what it holds. What is not found is told, and raises nothing.
+
+    Raises:
+        InputError: graph or base cannot be read.
+        FitError: the base's weights are codes that nothing reads, or an adapter does not fit it.
+    """
+    from surgery.onnx.edit.locate import located_weights
+    from surgery.onnx.edit.opening import graph_at
+    from surgery.onnx.edit.wanted import wanted_weights
+
+    check_counts(workers=workers)
+    opened = graph_at(as_path(graph, "graph"))
+    checkpoint = as_checkpoint(base)
+    weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
+    binding = bind(weighted, checkpoint) if weighted else None
+    located = located_weights(opened, wanted_weights(checkpoint, binding), workers=workers)
+    opened.check_unchanged()
+    checkpoint.check_unchanged()
+    return LocateResult(opened.path, checkpoint.path, located)
