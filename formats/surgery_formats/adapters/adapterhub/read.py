@@ -49,6 +49,13 @@ _LEGACY = {
 _CONTAINERS = "|".join(("loras", *INSERTED, *_LEGACY))
 _KEEP = "load it with the library adapters, beside the base: only a LoRA, a DoRA or an (IA)^3 becomes a part of weights"
 
+_INSERT = (
+    "`surgery export-onnx BASE ADAPTER` inserts it into a graph, and the library adapters runs it beside the base: only a "
+    "LoRA, a DoRA or an (IA)^3 becomes a part of weights"
+)
+_FOR_GRAPHS = ("adapters", "shared_parameters", "invertible_adapters")
+"""Containers of modules that a graph can hold (`inserted.py`)."""
+
 _UNION = ". `without=` leaves a part out, and merges the rest"
 
 
@@ -114,7 +121,8 @@ def inserted_module(container: str, parts: Mapping[str, Tensor], *, beside: bool
     """
     kind, why = INSERTED[container]
     held = tuple((name, Factor.of(tensor)) for name, tensor in sorted(parts.items()))
-    return Unmerged(kind, held, why, _KEEP + (_UNION if beside else ""))
+    instead = _INSERT if container in _FOR_GRAPHS else _KEEP
+    return Unmerged(kind, held, why, instead + (_UNION if beside else ""))
 
 
 def _with_head(
