@@ -143,7 +143,7 @@ class _Search:
         self._fits()
         order = {name: number for number, name in enumerate((*self.plain, *self.coded))}
         names = sorted(self.found, key=order.__getitem__)
-        pieces = settled_ties([piece for name in names for piece in self.found[name]], names_beside(self.graph.proto))
+        pieces = settled_ties([piece for name in names for piece in self.found[name]], self.graph.proto)
         located = Located(self.graph, self.weights, tuple(pieces), coded={n: m[0] for n, m in self.coded.items()})
         return self._with_rest(located) if tables else located
 
@@ -224,13 +224,17 @@ class _Search:
         near: list[Near] = []
         left = [weight for weight in located.missing if not weight.is_vector]
         for name in (*self.plain, *self.coded):
-            if name in self.found:
+            pieces = self.found.get(name, ())
+            if pieces and (not left or _fills(pieces) or pieces[0].weight.is_vector):
                 continue
             places: Sequence[Place] = self.coded.get(name) or self.plain[name]
             if not places:
                 continue
             first = places[0]
-            if isinstance(first, Matrix) and (what := known_table(first)):
+            if pieces:  # beside what was found
+                here = [piece.weight for piece in pieces if piece.weight not in left]
+                near += [one for one in nearest_weights(places, [*left, *here]) if one.piece.weight in left]
+            elif isinstance(first, Matrix) and (what := known_table(first)):
                 tables[name] = what
             elif first.cols > 1 and left and (changed := nearest_weights(places, left)):
                 near += changed

@@ -35,6 +35,7 @@ class Piece:
         fold_plus: What is added to that vector before.
         error: Greatest difference, in steps of the graph's quantiser; 0 where all bits are equal.
         also: Other weights with the same values.
+        by_order: Whether nothing but the order of the graph tells it from weights of equal values.
     """
 
     weight: Wanted
@@ -48,6 +49,7 @@ class Piece:
     fold_plus: float = 0.0
     error: float = 0.0
     also: tuple[Wanted, ...] = field(default=())
+    by_order: bool = False
 
     @property
     def how(self) -> str:
@@ -73,6 +75,8 @@ class Piece:
             words.append(f"times {self.factor:.6g}")
         if self.fold:
             words.append(f"columns times {self.fold}" + (f" + {self.fold_plus:g}" if self.fold_plus else ""))
+        if self.by_order:
+            words.append("by order alone")
         return ", ".join(words) or "as it is"
 
 
