@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from surgery.verbs.export_onnx import export_onnx as export_onnx
     from surgery.verbs.extract_lora import ExtractResult as ExtractResult
     from surgery.verbs.extract_lora import extract_lora as extract_lora
+    from surgery.verbs.fold import FoldResult as FoldResult
+    from surgery.verbs.fold import fold as fold
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
     from surgery.verbs.insert import DeltaResult as DeltaResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
+    from surgery.verbs.inspect import GraphReport as GraphReport
     from surgery.verbs.inspect import inspect as inspect
     from surgery.verbs.layers import LayersResult as LayersResult
     from surgery.verbs.layers import layers as layers
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
     from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
     from surgery.verbs.prompt_show import PromptReport as PromptReport
@@ -86,13 +90,14 @@ else:
             "surgery.verbs.env": ["EnvironmentReport", "env"],
             "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
+            "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "insert"],
-            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "inspect"],
+            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
-            "surgery.verbs.prompt_nearest": ["NearestReport", "prompt_nearest"],
+            "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],

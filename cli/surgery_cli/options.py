@@ -41,6 +41,7 @@ __all__ = [
     "share",
     "size",
     "subcommand",
+    "token_ids",
     "told_alpha",
     "true_share",
     "verify",
@@ -188,6 +189,18 @@ dtype = choice(
     help="Stored type of floating-point tensors.",
     case_sensitive=False,
 )
+
+
+def token_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Token ids as numbers: ``1,5,9``.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    try:
+        return tuple(tuple(int(part) for part in value.replace(",", " ").split()) for value in values)
+    except ValueError as error:
+        raise click.BadParameter("token ids are whole numbers, as in 1,5,9") from error
 
 
 def _runtime_device(ctx: click.Context, param: click.Parameter, value: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from surgery.algebra.projections import LAYOUTS, change_layout
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.conversion import Conversion, bound_source, plan_conversion, write_conversion
 from surgery.engine.convert_result import ConvertResult
@@ -19,6 +20,7 @@ from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.rebuilt.layers import places_of_layers
+from surgery_formats.models.rebuilt.projections import KINDS
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt
 from surgery_formats.models.rebuilt.stack import LayerStack, layer_stack
 from surgery_formats.updates import Update
@@ -146,5 +148,10 @@ def plan_move(adapter: Adapter, rebuilt: Rebuilt) -> MovePlan:
     stack = layer_stack(rebuilt.base.main)
     order = rebuilt.facts["layers"]["order"] if "layers" in rebuilt.facts else range(stack.count)
     moved = moved_adapter(adapter, stack, order, target)
+    layout = next((what for what in LAYOUTS if what in rebuilt.facts), None)
+    if layout is not None and set(rebuilt.facts[layout]) != set(KINDS):
+        raise FitError("an adapter is moved with all its projections or none", file=adapter.path)
+    if layout is not None:
+        moved = replace(moved, adapter=change_layout(moved.adapter, layout, target, rebuilt.base).adapter)
     base = rebuilt.checkpoint
     return MovePlan(moved, plan_conversion(moved.adapter, target, base, bound_source(moved.adapter, base)))

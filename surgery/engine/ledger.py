@@ -157,10 +157,13 @@ def _source(source: StoredTensor) -> dict[str, Any]:
     """Where the bytes of a copied tensor lay; of one that is made of many ranges, how many."""
     if not source.file.pieces:
         return {"source": {"file": source.file.path.name, "tensor": source.name, "offset": source.offset}}
-    ranges = [(file.path.name, at, nbytes) for file, at, nbytes in source.file.ranges(source.offset, source.nbytes)]
+    ranges = [
+        {"made": nbytes} if file.nameless else {"file": file.path.name, "offset": at, "nbytes": nbytes}
+        for file, at, nbytes in source.file.ranges(source.offset, source.nbytes)
+    ]
     if len(ranges) > _RANGES:
         return {"ranges": len(ranges)}
-    return {"sources": [{"file": file, "offset": at, "nbytes": nbytes} for file, at, nbytes in ranges]}
+    return {"sources": ranges}
 
 
 def _update(step: Compute, index: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.storage.base import Storage, read_rows
 
-__all__ = ["Vocabulary", "component_for", "recipe_of", "vocabulary_of"]
+__all__ = ["Vocabulary", "component_for", "recipe_of", "spelling_of", "spelt_tokens", "vocabulary_of"]
 
 Rows = npt.NDArray[np.float32]
 _BLOCK = 1 << 22  # elements of the embedding in memory
@@ -37,13 +36,11 @@ class Vocabulary:
     Attributes:
         storage: The embedding.
         scale: What the model multiplies its rows by, and no embedding from elsewhere: Gemma's root of the width.
-        folder: Where the tokenizer lies.
         told: Whether `scale` comes from a recipe of the model; else it is taken to be 1.
     """
 
     storage: Storage
     scale: float
-    folder: Path
     told: bool = True
 
     @property
@@ -72,12 +69,11 @@ class Vocabulary:
         found = {row: self.rows(row, row + 1)[0] for row in sorted(set(ids))}
         return np.stack([found[row] for row in ids])
 
-    @cached_property
-    def tokens(self) -> dict[int, str]:
-        """Tokens as the tokenizer spells them, by id; empty without a ``tokenizer.json``."""
-        if not (self.folder / TOKENIZER).is_file():
-            return {}
-        return spelt_tokens(read_object(self.folder / TOKENIZER, TOKENIZER_LIMIT))
+
+def spelling_of(folder: Path) -> dict[int, str]:
+    """Tokens as the tokenizer in `folder` spells them, by id; empty without a ``tokenizer.json``."""
+    file = folder / TOKENIZER
+    return spelt_tokens(read_object(file, TOKENIZER_LIMIT)) if file.is_file() else {}
 
 
 def spelt_tokens(tokenizer: dict[str, Any]) -> dict[int, str]:
@@ -128,6 +124,7 @@ def vocabulary_of(component: Component, prompt: SoftPrompt) -> Vocabulary:
             f"{prompt.kind} holds keys and values of every layer and no tokens: nothing of the vocabulary can be near them",
             file=file,
             tensor=tensor,
+            hint="ask for what they do: `by=effect`",
         )
     component.check_read()
     if not component.embedding:
@@ -142,8 +139,8 @@ def vocabulary_of(component: Component, prompt: SoftPrompt) -> Vocabulary:
         )
     model = recipe_of(component)
     if model is None or not model.embedding.scale_rounded:  # a scale that is not part of the table scales all inputs
-        return Vocabulary(storage, 1.0, component.folder, model is not None)
-    return Vocabulary(storage, _rounded(model.embedding.scale, storage.dtype), component.folder)
+        return Vocabulary(storage, 1.0, model is not None)
+    return Vocabulary(storage, _rounded(model.embedding.scale, storage.dtype))
 
 
 def _rounded(scale: float, dtype: DType) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,9 @@ from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.rotary import angles, rotate
 from surgery_formats.models.families.recipe import Attention
 
-__all__ = ["Mask", "attend"]
+__all__ = ["Mask", "Watch", "attend"]
+
+Watch = Callable[[torch.Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +27,14 @@ class Mask:
             between does not matter.
         positions: ``(B, S)``: positions of the new tokens.
         causal: Whether tokens see only earlier tokens and themselves.
+        watch: Called by every layer in turn with what its queries pay to each key, ``(B, kv_heads, group, S, T)``; or None.
     """
 
     real: torch.Tensor
     places: torch.Tensor
     positions: torch.Tensor
     causal: bool
+    watch: Watch | None = None
 
     def allowed(self, window: int | None) -> torch.Tensor:
         """``(B, 1, S, T)``: whether the query may see the key."""
@@ -72,7 +77,10 @@ def attend(
     top = scores.amax(-1, keepdim=True)
     weights = (scores - torch.where(top.isinf(), 0.0, top)).exp()
     total = weights.sum(-1, keepdim=True)
-    mixed = weights / torch.where(total == 0, 1.0, total) @ v[:, :, None]  # padding that sees no key gets zeros
+    weights = weights / torch.where(total == 0, 1.0, total)  # padding that sees no key gets zeros
+    if mask.watch is not None:
+        mask.watch(weights)
+    mixed = weights @ v[:, :, None]
     joined = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2).reshape(batch, count, -1)
     return project(joined, attention.output, load), (k, v)
 

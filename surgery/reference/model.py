@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.engine.plan import Plan
-from surgery.reference.attention import Mask, attend
+from surgery.reference.attention import Mask, Watch, attend
 from surgery.reference.primitives import Load, activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
@@ -111,6 +111,8 @@ def forward(
     past: Cache | None = None,
     virtual: torch.Tensor | None = None,
     types: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -119,15 +121,18 @@ def forward(
         ids: ``(B, S)``; S may be 0 with `virtual`.
         real: ``(B, S)``: which tokens are not padding, on either side; None for all.
         past: Cache of earlier calls, or of a soft prompt.
-        virtual: ``(n, D)``: embeddings of a soft prompt, placed before the tokens of every row and part of the output.
+        virtual: ``(n, D)``, or ``(B, n, D)``: embeddings of a soft prompt, placed before the tokens of every row and part of
+            the output.
         types: ``(B, S)``: token types; None for 0.
+        hidden: ``(B, T)``: which past and new tokens nobody sees, although they keep their positions; None for none.
+        watch: Called by every layer with its attention weights, see `Mask`.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
     """
     model = reference.model
     batch = ids.shape[0]
-    front = 0 if virtual is None else virtual.shape[0]
+    front = 0 if virtual is None else virtual.shape[-2]
     real_new = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
     real_new = torch.cat((torch.ones(batch, front, dtype=torch.bool), real_new), dim=1)
     real_all = real_new if past is None else torch.cat((past.real, real_new), dim=1)
@@ -138,7 +143,7 @@ def forward(
     values = _embed(
         reference, ids, virtual, types, _rows(model.embedding, ids, real_new, places[:, offset:], positions, front)
     )
-    mask = Mask(real_all, places, positions, causal)
+    mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
     caches = []
     for index, layer in enumerate(model.layers):
         values, cache = run_layer(values, layer, reference.load, mask, None if past is None else past.layers[index])

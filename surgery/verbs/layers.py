@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers: a checkpoint with other layers, made of ranges of its files; an adapter may be moved with it."""
+"""Layers: a checkpoint with other layers, projections or rows, made of ranges of its files; an adapter may be moved with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from surgery.engine.execute import Run, execute
@@ -14,6 +14,7 @@ from surgery.engine.inputs import (
     StrPath,
     as_adapter,
     as_checkpoint,
+    as_list,
     check_counts,
     local_path,
     output_path,
@@ -21,6 +22,7 @@ from surgery.engine.inputs import (
 from surgery.engine.ledger import Ledger
 from surgery.engine.rebuild.layers_result import LayersResult
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
+from surgery.engine.rebuild.vocabulary_choice import with_vocabulary
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError, UsageError
@@ -28,6 +30,7 @@ from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.rebuilt.layers import with_layers
 from surgery_formats.models.rebuilt.order import chosen_order, with_repeated, without
+from surgery_formats.models.rebuilt.projections import with_projections
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt, one_network, rebuilt_of
 from surgery_formats.models.rebuilt.stack import layer_stack
 
@@ -48,6 +51,9 @@ def layers(
     keep: str | None = None,
     repeat: str | None = None,
     drop: str | None = None,
+    vocab: str | None = None,
+    split: str | Sequence[str] = (),
+    fuse: str | Sequence[str] = (),
     dtype: str = "keep",
     adapter: AdapterLike | None = None,
     adapter_output: StrPath | None = None,
@@ -66,6 +72,10 @@ def layers(
         keep: Layers of the result in their order, such as ``0-19,24-31``; one that is named twice is there twice.
         repeat: Ranges that are there once more, behind themselves: ``8-15``; ``8-15x3`` is there three times.
         drop: Layers to leave out.
+        vocab: ``trim`` (rows to the tokenizer's size), ``trim=FILE`` (only the tokens of a list of ids, and those that the
+            tokenizer needs besides; it is made anew) or ``pad=64`` (rows to a multiple).
+        split: Fused projections to part: ``qkv``, ``gate-up``.
+        fuse: Projections to join.
         dtype: ``keep``, or a type for every floating-point tensor (``bf16``, ``fp16``, ``fp32``).
         adapter: An adapter of `base`, to be moved with its layers.
         adapter_output: Where to write it.
@@ -89,9 +99,11 @@ def layers(
         raise UsageError("adapter and adapter_output are given together")
     checkpoint = as_checkpoint(base)
     stored = float_type(dtype, "weights")
-    rebuilt = rebuild(checkpoint, keep=keep, repeat=repeat, drop=drop)
+    rebuilt = rebuild(
+        checkpoint, keep=keep, repeat=repeat, drop=drop, vocab=vocab, split=as_list(split), fuse=as_list(fuse)
+    )
     if not rebuilt.facts and stored is None:
-        raise NothingChangedError("nothing was asked for", file=checkpoint.path, hint="say which layers to keep")
+        raise NothingChangedError("nothing was asked for", file=checkpoint.path, hint="say what shall be other")
     plan = plan_rebuilt(rebuilt, stored, shard_size)
     before, after = (_parameters(one) for one in (checkpoint, rebuilt.checkpoint))
     result = LayersResult(None, Ledger(plan), rebuilt.facts, (before, after), None, plan.warnings)
@@ -122,7 +134,14 @@ def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
 
 
 def rebuild(
-    checkpoint: Checkpoint, *, keep: str | None = None, repeat: str | None = None, drop: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    keep: str | None = None,
+    repeat: str | None = None,
+    drop: str | None = None,
+    vocab: str | None = None,
+    split: Sequence[str] = (),
+    fuse: Sequence[str] = (),
 ) -> Rebuilt:
     """What the options make of a checkpoint, before anything is written.
 
@@ -132,6 +151,8 @@ def rebuild(
     chosen = {name: text for name, text in (("keep", keep), ("repeat", repeat), ("drop", drop)) if text is not None}
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} say the same in two ways", hint="keep says all of it: 0-7,8-15,8-15")
+    if split and fuse:
+        raise UsageError("split and fuse are given together", hint="one after the other")
     rebuilt = rebuilt_of(checkpoint)
     for name, text in chosen.items():
         count = layer_stack(one_network(checkpoint)).count
@@ -139,6 +160,10 @@ def rebuild(
         if order == tuple(range(count)):
             raise NothingChangedError(f"these are all {count} layers, in their order", file=checkpoint.path)
         rebuilt = with_layers(rebuilt, order)
+    if split or fuse:
+        rebuilt = with_projections(rebuilt, tuple(split or fuse), fused=bool(fuse))
+    if vocab is not None:
+        rebuilt = with_vocabulary(rebuilt, vocab)
     return rebuilt
 
 

@@ -6,16 +6,20 @@ from __future__ import annotations
 import numpy as np
 
 from surgery.engine.inputs import AdapterLike, CheckpointLike, as_adapter, as_checkpoint, check_counts
+from surgery.prompts.effect_result import EffectReport
 from surgery.prompts.nearest_result import NearestReport, VirtualToken
 from surgery.prompts.search import search
 from surgery.prompts.spacing import reading_of, spacing_of
-from surgery.prompts.vocabulary import component_for, vocabulary_of
+from surgery.prompts.texts import Texts, token_rows
+from surgery.prompts.vocabulary import component_for, spelling_of, vocabulary_of
 from surgery.reports.result import timed
 from surgery_formats.adapters.soft_prompts import soft_prompt, soft_prompts
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import UsageError
+from surgery_formats.text import show
 
-__all__ = ["NearestReport", "prompt_nearest"]
+__all__ = ["EffectReport", "NearestReport", "prompt_nearest"]
 
 
 @timed
@@ -23,11 +27,14 @@ def prompt_nearest(
     prompt: AdapterLike,
     base: CheckpointLike,
     *,
+    by: str = "distance",
+    texts: Texts | None = None,
+    length: int = 128,
     top: int = 5,
     sample: int | None = None,
     component: str | None = None,
-) -> NearestReport:
-    """Find the tokens of a vocabulary that are nearest to virtual ones, by cosine, distance and dot product.
+) -> NearestReport | EffectReport:
+    """Find the tokens of a vocabulary that are nearest to virtual ones, by cosine, distance and dot product; or what each does.
 
     Beside each match stands what it is worth: how far real tokens are from their own nearest neighbours, and how near a
     random direction comes to one. The embedding is read in blocks, once for the prompt and once for the spacing.
@@ -35,19 +42,35 @@ def prompt_nearest(
     Args:
         prompt: File or folder of an adapter with virtual tokens, or an opened Adapter.
         base: The model it was trained on.
+        by: ``distance``; or ``effect``: what each virtual token does to the next token and to attention, and what is left of
+            that with its nearest token in its place. The reference computes it, with torch.
+        texts: With ``by="effect"``, what to measure on: a text, token ids, or several of these.
+        length: Most tokens of a text; longer ones are cut into pieces.
         top: How many tokens to find of each.
         sample: How many tokens are asked for their own nearest neighbour; by default all of a small vocabulary, else 512.
         component: Of virtual tokens for several text encoders, the one to look at.
 
     Raises:
+        UsageError: an argument of a wrong type, or an effect and no texts.
         InputError: the adapter or the base cannot be read.
-        FitError: the prompt holds keys and values, which lie among no tokens, or does not fit the base.
+        FitError: the prompt holds keys and values, which lie among no tokens, or does not fit the base; of an effect, the
+            model is no decoder with a recipe.
     """
     check_counts(top=top, sample=sample)
+    check_counts(least=2, length=length)
+    if by not in ("distance", "effect"):
+        raise UsageError(f"by is 'distance' or 'effect', not '{show(by, 40)}'")
+    if by == "distance" and texts is not None:
+        raise UsageError("distances are measured without texts", hint="ask for `by=effect`")
     adapter, checkpoint = as_adapter(prompt, "prompt"), as_checkpoint(base)
     found = soft_prompt(adapter, component)
     where = component if component is not None else next(iter(soft_prompts(adapter)))
-    vocabulary = vocabulary_of(component_for(checkpoint, where), found)
+    network = component_for(checkpoint, where)
+    if by == "effect":
+        from surgery.prompts.effect_report import effect_report  # torch
+
+        return effect_report(adapter, found, network, token_rows(texts, network.folder, length))
+    vocabulary = vocabulary_of(network, found)
     vectors = cast(found.embeddings(), DType.F32)
     spacing = spacing_of(vocabulary, sample)
     tokens = tuple(
@@ -64,7 +87,7 @@ def prompt_nearest(
         found.kind,
         tokens,
         spacing,
-        {row: text for row, text in vocabulary.tokens.items() if row in ids},
+        {row: text for row, text in spelling_of(network.folder).items() if row in ids},
         sum(source.nbytes for source in vocabulary.storage.sources),
         tuple(warnings),
     )

@@ -74,11 +74,15 @@ def test_hints_of_the_library_name_arguments_that_the_command_has_options_for():
     assert not [text for text in texts if re.search(r"(?<![\w-])--[a-z]", text)]
     named = {name for text in texts for name in re.findall(r"`(\w+)=[^`]*`", text)}
     assert {"overwrite", "base", "allow_loss"} <= named
-    functions = (getattr(library, name.replace("-", "_"), None) for name in COMMANDS)
-    assert named <= {name for function in functions if function for name in inspect.signature(function).parameters}
     context = click.Context(surgery)
-    commands = [command for name in COMMANDS if (command := surgery.get_command(context, name))]
-    options = {option for command in commands for parameter in command.params for option in parameter.opts}
+    groups = {name: command for name in COMMANDS if (command := surgery.get_command(context, name))}
+    commands = dict(groups)
+    for name, group in groups.items():
+        if isinstance(group, click.Group):
+            commands |= {f"{name} {inner}": command for inner, command in group.commands.items()}
+    functions = (getattr(library, name.replace("-", "_").replace(" ", "_"), None) for name in commands)
+    assert named <= {name for function in functions if function for name in inspect.signature(function).parameters}
+    options = {option for command in commands.values() for parameter in command.params for option in parameter.opts}
     assert {"--" + name.replace("_", "-") for name in named - {"as_lora"}} <= options
     assert "--as" in options
 

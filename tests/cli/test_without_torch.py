@@ -40,6 +40,7 @@ COMMANDS = {
     "combine by SVD": ["combine", f"{LORA}=0.5", f"{LORA}=-1", "--rank", "4", "-o", "{out}"],
     "combine by TIES": ["combine", LORA, LORA, "--method", "ties", "--density", "0.5", "--rank", "4", "-o", "{out}"],
     "layers": ["layers", BASE, "--keep", "0,2-3", "-o", "{out}"],
+    "layers with more rows": ["layers", BASE, "--vocab", "pad=100", "-o", "{out}"],
     "layers with an adapter": [
         "layers",
         BASE,
@@ -67,6 +68,16 @@ COMMANDS = {
 }
 NEEDS_TORCH = {
     "env that looks": ["env", "--deep"],  # at what torch can use
+    "what a prompt does": [
+        "prompt",
+        "nearest",
+        PROMPT,
+        BASE,
+        "--by",
+        "effect",
+        "--ids",
+        "5,6,7",
+    ],  # by the same reference
     "verify a graph": ["verify", "{graph}"],  # the reference is independent of the product's arithmetic
 }
 

@@ -65,6 +65,12 @@ def test_a_slot_adds_what_a_merge_would(form: str, required: bool, base: Path, t
     assert np.abs(filled - expected).max() <= within * np.abs(expected).max()
     assert np.abs(filled - without).max() > 1e-2 * np.abs(expected).max()
 
+    surgery.fold(out, file, output=tmp_path / "folded")
+    assert np.abs(answer(tmp_path / "folded" / "model.onnx", feed) - expected).max() <= within * np.abs(expected).max()
+    left = onnx.load(tmp_path / "folded" / "model.onnx").graph
+    assert [one.name for one in left.input] == ["x"]
+    assert not [one.name for one in left.initializer if "lora" in one.name]
+
 
 def test_several_adapters_share_the_slots_of_all(base: Path, tmp_path: Path):
     graph = write_graph(tmp_path / "graph" / "model.onnx", "packed", weights_in(base))

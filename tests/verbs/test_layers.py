@@ -12,13 +12,16 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import models, pre_tokenizers, processors, trainers
 from torch import nn
 
 import surgery
 from surgery.verbs.layers import rebuild
+from tests.support.kit import ROOT
 
 SMALL: Mapping[str, Any] = {
     "hidden_size": 32,
@@ -60,6 +63,10 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     ),
     "gpt2": ("GPT2LMHeadModel", GPT2, "transformer.h"),
     "bert": ("BertForMaskedLM", {}, "bert.encoder.layer"),
+    "phi3": ("Phi3ForCausalLM", {"sliding_window": 4}, "model.layers"),
+    "phi3 without a window": ("Phi3ForCausalLM", {"sliding_window": None}, "model.layers"),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 4}, "model.layers"),
+    "qwen3 tied": ("Qwen3ForCausalLM", {"tie_word_embeddings": True}, "model.layers"),
 }
 ORDERS: Mapping[str, tuple[Mapping[str, str], tuple[int, ...]]] = {
     "keep": ({"keep": "0-1,4-5"}, (0, 1, 4, 5)),
@@ -358,3 +365,179 @@ def test_a_model_that_is_not_written_can_be_merged_into(tmp_path: Path):
     surgery.merge(unwritten, tmp_path / "moved", output=tmp_path / "one")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+BOTH = ("qkv", "gate-up")
+
+
+@pytest.mark.parametrize(
+    ("family", "becomes"),
+    [("phi3", "MistralForCausalLM"), ("phi3 without a window", "LlamaForCausalLM")],
+)
+def test_phi3_in_parts_is_a_llama_and_fused_again_the_same_bytes(family: str, becomes: str, tmp_path: Path):
+    base = make(family, tmp_path / "base")
+    parted = surgery.layers(base, output=tmp_path / "parts", split=BOTH)
+    model = load(tmp_path / "parts")
+    assert type(model).__name__ == becomes
+    assert torch.equal(
+        model.model.layers[2].mlp.up_proj.weight, load(base).model.layers[2].mlp.gate_up_proj.weight[48:]
+    )
+    # Three products in place of one: the sums may be taken in another order.
+    assert torch.allclose(logits(model), logits(load(base)), atol=1e-5)
+    assert not parted.warnings
+    fused = surgery.layers(tmp_path / "parts", output=tmp_path / "fused", fuse=BOTH)
+    assert torch.equal(logits(load(tmp_path / "fused")), logits(load(base)))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "fused"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    for result in (parted, fused):
+        assert "cast" not in result.ledger.classes
+        assert result.ledger.classes["moved"] in (12, 30)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_fused_projections_make_a_phi3(family: str, tmp_path: Path):
+    base = make(family, tmp_path / "base", max_shard_size="30KB")  # parts in several files
+    surgery.layers(base, output=tmp_path / "out", fuse=BOTH)
+    model = load(tmp_path / "out")
+    assert type(model).__name__ == "Phi3ForCausalLM"
+    assert torch.allclose(logits(model), logits(load(base)), atol=1e-5)
+
+
+def test_projections_without_a_class_are_told(tmp_path: Path):
+    base = make("llama", tmp_path / "base")
+    result = surgery.layers(base, output=tmp_path / "out", fuse="gate-up", drop="1")
+    assert "no class of transformers is known" in result.warnings[0]
+    made, own = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
+    rows = [own[f"model.layers.2.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    assert torch.equal(made["model.layers.1.mlp.gate_up_proj.weight"], torch.cat(rows))
+    with pytest.raises(surgery.FitError, match=r"has no self_attn\.qkv_proj"):
+        surgery.layers(base, output=tmp_path / "other", split="qkv")
+
+
+def test_an_adapter_follows_its_projections(tmp_path: Path):
+    base = make("llama", tmp_path / "base")
+    adapter = lora(
+        base, tmp_path / "lora", target_modules=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "o_proj"]
+    )
+    surgery.layers(
+        base, output=tmp_path / "out", fuse=BOTH, drop="1", adapter=adapter, adapter_output=tmp_path / "moved"
+    )
+    whole = peft.PeftModel.from_pretrained(load(base), adapter).base_model.model
+    del whole.model.layers[1]
+    whole.config.num_hidden_layers = 5
+    assert torch.allclose(attached(tmp_path / "out", tmp_path / "moved"), logits(whole), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama tied", "gpt2", "bert", "gemma2", "qwen2"])
+def test_a_vocabulary_is_padded_with_the_mean(family: str, tmp_path: Path):
+    base = make(family, tmp_path / "base")
+    surgery.layers(base, output=tmp_path / "out", vocab="pad=64")
+    model, before = load(tmp_path / "out"), load(base)
+    assert model.config.vocab_size == 128
+    old, new = logits(before), logits(model)
+    assert torch.equal(new[..., :101], old)
+    if family != "gemma2":  # whose logits are capped behind the mean
+        assert torch.allclose(new[..., 101:], old.mean(-1, keepdim=True).expand(-1, -1, 27), atol=1e-5)
+    assert torch.equal(new.argmax(-1), old.argmax(-1))
+    assert torch.equal(model.get_input_embeddings().weight[:101], before.get_input_embeddings().weight)
+    with pytest.raises(surgery.NothingChangedError, match="these are all 128 rows"):
+        surgery.layers(tmp_path / "out", output=tmp_path / "more", vocab="pad=64")
+
+
+def tokenizer(kind: str, folder: Path, text: list[str]) -> transformers.PreTrainedTokenizerFast:
+    """A trained tokenizer of a kind, of at most 300 tokens."""
+    make_model, make_trainer, pre = {
+        "BPE": (models.BPE(), trainers.BpeTrainer, pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        "WordPiece": (models.WordPiece(unk_token="<unk>"), trainers.WordPieceTrainer, pre_tokenizers.Whitespace()),
+        "Unigram": (models.Unigram(), trainers.UnigramTrainer, pre_tokenizers.Metaspace()),
+    }[kind]
+    made = tokenizers.Tokenizer(make_model)
+    made.pre_tokenizer = pre
+    extra = {"unk_token": "<unk>"} if kind == "Unigram" else {}
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "BPE" else []
+    special = ["<unk>", "<s>", "</s>"]
+    made.train_from_iterator(
+        text, make_trainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet, **extra)
+    )
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.mark.parametrize("kind", ["BPE", "WordPiece", "Unigram"])
+def test_a_vocabulary_is_cut_to_the_tokens_that_are_used(kind: str, tmp_path: Path):
+    text = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))[:8]]
+    fields = {**SMALL, "vocab_size": 640, "eos_token_id": 2, "pad_token_id": None}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields))
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    before = tokenizer(kind, base, text)
+    lines = [line for page in text[:2] for line in page.splitlines()[:40] if line.strip()]
+    used = sorted({number for line in lines for number in before(line).input_ids})
+    (tmp_path / "used.json").write_text(json.dumps(used))
+    result = surgery.layers(base, output=tmp_path / "out", vocab=f"trim={tmp_path / 'used.json'}")
+    after = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    made = load(tmp_path / "out")
+    rows = result.facts["vocabulary"]["after"]
+    assert rows == len(after) == made.config.vocab_size < len(before)
+    for line in lines:
+        old, new = before(line).input_ids, after(line).input_ids
+        assert before.convert_ids_to_tokens(old) == after.convert_ids_to_tokens(new)
+        kept = torch.tensor(before.convert_tokens_to_ids(after.convert_ids_to_tokens(list(range(rows)))))
+    with torch.no_grad():
+        one = model(torch.tensor([before(lines[3]).input_ids])).logits
+        two = made(torch.tensor([after(lines[3]).input_ids])).logits
+    assert torch.equal(one[..., kept], two)
+    assert made.generation_config.eos_token_id == after.eos_token_id == made.config.eos_token_id
+    assert kind == "Unigram" or after.decode(after("ÿ new wörds").input_ids) is not None
+
+
+def test_a_vocabulary_is_cut_to_the_tokenizers_size(tmp_path: Path):
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SMALL, "vocab_size": 704, "pad_token_id": None})
+    )
+    model.save_pretrained(base)
+    size = len(tokenizer("BPE", base, [(ROOT / "README.md").read_text()]))
+    surgery.layers(base, output=tmp_path / "out", vocab="trim")
+    made = load(tmp_path / "out")
+    assert made.config.vocab_size == size < 704
+    assert torch.equal(logits(made), logits(model)[..., :size])
+    with pytest.raises(surgery.NothingChangedError):
+        surgery.layers(tmp_path / "out", output=tmp_path / "again", vocab="trim")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"vocab": "pad=0"}, surgery.UsageError, "is no change of a vocabulary"),
+        ({"vocab": "trim="}, surgery.UsageError, "is no change of a vocabulary"),
+        ({"vocab": "trim"}, surgery.FitError, "has no tokenizer.json"),
+        ({"vocab": "trim=nowhere"}, surgery.NotFoundError, "nowhere"),
+        ({"split": "qkv", "fuse": "qkv"}, surgery.UsageError, "split and fuse are given together"),
+        ({"keep": "1", "drop": "2"}, surgery.UsageError, "keep and drop say the same"),
+        ({"fuse": "everything"}, surgery.FitError, "no projection 'everything'"),
+    ],
+)
+def test_changes_that_mean_nothing_are_refused(options: Any, error: type[Exception], text: str, tmp_path: Path):
+    base = make("llama", tmp_path / "base")
+    with pytest.raises(error, match=text):
+        surgery.layers(base, output=tmp_path / "out", **options)
+
+
+def test_what_has_no_folder_of_its_own_is_refused(tmp_path: Path):
+    with pytest.raises(surgery.FitError, match="an adapter where a full model was expected"):
+        surgery.layers(ROOT / "examples" / "lora", output=tmp_path / "out", keep="0")
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    save_file({"a.0.weight": torch.ones(2, 2)}, tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "pipe" / "model_index.json").write_text(
+        '{"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}'
+    )
+    with pytest.raises(surgery.FitError, match="a pipeline of several models"):
+        surgery.layers(tmp_path / "pipe", output=tmp_path / "out", keep="0")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,6 +48,11 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 @subcommand("nearest")
 @click.argument("prompt", shell_complete=complete_files)
 @click.argument("base", shell_complete=complete_files)
+@option.choice("--by", values=("distance", "effect"), help="What lies near each token, or what each does on texts.")
+@click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure effects on.")
+@click.option("--text-file", type=click.Path(path_type=Path), metavar="FILE", help="File of such a text.")
+@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
+@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to find for each.")
 @click.option(
     "--sample",
@@ -54,20 +60,33 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
     help="Tokens asked for their own nearest neighbour; by default all of a small vocabulary, else 512.",
 )
 @click.option("--component", metavar="NAME", help="The text encoder to look at, of a prompt for several.")
-def nearest(settings: Settings, prompt: str, base: str, **options: Any) -> None:
+def nearest(
+    settings: Settings,
+    prompt: str,
+    base: str,
+    texts: tuple[str, ...],
+    text_file: Path | None,
+    ids: tuple[tuple[int, ...], ...],
+    **options: Any,
+) -> None:
     """Find the tokens of BASE nearest to the virtual ones of PROMPT.
 
     By cosine, distance and dot product; and what each match is worth, by how far tokens are from one another, and how near
-    a random direction comes to one.
+    a random direction comes to one. By effect: what each virtual token does to the next token of a text and to attention,
+    and what is left of that with the nearest token, or a random one, in its place.
 
     \b
     Examples:
       surgery prompt nearest my-prompt/ llama/
-      surgery prompt nearest my-prompt/ llama/ --top 10 -v
+      surgery prompt nearest my-prompt/ llama/ --by effect -p "Once upon a time"
+      surgery prompt nearest my-prefix/ llama/ --by effect --text-file held-out.txt
     """
     from surgery.verbs.prompt_nearest import prompt_nearest
 
-    show_result("prompt nearest", prompt_nearest(prompt, base, **options), settings, data=True)
+    of_file = () if text_file is None else (text_file.read_text(encoding="utf-8"),)
+    given = [*texts, *of_file, *ids] or None
+    result = prompt_nearest(prompt, base, texts=given, **options)
+    show_result("prompt nearest", result, settings, data=True)
 
 
 for _each in (show, nearest):

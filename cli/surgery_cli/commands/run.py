@@ -9,17 +9,11 @@ from typing import Any
 import click
 
 from surgery_cli import interruption
+from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, runtime_device_option, subcommand
 from surgery_cli.output import show_result
 
 __all__ = ["command"]
-
-
-def _ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    try:
-        return tuple(tuple(int(part) for part in value.replace(",", " ").split()) for value in values)
-    except ValueError as error:
-        raise click.BadParameter("token ids are whole numbers, as in 1,5,9") from error
 
 
 @subcommand("run")
@@ -27,7 +21,7 @@ def _ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
 @click.option(
     "-p", "--prompt", "texts", multiple=True, metavar="TEXT", help="Text to go on from; several make a batch."
 )
-@click.option("--ids", multiple=True, metavar="1,5,9", callback=_ids, help="Token ids instead of text.")
+@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
 @click.option("--max-new", type=click.IntRange(min=0), default=128, show_default=True, help="Most new tokens.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."

@@ -7,6 +7,7 @@ import bisect
 import hashlib
 import os
 import stat
+import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ __all__ = [
     "first_bytes",
     "identity_of",
     "joined_file",
+    "nameless_file",
     "open_file",
     "read_all",
     "stays_inside",
@@ -43,6 +45,7 @@ class File:
         begin: Where positions count from: 0, or where a file inside this one lies (`window`).
         pieces: Of a file that is made of ranges of others (`joined_file`): these, in order. It has no descriptor.
         starts: Where each piece begins.
+        nameless: Whether no path leads to it (`nameless_file`).
     """
 
     path: Path
@@ -52,6 +55,7 @@ class File:
     begin: int = 0
     pieces: tuple[FileRange, ...] = ()
     starts: tuple[int, ...] = ()
+    nameless: bool = False
 
     def window(self, begin: int, nbytes: int) -> File:
         """A file that lies in this one, as a file of its own. It is good as long as this one is open.
@@ -127,7 +131,7 @@ class File:
                 file.check_unchanged()
             return
         try:
-            by_name = identity_of(self.path)
+            by_name = identity_of(self.fd if self.nameless else self.path)
         except OSError as error:
             raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
         if by_name != self.identity or identity_of(self.fd) != self.identity:
@@ -154,6 +158,17 @@ def joined_file(pieces: Sequence[FileRange], name: str) -> File:
     identity = (-1, int.from_bytes(digest[:8]), sum(sizes), int.from_bytes(digest[8:16]))
     starts = tuple(accumulate(sizes, initial=0))[:-1]
     return File(pieces[0].file.path, -1, sum(sizes), identity, 0, tuple(pieces), starts)
+
+
+def nameless_file(data: bytes, path: Path) -> File:
+    """A file with this content that is gone with its last use; `path` is what messages call it."""
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        fd = os.dup(file.fileno())
+    opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+    weakref.finalize(opened, os.close, fd)
+    return opened
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> int:

@@ -127,6 +127,12 @@ class LayersResult:
         if (layers := self.facts.get("layers")) is not None:
             order = layers["order"]
             yield "stack", (Name(layers["stack"]), f": {layers['before']} layers become {len(order)}: ", _ranges(order))
+        for what in ("split", "fused"):
+            if names := self.facts.get(what):
+                yield what, ", ".join(names)
+        if (rows := self.facts.get("vocabulary")) is not None:
+            added = f", {rows['added']} of them the mean of the others" if rows["added"] else ""
+            yield "vocabulary", f"{rows['before']} rows become {rows['after']}{added}"
 
     def _adapter(self) -> Iterator[tuple[Phrase, Phrase]]:
         from surgery.reports.values import NameList

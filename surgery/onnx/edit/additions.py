@@ -41,13 +41,15 @@ class BoundAdditions:
         adapter: The adapter.
         component: The part of the base that all of it is for.
         weights: The LoRAs of each weight, with their views, by its stored name; a tied head has its own.
-        sizes: Shape of each weight as the model's code has it: ``(out, in)``, or a convolution's.
+        sizes: Shape of each weight: ``(out, in)``, or a convolution's.
+        turned: Weights whose stored matrix has inputs as rows.
     """
 
     adapter: Adapter
     component: Component
     weights: Mapping[str, Additions]
     sizes: Mapping[str, tuple[int, ...]]
+    turned: frozenset[str] = frozenset()
 
 
 def bound_additions(adapter: Adapter, checkpoint: Checkpoint) -> BoundAdditions:
@@ -80,7 +82,8 @@ def bound_additions(adapter: Adapter, checkpoint: Checkpoint) -> BoundAdditions:
             weights[component.head], sizes[component.head] = loras, sizes[edit.name]
     if not weights:
         raise FitError("the adapter changes nothing", file=adapter.path)
-    return BoundAdditions(adapter, component, weights, sizes)
+    turned = {name for name, loras in weights.items() if loras[0][1].transposed}
+    return BoundAdditions(adapter, component, weights, sizes, frozenset(turned))
 
 
 def _sizes(edit: Edit) -> tuple[int, ...]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
 
     from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["editable", "write_edited"]
+__all__ = ["Change", "editable", "write_edited"]
+
+Array = npt.NDArray[Any]
+Change = Callable[[Array], Array]
 
 _LIMIT = 2_000_000_000  # bytes of a protocol buffer; readers refuse 2 GiB
 _LARGEST_SIDE = 1 << 28
@@ -50,6 +56,8 @@ def write_edited(
     facts: Mapping[str, Any],
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
+    changed: Mapping[str, Change] | None = None,
+    dropped: Collection[str] = (),
 ) -> int:
     """Write the model under its old name, with the files it needs; returns the bytes written.
 
@@ -61,11 +69,16 @@ def write_edited(
         facts: For the manifest.
         inputs: What was read beside the graph; the output may not lie in it.
         overwrite: Replace an existing output.
+        changed: New values of tensors, made from the old ones, of the same type and shape.
+        dropped: Tensors that the edited model no longer has.
 
     Raises:
         FitError: too large for a protocol buffer, or files in deeper folders.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
+    changed = changed or {}
+    inside = [name for name in changed if name not in graph.tensors or graph.tensors[name].file is graph.file]
+    _change_inside(model, {name: changed[name] for name in inside})
     data = model.SerializeToString(deterministic=True)
     if len(data) > _LIMIT:
         raise FitError(f"the graph would have {human(len(data))}, more than one file of ONNX can hold", file=graph.path)
@@ -82,12 +95,15 @@ def write_edited(
             if location not in folder.finished:
                 out = folder.create(location, file.size)
                 out.copy_from(file, 0, 0, file.size)
+                for key, change in changed.items():
+                    if key not in inside and (tensor := graph.tensors[key]).file is file:
+                        out.pwrite(_new(tensor, graph, change), tensor.offset)
                 out.finish({})
         for side in sides:
             write_side_file(side, folder)
         for key, value in {**files, name: data}.items():
             folder.write_small(key, value)
-        _prove(graph, folder.staged / name)
+        _prove(graph, folder.staged / name, changed, set(dropped))
         graph.check_unchanged()
         folder.commit({"plan": job, "inputs": {name: fingerprint(graph.file)}, **facts})
     return len(data) + sum(file.size for file in graph.external) + sum(map(len, files.values()))
@@ -107,7 +123,22 @@ def _beside(folder: Path) -> Iterator[SideFile]:
             yield SideFile(path.name, source=path)
 
 
-def _prove(before: OnnxGraph, path: Path) -> None:
+def _new(tensor: StoredTensor, graph: OnnxGraph, change: Change) -> bytes:
+    """The bytes of a tensor with its new values."""
+    values = np.asarray(tensor.read()).reshape(graph.shapes[tensor.name])
+    return np.ascontiguousarray(change(values)).tobytes()
+
+
+def _change_inside(model: onnx.ModelProto, changed: Mapping[str, Change]) -> None:
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if tensor.name in changed:
+            values = changed[tensor.name](onnx.numpy_helper.to_array(tensor))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
+
+
+def _prove(before: OnnxGraph, path: Path, changed: Mapping[str, Change], dropped: Collection[str]) -> None:
     """Read back: every tensor that the graph had, where it lies now.
 
     Raises:
@@ -115,10 +146,17 @@ def _prove(before: OnnxGraph, path: Path) -> None:
     """
     after = open_graph(path)
     for name, tensor in before.tensors.items():
+        if name in dropped:
+            continue
         found = after.tensors.get(name)
         if found is None or (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
             raise ProofError("a tensor of the graph is gone from what was written", file=path, tensor=name)
-        if not _same(tensor, found, before, after):
+        if name in changed:
+            if bytes(found.file.read(found.offset, found.nbytes)) != _new(tensor, before, changed[name]):
+                raise ProofError(
+                    "a tensor has other values than were meant in what was written", file=path, tensor=name
+                )
+        elif not _same(tensor, found, before, after):
             raise ProofError("a tensor of the graph has other bytes in what was written", file=path, tensor=name)
 
 

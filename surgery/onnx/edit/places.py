@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from surgery.onnx.edit.locate import located_weights
+from surgery.onnx.edit.matrix import Matrix
+from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.wanted import wanted_weights
 from surgery_formats.containers.onnx import OnnxGraph
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.tensors.views import Index
 from surgery_formats.text import show
 
 __all__ = ["WeightPlace", "places_of"]
-
-Array = npt.NDArray[Any]
-_FLOATS = (DType.F32, DType.F16, DType.BF16, DType.F64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +31,7 @@ class WeightPlace:
         at: Where, among the tensor's outputs.
         width: Number of the tensor's outputs.
         by_output: Whether the tensor's rows are the outputs.
+        factor: What the weight was multiplied by, or each of its outputs.
     """
 
     tensor: str
@@ -42,6 +40,7 @@ class WeightPlace:
     at: Index
     width: int
     by_output: bool
+    factor: float | tuple[float, ...] = 1.0
 
     @property
     def is_all(self) -> bool:
@@ -49,59 +48,64 @@ class WeightPlace:
         return list(self.at) == list(range(self.width))
 
 
-def places_of(graph: OnnxGraph, component: Component, weights: Iterable[str]) -> dict[str, tuple[WeightPlace, ...]]:
+def places_of(
+    graph: OnnxGraph, checkpoint: Checkpoint, component: Component, turned: Mapping[str, bool]
+) -> dict[str, tuple[WeightPlace, ...]]:
     """Where each weight lies, in the order of the graph.
 
+    Args:
+        graph: The graph.
+        checkpoint: The base.
+        component: The part of it that the graph was made of.
+        turned: The weights by name, and whether the rows of their stored matrix are inputs.
+
     Raises:
-        FitError: a weight, or a part of it, is not in the graph.
+        FitError: a weight, or a part of it, is not in the graph, or lies there as no slot can follow.
     """
-    tensors = {name: tensor for name, tensor in graph.tensors.items() if tensor.dtype in _FLOATS and tensor.numel}
+    stored = {name: component.aliases.get(name, name) for name in turned}
+    labels = {name: f"{component.name}:{own}" if component.name else own for name, own in stored.items()}
+    wanted = [one for one in wanted_weights(checkpoint) if one.component == component.name]
+    located = located_weights(graph, wanted, touched=set(labels.values()), tables=False)
     found: dict[str, tuple[WeightPlace, ...]] = {}
-    for name in weights:
-        parameter = component.parameters[component.aliases.get(name, name)]
-        weight = np.asarray(parameter.get())
-        shape = parameter.sizes if len(parameter.sizes) > 2 else weight.shape
-        places = [place for key, tensor in tensors.items() for place in _places(key, tensor, name, weight, shape)]
-        if set().union(*(place.rows for place in places)) != set(range(len(weight))):
+    for name, label in labels.items():
+        if located.covered.get(label) != 1:
             raise FitError(
                 f"the graph does not hold the weight '{show(name)}' of the base",
                 file=graph.path,
-                hint="the graph was made of another model, or its weights were changed since, or stored as codes",
+                hint="the graph was made of another model, or its weights were changed since: see surgery locate",
             )
-        found[name] = tuple(places)
+        pieces = located.of_weight[label]
+        own = [piece for piece in pieces if piece.weight.label == label] or list(pieces)
+        found[name] = tuple(_place(piece, name, graph, turned=turned[name]) for piece in own)
     return found
 
 
-def _places(key: str, tensor: Any, name: str, weight: Array, shape: tuple[int, ...]) -> Iterator[WeightPlace]:
-    out, width = weight.shape
-    sizes = tensor.shape
-    if len(sizes) > 2:
-        if (sizes == tuple(shape) or sizes[:2] == (out, width)) and np.prod(sizes) == weight.size:
-            stored = np.asarray(tensor.read()).reshape(out, -1)
-            if _same(stored, weight):
-                yield WeightPlace(key, name, range(out), range(out), out, by_output=True)
-        return
-    if len(sizes) != 2 or width not in sizes:
-        return
-    stored = np.asarray(tensor.read())
-    for by_output in (True, False):
-        matrix = stored if by_output else stored.T
-        if matrix.shape[1] != width:
-            continue
-        for rows, at in _matches(matrix, weight):
-            yield WeightPlace(key, name, rows, range(at, at + len(rows)), len(matrix), by_output)
-            return
+def _place(piece: Piece, name: str, graph: OnnxGraph, *, turned: bool) -> WeightPlace:
+    """A piece by its outputs.
 
-
-def _matches(matrix: Array, weight: Array) -> Iterator[tuple[range, int]]:
-    """Where rows of `weight` lie in `matrix`: all of them, or, if it is smaller, those that fill it."""
-    cast = weight.astype(matrix.dtype)
-    inner, outer = (cast, matrix) if len(weight) <= len(matrix) else (matrix, cast)
-    firsts = np.flatnonzero((outer[:, :8] == inner[0, :8]).all(1))
-    for at in map(int, firsts):
-        if at + len(inner) <= len(outer) and _same(outer[at : at + len(inner)], inner):
-            yield (range(len(weight)), at) if inner is cast else (range(at, at + len(inner)), 0)
-
-
-def _same(stored: Array, weight: Array) -> bool:
-    return stored.shape == weight.shape and bool((stored == weight.astype(stored.dtype)).all())
+    Raises:
+        FitError: it lies in a stack, is folded with a norm, or has its inputs in another order.
+    """
+    matrix = piece.place
+    of_outputs = piece.flipped == turned  # else the piece's rows are inputs
+    by_output = of_outputs != piece.turned
+    width = matrix.rows if by_output else matrix.cols
+    rows, at = piece.rows, piece.graph_rows
+    why = ""
+    if not of_outputs:
+        whole = list(at) == list(rows) == list(range(matrix.cols if by_output else matrix.rows))
+        why = "" if whole else "with its inputs in parts or in another order"
+        why = why if not piece.row_factors else "with each input multiplied by a number"
+        rows = at = range(width)
+    if piece.fold:
+        why = f"multiplied by '{show(piece.fold)}'"
+    if isinstance(matrix, Matrix) and matrix.numel != math.prod(graph.shapes[matrix.name]):
+        why = "in a stack with others"
+    if why:
+        raise FitError(
+            f"the graph holds the weight '{show(name)}' {why}, where a slot cannot follow",
+            file=graph.path,
+            tensor=matrix.name,
+            hint="merge the adapter into the graph instead",
+        )
+    return WeightPlace(matrix.name, name, rows, at, width, by_output, piece.row_factors or piece.factor)

@@ -163,10 +163,10 @@ def _branch(
     if use.kind == "convolution":
         if len(slots) != 1 or not slots[0][1].is_all:
             raise FitError(f"the convolution '{show(use.node.name)}' has several weights in one tensor")
-        shape = slots[0][0]
+        shape, place = slots[0]
         kept = {one.name: attribute(use.node, one.name, None) for one in use.node.attribute}
         down = patch.node("Conv", [use.x, shape.slot.A], at, **kept)
-        delta = patch.node("Conv", [down, shape.slot.B], at)
+        delta = patch.node("Conv", [down, _scaled(patch, shape, place, at)], at)
     else:
         A = _joined(patch, [shape.slot.A for shape, _ in slots], 1, at)
         B = _joined(patch, [_columns(patch, shape, place, at) for shape, place in slots], 0, at)
@@ -184,15 +184,32 @@ def _joined(patch: Patch, values: Sequence[str], axis: int, at: str) -> str:
     return values[0] if len(values) == 1 else patch.node("Concat", values, at, axis=axis)
 
 
+def _scaled(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str:
+    """B, times what the weight was multiplied by before it was put into the graph."""
+    if place.factor == 1.0:
+        return shape.slot.B
+    factor = np.array(place.factor, shape.dtype)
+    if factor.ndim and shape.table:
+        raise FitError(
+            f"each row of the table '{show(place.weight)}' is multiplied by a number, where a slot cannot follow",
+            tensor=place.tensor,
+            hint="merge the adapter into the graph instead",
+        )
+    if factor.ndim and len(shape.up) > 2:
+        factor = factor.reshape(-1, *([1] * (len(shape.up) - 1)))
+    return patch.node("Mul", [shape.slot.B, patch.constant(factor, at)], at)
+
+
 def _columns(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str:
     """B with the outputs that lie in a tensor, at their places among the others; zeros elsewhere."""
-    B, outputs = shape.slot.B, shape.up[1] or 0
+    outputs = shape.up[1] or 0
     if shape.table:
-        return B
+        return _scaled(patch, shape, place, at)
 
     def ints(*values: int) -> str:
         return patch.constant(np.array(values, np.int64), at)
 
+    B = _scaled(patch, shape, place, at)
     if not isinstance(place.rows, range) or not isinstance(place.at, range):
         source = np.full(place.width, outputs)
         source[list(place.at)] = list(place.rows)

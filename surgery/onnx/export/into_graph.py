@@ -130,7 +130,7 @@ def insert_adapters(
     graph = open_graph(path)
     bounds = [bound_additions(named.adapter, checkpoint) for named in adapters]
     model = editable(graph)
-    spots, shapes = _located(graph, model, bounds)
+    spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
     files = {
@@ -146,6 +146,7 @@ def insert_adapters(
         for named in adapters
         for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
     )
+    warnings += _of_ranges(model)
     nodes, written = _nodes(model) - before, 0
     if output is not None:
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
@@ -155,6 +156,14 @@ def insert_adapters(
     return GraphInsertion(output, path, slots, entries, nodes, written, required, warnings)
 
 
+def _of_ranges(model: onnx.ModelProto) -> tuple[str, ...]:
+    """A warning of activations that are quantised: their ranges are the base's."""
+    stored = {one.name for one in model.graph.initializer}
+    if all(node.op_type != "QuantizeLinear" or node.input[0] in stored for node in model.graph.node):
+        return ()
+    return ("activations are quantised to ranges that were measured without an adapter: what it adds is cut off there",)
+
+
 def _nodes(model: onnx.ModelProto) -> int:
     from surgery.onnx.edit.uses import graphs_in
 
@@ -162,19 +171,20 @@ def _nodes(model: onnx.ModelProto) -> int:
 
 
 def _located(
-    graph: OnnxGraph, model: onnx.ModelProto, bounds: Sequence[BoundAdditions]
+    graph: OnnxGraph, model: onnx.ModelProto, checkpoint: Checkpoint, bounds: Sequence[BoundAdditions]
 ) -> tuple[list[Spot], dict[str, SlotShape]]:
     """Where to add, and the shapes of the slots by weight."""
     component = bounds[0].component
     sizes = {name: size for bound in bounds for name, size in bound.sizes.items()}
     if any(bound.component.name != component.name for bound in bounds):
         raise FitError("the adapters are for different networks, and a graph is one", file=graph.path)
-    tied = {component.embedding: "table", component.head: "product"} if component.tied else {}
+    only = {component.embedding: "table", component.head: "product"}  # which may be one tensor
 
     def slot_of(weight: str, kind: str) -> str | None:
-        return weight if tied.get(weight, kind) == kind else None
+        return weight if only.get(weight, kind) == kind else None
 
-    places = places_of(graph, component, sizes)
+    turned = {name: any(name in bound.turned for bound in bounds) for name in sizes}
+    places = places_of(graph, checkpoint, component, turned)
     unfuse(model.graph, {place.tensor for some in places.values() for place in some})
     spots = spots_of(model.graph, places, slot_of)
     shapes: dict[str, SlotShape] = {}

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from surgery_formats.containers.base import Shard
@@ -18,7 +17,7 @@ from surgery_formats.files.raw import FileRange, joined_file
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["Dropped", "Rebuilt", "copy_of", "one_network", "rebuilt_of", "with_shards"]
+__all__ = ["Dropped", "Rebuilt", "copy_of", "one_network", "rebuilt_of", "with_configs", "with_shards"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Rebuilt:
         dropped: Tensors that are gone.
         origins: By name of a tensor: those of the base whose bytes it has.
         warnings: What the user should know.
-        side_files: By name: side files that say something else now, in place of the base's.
+        side_files: By name: side files that say something else now, in place of the base's; None for one that is left out.
     """
 
     base: Checkpoint
@@ -49,7 +48,7 @@ class Rebuilt:
     dropped: tuple[Dropped, ...] = ()
     origins: Mapping[str, tuple[StoredTensor, ...]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    side_files: Mapping[str, bytes] = field(default_factory=dict)
+    side_files: Mapping[str, bytes | None] = field(default_factory=dict)
 
 
 def rebuilt_of(checkpoint: Checkpoint) -> Rebuilt:
@@ -89,7 +88,6 @@ def with_shards(
     dropped: Sequence[Dropped] = (),
     origins: Mapping[str, tuple[StoredTensor, ...]],
     warnings: Sequence[str] = (),
-    side_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Rebuilt:
     """`rebuilt` with other tensors in its shards, and another configuration.
 
@@ -101,7 +99,6 @@ def with_shards(
         dropped: What is gone now.
         origins: As `Rebuilt.origins`, of all tensors.
         warnings: More of them.
-        side_files: More of them.
     """
     component = rebuilt.checkpoint.main
     left = [(shard, tensors) for shard, tensors in shards if tensors]
@@ -130,5 +127,19 @@ def with_shards(
         (*rebuilt.dropped, *dropped),
         origins,
         (*rebuilt.warnings, *warnings),
-        {**rebuilt.side_files, **side_files},
+        rebuilt.side_files,
+    )
+
+
+def with_configs(
+    rebuilt: Rebuilt, config: Mapping[str, Any], side_files: Mapping[str, bytes | None], warnings: Sequence[str]
+) -> Rebuilt:
+    """`rebuilt` with another config.json, and other side files, by name; None leaves one out."""
+    component = rebuilt.checkpoint.main
+    kept = tuple(entry for entry in rebuilt.checkpoint.side_files if side_files.get(entry[0], b"") is not None)
+    return replace(
+        rebuilt,
+        checkpoint=replace(rebuilt.checkpoint, components={"": component.with_config(config)}, side_files=kept),
+        side_files={**rebuilt.side_files, **side_files},
+        warnings=(*rebuilt.warnings, *warnings),
     )
