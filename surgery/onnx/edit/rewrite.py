@@ -98,7 +98,8 @@ def _updated(label: str, change: Change, dtype: DType, take: Rows, stop: Stop, d
     """Compute a weight as a merge of the checkpoint does, and hand its rows to `take`, as the graph has their values."""
     edit, piece = change.edit, change.piece
     source = edit.source
-    plain = piece.factor == 1 and change.fold is None
+    plain = piece.factor == 1 and change.fold is None and not piece.row_factors
+    by_row = numpy.array(piece.row_factors)[:, None] * piece.factor if piece.row_factors else None
     exact = dtype if plain else (DType.F64 if dtype is DType.F64 else DType.F32)
     cols = source.shape[1]
     fold = None
@@ -107,11 +108,13 @@ def _updated(label: str, change: Change, dtype: DType, take: Rows, stop: Stop, d
 
     def note(part: int, offset: int, raw: memoryview) -> None:
         values = numpy.ndarray((len(raw) * 8 // exact.bits // cols, cols), exact.numpy, raw)
+        first = offset * 8 // (exact.bits * cols)
         if not plain:
-            values = values * piece.factor if fold is None else values * (fold * piece.factor)
+            values = values * (piece.factor if by_row is None else by_row[first : first + len(values)])
+            values = values if fold is None else values * fold
             check_finite(values, dtype, label)
             values = cast(values, dtype)
-        take(offset * 8 // (exact.bits * cols), values)
+        take(first, values)
 
     step = Compute(source, edit.operations, Elements(source.sizes, source.shape, exact))
     done = compute(label, step, note, stop, device)[0]
@@ -304,4 +307,6 @@ def _scatter_base(change: Change, put: _Scatter) -> None:
     height = max(1, _CHUNK // 4 // max(piece.weight.cols, 1))
     for start in range(0, piece.weight.rows, height):
         block = piece.weight.block(start, min(start + height, piece.weight.rows)).astype(numpy.float32) * piece.factor
+        if piece.row_factors:
+            block *= numpy.array(piece.row_factors[start : start + len(block)], numpy.float32)[:, None]
         put.rows(start, block if fold is None else block * fold)
