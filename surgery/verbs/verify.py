@@ -209,6 +209,7 @@ def _graphs(
     checks: list[Check],
     notes: list[str],
 ) -> None:
+    from surgery.verification.inserted import with_adapter_modules, with_baked_modules
     from surgery.verification.session import check_weights, read_graph
     from surgery.verification.slots import with_defaults
 
@@ -228,6 +229,10 @@ def _graphs(
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles))
+    if base is not None and roles.insert:
+        reference = with_adapter_modules(reference, roles.insert)
+    else:
+        reference = with_baked_modules(reference, main)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
         checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
@@ -263,8 +268,8 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
         return open_reference(base.main, dequantised)
-    merged = any(str(facts.get("mode")).startswith("merge") for facts in contract.adapters)
-    if base is not None and not merged:
+    in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
+    if base is not None and (roles.insert or not in_files):
         return open_reference(base.main, dequantised)
     component = open_checkpoint(folder).main
     tensors = dict(component.tensors)

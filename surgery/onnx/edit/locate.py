@@ -206,7 +206,7 @@ class _Search:
             for piece in fitting_weights(places, likely, self.vectors):
                 fold = by_label[piece.fold] if piece.fold else None
                 values = None if fold is None else fold.block(0, fold.rows).reshape(-1).astype("f8") + piece.fold_plus
-                same = piece.factor == 1 and fold is None and isinstance(piece.place, Matrix)
+                same = piece.factor == 1 and fold is None and not piece.row_factors and isinstance(piece.place, Matrix)
                 error = (0.0 if is_there(piece) else None) if same else measured(piece, values)
                 if error is None:
                     return []

@@ -49,6 +49,13 @@ _LEGACY = {
 _CONTAINERS = "|".join(("loras", *INSERTED, *_LEGACY))
 _KEEP = "load it with the library adapters, beside the base: only a LoRA, a DoRA or an (IA)^3 becomes a part of weights"
 
+_INSERT = (
+    "`surgery export-onnx BASE ADAPTER` inserts it into a graph, and the library adapters runs it beside the base: only a "
+    "LoRA, a DoRA or an (IA)^3 becomes a part of weights"
+)
+_FOR_GRAPHS = ("adapters", "shared_parameters", "invertible_adapters")
+"""Containers of modules that a graph can hold (`inserted.py`)."""
+
 _UNION = ". `without=` leaves a part out, and merges the rest"
 
 
@@ -102,7 +109,8 @@ def read_adapterhub(path: Path) -> Adapter:
         kind, why = INSERTED[container]
         held = tuple((name, Factor.of(stored)) for name, stored in sorted(parts.items()))
         site = Site(f"{module}.{container}.weight" if module else f"{container}.weight")
-        updates[site] = (Unmerged(kind, held, why, _KEEP + (_UNION if loras else "")),)
+        instead = _INSERT if container in _FOR_GRAPHS else _KEEP
+        updates[site] = (Unmerged(kind, held, why, instead + (_UNION if loras else "")),)
     return _with_head(path, config, shard, updates, tuple(ignored), frozenset(optional))
 
 
