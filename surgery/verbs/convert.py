@@ -15,6 +15,7 @@ from surgery.engine.conversion import (
     Errors,
     bound_source,
     coded_as,
+    for_graph,
     in_dialect,
     left_beside,
     placed,
@@ -31,6 +32,7 @@ from surgery.engine.inputs import (
     as_adapter,
     as_checkpoint,
     as_list,
+    as_path,
     local_path,
     output_path,
 )
@@ -63,6 +65,7 @@ def convert(
     *,
     output: StrPath | None = None,
     base: CheckpointLike | None = None,
+    graph: StrPath | None = None,
     component: str | None = None,
     without: str | Sequence[str] = (),
     projections: str | None = None,
@@ -88,6 +91,8 @@ def convert(
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
             given.
+        graph: For ``onnx-adapter``, the ``.onnx`` file that will take it: names, shapes and types are those of its
+            inputs, whoever made it.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         without: Patterns of modules to leave out, as `combine` takes them, such as those that the base lacks.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
@@ -123,7 +128,8 @@ def convert(
     """
     stored = float_type(dtype)
     if consumer is not None:
-        if to is not None or projections is not None or factors is not None or dialect is not None or as_lora:
+        others = (to, projections, factors, dialect, graph)
+        if as_lora or any(one is not None for one in others):
             raise FitError(
                 "a program decides about format, projections and kinds itself", hint="name either a format or a program"
             )
@@ -148,7 +154,8 @@ def convert(
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
     if saved is not None or max_rank is not None or merge_rest is not None:
         raise FitError("what a program takes is asked of a program", hint="name the program")
-    target = in_dialect(coded_as(format_to_write(to), factors), dialect)
+    where = None if graph is None else as_path(graph, "graph")
+    target, stored = for_graph(in_dialect(coded_as(format_to_write(to), factors), dialect), where, stored)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     if rank is not None and not as_lora:
