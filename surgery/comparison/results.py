@@ -11,13 +11,14 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.selective import SelectiveTuning
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
     "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "QuantisationLoss", "Side", "TensorDiff", "TensorHeader",
-    "TensorStatus", "Values",
+    "TensorStatus", "Values", "tensor_sections",
 ]  # fmt: skip
 
 AdapterStatus = Literal["equal", "different", "only in A", "only in B"]
@@ -167,6 +168,7 @@ class Values:
         rounding: ``||B - A||_F / ||A||_F`` if the side that is stored as codes were the other's values rounded to the
             nearest code, on the scales that are stored; None unless one side is stored as codes and the other is not.
         nearest: Share of the codes that are the nearest to the other side's values, likewise.
+        rows: Rows with a value that differs.
     """
 
     max_abs: float
@@ -178,6 +180,7 @@ class Values:
     profile: Profile | None = None
     rounding: float | None = None
     nearest: float | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +248,7 @@ class CheckpointDiff:
         header: Whether values were left unread.
         quantisation: By the formats of both sides, the error of weights that one side stores as codes.
         notes: Why weights were not compared.
+        tuned: Which part of A changed, where that has a name (docs/insert.md).
         seconds: How long it took.
     """
 
@@ -254,6 +258,7 @@ class CheckpointDiff:
     header: bool
     quantisation: tuple[QuantisationLoss, ...] = ()
     notes: tuple[str, ...] = ()
+    tuned: SelectiveTuning | None = None
     seconds: float = elapsed()
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
@@ -279,7 +284,8 @@ class CheckpointDiff:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest"))
+        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest", "tuned"))
+        found |= {} if self.tuned is None else {"tuned": self.tuned.as_json()}
         return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **found}
 
     def summary(self, *, verbose: bool = False) -> Summary:
@@ -287,16 +293,16 @@ class CheckpointDiff:
         facts = _counted("tensors", (tensor.status for tensor in self.tensors), self.difference)
         if self.moved is not None:
             facts.append(("moved", (Value(self.moved, "share", 3), " of the values")))
+        if self.tuned is not None:
+            facts.append(("tuned", self.tuned.phrase))
         if self.not_compared:
             plural = "s" if self.not_compared > 1 else ""
             facts.append(("not compared", f"{self.not_compared} weight{plural}, so that there is no total"))
         facts += [("quantisation", error.phrase) for error in self.quantisation]
         if self.header:
             facts.append(("compared", "headers only"))
-        shown = _chosen(self.tensors, verbose)
-        table = _table(_TENSORS, map(_tensor, shown))
-        left = _left(self.tensors, shown)
-        return Summary("differences", (Facts(tuple(facts)), *table, *left, *warning_notes(self.notes)))
+        tensors = tensor_sections(self.tensors, verbose=verbose)
+        return Summary("differences", (Facts(tuple(facts)), *tensors, *warning_notes(self.notes)))
 
 
 _MODULES = (
@@ -355,6 +361,12 @@ def _ninety(profile: Profile | None) -> str | None:
         return None
     needed = profile.ranks["0.9"]
     return "many" if needed is None else str(needed)
+
+
+def tensor_sections(tensors: Sequence[TensorDiff], *, verbose: bool) -> list[Section]:
+    """The tensors that differ, the greatest difference first, or all of them."""
+    shown = _chosen(tensors, verbose)
+    return [*_table(_TENSORS, map(_tensor, shown)), *_left(tensors, shown)]
 
 
 def _table(columns: tuple[Column, ...], rows: Iterable[tuple[Cell, ...]]) -> list[Section]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from surgery.arguments import check_types, wrong_type
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.sharded import MODEL_STEMS, is_index
 from surgery_formats.containers.weight_files import holds_weights, is_weight_file
 from surgery_formats.errors import FitError, NotFoundError, UsageError
@@ -41,6 +42,7 @@ __all__ = [
     "check_counts",
     "local_path",
     "open",
+    "opened_or_graph",
     "output_path",
 ]
 
@@ -99,6 +101,21 @@ def as_opened(value: Openable, argument: str) -> Checkpoint | Adapter:
     if isinstance(value, Checkpoint) or (_is_adapter(value) and hasattr(value, "updates")):
         return value
     raise wrong_type(value, argument, "a path, a Checkpoint or an Adapter")
+
+
+def opened_or_graph(value: Openable, argument: str) -> Checkpoint | Adapter | Path:
+    """As `as_opened`; of an ONNX graph the path of its file, whatever is in it.
+
+    Raises:
+        UsageError: neither a reference nor what was opened.
+        InputError, FitError: see `open`.
+    """
+    if isinstance(value, str | os.PathLike):
+        value = as_path(value, argument)
+        if value.name.endswith(ONNX.suffixes) and value.is_file():
+            return value
+    opened = as_opened(value, argument)
+    return opened.main.shards[0].path if isinstance(opened, Checkpoint) and opened.is_graph else opened
 
 
 def _weight_files(folder: Path) -> list[str]:

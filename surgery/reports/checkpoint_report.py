@@ -17,7 +17,14 @@ from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.models.module_tree import Node, Totals
 
-__all__ = ["CheckpointReport", "ComponentReport", "WeightFileReport", "files_phrase", "types_phrase"]
+__all__ = [
+    "CheckpointReport",
+    "ComponentReport",
+    "WeightFileReport",
+    "files_phrase",
+    "module_tables",
+    "types_phrase",
+]
 
 _DEPTH = 4  # of a decoder: model, its layers, their attention, its projections
 
@@ -91,6 +98,7 @@ class CheckpointReport:
         nbytes: Of all weight files, as the file system counts them.
         side_files: Everything else that belongs to it: tokenizer, templates, schedulers.
         left_behind: Weights of other formats beside those read.
+        graphs: ONNX graphs of it, each of which can be inspected by its name.
         notes: What the user should know.
         seconds: How long it took.
     """
@@ -101,6 +109,7 @@ class CheckpointReport:
     nbytes: int
     side_files: tuple[str, ...]
     left_behind: tuple[str, ...]
+    graphs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = elapsed()
 
@@ -123,6 +132,8 @@ class CheckpointReport:
         ]
         if self.side_files:
             rows.append(("beside", NameList(self.side_files)))
+        if self.graphs:
+            rows.append(("graphs", NameList(self.graphs)))
         if self.left_behind:
             rows.append(("not read", NameList(self.left_behind)))
         sections: list[Section] = [Facts(tuple(rows))]
@@ -162,21 +173,26 @@ def _component(component: ComponentReport, depth: int | None, *, named: bool) ->
     if component.ties:
         rows.append(("tied", NameList(tuple(f"{alias} = {source}" for alias, source in component.ties.items()))))
     yield Facts(tuple(rows))
+    yield from module_tables(component.tree, component.roles, depth)
+
+
+def module_tables(tree: Node, per_role: Mapping[str, Totals], depth: int | None) -> Iterator[Table]:
+    """The modules of a network down to a depth, and the totals per role."""
     modules = (
         Column("module", "name"), Column("times", "integer"), Column("role"), Column("shape", "shape"),
         Column("parameters", "count"), Column("type"), Column("bytes", "bytes"),
     )  # fmt: skip
-    yield Table(modules, tuple(_tree(component.tree, depth)))
+    yield Table(modules, tuple(_tree(tree, depth)))
     roles = (
         Column("role"), Column("tensors", "integer"), Column("parameters", "count"), Column("share", "share", 1),
         Column("bytes", "bytes"),
     )  # fmt: skip
-    whole = component.parameters
+    whole = tree.parameters
     yield Table(
         roles,
         tuple(
             (role, total.tensors, total.parameters, total.parameters / whole if whole else None, total.nbytes)
-            for role, total in component.roles.items()
+            for role, total in per_role.items()
         ),
     )
 

@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgery.engine.inputs import Openable, as_opened
+from surgery.engine.inputs import Openable, opened_or_graph
 from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
+from surgery.reports.graph_report import GraphReport
 from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
 from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
 from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.quantised_base import quantised_base_of
+from surgery_formats.containers.onnx import open_graph
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.weight_files import container_of_file, is_weight_file
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -28,7 +31,7 @@ from surgery_formats.models.module_tree import Node, Totals, leaves, module_grap
 from surgery_formats.text import listing
 from surgery_formats.updates import is_directed, is_row_setting
 
-__all__ = ["AdapterReport", "CheckpointReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
+__all__ = ["AdapterReport", "CheckpointReport", "GraphReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
 
 # What transformers' configurations call the same fact, the usual name first.
 _FACTS: Mapping[str, tuple[str, ...]] = {
@@ -46,18 +49,23 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
 
 
 @timed
-def inspect(reference: Openable) -> CheckpointReport | AdapterReport:
-    """Look at a model or an adapter without reading a single weight.
+def inspect(reference: Openable) -> CheckpointReport | AdapterReport | GraphReport:
+    """Look at a model, an adapter or an ONNX graph without reading a single weight.
 
     Args:
-        reference: File, folder, or what was opened. A folder that is both (a training run's) is an adapter.
+        reference: File, folder, or what was opened. A folder that is both (a training run's) is an adapter, and one of a
+            model that was exported in place is the model.
 
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    opened = as_opened(reference, "reference")
+    opened = opened_or_graph(reference, "reference")
+    if isinstance(opened, Path):
+        from surgery.onnx.survey.survey import survey
+
+        return survey(open_graph(opened))
     return inspect_adapter(opened) if isinstance(opened, Adapter) else inspect_checkpoint(opened)
 
 
@@ -72,13 +80,15 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:
         part.name or part.model_type for part in components if part.model_type and not part.family and not part.networks
     ]:
         notes.append(f"roles are told by names alone, the family is not known: {listing(unknown)}")
+    graphs = tuple(name for name in checkpoint.left_behind if name.endswith(ONNX.suffixes))
     return CheckpointReport(
         path=checkpoint.path,
         components=components,
         parameters=sum(component.parameters for component in components),
         nbytes=checkpoint.nbytes,
         side_files=tuple(name for name, _ in checkpoint.side_files),
-        left_behind=checkpoint.left_behind,
+        left_behind=tuple(name for name in checkpoint.left_behind if name not in graphs),
+        graphs=graphs,
         notes=tuple(notes),
     )
 

@@ -209,6 +209,20 @@ FAMILIES: Mapping[str, Family] = {
         {**_FLUX, "pooled_projection_dim": 16, "guidance_embeds": True},
         _flux,
     ),
+    "flux-wide": Family(  # as wide as the published model, whose widths conversions of files by trainers have in them
+        "FluxPipeline",
+        "FluxTransformer2DModel",
+        {
+            **_FLUX,
+            "num_single_layers": 1,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "axes_dims_rope": (16, 56, 56),
+            "pooled_projection_dim": 16,
+            "guidance_embeds": True,
+        },
+        _flux,
+    ),
     "chroma": Family(
         "ChromaPipeline",
         "ChromaTransformer2DModel",

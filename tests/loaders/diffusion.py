@@ -60,7 +60,7 @@ _DIFFUSERS: Sequence[Act] = [
     *(Act(family, "peft", "diffusers") for family in _ALL),
     Act("sd15", "dora", "diffusers"),
     *(Act(family, "original", "diffusers", into="single") for family in _RELEASED),
-    *(Act(family, "peft", "kohya") for family in ("sd15", "sdxl")),
+    *(Act(family, "peft", "kohya") for family in ("sd15", "sdxl", "flux-wide")),
     *(Act(family, "peft", "kohya", into="single") for family in ("sd15", "sdxl")),
     *(Act(family, "peft", "kohya", "single", "single") for family in _OF_TRAINERS),
     *(Act(family, "original", "kohya", "single", "single") for family in _OF_TRAINERS),
@@ -68,7 +68,8 @@ _DIFFUSERS: Sequence[Act] = [
     *(Act(family, "original", "comfyui", "single", "single") for family in _WITH_ALPHA),
 ]
 """What acts in diffusers 0.42.1. It has no reader for other files of kohya's or ComfyUI's: of SD3, LTX-Video, HunyuanVideo, Lumina 2 they
-do nothing or are refused. Widths of Flux, Chroma, HunyuanVideo and Lumina 2 are fixed in its conversion of a release."""
+do nothing or are refused; so do those of ComfyUI of Flux. Widths of Flux, Chroma, HunyuanVideo and Lumina 2 are fixed in its
+conversion of a release."""
 
 ACTS: Mapping[str, Sequence[Act]] = {
     "diffusers": _DIFFUSERS,

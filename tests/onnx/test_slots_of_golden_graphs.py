@@ -20,8 +20,6 @@ REFUSED = {
     "fused-bert": "read by the Attention",
     "fused-bert-fp16": "read by the Attention",
     "quantized-bert": "read by the MatMulInteger",
-    "dynamo-resnet": "does not hold the weight",  # its norms are folded into it
-    "script-resnet": "does not hold the weight",
 }
 CODED = ("genai-llama-int4", "genai-qwen2-int4", "q4-llama", "q4-zeros-llama")
 CASES = [(name, "lora") for name in PAIRS if not name.endswith("-slots") and name not in (*REFUSED, *CODED, "qdq-vit")]

@@ -18,21 +18,22 @@ __all__ = ["command"]
 @click.option("--all", "every", is_flag=True, help="Every level; of an adapter every parameter and all metadata.")
 @option.alpha
 def command(settings: Settings, reference: str, depth: int, every: bool, alpha: float | None) -> None:
-    """Show what a model or an adapter is made of.
+    """Show what a model, an adapter or an ONNX graph is made of.
 
     Of a model: its modules with role, shape, parameters, type and bytes; equal layers are shown once. Of an adapter:
-    format, kind, rank, alpha, scale, what it touches, and what makes it easy to use wrongly. Only headers are read.
+    format, kind, rank, alpha, scale, what it touches, and what makes it easy to use wrongly. Of a graph: operators,
+    inputs with their dims, slots, weights by module, files, and what stands against running it. Only headers are read.
 
     \b
     Examples:
       surgery inspect llama/
       surgery inspect my-lora/ --all
+      surgery inspect exported/model.onnx
       surgery inspect llama/ --json | jq .result.parameters
     """
-    from surgery.reports.checkpoint_report import CheckpointReport
-    from surgery.verbs.inspect import inspect
+    from surgery.verbs.inspect import AdapterReport, inspect
 
     report = inspect(option.told_alpha(reference, alpha))
     verbose = every or settings.verbose > 0
-    cut = {"depth": depth} if isinstance(report, CheckpointReport) else {}
+    cut = {} if isinstance(report, AdapterReport) else {"depth": depth}
     show_result("inspect", report, settings, summary=report.summary(verbose=verbose, **cut), data=True)

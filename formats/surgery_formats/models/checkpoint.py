@@ -389,8 +389,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         refuse_known(where, (), networks=False)
         raise
     components = {name: _component(name, where, weights) for name, weights in opened.items()}
-    if len(components) == 1:
-        names = next(iter(components.values())).tensors
+    first = next(iter(components.values()))
+    if len(components) == 1 and not first.is_graph:  # a graph may have an adapter's factors among its weights
+        names = first.tensors
         refuse_known(where, names, networks=False)
         if what := named_adapter(names):
             raise FitError(f"an adapter where a full model was expected: {what}", file=where)

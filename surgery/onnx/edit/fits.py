@@ -7,7 +7,7 @@ compared in full by `measured`; a weight that was changed is never claimed, only
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,11 @@ _ROUNDING = {DType.F64: 2.0**-50, DType.F32: 2.0**-22, DType.F16: 2.0**-10, DTyp
 _SMALLEST = {DType.F64: 0.0, DType.F32: 1e-37, DType.F16: 2.0**-23, DType.BF16: 1e-37}
 NEAR = 0.5
 """Of a weight: the greatest distance, in its norm, at which another is taken for a changed copy of it."""
+_SCALED = 1e-9
+"""The misfit of rows with factors of their own: any other way is better."""
+_SUMMED = 2.0**-20
+"""Error of a base and an update that others added in another order, relative to the greatest value."""
+_FREE = 3  # elements of a row that its factor is told by, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +125,24 @@ def _fit(aspect: Aspect, at: int, piece: Piece, vectors: Vectors) -> _Fit | None
         off = numpy.abs(mine - there)
         return _Fit(piece, float(off.sum())) if (off <= slack).all() else None
     factor = float((mine * there).sum() / (mine * mine).sum())
-    if factor and _equal(factor * mine, there, place.dtype):
-        return _Fit(replace(piece, factor=_tidy(factor)), 0.0)
+    for constant in (_tidy(factor), factor) if factor else ():
+        if _equal(constant * mine, there, place.dtype, summed=bool(piece.weight.operations)):
+            return _Fit(replace(piece, factor=constant), 0.0)
     folded = _folded(piece, cols, mine, there, vectors)
-    return None if folded is None else _Fit(folded, 0.0)
+    if folded is not None:
+        return _Fit(folded, 0.0)
+    scaled = _scaled(piece, mine, there)
+    return None if scaled is None else _Fit(scaled, _SCALED)
 
 
-def _equal(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
+def _equal(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType, *, summed: bool = False) -> bool:
+    """Whether values are equal but for rounding; of sums, which may cancel each other, but for that of their terms."""
     import numpy
 
-    return bool((numpy.abs(mine - there) <= _ROUNDING[dtype] * numpy.abs(there) + _SMALLEST[dtype]).all())
+    slack = _ROUNDING[dtype] * numpy.abs(there) + _SMALLEST[dtype]
+    if summed:
+        slack += _SUMMED * float(numpy.abs(mine).max(initial=0))
+    return bool((numpy.abs(mine - there) <= slack).all())
 
 
 def _tidy(factor: float) -> float:
@@ -165,6 +178,30 @@ def _folded(
     return None
 
 
+def _scaled(piece: Piece, mine: numpy.ndarray, there: numpy.ndarray) -> Piece | None:
+    """The piece with a factor for each row, if all rows are those of the weight but for that."""
+    assert isinstance(piece.place, Matrix)
+    if piece.flipped or mine.shape[1] < _FREE or (mine == mine[:, :1]).all():
+        return None
+    factors = _by_row(mine, there)
+    if factors is None or not _equal(mine * factors[:, None], there, piece.place.dtype):
+        return None
+    found: list[float] = []
+    for _, _, block, there in _sides(piece):
+        factors = _by_row(block.astype("f8"), there.astype("f8"))
+        if factors is None:
+            return None
+        found += factors.tolist()
+    return replace(piece, row_factors=tuple(found))
+
+
+def _by_row(mine: numpy.ndarray, there: numpy.ndarray) -> numpy.ndarray | None:
+    """What each row is multiplied by; None if a row tells nothing."""
+    square = (mine * mine).sum(axis=1)
+    product = (mine * there).sum(axis=1)
+    return product / square if square.all() and product.all() else None
+
+
 def measured(piece: Piece, fold: numpy.ndarray | None) -> float | None:
     """The greatest error of a fit over all its elements, in steps of the quantiser; None if one is beyond what it may be.
 
@@ -176,33 +213,44 @@ def measured(piece: Piece, fold: numpy.ndarray | None) -> float | None:
 
     worst = 0.0
     place = piece.place
-    aspect = Aspect(place, piece.turned)
-    at = piece.graph_rows[0]
-    held = place.block(0, place.rows) if piece.turned or piece.flipped else None
-    for start, stop, block in weight_blocks(piece):
+    for span, across, block, there in _sides(piece):
         mine = block.astype("f8") * piece.factor
+        if piece.row_factors:
+            mine *= numpy.array(piece.row_factors[span[0] - piece.graph_rows[0] : span[1] - piece.graph_rows[0]])[
+                :, None
+            ]
         if fold is not None:
-            mine *= fold
-        if piece.flipped:
-            mine = mine.T
-            span, across = (at, at + len(piece.rows)), (start, stop)
-        else:
-            span, across = (at + start, at + stop), (0, aspect.width)
-        if held is None:
-            there = place.block(*span)[:, across[0] : across[1]]
-        elif piece.turned:
-            there = held[across[0] : across[1], span[0] : span[1]].T
-        else:
-            there = held[span[0] : span[1], across[0] : across[1]]
+            mine *= fold[across[0] : across[1]]
         off = numpy.abs(mine - there)
         if isinstance(place, CodedMatrix):
             slack = _slack(place, piece.turned, span, across, mine)
             if not (off <= slack).all():
                 return None
             worst = max(worst, float((off / numpy.maximum(_steps(place, piece.turned, span, across), 1e-30)).max()))
-        elif not _equal(mine, there.astype("f8"), place.dtype):
+        elif not _equal(mine, there.astype("f8"), place.dtype, summed=bool(piece.weight.operations)):
             return None
     return worst
+
+
+Span = tuple[int, int]
+
+
+def _sides(piece: Piece) -> Iterator[tuple[Span, Span, numpy.ndarray, numpy.ndarray]]:
+    """Rows and columns of the graph's matrix, as a piece sees it, with the weight's values and the graph's, in blocks."""
+    place = piece.place
+    at, width = piece.graph_rows[0], Aspect(place, piece.turned).width
+    held = place.block(0, place.rows) if piece.turned or piece.flipped else None
+    for start, stop, block in weight_blocks(piece):
+        span, across = (at + start, at + stop), (0, width)
+        if piece.flipped:
+            block, span, across = block.T, (at, at + len(piece.rows)), (start, stop)
+        if held is None:
+            there = place.block(*span)[:, across[0] : across[1]]
+        elif piece.turned:
+            there = held[across[0] : across[1], span[0] : span[1]].T
+        else:
+            there = held[span[0] : span[1], across[0] : across[1]]
+        yield span, across, block, there
 
 
 def _slack(

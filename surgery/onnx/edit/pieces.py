@@ -21,7 +21,8 @@ class Piece:
     """Some rows of a weight in a matrix of a graph.
 
     With M the graph's matrix, transposed if `turned`, and W the weight's, transposed if `flipped`:
-    ``M[graph_rows] = factor * W[rows]``. An index is a range wherever it can be.
+    ``M[graph_rows] = factor * W[rows]``, each row times its own entry of `row_factors` if there are any. An index is a range
+    wherever it can be.
 
     Attributes:
         weight: The weight.
@@ -31,10 +32,12 @@ class Piece:
         graph_rows: Rows, or columns, of the graph's matrix.
         rows: Rows, or columns, of the weight.
         factor: Constant on the values.
+        row_factors: A constant for each row: a batch norm behind a convolution, folded into it.
         fold: Name of the vector of the base that the columns (of W) are multiplied by, or empty.
         fold_plus: What is added to that vector before.
         error: Greatest difference, in steps of the graph's quantiser; 0 where all bits are equal.
         also: Other weights with the same values.
+        by_order: Whether nothing but the order of the graph tells it from weights of equal values.
     """
 
     weight: Wanted
@@ -44,10 +47,12 @@ class Piece:
     graph_rows: Index
     rows: Index
     factor: float = 1.0
+    row_factors: tuple[float, ...] = ()
     fold: str = ""
     fold_plus: float = 0.0
     error: float = 0.0
     also: tuple[Wanted, ...] = field(default=())
+    by_order: bool = False
 
     @property
     def how(self) -> str:
@@ -71,8 +76,12 @@ class Piece:
             words.append(f"cast to {self.place.dtype.label}")
         if self.factor != 1.0:
             words.append(f"times {self.factor:.6g}")
+        if self.row_factors:
+            words.append(f"each row times a number ({min(self.row_factors):.3g} to {max(self.row_factors):.3g})")
         if self.fold:
             words.append(f"columns times {self.fold}" + (f" + {self.fold_plus:g}" if self.fold_plus else ""))
+        if self.by_order:
+            words.append("by order alone")
         return ", ".join(words) or "as it is"
 
 

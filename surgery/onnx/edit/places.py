@@ -31,7 +31,7 @@ class WeightPlace:
         at: Where, among the tensor's outputs.
         width: Number of the tensor's outputs.
         by_output: Whether the tensor's rows are the outputs.
-        factor: What the weight was multiplied by.
+        factor: What the weight was multiplied by, or each of its outputs.
     """
 
     tensor: str
@@ -40,7 +40,7 @@ class WeightPlace:
     at: Index
     width: int
     by_output: bool
-    factor: float = 1.0
+    factor: float | tuple[float, ...] = 1.0
 
     @property
     def is_all(self) -> bool:
@@ -95,6 +95,7 @@ def _place(piece: Piece, name: str, graph: OnnxGraph, *, turned: bool) -> Weight
     if not of_outputs:
         whole = list(at) == list(rows) == list(range(matrix.cols if by_output else matrix.rows))
         why = "" if whole else "with its inputs in parts or in another order"
+        why = why if not piece.row_factors else "with each input multiplied by a number"
         rows = at = range(width)
     if piece.fold:
         why = f"multiplied by '{show(piece.fold)}'"
@@ -107,4 +108,4 @@ def _place(piece: Piece, name: str, graph: OnnxGraph, *, turned: bool) -> Weight
             tensor=matrix.name,
             hint="merge the adapter into the graph instead",
         )
-    return WeightPlace(matrix.name, name, rows, at, width, by_output, piece.factor)
+    return WeightPlace(matrix.name, name, rows, at, width, by_output, piece.row_factors or piece.factor)

@@ -24,7 +24,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["SlotShape", "Spot", "add_slots", "spots_of"]
+__all__ = ["Readers", "SlotShape", "Spot", "add_slots", "add_to", "kernel_of", "readers_of", "spots_of"]
 
 Array = npt.NDArray[Any]
 _NUMPY = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
@@ -161,12 +161,9 @@ def _branch(
     """Nodes that add the slots' product to the result of one node."""
     at = _module(slots[0][0].slot)
     if use.kind == "convolution":
-        if len(slots) != 1 or not slots[0][1].is_all:
-            raise FitError(f"the convolution '{show(use.node.name)}' has several weights in one tensor")
-        shape = slots[0][0]
-        kept = {one.name: attribute(use.node, one.name, None) for one in use.node.attribute}
-        down = patch.node("Conv", [use.x, shape.slot.A], at, **kept)
-        delta = patch.node("Conv", [down, shape.slot.B], at)
+        shape, place = slots[0]
+        down = patch.node("Conv", [use.x, shape.slot.A], at, **kernel_of(use, [place for _, place in slots]))
+        delta = patch.node("Conv", [down, _scaled(patch, shape, place, at)], at)
     else:
         A = _joined(patch, [shape.slot.A for shape, _ in slots], 1, at)
         B = _joined(patch, [_columns(patch, shape, place, at) for shape, place in slots], 0, at)
@@ -180,21 +177,47 @@ def _branch(
     add_to(main, patch, use, delta, at, readers)
 
 
+def kernel_of(use: Use, places: Sequence[WeightPlace]) -> dict[str, Any]:
+    """The settings with which a convolution steps over its inputs.
+
+    Raises:
+        FitError: its tensor is not one weight.
+    """
+    if len(places) != 1 or not places[0].is_all:
+        raise FitError(f"the convolution '{show(use.node.name)}' has several weights in one tensor")
+    return {one.name: attribute(use.node, one.name, None) for one in use.node.attribute}
+
+
 def _joined(patch: Patch, values: Sequence[str], axis: int, at: str) -> str:
     return values[0] if len(values) == 1 else patch.node("Concat", values, at, axis=axis)
 
 
+def _scaled(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str:
+    """B, times what the weight was multiplied by before it was put into the graph."""
+    if place.factor == 1.0:
+        return shape.slot.B
+    factor = np.array(place.factor, shape.dtype)
+    if factor.ndim and shape.table:
+        raise FitError(
+            f"each row of the table '{show(place.weight)}' is multiplied by a number, where a slot cannot follow",
+            tensor=place.tensor,
+            hint="merge the adapter into the graph instead",
+        )
+    if factor.ndim and len(shape.up) > 2:
+        factor = factor.reshape(-1, *([1] * (len(shape.up) - 1)))
+    return patch.node("Mul", [shape.slot.B, patch.constant(factor, at)], at)
+
+
 def _columns(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str:
     """B with the outputs that lie in a tensor, at their places among the others; zeros elsewhere."""
-    B, outputs = shape.slot.B, shape.up[1] or 0
+    outputs = shape.up[1] or 0
     if shape.table:
-        return B
+        return _scaled(patch, shape, place, at)
 
     def ints(*values: int) -> str:
         return patch.constant(np.array(values, np.int64), at)
 
-    if place.factor != 1.0:
-        B = patch.node("Mul", [B, patch.constant(np.array(place.factor, shape.dtype), at)], at)
+    B = _scaled(patch, shape, place, at)
     if not isinstance(place.rows, range) or not isinstance(place.at, range):
         source = np.full(place.width, outputs)
         source[list(place.at)] = list(place.rows)

@@ -6,7 +6,7 @@ Hidden states are rows ``(B*S, D)`` if linear maps are Gemm, otherwise ``(B, S, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -47,6 +47,7 @@ class Context:
         head: Name of a tied head: it shares the embedding's weight but not its slot.
         virtual: Soft prompts.
         slots: The slots made so far.
+        real: Returns which new tokens are no padding ``(B, S)``, bool.
     """
 
     graph: Graph
@@ -58,6 +59,7 @@ class Context:
     head: str = ""
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
+    real: Callable[[], str] = str
 
     @property
     def flat(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx
 
+NOTES = ("namespace", *(f"pkg.torch.onnx.{note}" for note in ("stack_trace", "class_hierarchy", "fx_node")))
 HERE = Path(__file__).resolve().parent
 
 
@@ -27,11 +28,11 @@ def say(folder: Path, name: str, packages: list[str], **more: object) -> None:
 
 
 def strip(path: Path) -> None:
-    """Take out where on this machine the traced code lies; nothing else of the file changes."""
+    """Take out where on this machine the traced code lies, and notes that are bulky; nothing else of the file changes."""
     model = onnx.load(path, load_external_data=False)
     for function in (model.graph, *model.functions):
         for node in function.node:
-            kept = [prop for prop in node.metadata_props if prop.key != "pkg.torch.onnx.stack_trace"]
+            kept = [prop for prop in node.metadata_props if prop.key not in NOTES]
             del node.metadata_props[:]
             node.metadata_props.extend(kept)
     path.write_bytes(model.SerializeToString(deterministic=True))

@@ -18,6 +18,7 @@ DECODER = {
 ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DRAWN = {"lora_A": 0.3, "lora_B": 0.3, "lora_embedding": 0.3, "lora_magnitude": 0.05}
+VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "conv2", "time_emb_proj", "conv_shortcut"]
 
 
@@ -115,7 +116,7 @@ KINDS = {
     "bert": Kind(
         bert, {"lora": lora(["query", "key", "value", "dense"]), "dora": lora(["value"], use_dora=True)}, tokens, "logits"
     ),
-    "vit": Kind(vit, {"lora": lora(["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])}, picture, "logits"),
+    "vit": Kind(vit, {"lora": lora(VIT), "light": lora(VIT) | {"lora_alpha": 0.2}}, picture, "logits"),
     "unet": Kind(unet, {"lora": lora(UNET), "dora": lora(["to_q"], use_dora=True)}, latents, "sample"),
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ WEIGHTS = random_weights(SHAPES)
 Q, K, V, OUT, BIAS, NORM = (
     WEIGHTS[f"layers.1.{x}"] for x in ("q.weight", "k.weight", "v.weight", "o.weight", "q.bias", "norm.weight")
 )
+ROWS = np.linspace(2, 0.5, 32, dtype=np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,8 @@ def found(result: Located) -> dict[str, str]:
         (Q.T * np.float32(0.125), {"q": "transposed, times 0.125"}),
         (Q * NORM, {"q": "as it is, columns times layers.1.norm.weight"}),
         ((Q * (1 + NORM)).T, {"q": "transposed, columns times layers.1.norm.weight + 1"}),
+        (Q * ROWS[:, None], {"q": "as it is, each row times a number (0.5 to 2)"}),
+        ((Q * ROWS[:, None]).T, {"q": "transposed, each row times a number (0.5 to 2)"}),
         (np.concatenate([Q * np.float32(0.5), K]), {"q": "as it is, rows 0 to 32, times 0.5", "k": "as it is, rows 32 to 48"}),
         (np.concatenate([np.ones((5, 24), "f4"), Q, K[:3]]), {"q": "as it is, rows 5 to 37", "k": "as it is, rows 37 to 40, 3 of 16 rows"}),
         (BIAS, {"bias": "as it is"}),
