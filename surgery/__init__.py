@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
     from surgery.verbs.insert import DeltaResult as DeltaResult
+    from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
@@ -92,7 +93,7 @@ else:
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
-            "surgery.verbs.insert": ["DeltaResult", "insert"],
+            "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
