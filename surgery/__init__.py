@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_bake import BakeResult as BakeResult
+    from surgery.verbs.prompt_bake import prompt_bake as prompt_bake
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
@@ -98,6 +100,7 @@ else:
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
+            "surgery.verbs.prompt_bake": ["BakeResult", "prompt_bake"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],
