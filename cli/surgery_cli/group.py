@@ -35,7 +35,7 @@ COMMANDS = {
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
     "check": "Show what programs make of an adapter.",
-    "inspect": "Show what a model or an adapter is made of.",
+    "inspect": "Show what a model, an adapter or an ONNX graph is made of.",
     "diff": "Show what differs between two models or two adapters.",
     "report": "Report what adapters save in parameters and storage.",
     "run": "Run an exported model: generate text, or classify it.",

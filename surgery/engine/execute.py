@@ -24,7 +24,7 @@ from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
 from surgery.progress import Callback
 from surgery_formats.errors import ResourceError
-from surgery_formats.files.output.folder import FileRecord, OutputFolder, output_folder
+from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import nbytes as human
 from surgery_formats.threads import one_thread
@@ -125,6 +125,7 @@ def execute(
     finish: Callable[[Ledger], Mapping[str, bytes]],
     engine: Engine | None = None,
     last: Callable[[OutputFolder], None] | None = None,
+    good: Verify | None = None,
 ) -> Ledger:
     """Write the output of `plan`, all or nothing.
 
@@ -137,6 +138,7 @@ def execute(
         engine: Where weights are computed; None is this process.
         last: Called when every file is in the staged folder. It may read them and add others, or raise to undo
             everything.
+        good: Whether a file that an interrupted run finished is still good; None asks `still_good`.
 
     Returns:
         The plan with what was measured.
@@ -144,7 +146,7 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=still_good)
+    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=good or still_good)
     with (engine or ThisProcess()).computing(plan, Path(output)) as compute, staged as folder:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)

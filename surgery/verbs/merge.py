@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_list, check_counts, output_path
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_list, as_path, check_counts, output_path
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.merge_result import MergeResult
@@ -18,8 +18,9 @@ from surgery.engine.output_checks import check_output
 from surgery.engine.quantised.output import quantised_output
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.errors import NothingChangedError
+from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def merge(
     max_error: float | None = None,
     reversible: bool = False,
     as_trained: CheckpointLike | None = None,
+    graph_of: CheckpointLike | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -88,6 +90,8 @@ def merge(
         as_trained: The quantised model that the adapters were trained on, whose values take the place of the release's
             in `base`; or ``nf4``, ``nf4-double``, ``fp4``, ``fp4-double``: what bitsandbytes makes of `base` when it is
             loaded in 4 bits. Names, types and side files remain the base's.
+        graph_of: Where `base` is an ``.onnx`` file that any exporter made, or a folder with one: the checkpoint that it was
+            made of. Only the bytes of weights located in it change (docs/graphs.md).
         verify_copies: Compare copied ranges byte by byte too.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -108,6 +112,19 @@ def merge(
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
     device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
+    run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
+    if graph_of is not None:
+        from surgery.verbs.merge_graph import merge_graph
+
+        given = (dtype != "keep", shard_size, layout != "keep", quantized != "dequantize", only_touched, rounding,
+            calibration, rank, max_error, reversible, as_trained is not None, memory_limit, engine)  # fmt: skip
+        if any(given):
+            raise UsageError("a graph keeps its types and its layout", hint="leave out what belongs to checkpoints")
+        if isinstance(base, Checkpoint):
+            raise UsageError("a graph is named by its path")
+        return merge_graph(
+            as_path(base, "base"), graph_of, adapters, folder, run, without=as_list(without), accept_loss=accept_loss
+        )
     quantised = quantised_output(
         quantized,
         only_touched=only_touched,
@@ -133,7 +150,6 @@ def merge(
             beside = most_nbytes(binding, quantised)
         ahead = preview(plan, None if output is None else Path(output), workers, beside)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
-    run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
     warnings: list[str] = list(plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:

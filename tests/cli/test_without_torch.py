@@ -31,6 +31,8 @@ COMMANDS = {
     "inspect an adapter": ["inspect", LORA],
     "report": ["report", LORA, DORA, "--base", BASE],
     "show a prompt": ["prompt", "show", PROMPT, "--base", BASE],
+    "bake tokens": ["prompt", "bake", BASE, PROMPT, "-o", "{out}"],
+    "bake keys and values": ["prompt", "bake", BASE, PROMPT, "-o", "{out}", "--as", "kv"],
     "tokens near a prompt": ["prompt", "nearest", PROMPT, BASE],
     "diff of models": ["diff", BASE, TUNED, "--spectrum"],
     "diff of adapters": ["diff", LORA, LORA],

@@ -67,6 +67,13 @@ __all__ = ["command"]
     metavar="QUANTISED",
     help="Take the values of the quantised model that was trained on; or nf4, nf4-double, fp4: as bitsandbytes loads BASE.",
 )
+@click.option(
+    "--base",
+    "graph_of",
+    metavar="CHECKPOINT",
+    shell_complete=complete_files,
+    help="Of an ONNX graph as BASE: the checkpoint it was made of. Only located weights change.",
+)
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
@@ -88,6 +95,7 @@ def command(
       surgery merge llama/ my-lora/ -o merged/
       surgery merge llama/ style=0.7 facts=0.5 -o merged/ --dtype bf16
       surgery merge llama/ my-lora/ -o merged/ --dry-run
+      surgery merge model.onnx my-lora/ --base llama/ -o merged/
     """
     from surgery.verbs.merge import merge
 

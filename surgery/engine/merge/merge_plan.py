@@ -35,7 +35,7 @@ from surgery_formats.text import listing, show, summed_up, without_local_paths
 if TYPE_CHECKING:
     from surgery.engine.two_bases.as_trained import TrainedValues
 
-__all__ = ["plan_merge", "planned_merge"]
+__all__ = ["merge_facts", "plan_merge", "planned_merge"]
 
 
 @collector_paused()
@@ -150,7 +150,7 @@ def plan_merge(
     side_files += corrected_config(binding, outputs, dtype, rewritten=packed)
     inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
-    facts = _facts(binding)
+    facts = merge_facts(binding)
     if left_out:
         facts["left_out"] = list(left_out)
     if carried.facts:
@@ -196,7 +196,7 @@ def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:
     return not edit.added and base is not None and edit.source.sizes != base.sizes
 
 
-def _facts(binding: Binding) -> dict[str, Any]:
+def merge_facts(binding: Binding) -> dict[str, Any]:
     """Facts that identify the inputs by content, not by path."""
     made = {name: component.made for name, component in binding.checkpoint.components.items() if component.made}
     return ({"made": made} if made else {}) | {

@@ -37,6 +37,7 @@ class Piece:
         fold_plus: What is added to that vector before.
         error: Greatest difference, in steps of the graph's quantiser; 0 where all bits are equal.
         also: Other weights with the same values.
+        by_order: Whether nothing but the order of the graph tells it from weights of equal values.
     """
 
     weight: Wanted
@@ -51,6 +52,7 @@ class Piece:
     fold_plus: float = 0.0
     error: float = 0.0
     also: tuple[Wanted, ...] = field(default=())
+    by_order: bool = False
 
     @property
     def how(self) -> str:
@@ -78,6 +80,8 @@ class Piece:
             words.append(f"each row times a number ({min(self.row_factors):.3g} to {max(self.row_factors):.3g})")
         if self.fold:
             words.append(f"columns times {self.fold}" + (f" + {self.fold_plus:g}" if self.fold_plus else ""))
+        if self.by_order:
+            words.append("by order alone")
         return ", ".join(words) or "as it is"
 
 

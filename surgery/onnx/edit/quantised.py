@@ -68,7 +68,7 @@ class Codes:
 
         low = start - start % self.step
         high = min(-(-stop // self.step) * self.step, self.rows)
-        first, last = self._byte(low), self._byte(high)
+        first, last = self.byte_of(low), self.byte_of(high)
         raw = numpy.frombuffer(self.tensor.file.read(self.tensor.offset + first, last - first), numpy.uint8)
         if self.running:
             codes = unpacked(raw, self.bits)[: (high - low) * self.cols].reshape(high - low, self.cols)
@@ -77,7 +77,8 @@ class Codes:
         codes = codes[start - low : stop - low].astype(numpy.int16)
         return numpy.where(codes > self.most, codes - (1 << self.bits), codes) if self.signed else codes
 
-    def _byte(self, row: int) -> int:
+    def byte_of(self, row: int) -> int:
+        """Where a row begins."""
         if self.running:
             return -(-row * self.cols * self.bits // 8)
         return row * -(-self.cols * self.bits // 8)

@@ -15,11 +15,12 @@ from surgery.onnx.edit.wanted import Wanted
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["affinity", "names_beside", "settled_ties"]
+__all__ = ["affinity", "bound_together", "names_beside", "settled_ties"]
 
 _TOKEN = re.compile(r"[A-Za-z]+|[0-9]+")
 _REACH = 3  # operators behind a tensor whose names are looked at
 _AWAY = 0.1  # of the likeness, for each operator between
+_TELLING, _CLEAR = 0.5, 1e-3  # likeness that tells, and by how much more than that of others
 _TEXT = 512  # characters of a name
 
 
@@ -66,27 +67,61 @@ def affinity(weight: Wanted, texts: Iterable[Text]) -> float:
     return best
 
 
-def settled_ties(pieces: Sequence[Piece], beside: Mapping[str, tuple[Text, ...]]) -> list[Piece]:
+def bound_together(model: onnx.ModelProto) -> Mapping[str, Mapping[str, float]]:
+    """For every tensor that an operator multiplies with: the tensors that are added behind it, and how far away they are."""
+    users: dict[str, list[onnx.NodeProto]] = {}
+    outputs = set()
+    for node in model.graph.node:
+        outputs.update(node.output)
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    found: dict[str, dict[str, float]] = {}
+    for name in users.keys() - outputs:
+        for first in users[name]:
+            reached = found.setdefault(name, {})
+            nodes = [first]
+            for away in range(_REACH):
+                for node in nodes:
+                    if node is first or node.op_type in ("Add", "Mul"):
+                        for other in node.input:
+                            if other not in outputs and other != name:
+                                reached.setdefault(other, away * _AWAY)
+                nodes = [after for node in nodes for output in node.output for after in users.get(output, ())]
+                if len(nodes) != 1:
+                    break
+    return found
+
+
+def settled_ties(pieces: Sequence[Piece], model: onnx.ModelProto) -> list[Piece]:
     """Every piece with the weight that it is most likely to be, of those that have its values.
 
-    What fewer tensors hold than there are weights, they share (`Piece.also`).
+    A bias is known by the weight of its module, all others by names. What fewer tensors hold than there are weights, they
+    share (`Piece.also`).
     """
     groups: dict[frozenset[str], list[int]] = {}
     for number, piece in enumerate(pieces):
         if piece.also:
             labels = frozenset(weight.label for weight in (piece.weight, *piece.also))
             groups.setdefault(labels, []).append(number)
+    if not groups:
+        return list(pieces)
     done = list(pieces)
+    beside, together = names_beside(model), bound_together(model)
+    modules: dict[str, list[str]] = {}
+    for piece in pieces:
+        if not piece.also:
+            modules.setdefault(piece.weight.label.rpartition(".")[0], []).append(piece.place.name)
+
+    def score(number: int, weight: Wanted) -> float:
+        name = pieces[number].place.name
+        beyond = [together.get(of, {}).get(name) for of in modules.get(weight.label.rpartition(".")[0], ())]
+        near = [1.5 - away for away in beyond if away is not None]
+        return max([affinity(weight, beside.get(name, ((name, 0.0),))), *near])
+
     for numbers in groups.values():
         first = pieces[numbers[0]]
         weights = [first.weight, *first.also]
-        scores = {
-            (number, place): affinity(
-                weight, beside.get(pieces[number].place.name, ((pieces[number].place.name, 0.0),))
-            )
-            for number in numbers
-            for place, weight in enumerate(weights)
-        }
+        scores = {(number, place): score(number, weight) for number in numbers for place, weight in enumerate(weights)}
         chosen: dict[int, int] = {}
         ranked = sorted(scores, key=lambda pair: (-round(scores[pair], 6), pair))
         left = set(range(len(weights)))
@@ -98,5 +133,8 @@ def settled_ties(pieces: Sequence[Piece], beside: Mapping[str, tuple[Text, ...]]
             chosen.setdefault(number, place)
         spare = tuple(weights[place] for place in sorted(left))
         for number in numbers:
-            done[number] = replace(pieces[number], weight=weights[chosen[number]], also=spare)
+            own = scores[number, chosen[number]]
+            others = [scores[number, place] for place in range(len(weights)) if place != chosen[number]]
+            told = own >= _TELLING and own > max(others) + _CLEAR
+            done[number] = replace(pieces[number], weight=weights[chosen[number]], also=spare, by_order=not told)
     return done

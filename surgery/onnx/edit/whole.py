@@ -53,12 +53,19 @@ class Beginnings:
 
 def whole_weights(matrices: Sequence[Matrix], beginnings: Beginnings) -> list[Piece]:
     """The weights that one of these ways to see a tensor consists of; empty if none does."""
+    numel = max((matrix.numel for matrix in matrices), default=0)
     for matrix in matrices:
-        if matrix.cols == 1:
-            continue
-        for turned in (False, True):
-            if pieces := _chain(Aspect(matrix, turned), matrix, beginnings):
-                return [_upright(pieces[0])] if len(pieces) == 1 else pieces
+        if matrix.cols > 1 and matrix.numel == numel and (pieces := _whole(matrix, beginnings)):
+            return pieces
+    stack = [_whole(matrix, beginnings) for matrix in matrices if matrix.numel < numel]
+    return [piece for pieces in stack for piece in pieces] if all(stack) else []
+
+
+def _whole(matrix: Matrix, beginnings: Beginnings) -> list[Piece]:
+    """The weights that a matrix consists of, seen one way or the other."""
+    for turned in (False, True):
+        if pieces := _chain(Aspect(matrix, turned), matrix, beginnings):
+            return [_upright(pieces[0])] if len(pieces) == 1 else pieces
     return []
 
 

@@ -296,8 +296,8 @@ def _taken(path: Path) -> OutputExistsError:
     )
 
 
-def embed(model: onnx.ModelProto, files: Sequence[File]) -> None:
-    """Move the bytes of a model's weights into it.
+def embed(model: onnx.ModelProto, files: Sequence[File], contents: Mapping[str, bytes]) -> None:
+    """Move the bytes of a model's weights into it, from files and from the `contents` of others that are not written.
 
     Raises:
         FitError: they exceed the limit of a protocol buffer.
@@ -314,6 +314,8 @@ def embed(model: onnx.ModelProto, files: Sequence[File]) -> None:
                 f"the weights exceed the {human(_PROTOBUF_LIMIT)} that one file can hold",
                 hint='`weights="copy"` or link',
             )
-        tensor.raw_data = bytes(by_name[entry["location"]].read(int(entry["offset"]), int(entry["length"])))
+        start, length, name = int(entry["offset"]), int(entry["length"]), entry["location"]
+        data = contents[name][start : start + length] if name in contents else by_name[name].read(start, length)
+        tensor.raw_data = bytes(data)
         del tensor.external_data[:]
         tensor.ClearField("data_location")
