@@ -46,6 +46,7 @@ class RecoveryResult:
         return {
             "output": None if self.output is None else str(self.output),
             "nbytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
             "names": self.names,
             "tensors": len(self.ledger.plan.tensors),
             "warnings": list(self.warnings),
