@@ -27,13 +27,12 @@ from surgery_formats.errors import ResourceError
 from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import nbytes as human
-from surgery_formats.threads import one_thread
+from surgery_formats.threads import cores, one_thread
 
 __all__ = [
     "Engine",
     "Run",
     "ThisProcess",
-    "cores",
     "default_workers",
     "execute",
     "most_workers",
@@ -82,11 +81,6 @@ def default_workers() -> int:
 def most_workers() -> int:
     """Cores this process may use, at most 16: processes, where they are better than threads."""
     return min(cores(), _MAX_PROCESSES)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Engine(Protocol):
