@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
+    from surgery.verbs.apply import ApplyResult as ApplyResult
+    from surgery.verbs.apply import apply as apply
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.check import CheckResult as CheckResult
@@ -89,6 +91,7 @@ else:
             "surgery.onnx.run.sampling": ["Sampling"],
             "surgery.rank": ["Rank"],
             "surgery.reports.result": ["Result"],
+            "surgery.verbs.apply": ["ApplyResult", "apply"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.check": ["CheckResult", "check"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
