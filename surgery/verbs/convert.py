@@ -132,8 +132,7 @@ def convert(
     """
     stored = float_type(dtype)
     if consumer is not None:
-        others = (to, projections, factors, dialect, graph)
-        if as_lora or any(one is not None for one in others):
+        if as_lora or any(one is not None for one in (to, projections, factors, dialect, graph)):
             raise FitError(
                 "a program decides about format, projections and kinds itself", hint="name either a format or a program"
             )
