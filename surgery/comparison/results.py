@@ -17,7 +17,7 @@ from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
     "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "QuantisationLoss", "Side", "TensorDiff", "TensorHeader",
-    "TensorStatus", "Values",
+    "TensorStatus", "Values", "tensor_sections",
 ]  # fmt: skip
 
 AdapterStatus = Literal["equal", "different", "only in A", "only in B"]
@@ -293,10 +293,8 @@ class CheckpointDiff:
         facts += [("quantisation", error.phrase) for error in self.quantisation]
         if self.header:
             facts.append(("compared", "headers only"))
-        shown = _chosen(self.tensors, verbose)
-        table = _table(_TENSORS, map(_tensor, shown))
-        left = _left(self.tensors, shown)
-        return Summary("differences", (Facts(tuple(facts)), *table, *left, *warning_notes(self.notes)))
+        tensors = tensor_sections(self.tensors, verbose=verbose)
+        return Summary("differences", (Facts(tuple(facts)), *tensors, *warning_notes(self.notes)))
 
 
 _MODULES = (
@@ -355,6 +353,12 @@ def _ninety(profile: Profile | None) -> str | None:
         return None
     needed = profile.ranks["0.9"]
     return "many" if needed is None else str(needed)
+
+
+def tensor_sections(tensors: Sequence[TensorDiff], *, verbose: bool) -> list[Section]:
+    """The tensors that differ, the greatest difference first, or all of them."""
+    shown = _chosen(tensors, verbose)
+    return [*_table(_TENSORS, map(_tensor, shown)), *_left(tensors, shown)]
 
 
 def _table(columns: tuple[Column, ...], rows: Iterable[tuple[Cell, ...]]) -> list[Section]:

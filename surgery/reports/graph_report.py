@@ -19,7 +19,7 @@ from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.models.module_tree import Node, Totals
 from surgery_formats.text import nbytes, summed_up
 
-__all__ = ["GraphReport", "OperatorReport", "PortReport"]
+__all__ = ["GraphReport", "OperatorReport", "PortReport", "dims_text"]
 
 _OPERATORS = 24  # listed, the most frequent first, unless all are asked for
 
@@ -187,20 +187,23 @@ def _ports(what: str, ports: Sequence[PortReport], *, verbose: bool) -> Table:
     """A row per port, or for ports whose names differ by numbers alone."""
     groups: dict[tuple[object, ...], list[PortReport]] = {}
     for port in ports:
-        alike = re.sub(r"\d+", "*", _dims(port.dims)) if port.slot else port.dims
+        alike = re.sub(r"\d+", "*", dims_text(port.dims)) if port.slot else port.dims
         key = (port.name,) if verbose else (port.dtype, alike, port.default, port.slot)
         groups.setdefault(key, []).append(port)
     rows: list[tuple[Cell, ...]] = []
     for own in groups.values():
         for name in summed_up(port.name for port in own):
             one = own[0]
-            default = "" if one.default is None else ("slot, empty" if one.slot else f"default {_dims(one.default)}")
-            dims = re.sub(r"(?<=\.)\d+(?=\.)", "*", _dims(one.dims)) if len(own) > 1 else _dims(one.dims)
+            default = (
+                "" if one.default is None else ("slot, empty" if one.slot else f"default {dims_text(one.default)}")
+            )
+            dims = re.sub(r"(?<=\.)\d+(?=\.)", "*", dims_text(one.dims)) if len(own) > 1 else dims_text(one.dims)
             rows.append((name, one.dtype, dims, "slot" if one.slot and not default else default or None))
     return Table((Column(what, "name"), Column("type"), Column("dims", "name"), Column("optional")), tuple(rows))
 
 
-def _dims(dims: Sequence[int | str | None] | None) -> str:
+def dims_text(dims: Sequence[int | str | None] | None) -> str:
+    """``[batch, 8, ?]``."""
     if dims is None:
         return "any"
     return f"[{', '.join('?' if size is None else str(size) for size in dims)}]"

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from surgery.comparison.adapters import diff_adapters
 from surgery.comparison.checkpoints import CheckpointDiff, diff_checkpoints
+from surgery.comparison.graph_diff import GraphDiff
 from surgery.comparison.results import AdapterDiff
-from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, as_opened
+from surgery.engine.inputs import CheckpointLike, Openable, as_checkpoint, opened_or_graph
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.containers.onnx import open_graph
 from surgery_formats.errors import FitError
 
 __all__ = ["diff"]
@@ -27,14 +30,15 @@ def diff(
     tolerance: float | None = None,
     base: CheckpointLike | None = None,
     progress: Callback | None = None,
-) -> AdapterDiff | CheckpointDiff:
+) -> AdapterDiff | CheckpointDiff | GraphDiff:
     """Compare two files or folders of one sort.
 
     Adapters are compared by what they add to each weight, whatever their format, rank and factors; checkpoints tensor
-    by tensor.
+    by tensor. Of ONNX graphs nodes, inputs and tensors are compared, and tensors are told by their values where names
+    differ; a graph is compared with a checkpoint, too.
 
     Args:
-        a: Adapter or checkpoint: a path, or what was opened.
+        a: Adapter, checkpoint or graph: a path, or what was opened.
         b: Another of the same sort.
         header: Compare names, types, shapes (and an adapter's ranks and scales) alone; no value is read.
         spectrum: Of checkpoints' differing matrices, work out how the difference spreads over directions; adapters
@@ -53,16 +57,25 @@ def diff(
     """
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise FitError(f"a tolerance of {tolerance:g}", hint="give 0 or more")
-    old, new = as_opened(a, "a"), as_opened(b, "b")
+    old, new = opened_or_graph(a, "a"), opened_or_graph(b, "b")
     if isinstance(old, Adapter) and isinstance(new, Adapter):
         model = None if base is None else as_checkpoint(base)
         return diff_adapters(old, new, header=header, tolerance=tolerance, base=model)
     if isinstance(old, Adapter) or isinstance(new, Adapter):
         raise FitError(
             "one is an adapter, the other a full model",
-            file=(new if isinstance(old, Adapter) else old).path,
+            file=new
+            if isinstance(new, Path)
+            else old
+            if isinstance(old, Path)
+            else (new if isinstance(old, Adapter) else old).path,
             hint="extract a LoRA from the model, or merge the adapter into its base, to compare like with like",
         )
     if base is not None:
         raise FitError("a base brings names of adapters together, and these are models", hint="leave out `base=`")
+    if isinstance(old, Path) or isinstance(new, Path):
+        from surgery.comparison.graphs import diff_graphs
+
+        sides = (open_graph(side) if isinstance(side, Path) else side for side in (old, new))
+        return diff_graphs(*sides, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
     return diff_checkpoints(old, new, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)

@@ -38,6 +38,7 @@ def insert(
     base: CheckpointLike | None = None,
     output: StrPath | None = None,
     required: bool = False,
+    gated: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -52,7 +53,9 @@ def insert(
             which gets a file for the slots.
         base: Of a graph: the checkpoint that it was made of, by whose values its weights are found.
         output: Folder to make. Its parent must exist.
-        required: Of a graph: whether slots are inputs without a default, for runtimes that pass no optional ones.
+        required: Of a graph: whether slots and strengths are inputs without a default, for runtimes that pass no optional
+            ones.
+        gated: Of a graph: put the adapters into it, each behind an input for its strength, by default its weight.
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
@@ -74,9 +77,10 @@ def insert(
     if what is None:
         raise UsageError("nothing to insert was named")
     if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
-        return _into_graph(path, what, base, folder, required=required, overwrite=overwrite)
-    if base is not None or required:
-        raise FitError("a checkpoint has no slots", hint="`base=` and `required=` are for an .onnx file")
+        options = {"required": required, "gated": gated, "overwrite": overwrite}
+        return _into_graph(path, what, base, folder, **options)
+    if base is not None or required or gated:
+        raise FitError("a checkpoint has no slots", hint="`base=`, `required=` and `gated=` are for an .onnx file")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
     return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
 
@@ -94,12 +98,11 @@ def _one(what: AdaptersLike) -> Adapter:
 
 
 def _into_graph(
-    path: Path, what: AdaptersLike, base: CheckpointLike | None, folder: Path | None, *, required: bool, overwrite: bool
+    path: Path, what: AdaptersLike, base: CheckpointLike | None, folder: Path | None, **options: bool
 ) -> GraphInsertion:
     from surgery.onnx.export.adapters import sort_adapters
     from surgery.onnx.export.into_graph import insert_adapters
 
     if base is None:
         raise UsageError("the weights of a graph are found by those of its base", hint="give it with `base=`")
-    adapters = sort_adapters(swap=what).swap
-    return insert_adapters(path, adapters, as_checkpoint(base), folder, required=required, overwrite=overwrite)
+    return insert_adapters(path, sort_adapters(merge=what).merge, as_checkpoint(base), folder, **options)

@@ -21,6 +21,7 @@ from surgery.onnx.run.encoder import EncoderOutput, adapter_labels, encode, labe
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
+from surgery.onnx.run.strengths import named_strengths, strength_arrays
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
 from surgery.reports.result import summarised
 from surgery.reports.sections import Note, Verbatim
@@ -168,9 +169,10 @@ def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[
     Raises:
         FitError: an adapter that does not fit the graph.
     """
-    paths: list[StrPath] = as_list(adapters)
+    paths, strengths = named_strengths(as_list(adapters), opened.contract, opened.inputs)
     files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
-    return fill_slots(files, opened.contract, opened.inputs, opened.optional)
+    gates = strength_arrays(strengths, opened.contract, opened.inputs, opened.optional)
+    return fill_slots(files, opened.contract, opened.inputs, opened.optional) | gates
 
 
 @checked
@@ -196,7 +198,8 @@ def run(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
         sampling: Greedy if None.
-        adapters: ``.onnx_adapter`` files for the graph's slots; several add up. A classifier has the labels that the
+        adapters: ``.onnx_adapter`` files for the graph's slots; several add up. Or the name of an adapter
+            inside the graph, as ``NAME=0.5``. A classifier has the labels that the
             graph's contract names for the file.
         prompt_adapter: ``.onnx_adapter`` file of a soft prompt.
         prompt: Whether the graph's own soft prompt is used.

@@ -15,6 +15,7 @@ from surgery.reports.summary import Summary
 from tests.support.kit import ROOT, make_base, make_lora
 
 EXAMPLES = ROOT / "examples"
+GRAPHS = ROOT / "tests" / "golden" / "onnx_graphs"
 BASE, TUNED, LORA, DORA = (EXAMPLES / name for name in ("base", "tuned", "lora", "dora"))
 
 WRITERS: dict[str, Callable[[Path | None], Any]] = {
@@ -29,6 +30,8 @@ LOOKERS: dict[str, Callable[[], Any]] = {
     "inspect a model": lambda: surgery.inspect(BASE),
     "inspect an adapter": lambda: surgery.inspect(LORA),
     "diff of models": lambda: surgery.diff(BASE, TUNED),
+    "inspect a graph": lambda: surgery.inspect(GRAPHS / "optimum-bert"),
+    "diff of graphs": lambda: surgery.diff(GRAPHS / "optimum-bert", GRAPHS / "script-bert"),
     "diff of adapters": lambda: surgery.diff(LORA, DORA),
     "report": lambda: surgery.report(LORA, base=BASE),
     "formats": surgery.formats,

@@ -117,3 +117,59 @@ def test_a_graph_needs_its_base(base: Path, tmp_path: Path):
     graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
     with pytest.raises(surgery.UsageError, match="found by those of its base"):
         surgery.insert(graph, of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1]), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_inside_is_off_at_0_and_as_strong_as_asked(form: str, base: Path, tmp_path: Path):
+    targets = Q_AND_V if form.startswith("packed") else Q_AND_V[:1]
+    first, second = (
+        of_first_layer(tmp_path / "first", 0.1, targets),
+        of_first_layer(tmp_path / "second", 0.3, targets[:1]),
+    )
+    graph = write_graph(tmp_path / "graph" / "model.onnx", form, weights_in(base))
+    result = surgery.insert(graph, {first: 0.5, second: 0}, base=base, output=tmp_path / "out", gated=True)
+    assert [(one["name"], one["strength"], one["weight"]) for one in result.adapters] == [
+        ("first", "strength.first", 0.5),
+        ("second", "strength.second", 0.0),
+    ]
+    out, feed = tmp_path / "out" / "model.onnx", x_of(graph)
+
+    def at(one: float, two: float) -> np.ndarray:
+        gates = {"strength.first": np.float32([one]), "strength.second": np.float32([two])}
+        return answer(out, {**feed, **gates})
+
+    def merged(one: float, two: float) -> np.ndarray:
+        weights = {first: one, second: two}
+        name = f"{one}-{two}"
+        surgery.merge(base, {adapter: weight for adapter, weight in weights.items() if weight}, output=tmp_path / name)
+        return answer(write_graph(tmp_path / f"as-{name}" / "model.onnx", form, weights_in(tmp_path / name)), feed)
+
+    assert at(0, 0).tobytes() == answer(graph, feed).tobytes()
+    within = 1e-3 if form == "half" else 2e-5
+    for strengths in ((1, 0), (0.25, 0), (-0.5, 2)):
+        expected = merged(*strengths)
+        assert np.abs(at(*strengths) - expected).max() <= within * np.abs(expected).max()
+    expected = merged(0.5, 0)
+    assert np.abs(answer(out, feed) - expected).max() <= within * np.abs(expected).max()
+
+    surgery.fold(out, [("first", 0.5), ("second", 0.0)], output=tmp_path / "folded")
+    folded = tmp_path / "folded" / "model.onnx"
+    assert np.abs(answer(folded, feed) - expected).max() <= within * np.abs(expected).max()
+    assert [one.name for one in onnx.load(folded).graph.input] == ["x"]
+
+
+def test_strengths_can_be_inputs_that_every_runtime_passes(base: Path, tmp_path: Path):
+    graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    surgery.insert(graph, adapter, base=base, output=tmp_path / "out", gated=True, required=True)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [(one.name, one.shape) for one in session.get_inputs()] == [("x", [2, 5, 32]), ("strength.style", [1])]
+
+
+def test_a_weight_is_a_strength_and_no_slot_has_one(base: Path, tmp_path: Path):
+    graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    with pytest.raises(FitError, match="slots take an adapter as it is"):
+        surgery.insert(graph, {adapter: 0.5}, base=base, output=tmp_path / "out")

@@ -40,16 +40,19 @@ FINDINGS = 6
     help="End with exit code 6 on any difference, or on one of names, types or shapes.",
 )
 def command(settings: Settings, a: str, b: str, fail_on: str | None, **options: Any) -> None:
-    """Show what differs between two models or two adapters.
+    """Show what differs between two models, two adapters or two ONNX graphs.
 
-    Models are compared tensor by tensor. Adapters are compared by what they add to each weight, whatever their format,
-    rank and factors: no delta is formed, and no base is needed unless they spell its weights in two ways.
+    Models are compared tensor by tensor. Graphs are compared by nodes, inputs and tensors, which are told by their values
+    where names differ; one of the two may be the model that the graph was exported from. Adapters are compared by what
+    they add to each weight, whatever their format, rank and factors: no delta is formed, and no base is needed unless
+    they spell its weights in two ways.
 
     \b
     Examples:
       surgery diff base/ tuned/
       surgery diff my-lora/ my-lora.safetensors
       surgery diff kohya.safetensors diffusers.safetensors --base flux/
+      surgery diff exported/model.onnx other.onnx
       surgery diff base/ merged/ --fail-on structure --header
     """
     from surgery.verbs.diff import diff

@@ -24,7 +24,10 @@ __all__ = ["command"]
 @click.option(
     "--required",
     is_flag=True,
-    help="Of an .onnx file: slots have no default, for runtimes that pass no optional inputs.",
+    help="Of an .onnx file: new inputs have no default, for runtimes that pass no optional ones.",
+)
+@click.option(
+    "--gated", is_flag=True, help="Of an .onnx file: put adapters inside, each with an input for its strength."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
 @option.dry_run("Show what would be done; write nothing.")
@@ -49,6 +52,7 @@ def command(
     Examples:
       surgery insert llama/ bitfit-delta/ -o tuned/
       surgery insert model.onnx sql-lora/ chat-lora/ --base llama/ -o with-slots/
+      surgery insert model.onnx style=0.7 facts=0 --base llama/ --gated -o with-strengths/
     """
     from surgery.verbs.insert import insert
 

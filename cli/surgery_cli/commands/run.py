@@ -32,7 +32,11 @@ __all__ = ["command"]
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
 @click.option(
-    "--adapter", "adapters", multiple=True, metavar="FILE", help=".onnx_adapter for the slots; several add up."
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FILE",
+    help=".onnx_adapter for the slots; several add up. Or NAME=0.5: one that is inside, at this strength.",
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")

@@ -24,7 +24,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["SlotShape", "Spot", "add_slots", "spots_of"]
+__all__ = ["Readers", "SlotShape", "Spot", "add_slots", "add_to", "kernel_of", "readers_of", "spots_of"]
 
 Array = npt.NDArray[Any]
 _NUMPY = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
@@ -161,11 +161,8 @@ def _branch(
     """Nodes that add the slots' product to the result of one node."""
     at = _module(slots[0][0].slot)
     if use.kind == "convolution":
-        if len(slots) != 1 or not slots[0][1].is_all:
-            raise FitError(f"the convolution '{show(use.node.name)}' has several weights in one tensor")
         shape, place = slots[0]
-        kept = {one.name: attribute(use.node, one.name, None) for one in use.node.attribute}
-        down = patch.node("Conv", [use.x, shape.slot.A], at, **kept)
+        down = patch.node("Conv", [use.x, shape.slot.A], at, **kernel_of(use, [place for _, place in slots]))
         delta = patch.node("Conv", [down, _scaled(patch, shape, place, at)], at)
     else:
         A = _joined(patch, [shape.slot.A for shape, _ in slots], 1, at)
@@ -178,6 +175,17 @@ def _branch(
                 down = patch.node("Mul", [down, patch.constant(np.array(use.alpha, slots[0][0].dtype), at)], at)
         delta = patch.node("MatMul", [down, B], at)
     add_to(main, patch, use, delta, at, readers)
+
+
+def kernel_of(use: Use, places: Sequence[WeightPlace]) -> dict[str, Any]:
+    """The settings with which a convolution steps over its inputs.
+
+    Raises:
+        FitError: its tensor is not one weight.
+    """
+    if len(places) != 1 or not places[0].is_all:
+        raise FitError(f"the convolution '{show(use.node.name)}' has several weights in one tensor")
+    return {one.name: attribute(use.node, one.name, None) for one in use.node.attribute}
 
 
 def _joined(patch: Patch, values: Sequence[str], axis: int, at: str) -> str:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
 from surgery.onnx.edit.additions import BoundAdditions, bound_additions, factors_of
+from surgery.onnx.edit.gates import GatedAdapter, add_gated
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.places import places_of
 from surgery.onnx.edit.slots import SlotShape, Spot, add_slots, spots_of
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = ["GraphInsertion", "insert_adapters"]
+
+Array = npt.NDArray[Any]
 
 
 @summarised
@@ -85,11 +91,17 @@ class GraphInsertion:
         """
         where = self.output or output
         kind = "inputs without a default" if self.required else "optional inputs"
-        facts: list[tuple[str, Phrase]] = [
-            ("into", Name(self.graph, PATH)),
-            ("slots", f"{len(self.slots)} ({2 * len(self.slots)} {kind}), {self.nodes} nodes"),
-        ]
-        facts += [("adapter", (Name(one["name"], 60), f": {one['file']}")) for one in self.adapters if "file" in one]
+        facts: list[tuple[str, Phrase]] = [("into", Name(self.graph, PATH))]
+        if self.slots:
+            facts.append(("slots", f"{len(self.slots)} ({2 * len(self.slots)} {kind})"))
+        for one in self.adapters:
+            name = Name(one["name"], 60)
+            if "file" in one:
+                facts.append(("adapter", (name, f": {one['file']}")))
+            else:
+                default = "" if self.required else f", by default {one['weight']:g}"
+                facts.append(("adapter", (name, ": inside, input ", Name(one["strength"], 80), default)))
+        facts.append(("nodes", f"{self.nodes} more"))
         size: Phrase = Value(self.nbytes, "bytes")
         if where is not None:
             facts.append(("wrote" if self.output else "would write", (Name(where, PATH), ": ", *_pair(size))))
@@ -109,6 +121,7 @@ def insert_adapters(
     output: Path | None,
     *,
     required: bool = False,
+    gated: bool = False,
     overwrite: bool = False,
 ) -> GraphInsertion:
     """Add slots for `adapters` to the graph `path`, and write each adapter as a file for them.
@@ -118,7 +131,8 @@ def insert_adapters(
         adapters: The adapters; every weight that one of them adds to gets a slot.
         checkpoint: The base that the graph was made of.
         output: Folder to make; None for a dry run.
-        required: Leave the slots without a default, for runtimes that pass no optional inputs.
+        required: Leave the inputs without a default, for runtimes that pass no optional ones.
+        gated: Put the adapters into the graph, each behind an input for its strength, which is by default its weight.
         overwrite: Replace an existing output.
 
     Raises:
@@ -133,13 +147,29 @@ def insert_adapters(
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
-    files = {
-        f"adapters/{named.name}.onnx_adapter": _contents(bound, shapes)
-        for named, bound in zip(adapters, bounds, strict=True)
-    }
-    add_slots(model, spots, shapes, required=required)
-    entries = tuple(entry(named, "swapped", file=f"adapters/{named.name}.onnx_adapter") for named in adapters)
-    slots = tuple(shape.slot for shape in shapes.values())
+    files: dict[str, bytes] = {}
+    slots = () if gated else tuple(shape.slot for shape in shapes.values())
+    if gated:
+        parts = [
+            GatedAdapter(named.name, f"strength.{named.name}", named.weight, _factors(bound, shapes))
+            for named, bound in zip(adapters, bounds, strict=True)
+        ]
+        add_gated(model, spots, shapes, parts, required=required)
+        entries = tuple(
+            entry(named, "gated", strength=part.gate, weight=part.strength)
+            for named, part in zip(adapters, parts, strict=True)
+        )
+    else:
+        if heavy := next((named for named in adapters if named.weight != 1.0), None):
+            raise FitError(
+                f"has the weight {heavy.weight:g}, and slots take an adapter as it is",
+                file=heavy.adapter.path,
+                hint="with `gated=True` it is the strength",
+            )
+        names = [f"adapters/{named.name}.onnx_adapter" for named in adapters]
+        files = {name: _contents(bound, shapes) for name, bound in zip(names, bounds, strict=True)}
+        add_slots(model, spots, shapes, required=required)
+        entries = tuple(entry(named, "swapped", file=name) for named, name in zip(adapters, names, strict=True))
     _note(model, slots, entries, path)
     warnings = tuple(
         text
@@ -226,17 +256,22 @@ def _check_free(model: onnx.ModelProto, shapes: Mapping[str, SlotShape], path: P
                 )
 
 
+def _factors(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> dict[str, tuple[Array, Array]]:
+    """A and B of one adapter for every weight."""
+    factors = {}
+    for name, additions in bound.weights.items():
+        size, table = bound.sizes[name], shapes[name].table
+        inputs = math.prod(size[1:])
+        factors[name] = factors_of(additions, (size[0], inputs) if table else (inputs, size[0]), table=table)
+    return factors
+
+
 def _contents(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> bytes:
     """The ``.onnx_adapter`` file of one adapter."""
-    arrays: dict[str, Any] = {}
-    for name, additions in bound.weights.items():
-        shape, size = shapes[name], bound.sizes[name]
-        inputs = 1
-        for one in size[1:]:
-            inputs *= one
-        whole = (size[0], inputs) if shape.table else (inputs, size[0])
-        A, B = shape.shaped(*factors_of(additions, whole, table=shape.table))
-        arrays |= {shape.slot.A: A, shape.slot.B: B}
+    arrays: dict[str, Array] = {}
+    for name, factors in _factors(bound, shapes).items():
+        shape = shapes[name]
+        arrays[shape.slot.A], arrays[shape.slot.B] = shape.shaped(*factors)
     return adapter_bytes(arrays)
 
 

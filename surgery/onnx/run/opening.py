@@ -136,8 +136,9 @@ def open_graph(
         _check_ports(contract, {**inputs, **defaults}, outputs, path)
     contract_or_guess = contract or guessed_contract(path, {**inputs, **defaults}, outputs, memory.device)
     if contract is None:
-        slots = inserted_in(props, path).slots or named_slots({**inputs, **defaults})
-        contract_or_guess = replace(contract_or_guess, slots=slots)
+        known = inserted_in(props, path)
+        slots = known.slots or named_slots({**inputs, **defaults})
+        contract_or_guess = replace(contract_or_guess, slots=slots, adapters=known.adapters)
     return GraphSession(
         session=session,
         contract=contract_or_guess,

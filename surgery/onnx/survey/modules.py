@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ModuleName", "module_names"]
+__all__ = ["ModuleName", "module_names", "module_of"]
 
 _SCOPES = ("pkg.torch.onnx.name_scopes", "pkg.onnxscript.name_scopes")
 _LONGEST = 4096  # characters of a list of scopes
@@ -117,14 +117,14 @@ def _by_node(name: str, readers: Mapping[str, list[_Reader]]) -> str:
     if not own:
         return ""
     node, position = own[0]
-    modules = {_module(node) for node, _ in own}
+    modules = {module_of(node) for node, _ in own}
     module = modules.pop()
     if modules or not module:
         return ""
     return f"{module}.{leaf or _LEAVES.get(node.op_type, {}).get(position) or f'{node.op_type}_{position}'}"
 
 
-def _module(node: onnx.NodeProto) -> str:
+def module_of(node: onnx.NodeProto) -> str:
     """The module that a node was made in, or empty."""
     for entry in node.metadata_props:
         if entry.key in _SCOPES and len(entry.value) <= _LONGEST:
