@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
+    from surgery.verbs.apply import ApplyResult as ApplyResult
+    from surgery.verbs.apply import apply as apply
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.check import CheckResult as CheckResult
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
     from surgery.verbs.insert import DeltaResult as DeltaResult
+    from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
@@ -51,6 +54,8 @@ if TYPE_CHECKING:
     from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_bake import BakeResult as BakeResult
+    from surgery.verbs.prompt_bake import prompt_bake as prompt_bake
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
@@ -82,6 +87,7 @@ else:
             "surgery.onnx.run.sampling": ["Sampling"],
             "surgery.rank": ["Rank"],
             "surgery.reports.result": ["Result"],
+            "surgery.verbs.apply": ["ApplyResult", "apply"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.check": ["CheckResult", "check"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
@@ -92,11 +98,12 @@ else:
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
-            "surgery.verbs.insert": ["DeltaResult", "insert"],
+            "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
+            "surgery.verbs.prompt_bake": ["BakeResult", "prompt_bake"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],

@@ -10,6 +10,7 @@ import torch
 
 from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask, Watch, attend
+from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
@@ -195,7 +196,10 @@ def _embed(
         values = values + _lookup(reference, embedding.types, zero)
     if embedding.positions:
         values = values + _lookup(reference, embedding.positions, rows)
-    return normalise(values, embedding.norm, reference.load)
+    values = normalise(values, embedding.norm, reference.load)
+    for network in embedding.couplings:
+        values = couple(values, network, reference.load)
+    return values
 
 
 def _lookup(
@@ -230,6 +234,8 @@ def _head(reference: Reference, values: torch.Tensor) -> tuple[torch.Tensor, tor
 def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> torch.Tensor:
     if head.before is not None:
         values = project(values, head.before, reference.load)
+    for network in reversed(head.inverted):
+        values = uncouple(values, network, reference.load)
     output = head.projection
     height = max(1, _BLOCK // output.inputs)
     logits = torch.cat(
@@ -282,8 +288,12 @@ def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
     return project(inner, mlp.output, load)
 
 
-def _residual(values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load) -> torch.Tensor:
+def _residual(
+    values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor
+) -> torch.Tensor:
     added = normalise(added, branch.after, load) * branch.multiplier
+    if branch.inserted:
+        return run_inserted(values, added, real, branch, load)
     return normalise(values + added, branch.on_sum, load)
 
 
@@ -299,12 +309,13 @@ def run_layer(
     `past` are those of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
     first, second = layer.attention_branch, layer.mlp_branch
+    real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
     normed = normalise(values, first.before, load)
     attended, cache = attend(normed, layer.attention, load, mask, past)
     if layer.parallel:
         mlp_input = normed if second == Branch() else normalise(values, second.before, load)
         added = normalise(_mlp(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
-        return _residual(values, attended, first, load) + added, cache
-    values = _residual(values, attended, first, load)
+        return _residual(values, attended, first, load, real) + added, cache
+    values = _residual(values, attended, first, load, real)
     transformed = _mlp(normalise(values, second.before, load), layer.mlp, load)
-    return _residual(values, transformed, second, load), cache
+    return _residual(values, transformed, second, load, real), cache

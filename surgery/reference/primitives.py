@@ -43,7 +43,7 @@ def _of_heads(name: str, heads: int, load: Load) -> torch.Tensor:
 
 def activate(values: torch.Tensor, kind: Activation | None) -> torch.Tensor:
     """Apply the activation function of a recipe; None leaves `values` unchanged."""
-    if kind is None:
+    if kind is None or kind == "linear":
         return values
     if kind == "silu":
         return values / (1 + torch.exp(-values))
@@ -51,6 +51,12 @@ def activate(values: torch.Tensor, kind: Activation | None) -> torch.Tensor:
         return values.clamp(min=0)
     if kind == "tanh":
         return torch.tanh(values)
+    if kind == "sigmoid":
+        return torch.sigmoid(values)
+    if kind == "leaky_relu":
+        return torch.where(values < 0, 0.01 * values, values)
+    if kind == "quick_gelu":
+        return values * torch.sigmoid(1.702 * values)
     if kind == "gelu":
         return values * (1 + torch.erf(values / math.sqrt(2))) / 2
     return values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3))) / 2

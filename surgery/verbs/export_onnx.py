@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
+from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
@@ -24,7 +26,7 @@ from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -48,6 +50,7 @@ def export_onnx(
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
+    required: bool = False,
     bake_prompt: str | Sequence[str] = (),
     prompt_form: str = "auto",
     merge_to: str = "delta",
@@ -63,12 +66,14 @@ def export_onnx(
 
     Args:
         base: Hugging Face folder, or an opened Checkpoint.
-        adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, all others are merged.
+        adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, bottlenecks and invertible adapters
+            are inserted, all others are merged.
         output: Folder to make, or the base's own, to which files are only added.
         merge: Adapters to merge, with or without weights.
         swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
             hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
+        required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
             behind the vocabulary.
@@ -100,6 +105,7 @@ def export_onnx(
         merge_to = "full"  # no graph refers to such a file
     binding, merged = _merged(checkpoint, roles, full=merge_to == "full")
     assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
+    assembly = _with_required(assembly, required)
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
@@ -110,9 +116,10 @@ def export_onnx(
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
         files, graph_set, graphs = assembly.files(here)
+        inside = {INSERTED: files.pop(INSERTED)} if chosen == "embed" and INSERTED in files else {}
         for name, graph in graphs.items():
             if chosen == "embed":
-                embed(graph, sources)
+                embed(graph, sources, inside)
             files[name] = graph.SerializeToString(deterministic=True)
         built.append(graph_set)
         return files
@@ -123,7 +130,11 @@ def export_onnx(
         assert binding is not None
         if not binding.adapters:
             return  # nothing but dequantised
-        warnings.extend(check_output(ledger, checkpoint, [weight for _, weight in binding.adapters]))
+        try:
+            warnings.extend(check_output(ledger, checkpoint, [weight for _, weight in binding.adapters]))
+        except NothingChangedError:
+            if assembly.baked is None:  # a head that came along with a module may be the base's own
+                raise
 
     names = assembly.names(draft)
     parcel = ExportJob(
@@ -189,11 +200,37 @@ def _assembly(
     slots, given = _slots(checkpoint, roles, model), component
     options = GraphOptions(choose(target, io), io, max_length, overrides=overrides)
     form = prompt_form(form, tuple(prompts), model)
+    baked = baked_modules(roles.insert)
+    if baked is not None:
+        options = replace(options, overrides={**overrides, **baked.overrides})
+    if prompts and (baked is not None or any(adapter.modules for adapter in slots)):
+        raise FitError("soft prompts beside modules that an adapter inserts: export them apart")
     if any(adapter.replaced for adapter in slots):
         from surgery.onnx.export.replaced import headed
 
         component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots])
-    return Assembly(component, model, options, roles, slots, tuple(prompts), form, component.config != given.config)
+    return Assembly(
+        component, model, options, roles, slots, tuple(prompts), form, component.config != given.config, baked
+    )
+
+
+def _with_required(assembly: Assembly, required: bool) -> Assembly:
+    """The same with slots that have no default, if that is asked for.
+
+    Raises:
+        FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
+    """
+    if not required:
+        return assembly
+    if not assembly.slots:
+        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
+    if named := next((one for one in assembly.slots if one.replaced), None):
+        raise FitError(
+            "it replaces parameters, whose inputs have the base's values as default",
+            file=named.adapter.path,
+            hint="without `required=`, or merge it",
+        )
+    return replace(assembly, options=replace(assembly.options, required=True))
 
 
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
@@ -201,7 +238,7 @@ def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[S
         return ()
     from surgery.onnx.export.slots import swappable
 
-    return tuple(swappable(named.adapter, checkpoint, model) for named in roles.swap)
+    return tuple(swappable(named, checkpoint, model) for named in roles.swap)
 
 
 def _ids(folder: Path, text: str) -> tuple[int, ...]:
@@ -307,6 +344,8 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
             "faster"
         )
     graph = assembly.for_genai(draft)
+    if graph and assembly.options.required:
+        warnings.append("onnxruntime-genai runs it with an adapter only: the slots have no default")
     if not graph:
         warnings.append(
             "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and "
@@ -328,7 +367,7 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
 
 def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
     warnings = list(binding.warnings) if binding else []
-    if others := [named.adapter for named in (*roles.swap, *roles.prefix)]:
+    if others := [named.adapter for named in (*roles.swap, *roles.prefix, *roles.insert)]:
         from surgery_formats.binding.bind import warn_of_other_base
 
         texts = [f"{adapter.path.name}: {trap}" for adapter in others for trap in adapter.known_issues()]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path
+from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
 from surgery.reports.result import elapsed, summarised, timed
@@ -20,13 +20,13 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError, Proo
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.text import count
+from surgery_formats.text import count, listing, summed_up
 
 if TYPE_CHECKING:
     from surgery.reference import Reference
     from surgery.verification.onnx import LogitDifference
     from surgery.verification.session import GraphFile
-    from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 
 __all__ = ["TOLERANCE", "Check", "Verification", "verify"]
 
@@ -133,6 +133,8 @@ def verify(
         ProofError: something is not as it was meant.
     """
     where = as_path(output, "output")
+    if against is not None and (graph := _without_contract(where)) is not None:
+        return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
     if where.name.endswith(".onnx") and where.is_file():
         where = where.parent
     if where.is_file():
@@ -168,6 +170,44 @@ def verify(
     hashed = _hashed({**manifest.get("files", {}), **recorded})
     _graphs(where, base, roles, hashed, tolerance, checks, notes)
     return Verification(where, "graph", tuple(checks), tuple(notes))
+
+
+def _without_contract(where: Path) -> Path | None:
+    """The graph that is meant, if no export of this toolkit wrote it."""
+    from surgery.onnx.graph.contract import from_metadata
+    from surgery.onnx.graph.read_metadata import read_metadata
+
+    found = where
+    if where.is_dir():
+        graphs = sorted(one for one in where.iterdir() if one.suffix == ".onnx" and one.is_file())
+        named = where / _GRAPH
+        if named not in graphs and len(graphs) != 1:
+            return None
+        found = named if named in graphs else graphs[0]
+    if found.suffix != ".onnx" or not found.is_file():
+        return None
+    return found if from_metadata(read_metadata(found), found) is None else None
+
+
+def _by_value(graph: Path, base: Checkpoint, weighted: Sequence[WeightedAdapter]) -> Verification:
+    from surgery.verification.by_value import compare_by_value
+
+    found = compare_by_value(graph, base, [(entry.adapter, entry.weight) for entry in weighted])
+    checks: list[Check] = []
+    if (graph.parent / MANIFEST).exists():
+        _folder(graph.parent, {}, checks)
+    said = f"{count(found.whole)} as the base has them"
+    if found.updated:
+        said = f"{count(found.whole)} as base and adapters make them, {count(found.updated)} of these updated"
+    checks.append(Check("weights by value", said))
+    if found.coded:
+        checks.append(Check("codes", f"{count(found.coded)} weights, each within {found.error:.2f} of a step"))
+    notes = []
+    if found.absent:
+        notes.append(
+            f"{len(found.absent)} weights of the base are not in the graph: {listing(summed_up(found.absent))}"
+        )
+    return Verification(graph, "graph", tuple(checks), tuple(notes))
 
 
 def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:
@@ -209,6 +249,7 @@ def _graphs(
     checks: list[Check],
     notes: list[str],
 ) -> None:
+    from surgery.verification.inserted import with_adapter_modules, with_baked_modules
     from surgery.verification.session import check_weights, read_graph
     from surgery.verification.slots import with_defaults
 
@@ -228,6 +269,10 @@ def _graphs(
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles))
+    if base is not None and roles.insert:
+        reference = with_adapter_modules(reference, roles.insert)
+    else:
+        reference = with_baked_modules(reference, main)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
         checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
@@ -263,8 +308,8 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
         return open_reference(base.main, dequantised)
-    merged = any(str(facts.get("mode")).startswith("merge") for facts in contract.adapters)
-    if base is not None and not merged:
+    in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
+    if base is not None and (roles.insert or not in_files):
         return open_reference(base.main, dequantised)
     component = open_checkpoint(folder).main
     tensors = dict(component.tensors)

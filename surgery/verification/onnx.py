@@ -13,6 +13,7 @@ import torch
 
 from surgery.onnx.graph.contract import Contract
 from surgery.reference import Cache, Reference, forward, prompt_cache
+from surgery.verification.inserted import is_gated
 from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
 from surgery_formats.canonical.adapter import Adapter
@@ -72,7 +73,7 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
     `default` is the graph's own past (a soft prompt), for one row.
     """
     contract = session.contract
-    steps = _steps(contract)
+    steps = 0 if is_gated(reference.model) else _steps(contract)  # the reference computes all tokens together
     ids, lengths = _prompts(reference, contract, 3, steps)
     yield from _generated(session, reference, ids[:1], np.ones((1, ids.shape[1]), bool), steps, default, "")
     if default is not None:  # several rows on top of a past are tested by the runner
@@ -81,7 +82,8 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
         real = _real(lengths, ids.shape[1], side)
         yield from _generated(session, reference, ids, real, steps, None, side)
     crosses = ids.shape[1] // 2 <= contract.rope_switch < ids.shape[1]  # keys of the first part would have other angles
-    if contract.prefill_batch and ids.shape[1] > 1 and not crosses:
+    together = crosses or is_gated(reference.model)
+    if contract.prefill_batch and ids.shape[1] > 1 and not together:
         yield _in_two_parts(session, reference, ids)
 
 

@@ -17,6 +17,8 @@ import torch
 from surgery.onnx.export.merged import with_biases
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
+from surgery.verification.inserted import random_modules
+from surgery.verification.replaced_weights import ReplacedWeights
 from surgery.verification.session import Arrays, GraphFile
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.bounded_json import read_object
@@ -68,14 +70,15 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
         arrays |= {slot.A: A, slot.B: B}
         product = torch.from_numpy(A @ B)
         added[slot.weight] = product if stored_by_input else product.T
-    replaced = _replaced(graph, model, weights, draw)
-    arrays |= {name: values.astype(np.float32) for name, values in replaced.items()}
-    changed = _ReplacedWeights(weights, {name: torch.from_numpy(values) for name, values in replaced.items()})
-    return arrays, replace(reference, model=model, weights=_SummedWeights(changed, added))
+    modules, reference = random_modules(graph, replace(reference, model=model, weights=weights), draw)
+    replaced = _replaced(graph, model, modules.keys(), draw)
+    arrays |= modules | {name: values.astype(np.float32) for name, values in replaced.items()}
+    changed = ReplacedWeights(reference.weights, {name: torch.from_numpy(values) for name, values in replaced.items()})
+    return arrays, replace(reference, weights=_SummedWeights(changed, added))
 
 
 def _replaced(
-    graph: GraphFile, model: Model, weights: ReferenceWeights, draw: np.random.Generator
+    graph: GraphFile, model: Model, modules: Collection[str], draw: np.random.Generator
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Random values for every parameter that can be replaced; a classifier gets one label more than the base has.
 
@@ -84,7 +87,7 @@ def _replaced(
     """
     shapes, found = parameters(model), {}
     ports = {port.name: port.type.tensor_type.shape.dim for port in graph.model.graph.input}
-    for name in graph.contract.replaceable:
+    for name in (name for name in graph.contract.replaceable if name not in modules):
         if (shape := shapes.get(name)) is None:
             raise ProofError(f"'{show(name)}' can be replaced, but the model lacks it", file=graph.path)
         dims = [dim.dim_value or None for dim in ports[name]]
@@ -105,7 +108,7 @@ def with_defaults(graph: GraphFile, reference: Reference) -> Reference:
     if not absent:
         return reference
     values = {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).astype(np.float32)) for name in absent}
-    weights = _ReplacedWeights(reference.weights, values)
+    weights = ReplacedWeights(reference.weights, values)
     model = model_of(read_object(graph.path.parent / "config.json"), weights.names)
     return replace(reference, model=with_biases(model, weights.names), weights=weights)
 
@@ -166,19 +169,6 @@ class _RenamedWeights:
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self.inner.load(self.renames.get(name, name), start, stop)
-
-
-@dataclass(frozen=True)
-class _ReplacedWeights:
-    inner: ReferenceWeights
-    values: Mapping[str, torch.Tensor]
-
-    @property
-    def names(self) -> Collection[str]:
-        return {*self.inner.names, *self.values}
-
-    def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        return self.values[name][start:stop].float() if name in self.values else self.inner.load(name, start, stop)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_run_shows_the_labels_of_the_adapter(five, tmp_path):
     assert max(NAMES.values(), key=lambda name: found.texts[0].scores[0][name]) in str(found.summary())
     single = surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=files / "e.onnx_adapter").texts[0].scores[0]
     assert list(single.values()) == pytest.approx([1 / (1 + np.exp(-expected["e"][0, 0]))], abs=1e-4)
-    with pytest.raises(FitError, match="two adapters replace this parameter"):
+    with pytest.raises(FitError, match="two adapters fill this input"):
         surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=[files / "a.onnx_adapter", files / "d.onnx_adapter"])
 
 
@@ -116,7 +116,7 @@ def test_a_head_whose_parts_disagree_is_refused(five, tmp_path):
     surgery.export_onnx(base, swap=adapters, output=tmp_path / "out")
     arrays = read_adapter_file(tmp_path / "out" / "adapters" / "c.onnx_adapter")
     write_adapter_file(tmp_path / "x.onnx_adapter", arrays | {"classifier.bias": np.zeros(4, np.float32)})
-    with pytest.raises(FitError, match=r"have \d and \d labels"):
+    with pytest.raises(FitError, match="has the shape"):
         surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=tmp_path / "x.onnx_adapter")
     wide = {"classifier.weight": np.zeros((5, 7), np.float32)}
     write_adapter_file(tmp_path / "y.onnx_adapter", arrays | wide)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from surgery_formats.adapters.packing import Packing, packed_as_safetensors
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ __all__ = [
     "Format",
     "InDialects",
     "Inheriting",
+    "Inserting",
     "Moved",
     "NewTensor",
     "OnlyRead",
@@ -252,6 +254,18 @@ class OnlyRead(Format, Protocol):
 
     @property
     def only_read(self) -> str: ...
+
+
+@runtime_checkable
+class Inserting(Format, Protocol):
+    """A format whose adapters may insert modules into a network."""
+
+    def inserted(self, adapter: Adapter) -> tuple[InsertedModule, ...]:
+        """The modules that an adapter of this format inserts; none for most.
+
+        Raises:
+            FitError, MalformedError: one that has no meaning, or that no graph can hold.
+        """
 
 
 @runtime_checkable

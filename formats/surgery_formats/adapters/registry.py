@@ -14,7 +14,7 @@ from surgery_formats.adapters.bare import BARE
 from surgery_formats.adapters.comfyui import COMFYUI
 from surgery_formats.adapters.compact import COMPACT
 from surgery_formats.adapters.diffusers import DIFFUSERS
-from surgery_formats.adapters.format import Format, OnlyRead, TakesAlpha
+from surgery_formats.adapters.format import Format, Inserting, OnlyRead, TakesAlpha
 from surgery_formats.adapters.gguf import GGUF_LORA
 from surgery_formats.adapters.grammar.files import keys_at
 from surgery_formats.adapters.grammar.format import WeightFileFormat
@@ -31,6 +31,7 @@ from surgery_formats.adapters.tensorrt_llm import TENSORRT_LLM
 from surgery_formats.adapters.textual_inversion import EMBEDDING, LEARNED_EMBEDS
 from surgery_formats.adapters.torchtune import TORCHTUNE
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError, UsageError
 from surgery_formats.models.factor_names import named_adapter
@@ -45,6 +46,7 @@ __all__ = [
     "format_named",
     "format_to_write",
     "formats",
+    "inserted_modules",
     "is_adapter_file",
     "read_adapter",
     "refuse_unread",
@@ -123,6 +125,16 @@ def format_at(path: Path) -> Format | None:
 def _has_no_mark(candidate: Format) -> bool:
     """Whether files are taken for its own by their leaves alone, so that all others, plugins' too, are asked first."""
     return isinstance(candidate, WeightFileFormat) and not candidate.dialect.own
+
+
+def inserted_modules(adapter: Adapter) -> tuple[InsertedModule, ...]:
+    """The modules that an adapter inserts into a network, in the network's order; none for most.
+
+    Raises:
+        FitError, MalformedError: see `Inserting`.
+    """
+    known = formats().get(adapter.format)
+    return known.inserted(adapter) if isinstance(known, Inserting) else ()
 
 
 def is_adapter_file(name: str) -> bool:

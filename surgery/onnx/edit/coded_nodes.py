@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.edit.quantised import CodedMatrix, Codes, unpacked
@@ -32,6 +33,10 @@ def coded_matrices(graph: OnnxGraph) -> Iterator[tuple[str, tuple[CodedMatrix, .
         MalformedError: an operator's codes and scales do not fit each other.
     """
     seen: set[str] = set()
+    readers: dict[str, set[str]] = {}  # of scales: the codes beside them
+    for node in graph.proto.graph.node:
+        for name in node.input[1:3] if node.op_type in _READERS else ():
+            readers.setdefault(name, set()).add(node.input[1 if node.op_type == "MatMulNBits" else 0])
     for node in graph.proto.graph.node:
         read = _READERS.get(node.op_type)
         if read is None or len(node.input) < 2:
@@ -39,7 +44,8 @@ def coded_matrices(graph: OnnxGraph) -> Iterator[tuple[str, tuple[CodedMatrix, .
         for matrix in read(graph, node):
             if matrix.name not in seen:
                 seen.add(matrix.name)
-                yield matrix.name, (matrix,)
+                shared = matrix.scales is not None and len(readers.get(matrix.scales.name, ())) > 1
+                yield matrix.name, (replace(matrix, scales=None) if shared else matrix,)
 
 
 def _attributes(node: onnx.NodeProto) -> Mapping[str, Any]:

@@ -32,6 +32,8 @@ NEAR = 0.5
 """Of a weight: the greatest distance, in its norm, at which another is taken for a changed copy of it."""
 _SCALED = 1e-9
 """The misfit of rows with factors of their own: any other way is better."""
+_SUMMED = 2.0**-20
+"""Error of a base and an update that others added in another order, relative to the greatest value."""
 _FREE = 3  # elements of a row that its factor is told by, at least
 
 
@@ -123,8 +125,9 @@ def _fit(aspect: Aspect, at: int, piece: Piece, vectors: Vectors) -> _Fit | None
         off = numpy.abs(mine - there)
         return _Fit(piece, float(off.sum())) if (off <= slack).all() else None
     factor = float((mine * there).sum() / (mine * mine).sum())
-    if factor and _equal(factor * mine, there, place.dtype):
-        return _Fit(replace(piece, factor=_tidy(factor)), 0.0)
+    for constant in (_tidy(factor), factor) if factor else ():
+        if _equal(constant * mine, there, place.dtype, summed=bool(piece.weight.operations)):
+            return _Fit(replace(piece, factor=constant), 0.0)
     folded = _folded(piece, cols, mine, there, vectors)
     if folded is not None:
         return _Fit(folded, 0.0)
@@ -132,10 +135,14 @@ def _fit(aspect: Aspect, at: int, piece: Piece, vectors: Vectors) -> _Fit | None
     return None if scaled is None else _Fit(scaled, _SCALED)
 
 
-def _equal(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
+def _equal(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType, *, summed: bool = False) -> bool:
+    """Whether values are equal but for rounding; of sums, which may cancel each other, but for that of their terms."""
     import numpy
 
-    return bool((numpy.abs(mine - there) <= _ROUNDING[dtype] * numpy.abs(there) + _SMALLEST[dtype]).all())
+    slack = _ROUNDING[dtype] * numpy.abs(there) + _SMALLEST[dtype]
+    if summed:
+        slack += _SUMMED * float(numpy.abs(mine).max(initial=0))
+    return bool((numpy.abs(mine - there) <= slack).all())
 
 
 def _tidy(factor: float) -> float:
@@ -220,7 +227,7 @@ def measured(piece: Piece, fold: numpy.ndarray | None) -> float | None:
             if not (off <= slack).all():
                 return None
             worst = max(worst, float((off / numpy.maximum(_steps(place, piece.turned, span, across), 1e-30)).max()))
-        elif not _equal(mine, there.astype("f8"), place.dtype):
+        elif not _equal(mine, there.astype("f8"), place.dtype, summed=bool(piece.weight.operations)):
             return None
     return worst
 

@@ -206,7 +206,8 @@ class _Search:
             for piece in fitting_weights(places, likely, self.vectors):
                 fold = by_label[piece.fold] if piece.fold else None
                 values = None if fold is None else fold.block(0, fold.rows).reshape(-1).astype("f8") + piece.fold_plus
-                same = piece.factor == 1 and fold is None and not piece.row_factors and isinstance(piece.place, Matrix)
+                as_is = piece.factor == 1 and fold is None and not piece.row_factors and not piece.weight.operations
+                same = as_is and isinstance(piece.place, Matrix)
                 error = (0.0 if is_there(piece) else None) if same else measured(piece, values)
                 if error is None:
                     return []
@@ -223,6 +224,7 @@ class _Search:
         others: list[str] = []
         near: list[Near] = []
         left = [weight for weight in located.missing if not weight.is_vector]
+        scales = {one.scales.name for (one,) in self.coded.values() if one.scales is not None}
         for name in (*self.plain, *self.coded):
             pieces = self.found.get(name, ())
             if pieces and (not left or _fills(pieces) or pieces[0].weight.is_vector):
@@ -234,6 +236,8 @@ class _Search:
             if pieces:  # beside what was found
                 here = [piece.weight for piece in pieces if piece.weight not in left]
                 near += [one for one in nearest_weights(places, [*left, *here]) if one.piece.weight in left]
+            elif name in scales:
+                tables[name] = "scales of codes"
             elif isinstance(first, Matrix) and (what := known_table(first)):
                 tables[name] = what
             elif first.cols > 1 and left and (changed := nearest_weights(places, left)):

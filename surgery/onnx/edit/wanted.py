@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from surgery.engine.blocks import BLOCK_ELEMENTS
+from surgery.engine.blocks import BLOCK_ELEMENTS, block_height
+from surgery.engine.plan import Compute
 from surgery_formats.arrays import cast, wide
 from surgery_formats.binding.operation import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import Storage, read_block
+from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 
@@ -74,17 +76,30 @@ class Wanted:
         """The equations of the updates."""
         from surgery_formats.binding.edits import prepared
 
-        height = max(1, BLOCK_ELEMENTS // max(self.cols, 1))
-        return prepared(self.operations, self.storage, wide(self.storage.dtype), height)
+        return prepared(self.operations, self.storage, wide(self.storage.dtype), self._height)
+
+    @cached_property
+    def _height(self) -> int:
+        """Rows that a merge computes at once: others would round products otherwise."""
+        dtype = wide(self.storage.dtype)
+        target = Elements(self.storage.sizes, self.storage.shape, dtype)
+        return block_height(self.cols, Compute(self.storage, self.operations, target))
 
     def block(self, start: int, stop: int) -> numpy.ndarray:
         """Rows ``[start, stop)``: as stored, or in the precision of the arithmetic after updates."""
-        stored: numpy.ndarray = read_block(self.storage, start, stop)
+        import numpy
+
         if not self.operations:
+            stored: numpy.ndarray = read_block(self.storage, start, stop)
             return stored
-        values: numpy.ndarray = cast(stored, wide(self.storage.dtype))
-        apply_chain(self.chain, values, start, stop)
-        return values
+        height = self._height
+        parts = []
+        for at in range(start - start % height, stop, height):
+            end = min(at + height, self.rows)
+            values = cast(read_block(self.storage, at, end), wide(self.storage.dtype))
+            apply_chain(self.chain, values, at, end)
+            parts.append(values[max(start - at, 0) : stop - at])
+        return numpy.concatenate(parts)
 
     @cached_property
     def corner(self) -> numpy.ndarray:

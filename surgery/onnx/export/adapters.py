@@ -15,6 +15,7 @@ from surgery_formats.models.identity import fingerprint
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.canonical.inserted import InsertedModule
 
 __all__ = ["AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
 
@@ -27,11 +28,19 @@ class NamedAdapter:
         name: From its file, and unique.
         adapter: The adapter.
         weight: The weight it is merged with.
+        modules: The modules that it inserts, unless it is merged.
     """
 
     name: str
     adapter: Adapter
     weight: float = 1.0
+    modules: tuple[InsertedModule, ...] = ()
+
+    @property
+    def rest(self) -> Adapter:
+        """The adapter without its modules: updates of weights."""
+        out = frozenset().union(*(module.sites for module in self.modules))
+        return self.adapter.only(site for site in self.adapter.updates if site not in out) if out else self.adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +51,28 @@ class AdapterRoles:
         merge: Adapters merged into weights.
         swap: Adapters for slots.
         prefix: Soft prompts in front of the text.
+        insert: Adapters whose modules become a part of the graph.
     """
 
     merge: tuple[NamedAdapter, ...] = ()
     swap: tuple[NamedAdapter, ...] = ()
     prefix: tuple[NamedAdapter, ...] = ()
+    insert: tuple[NamedAdapter, ...] = ()
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
         """All adapters."""
-        return tuple(named.adapter for named in (*self.merge, *self.swap, *self.prefix))
+        return tuple(named.adapter for named in (*self.merge, *self.swap, *self.prefix, *self.insert))
 
     @property
     def merged(self) -> list[tuple[Adapter, float]]:
-        """The adapters that change weights, with their weights: merged ones, and heads trained beside soft prompts."""
+        """The adapters that change weights, with their weights: merged ones, and heads and LoRAs trained beside others."""
         heads = [
             replace(adapter, prompt=None, tensors=tuple(t for t in adapter.tensors if t is not adapter.prompt.table))
             for adapter in (named.adapter for named in self.prefix)
             if adapter.prompt is not None and adapter.updates
         ]
+        heads += [rest for rest in (named.rest for named in self.insert) if rest.updates]
         return [*((named.adapter, named.weight) for named in self.merge), *((head, 1.0) for head in heads)]
 
 
@@ -73,7 +85,7 @@ def sort_adapters(
     """Read all adapters and assign their roles.
 
     Args:
-        adapters: Adapters whose kind decides: soft prompts go in front, all others are merged.
+        adapters: Adapters whose kind decides: soft prompts go in front, bottlenecks are inserted, all others are merged.
         merge: Adapters to merge, with weights.
         swap: Adapters for slots.
         prefix: Adapters in front of the text.
@@ -82,7 +94,9 @@ def sort_adapters(
         InputError: an adapter cannot be read.
         FitError: a weight for an adapter that is not merged.
     """
-    roles: dict[str, list[NamedAdapter]] = {"merged": [], "swappable": [], "prefix": []}
+    from surgery_formats.adapters.registry import inserted_modules
+
+    roles: dict[str, list[NamedAdapter]] = {"merged": [], "swappable": [], "prefix": [], "inserted": []}
     groups = (
         (adapters, "adapters", None),
         (merge, "merge", "merged"),
@@ -92,13 +106,14 @@ def sort_adapters(
     names: set[str] = set()
     for weighted, role in [(item, role) for group, name, role in groups if group for item in as_weighted(group, name)]:
         adapter, weight = weighted.adapter, weighted.weight
-        chosen = role or ("prefix" if adapter.prompt is not None else "merged")
+        modules = () if role == "merged" else inserted_modules(adapter)
+        chosen = role or ("prefix" if adapter.prompt is not None else "inserted" if modules else "merged")
         if chosen != "merged" and weight != 1.0:
             raise FitError(f"has the weight {weight:g} but is not merged", file=adapter.path, hint="merge it: `merge=`")
         name = unique(names, _name(adapter.path))
         names.add(name)
-        roles[chosen].append(NamedAdapter(name, adapter, weight))
-    return AdapterRoles(tuple(roles["merged"]), tuple(roles["swappable"]), tuple(roles["prefix"]))
+        roles[chosen].append(NamedAdapter(name, adapter, weight, modules))
+    return AdapterRoles(*(tuple(roles[role]) for role in ("merged", "swappable", "prefix", "inserted")))
 
 
 def _name(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from surgery.onnx.export.adapters import AdapterRoles, NamedAdapter, entry
 from surgery.onnx.export.genai import genai_config
+from surgery.onnx.export.inserted import INSERTED, BakedModules, ModuleSlots
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
@@ -21,6 +23,7 @@ from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.families.inserted import as_fields, with_inserted
 from surgery_formats.models.families.recipe import Model
 
 if TYPE_CHECKING:
@@ -79,6 +82,7 @@ class Assembly:
         prompts: The prompts; the first one is the default.
         form: Form of the prompts.
         headed: Whether swapped adapters bring a head for which the base's configuration has no place.
+        baked: Modules that adapters insert, a part of the graph.
     """
 
     component: Component
@@ -89,11 +93,25 @@ class Assembly:
     prompts: tuple[Prompt, ...] = ()
     form: Form = ""
     headed: bool = False
+    baked: BakedModules | None = None
 
     @property
     def slot_names(self) -> frozenset[str]:
         """The weights that need a slot for any adapter."""
         return frozenset(name for adapter in self.slots for name in adapter.additions)
+
+    @cached_property
+    def module_slots(self) -> ModuleSlots:
+        """Optional inputs for the modules of swapped adapters."""
+        if not any(adapter.modules for adapter in self.slots):
+            return ModuleSlots((), ((),) * len(self.slots))
+        return ModuleSlots.of([adapter.modules for adapter in self.slots])
+
+    @property
+    def _recipe(self) -> Model:
+        """The recipe with all modules that adapters insert."""
+        places = (*(self.baked.places if self.baked else ()), *self.module_slots.places)
+        return with_inserted(self.model, places)
 
     def draft(self) -> GraphSet:
         """Build the graphs without computing anything; contract and file names are final.
@@ -115,6 +133,7 @@ class Assembly:
         names = [self._adapter_file(named_adapter.name) for named_adapter in self.roles.swap]
         if self.form == "kv":
             names += [self._prompt_file(prompt) for prompt in self.prompts]
+        names += [INSERTED] if self.baked is not None else []
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
     def files(self, location: WeightLocation) -> tuple[dict[str, bytes], GraphSet, dict[str, onnx.ModelProto]]:
@@ -132,9 +151,12 @@ class Assembly:
             from surgery.onnx.export.slots import slot_arrays
 
             arrays = slot_arrays(adapter, built.contract.slots, sizes, kind, built.inputs)
+            arrays |= self._module_arrays(named.name, adapter, built.inputs)
             files[self._adapter_file(named.name)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
+        if self.baked is not None:
+            files[INSERTED] = self.baked.data()
         if genai := self.for_genai(built):
             folder = self.component.folder
             generation = folder / "generation_config.json"
@@ -176,11 +198,11 @@ class Assembly:
             virtual=virtual,
             contract=self._contract(),
         )
-        built = build(self.component, options, self.model)
+        built = build(self.component, options, self._recipe)
         if self.form != "kv" or self.prompts[0].embeddings is None:
             return built
         rows_options = replace(options, prefill=False, virtual=Virtual(rows=table), contract=self._contract("rows"))
-        graph = build(self.component, rows_options, self.model).graphs["model.onnx"]
+        graph = build(self.component, rows_options, self._recipe).graphs["model.onnx"]
         return replace(built, graphs={ROWS: graph, **built.graphs})
 
     def _contract(self, form: Form = "") -> dict[str, Any]:
@@ -200,7 +222,9 @@ class Assembly:
                 entries.append({"name": prompt.name, "mode": "prefix", "kind": TEXT, "ids": [*prompt.ids], **details})
             else:
                 entries.append(entry(names[id(prompt.adapter)], "prefix", **details))
-        fields: dict[str, Any] = {"adapters": tuple(entries)}
+        entries += [entry(named, "inserted", file=INSERTED) for named in self.roles.insert]
+        places = (*(self.baked.places if self.baked else ()), *self.module_slots.places)
+        fields: dict[str, Any] = {"adapters": tuple(entries), "inserted": tuple(map(as_fields, places))}
         if self.prompts:
             fields["prompt_kind"] = self.prompts[0].kind
             if form == "rows":
@@ -210,11 +234,21 @@ class Assembly:
         return fields
 
     def _replaceable(self) -> Replaceable:
+        modules = self.module_slots.inputs
         if not any(adapter.replaced for adapter in self.slots):
-            return Replaceable()
+            return modules
         from surgery.onnx.export.replaced import replaceable
 
-        return replaceable(self.model, self.component, [adapter.replaced for adapter in self.slots])
+        return modules | replaceable(self.model, [adapter.replaced for adapter in self.slots])
+
+    def _module_arrays(self, name: str, adapter: Swappable, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """The arrays of the modules of a swapped adapter."""
+        from surgery.onnx.export.inserted import module_values
+
+        number = next(i for i, named in enumerate(self.roles.swap) if named.name == name)
+        places = zip(adapter.modules, self.module_slots.names[number], strict=True)
+        arrays = {key: values for module, place in places for key, values in module_values(module, place).items()}
+        return {key: values.astype(inputs[key]) for key, values in arrays.items()}
 
     def _swapped(self, named: NamedAdapter, adapter: Swappable) -> dict[str, Any]:
         facts: dict[str, Any] = {}

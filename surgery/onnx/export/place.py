@@ -23,6 +23,7 @@ import xxhash
 from surgery.engine.execute import Run, still_good, write_side_file, write_weights
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
+from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import WeightLocation
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.output.folder import OutputFolder, output_folder
@@ -145,7 +146,7 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
             folder.write_small(name, data)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
-        folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account})
+        folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
     return _outcome(files, ledger, written)
 
 
@@ -296,8 +297,8 @@ def _taken(path: Path) -> OutputExistsError:
     )
 
 
-def embed(model: onnx.ModelProto, files: Sequence[File]) -> None:
-    """Move the bytes of a model's weights into it.
+def embed(model: onnx.ModelProto, files: Sequence[File], contents: Mapping[str, bytes]) -> None:
+    """Move the bytes of a model's weights into it, from files and from the `contents` of others that are not written.
 
     Raises:
         FitError: they exceed the limit of a protocol buffer.
@@ -314,6 +315,8 @@ def embed(model: onnx.ModelProto, files: Sequence[File]) -> None:
                 f"the weights exceed the {human(_PROTOBUF_LIMIT)} that one file can hold",
                 hint='`weights="copy"` or link',
             )
-        tensor.raw_data = bytes(by_name[entry["location"]].read(int(entry["offset"]), int(entry["length"])))
+        start, length, name = int(entry["offset"]), int(entry["length"]), entry["location"]
+        data = contents[name][start : start + length] if name in contents else by_name[name].read(start, length)
+        tensor.raw_data = bytes(data)
         del tensor.external_data[:]
         tensor.ClearField("data_location")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.engine.merge.output_config import task_config
-from surgery.onnx.graph.weights import Replaceable
+from surgery.onnx.graph.weights import LABELS, Replaceable
 from surgery_formats.binding.edits import Edit, prepared
 from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.canonical.adapter import Adapter
@@ -96,13 +96,15 @@ def headed(
     return component.with_config(config), with_biases(model_of(config, names), names)
 
 
-def replaceable(model: Model, component: Component, edits: Iterable[Mapping[str, Edit]]) -> Replaceable:
+def replaceable(model: Model, edits: Iterable[Mapping[str, Edit]]) -> Replaceable:
     """The parameters of a graph that become optional inputs."""
     every = {name: edit for some in edits for name, edit in some.items()}
     shapes = parameters(model)
-    absent = {name: shapes[name] for name, edit in every.items() if edit.added and name in shapes}
-    last = _last_step(model)
-    return Replaceable(frozenset(every), frozenset(name for name in last if name in every), absent)
+    absent = frozenset(name for name, edit in every.items() if edit.added)
+    free: dict[str, tuple[int | str, ...]] = {
+        name: (LABELS, *shapes[name][1:]) for name in _last_step(model) if name in every
+    }
+    return Replaceable(frozenset(every), free, absent)
 
 
 def _last_step(model: Model) -> tuple[str, ...]:

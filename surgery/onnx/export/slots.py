@@ -14,11 +14,13 @@ from typing import Any
 import numpy.typing as npt
 
 from surgery.onnx.edit.additions import Additions, additions_of, factors_of
+from surgery.onnx.export.adapters import NamedAdapter
 from surgery.onnx.export.replaced import is_small, is_untouched, own_labels, replaced_array
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.families.parameters import parameters
@@ -38,20 +40,23 @@ class Swappable:
         additions: The LoRAs of each slot with their views, by slot, named as in `Context`.
         tables: Slots whose weight is a table of rows.
         replaced: Edits of the small parameters that it replaces, under the recipe's names.
+        modules: The modules that it inserts.
     """
 
     adapter: Adapter
     additions: Mapping[str, Additions]
     tables: frozenset[str]
     replaced: Mapping[str, Edit]
+    modules: tuple[InsertedModule, ...] = ()
 
 
-def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappable:
+def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swappable:
     """Find the slots of an adapter. PEFT's copy of the base's values, saved beside a LoRA on an embedding, is ignored.
 
     Raises:
         FitError: an update that no slot can hold, or an adapter that does not fit the base.
     """
+    adapter = named.rest
     if adapter.prompt is not None:
         raise FitError(
             f"{adapter.kind} is a soft prompt, which goes into no slot",
@@ -82,9 +87,9 @@ def swappable(adapter: Adapter, checkpoint: Checkpoint, model: Model) -> Swappab
             tables.add(weight)
             if binding and _head_follows(binding, component, edit):
                 additions[component.head] = loras
-    if not additions and not replaced:
+    if not additions and not replaced and not named.modules:
         raise FitError("the adapter changes nothing", file=adapter.path)
-    return Swappable(adapter, additions, frozenset(tables), replaced)
+    return Swappable(adapter, additions, frozenset(tables), replaced, named.modules)
 
 
 def _by_stored_name(component: Component, model: Model) -> dict[str, str]:

@@ -6,7 +6,7 @@ Hidden states are rows ``(B*S, D)`` if linear maps are Gemm, otherwise ``(B, S, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -44,9 +44,11 @@ class Context:
         io: Type of hidden states, logits and cache.
         ids: Input of token ids ``(B, S)``.
         slotted: Weights that get a slot for a LoRA, under the recipe's names, except that a tied head is called `head`.
+        required: Whether slots are inputs without a default.
         head: Name of a tied head: it shares the embedding's weight but not its slot.
         virtual: Soft prompts.
         slots: The slots made so far.
+        real: Returns which new tokens are no padding ``(B, S)``, bool.
     """
 
     graph: Graph
@@ -55,9 +57,11 @@ class Context:
     io: DType
     ids: str = "input_ids"
     slotted: frozenset[str] = frozenset()
+    required: bool = False
     head: str = ""
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
+    real: Callable[[], str] = str
 
     @property
     def flat(self) -> bool:

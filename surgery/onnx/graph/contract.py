@@ -21,6 +21,7 @@ from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
+from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
 __all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
@@ -37,7 +38,7 @@ _LARGEST = 1 << 48  # bound on numbers, including file sizes
 _LAYERS = 4096
 _PAIR = 2
 _DTYPES = ("fp32", "fp16", "bf16")
-_LATER = ("replaceable",)  # fields that are left out where empty, so that runners of before take the graph
+_LATER = ("replaceable", "inserted")  # fields that are left out where empty, so that runners of before take the graph
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
 
 
@@ -101,6 +102,8 @@ class Contract:
         vocabulary_rows: First id and number of the soft prompt's rows after the vocabulary, or None.
         slots: Slots for LoRA adapters.
         replaceable: Parameters that are optional inputs under their own names, see `surgery.onnx.export.replaced`.
+        inserted: Modules that adapters insert, see `surgery_formats.models.families.inserted.as_fields`; those whose rank is 0
+            are optional inputs among the replaceable ones.
         weights: Files that hold the initializers.
         base: Content id of the base.
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
@@ -127,6 +130,7 @@ class Contract:
     vocabulary_rows: tuple[int, int] | None = None
     slots: tuple[Slot, ...] = ()
     replaceable: tuple[str, ...] = ()
+    inserted: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
@@ -156,7 +160,7 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
             raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
         entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
         entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
-        for name in ("adapters", "replaceable"):
+        for name in ("adapters", "replaceable", "inserted"):
             entries[name] = tuple(entries.get(name, ()))
         rows = entries.get("vocabulary_rows")
         entries["vocabulary_rows"] = None if rows is None else tuple(rows)
@@ -196,6 +200,11 @@ def _fault(contract: Contract) -> str | None:
             return name
     if not all(isinstance(entry, Mapping) for entry in contract.adapters):
         return "adapters"
+    try:
+        for entry in contract.inserted:
+            from_fields(entry)
+    except (ValueError, TypeError, AttributeError):
+        return "inserted"
     rows = contract.vocabulary_rows
     if rows is not None:
         first, count = (*rows, None, None)[:2]

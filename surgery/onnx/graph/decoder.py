@@ -10,6 +10,7 @@ from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.heads import language_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery.onnx.graph.virtual_tokens import completed_mask
 from surgery_formats.dtypes import DType
@@ -41,6 +42,7 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     if ctx.virtual.past:
         mask = completed_mask(graph, ctx.ids, mask, caches[0].past_key)
     frame = Frame(ctx, mask, max_length)
+    ctx.real = lambda: frame.real
     stream = ResidualStream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
@@ -82,6 +84,8 @@ def _embedded(ctx: Context, model: Model, frame: Frame, max_length: int) -> str:
         x = ctx.graph.node("Add", [x, ctx.graph.node("Gather", [table, places], at, axis=0)], at)
     if record.norm is not None:
         x = norm(ctx, record.norm, x, model.hidden, module_of(record.norm.weight))
+    for network in record.couplings:
+        x = couple(ctx, network, x)
     return x
 
 

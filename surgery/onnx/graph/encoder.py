@@ -9,6 +9,7 @@ from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
@@ -32,9 +33,12 @@ def encoder(ctx: Context, model: Model) -> None:
     mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
     if ctx.virtual.front:
         ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
+    ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
     stream = encoder_rows(ctx, model)
     if (first := model.embedding.norm) is not None:
         stream = ResidualStream(residual_norm(ctx, first, stream, model.hidden, module_of(first.weight), keep=False)[0])
+    for network in model.embedding.couplings:
+        stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
     allowed = _allowed(ctx, mask)
     for layer in model.layers:
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, allowed))

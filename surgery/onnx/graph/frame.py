@@ -75,6 +75,15 @@ class Frame:
             return graph.node("Add", [past, self._range(self._new_tokens)], "")
         return graph.node("Max", [self._new_positions, graph.ints(0)], "")
 
+    @cached_property
+    def real(self) -> str:
+        """Which new tokens are no padding ``(B, S)``, bool."""
+        graph = self._graph
+        if self._ctx.target.attention == "gqa":  # of a new token the mask may have its one elsewhere
+            return graph.node("Less", [self.positions, self._tokens], "")
+        start = graph.node("Neg", [self._new_tokens], "")
+        return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(_ALL), graph.ints(1)], ""), DType.BOOL, "")
+
     def shifted_positions(self, rows: RotaryTable) -> str:
         """Row indices into a rotary table: positions, or the second half of the table for long sequences."""
         if not rows.original:

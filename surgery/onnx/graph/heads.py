@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
-from surgery.onnx.graph.layers import activate
 from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.weights import LABELS
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead
@@ -20,6 +21,8 @@ def language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") ->
     at = module_of(record.projection.weight)
     if record.before is not None:
         x = linear(ctx, record.before, x)
+    for network in reversed(record.inverted):
+        x = uncouple(ctx, network, x)
     y = linear(ctx, record.projection, x, alpha=1.0 / record.divisor, slot=slot)
     if record.softcap is not None:
         cap = ctx.graph.number(record.softcap, ctx.io)
@@ -38,7 +41,7 @@ def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
         if activation is not None:
             x = activate(ctx, activation, x, at)
     last = record.steps[-1][0]
-    labels: int | str = LABELS if last.weight in ctx.weights.replaceable.labels else last.outputs
+    labels: int | str = LABELS if last.weight in ctx.weights.replaceable.sizes else last.outputs
     if record.tokens == "every":
         _every_token(ctx, x, module_of(last.weight), "logits", labels)
     else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.graph import MICROSOFT
 from surgery.onnx.graph.linear import joined, linear
+from surgery.onnx.graph.modules import run_inserted
 from surgery.onnx.graph.norm import norm, residual_norm
-from surgery_formats.models.families.recipe import MLP, Activation, Branch, Layer, Model
+from surgery_formats.models.families.recipe import MLP, Branch, Layer, Model
 
-__all__ = ["Body", "activate", "layer_steps"]
+__all__ = ["Body", "layer_steps"]
 
 Body = Callable[[str, float], str]
 """Maps hidden states and a factor to the body's result times the factor."""
@@ -34,6 +35,8 @@ def _branch(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, 
     """``x + multiplier * after(body(before(x)))``, then `on_sum`; the sum is left to the reader of the stream."""
     x, stream = _before(ctx, model, branch, stream, at)
     stream = ResidualStream(stream.value, _after(ctx, model, branch, body, x, at))
+    if branch.inserted:
+        return ResidualStream(run_inserted(ctx, branch, stream.value, stream.pending, model.hidden, at))
     if branch.on_sum is None:
         return stream
     at = module_of(branch.on_sum.weight) or at
@@ -85,16 +88,3 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
         gate, up = (linear(ctx, projection, x) for projection in record.inputs)
     inner = ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
     return linear(ctx, record.output, inner, alpha=alpha)
-
-
-def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
-    """Apply an activation function."""
-    if kind == "silu":
-        if ctx.target.activation == "fused":  # x sigmoid(alpha x)
-            return ctx.graph.node("QuickGelu", [x], at, domain=MICROSOFT, alpha=1.0)
-        return ctx.graph.node("Mul", [x, ctx.graph.node("Sigmoid", [x], at)], at)
-    if kind == "gelu":
-        return ctx.graph.node("Gelu", [x], at)
-    if kind == "gelu_tanh":
-        return ctx.graph.node("Gelu", [x], at, approximate="tanh")
-    return ctx.graph.node({"relu": "Relu", "tanh": "Tanh"}[kind], [x], at)

@@ -38,13 +38,16 @@ class Replaceable:
 
     Attributes:
         names: Their names in the recipe.
-        labels: Those whose first axis has one entry for each label, of which an adapter may have another number.
-        absent: Shapes of those that the base lacks; their default is zero.
+        sizes: Sizes of inputs with free axes, which have names: the labels of a classifier, the rank of an inserted module.
+        absent: Those that the base lacks; their default is zero.
     """
 
     names: frozenset[str] = frozenset()
-    labels: frozenset[str] = frozenset()
-    absent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
+
+    def __or__(self, other: Replaceable) -> Replaceable:
+        return Replaceable(self.names | other.names, {**self.sizes, **other.sizes}, self.absent | other.absent)
 
 
 class GraphWeights:
@@ -188,9 +191,8 @@ class GraphWeights:
         else:
             default = np.zeros(tuple(shape), np.float32) if tensor is None else _values(tensor)
             self._graph.initializer(name, default.astype(self._graph.numpy_type(dtype)))
-        rows: list[int | str] = [LABELS if name in self.replaceable.labels else shape[0], *shape[1:]]
         self.inputs[name] = dtype
-        return self._graph.input(name, dtype, rows)
+        return self._graph.input(name, dtype, self.replaceable.sizes.get(name, tuple(shape)))
 
     def _ranged(self, name: str, first: GraphTensor, shape: Sequence[int], nbytes: int, to: DType | None = None) -> str:
         """A byte range as a value, with a Cast if stored in another type; runtimes fold the Cast at load time."""

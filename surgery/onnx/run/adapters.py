@@ -84,18 +84,16 @@ def fill_slots(
     """
     pairs = {slot.A: slot.B for slot in contract.slots}
     arrays_by_input: dict[str, list[Array]] = {}
-    labels: dict[int, str] = {}
+    free: dict[str, int] = {}
     for file, arrays in adapters:
         inputs_of_slots = {*pairs, *pairs.values(), *contract.replaceable}
         for name in sorted(set(arrays) & set(contract.replaceable)):
             if name in arrays_by_input:
-                raise FitError("two adapters replace this parameter", file=file, tensor=name, hint="one at a time")
+                raise FitError("two adapters fill this input", file=file, tensor=name, hint="one at a time")
             _check_type(file, arrays, name, inputs)
-            free = _check_sizes(file, arrays[name], name, inputs[name])
-            labels |= dict.fromkeys(free, name)
-            if len(labels) > 1:
-                raise FitError(f"have {' and '.join(map(str, labels))} labels", file=file, tensor=name)
+            _check_sizes(file, arrays[name], name, inputs[name], free)
             arrays_by_input[name] = [arrays[name]]
+        _check_complete(file, arrays, contract)
         if extra := sorted(set(arrays) - inputs_of_slots):
             has_slots = contract.slots or contract.replaceable
             reason = "the graph has no such slot" if has_slots else "the graph was exported without slots"
@@ -140,11 +138,19 @@ def _check_type(file: str, arrays: Mapping[str, Array], name: str, inputs: Mappi
         raise FitError(text, file=file, tensor=name, hint="write the adapter for this graph's type")
 
 
-def _check_sizes(file: str, array: Array, name: str, port: Port) -> list[int]:
-    """Compare a parameter with its input; returns the sizes of axes that are free: the number of labels."""
-    fixed = [size for size in port.shape if isinstance(size, int)]
-    if array.ndim != len(port.shape) or list(array.shape[array.ndim - len(fixed) :]) != fixed:
-        raise FitError(
-            f"has the shape {list(array.shape)}, but the graph takes {list(port.shape)}", file=file, tensor=name
-        )
-    return list(array.shape[: array.ndim - len(fixed)])
+def _check_sizes(file: str, array: Array, name: str, port: Port, free: dict[str, int]) -> None:
+    """Compare a parameter with its input; `free` collects the sizes of axes that have a name."""
+    fits = array.ndim == len(port.shape)
+    for size, expected in zip(array.shape, port.shape, strict=False):
+        fits &= size == (free.setdefault(expected, size) if isinstance(expected, str) else expected)
+    if not fits:
+        wanted = [free.get(size, size) if isinstance(size, str) else size for size in port.shape]
+        raise FitError(f"has the shape {list(array.shape)}, but the graph takes {wanted}", file=file, tensor=name)
+
+
+def _check_complete(file: str, names: Collection[str], contract: Contract) -> None:
+    """Refuse an adapter with a part of an inserted module: it comes whole or not at all."""
+    for module in contract.inserted:
+        whole = {name for name in contract.replaceable if name.startswith(f"{module['module']}.")}
+        if whole & set(names) and (missing := sorted(whole - set(names))):
+            raise FitError("a part of an inserted module is missing", file=file, tensor=missing[0])

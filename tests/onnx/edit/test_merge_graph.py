@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery_formats.containers.onnx import open_graph
-from surgery_formats.errors import FitError, NothingChangedError, UsageError
+from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
 from tests.support.graphs_by_value import base_of, graph_of, initializer, nbits, random_weights
 from tests.support.peft_kinds import Combination, made, sample
 
@@ -164,6 +164,38 @@ def test_several_adapters_with_weights(tmp_path: Path, base: Path) -> None:
     merged = merged_weights(base, adapters, tmp_path / "checkpoint")
     found = values_in(tmp_path / "out" / "g.onnx")
     assert all(np.array_equal(found[name], value.T) for name, value in merged.items())
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_verify_tells_a_merge_by_value(tmp_path: Path, base: Path, dtype: str) -> None:
+    tensors = [initializer(f"val_{n}", value.T.astype(dtype)) for n, value in enumerate(WEIGHTS.values())]
+    path = graph_of(tmp_path / "in" / "g.onnx", tensors)
+    adapter = lora(tmp_path / "adapter", "q", "v")
+    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
+    checks = {
+        check.name: check.detail for check in surgery.verify(tmp_path / "out", against=base, adapters=adapter).checks
+    }
+    assert checks["weights by value"] == "10 as base and adapters make them, 2 of these updated"
+    assert "files" in checks
+    assert surgery.verify(path, against=base).checks[0].detail == "10 as the base has them"
+    with pytest.raises(ProofError, match=r"2 weights have other values than base and adapters make: .* is \d"):
+        surgery.verify(path, against=base, adapters=adapter)
+    with pytest.raises(ProofError, match="other values"):
+        surgery.verify(tmp_path / "out", against=base)
+
+
+def test_verify_takes_sums_in_another_order(tmp_path: Path, base: Path) -> None:
+    adapter = lora(tmp_path / "adapter", "q", "v")
+    merged = merged_weights(base, adapter, tmp_path / "checkpoint")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    for short in "qv":
+        stem = PLACES[short].removesuffix(".weight")
+        b, a = (factors[f"base_model.model.{stem}.lora_{x}.weight"].astype("f8") for x in "BA")
+        merged[PLACES[short]] = (WEIGHTS[PLACES[short]] + 2 * (b @ a)).astype("f4")
+    path = graph_of(
+        tmp_path / "in" / "g.onnx", [initializer(f"v{n}", value.T) for n, value in enumerate(merged.values())]
+    )
+    assert surgery.verify(path, against=base, adapters=adapter).checks
 
 
 def test_a_dry_run_names_what_would_change(tmp_path: Path, base: Path) -> None:

@@ -14,6 +14,7 @@ from surgery_formats.files.raw import first_bytes
 if TYPE_CHECKING:
     from surgery_formats.adapters.format import Rendering
     from surgery_formats.canonical.adapter import Adapter
+    from surgery_formats.canonical.inserted import InsertedModule
     from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["ADAPTERHUB"]
@@ -22,7 +23,7 @@ __all__ = ["ADAPTERHUB"]
 @dataclass(frozen=True, slots=True)
 class _AdapterHub:
     name: str = "adapterhub"
-    title: str = "AdapterHub folder: LoRA, DoRA, (IA)^3, VeRA; bottlenecks, prefixes and prompts are shown"
+    title: str = "AdapterHub folder: LoRA, DoRA, (IA)^3, VeRA; bottlenecks for graphs; prefixes and prompts are shown"
     needs_base: bool = False
     single_file: bool = False
     file_stems: tuple[str, ...] = ("pytorch_adapter", "adapter", "pytorch_model_head", "model_head")
@@ -39,6 +40,14 @@ class _AdapterHub:
         from surgery_formats.adapters.adapterhub.read import read_adapterhub
 
         return read_adapterhub(path)
+
+    def inserted(self, adapter: Adapter) -> tuple[InsertedModule, ...]:
+        """See `inserted.inserted_modules`, which is imported only for an adapter with modules of its own."""
+        if not adapter.unmergeable:
+            return ()
+        from surgery_formats.adapters.adapterhub.inserted import inserted_modules
+
+        return inserted_modules(adapter)
 
     def render(self, adapter: Adapter, base: Checkpoint | None) -> Rendering:
         """See `write.render_adapterhub`, which is imported only to write."""

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks that adapters insert: behind the body of a branch, behind the embeddings, in front of the head.
+
+Their matrices are either in the graph, or optional inputs without inner values. A `Where` then takes the plain branch, so
+that a graph without an adapter computes the base exactly, whatever the network would make of nothing.
+"""
+
+from __future__ import annotations
+
+from surgery.onnx.graph.activation import activate
+from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.norm import norm
+from surgery_formats.models.families.recipe import Activation, Bottleneck, Branch, Coupling, Projection
+
+__all__ = ["couple", "run_inserted", "uncouple"]
+
+
+def run_inserted(ctx: Context, branch: Branch, x: str, body: str, width: int, at: str) -> str:
+    """The result of a branch of input `x` with inserted networks behind the body's result `body`."""
+
+    def finished(state: str) -> str:
+        total = ctx.graph.node("Add", [x, state], at)
+        if branch.on_sum is None:
+            return total
+        return norm(ctx, branch.on_sum, total, width, module_of(branch.on_sum.weight) or at)
+
+    state, result = body, ""
+    for network in branch.inserted:
+        changed = _bottleneck(ctx, network, branch, x, state, width)
+        ended = ctx.graph.node("Add", [changed, body], at) if network.form.parallel else changed
+        ended = finished(ended) if network.form.finishes else ended
+        if (active := _active(ctx, network.down)) is None:
+            state, result = changed, ended
+            continue
+        plain = result or finished(body)
+        if network is not branch.inserted[-1]:
+            state = ctx.graph.node("Where", [active, changed, state], at)
+        result = ctx.graph.node("Where", [active, ended, plain], at)
+    return result
+
+
+def _active(ctx: Context, projection: Projection) -> str | None:
+    """Whether an optional projection has inner values ``(1,)``; None for one that always has."""
+    if projection.weight not in ctx.weights.replaceable.names:
+        return None
+    at = module_of(projection.weight)
+    weight = ctx.weights.value(projection.weight, (projection.inputs, projection.outputs))
+    return ctx.graph.node("Greater", [ctx.graph.node("Shape", [weight], at, start=1, end=2), ctx.graph.ints(0)], at)
+
+
+def _bottleneck(ctx: Context, network: Bottleneck, branch: Branch, x: str, state: str, width: int) -> str:
+    form, at, graph = network.form, network.module, ctx.graph
+    read, residual = state, state
+    if form.parallel:
+        read = x
+    elif form.sums_before:
+        total = read = graph.node("Add", [x, state], at)
+        if branch.on_sum is not None:
+            read = norm(ctx, branch.on_sum, total, width, at)
+        residual = {"body": state, "sum": total, "read": read}[form.residual]
+    inner = read if network.before is None else norm(ctx, network.before, read, width, at)
+    result = _inner(ctx, inner, (network.down, network.up), form.activation)
+    if network.gate is not None:
+        result = _gated(ctx, result, _affine(ctx, read, network.gate), width, at)
+    if not form.parallel and form.residual_before_norm:
+        result = graph.node("Add", [result, residual], at)
+    if network.after is not None:
+        result = norm(ctx, network.after, result, width, at)
+    if not form.parallel and not form.residual_before_norm:
+        result = graph.node("Add", [result, residual], at)
+    return result
+
+
+def _gated(ctx: Context, result: str, gate: str, width: int, at: str) -> str:
+    """``result`` times the mean of ``sigmoid(gate)`` over the tokens of each row of the batch, padding left out."""
+    graph = ctx.graph
+    share = graph.node("Sigmoid", [gate], at)
+    real = graph.cast(graph.node("Unsqueeze", [ctx.real(), graph.ints(2)], at), ctx.io, at)
+    share = graph.node("Mul", [ctx.batched(share, at) if ctx.flat else share, real], at)
+    sums = [graph.node("ReduceSum", [values, graph.ints(1)], at, keepdims=1) for values in (share, real)]
+    share = graph.node("Div", sums, at)
+    product = graph.node("Mul", [ctx.batched(result, at) if ctx.flat else result, share], at)
+    return ctx.reshaped(product, (-1, width), at) if ctx.flat else product
+
+
+def _inner(ctx: Context, x: str, pair: tuple[Projection, Projection], activation: Activation) -> str:
+    at = module_of(pair[0].weight)
+    return _affine(ctx, activate(ctx, activation, _affine(ctx, x, pair[0]), at), pair[1])
+
+
+def _affine(ctx: Context, x: str, projection: Projection) -> str:
+    at = module_of(projection.weight)
+    weight = ctx.weights.value(projection.weight, (projection.inputs, projection.outputs))
+    y = ctx.graph.node("MatMul", [x, weight], at)
+    return ctx.graph.node("Add", [y, ctx.weights.value(projection.bias, (projection.outputs,))], at)
+
+
+def couple(ctx: Context, network: Coupling, x: str) -> str:
+    """The forward of an invertible network; without inner values it adds nothing."""
+    first, second = _halves(ctx, network, x)
+    at = network.module
+    first = ctx.graph.node("Add", [first, _inner(ctx, second, network.first, network.activation)], at)
+    second = ctx.graph.node("Add", [second, _inner(ctx, first, network.second, network.activation)], at)
+    return ctx.graph.node("Concat", [first, second], at, axis=-1)
+
+
+def uncouple(ctx: Context, network: Coupling, x: str) -> str:
+    """Its inverse."""
+    first, second = _halves(ctx, network, x)
+    at = network.module
+    second = ctx.graph.node("Sub", [second, _inner(ctx, first, network.second, network.activation)], at)
+    first = ctx.graph.node("Sub", [first, _inner(ctx, second, network.first, network.activation)], at)
+    return ctx.graph.node("Concat", [first, second], at, axis=-1)
+
+
+def _halves(ctx: Context, network: Coupling, x: str) -> list[str]:
+    sizes = ctx.graph.ints(network.width // 2, network.width - network.width // 2)
+    return ctx.graph.several("Split", [x, sizes], network.module, ("*", "*"), axis=-1)
