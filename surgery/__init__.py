@@ -15,11 +15,15 @@ from surgery_formats.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
+    from surgery.comparison.graph_diff import GraphDiff as GraphDiff
     from surgery.comparison.results import AdapterDiff as AdapterDiff
     from surgery.engine.inputs import open as open
+    from surgery.engine.rebuild.recovery_result import RecoveryResult as RecoveryResult
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
+    from surgery.verbs.apply import ApplyResult as ApplyResult
+    from surgery.verbs.apply import apply as apply
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.check import CheckResult as CheckResult
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.verbs.formats import Catalogue as Catalogue
     from surgery.verbs.formats import formats as formats
     from surgery.verbs.insert import DeltaResult as DeltaResult
+    from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
@@ -51,6 +56,8 @@ if TYPE_CHECKING:
     from surgery.verbs.locate import locate as locate
     from surgery.verbs.merge import MergeResult as MergeResult
     from surgery.verbs.merge import merge as merge
+    from surgery.verbs.prompt_bake import BakeResult as BakeResult
+    from surgery.verbs.prompt_bake import prompt_bake as prompt_bake
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
@@ -77,11 +84,14 @@ else:
         {
             "surgery._version": ["__version__"],
             "surgery.comparison.results": ["AdapterDiff"],
+            "surgery.comparison.graph_diff": ["GraphDiff"],
+            "surgery.engine.rebuild.recovery_result": ["RecoveryResult"],
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],
             "surgery.rank": ["Rank"],
             "surgery.reports.result": ["Result"],
+            "surgery.verbs.apply": ["ApplyResult", "apply"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.check": ["CheckResult", "check"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
@@ -92,11 +102,12 @@ else:
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
-            "surgery.verbs.insert": ["DeltaResult", "insert"],
+            "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
             "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
+            "surgery.verbs.prompt_bake": ["BakeResult", "prompt_bake"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
             "surgery.verbs.report": ["SavingsReport", "report"],

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from surgery.comparison.measure import CodeTotals, measure
 from surgery.comparison.results import CheckpointDiff, QuantisationLoss, TensorDiff, TensorHeader, TensorStatus, Values
 from surgery.progress import Callback, Progress
+from surgery.reports.selective import ChangedWeight, SelectiveTuning, selective_tuning
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.storage.aligned import aligned, release
@@ -89,7 +91,29 @@ def diff_checkpoints(
         header,
         tuple(_error(*kinds, codes) for kinds, codes in totals.codes.items()),
         _notes(a, b),
+        _tuned(a, tensors) if known else None,
     )
+
+
+def _tuned(checkpoint: Checkpoint, tensors: Sequence[TensorDiff]) -> SelectiveTuning | None:
+    """Which part of `checkpoint` changed, if that has a name; a tied head has its embedding's change."""
+    if any(entry.status not in ("equal", "values") for entry in tensors):
+        return None
+    changed, names, total = [], [], 0
+    for part, component in checkpoint.components.items():
+        by_name = {entry.name: entry for entry in tensors}
+        for name, parameter in component.parameters.without(component.aliases).items():
+            entry = by_name.get(f"{part}/{name}" if part else name)
+            names.append(name)
+            total += parameter.numel
+            if entry is None or entry.status == "equal" or entry.values is None:
+                continue
+            height, rows = parameter.storage.shape[0], entry.values.rows
+            some = rows < height and component.role(name) in ("embedding", "head")
+            numbers = rows * (parameter.numel // height) if some else parameter.numel
+            changed.append(ChangedWeight(name, component.role(name), numbers, rows if some else None, height))
+    found = selective_tuning(changed, names, total)
+    return found if changed and found.named else None
 
 
 def _error(kind: str, other: str, codes: CodeTotals) -> QuantisationLoss:

@@ -60,7 +60,7 @@ def measure(mine: Storage, theirs: Storage, codes: CodeTotals) -> Values:
     half = (DType.BF16, DType.F16, DType.F8_E4M3, DType.F8_E5M2)
     dtype = DType.F32 if mine.dtype in half and theirs.dtype in half else DType.F64
     greatest = difference = norm = 0.0
-    moved = strange = 0
+    moved = strange = rows = 0
     coded = _coded(mine, theirs)
     for start, left, right in _blocks(mine, theirs, dtype):
         differs = left != right
@@ -72,6 +72,7 @@ def measure(mine: Storage, theirs: Storage, codes: CodeTotals) -> Values:
             left, right = numpy.where(finite, left, 0.0), numpy.where(finite, right, 0.0)
             size = _norm(left)
         moved += int(numpy.count_nonzero(differs))
+        rows += int(numpy.count_nonzero(differs.any(axis=1)))
         apart = right - left
         if apart.size:
             greatest = max(greatest, float(apart.max()), -float(apart.min()))
@@ -81,13 +82,13 @@ def measure(mine: Storage, theirs: Storage, codes: CodeTotals) -> Values:
             _note_codes(codes, coded, start, values, _norm(apart))
     relative = difference / norm if norm else (0.0 if difference == 0 else math.inf)
     numel = math.prod(mine.shape)
-    found = Values(greatest, relative, moved / numel if numel else 0.0, strange, difference, norm)
+    found = Values(greatest, relative, moved / numel if numel else 0.0, strange, difference, norm, rows=rows)
     if coded is None or not codes.numel:
         return found
     codes.weights = 1
     rounding = codes.rounding / norm if norm else 0.0
     return Values(
-        greatest, relative, found.moved, strange, difference, norm, None, rounding, codes.nearest / codes.numel
+        greatest, relative, found.moved, strange, difference, norm, None, rounding, codes.nearest / codes.numel, rows
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.selective import SelectiveTuning
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
@@ -167,6 +168,7 @@ class Values:
         rounding: ``||B - A||_F / ||A||_F`` if the side that is stored as codes were the other's values rounded to the
             nearest code, on the scales that are stored; None unless one side is stored as codes and the other is not.
         nearest: Share of the codes that are the nearest to the other side's values, likewise.
+        rows: Rows with a value that differs.
     """
 
     max_abs: float
@@ -178,6 +180,7 @@ class Values:
     profile: Profile | None = None
     rounding: float | None = None
     nearest: float | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +248,7 @@ class CheckpointDiff:
         header: Whether values were left unread.
         quantisation: By the formats of both sides, the error of weights that one side stores as codes.
         notes: Why weights were not compared.
+        tuned: Which part of A changed, where that has a name (docs/insert.md).
         seconds: How long it took.
     """
 
@@ -254,6 +258,7 @@ class CheckpointDiff:
     header: bool
     quantisation: tuple[QuantisationLoss, ...] = ()
     notes: tuple[str, ...] = ()
+    tuned: SelectiveTuning | None = None
     seconds: float = elapsed()
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
@@ -279,7 +284,8 @@ class CheckpointDiff:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest"))
+        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest", "tuned"))
+        found |= {} if self.tuned is None else {"tuned": self.tuned.as_json()}
         return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **found}
 
     def summary(self, *, verbose: bool = False) -> Summary:
@@ -287,6 +293,8 @@ class CheckpointDiff:
         facts = _counted("tensors", (tensor.status for tensor in self.tensors), self.difference)
         if self.moved is not None:
             facts.append(("moved", (Value(self.moved, "share", 3), " of the values")))
+        if self.tuned is not None:
+            facts.append(("tuned", self.tuned.phrase))
         if self.not_compared:
             plural = "s" if self.not_compared > 1 else ""
             facts.append(("not compared", f"{self.not_compared} weight{plural}, so that there is no total"))

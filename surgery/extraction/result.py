@@ -17,6 +17,7 @@ from surgery.extraction.figures import ExtractRow, Layers, RankChoice
 from surgery.extraction.findings import CalibrationTotals, KindFacts, MergedLoRA, six_digits
 from surgery.reports.output import PATH, counted, nbytes_of, written
 from surgery.reports.result import elapsed, summarised
+from surgery.reports.selective import SelectiveTuning
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
 
@@ -48,6 +49,7 @@ class ExtractResult:
         quantised: What rounding to codes has to do with the change; empty if neither side is quantised.
         reproduced: Of a merge whose factors were found beyond its rounding: the shares of TUNED's values that BASE with
             the plain factors, and with those written, rounds to bit for bit.
+        tuned: Which part of BASE changed, where that has a name (docs/insert.md); never part of a manifest.
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
             asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
@@ -73,6 +75,7 @@ class ExtractResult:
     calibration: CalibrationTotals | None = None
     quantised: tuple[str, ...] = ()
     reproduced: tuple[float, float] | None = None
+    tuned: SelectiveTuning | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
     why_devices: str = ""
@@ -129,6 +132,7 @@ class ExtractResult:
         return (
             written(self.output, self.seconds)
             | {"timings": timings, "devices": list(self.devices)}
+            | ({} if self.tuned is None else {"tuned": self.tuned.as_json()})
             | self.as_manifest()
         )
 
@@ -185,6 +189,8 @@ def _facts(result: ExtractResult) -> Iterator[tuple[str, Phrase]]:
         " of the change",
     )
     yield "change", moved
+    if result.tuned is not None:
+        yield "tuned", result.tuned.phrase
     yield "adapter", (f"{spread}, ", Value(result.parameters, "count"), f" parameters, {result.dtype}")
     lost = ("; ", Value(result.lost, "share"), " of its energy was left out") if result.lost else ()
     if result.reproduced is not None:

@@ -20,6 +20,7 @@ from surgery.extraction.result import ExtractResult
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget, sharing
+from surgery.reports.selective import ChangedWeight, SelectiveTuning, selective_tuning
 from surgery_formats.arrays import cast, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
@@ -68,7 +69,23 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         plan.decision.facts,
         CalibrationTotals.of(plan.calibrated.facts.values()) if request.calibration is not None else None,
         plan.scan.findings,
+        tuned=_tuned(plan),
     )
+
+
+def _tuned(plan: ExtractionPlan) -> SelectiveTuning | None:
+    """Which part of BASE changed, if that has a name."""
+    base, pairs = plan.checkpoints.base.main, [pair for pair in plan.layout.pairs if pair.match == "pair"]
+    changed = []
+    for pair in pairs:
+        measure = plan.scan.measures[pair.name]
+        if measure.changed:
+            rows, height = len(measure.rows), next(iter(pair.tuned.sizes), 1)
+            some = 0 < rows < height
+            numbers = rows * (pair.numel // height) if some else pair.numel
+            changed.append(ChangedWeight(pair.name, base.role(pair.name), numbers, rows if some else None, height))
+    found = selective_tuning(changed, [pair.name for pair in pairs], sum(pair.numel for pair in pairs))
+    return found if found.named else None
 
 
 def _too_large(plan: ExtractionPlan, nbytes: int) -> tuple[str, ...]:

@@ -51,10 +51,12 @@ class StorageOptions:
     Attributes:
         dense: One-dimensional changes to hold: ``norm``, ``bias``.
         embeddings: ``lora`` for factors, ``full`` for copies.
+        matrices: The same, of all other matrices.
     """
 
     dense: tuple[str, ...] = ("norm", "bias")
     embeddings: str = "lora"
+    matrices: str = "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ def _vocabulary(
             parameter.form == "embedding"
             and rows
             and target
-            and len(rows) * full[1] <= ranks[target.path] * target.cost
+            and (options.matrices == "full" or len(rows) * full[1] <= ranks[target.path] * target.cost)
         ):
             plan.dense_tensors.append(DenseTensor(parameter.path, parameter.pair.tuned, "token rows", name, rows))
             plan.why[name] = f"{len(rows)} of {full[0]} rows changed"
@@ -305,15 +307,9 @@ def _copies(
 ) -> None:
     """Copy the modules that have a changed parameter without any other form."""
     modules = {module for parameter in rest for module in _ancestors(parameter.path)}
+    apart = ("embedding", "bias", "part") + (("linear", "conv", "experts") if options.matrices == "lora" else ())
     for parameter in rest:
-        if not measures[parameter.pair.name].changed or parameter.form in (
-            "linear",
-            "conv",
-            "embedding",
-            "experts",
-            "bias",
-            "part",
-        ):
+        if not measures[parameter.pair.name].changed or parameter.form in apart:
             continue
         only_bias = parameter.form == "norm" and parameter.path.endswith(".bias")
         if parameter.form == "norm" and "norm" not in options.dense:

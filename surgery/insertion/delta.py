@@ -24,9 +24,12 @@ from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.updates import is_row_setting
 
 __all__ = ["DeltaResult", "insert_delta"]
+
+_COMPARED = 1 << 22  # numbers at a time
 
 
 @summarised
@@ -180,7 +183,19 @@ def tuned_by(binding: Binding) -> SelectiveTuning:
 
 def _changed(binding: Binding) -> Iterator[ChangedWeight]:
     for (part, name), edit in binding.edits.items():
-        yield _change(edit, binding.checkpoint.components[part].role(name))
+        component = binding.checkpoint.components[part]
+        own = component.parameters.get(name)
+        if own is None or edit.operations or not _equal(own.storage, edit.source):
+            yield _change(edit, component.role(name))
+
+
+def _equal(own: Storage, new: Storage) -> bool:
+    """Whether a copy of a module holds the base's own values: a bias beside a weight that was trained."""
+    if own.shape != new.shape:
+        return False
+    step = max(1, _COMPARED // max(own.shape[1], 1))
+    blocks = ((start, min(start + step, own.shape[0])) for start in range(0, own.shape[0], step))
+    return all(bool((read_block(own, *block) == read_block(new, *block)).all()) for block in blocks)
 
 
 def _change(edit: Edit, role: str) -> ChangedWeight:

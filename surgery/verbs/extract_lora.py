@@ -69,6 +69,7 @@ def extract_lora(
     calibration: StrPath | None = None,
     dense: Sequence[str] = ("norm", "bias"),
     embeddings: str = "lora",
+    matrices: str = "lora",
     dtype: str = "auto",
     to: str = "peft",
     factors: str | None = None,
@@ -98,6 +99,7 @@ def extract_lora(
             only.
         dense: Which one-dimensional changes to keep: ``norm``, ``bias``, or none of them.
         embeddings: ``lora`` or ``full``.
+        matrices: ``full`` keeps every matrix that changed as TUNED has it, embeddings included: what `surgery.insert` takes.
         dtype: Of the factors: ``fp32``, ``fp16``, ``bf16``, or ``auto``: as TUNED. What is copied keeps its own.
         to: Format of the adapter.
         factors: ``int8`` or ``int4``: the format is ``compact``, unless `to` names another that stores codes.
@@ -122,7 +124,9 @@ def extract_lora(
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
     goal = rank_goal(Rank.of(rank), table=table)
-    options = StorageOptions(_dense(dense), _one_of(embeddings, ("lora", "full"), "embeddings"))
+    whole = _one_of(matrices, ("lora", "full"), "matrices") == "full"
+    embeddings = _one_of(embeddings, ("lora", "full"), "embeddings")
+    options = StorageOptions(_dense(dense), "full" if whole else embeddings, matrices)
     scaling = _scaling(alpha, rslora, goal.rank.number)
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
@@ -151,7 +155,7 @@ def extract_lora(
         request = ExtractionRequest(
             goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace, beyond_rounding
         )
-        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full")
+        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full", matrices=whole)
         goal.check_patterns(layout.targets)
         if inputs is not None:
             shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}

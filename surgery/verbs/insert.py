@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from surgery.arguments import wrong_type
+from surgery.engine.calibration_file import open_calibration
 from surgery.engine.execute import Run
 from surgery.engine.inputs import (
     AdaptersLike,
@@ -15,9 +18,12 @@ from surgery.engine.inputs import (
     as_path,
     as_weighted,
     check_counts,
+    local_path,
     output_path,
 )
 from surgery.insertion.delta import DeltaResult, insert_delta
+from surgery.insertion.fresh_result import FreshResult
+from surgery.insertion.starts import Init
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError, UsageError
@@ -27,7 +33,9 @@ if TYPE_CHECKING:
     from surgery.onnx.export.into_graph import GraphInsertion
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["DeltaResult", "insert"]
+__all__ = ["DeltaResult", "FreshResult", "insert"]
+
+_RANK = 16
 
 
 @timed
@@ -39,12 +47,23 @@ def insert(
     output: StrPath | None = None,
     required: bool = False,
     gated: bool = False,
+    new: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    targets: str | None = None,
+    init: Init = "default",
+    text: str | None = None,
+    calibration: StrPath | None = None,
+    release: CheckpointLike | None = None,
+    residual: StrPath | None = None,
+    seed: int = 0,
+    format: str | None = None,
     workers: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> DeltaResult | GraphInsertion:
-    """Put the tensors that a fine-tune changed into its base, as they are; or slots for adapters into an ONNX graph.
+) -> DeltaResult | FreshResult | GraphInsertion:
+    """Put what a fine-tune changed into its base, slots for adapters into an ONNX graph; or begin an adapter beside a model.
 
     Args:
         model: The model: a checkpoint, or an ``.onnx`` file, whoever made it.
@@ -56,26 +75,53 @@ def insert(
         required: Of a graph: whether slots and strengths are inputs without a default, for runtimes that pass no optional
             ones.
         gated: Of a graph: put the adapters into it, each behind an input for its strength, by default its weight.
+        new: Begin an adapter of this kind for the checkpoint: ``lora``, ``dora``, ``rslora``, ``ia3``, ``loha``, ``lokr``,
+            ``oft``, ``vera``, ``bottleneck``, ``prompt``, ``prefix``.
+        rank: Of `new`: directions of a module (16); the side of a block of an OFT, the width of a bottleneck, the number of
+            virtual tokens of a prompt or prefix.
+        alpha: Of `new`: as its configuration has it; None is the rank, which makes the scale 1 (rsLoRA: its root).
+        targets: Of `new`: ``attention`` (the default), ``mlp``, ``all`` (every linear module but the head), or patterns of
+            module names joined by commas.
+        init: Of `new`: ``default`` as PEFT begins it, all of them the base at first but for prompts; of LoRAs ``pissa``,
+            ``olora``, ``orthogonal``, ``eva`` (along `calibration`), ``loftq`` (against the rounding of a quantised base,
+            see `release`); of a prompt ``text``.
+        text: Of ``text``: what the virtual tokens begin as.
+        calibration: Of ``eva``: inputs of the modules (docs/extraction.md).
+        release: Of ``loftq``: the unquantised model that the base was made of.
+        residual: Of ``pissa`` and ``olora``: folder to make, the base without the part that the factors begin with, on which
+            the adapter is a plain LoRA. Without it PEFT takes the part away itself whenever it loads the adapter.
+        seed: Of `new`: of everything random; the same seed, base and options give the same bytes.
+        format: Of `new`: ``peft`` (the default), ``mlx``, or ``adapterhub``, the only one of bottlenecks.
         workers: Computing threads; None is one per core, at most eight. Never changes the result.
         overwrite: Replace an existing output, atomically.
-        dry_run: Plan only.
+        dry_run: Plan only; of `new`, say what training it takes.
         progress: Called with every step.
 
     Returns:
-        What became of every tensor, and the share of the model that was trained; or the slots.
+        What became of every tensor, and the share of the model that was trained; or the slots; or what is trained, and what
+        that takes.
 
     Raises:
         UsageError: an argument of a wrong type, nothing to insert, or no output.
         InputError: an input cannot be read.
         FitError: it does not fit the base, is more than tensors to be copied, or would be rounded; a graph that was made of
-            another base, or has no place for a slot.
+            another base, or has no place for a slot; options that do not go together.
         NothingChangedError: the output would be the base.
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
-    check_counts(workers=workers)
+    check_counts(workers=workers, rank=rank)
+    check_counts(least=0, seed=seed)
     folder = output_path(output, dry_run=dry_run)
+    asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
+    asked |= {"release": release, "residual": residual, "format": format}
+    if new is not None:
+        if what is not None or base is not None or required or gated:
+            raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
+        return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
+    if odd := [name for name, value in asked.items() if value is not None]:
+        raise UsageError(f"{odd[0]} belongs to an adapter that is begun", hint="`new=` names its kind")
     if what is None:
-        raise UsageError("nothing to insert was named")
+        raise UsageError("nothing to insert was named", hint="or name a kind of adapter to begin")
     if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
         options = {"required": required, "gated": gated, "overwrite": overwrite}
         return _into_graph(path, what, base, folder, **options)
@@ -83,6 +129,54 @@ def insert(
         raise FitError("a checkpoint has no slots", hint="`base=`, `required=` and `gated=` are for an .onnx file")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
     return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
+
+
+def _fresh(
+    model: Checkpoint,
+    kind: str,
+    init: Init,
+    seed: int,
+    asked: Mapping[str, Any],
+    folder: Path | None,
+    overwrite: bool,
+    progress: Callback | None,
+) -> FreshResult:
+    from surgery.insertion.fresh import FreshOptions, fresh_adapter
+
+    said = asked["text"]
+    if init == "text" and said is None:
+        raise UsageError("a prompt that begins as a text needs the text")
+    if not isinstance(targets := asked["targets"] or "attention", str):
+        raise wrong_type(targets, "targets", "a role or patterns, in one text")
+    options = FreshOptions(
+        kind=kind,
+        rank=_RANK if asked["rank"] is None else asked["rank"],
+        alpha=asked["alpha"],
+        targets=targets,
+        init="text" if said is not None and init == "default" else init,
+        text=() if said is None else _tokens(said, model),
+        calibration=None if asked["calibration"] is None else open_calibration(asked["calibration"]),
+        release=None if asked["release"] is None else as_checkpoint(asked["release"], "release"),
+        residual=None if asked["residual"] is None else local_path(asked["residual"], "residual"),
+        seed=seed,
+        format=asked["format"] or ("adapterhub" if kind == "bottleneck" else "peft"),
+    )
+    return fresh_adapter(model, options, folder, overwrite=overwrite, progress=progress)
+
+
+def _tokens(text: str, model: Checkpoint) -> tuple[int, ...]:
+    """Tokens of a text, by the tokenizer beside the model.
+
+    Raises:
+        FitError: the text has none, or the package tokenizers is not installed.
+        NotFoundError, MalformedError: the tokenizer cannot be read.
+    """
+    from surgery.onnx.run.tokenizer import open_tokenizer
+
+    ids = open_tokenizer(model.path if model.path.is_dir() else model.path.parent).encode(text)
+    if not ids:
+        raise FitError("the text has no tokens")
+    return tuple(ids)
 
 
 def _one(what: AdaptersLike) -> Adapter:

@@ -59,6 +59,7 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int):
         ("give it with `base=`, or `output=/x y`", "give it with --base, or -o '/x y'"),
         ('without them: `without="text_encoder:*"`', "without them: --without 'text_encoder:*'"),
         ("`as_lora=True`, or resize it", "--as lora, or resize it"),
+        ('bake it: `form="kv"`', "bake it: --as kv"),
         ("`surgery merge` makes one", "`surgery merge` makes one"),
         (None, None),
     ],
@@ -83,7 +84,7 @@ def test_hints_of_the_library_name_arguments_that_the_command_has_options_for():
     functions = (getattr(library, name.replace("-", "_").replace(" ", "_"), None) for name in commands)
     assert named <= {name for function in functions if function for name in inspect.signature(function).parameters}
     options = {option for command in commands.values() for parameter in command.params for option in parameter.opts}
-    assert {"--" + name.replace("_", "-") for name in named - {"as_lora"}} <= options
+    assert {"--" + name.replace("_", "-") for name in named - {"as_lora", "form"}} <= options
     assert "--as" in options
 
 

@@ -31,6 +31,8 @@ COMMANDS = {
     "inspect an adapter": ["inspect", LORA],
     "report": ["report", LORA, DORA, "--base", BASE],
     "show a prompt": ["prompt", "show", PROMPT, "--base", BASE],
+    "bake tokens": ["prompt", "bake", BASE, PROMPT, "-o", "{out}"],
+    "bake keys and values": ["prompt", "bake", BASE, PROMPT, "-o", "{out}", "--as", "kv"],
     "tokens near a prompt": ["prompt", "nearest", PROMPT, BASE],
     "diff of models": ["diff", BASE, TUNED, "--spectrum"],
     "diff of adapters": ["diff", LORA, LORA],
@@ -100,6 +102,12 @@ def test_no_command_imports_torch(name: str, refusing: dict[str, str], tmp_path:
 def test_what_is_merged_is_verified_without_torch(refusing: dict[str, str], tmp_path: Path) -> None:
     assert spawn("merge", BASE, LORA, "-o", tmp_path / "out", **refusing).returncode == 0
     done = spawn("verify", tmp_path / "out", "--against", BASE, "--adapter", LORA, **refusing)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_needs_no_torch(refusing: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"steps: [{{verb: merge, base: {BASE}, adapters: {{{LORA}: 0.5}}}}]")
+    done = spawn("apply", tmp_path / "recipe.yaml", "-o", tmp_path / "out", **refusing)
     assert done.returncode == 0, done.stderr
 
 

@@ -41,7 +41,12 @@ def where(word: str) -> Callable[[str, torch.Tensor], torch.Tensor | None]:
     return lambda name, old: old + torch.randn_like(old) if word in name else None
 
 
+def layer_1(name: str, old: torch.Tensor) -> torch.Tensor | None:
+    return old + torch.randn_like(old) if ".layers.1." in name and old.ndim == 2 else None
+
+
 CASES = {
+    "layers": (layer_1, "only layer 1 of 2 changed"),
     "biases": (where(".bias"), "only biases changed (BitFit)"),
     "norms": (where("norm"), "only norms changed"),
     "rows": (rows_of_embedding, "only 2 of 64 rows of model.embed_tokens.weight changed"),
@@ -53,7 +58,7 @@ def test_a_delta_gives_the_fine_tune_to_the_byte_and_its_share_is_told(tuned: st
     change, said = CASES[tuned]
     base = make_base(tmp_path / "base", **BIASES, **NORMS)
     fine = tuned_from(base, change, tmp_path / "fine")
-    surgery.extract_lora(base, fine, output=tmp_path / "delta")
+    found = surgery.extract_lora(base, fine, output=tmp_path / "delta", matrices="full")
     result = surgery.insert(base, tmp_path / "delta", output=tmp_path / "out")
 
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (fine / "model.safetensors").read_bytes()
@@ -63,8 +68,23 @@ def test_a_delta_gives_the_fine_tune_to_the_byte_and_its_share_is_told(tuned: st
     trained = 2 * HIDDEN if tuned == "rows" else trained
     assert result.tuned.tuned == tuned
     assert result.share == pytest.approx(trained / total)
-    assert said in str(result)
+    compared = surgery.diff(base, fine)
+    assert found.tuned == compared.tuned == result.tuned
+    for shown in (result, found, compared):
+        assert f"{said}: {trained / total:.2%} of the parameters" in str(shown)
+        assert shown.as_json()["tuned"]["share"] == pytest.approx(trained / total, rel=1e-5)
     assert json.loads(json.dumps(result.as_json()))["tuned"]["numbers"] == trained
+
+
+def test_a_change_of_all_layers_has_no_name(tmp_path: Path):
+    base = make_base(tmp_path / "base")
+    fine = tuned_from(base, where("q_proj"), tmp_path / "fine")
+    assert surgery.extract_lora(base, fine, dry_run=True).tuned is None
+    assert surgery.diff(base, fine).tuned is None
+    found = surgery.extract_lora(base, fine, output=tmp_path / "delta", matrices="full")
+    assert not any(row.rank for row in found.rows)
+    surgery.insert(base, tmp_path / "delta", output=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (fine / "model.safetensors").read_bytes()
 
 
 def test_what_is_computed_is_left_to_merge(tmp_path: Path):

@@ -98,6 +98,7 @@ def _dense(text: str) -> tuple[str, ...]:
     help="One-dimensional changes to keep.",
 )
 @option.choice("--embeddings", values=("lora", "full"), help="Form of embedding and head.")
+@option.choice("--matrices", values=("lora", "full"), help="full: what changed as TUNED has it, for 'surgery insert'.")
 @option.choice(
     "--adapter-dtype",
     "dtype",

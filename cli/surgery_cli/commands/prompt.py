@@ -10,7 +10,8 @@ import click
 
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
-from surgery_cli.output import show_result
+from surgery_cli.output import show_output, show_result
+from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
@@ -89,5 +90,42 @@ def nearest(
     show_result("prompt nearest", result, settings, data=True)
 
 
-for _each in (show, nearest):
+@subcommand("bake")
+@click.argument("base", shell_complete=complete_files)
+@click.argument("prompt", required=False, shell_complete=complete_files)
+@option.output("Folder to make; it must not exist yet.")
+@option.choice("--as", "form", values=("tokens", "kv"), help="Tokens of the vocabulary, or keys and values.")
+@click.option("--text", metavar="TEXT", help="A text in place of PROMPT, as keys and values.")
+@click.option("--name", default="p", show_default=True, help="What the tokens are called: <p_0>, <p_1> ...")
+@click.option("--keep-tie", is_flag=True, help="Leave a tied head tied, for programs that know the model no other way.")
+@option.choice(
+    "--dtype",
+    values=("keep", "bf16", "fp16", "fp32"),
+    help="Of keys and values; keep: the base's.",
+    case_sensitive=False,
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@option.dry_run("Show what would be written; write nothing.")
+@option.overwrite()
+def bake(settings: Settings, base: str, prompt: str | None, output: Path | None, **options: Any) -> None:
+    """Bake PROMPT into the files of BASE, so that programs that know nothing of it serve it.
+
+    As tokens: OUT is the model with the virtual tokens in its vocabulary, words <p_0> ... in its tokenizer, which puts them
+    before every text and conversation, and a head that never says them. As keys and values: OUT has a cache that transformers
+    loads, and an .onnx_adapter.
+
+    \b
+    Examples:
+      surgery prompt bake llama/ my-prompt/ -o llama-prompted/
+      surgery prompt bake llama/ my-prefix/ -o prefix/ --as kv
+      surgery prompt bake llama/ -o system/ --as kv --text "You are a pirate."
+    """
+    from surgery.verbs.prompt_bake import prompt_bake
+
+    with bar(settings, "baking") as progress:
+        result = prompt_bake(base, prompt, output=output, progress=progress, **options)
+    show_output("prompt bake", result, settings, output)
+
+
+for _each in (show, nearest, bake):
     command.add_command(_each)

@@ -70,8 +70,8 @@ class Layout:
         return tuple(target for target in self.targets if target.path not in self.whole)
 
 
-def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
-    """Pair two checkpoints up; with `full`, embedding and head are stored whole.
+def layout_of(old: Component, new: Component, *, full: bool, matrices: bool = False) -> Layout:
+    """Pair two checkpoints up; with `full`, embedding and head are stored whole, with `matrices` all other matrices too.
 
     Raises:
         FitError: the checkpoints do not fit together.
@@ -81,7 +81,7 @@ def layout_of(old: Component, new: Component, *, full: bool) -> Layout:
     targets = low_rank_targets(parameters, old)
     grown = {parameter.pair.name for parameter in parameters if parameter.pair.grown > 0}
     apart = {new.embedding, new.head} if full or (old.tied and bool(old.head)) else set()
-    whole = frozenset(target.path for target in targets if (grown | apart).intersection(target.names))
+    whole = frozenset(target.path for target in targets if matrices or (grown | apart).intersection(target.names))
     return Layout(pairs, parameters, targets, whole)
 
 

@@ -13,7 +13,7 @@ from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.text import show
 
-__all__ = ["HubConfig", "LoRASettings", "read_hub_config"]
+__all__ = ["HubConfig", "LoRASettings", "parse_hub_config", "read_hub_config"]
 
 _UNSCALED_BEFORE = (1, 1)
 """The version that began to scale LoRA (adapters#770): before it, files act as if alpha were the rank."""
@@ -83,7 +83,15 @@ def read_hub_config(file: Path) -> HubConfig:
     Raises:
         MalformedError: a field is missing or odd.
     """
-    raw = read_object(file)
+    return parse_hub_config(read_object(file), file)
+
+
+def parse_hub_config(raw: Mapping[str, Any], file: Path) -> HubConfig:
+    """The contents of adapter_config.json, which `file` is, or will be.
+
+    Raises:
+        MalformedError: a field is missing or odd.
+    """
     own, name = raw.get("config"), raw.get("name")
     if not isinstance(own, Mapping) or not isinstance(name, str) or not name:
         raise MalformedError("no 'config', or no 'name' of the adapter", file=file)

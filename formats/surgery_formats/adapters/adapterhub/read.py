@@ -19,10 +19,10 @@ from surgery_formats.containers.base import Shard
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.raw import stays_inside
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.tensor import StoredTensor, Tensor
 from surgery_formats.updates import Factor, Replacement, Unmerged, Update
 
-__all__ = ["INSERTED", "read_adapterhub"]
+__all__ = ["INSERTED", "inserted_module", "read_adapterhub"]
 
 _BEHIND = "the library puts them behind the embeddings, with their positions and norm, where no other program has virtual tokens"
 INSERTED: Mapping[str, tuple[str, str]] = {
@@ -106,12 +106,23 @@ def read_adapterhub(path: Path) -> Adapter:
     if shared and not any("vera_D" in parts for parts in loras.values()):
         inserted |= {(module, "shared_parameters"): parts for module, parts in shared.items()}
     for (module, container), parts in inserted.items():
-        kind, why = INSERTED[container]
-        held = tuple((name, Factor.of(stored)) for name, stored in sorted(parts.items()))
         site = Site(f"{module}.{container}.weight" if module else f"{container}.weight")
-        instead = _INSERT if container in _FOR_GRAPHS else _KEEP
-        updates[site] = (Unmerged(kind, held, why, instead + (_UNION if loras else "")),)
+        updates[site] = (inserted_module(container, parts, beside=bool(loras)),)
     return _with_head(path, config, shard, updates, tuple(ignored), frozenset(optional))
+
+
+def inserted_module(container: str, parts: Mapping[str, Tensor], *, beside: bool = False) -> Unmerged:
+    """A module of a container of `INSERTED`, of its tensors by what follows the adapter's name in their keys.
+
+    Args:
+        container: Its name.
+        parts: The tensors.
+        beside: Whether the adapter has LoRAs too.
+    """
+    kind, why = INSERTED[container]
+    held = tuple((name, Factor.of(tensor)) for name, tensor in sorted(parts.items()))
+    instead = _INSERT if container in _FOR_GRAPHS else _KEEP
+    return Unmerged(kind, held, why, instead + (_UNION if beside else ""))
 
 
 def _with_head(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery_formats.adapters.adapterhub.config import HubConfig, read_hub_config
+from surgery_formats.adapters.adapterhub.config import HubConfig, parse_hub_config
 from surgery_formats.adapters.adapterhub.files import CONFIG_FILE, TENSOR_FILE
 from surgery_formats.adapters.adapterhub.places import layer_of, place_of
 from surgery_formats.adapters.adapterhub.read import INSERTED
@@ -173,7 +173,7 @@ def _module(site: Site) -> str:
 
 
 def _own_config(adapter: Adapter) -> HubConfig | None:
-    return read_hub_config(adapter.path / CONFIG_FILE) if adapter.format == "adapterhub" else None
+    return parse_hub_config(adapter.config, adapter.path / CONFIG_FILE) if adapter.format == "adapterhub" else None
 
 
 def _name(adapter: Adapter) -> str:

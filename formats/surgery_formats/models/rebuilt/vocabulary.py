@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.files.raw import File, FileRange, joined_file, nameless_file
+from surgery_formats.files.raw import FileRange, joined_file, nameless_file
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt, one_network, with_shards
 from surgery_formats.storage.base import read_values
@@ -22,7 +22,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 from surgery_formats.text import listing
 
-__all__ = ["vocabulary_size", "with_rows"]
+__all__ = ["mean_row", "vocabulary_size", "vocabulary_tensors", "with_rows", "with_size"]
 
 _BLOCK = 1 << 20  # elements read at a time for the mean
 _MOST = 1 << 24  # rows of an output
@@ -59,7 +59,7 @@ def with_rows(rebuilt: Rebuilt, kept: Sequence[int] | range, added: int = 0) -> 
         raise NothingChangedError(f"these are all {size} rows of the vocabulary", file=component.folder)
     if len(kept) + added > _MOST:
         raise FitError(f"{len(kept) + added} rows are more than {_MOST}")
-    names = _names(component, size)
+    names = vocabulary_tensors(component, size)
     gone = size - len(kept)
     dropped: list[Dropped] = []
     made: dict[object, StoredTensor] = {}
@@ -81,12 +81,16 @@ def with_rows(rebuilt: Rebuilt, kept: Sequence[int] | range, added: int = 0) -> 
     }
     if list(kept) != list(range(len(kept))):
         facts["vocabulary"]["ids"] = hashlib.sha256(repr(tuple(kept)).encode()).hexdigest()
-    config = _with_size(dict(component.config), size, len(kept) + added)
+    config = with_size(dict(component.config), size, len(kept) + added)
     return with_shards(rebuilt, shards, config, facts, dropped=dropped, origins=rebuilt.origins)
 
 
-def _names(component: Component, size: int) -> set[str]:
-    """Stored tensors with a row for each token."""
+def vocabulary_tensors(component: Component, size: int) -> set[str]:
+    """Stored tensors with a row for each token.
+
+    Raises:
+        FitError: one that is stored as codes; or a tensor that has as many rows and is not known.
+    """
     family = component.family
     known = {component.embedding, component.head, component.aliases.get(component.head, "")}
     known |= {f"{family.head}.bias", "cls.predictions.bias", "lm_head.bias", "final_logits_bias"}
@@ -126,7 +130,7 @@ def _cut(tensor: StoredTensor, kept: Sequence[int] | range, added: int) -> Store
             runs.append([number, number + 1])
     pieces = [FileRange(tensor.file, tensor.offset + first * row, (stop - first) * row) for first, stop in runs]
     if added:
-        mean = _mean(tensor)
+        mean = nameless_file(mean_row(tensor), tensor.path)
         pieces.append(FileRange(mean, 0, mean.size))
         pieces += [FileRange(mean, 0, mean.size)] * (added - 1)
     rows = len(kept) + added
@@ -137,8 +141,8 @@ def _cut(tensor: StoredTensor, kept: Sequence[int] | range, added: int) -> Store
     )
 
 
-def _mean(tensor: StoredTensor) -> File:
-    """The mean of all rows, rounded once to the stored type, as a file; reads the tensor."""
+def mean_row(tensor: StoredTensor) -> bytes:
+    """The mean of all rows, rounded once to the stored type; reads the tensor."""
     from surgery_formats.arrays import cast
 
     if not tensor.dtype.is_float:
@@ -149,10 +153,11 @@ def _mean(tensor: StoredTensor) -> File:
     total: Any = 0.0
     for start in range(0, rows, step):
         total = total + read_values(storage, start, min(start + step, rows), DType.F64).sum(axis=0)
-    return nameless_file(bytes(as_bytes(cast(total / rows, tensor.dtype))), tensor.path)
+    return bytes(as_bytes(cast(total / rows, tensor.dtype)))
 
 
-def _with_size(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
+def with_size(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
+    """`config` with a vocabulary of another size."""
     inner = config.get("text_config")
     holders = [config, inner] if isinstance(inner, dict) else [config]
     for holder in holders:

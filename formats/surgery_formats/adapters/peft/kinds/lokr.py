@@ -24,7 +24,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import Factor, LoKr, Update
 
-__all__ = ["LOKR"]
+__all__ = ["LOKR", "factorised"]
 
 
 def _read(module: Module) -> ModuleUpdates:
@@ -132,7 +132,7 @@ class _Placed:
     def fits(self, factor: int) -> bool:
         """Whether PEFT builds factors of these shapes with ``decompose_factor=factor``."""
         (a, b), c = self.update.C.shape, self.update.D.shape[0]
-        return _factorised(self.shape[0], factor) == (a, c) and _factorised(self.shape[1], factor) == (b, self.channels)
+        return factorised(self.shape[0], factor) == (a, c) and factorised(self.shape[1], factor) == (b, self.channels)
 
     def as_peft_stores(self, factor: int) -> LoKr | None:
         """The update with the rank and the kinds of factors that PEFT builds; None if it builds others.
@@ -157,7 +157,7 @@ def _decompose_factor(placed: Sequence[_Placed]) -> int:
 
 
 @cache
-def _factorised(number: int, factor: int) -> tuple[int, int]:
+def factorised(number: int, factor: int) -> tuple[int, int]:
     """PEFT's ``factorization`` of `number` into two factors.
 
     The first is `factor` if it divides `number`, else the nearest divisor below it.

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A baked prompt gives PEFT's logits in transformers that know nothing of it: as tokens, and as keys and values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import surgery
+from surgery_formats.errors import FitError, ProofError, UsageError
+from tests.oracles import peft_oracle, recipes
+from tests.support.kit import ROOT
+from tests.support.prompts import write_prompt
+
+PROMPT, BASE = ROOT / "examples" / "prompt", ROOT / "examples" / "base"
+IDS = torch.tensor([[5, 17, 40, 8, 33, 61, 9]])
+TOKENS = 5
+FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": TOKENS}),
+    "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": TOKENS, "encoder_hidden_size": 16}),
+    "p-tuning-lstm": (
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": TOKENS, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"},
+    ),
+    "cpt": ("CPTConfig", {"cpt_token_ids": [3, 4, 5], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]}),
+    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": TOKENS}),
+    "prefix-projected": (
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": TOKENS, "prefix_projection": True, "encoder_hidden_size": 16},
+    ),
+}
+
+
+def attached(name: str, kind: str, folder: Path, **fields: Any) -> Any:
+    """A base in ``folder/base``, a random prompt of it in ``folder/prompt``, and what PEFT loads of both."""
+    (folder / "base").mkdir()
+    recipes.build(name, folder / "base", **fields)
+    config, options = KINDS[kind]
+    with peft_oracle.quiet():
+        wrapped = peft.get_peft_model(
+            recipes.load(name, folder / "base"), getattr(peft, config)(task_type="CAUSAL_LM", **options)
+        )
+        peft_oracle.randomise(wrapped, torch.Generator().manual_seed(4))
+        wrapped.save_pretrained(folder / "prompt")
+        return peft.PeftModel.from_pretrained(recipes.load(name, folder / "base"), folder / "prompt").eval()
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-tuning", "p-tuning-lstm", "cpt"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokens_give_pefts_logits(name: str, kind: str, tmp_path: Path) -> None:
+    model = attached(name, kind, tmp_path)
+    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    assert result.ids == tuple(range(recipes.VOCAB, recipes.VOCAB + result.tokens))
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        logits = baked(torch.cat([torch.tensor([result.ids]), IDS], 1)).logits
+    last = IDS.shape[1] if kind == "cpt" else result.tokens + IDS.shape[1]
+    assert (logits[:, -last:, : recipes.VOCAB] - expected[:, -last:]).abs().max() < 1e-5
+    assert result.rounding < 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_virtual_tokens_are_never_said(name: str, tmp_path: Path) -> None:
+    """Their logit is the mean of all others: below the greatest at every position; transformers removes them altogether."""
+    model = attached(name, "prompt", tmp_path)
+    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.randint(3, recipes.VOCAB, (4, 12), generator=torch.Generator().manual_seed(2))
+    ids = torch.cat([torch.tensor([result.ids]).expand(4, -1), ids], 1)
+    with torch.no_grad():
+        logits = baked(ids).logits
+    old, new = logits[..., : recipes.VOCAB], logits[..., recipes.VOCAB :]
+    if getattr(baked.config, "final_logit_softcapping", None) is None:
+        torch.testing.assert_close(new, old.mean(-1, keepdim=True).expand_as(new), rtol=0, atol=1e-4)
+    assert (new.amax(-1) < old.amax(-1)).all()
+    assert torch.softmax(logits, -1)[..., recipes.VOCAB :].max() <= 1.001 / recipes.VOCAB
+    assert not baked.config.tie_word_embeddings
+    with torch.no_grad(), peft_oracle.quiet():
+        wanted = model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False)
+        got = baked.generate(torch.cat([torch.tensor([result.ids]), IDS], 1), max_new_tokens=8, do_sample=False)
+        assert torch.equal(got[:, result.tokens + IDS.shape[1] :], wanted[:, IDS.shape[1] :])
+        torch.manual_seed(0)
+        drawn = baked.generate(ids, max_new_tokens=24, do_sample=True, temperature=5.0, top_k=0)
+    assert int(drawn[:, ids.shape[1] :].max()) < recipes.VOCAB
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "gpt2"])
+def test_a_tie_can_be_kept(name: str, tmp_path: Path) -> None:
+    fields = {"tie_word_embeddings": True} if name == "qwen2_tied" else {}
+    model = attached(name.partition("_")[0], "prompt", tmp_path, **fields)
+    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out", keep_tie=True)
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert baked.get_output_embeddings().weight is baked.get_input_embeddings().weight
+    assert "only generation_config.json" in result.head
+    with torch.no_grad():
+        logits = baked(torch.cat([torch.tensor([result.ids]), IDS], 1)).logits[..., : recipes.VOCAB]
+        assert (logits - model(input_ids=IDS).logits).abs().max() < 1e-5
+    assert (
+        not (tmp_path / "out" / "model.safetensors").stat().st_size
+        > 1.2 * (tmp_path / "base" / "model.safetensors").stat().st_size
+    )
+
+
+def test_a_bf16_base_rounds_as_peft_does(tmp_path: Path) -> None:
+    attached("llama", "prompt", tmp_path, dtype=torch.bfloat16)
+    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    with peft_oracle.quiet():
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+        model = peft.PeftModel.from_pretrained(plain, tmp_path / "prompt").eval()
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        logits = baked(torch.cat([torch.tensor([result.ids]), IDS], 1)).logits[..., : recipes.VOCAB]
+        assert torch.equal(logits, model(input_ids=IDS).logits)
+    assert 0 < result.rounding < 2**-8
+
+
+def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "base")
+    settings = json.loads((BASE / "tokenizer_config.json").read_text())
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    (tmp_path / "base" / "other.jinja").write_text("{{ bos_token }}")
+    result = surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "out", name="soft")
+    assert result.words.startswith("<soft_0><soft_1>")
+    assert not [text for text in result.warnings if "template" in text]
+    before = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
+    after = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(after) == len(before) + 16
+    for text in ("def f(x):\n    return x", "", "numeric <soft objects"):
+        assert after(text).input_ids == [*result.ids, *before(text).input_ids]
+        assert after(text, add_special_tokens=False).input_ids == before(text, add_special_tokens=False).input_ids
+        assert after.decode(after(text).input_ids, skip_special_tokens=True) == before.decode(
+            before(text).input_ids, skip_special_tokens=True
+        )
+    assert after(result.words, add_special_tokens=False).input_ids == list(result.ids)
+    talk = [{"role": "user", "content": "hello"}]
+    old = before.apply_chat_template(talk, tokenize=True, return_dict=False)
+    assert after.apply_chat_template(talk, tokenize=True, return_dict=False) == [*result.ids, *old]
+    assert (tmp_path / "out" / "other.jinja").read_text() == result.words + "{{ bos_token }}"
+    pair = after("a", "b").input_ids
+    assert pair == [*result.ids, *before("a", "b").input_ids]
+
+
+def test_the_shipped_prompt_is_served_by_text_alone(tmp_path: Path) -> None:
+    surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
+    with peft_oracle.quiet():
+        model = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16), PROMPT
+        ).eval()
+    text = "The following methods can be defined"
+    plain = transformers.AutoTokenizer.from_pretrained(BASE)(text, return_tensors="pt")
+    inputs = tokenizer(text, return_tensors="pt")
+    with torch.no_grad(), peft_oracle.quiet():
+        wanted = model.generate(**plain, max_new_tokens=12, do_sample=False)[:, plain.input_ids.shape[1] :]
+        got = baked.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs.input_ids.shape[1] :]
+    assert torch.equal(wanted, got)
+    exported = surgery.export_onnx(tmp_path / "out", output=tmp_path / "graph")
+    assert exported.contract is not None
+    ran = surgery.run(tmp_path / "graph", text, device="cpu", max_new=12)
+    assert ran.texts[0].prompt == tuple(inputs.input_ids[0].tolist())
+    assert surgery.verify(tmp_path / "out", against=BASE)
+
+
+def test_rows_that_no_token_has_are_taken_first(tmp_path: Path) -> None:
+    """Many models have more rows than tokens; new tokens get the ids that the tokenizer gives next."""
+    attached("llama", "prompt", tmp_path)
+    shutil.copy(BASE / "tokenizer.json", tmp_path / "base")
+    whole = json.loads((BASE / "tokenizer.json").read_text())
+    vocabulary = {token: row for token, row in whole["model"]["vocab"].items() if row < 90}
+    whole["model"] |= {"vocab": vocabulary, "merges": []}
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
+    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    assert result.ids == (90, 91, 92, 93, 94)
+    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
+    name = "model.embed_tokens.weight"
+    assert before[name].shape == after[name].shape
+    changed = (before[name] != after[name]).any(1).nonzero()[:, 0].tolist()
+    assert changed == list(result.ids)
+    inner = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer.json"))
+    assert inner.convert_tokens_to_ids("<p_4>") == 94
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_keys_and_values_give_pefts_logits(name: str, kind: str, tmp_path: Path) -> None:
+    model = attached(name, kind, tmp_path)
+    surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out", form="kv")
+    plain = recipes.load(name, tmp_path / "base")
+    past = load_file(tmp_path / "out" / "past.safetensors")
+    cache = transformers.DynamicCache([(past[f"key.{i}"], past[f"value.{i}"]) for i in range(len(past) // 2)])
+    with torch.no_grad():
+        logits = plain(input_ids=IDS, past_key_values=cache).logits
+        expected = model(input_ids=IDS).logits[:, -IDS.shape[1] :]
+    assert (logits - expected).abs().max() < 1e-5
+
+
+def test_a_text_is_baked_as_keys_and_values(tmp_path: Path) -> None:
+    result = surgery.prompt_bake(BASE, text="The following methods", output=tmp_path / "out", form="kv", dtype="fp32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    first, rest = tokenizer("The following methods", return_tensors="pt").input_ids, torch.tensor([[40, 50, 60]])
+    past = load_file(tmp_path / "out" / "past.safetensors")
+    cache = transformers.DynamicCache([(past[f"key.{i}"], past[f"value.{i}"]) for i in range(len(past) // 2)])
+    with torch.no_grad():
+        whole = model(torch.cat([first, rest], 1)).logits[:, -3:]
+        assert (model(input_ids=rest, past_key_values=cache).logits - whole).abs().max() < 2e-5
+    assert result.tokens == first.shape[1]
+    assert "without special tokens" in result.warnings[0]
+
+
+def test_the_lines_that_are_shown_load_it(tmp_path: Path) -> None:
+    """Word by word, with the imports that the page has."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16).eval()
+    inputs = tokenizer("The following methods", return_tensors="pt")
+    names = ("DynamicCache", "AutoTokenizer", "AutoModelForCausalLM")
+    given = {name: getattr(transformers, name) for name in names}
+    given |= {"load_file": load_file, "model": model, "inputs": inputs}
+    for form in ("kv", "tokens"):
+        result = surgery.prompt_bake(BASE, PROMPT, output=tmp_path / form, form=form)
+        assert len(result.loading.splitlines()) <= 3
+        exec(result.loading, dict(given))
+
+
+@pytest.mark.parametrize("before", ["none", "bytes", "roberta", "sequence"])
+def test_every_post_processor_gets_them_in_front(before: str, tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "base")
+    whole = json.loads((BASE / "tokenizer.json").read_text())
+    own, bytes_ = (
+        whole["post_processor"],
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+    )
+    roberta = {
+        "type": "RobertaProcessing",
+        "sep": ["<|end|>", 1],
+        "cls": ["<|begin|>", 0],
+        "trim_offsets": True,
+        "add_prefix_space": False,
+    }
+    whole["post_processor"] = {
+        "none": None,
+        "bytes": bytes_,
+        "roberta": roberta,
+        "sequence": {"type": "Sequence", "processors": [bytes_, own]},
+    }[before]
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
+    result = surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "out")
+    old, new = (tokenizers.Tokenizer.from_file(str(tmp_path / where / "tokenizer.json")) for where in ("base", "out"))
+    assert new.encode("a text").ids == [*result.ids, *old.encode("a text").ids]
+    assert new.encode("a text", "b").ids == [*result.ids, *old.encode("a text", "b").ids]
+
+
+def test_the_onnx_adapter_is_a_past_of_an_exported_graph(tmp_path: Path) -> None:
+    surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "kv", form="kv", dtype="fp32")
+    surgery.export_onnx(BASE, prefix=PROMPT, output=tmp_path / "own", dtype="fp32")
+    wanted = surgery.run(tmp_path / "own", [0, 40, 50], device="cpu", max_new=8).texts[0]
+    got = surgery.run(
+        tmp_path / "own", [0, 40, 50], device="cpu", max_new=8, prompt_adapter=tmp_path / "kv" / "past.onnx_adapter"
+    ).texts[0]
+    assert got.tokens == wanted.tokens
+
+
+def test_what_cannot_be_baked_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = write_prompt(tmp_path / "prefix", np.ones((3, 12 * 64), np.float32), prefix=(6, 2, 32))
+    out = tmp_path / "out"
+    with pytest.raises(FitError, match="no token of a vocabulary has"):
+        surgery.prompt_bake(BASE, prefix, output=out)
+    with pytest.raises(UsageError, match="made of tokens that the vocabulary has"):
+        surgery.prompt_bake(BASE, text="a", output=out)
+    with pytest.raises(UsageError, match="a prompt or a text is baked"):
+        surgery.prompt_bake(BASE, output=out)
+    with pytest.raises(FitError, match="no name for tokens"):
+        surgery.prompt_bake(BASE, PROMPT, output=out, name="a b")
+    with pytest.raises(FitError, match="LORA has no virtual tokens"):
+        surgery.prompt_bake(BASE, ROOT / "examples" / "lora", output=out)
+    surgery.prompt_bake(BASE, PROMPT, output=out)
+    with pytest.raises(FitError, match="has a token '<p_0>'"):
+        surgery.prompt_bake(out, PROMPT, output=tmp_path / "twice")
+    assert surgery.prompt_bake(out, PROMPT, output=tmp_path / "twice", name="q").ids[0] == 1552
+    assert surgery.prompt_bake(BASE, PROMPT, dry_run=True).output is None
+
+    from surgery.prompts import bake_tokens
+
+    monkeypatch.setattr(bake_tokens, "read_rows", lambda *_: np.zeros((16, 128), np.float32))
+    with pytest.raises(ProofError, match="not those of the prompt"):
+        surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
