@@ -50,6 +50,7 @@ def export_onnx(
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
+    required: bool = False,
     bake_prompt: str | Sequence[str] = (),
     prompt_form: str = "auto",
     merge_to: str = "delta",
@@ -72,6 +73,7 @@ def export_onnx(
         swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
             hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
+        required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
             behind the vocabulary.
@@ -103,6 +105,7 @@ def export_onnx(
         merge_to = "full"  # no graph refers to such a file
     binding, merged = _merged(checkpoint, roles, full=merge_to == "full")
     assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
+    assembly = _with_required(assembly, required)
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
@@ -209,6 +212,25 @@ def _assembly(
     return Assembly(
         component, model, options, roles, slots, tuple(prompts), form, component.config != given.config, baked
     )
+
+
+def _with_required(assembly: Assembly, required: bool) -> Assembly:
+    """The same with slots that have no default, if that is asked for.
+
+    Raises:
+        FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
+    """
+    if not required:
+        return assembly
+    if not assembly.slots:
+        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
+    if named := next((one for one in assembly.slots if one.replaced), None):
+        raise FitError(
+            "it replaces parameters, whose inputs have the base's values as default",
+            file=named.adapter.path,
+            hint="without `required=`, or merge it",
+        )
+    return replace(assembly, options=replace(assembly.options, required=True))
 
 
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
@@ -322,6 +344,8 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
             "faster"
         )
     graph = assembly.for_genai(draft)
+    if graph and assembly.options.required:
+        warnings.append("onnxruntime-genai runs it with an adapter only: the slots have no default")
     if not graph:
         warnings.append(
             "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and "

@@ -210,7 +210,15 @@ class Session:
             self._session = cpu_session(model.SerializeToString(), graph.path.parent)
         except Exception as error:  # onnxruntime has a dozen types without a common base
             raise self._refused(error) from error
-        self.inputs = {port.name for port in self._session.get_inputs()}
+        ports = self._session.get_inputs()
+        self.inputs = {port.name for port in ports}
+        factors = {name for slot in self.contract.slots for name in (slot.A, slot.B)}
+        empty = ([size if isinstance(size, int) else 0 for size in port.shape] for port in ports)
+        self.slot_arrays = {
+            port.name: np.zeros(shape, np.float32)
+            for port, shape in zip(ports, empty, strict=True)
+            if port.name in factors  # those without a default
+        }
         self._outputs = [port.name for port in self._session.get_outputs()]
 
     def _refused(self, error: Exception) -> ProofError:

@@ -10,6 +10,7 @@ import pytest
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.run import run
+from surgery.verbs.verify import verify
 from surgery_formats.errors import FitError
 from tests.oracles import recipes
 from tests.support import trained
@@ -157,3 +158,27 @@ def test_a_soft_prompt_goes_into_no_slot(base, tmp_path):
     with pytest.raises(FitError, match="goes into no slot") as caught:
         export_onnx(base, swap=[adapter], output=tmp_path / "out")
     assert "`prefix=`" in caught.value.hint
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_required_slots_are_inputs_that_every_runtime_passes(base, adapters, target, tmp_path):
+    """onnxruntime-node 1.30 passes the inputs without a default, and drops all others without a word."""
+    for name, required in (("optional", False), ("required", True)):
+        result = export_onnx(base, swap=adapters["qv"], output=tmp_path / name, target=target, required=required)
+    assert any("with an adapter only" in text for text in result.warnings)
+    session = onnxruntime.InferenceSession(tmp_path / "required" / "model.onnx", providers=["CPUExecutionProvider"])
+    passed = {one.name for one in session.get_inputs()}
+    assert {name for slot in result.contract.slots for name in (slot.A, slot.B)} <= passed
+    verify(tmp_path / "required")  # raises where a logit differs
+    file = tmp_path / "required" / "adapters" / "qv.onnx_adapter"
+    for chosen in ([], [file]):
+        ours, others = (
+            run(tmp_path / name, [IDS[0].tolist(), [5, 9]], max_new=6, adapters=chosen).texts
+            for name in ("required", "optional")
+        )
+        assert ours == others
+
+
+def test_slots_that_are_not_there_or_hold_the_bases_values_cannot_be_required(base, adapters, tmp_path):
+    with pytest.raises(FitError, match="no slots to require"):
+        export_onnx(base, adapters["qv"], output=tmp_path / "out", required=True)

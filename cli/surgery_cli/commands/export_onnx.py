@@ -42,6 +42,11 @@ __all__ = ["command"]
 )
 @click.option("--merge", multiple=True, type=option.weighted, metavar="A[=W]", help="Merge an adapter; repeatable.")
 @click.option("--swap", multiple=True, metavar="B", help="An adapter for slots: the graph is the base without it.")
+@click.option(
+    "--required",
+    is_flag=True,
+    help="Slots have no default, for runtimes that pass no optional inputs: JavaScript, Triton.",
+)
 @click.option("--prefix", multiple=True, metavar="C", help="A soft prompt in front; the first one is the default.")
 @click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
 @option.choice(

@@ -44,6 +44,7 @@ class GraphOptions:
         prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them.
         overrides: Tensors that replace the checkpoint's, by stored name: those that a merge changed.
         slotted: Weights that get a slot for a LoRA, see `Context`.
+        required: Whether slots are inputs without a default.
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
@@ -55,6 +56,7 @@ class GraphOptions:
     prefill: bool = True
     overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
+    required: bool = False
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +130,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         options.target,
         options.io,
         slotted=options.slotted,
+        required=options.required,
         head=component.head,
         virtual=options.virtual,
     )

@@ -44,6 +44,7 @@ class Context:
         io: Type of hidden states, logits and cache.
         ids: Input of token ids ``(B, S)``.
         slotted: Weights that get a slot for a LoRA, under the recipe's names, except that a tied head is called `head`.
+        required: Whether slots are inputs without a default.
         head: Name of a tied head: it shares the embedding's weight but not its slot.
         virtual: Soft prompts.
         slots: The slots made so far.
@@ -56,6 +57,7 @@ class Context:
     io: DType
     ids: str = "input_ids"
     slotted: frozenset[str] = frozenset()
+    required: bool = False
     head: str = ""
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)

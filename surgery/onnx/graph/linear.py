@@ -69,7 +69,7 @@ def _multiply(
 def lora_slot(
     ctx: Context, weight: str, x: str, y: str, inputs: int, outputs: int, alpha: float = 1.0, *, rows: bool = False
 ) -> str:
-    """``y + alpha x A B``, with A and B as inputs of rank 0 by default, in the slot of `weight`.
+    """``y + alpha x A B``, with A and B as inputs, of rank 0 by default unless all are required, in the slot of `weight`.
 
     With `rows` the weight is a table, and `x` the ids that select rows of A.
     """
@@ -81,7 +81,8 @@ def lora_slot(
         (b, (0, outputs), (rank, outputs)),
     ):
         ctx.graph.input(name, ctx.io, shape)
-        ctx.graph.initializer(name, np.zeros(empty, dtype))
+        if not ctx.required:
+            ctx.graph.initializer(name, np.zeros(empty, dtype))
     ctx.slots.append(Slot(weight, a, b))
     projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
     if alpha != 1.0:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.graph.read_metadata import initializer_shapes
-from surgery.onnx.run.adapters import Past, past_names
+from surgery.onnx.run.adapters import Past, fill_slots, past_names
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow
 from surgery.onnx.run.opening import GraphSession, open_prefill
 from surgery.onnx.run.ports import as_array, execute, run_options
@@ -144,6 +144,8 @@ def _present(graph: GraphSession, ids: Sequence[int], default: int | None) -> di
         for name in names:
             empty = (1, contract.kv_heads, 0, contract.head_dim)
             binding.bind_input(name, *where, graph.inputs[name].element, empty, nothing.address)
+    for name, empty_factor in fill_slots([], contract, graph.inputs, graph.optional).items():
+        binding.bind_cpu_input(name, empty_factor)
     outputs = [name.replace("past_key_values", "present") for name in names]
     for name in ("logits", *outputs):
         binding.bind_output(name, "cpu")
