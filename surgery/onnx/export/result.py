@@ -116,7 +116,9 @@ class ExportResult:
         yield _quoted(self.output)
         yield ' -p "..."' if (self.output / "tokenizer.json").exists() else " --ids 1,2,3"
         for adapter in self.contract.adapters:
-            if adapter["mode"] == "swapped":
+            if adapter["mode"] == "inserted":
+        return "inserted", (name, f"{kind}: {adapter['file']}")
+    if adapter["mode"] == "swapped":
                 yield " --adapter "
                 yield _quoted(self.output / adapter["file"])
                 return
