@@ -15,11 +15,15 @@ from surgery_formats.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
+    from surgery.comparison.graph_diff import GraphDiff as GraphDiff
     from surgery.comparison.results import AdapterDiff as AdapterDiff
     from surgery.engine.inputs import open as open
+    from surgery.engine.rebuild.recovery_result import RecoveryResult as RecoveryResult
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
+    from surgery.verbs.apply import ApplyResult as ApplyResult
+    from surgery.verbs.apply import apply as apply
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.check import CheckResult as CheckResult
@@ -80,11 +84,14 @@ else:
         {
             "surgery._version": ["__version__"],
             "surgery.comparison.results": ["AdapterDiff"],
+            "surgery.comparison.graph_diff": ["GraphDiff"],
+            "surgery.engine.rebuild.recovery_result": ["RecoveryResult"],
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],
             "surgery.rank": ["Rank"],
             "surgery.reports.result": ["Result"],
+            "surgery.verbs.apply": ["ApplyResult", "apply"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.check": ["CheckResult", "check"],
             "surgery.verbs.combine": ["CombineResult", "combine"],

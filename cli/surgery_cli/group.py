@@ -41,6 +41,7 @@ COMMANDS = {
     "run": "Run an exported model: generate text, or classify it.",
     "bench": "Measure an exported model: load, prefill, time per token, memory.",
     "prompt": "Show, read, bake, combine, convert and transfer soft prompts.",
+    "apply": "Apply a recipe: several commands in one.",
     "formats": "List the adapter formats, and which of them can be written.",
     "env": "Show versions and devices, for bug reports.",
     "completion": "Print the completion script of a shell.",

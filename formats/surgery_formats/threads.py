@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One core per thread: products and factorisations round differently when split over different numbers of threads."""
+"""Cores, and one of them per thread: products and factorisations round differently when split over different numbers of threads."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["one_thread"]
+__all__ = ["cores", "one_thread"]
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

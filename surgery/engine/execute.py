@@ -22,18 +22,18 @@ from surgery.engine.jobs import ByteMeter, Computed, ComputeWeight, FileJob, Wei
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
+from surgery.engine.recorded import recorded_recipe
 from surgery.progress import Callback
 from surgery_formats.errors import ResourceError
 from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import nbytes as human
-from surgery_formats.threads import one_thread
+from surgery_formats.threads import cores, one_thread
 
 __all__ = [
     "Engine",
     "Run",
     "ThisProcess",
-    "cores",
     "default_workers",
     "execute",
     "most_workers",
@@ -82,11 +82,6 @@ def default_workers() -> int:
 def most_workers() -> int:
     """Cores this process may use, at most 16: processes, where they are better than threads."""
     return min(cores(), _MAX_PROCESSES)
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Engine(Protocol):
@@ -158,7 +153,8 @@ def execute(
             last(folder)
         for file in plan.inputs:
             file.check_unchanged()
-        folder.commit({"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()})
+        account = {"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()}
+        folder.commit(account | recorded_recipe())
     return ledger
 
 

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from surgery.engine.execute import cores
 from surgery.engine.factor_proof import approximation_errors, relative
 from surgery.engine.weight_error import ProofTarget, adds_nothing, largest, weight_error
 from surgery_formats.adapters.experts import fused_of, taken_apart
@@ -32,7 +31,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.views import whole
 from surgery_formats.text import listing
-from surgery_formats.threads import one_thread
+from surgery_formats.threads import cores, one_thread
 from surgery_formats.updates import Factor, Update, experts_of, is_replacing
 
 __all__ = ["check_errors", "compare", "compare_prompt", "prove_rendering", "read_back", "restricted"]

@@ -22,6 +22,7 @@ from surgery.reports.sections import Facts, Note
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.threads import cores
 
 __all__ = ["EnvironmentReport", "Finding", "Gpu", "Package", "env"]
 
@@ -158,7 +159,7 @@ def env(*, deep: bool = False) -> EnvironmentReport:
         platform=f"{platform.platform()} ({platform.machine()})",
         packages=(*required, *(runtimes or (Package("onnxruntime", None),)), *optional),
         gpus=gpus,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory_nbytes=_memory(),
         findings=tuple(_findings(required, runtimes, gpus)),
         deep=_deep() if deep else {},

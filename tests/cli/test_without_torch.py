@@ -105,6 +105,12 @@ def test_what_is_merged_is_verified_without_torch(refusing: dict[str, str], tmp_
     assert done.returncode == 0, done.stderr
 
 
+def test_a_recipe_needs_no_torch(refusing: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"steps: [{{verb: merge, base: {BASE}, adapters: {{{LORA}: 0.5}}}}]")
+    done = spawn("apply", tmp_path / "recipe.yaml", "-o", tmp_path / "out", **refusing)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", NEEDS_TORCH)
 def test_the_exceptions_are_these(name: str, refusing: dict[str, str], tmp_path: Path) -> None:
     """The refusal works, and the list of exceptions is as short as it can be."""

@@ -216,6 +216,7 @@ def merge_facts(binding: Binding) -> dict[str, Any]:
                 "weight": weight,
                 "config": without_local_paths(adapter.config),
                 "files": sorted({fingerprint(file) for file in adapter.files}),
+                **({"made": adapter.made} if adapter.made else {}),
             }
             for adapter, weight in binding.adapters
         ],

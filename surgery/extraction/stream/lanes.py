@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from surgery.engine.execute import cores, default_workers
+from surgery.engine.execute import default_workers
 from surgery.extraction.stream.feed import DirectFeed, Feed, StagedFeed
 from surgery_formats.arrays import Array, dtype_of, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
-from surgery_formats.threads import one_thread
+from surgery_formats.threads import cores, one_thread
 
 __all__ = ["DeviceMemory", "Job", "Lane", "Lanes", "default_lanes", "in_threads"]
 

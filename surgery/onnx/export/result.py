@@ -116,9 +116,7 @@ class ExportResult:
         yield _quoted(self.output)
         yield ' -p "..."' if (self.output / "tokenizer.json").exists() else " --ids 1,2,3"
         for adapter in self.contract.adapters:
-            if adapter["mode"] == "inserted":
-        return "inserted", (name, f"{kind}: {adapter['file']}")
-    if adapter["mode"] == "swapped":
+            if adapter["mode"] == "swapped":
                 yield " --adapter "
                 yield _quoted(self.output / adapter["file"])
                 return
@@ -130,6 +128,8 @@ def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
     name, kind = Name(adapter["name"], 60), f" ({adapter['kind']})"
     if adapter["mode"] == "merged":
         return "merged", (name, kind + (f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""))
+    if adapter["mode"] == "inserted":
+        return "inserted", (name, f"{kind}: {adapter['file']}")
     if adapter["mode"] == "swapped":
         return "swap", (name, f"{kind}: {adapter['file']}")
     where = f": {adapter['file']}" if "file" in adapter else ""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from surgery_formats.adapters.grammar.refusals import Candidate
 from surgery_formats.adapters.rows import Span, joined
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.models.families.denoisers import COMPONENTS
+from surgery_formats.threads import cores
 from surgery_formats.updates import Update, is_directed, low_rank_part
 
 __all__ = ["JoinedWeight", "WaitingParts"]
@@ -86,5 +86,5 @@ class WaitingParts:
             updates = [part.update for part in whole.parts]
             return joined(whole.stem.rstrip("."), list(zip(updates, whole.rows, strict=True)), whole.height)
 
-        with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "surgery-join") as pool:
+        with ThreadPoolExecutor(min(_THREADS, cores()), "surgery-join") as pool:
             return list(zip(self._wholes.values(), pool.map(made, self._wholes.values()), strict=True))
