@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from surgery.engine.inputs import (
     as_adapter,
     as_checkpoint,
     as_list,
+    as_path,
     local_path,
     output_path,
 )
@@ -46,10 +48,12 @@ from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.containers import housed
 from surgery_formats.canonical.adapter import WeightedAdapter
+from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
     from surgery.algebra.lora_form import LoraForm
+    from surgery.engine.rebuild.recovery_result import RecoveryResult
     from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.models.checkpoint import Checkpoint
 
@@ -79,11 +83,12 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> ConvertResult:
+) -> ConvertResult | RecoveryResult:
     """Write an adapter in another format and prove it.
 
     Args:
-        adapter: File or folder of any known format, or an opened Adapter.
+        adapter: File or folder of any known format, or an opened Adapter. To ``safetensors``: an ONNX graph, whose weights
+            are written under its own names, or, told by their values, under those of `base`.
         to: Name of a format; not needed with `consumer`.
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
@@ -148,6 +153,26 @@ def convert(
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
     if saved is not None or max_rank is not None or merge_rest is not None:
         raise FitError("what a program takes is asked of a program", hint="name the program")
+    if to == SAFETENSORS.name:
+        others = {
+            "component": component, "without": without, "projections": projections, "dialect": dialect, "factors": factors,
+            "as_lora": as_lora, "rank": rank,
+        }  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise UsageError(f"{given[0]} is for adapters, and safetensors are made of a graph")
+        if not isinstance(adapter, str | os.PathLike):
+            raise UsageError("a graph is named by its path")
+        from surgery.verbs.convert_graph import convert_graph
+
+        return convert_graph(
+            as_path(adapter, "adapter"),
+            None if base is None else as_checkpoint(base),
+            output=output_path(output, dry_run=dry_run),
+            dtype=stored,
+            allow_loss=allow_loss,
+            overwrite=overwrite,
+            progress=progress,
+        )
     target = in_dialect(coded_as(format_to_write(to), factors), dialect)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
