@@ -15,8 +15,10 @@ from surgery_formats.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
+    from surgery.comparison.graph_diff import GraphDiff as GraphDiff
     from surgery.comparison.results import AdapterDiff as AdapterDiff
     from surgery.engine.inputs import open as open
+    from surgery.engine.rebuild.recovery_result import RecoveryResult as RecoveryResult
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
+    from surgery.verbs.inspect import ArrayFileReport as ArrayFileReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import GraphReport as GraphReport
     from surgery.verbs.inspect import inspect as inspect
@@ -82,6 +85,8 @@ else:
         {
             "surgery._version": ["__version__"],
             "surgery.comparison.results": ["AdapterDiff"],
+            "surgery.comparison.graph_diff": ["GraphDiff"],
+            "surgery.engine.rebuild.recovery_result": ["RecoveryResult"],
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],
@@ -99,7 +104,7 @@ else:
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
-            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
+            "surgery.verbs.inspect": ["AdapterReport", "ArrayFileReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],

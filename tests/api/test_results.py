@@ -22,6 +22,9 @@ WRITERS: dict[str, Callable[[Path | None], Any]] = {
     "merge": lambda out: surgery.merge(BASE, LORA, output=out, dry_run=out is None),
     "extract_lora": lambda out: surgery.extract_lora(BASE, TUNED, rank=2, output=out, dry_run=out is None),
     "convert": lambda out: surgery.convert(LORA, "compact", output=out, dry_run=out is None),
+    "convert a graph": lambda out: surgery.convert(
+        GRAPHS / "optimum-bert", "safetensors", output=out, dry_run=out is None
+    ),
     "layers": lambda out: surgery.layers(BASE, drop="1", output=out, dry_run=out is None),
     "combine": lambda out: surgery.combine([(LORA, 0.5)], output=out, dry_run=out is None),
     "resize": lambda out: surgery.resize(LORA, rank=2, output=out, dry_run=out is None),

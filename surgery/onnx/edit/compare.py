@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.onnx.edit.aspect import bits, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.turning import turned
 from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def _differences(piece: Piece, *, early: bool) -> Iterator[list[int]]:
             chosen, own = _inside(piece.rows, start, end)
             mine = rounded_bits(block[own], place.dtype)
             graph_rows = _pick(piece.graph_rows, chosen)
-            wrong = mine != there.part(graph_rows, 0, place.rows if piece.turned else place.cols)
+            theirs = there.part(graph_rows, 0, place.rows if piece.turned else place.cols)
+            wrong = (turned(mine) != theirs.T).T if piece.turned else mine != theirs
             entries = (
                 numpy.asarray(chosen)[numpy.flatnonzero(wrong.any(axis=1))] if wrong.any() else numpy.empty(0, int)
             )

@@ -229,6 +229,19 @@ def test_a_merged_graph_is_refused(tmp_path: Path, base: Path, layout: Any) -> N
     assert not (tmp_path / "twice").exists()
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("layout", [lambda w: w, lambda w: w.T, lambda w: np.concatenate([WEIGHTS[PLACES["v"]], w]).T])
+def test_one_wrong_element_that_no_sample_has_is_refused(
+    tmp_path: Path, base: Path, layout: Any, dry_run: bool
+) -> None:
+    wrong = WEIGHTS[PLACES["q"]].copy()
+    wrong[17, 13] += 1e-6
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", layout(wrong))])
+    with pytest.raises(FitError, match="q_proj"):
+        surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_base_is_refused_by_name(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", random_weights(SHAPES, 7)[PLACES["q"]])])
     with pytest.raises(FitError, match=r"1 weights that an adapter changes are not in the graph: .*q_proj"):
