@@ -230,6 +230,14 @@ def test_targets_are_spelt_as_shortly_as_they_can_be():
     assert spelt_targets(["a.0.q"], paths) == ("0.q",)
 
 
+def test_a_manifest_is_applied_again(tmp_path: Path):
+    base = model_folder(tmp_path / "base")
+    surgery.insert(base, new="lora", rank=4, init="pissa", targets="all", seed=9, output=tmp_path / "new")
+    surgery.apply(tmp_path / "new" / "surgery_manifest.json", inputs={"model": base}, output=tmp_path / "again")
+    for path in (tmp_path / "new").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "new")).read_bytes()
+
+
 REFUSED = {
     "no way to begin": {"new": "lora", "init": "magic"},
     "no kind of adapter": {"new": "lorra"},
