@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
+    from surgery.verbs.inspect import ArrayFileReport as ArrayFileReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import GraphReport as GraphReport
     from surgery.verbs.inspect import inspect as inspect
@@ -103,7 +104,7 @@ else:
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
-            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
+            "surgery.verbs.inspect": ["AdapterReport", "ArrayFileReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],

@@ -16,6 +16,7 @@ from surgery.engine.conversion import (
     Errors,
     bound_source,
     coded_as,
+    for_graph,
     in_dialect,
     left_beside,
     placed,
@@ -67,6 +68,7 @@ def convert(
     *,
     output: StrPath | None = None,
     base: CheckpointLike | None = None,
+    graph: StrPath | None = None,
     component: str | None = None,
     without: str | Sequence[str] = (),
     projections: str | None = None,
@@ -93,6 +95,8 @@ def convert(
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
             given.
+        graph: For ``onnx-adapter``, the ``.onnx`` file that will take it: names, shapes and types are those of its
+            inputs, whoever made it.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         without: Patterns of modules to leave out, as `combine` takes them, such as those that the base lacks.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
@@ -128,7 +132,7 @@ def convert(
     """
     stored = float_type(dtype)
     if consumer is not None:
-        if to is not None or projections is not None or factors is not None or dialect is not None or as_lora:
+        if as_lora or any(one is not None for one in (to, projections, factors, dialect, graph)):
             raise FitError(
                 "a program decides about format, projections and kinds itself", hint="name either a format or a program"
             )
@@ -156,7 +160,7 @@ def convert(
     if to == SAFETENSORS.name:
         others = {
             "component": component, "without": without, "projections": projections, "dialect": dialect, "factors": factors,
-            "as_lora": as_lora, "rank": rank,
+            "as_lora": as_lora, "rank": rank, "graph": graph,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value]:
             raise UsageError(f"{given[0]} is for adapters, and safetensors are made of a graph")
@@ -173,7 +177,8 @@ def convert(
             overwrite=overwrite,
             progress=progress,
         )
-    target = in_dialect(coded_as(format_to_write(to), factors), dialect)
+    where = None if graph is None else as_path(graph, "graph")
+    target, stored = for_graph(in_dialect(coded_as(format_to_write(to), factors), dialect), where, stored)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     if rank is not None and not as_lora:

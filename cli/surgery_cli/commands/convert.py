@@ -70,6 +70,9 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @option.output("Folder to make, or file where FORMAT is a single file.")
 @option.alpha
 @option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
+@option.reference(
+    "--graph", metavar="X.onnx", help="For onnx-adapter: the graph that will take it; names and types are its inputs'."
+)
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
 @click.option(
     "--without",
@@ -147,6 +150,7 @@ def command(
       surgery convert moe-lora/ --to peft --dialect sglang --base qwen3-moe/ -o for-sglang/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
       surgery convert my-rslora/ --for sglang --base llama/ -o for-sglang/
+      surgery convert my-lora/ --to onnx-adapter --graph olive/model.onnx -o my-lora.onnx_adapter
       surgery convert exported/model.onnx --to safetensors --base llama/ -o recovered/
       surgery convert my-oft/ --to peft --as lora --max-error .05 --base llama/ -o as-lora/
     """

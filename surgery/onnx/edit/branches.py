@@ -198,6 +198,10 @@ def _delta(
             return None
         rank = A.shape[0]
         left, right = B.reshape(B.shape[0], B.shape[1]), A.reshape(rank, int(np.prod(A.shape[1:])))
+        if left.shape[1] == rank:
+            filled = left.any(axis=0) & right.any(axis=1)  # slots of ours have a kernel of zeros behind theirs
+            left, right = left[:, filled], right[filled]
+            rank = int(filled.sum())
     else:
         if A.ndim != 2 or B.ndim != 2:
             return None

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.onnx_adapter.for_graph import GraphFilling
+from surgery_formats.adapters.onnx_adapter.graph_slots import GraphSlots
 from surgery_formats.adapters.onnx_adapter.read import A, B
 from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
@@ -26,11 +28,16 @@ from surgery_formats.updates import LoRA
 __all__ = ["render_onnx_adapter"]
 
 
-def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
+def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None, slots: GraphSlots | None = None) -> Rendering:
     """One file. A graph's inputs have the names of the model's code, which the adapter has, or the base where they are flattened.
 
+    Args:
+        adapter: What to write.
+        base: The base, if it is known.
+        slots: Those of the graph that it is for; None for one of ours or of Olive's.
+
     Raises:
-        FitError: flattened names and no base, or several parts of a pipeline.
+        FitError: flattened names and no base, several parts of a pipeline, or sizes that the graph does not take.
     """
     if len(components := sorted({site.component for site in adapter.updates})) > 1:
         raise FitError(
@@ -40,6 +47,7 @@ def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         )
     ledger = ConversionLedger()
     tensors: list[NewTensor] = []
+    filling = None if slots is None else GraphFilling(slots, _modules(adapter, base))
     for site, chain in adapter.updates.items():
         for number, update in enumerate(chain):
             held = contents_of(update)
@@ -48,26 +56,41 @@ def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
                 ledger.drop(site, update, "a graph has no inputs for LoRAs of stacked experts")
             elif lora is None:
                 ledger.drop(site, update, f"a graph's inputs hold a LoRA, no {update.kind}")
-            elif number or not site.path.endswith(".weight") or site.kernel:
+            elif number or not site.path.endswith(".weight") or (site.kernel and filling is None):
                 ledger.drop(
                     site, update, "a graph has one LoRA for each linear layer and table of tokens, and none elsewhere"
                 )
             else:
                 module = _module(site, lora, adapter, base)
+                folded = [f"scale {lora.scale:g} in lora_B"] if lora.scale != 1.0 else []
+                folded += [held.folded] if held.folded else []
+                if filling is not None:
+                    if (slot := filling.slot_of(module)) is None:
+                        ledger.drop(site, update, "the graph has no slot for it")
+                        continue
+                    filling.fill(slot, module, site, lora, base)
+                    ledger.keep(site, update, "folded" if folded else "exact", ", ".join([slot.A.name, *folded]))
+                    continue
                 tensors += _pair(module, lora, embedding=is_embedding(module, base, site))
                 if head := following_head(site, lora, adapter, base):
                     tensors += _pair(head, lora, tied=True)
-                folded = [f"scale {lora.scale:g} in lora_B"] if lora.scale != 1.0 else []
-                folded += [held.folded] if held.folded else []
                 ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
     ledger.drop_prompt(adapter)
     return Rendering(
         "adapter.onnx_adapter",
-        tuple(sorted(tensors, key=lambda tensor: tensor.name)),
+        tuple(sorted(tensors, key=lambda tensor: tensor.name)) if filling is None else filling.tensors(),
         entries=tuple(ledger.entries),
         held=ledger.held,
         packing=_packed,
+        notes=() if filling is None else filling.notes(),
+        filled={} if filling is None else filling.filled,
     )
+
+
+def _modules(adapter: Adapter, base: Checkpoint | None) -> list[str]:
+    """Every module that a LoRA is for."""
+    loras = ((site, contents_of(update).lora) for site, chain in adapter.updates.items() for update in chain)
+    return list(dict.fromkeys(_module(site, lora, adapter, base) for site, lora in loras if lora is not None))
 
 
 def _packed(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
