@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from surgery.engine.execute import Run
 from surgery.engine.inputs import (
     AdaptersLike,
     CheckpointLike,
@@ -12,10 +11,8 @@ from surgery.engine.inputs import (
     as_path,
     as_weighted,
     check_counts,
-    local_path,
 )
 from surgery.onnx.edit.locate_result import LocateResult
-from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.binding.bind import bind
 
@@ -24,14 +21,7 @@ __all__ = ["LocateResult", "locate"]
 
 @timed
 def locate(
-    graph: StrPath,
-    base: CheckpointLike,
-    *,
-    adapters: AdaptersLike = (),
-    output: StrPath | None = None,
-    workers: int | None = None,
-    overwrite: bool = False,
-    progress: Callback | None = None,
+    graph: StrPath, base: CheckpointLike, *, adapters: AdaptersLike = (), workers: int | None = None
 ) -> LocateResult:
     """Find the weights of a checkpoint in an ONNX graph that any exporter made.
 
@@ -43,20 +33,14 @@ def locate(
         graph: An ``.onnx`` file, or a folder with one.
         base: The checkpoint whose weights are looked for, in any container.
         adapters: What was merged into it before the graph was made, as `surgery.merge` takes it.
-        output: Folder to make of the graph's weights: a checkpoint of safetensors under the names of `base`, with its side
-            files. Its values are the graph's; what exporters multiplied them by is divided out.
         workers: Threads that compare; None is one per core, at most eight. Never changes the result.
-        overwrite: Replace an existing output, atomically.
-        progress: Called with every step of writing.
 
     Returns:
         Every tensor with what it holds. What is not found is told, and raises nothing.
 
     Raises:
         InputError: graph or base cannot be read.
-        FitError: the base's weights are codes that nothing reads, an adapter does not fit it, or (with an output) the graph
-            lacks a weight.
-        OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
+        FitError: the base's weights are codes that nothing reads, or an adapter does not fit it.
     """
     from surgery.onnx.edit.locate import located_weights
     from surgery.onnx.edit.opening import graph_at
@@ -70,11 +54,4 @@ def locate(
     located = located_weights(opened, wanted_weights(checkpoint, binding), workers=workers)
     opened.check_unchanged()
     checkpoint.check_unchanged()
-    if output is None:
-        return LocateResult(opened.path, checkpoint.path, located)
-    from surgery.onnx.edit.graph_checkpoint import write_checkpoint
-
-    folder = local_path(output, "output")
-    run = Run(workers=workers, overwrite=overwrite, progress=progress)
-    _, remarks = write_checkpoint(located, checkpoint, folder, run)
-    return LocateResult(opened.path, checkpoint.path, located, folder, remarks)
+    return LocateResult(opened.path, checkpoint.path, located)

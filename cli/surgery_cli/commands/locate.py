@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand, weighted
 from surgery_cli.output import show_result
-from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
@@ -30,15 +27,7 @@ __all__ = ["command"]
     shell_complete=complete_files,
     help="What was merged into BASE before; may be given several times.",
 )
-@click.option(
-    "-o",
-    "--output",
-    metavar="OUT",
-    type=click.Path(path_type=Path),
-    help="Folder to make: the weights as safetensors, named as in BASE.",
-)
 @click.option("--workers", type=click.IntRange(min=1), help="Comparing threads; by default one per core, at most 8.")
-@option.overwrite()
 def command(settings: Settings, graph: str, base: str, **options: Any) -> None:
     """Find a checkpoint's weights in an ONNX graph.
 
@@ -50,11 +39,8 @@ def command(settings: Settings, graph: str, base: str, **options: Any) -> None:
     Examples:
       surgery locate model.onnx --base llama/
       surgery locate model.onnx --base llama/ --verbose
-      surgery locate model.onnx --base llama/ -o recovered/
       surgery locate merged.onnx --base llama/ --adapter my-lora=0.7
     """
     from surgery.verbs.locate import locate
 
-    with bar(settings, "writing") as progress:
-        result = locate(graph, base, progress=progress, **options)
-    show_result("locate", result, settings)
+    show_result("locate", locate(graph, base, **options), settings)

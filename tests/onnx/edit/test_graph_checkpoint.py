@@ -10,8 +10,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import surgery
+from surgery.engine.execute import Run
+from surgery.onnx.edit.graph_checkpoint import write_checkpoint
+from surgery_formats import open_checkpoint
 from surgery_formats.errors import FitError, UsageError
-from tests.support.graphs_by_value import base_of, graph_of, initializer, nbits, random_weights
+from tests.support.graphs_by_value import base_of, graph_of, initializer, located, nbits, random_weights
 
 SHAPES = {
     "model.embed_tokens.weight": (40, 24),
@@ -45,13 +48,17 @@ def graph(path: Path, weights: dict[str, np.ndarray]) -> Path:
     return graph_of(path, tensors)
 
 
+def written(path: Path, base: Path, folder: Path) -> tuple[str, ...]:
+    found = located(path, base)
+    return write_checkpoint(found, open_checkpoint(base), folder, Run())[1]
+
+
 def test_a_checkpoint_comes_back_to_the_byte(tmp_path: Path, base: Path) -> None:
-    result = surgery.locate(graph(tmp_path / "in" / "g.onnx", WEIGHTS), base, output=tmp_path / "out")
+    written(graph(tmp_path / "in" / "g.onnx", WEIGHTS), base, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == WEIGHTS.keys()
     assert all(np.array_equal(found[name], value) for name, value in WEIGHTS.items())
     assert (tmp_path / "out" / "config.json").exists()
-    assert result.output == tmp_path / "out"
     assert surgery.diff(base, tmp_path / "out").equal
 
 
@@ -62,7 +69,7 @@ def test_pieces_factors_and_orders_are_undone(tmp_path: Path, base: Path) -> Non
     special = [q * np.float32(0.3), (k * norm).T, v[order], out[:, :9].T, out[:, 9:]]
     rest = {name: value for name, value in WEIGHTS.items() if "layers.0.self_attn" not in name}
     tensors = [initializer(f"s{n}", value) for n, value in enumerate([*special, *rest.values()])]
-    surgery.locate(graph_of(tmp_path / "in" / "g.onnx", tensors), base, output=tmp_path / "out")
+    written(graph_of(tmp_path / "in" / "g.onnx", tensors), base, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in WEIGHTS.items():
         np.testing.assert_allclose(found[name], value, rtol=5e-7)
@@ -72,15 +79,15 @@ def test_codes_become_what_they_stand_for(tmp_path: Path, base: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors, node = nbits("a", WEIGHTS[name], 8, 24)
     tensors += [initializer(f"s{n}", value.T) for n, (other, value) in enumerate(WEIGHTS.items()) if other != name]
-    result = surgery.locate(graph_of(tmp_path / "in" / "g.onnx", tensors, [node]), base, output=tmp_path / "out")
-    assert "what codes stand for" in result.warnings[0]
+    remarks = written(graph_of(tmp_path / "in" / "g.onnx", tensors, [node]), base, tmp_path / "out")
+    assert "what codes stand for" in remarks[0]
     np.testing.assert_allclose(load_file(tmp_path / "out" / "model.safetensors")[name], WEIGHTS[name], atol=0.02)
 
 
 def test_a_graph_that_lacks_a_weight_is_refused(tmp_path: Path, base: Path) -> None:
     few = [initializer("embed", WEIGHTS["model.embed_tokens.weight"])]
     with pytest.raises(FitError, match="10 weights of the base are not in the graph"):
-        surgery.locate(graph_of(tmp_path / "in" / "g.onnx", few), base, output=tmp_path / "out")
+        written(graph_of(tmp_path / "in" / "g.onnx", few), base, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
