@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
+    from surgery.verbs.inspect import ArrayFileReport as ArrayFileReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import GraphReport as GraphReport
     from surgery.verbs.inspect import inspect as inspect
@@ -58,11 +59,15 @@ if TYPE_CHECKING:
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.prompt_bake import BakeResult as BakeResult
     from surgery.verbs.prompt_bake import prompt_bake as prompt_bake
+    from surgery.verbs.prompt_combine import prompt_combine as prompt_combine
+    from surgery.verbs.prompt_convert import PromptResult as PromptResult
+    from surgery.verbs.prompt_convert import prompt_convert as prompt_convert
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
     from surgery.verbs.prompt_show import PromptReport as PromptReport
     from surgery.verbs.prompt_show import prompt_show as prompt_show
+    from surgery.verbs.prompt_transfer import prompt_transfer as prompt_transfer
     from surgery.verbs.report import SavingsReport as SavingsReport
     from surgery.verbs.report import report as report
     from surgery.verbs.resize import resize as resize
@@ -103,13 +108,16 @@ else:
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
-            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
+            "surgery.verbs.inspect": ["AdapterReport", "ArrayFileReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.prompt_bake": ["BakeResult", "prompt_bake"],
+            "surgery.verbs.prompt_combine": ["prompt_combine"],
+            "surgery.verbs.prompt_convert": ["PromptResult", "prompt_convert"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
+            "surgery.verbs.prompt_transfer": ["prompt_transfer"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],

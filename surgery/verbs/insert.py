@@ -199,4 +199,12 @@ def _into_graph(
 
     if base is None:
         raise UsageError("the weights of a graph are found by those of its base", hint="give it with `base=`")
-    return insert_adapters(path, sort_adapters(merge=what).merge, as_checkpoint(base), folder, **options)
+    roles = sort_adapters(what)
+    if roles.insert:
+        from surgery.onnx.export.modules_into_graph import insert_modules
+
+        if options["required"] or options["gated"]:
+            raise FitError("modules are optional inputs", hint="without `required=` and `gated=`")
+        given = (*roles.insert, *roles.merge, *roles.prefix)
+        return insert_modules(path, given, as_checkpoint(base), folder, overwrite=options["overwrite"])
+    return insert_adapters(path, (*roles.merge, *roles.prefix), as_checkpoint(base), folder, **options)

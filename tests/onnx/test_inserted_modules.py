@@ -86,6 +86,7 @@ def test_baked_modules_are_the_librarys(case, target, tmp_path):
     result = surgery.export_onnx(base_of(case), GOLDEN / case, output=tmp_path / "out", target=target, dtype="fp32")
     assert error(answer(tmp_path / "out"), case) <= TOLERANCE
     assert [entry["mode"] for entry in result.contract.adapters] == ["inserted"]
+    assert "inserted.safetensors" in str(result.summary())
     limit = 1e-4 * max(1.0, np.abs(ANSWERS[case]).max() * 4)
     assert surgery.verify(tmp_path / "out").difference <= limit
     assert surgery.verify(tmp_path / "out", against=base_of(case), adapters=GOLDEN / case).difference <= limit
