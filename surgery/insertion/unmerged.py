@@ -27,6 +27,7 @@ from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.errors import FitError
@@ -220,8 +221,10 @@ def _left_out(planned: Sequence[_Planned]) -> Iterator[str]:
     """Files beside the first adapter, in whose place the base has its own."""
     if planned and (beside := sorted(planned[0].adapter.files_beside)):
         yield f"the base's files are kept, and not those beside the first adapter: {listing(beside)}"
-    doras = [
-        one.apart.name for one in planned if any(u.kind == "DoRA" for c in one.adapter.updates.values() for u in c)
-    ]
+    doras = [one.apart.name for one in planned if _has_dora(one.adapter)]
     if doras:
         yield f"transformers (5.23) loads a DoRA without its magnitudes; attach it with PEFT: {listing(doras)}"
+
+
+def _has_dora(adapter: Adapter) -> bool:
+    return any(contents_of(update).dora for chain in adapter.updates.values() for update in chain)
