@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from surgery.verbs.resize import resize as resize
     from surgery.verbs.run import RunResult as RunResult
     from surgery.verbs.run import run as run
+    from surgery.verbs.strip import StripResult as StripResult
+    from surgery.verbs.strip import strip as strip
     from surgery.verbs.unmerge import UnmergeResult as UnmergeResult
     from surgery.verbs.unmerge import unmerge as unmerge
     from surgery.verbs.verify import Verification as Verification
@@ -121,6 +123,7 @@ else:
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],
+            "surgery.verbs.strip": ["StripResult", "strip"],
             "surgery.verbs.unmerge": ["UnmergeResult", "unmerge"],
             "surgery.verbs.verify": ["Verification", "verify"],
             "surgery_formats.canonical.adapter": ["Adapter", "WeightedAdapter"],
