@@ -117,8 +117,9 @@ def command(
 ) -> None:
     """Merge adapters into a base model.
 
-    BASE is a weight file, a Hugging Face folder or a diffusers pipeline; each ADAPTER may have a weight. OUT gets
-    BASE's files, each tensor's own type kept, with every adapter folded in. All of it appears at once, or nothing does.
+    BASE is a weight file, a Hugging Face folder, a diffusers pipeline, or an ONNX graph with --base; each ADAPTER may have a
+    weight. OUT gets BASE's files, each tensor's own type kept, with every adapter folded in. All of it appears at once, or
+    nothing does.
 
     \b
     Examples:
