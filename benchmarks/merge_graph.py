@@ -147,14 +147,27 @@ def bench(work: Path, options: argparse.Namespace) -> None:
         "--base",
         str(work / "base"),
     ]
-    samples: dict[str, list[Sample]] = {"copy": [], "merge": [], "locate": []}
+    plain = [
+        sys.executable,
+        "-P",
+        "-m",
+        "surgery_cli",
+        "-q",
+        "merge",
+        str(work / "base"),
+        str(work / "adapter"),
+        "-o",
+        str(out),
+    ]
+    commands = (("copy", copy, copied), ("merge", merge, out), ("locate", locate, None), ("plain", plain, out))
+    samples: dict[str, list[Sample]] = {name: [] for name, _, _ in commands}
     run(copy, work / "log")
     shutil.rmtree(copied)
     run(merge, work / "log")
     check(LARGE, work, out, turned)
     shutil.rmtree(out)
     for _ in range(options.rounds):
-        for name, command, written in (("copy", copy, copied), ("merge", merge, out), ("locate", locate, None)):
+        for name, command, written in commands:
             time.sleep(options.pause)
             samples[name].append(run(command, work / "log"))
             if written is not None:
@@ -166,6 +179,7 @@ def bench(work: Path, options: argparse.Namespace) -> None:
     print("| | wall, s (median, min-max) | against copy | processor, s | peak memory, MB |")
     print("|---|---|---|---|---|")
     titles = {"copy": "`cp` + `sync -f`", "merge": "locate and merge", "locate": "`surgery locate`, all compared"}
+    titles["plain"] = "the same merge of the checkpoint"
     for name, found in samples.items():
         walls = [sample.wall for sample in found]
         span = f"{median(walls):.2f} ({min(walls):.2f}-{max(walls):.2f})"

@@ -24,7 +24,7 @@ from surgery.onnx.edit.compare import is_there
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
 from surgery.onnx.edit.quantised import CodedMatrix
-from surgery.onnx.edit.turning import turned
+from surgery.onnx.edit.turning import held, turned
 from surgery.onnx.edit.watched import Watched
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
@@ -166,7 +166,8 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
     height = max(1, _STRIP // max(width, 1))
     for start in range(0, whole.rows, height):
         stop_row = min(start + height, whole.rows)
-        strip = numpy.ascontiguousarray(whole.block(start, stop_row))
+        strip = held("strip", (stop_row - start) * width).view(place.dtype.numpy).reshape(-1, place.cols)
+        tensor.file.read_into(as_bytes(strip), tensor.offset + start * width)
         for one in ordered:
             put = _Scatter(strip, start, one.piece)
             done = _updated(label, one, place.dtype, put.rows, stop, device, put.check if _is_plain(one) else None)
