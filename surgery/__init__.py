@@ -59,16 +59,22 @@ if TYPE_CHECKING:
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.prompt_bake import BakeResult as BakeResult
     from surgery.verbs.prompt_bake import prompt_bake as prompt_bake
+    from surgery.verbs.prompt_combine import prompt_combine as prompt_combine
+    from surgery.verbs.prompt_convert import PromptResult as PromptResult
+    from surgery.verbs.prompt_convert import prompt_convert as prompt_convert
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
     from surgery.verbs.prompt_show import PromptReport as PromptReport
     from surgery.verbs.prompt_show import prompt_show as prompt_show
+    from surgery.verbs.prompt_transfer import prompt_transfer as prompt_transfer
     from surgery.verbs.report import SavingsReport as SavingsReport
     from surgery.verbs.report import report as report
     from surgery.verbs.resize import resize as resize
     from surgery.verbs.run import RunResult as RunResult
     from surgery.verbs.run import run as run
+    from surgery.verbs.strip import StripResult as StripResult
+    from surgery.verbs.strip import strip as strip
     from surgery.verbs.unmerge import UnmergeResult as UnmergeResult
     from surgery.verbs.unmerge import unmerge as unmerge
     from surgery.verbs.verify import Verification as Verification
@@ -109,11 +115,15 @@ else:
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.prompt_bake": ["BakeResult", "prompt_bake"],
+            "surgery.verbs.prompt_combine": ["prompt_combine"],
+            "surgery.verbs.prompt_convert": ["PromptResult", "prompt_convert"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
+            "surgery.verbs.prompt_transfer": ["prompt_transfer"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],
+            "surgery.verbs.strip": ["StripResult", "strip"],
             "surgery.verbs.unmerge": ["UnmergeResult", "unmerge"],
             "surgery.verbs.verify": ["Verification", "verify"],
             "surgery_formats.canonical.adapter": ["Adapter", "WeightedAdapter"],

@@ -27,9 +27,11 @@ __all__ = ["NOT_RECORDED", "InputNames", "input_digest", "rank_fields", "recorde
 NOT_RECORDED = frozenset(
     {
         *("output", "adapter_output", "workers", "memory_limit", "verify_copies", "overwrite", "dry_run", "progress"),
-        *("engine", "merge_rest", "fix"),
+        *("engine", "merge_rest", "fix", "residual"),
     }
 )
+_SECOND_OUTPUTS = frozenset({"residual"})
+"""Places of a second output that decides what the first one holds: a recipe has none, so that such a request has no recipe."""
 _REFERENCES = ("CheckpointLike", "AdapterLike", "AdaptersLike", "Openable", "StrPath")
 _MOST = 10_000  # files of an input
 
@@ -48,6 +50,8 @@ def recorded_recipe() -> dict[str, Any]:
         return {"recipe": dict(request.recipe)}
     signature = inspect.signature(request.verb)
     given = signature.bind(*request.args, **(request.kwargs or {})).arguments
+    if any(given.get(name) is not None for name in _SECOND_OUTPUTS):
+        return {}
     names = InputNames()
     step: dict[str, Any] = {"verb": request.verb.__name__.replace("_", "-")}
     for name, value in given.items():

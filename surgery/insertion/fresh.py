@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from surgery._version import __version__
 from surgery.engine.adapter_output import put_adapter
 from surgery.engine.calibration_file import Calibration
 from surgery.engine.conversion import Conversion, bound_source, conversion_id, plan_conversion, prove_conversion
@@ -19,6 +20,7 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.execute import Run, execute
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.model_card import merge_card
+from surgery.engine.recorded import recorded_recipe
 from surgery.insertion.draws import Draws
 from surgery.insertion.fresh_result import FreshResult
 from surgery.insertion.inserted import INSERTED_KINDS, begun_bottlenecks, begun_prefix, begun_prompt
@@ -326,7 +328,7 @@ def _write(
             options.calibration.check_unchanged()
         errors = dict(sorted(found.start.errors.items())) if found.start is not None else {}
         result = replace(result, errors=errors)
-        staged.commit(result.as_manifest())
+        staged.commit({**result.as_manifest(), "version": __version__} | recorded_recipe())
     beside = folder / _CONVERTIBLE if len(parts) > 1 else None
     return replace(result, output=folder, convertible=beside)
 

@@ -30,6 +30,7 @@ from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from surgery.insertion.unmerged import UnmergedResult
     from surgery.onnx.export.into_graph import GraphInsertion
     from surgery_formats.canonical.adapter import Adapter
 
@@ -47,6 +48,7 @@ def insert(
     output: StrPath | None = None,
     required: bool = False,
     gated: bool = False,
+    unmerged: bool = False,
     new: str | None = None,
     rank: int | None = None,
     alpha: float | None = None,
@@ -62,7 +64,7 @@ def insert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> DeltaResult | FreshResult | GraphInsertion:
+) -> DeltaResult | FreshResult | GraphInsertion | UnmergedResult:
     """Put what a fine-tune changed into its base, slots for adapters into an ONNX graph; or begin an adapter beside a model.
 
     Args:
@@ -75,6 +77,8 @@ def insert(
         required: Of a graph: whether slots and strengths are inputs without a default, for runtimes that pass no optional
             ones.
         gated: Of a graph: put the adapters into it, each behind an input for its strength, by default its weight.
+        unmerged: Of a checkpoint: put adapters beside it in one folder, where transformers and PEFT load them: the first with the
+            model, others by their names.
         new: Begin an adapter of this kind for the checkpoint: ``lora``, ``dora``, ``rslora``, ``ia3``, ``loha``, ``lokr``,
             ``oft``, ``vera``, ``bottleneck``, ``prompt``, ``prefix``.
         rank: Of `new`: directions of a module (16); the side of a block of an OFT, the width of a bottleneck, the number of
@@ -115,7 +119,7 @@ def insert(
     asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
     asked |= {"release": release, "residual": residual, "format": format}
     if new is not None:
-        if what is not None or base is not None or required or gated:
+        if what is not None or base is not None or required or gated or unmerged:
             raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
         return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
     if odd := [name for name, value in asked.items() if value is not None]:
@@ -123,11 +127,17 @@ def insert(
     if what is None:
         raise UsageError("nothing to insert was named", hint="or name a kind of adapter to begin")
     if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
+        if unmerged:
+            raise UsageError("an adapter lies beside a checkpoint", hint="a graph has slots without being asked")
         options = {"required": required, "gated": gated, "overwrite": overwrite}
         return _into_graph(path, what, base, folder, **options)
     if base is not None or required or gated:
         raise FitError("a checkpoint has no slots", hint="`base=`, `required=` and `gated=` are for an .onnx file")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
+    if unmerged:
+        from surgery.insertion.unmerged import insert_unmerged
+
+        return insert_unmerged(as_checkpoint(model, "model"), as_weighted(what, "what"), folder, run)
     return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.edit.constants import Constants
+from surgery.onnx.edit.integers import product_of
 from surgery.onnx.edit.slots import Readers, readers_of
 from surgery.onnx.edit.uses import attribute, graphs_in
 
@@ -124,8 +125,12 @@ def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constan
     op = node.op_type
     if op == "Gather" and node.input[0] in constants and attribute(node, "axis", 0) == 0:
         return _Map(node, "table", node.input[1], node.input[0], False, 1.0)
+    if op == "DequantizeLinear" and (rows := producers.get(node.input[0])) is not None and rows.op_type == "Gather":
+        return _mapped(node.input[0], producers, constants)
     if op == "MatMulNBits" and node.input[1] in constants:
         return _Map(node, "product", node.input[0], node.input[1], True, 1.0)
+    if (integers := product_of(node, producers)) is not None and integers[0].input[1] in constants:
+        return _Map(integers[0], "product", integers[1].x, integers[0].input[1], False, 1.0)
     if len(node.input) < 2 or node.input[0] in constants or node.input[1] not in constants:
         return None
     x, weight = node.input[0], node.input[1]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldedWeight", "Folding", "fold_branches"]
 
 Array = npt.NDArray[Any]
+_NUMBERS = (1, 10, 11, 16)  # TensorProto.FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,8 +152,8 @@ def _stored(branch: Branch, constants: Constants) -> tuple[str, bool]:
     Raises:
         FitError: it is made of codes or of several tensors.
     """
-    if branch.node.op_type == "MatMulNBits":
-        raise _of_codes(branch, "codes of a MatMulNBits")
+    if branch.node.op_type in ("MatMulNBits", "MatMulInteger"):
+        raise _of_codes(branch, f"codes of a {branch.node.op_type}")
     name, turned = branch.weight, False
     while constants.initializer(name) is None:
         node = constants.producer(name)
@@ -162,6 +163,9 @@ def _stored(branch: Branch, constants: Constants) -> tuple[str, bool]:
             name, turned = node.input[0], not turned
         else:
             raise _of_codes(branch, f"made by a {show(node.op_type, 40)}" if node is not None else "an input")
+    stored = constants.initializer(name)
+    if stored is not None and stored.data_type not in _NUMBERS:
+        raise _of_codes(branch, "codes")
     return name, turned
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from surgery.engine.execute import default_workers
 from surgery.onnx.edit.coded_nodes import coded_matrices
 from surgery.onnx.edit.compare import differing_rows, is_there
-from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_weights
+from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_vector, nearest_weights
 from surgery.onnx.edit.matrix import Matrix, float_matrices
 from surgery.onnx.edit.pieces import Piece, Place, compact, count_of
 from surgery.onnx.edit.quantised import CodedMatrix
@@ -234,6 +234,7 @@ class _Search:
         others: list[str] = []
         near: list[Near] = []
         left = [weight for weight in located.missing if not weight.is_vector]
+        vectors = [weight for weight in located.missing if weight.is_vector]
         scales = {one.scales.name for (one,) in self.coded.values() if one.scales is not None}
         for name in (*self.plain, *self.coded):
             pieces = self.found.get(name, ())
@@ -250,6 +251,8 @@ class _Search:
                 tables[name] = "scales of codes"
             elif isinstance(first, Matrix) and (what := known_table(first)):
                 tables[name] = what
+            elif isinstance(first, Matrix) and first.cols == 1 and (close := nearest_vector(first, vectors)):
+                near.append(close)
             elif first.cols > 1 and left and (changed := nearest_weights(places, left)):
                 near += changed
             else:
