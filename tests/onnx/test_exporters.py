@@ -121,3 +121,13 @@ def test_pefts_own_merge_is_what_another_graph_of_it_holds(tmp_path: Path) -> No
     found = surgery.locate(tmp_path / "merged" / "model.onnx", peft).located
     assert {one.label for one in found.missing} <= {key[8:] for key in pair.expected("lora")}
     assert all(one.distance < 1e-6 for one in found.near)
+
+
+@pytest.mark.parametrize(("name", "told"), [("qdq-vit", True), ("script-vit", False), ("quantized-bert", False)])
+def test_ranges_of_activations_are_told(name: str, told: bool, tmp_path: Path) -> None:
+    pair = PAIRS[name]
+    adapter = pair.adapter(main_adapter(pair))
+    merged = surgery.merge(pair.graph, adapter, graph_of=pair.base, output=tmp_path / "merged")
+    slots = surgery.insert(pair.graph, adapter, base=pair.base, output=tmp_path / "slots")
+    for result in (merged, slots):
+        assert any("ranges" in text for text in result.warnings) is told

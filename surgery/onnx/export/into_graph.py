@@ -15,6 +15,7 @@ from surgery.onnx.edit.additions import BoundAdditions, bound_additions, factors
 from surgery.onnx.edit.gates import GatedAdapter, add_gated
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.places import places_of
+from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.edit.slots import SlotShape, Spot, add_slots, spots_of
 from surgery.onnx.edit.unfuse import unfuse
 from surgery.onnx.export.adapters import NamedAdapter, entry
@@ -190,7 +191,7 @@ def insert_adapters(
         for named in adapters
         for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
     )
-    warnings += _of_ranges(model)
+    warnings += warning_of_ranges(model)
     nodes, written = _nodes(model) - before, 0
     if output is not None:
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
@@ -213,14 +214,6 @@ def _check_replaced(bounds: Sequence[BoundAdditions], *, required: bool, gated: 
             file=found.adapter.path,
             hint="without `required=`" if required else "without `gated=`, or merge it",
         )
-
-
-def _of_ranges(model: onnx.ModelProto) -> tuple[str, ...]:
-    """A warning of activations that are quantised: their ranges are the base's."""
-    stored = {one.name for one in model.graph.initializer}
-    if all(node.op_type != "QuantizeLinear" or node.input[0] in stored for node in model.graph.node):
-        return ()
-    return ("activations are quantised to ranges that were measured without an adapter: what it adds is cut off there",)
 
 
 def _nodes(model: onnx.ModelProto) -> int:
