@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery._version import __version__
+from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, of_adapter, stored_past
 from surgery.onnx.graph.build import GraphOptions
 from surgery.onnx.graph.target import TARGETS
@@ -135,7 +136,8 @@ def write_key_values(found: KeyValues, output: Path, *, overwrite: bool, inputs:
         for name, values in found.arrays.items():
             if name not in written or bytes(as_bytes(written[name].read())) != bytes(as_bytes(values)):
                 raise ProofError("was not written as it was computed", file=output, tensor=name)
-        folder.commit({"plan": job, "inputs": dict(found.facts), "bake": found.result.as_manifest()})
+        account = {"plan": job, "inputs": dict(found.facts), "bake": found.result.as_manifest()}
+        folder.commit(account | recorded_recipe())
     return replace(found.result, output=output, loading=_LOADING.format(output))
 
 
