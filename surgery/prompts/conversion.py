@@ -27,7 +27,7 @@ from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
 
-__all__ = ["TARGETS", "Conversion", "check_alone", "converted", "table_of"]
+__all__ = ["TARGETS", "PromptConversion", "check_alone", "converted", "table_of"]
 
 _ROWS = {"prompt": "PROMPT_TUNING", "p-tuning": "P_TUNING", "cpt": "CPT"}
 _INVERSIONS = ("embedding", "learned-embeds")
@@ -37,7 +37,7 @@ _SAME = "the same rows before the input"
 
 
 @dataclass(frozen=True)
-class Conversion:
+class PromptConversion:
     """A prompt of another kind.
 
     Attributes:
@@ -79,7 +79,7 @@ def check_alone(adapter: Adapter, prompt: SoftPrompt) -> None:
         raise FitError("the soft prompt is for an encoder and its decoder", file=adapter.path)
 
 
-def converted(adapter: Adapter, prompt: SoftPrompt, to: str, base: Component | None) -> Conversion:
+def converted(adapter: Adapter, prompt: SoftPrompt, to: str, base: Component | None) -> PromptConversion:
     """`prompt` as `to`, one of `TARGETS`.
 
     Args:
@@ -109,7 +109,7 @@ def converted(adapter: Adapter, prompt: SoftPrompt, to: str, base: Component | N
         token = str(adapter.config.get("token", "")) if of_inversion else ""
         site = next(iter(adapter.updates)).component if of_inversion else ""
         made = MadePrompt(to, "TEXTUAL_INVERSION", rows, prompt.dim, token=token, component=site)
-        return Conversion(
+        return PromptConversion(
             made, _SAME if of_inversion else "the same rows", of_inversion, () if of_inversion else _PLACE
         )
     if to == "adapterhub":
@@ -123,8 +123,8 @@ def converted(adapter: Adapter, prompt: SoftPrompt, to: str, base: Component | N
         "PEFT goes on training it from here only as prompt tuning: what it was trained through is not in files",
     )
     if adapter.kind == "TEXTUAL_INVERSION":
-        return Conversion(made, "the same rows", False, _PLACE)
-    return Conversion(made, _SAME, True, warnings if to == "p-tuning" else ())
+        return PromptConversion(made, "the same rows", False, _PLACE)
+    return PromptConversion(made, _SAME, True, warnings if to == "p-tuning" else ())
 
 
 _PLACE = (
@@ -142,7 +142,7 @@ def _needed(base: Component | None) -> tuple[Component, Model]:
     return base, model
 
 
-def _as_prefix(adapter: Adapter, prompt: SoftPrompt, known: tuple[Component, Model]) -> Conversion:
+def _as_prefix(adapter: Adapter, prompt: SoftPrompt, known: tuple[Component, Model]) -> PromptConversion:
     """What the model makes of the rows, computed once."""
     from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past
     from surgery.onnx.graph.build import GraphOptions
@@ -161,10 +161,12 @@ def _as_prefix(adapter: Adapter, prompt: SoftPrompt, known: tuple[Component, Mod
     table = np.ascontiguousarray(stacked.transpose(2, 0, 1, 3)).reshape(prompt.virtual_tokens, -1)
     prefix = Prefix(len(model.layers), heads, dim)
     made = MadePrompt("peft", "PREFIX_TUNING", table, heads * dim, prefix, adapter.base_name)
-    return Conversion(made, "the keys and values that the model makes of the rows")
+    return PromptConversion(made, "the keys and values that the model makes of the rows")
 
 
-def _of_prefix(adapter: Adapter, prompt: SoftPrompt, prefix: Prefix, to: str, base: Component | None) -> Conversion:
+def _of_prefix(
+    adapter: Adapter, prompt: SoftPrompt, prefix: Prefix, to: str, base: Component | None
+) -> PromptConversion:
     if to not in ("prefix", "adapterhub"):
         raise FitError(
             f"{prompt.kind} holds keys and values of every layer: no rows before the input make a model have these",
@@ -187,7 +189,7 @@ def _of_prefix(adapter: Adapter, prompt: SoftPrompt, prefix: Prefix, to: str, ba
         made = MadePrompt(to, HUB_PREFIX, table, prompt.dim, prefix, adapter.base_name, base=base)
     else:
         made = MadePrompt("peft", "PREFIX_TUNING", table, prompt.dim, prefix, adapter.base_name)
-    return Conversion(made, how)
+    return PromptConversion(made, how)
 
 
 def _heads(prompt: SoftPrompt, prefix: Prefix, model: Model) -> Prefix:

@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": TOKENS, "prefix_projection": True, "encoder_hidden_size": 16},
     ),
+    "cartridge": ("CartridgeConfig", {"num_virtual_tokens": TOKENS}),
 }
 
 

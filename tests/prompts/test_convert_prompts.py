@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file as load_numpy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery_formats.errors import FitError
@@ -177,3 +179,29 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="counts positions otherwise"):
         surgery.prompt_combine([HUB / "prefix", HUB / "prefix-mlp"], output=out)
     assert any("different bases" in text for text in surgery.prompt_combine([three, PROMPT], dry_run=True).warnings)
+
+
+def test_a_projection_whose_sizes_do_not_fit_is_refused(tmp_path: Path) -> None:
+    for name, change in (("wte.weight", (3, 15)), ("control_trans.0.bias", (4,)), ("control_trans.2.weight", (32,))):
+        folder = tmp_path / name
+        shutil.copytree(HUB / "prefix-mlp", folder)
+        tensors = torch.load(folder / "pytorch_adapter.bin")
+        (folder / "pytorch_adapter.bin").unlink()
+        main = {key: value.clone() for key, value in tensors.items() if ".layers." not in key}
+        kept = {
+            f"model.layers.0.self_attn.prefix_tuning.pool.{key.partition('prefix_tuning.')[2]}": value
+            for key, value in main.items()
+        }
+        key = next(key for key in main if key.endswith(name))
+        main[key] = torch.zeros(change)
+        save_file({key: value.clone() for key, value in (main | kept).items()}, folder / "adapter.safetensors")
+        with pytest.raises(FitError, match="do not fit"):
+            surgery.prompt_show(folder)
+    for length in (None, "three", -1, 7):
+        folder = tmp_path / str(length)
+        shutil.copytree(HUB / "prefix", folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["config"]["prefix_length"] = length
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(FitError, match="numbers for"):
+            surgery.prompt_show(folder)

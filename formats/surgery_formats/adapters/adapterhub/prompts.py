@@ -55,6 +55,8 @@ def hub_prompt(adapter: Adapter) -> SoftPrompt | None:
     if prompts:
         ((_, rows),) = prompts[0].held
         (table,) = rows.tensors
+        if len(table.shape) != 2:
+            raise FitError(f"{list(table.shape)}, not rows of an embedding", file=adapter.path, tensor=table.name)
         return SoftPrompt(HUB_PROMPT, table, table.shape[0], table.shape[-1]).check()
     if settings.get("use_gating") or settings.get("leave_out"):
         raise FitError("its prefix has gates, or is not on every layer", file=adapter.path)
@@ -65,7 +67,10 @@ def hub_prompt(adapter: Adapter) -> SoftPrompt | None:
     parts = {name.partition(".")[2]: factor.tensors[0] for name, factor in whole.held}
     if {name.partition(".")[0] for name, _ in whole.held} != {"self_prefix"} or not layers:
         raise FitError("its prefix is not that of a decoder's own attention", file=adapter.path)
-    table = _table(parts, int(settings.get("prefix_length") or 0), str(settings.get("non_linearity", "tanh")), adapter)
+    length = settings.get("prefix_length")
+    table = _table(parts, length if type(length) is int else 0, str(settings.get("non_linearity", "tanh")), adapter)
+    if table.shape[1] % (2 * layers):
+        raise FitError(f"{table.shape[1]} numbers per token for {layers} layers", file=adapter.path)
     width = table.shape[1] // (2 * layers)
     return SoftPrompt(HUB_PREFIX, table, table.shape[0], width, 1, Prefix(layers, 1, width)).check()
 
@@ -81,6 +86,13 @@ def _table(parts: dict[str, Tensor], tokens: int, activation: str, adapter: Adap
     if parts.keys() != set(names) or activation not in ("tanh", "relu"):
         raise FitError(f"its prefix goes through '{show(activation, 40)}', which is not read", file=adapter.path)
     tensors = [parts[name] for name in names]
+    sizes = [tensor.shape for tensor in tensors]
+    inner, width = (sizes[3][1], sizes[3][0]) if len(sizes[3]) == 2 else (0, 0)
+    if (
+        sizes[1:] != [(inner, sizes[0][-1] if sizes[0] else 0), (inner,), (width, inner), (width,)]
+        or len(sizes[0]) != 2
+    ):
+        raise FitError("the sizes of what its prefix goes through do not fit", file=adapter.path)
 
     def make() -> Array:
         rows, first, first_bias, second, second_bias = (cast(tensor.read(), DType.F32) for tensor in tensors)
