@@ -59,7 +59,7 @@ def recorded_recipe() -> dict[str, Any]:
         if name in NOT_RECORDED or value is parameter.default or _is_nothing(value):
             continue
         annotation = str(parameter.annotation)
-        if takes_references(annotation):
+        if takes_references(annotation) or isinstance(value, os.PathLike):
             step[name] = names.recorded(name, value)
         elif isinstance(value, Rank):
             step |= rank_fields(value)
@@ -76,8 +76,10 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if value is None or isinstance(value, bool | str):
         return value
+    if not isinstance(value, Real):
+        return type(value).__name__  # an object: it is made by a program, and by no recipe
     return int(value) if isinstance(value, Integral) else float(value)
 
 

@@ -35,16 +35,8 @@ from surgery_formats.text import closest, listing, show
 __all__ = ["RANKED", "VERBS", "Input", "Recipe", "Reference", "Step", "read_recipe"]
 
 VERBS = (
-    "combine",
-    "resize",
-    "convert",
-    "extract-lora",
-    "insert",
-    "merge",
-    "unmerge",
-    "layers",
-    "export-onnx",
-    "verify",
+    *("combine", "resize", "convert", "extract-lora", "insert", "merge", "unmerge", "layers", "export-onnx", "verify"),
+    *("fold", "prompt-bake", "prompt-combine", "prompt-convert", "prompt-transfer"),
 )
 """What a step may do."""
 RANKED = ("rank", "energy", "max_error", "budget", "rank_pattern")
@@ -235,7 +227,7 @@ def _step(path: Path, number: int, entry: Value) -> Step:
     step = Step(number, entry.line, verb.text.replace("_", "-"), {}, {})
     if step.verb not in VERBS:
         raise step.fail(
-            f"no step does '{show(verb.text)}'", closest(verb.text, VERBS) or f"there are {listing(VERBS, 12)}"
+            f"no step does '{show(verb.text)}'", closest(verb.text, VERBS) or f"there are {listing(VERBS, 20)}"
         )
     parameters = inspect.signature(step.function).parameters
     arguments: dict[str, Any] = {}

@@ -133,6 +133,9 @@ MANIFESTS: Mapping[str, Any] = {
     "extract": lambda out: surgery.extract_lora(
         "examples/base", "examples/tuned", rank=surgery.Rank.energy(0.9), output=out
     ),
+    "fresh": lambda out: surgery.insert("examples/base", new="lora", rank=2, seed=5, output=out),
+    "unmerged": lambda out: surgery.insert("examples/base", "examples/lora", unmerged=True, output=out),
+    "prompt": lambda out: surgery.prompt_bake("examples/base", "examples/prompt", output=out),
     "convert": lambda out: surgery.convert("examples/lora", "mlx", output=out),
     "export": lambda out: surgery.export_onnx("examples/base", merge="examples/lora", output=out, target="cpu"),
     "recipe": lambda out: surgery.apply(write(CHAIN), output=out),
