@@ -19,6 +19,8 @@ from surgery.onnx.graph.target import TARGETS
 from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery.onnx.run.tokenizer import open_tokenizer
 from surgery.prompts.bake_result import BakeResult
+from surgery.prompts.conversion import check_positions
+from surgery_formats.adapters.soft_prompts import soft_prompt
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.safetensors import layout
@@ -71,6 +73,7 @@ def key_values(adapter: Adapter | None, text: str | None, base: Checkpoint, dtyp
     if adapter is not None:
         if adapter.updates and adapter.prompt is not None:
             raise FitError(f"it also changes {len(adapter.updates)} weights of the model", file=adapter.path)
+        check_positions(adapter, soft_prompt(adapter))
         prompt = of_adapter("prompt", adapter, model)
     else:
         ids = tuple(open_tokenizer(component.folder).encode(text or ""))

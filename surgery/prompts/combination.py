@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from surgery.prompts.conversion import check_alone, table_of
+from surgery.prompts.conversion import check_alone, check_positions, table_of
 from surgery.prompts.made_prompt import MadePrompt
-from surgery_formats.adapters.adapterhub.prompts import HUB_PREFIX, HUB_PROMPT
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.errors import FitError
@@ -36,10 +35,7 @@ def combined(prompts: Sequence[tuple[Adapter, SoftPrompt, float]], method: str) 
         raise FitError("two prompts or more are combined")
     for adapter, prompt, _ in prompts:
         check_alone(adapter, prompt)
-        if prompt.kind in (HUB_PREFIX, HUB_PROMPT):
-            raise FitError(
-                "it is AdapterHub's, which counts positions otherwise", file=adapter.path, hint="convert it first"
-            )
+        check_positions(adapter, prompt)
     (first, like, _), *others = prompts
     for adapter, prompt, _ in others:
         if (prompt.prefix, prompt.dim) != (like.prefix, like.dim):

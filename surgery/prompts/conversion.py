@@ -27,7 +27,7 @@ from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
 
-__all__ = ["TARGETS", "PromptConversion", "check_alone", "converted", "table_of"]
+__all__ = ["TARGETS", "PromptConversion", "check_alone", "check_positions", "converted", "layout_for", "table_of"]
 
 _ROWS = {"prompt": "PROMPT_TUNING", "p-tuning": "P_TUNING", "cpt": "CPT"}
 _INVERSIONS = ("embedding", "learned-embeds")
@@ -77,6 +77,18 @@ def check_alone(adapter: Adapter, prompt: SoftPrompt) -> None:
         )
     if prompt.submodules > 1:
         raise FitError("the soft prompt is for an encoder and its decoder", file=adapter.path)
+
+
+def check_positions(adapter: Adapter, prompt: SoftPrompt) -> None:
+    """Refuse a prompt of AdapterHub, beside which positions are others than PEFT's.
+
+    Raises:
+        FitError: it is one.
+    """
+    if prompt.kind in (HUB_PREFIX, HUB_PROMPT):
+        raise FitError(
+            "it is AdapterHub's, which counts positions otherwise", file=adapter.path, hint="convert it to PEFT's first"
+        )
 
 
 def converted(adapter: Adapter, prompt: SoftPrompt, to: str, base: Component | None) -> PromptConversion:
@@ -177,10 +189,10 @@ def _of_prefix(
         table, how = table_of(prompt), "the same keys and values"
         if base is not None:
             _, model = _needed(base)
-            prefix = _heads(prompt, prefix, model)
+            prefix = layout_for(prompt, prefix, model)
     else:
         base, model = _needed(base)
-        prefix = _heads(prompt, prefix, model)
+        prefix = layout_for(prompt, prefix, model)
         positions = prompt.virtual_tokens if from_hub else -prompt.virtual_tokens
         table = turned_keys(table_of(prompt), model, positions)
         how = f"the keys turned by {abs(positions)} positions, which the two programs count differently"
@@ -192,7 +204,7 @@ def _of_prefix(
     return PromptConversion(made, how)
 
 
-def _heads(prompt: SoftPrompt, prefix: Prefix, model: Model) -> Prefix:
+def layout_for(prompt: SoftPrompt, prefix: Prefix, model: Model) -> Prefix:
     """The layout, by the model's heads where the file does not tell them.
 
     Raises:

@@ -288,6 +288,9 @@ def test_what_cannot_be_baked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         surgery.prompt_bake(BASE, PROMPT, output=out, name="a b")
     with pytest.raises(FitError, match="LORA has no virtual tokens"):
         surgery.prompt_bake(BASE, ROOT / "examples" / "lora", output=out)
+    recipes.build("bert_sentence", tmp_path / "bert")
+    with pytest.raises(FitError, match="baked for decoders"):
+        surgery.prompt_bake(tmp_path / "bert", write_prompt(tmp_path / "p", np.ones((2, 32), np.float32)), output=out)
     surgery.prompt_bake(BASE, PROMPT, output=out)
     with pytest.raises(FitError, match="has a token '<p_0>'"):
         surgery.prompt_bake(out, PROMPT, output=tmp_path / "twice")

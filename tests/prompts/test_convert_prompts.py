@@ -205,3 +205,20 @@ def test_a_projection_whose_sizes_do_not_fit_is_refused(tmp_path: Path) -> None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(FitError, match="numbers for"):
             surgery.prompt_show(folder)
+
+
+def test_adapterhubs_own_are_shown_and_not_taken_for_pefts(tmp_path: Path) -> None:
+    part = surgery.prompt_show(HUB / "prefix", base=HUB / "base").parts[0]
+    assert (part.tokens, part.prefix.layers, part.prefix.kv_heads, part.prefix.head_dim) == (3, 2, 2, 4)
+    assert surgery.prompt_show(HUB / "prefix").parts[0].norms == part.norms
+    assert surgery.prompt_show(GOLDEN / "adapterhub" / "bert-prompt").parts[0].tokens == 4
+    with pytest.raises(FitError, match="counts positions otherwise"):
+        surgery.prompt_nearest(HUB / "prefix", HUB / "base", by="effect", texts=[[1, 2, 3]])
+    with pytest.raises(FitError, match="counts positions otherwise"):
+        surgery.prompt_bake(HUB / "base", HUB / "prefix", form="kv", output=tmp_path / "out")
+    with pytest.raises(FitError, match="no tokens"):
+        surgery.prompt_nearest(HUB / "prefix", HUB / "base")
+    with pytest.raises(FitError, match="behind the embeddings"):
+        surgery.prompt_nearest(GOLDEN / "adapterhub" / "bert-prompt", GOLDEN / "adapterhub" / "base" / "bert")
+    with pytest.raises(FitError, match="was made for 2 layers"):
+        surgery.prompt_show(HUB / "prefix", base=BASE)

@@ -17,14 +17,14 @@ from surgery.engine.arithmetic import check_finite, compute
 from surgery.engine.jobs import Write
 from surgery.engine.ledger import CodeChange, Measurement
 from surgery.engine.plan import Compute
-from surgery.onnx.edit.aspect import bits, rounded_bits
+from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.changes import Change, TensorChange
 from surgery.onnx.edit.coded_weight import CodedWeight
 from surgery.onnx.edit.compare import is_there
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
 from surgery.onnx.edit.quantised import CodedMatrix
-from surgery.onnx.edit.turning import turned
+from surgery.onnx.edit.turning import held, turned
 from surgery.onnx.edit.watched import Watched
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
@@ -166,7 +166,8 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
     height = max(1, _STRIP // max(width, 1))
     for start in range(0, whole.rows, height):
         stop_row = min(start + height, whole.rows)
-        strip = numpy.ascontiguousarray(whole.block(start, stop_row))
+        strip = held("strip", (stop_row - start) * width).view(place.dtype.numpy).reshape(-1, place.cols)
+        tensor.file.read_into(as_bytes(strip), tensor.offset + start * width)
         for one in ordered:
             put = _Scatter(strip, start, one.piece)
             done = _updated(label, one, place.dtype, put.rows, stop, device, put.check if _is_plain(one) else None)
@@ -188,10 +189,14 @@ def _rows_check(whole: Matrix, first: int, change: Change) -> Rows:
 
     def check(row: int, values: numpy.ndarray) -> None:
         there = whole.block(first + row, first + row + len(values))
-        if not numpy.array_equal(rounded_bits(values, whole.dtype), bits(there, whole.dtype)):
+        if not _same(rounded_bits(values, whole.dtype), bits(there, whole.dtype), whole.dtype):
             raise _not_the_base(change.piece)
 
     return check
+
+
+def _same(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
+    return numpy.array_equal(mine, there) or not differing(mine, there, dtype).any()
 
 
 def _not_the_base(piece: Piece) -> FitError:
@@ -290,13 +295,13 @@ class _Scatter:
         held = self._strip.view(mine.dtype)
         if piece.turned:
             columns = slice(int(there[0]), int(there[-1]) + 1) if self._runs else there
-            same = numpy.array_equal(turned(mine)[low:high], held[low + shift : high + shift, columns])
+            same = _same(turned(mine)[low:high], held[low + shift : high + shift, columns], dtype)
         else:
             inside = (there >= low) & (there < high)
             if inside.all() and self._runs:
-                same = numpy.array_equal(mine, held[int(there[0]) + shift : int(there[-1]) + 1 + shift])
+                same = _same(mine, held[int(there[0]) + shift : int(there[-1]) + 1 + shift], dtype)
             else:
-                same = numpy.array_equal(mine[inside], held[there[inside] + shift])
+                same = _same(mine[inside], held[there[inside] + shift], dtype)
         if not same:
             raise _not_the_base(piece)
 

@@ -74,6 +74,22 @@ def test_a_layout_is_found(tmp_path: Path, base: Path, values: np.ndarray, expec
     assert found(located(graph_of(tmp_path / "g.onnx", [initializer("val_7", values)]), base)) == wanted
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_converter_to_float16_raises_is_no_difference(tmp_path: Path, turned: bool) -> None:
+    """onnxruntime.transformers.float16: values below 1e-7 become 1e-7, zeros stay."""
+    small = Q.copy()
+    small[17, 11], small[20, 3], small[5, 15] = 3e-8, -9e-8, 0
+    tiny = BIAS.copy()
+    tiny[20] = -1e-9
+    base = base_of(tmp_path / "base", {"q.weight": small, "q.bias": tiny})
+    raised = [np.where((np.abs(x) < 1e-7) & (x != 0), np.copysign(1e-7, x), x).astype("f2") for x in (small, tiny)]
+    tensors = [initializer("w", raised[0].T if turned else raised[0]), initializer("b", raised[1])]
+    assert not located(graph_of(tmp_path / "g.onnx", tensors), base).missing
+    raised[0][17, 11] = 3e-7
+    tensors = [initializer("w", raised[0].T if turned else raised[0]), initializer("b", raised[1])]
+    assert len(located(graph_of(tmp_path / "h.onnx", tensors), base).missing) == 1
+
+
 def test_rows_in_another_order_are_found(tmp_path: Path, base: Path) -> None:
     order = np.random.default_rng(5).permutation(32)
     result = located(graph_of(tmp_path / "g.onnx", [initializer("w", Q[order])]), base)

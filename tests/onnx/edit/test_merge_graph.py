@@ -207,6 +207,18 @@ def test_a_dry_run_names_what_would_change(tmp_path: Path, base: Path) -> None:
     assert "would write" in result.summary().as_text()
 
 
+def test_scales_of_activations_are_warned_of(tmp_path: Path, base: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("QuantizeLinear", ["a", "s"], ["b"]),
+        helper.make_node("DequantizeLinear", ["b", "s"], ["y"]),
+    ]
+    tensors = [initializer("w", WEIGHTS[PLACES["q"]].T), initializer("s", np.float32(0.1))]
+    path = graph_of(tmp_path / "in" / "g.onnx", tensors, nodes)
+    result = surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, dry_run=True)
+    assert "calibrated for the base" in result.warnings[-1]
+
+
 def test_files_that_run_the_graph_go_along(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])], external=True)
     (path.parent / "genai_config.json").write_text("{}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from surgery_formats.adapters.onnx_adapter.names import factor_name, factor_pairs
+from surgery_formats.adapters.onnx_adapter.names import factor_name, factor_pairs, is_parameter
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx_adapter import ELEMENTS
 from surgery_formats.dtypes import DType
@@ -75,11 +75,13 @@ class GraphSlots:
         path: The graph.
         by_module: The slots, in the order of its inputs.
         dtype: Type of all of them.
+        parameters: Inputs of that type that are parameters with a default, by name.
     """
 
     path: Path
     by_module: Mapping[str, GraphSlot]
     dtype: DType
+    parameters: Mapping[str, FactorInput] = field(default_factory=dict)
 
 
 def slots_in(path: Path) -> GraphSlots:
@@ -93,9 +95,13 @@ def slots_in(path: Path) -> GraphSlots:
     proto = graph.proto.graph
     defaults = {one.name: math.prod(one.dims) for one in proto.initializer}
     inputs: dict[str, FactorInput] = {}
+    parameters: dict[str, FactorInput] = {}
     for one in proto.input:
         kind = one.type.tensor_type
         if factor_name(one.name) is None:
+            if one.name in defaults and is_parameter(one.name) and kind.elem_type in _TYPES:
+                dims = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
+                parameters[one.name] = FactorInput(one.name, dims, _TYPES[kind.elem_type], defaults[one.name])
             continue
         if kind.elem_type not in _TYPES or not kind.HasField("shape"):
             raise FitError("the input has no shape, or a type that no factor has", file=path, tensor=one.name)
@@ -118,4 +124,5 @@ def slots_in(path: Path) -> GraphSlots:
     types = {one.dtype for slot in by_module.values() for one in (slot.A, slot.B)}
     if len(types) > 1:
         raise FitError("its slots are of several types", file=path)
-    return GraphSlots(path, by_module, types.pop())
+    dtype = types.pop()
+    return GraphSlots(path, by_module, dtype, {name: one for name, one in parameters.items() if one.dtype is dtype})

@@ -4,7 +4,7 @@
 Its arrays are inputs of a graph, ``MODULE.lora_A.weight`` (in, rank) and ``MODULE.lora_B.weight`` (rank, out). The names are those of
 Olive's ``convert-adapters`` (``olive/cli/convert_adapters.py``): PEFT's, without ``base_model.model.`` where ``model.`` follows; other
 exporters' are in `names`. The scale is in B. Of an embedding A is ``(V, rank)``, one row for each token; of a convolution both are
-as PEFT has them.
+as PEFT has them. Heads, biases and norms that an adapter gives in full are arrays under their own names.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.adapters.embeddings import is_embedding
-from surgery_formats.adapters.onnx_adapter.names import canonical_module, factor_name
+from surgery_formats.adapters.onnx_adapter.names import (
+    HEADS,
+    canonical_module,
+    factor_name,
+    is_of_head,
+    is_parameter,
+)
 from surgery_formats.canonical.adapter import Adapter, Ignored, Site
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.updates import Factor, LoRA, Update
+from surgery_formats.updates import Factor, LoRA, Replacement, Update
 
 __all__ = ["A", "B", "FilledSlot", "read_onnx_adapter"]
 
@@ -57,6 +63,7 @@ def read_onnx_adapter(path: Path, filled: Mapping[str, FilledSlot] | None = None
     shard = open_onnx_adapter(path)
     pairs: dict[str, dict[str, StoredTensor]] = {}
     ignored: list[Ignored] = []
+    replaced: dict[Site, tuple[Update, ...]] = {}
     for tensor in shard.tensors:
         if tensor.name.endswith(".base_layer.weight"):
             ignored.append(
@@ -64,6 +71,11 @@ def read_onnx_adapter(path: Path, filled: Mapping[str, FilledSlot] | None = None
             )
             continue
         found = factor_name(tensor.name)
+        if found is None and _is_parameter(tensor):
+            replaced[Site(tensor.name)] = (
+                Replacement(Factor.of(tensor), "copy" if is_of_head(tensor.name) else "in place"),
+            )
+            continue
         if found is None:
             raise _unread(tensor)
         head, _, tail = tensor.name.rpartition(f".lora_{found.side}")
@@ -89,11 +101,18 @@ def read_onnx_adapter(path: Path, filled: Mapping[str, FilledSlot] | None = None
         path=path,
         format="onnx-adapter",
         kind="LORA",
-        updates=dict(sorted(updates.items())),
+        updates=dict(sorted((updates | replaced).items())),
         tensors=shard.tensors,
         ignored=tuple(ignored),
+        new_modules=HEADS,
         keeps_ties=False,
     )
+
+
+def _is_parameter(tensor: StoredTensor) -> bool:
+    """Whether an array is a small parameter that an adapter gives in full: of a head, a bias or a norm."""
+    whole = len(tensor.shape) == 1 or (len(tensor.shape) == 2 and is_of_head(tensor.name))
+    return whole and is_parameter(tensor.name)
 
 
 def _guessed(name: str, down: StoredTensor, up: StoredTensor, path: Path) -> FilledSlot:
@@ -133,6 +152,9 @@ def _lora(down: StoredTensor, up: StoredTensor, slot: FilledSlot) -> LoRA:
 def _unread(tensor: StoredTensor) -> FitError:
     if ".quant." in tensor.name:
         why, hint = "factors as codes of 4 bits, as Olive makes them", "convert the adapter that they were made from"
+    elif ".adapters" in tensor.name or ".invertible_adapters" in tensor.name:
+        why = "of a module that is inserted into a graph, which no weight can hold"
+        hint = "`surgery run` takes such files as they are; convert the adapter that it was made from"
     elif tensor.name.startswith("past_key_values."):
         why, hint = (
             "keys and values of a prefix, which no weight can hold",

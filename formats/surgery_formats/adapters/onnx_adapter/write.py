@@ -14,6 +14,7 @@ from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.format import NewTensor, Rendering
 from surgery_formats.adapters.onnx_adapter.for_graph import GraphFilling
 from surgery_formats.adapters.onnx_adapter.graph_slots import GraphSlots
+from surgery_formats.adapters.onnx_adapter.names import is_of_head, is_parameter
 from surgery_formats.adapters.onnx_adapter.read import A, B
 from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
@@ -23,7 +24,7 @@ from surgery_formats.containers.onnx_adapter import plan_onnx_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing
-from surgery_formats.updates import LoRA
+from surgery_formats.updates import LoRA, Replacing, is_replacing
 
 __all__ = ["render_onnx_adapter"]
 
@@ -54,6 +55,9 @@ def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None, slots: GraphS
             lora = held.lora if not held.dora else None
             if site.module_kind == "experts":
                 ledger.drop(site, update, "a graph has no inputs for LoRAs of stacked experts")
+            elif is_replacing(update) and _has_place(site, update, slots):
+                tensors.append(factor_tensor(site.path, update.factors()["value"], update.stored.shape))
+                ledger.keep(site, update, "exact", "")
             elif lora is None:
                 ledger.drop(site, update, f"a graph's inputs hold a LoRA, no {update.kind}")
             elif number or not site.path.endswith(".weight") or (site.kernel and filling is None):
@@ -78,12 +82,27 @@ def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None, slots: GraphS
     ledger.drop_prompt(adapter)
     return Rendering(
         "adapter.onnx_adapter",
-        tuple(sorted(tensors, key=lambda tensor: tensor.name)) if filling is None else filling.tensors(),
+        (*sorted(tensors, key=lambda tensor: tensor.name), *(filling.tensors() if filling is not None else ())),
         entries=tuple(ledger.entries),
         held=ledger.held,
         packing=_packed,
         notes=() if filling is None else filling.notes(),
         filled={} if filling is None else filling.filled,
+    )
+
+
+def _has_place(site: Site, update: Replacing, slots: GraphSlots | None) -> bool:
+    """Whether a parameter that is given in full can be an input under its own name: small, and one that the graph has."""
+    shape = update.stored.shape
+    if not is_parameter(site.path) or not (len(shape) == 1 or (len(shape) == 2 and is_of_head(site.path))):
+        return False
+    if slots is None:
+        return True
+    known = slots.parameters.get(site.path)
+    return (
+        known is not None
+        and len(known.dims) == len(shape)
+        and all(size in (None, own) for size, own in zip(known.dims, shape, strict=True))
     )
 
 
