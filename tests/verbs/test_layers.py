@@ -265,7 +265,7 @@ def test_a_pickle_becomes_safetensors_and_a_type_is_cast(tmp_path: Path):
 
 def test_the_same_command_gives_the_same_bytes_and_a_dry_run_none(tmp_path: Path):
     base = make("llama", tmp_path / "base")
-    copied = shutil.copytree(base, tmp_path / "other place")
+    copied = shutil.copytree(base, tmp_path / "other place" / "base")
     for number, folder in enumerate((base, copied)):
         surgery.layers(folder, output=tmp_path / f"out{number}", repeat="1-2", workers=number + 1)
     names = sorted(path.name for path in (tmp_path / "out0").iterdir())
