@@ -24,7 +24,7 @@ from surgery.onnx.edit.uses import attribute, graphs_in
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Branch", "find_branches"]
+__all__ = ["LoraBranch", "find_branches"]
 
 Array = npt.NDArray[Any]
 Kind = Literal["product", "convolution", "table"]
@@ -32,7 +32,7 @@ _PASSING = ("Identity", "Cast", "Dropout")
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class LoraBranch:
     """A sum that adds what a LoRA makes of the inputs of a weight to what the weight makes of them.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Map:
     alpha: float
 
 
-def find_branches(model: onnx.ModelProto, constants: Constants) -> Iterator[Branch]:
+def find_branches(model: onnx.ModelProto, constants: Constants) -> Iterator[LoraBranch]:
     """The outermost branches, in the order of the nodes; another may lie below one that is folded."""
     readers = readers_of(model.graph)
     for graph in graphs_in(model.graph):
@@ -99,7 +99,7 @@ def _branch(
     producers: dict[str, onnx.NodeProto],
     constants: Constants,
     readers: Readers,
-) -> Branch | None:
+) -> LoraBranch | None:
     main = _main(base, producers, constants)
     if main is None or len(readers.get(base, ())) != 1:
         return None
@@ -114,7 +114,7 @@ def _branch(
         return None
     left, right = found
     left = left / np.float32(main.alpha)
-    return Branch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, left, right)
+    return LoraBranch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, left, right)
 
 
 def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constants) -> _Map | None:
@@ -196,7 +196,7 @@ def _small(
 def _delta(
     down: _Map, up: _Map, factors: list[tuple[str, str, bool]], constants: Constants
 ) -> tuple[Array, Array] | None:
-    """The two factors of what is added, see `Branch.left`."""
+    """The two factors of what is added, see `LoraBranch.left`."""
     A, B = (constants.value(one.weight).astype(np.float32) for one in (down, up))
     if down.kind == "convolution":
         if A.ndim < 3 or B.ndim != A.ndim or set(B.shape[2:]) - {1}:

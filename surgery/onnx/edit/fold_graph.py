@@ -187,7 +187,7 @@ def _given(
                     "the graph has no such input",
                     file=file,
                     tensor=tensor.name,
-                    hint=closest(tensor.name, inputs) or "convert it for this graph",
+                    hint=closest(tensor.name, inputs) or "surgery convert writes it for this graph",
                 )
             if tensor.name in given:
                 raise FitError("two adapters fill this slot", file=file, tensor=tensor.name, hint="combine them first")

@@ -75,6 +75,9 @@ def uses_of(graph: onnx.GraphProto, name: str) -> list[Use]:
         FitError: a node makes something of it that is not understood.
     """
     types = {one.name: one.data_type for one in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and (value := attribute(node, "value", None)) is not None:
+            types[node.output[0]] = value.data_type
     return [
         use
         for inner in graphs_in(graph)
