@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 import surgery
 from surgery_formats import FitError
 from tests.support.graph_page import PAGE, line_of, other_line, without_figures
-from tests.support.graph_pairs import PAIRS, Pair, exported_here
+from tests.support.graph_pairs import PAIRS, Pair, difference, exported_here
 from tests.support.graph_table import (
     BUILT_IN,
     Measured,
@@ -131,3 +132,24 @@ def test_ranges_of_activations_are_told(name: str, told: bool, tmp_path: Path) -
     slots = surgery.insert(pair.graph, adapter, base=pair.base, output=tmp_path / "slots")
     for result in (merged, slots):
         assert any("ranges" in text for text in result.warnings) is told
+
+
+def extracted(before: Pair, after: Pair, adapter: str, place: Path) -> float:
+    """How far a LoRA taken from a graph and another one with an adapter in it is from PEFT's merge, in the base."""
+    surgery.merge(after.graph, after.adapter(adapter), graph_of=after.base, output=place / "tuned")
+    tuned = place / "tuned" / "model.onnx"
+    surgery.extract_lora(before.graph, tuned, rank=4, graph_of=before.base, output=place / "lora")
+    surgery.merge(before.base, place / "lora", output=place / "merged")
+    weights = load_file(next((place / "merged").glob("*.safetensors")))
+    expected = {key[8:]: value for key, value in before.expected(adapter).items() if key.startswith("weights.")}
+    return max(difference(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("name", ["genai-llama", "optimised-llama", "optimum-gpt2", "fused-bert", "dynamo-unet"])
+def test_what_was_merged_is_extracted_from_two_graphs(name: str, tmp_path: Path) -> None:
+    """However strong it is: in graphs with the same nodes, weights lie at the same places."""
+    assert extracted(PAIRS[name], PAIRS[name], "lora", tmp_path) < 1e-5
+
+
+def test_graphs_of_two_exporters_are_compared_by_value(tmp_path: Path) -> None:
+    assert extracted(PAIRS["optimum-vit"], PAIRS["dynamo-vit"], "light", tmp_path) < 1e-5
