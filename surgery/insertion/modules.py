@@ -145,7 +145,7 @@ _NAME_THEM = (
 
 
 def _wanted(role: str, targets: str) -> bool:
-    return role not in ("head", "embedding", "norm") if targets == "all" else role == targets
+    return role != "head" if targets == "all" else role == targets
 
 
 def _matches(pattern: str, path: str) -> bool:
