@@ -47,7 +47,7 @@ SEEN = """## What exporters and runtimes do
   feed-forward part is as wide as its vocabulary (0.18.0).
 - onnxruntime's convolution of no channels [gives NaN](../findings/onnxruntime_empty_convolution_keeps_garbage.sh) where NaN or Inf lay in
   memory (1.22 to 1.31.1), so slots beside convolutions have a kernel of zeros.
-- Olive lists every optional slot twice among the inputs (0.13.0): onnxruntime runs such a graph, `onnx.checker` refuses it; here it is read.
+- Olive lists every optional slot twice among the inputs (0.13.0): onnxruntime runs it, `onnx.checker` refuses it.
 - onnxruntime on the CPU computes float16 in float32 and rounds where its casts are: an empty slot in a graph of MatMulNBits in float16
   (transformers.js' `q4f16`) moved rounding by 0.004 of answers of 3. In float32 the bits stay.
 """
