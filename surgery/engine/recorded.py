@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe in a manifest: the verb with its arguments, and inputs by name and content, so that it can be applied again.
+"""The recipe in a manifest: the verb with its arguments, and inputs by their content, so that it can be applied again.
+
+Where inputs lie and what their folders are called is not told: a manifest is the same for copies of the same inputs.
 
 What changes no byte (threads, limits, places) is left out, and so is every argument that has its default.
 """
@@ -139,7 +141,7 @@ class InputNames:
             self._names[key] = name
             components = getattr(value, "components", {}).values() if not isinstance(value, str) else ()
             made = [c.made for c in components if c.made] or ([value.made] if getattr(value, "made", "") else [])
-            self.inputs[name] = {"name": path.resolve().name, "files": input_digest(path)}
+            self.inputs[name] = {"files": input_digest(path)}
             if made:
                 self.inputs[name]["made"] = made[0]
         return self._names[key]
