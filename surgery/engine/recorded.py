@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe in a manifest: the verb with its arguments, and inputs by name and content, so that it can be applied again.
+"""The recipe in a manifest: the verb with its arguments, and inputs by their content, so that it can be applied again.
+
+Where inputs lie and what their folders are called is not told: a manifest is the same for copies of the same inputs.
 
 What changes no byte (threads, limits, places) is left out, and so is every argument that has its default.
 """
@@ -16,7 +18,7 @@ from typing import Any
 from surgery._version import __version__
 from surgery.rank import Rank
 from surgery.reports.request import current_request
-from surgery_formats.errors import SurgeryError
+from surgery_formats.errors import NotFoundError, SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.identity import fingerprint
@@ -127,8 +129,11 @@ class InputNames:
         return inner if weight == 1 else {inner: _plain(weight)}
 
     def name_of(self, argument: str, value: Any) -> str:
-        """The name of one input."""
-        path = Path(getattr(value, "path", value) if not isinstance(value, str) else resolve(value))
+        """The name of one input. What is no path is a name itself: `fold` takes adapters that are inside a graph by theirs."""
+        try:
+            path = Path(getattr(value, "path", value) if not isinstance(value, str) else resolve(value))
+        except NotFoundError:  # the verb has opened all that it opens
+            return str(value)
         key = os.path.realpath(path)
         if key not in self._names:
             count = sum(name.rstrip("0123456789") == argument for name in self.inputs)
@@ -136,7 +141,7 @@ class InputNames:
             self._names[key] = name
             components = getattr(value, "components", {}).values() if not isinstance(value, str) else ()
             made = [c.made for c in components if c.made] or ([value.made] if getattr(value, "made", "") else [])
-            self.inputs[name] = {"name": path.resolve().name, "files": input_digest(path)}
+            self.inputs[name] = {"files": input_digest(path)}
             if made:
                 self.inputs[name]["made"] = made[0]
         return self._names[key]

@@ -25,7 +25,7 @@ from surgery_formats.text import listing
 from surgery_formats.updates import Part
 from surgery_formats.updates.spectrum import part_of
 
-__all__ = ["INITS", "TAKEN", "Init", "FactorPair", "PairOfFactors", "Start"]
+__all__ = ["INITS", "TAKEN", "FactorPair", "Init", "PairOfFactors", "Start"]
 
 Init = Literal["default", "pissa", "olora", "orthogonal", "eva", "loftq", "text"]
 INITS: tuple[Init, ...] = get_args(Init)

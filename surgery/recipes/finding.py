@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ from surgery._version import __version__
 from surgery.engine.inputs import StrPath, as_path
 from surgery.engine.recorded import InputNames, input_digest
 from surgery.recipes.recipe import Input, Recipe
+from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.text import closest, show
 
 __all__ = ["found_inputs", "kept_recipe"]
 
+_LOOKED_AT = 500  # entries of a folder
+
 
 def found_inputs(recipe: Recipe, told: Mapping[str, StrPath]) -> dict[str, Path]:
     """Where the inputs lie, those of a manifest checked by their content.
 
-    A manifest knows names and no paths: an input is looked for here and beside the folder of the manifest, unless it is told.
+    A manifest knows contents alone: an input is looked for here and beside the folder of the manifest, unless it is told.
 
     Raises:
         UsageError: something is told that the recipe does not name.
@@ -44,17 +48,32 @@ def _found(recipe: Recipe, name: str, one: Input, told: StrPath | None) -> Path:
     elif recipe.recorded is None:
         path = as_path(one.reference, name)
     else:
-        beside = [Path(one.reference), recipe.path.resolve().parent.parent / one.reference]
-        path = next((place for place in beside if place.exists()), beside[0])
+        found = next((place for place in _places(recipe.path) if input_digest(place) == one.files), None)
+        if found is None:
+            raise NotFoundError(
+                f"the input '{show(name)}' is neither here nor beside the manifest's folder",
+                file=recipe.path,
+                hint="say where it lies, by its name",
+            )
+        return found
     if not path.exists():
-        raise NotFoundError(
-            f"the input '{show(name)}' is not there",
-            file=path,
-            hint="say where it lies, by its name" if told is None else None,
-        )
+        raise NotFoundError(f"the input '{show(name)}' is not there", file=path)
     if one.files and input_digest(path) != one.files:
         raise FitError(f"is not the input '{show(name)}' that the recipe was applied to", file=path)
     return path
+
+
+def _places(manifest: Path) -> Iterator[Path]:
+    """Files of weights and folders with some, here and beside the manifest's folder."""
+    for folder in dict.fromkeys((Path.cwd(), manifest.resolve().parent.parent)):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)[:_LOOKED_AT]:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                if holds_weights(entry.name):
+                    yield Path(entry.path)
+            elif entry.is_dir() and any(holds_weights(name) for name in os.listdir(entry.path)):
+                yield Path(entry.path)
 
 
 def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path]) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ class Input:
     """A named input.
 
     Attributes:
-        reference: A path, or a name on the hub.
+        reference: A path, or a name on the hub; empty for one of a manifest.
         files: Digest of what lay there when the recipe was written into a manifest; empty in a recipe of one's own.
         made: Digest of what a program had made of it in memory; such an input cannot be opened again.
         line: Where it stands.
@@ -208,9 +208,9 @@ def _inputs(path: Path, value: Value | None) -> dict[str, Input]:
             continue
         fields = inner.items if isinstance(inner.items, dict) else {}
         texts = {key: one.text for key, one in fields.items() if isinstance(one, Text)}
-        if "name" not in texts:
+        if "files" not in texts:
             raise MalformedError(f"line {inner.line}: '{show(name)}' is no reference", file=path)
-        inputs[name] = Input(texts["name"], texts.get("files", ""), texts.get("made", ""), inner.line)
+        inputs[name] = Input("", texts["files"], texts.get("made", ""), inner.line)
     return inputs
 
 

@@ -150,6 +150,12 @@ def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Pa
     old = before.apply_chat_template(talk, tokenize=True, return_dict=False)
     assert after.apply_chat_template(talk, tokenize=True, return_dict=False) == [*result.ids, *old]
     assert (tmp_path / "out" / "other.jinja").read_text() == result.words + "{{ bos_token }}"
+    named = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    named["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(named))
+    surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "several", name="soft")
+    several = json.loads((tmp_path / "several" / "tokenizer_config.json").read_text())["chat_template"]
+    assert [entry["template"] for entry in several] == [result.words + template, result.words + "x"]
     pair = after("a", "b").input_ids
     assert pair == [*result.ids, *before("a", "b").input_ids]
 

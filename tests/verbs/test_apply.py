@@ -143,34 +143,37 @@ MANIFESTS: Mapping[str, Any] = {
 
 
 @pytest.mark.parametrize("verb", MANIFESTS)
-def test_a_manifest_gives_the_same_bytes_again(verb: str, kitchen: Path):
+def test_a_manifest_gives_the_same_bytes_again(verb: str, kitchen: Path, monkeypatch: pytest.MonkeyPatch):
     (kitchen / "there").mkdir()
     MANIFESTS[verb](kitchen / "there" / "out")
     manifest = "there/out/surgery_manifest.json"
-    inputs = json.loads(Path(manifest).read_text())["recipe"]["inputs"]
-    told = {name: kitchen / "examples" / entry["name"] for name, entry in inputs.items()}
-    result = surgery.apply(manifest, output="again", inputs=told)
+    monkeypatch.chdir(kitchen / "examples")
+    result = surgery.apply(kitchen / manifest, output=kitchen / "again")
     assert result.same
     assert files_of(kitchen / "there" / "out") == files_of(kitchen / "again")
     assert str(kitchen).encode() not in b"".join(files_of(kitchen / "again").values())
 
 
-def test_a_manifest_finds_its_inputs_by_name_and_checks_them(kitchen: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_manifest_finds_its_inputs_by_their_content(kitchen: Path, monkeypatch: pytest.MonkeyPatch):
     base, lora = make_base(kitchen / "base"), make_lora(kitchen / "lora")
     surgery.merge(base, lora, output="out")
     (kitchen / "elsewhere").mkdir()
     monkeypatch.chdir(kitchen / "elsewhere")
-    assert surgery.apply("../out/surgery_manifest.json", output="beside the folder").same
-    lora.rename(kitchen / "other")
-    with pytest.raises(surgery.NotFoundError, match="the input 'adapters' is not there"):
-        surgery.apply("../out/surgery_manifest.json", output="never")
-    surgery.apply("../out/surgery_manifest.json", output="told", inputs={"adapters": kitchen / "other"})
-    assert load_file("told/model.safetensors").keys() == load_file("../out/model.safetensors").keys()
+    manifest = "../out/surgery_manifest.json"
+    assert surgery.apply(manifest, output="beside the folder").same
+    lora.rename(kitchen / "under another name")
+    surgery.apply(manifest, output="renamed")
+    assert Path("renamed/model.safetensors").read_bytes() == Path("../out/model.safetensors").read_bytes()
+    (kitchen / "under another name").rename(kitchen / "examples" / "far away")
+    with pytest.raises(surgery.NotFoundError, match="the input 'adapters' is neither here nor beside"):
+        surgery.apply(manifest, output="never")
+    surgery.apply(manifest, output="told", inputs={"adapters": kitchen / "examples" / "far away"})
+    assert Path("told/model.safetensors").read_bytes() == Path("../out/model.safetensors").read_bytes()
     with pytest.raises(surgery.UsageError, match="has no input 'adapter'"):
-        surgery.apply("../out/surgery_manifest.json", output="never", inputs={"adapter": kitchen / "other"})
-    make_lora(kitchen / "lora", strength=2.0)
+        surgery.apply(manifest, output="never", inputs={"adapter": base})
+    other = make_lora(kitchen / "lora", strength=2.0)
     with pytest.raises(surgery.FitError, match="is not the input 'adapters' that the recipe was applied to"):
-        surgery.apply("../out/surgery_manifest.json", output="never")
+        surgery.apply(manifest, output="never", inputs={"adapters": other})
     assert not Path("never").exists()
 
 

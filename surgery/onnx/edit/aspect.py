@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.onnx.edit.matrix import Side
+from surgery.onnx.edit.matrix import MatrixSide
 from surgery.onnx.edit.wanted import KEY, Wanted
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
@@ -31,7 +31,7 @@ class Aspect:
         turned: Whether its columns are the rows.
     """
 
-    side: Side
+    side: MatrixSide
     turned: bool
 
     @property

@@ -86,7 +86,7 @@ class _Sink:
         return self._hash.hexdigest()
 
 
-class _Measured:
+class _TensorTally:
     """What was measured of the weights of a tensor, together."""
 
     def __init__(self) -> None:
@@ -141,7 +141,7 @@ def _updated(
 def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop: Stop, device: str) -> Measurement:
     assert place.tensor is not None
     tensor = place.tensor
-    sink, measured = _Sink(0, write), _Measured()
+    sink, measured = _Sink(0, write), _TensorTally()
     whole = Matrix(place.name, tensor, place.dtype, 0, tensor.numel // place.cols, place.cols)
     width = place.dtype.nbytes(place.cols)
     ordered = sorted(change.changes, key=lambda one: _first_row(one.piece))

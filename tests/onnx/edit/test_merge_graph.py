@@ -319,6 +319,8 @@ def test_an_update_that_changes_nothing_is_refused(tmp_path: Path, base: Path) -
 
 def test_what_a_graph_has_no_place_for_is_refused(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])])
+    with pytest.raises(UsageError, match="needs the checkpoint"):
+        surgery.merge(path, lora(tmp_path / "b", "q"), output=tmp_path / "out")
     with pytest.raises(UsageError, match="keeps its types"):
         surgery.merge(path, lora(tmp_path / "a", "q"), graph_of=base, output=tmp_path / "out", dtype="fp16")
 
