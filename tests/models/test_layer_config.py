@@ -16,7 +16,7 @@ from surgery_formats.models.rebuilt.stack import COUNTS, LayerStack
 
 COUNT = 12
 ORDERS = ((1, 2, 5, 0, 7, 3), (0, 1, 2, 3, 4), (3, 4, 5, 6, 7, 8), (0, 1, 2, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11))
-NUMBERS = ("full_attn_idxs", "moe_layers", "rope_scaling_layers")
+NUMBERS = ("full_attn_idxs", "moe_layers", "rope_scaling_layers", "window_block_indexes")
 """Lists of numbers of layers."""
 DEMANDS = ("not homogeneous", "must contain at least one")
 """What types of their own want of all layers together, and say."""
