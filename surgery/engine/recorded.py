@@ -18,7 +18,7 @@ from typing import Any
 from surgery._version import __version__
 from surgery.rank import Rank
 from surgery.reports.request import current_request
-from surgery_formats.errors import SurgeryError
+from surgery_formats.errors import NotFoundError, SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.identity import fingerprint
@@ -129,8 +129,11 @@ class InputNames:
         return inner if weight == 1 else {inner: _plain(weight)}
 
     def name_of(self, argument: str, value: Any) -> str:
-        """The name of one input."""
-        path = Path(getattr(value, "path", value) if not isinstance(value, str) else resolve(value))
+        """The name of one input. What is no path is a name itself: `fold` takes adapters that are inside a graph by theirs."""
+        try:
+            path = Path(getattr(value, "path", value) if not isinstance(value, str) else resolve(value))
+        except NotFoundError:  # the verb has opened all that it opens
+            return str(value)
         key = os.path.realpath(path)
         if key not in self._names:
             count = sum(name.rstrip("0123456789") == argument for name in self.inputs)

@@ -68,7 +68,7 @@ def insert(
     """Put what a fine-tune changed into its base, slots for adapters into an ONNX graph; or begin an adapter beside a model.
 
     Args:
-        model: The model: a checkpoint, or an ``.onnx`` file, whoever made it.
+        model: The model: a checkpoint, or an ``.onnx`` file or a folder with one, whoever made it.
         what: Of a checkpoint: an adapter that holds parameters, or rows of them, as a fine-tune has them: biases, norms,
             layers, token rows (what ``extract_lora(dense=..., matrices="full")`` writes). Of a graph: adapters, each of
             which gets a file for the slots.
@@ -126,7 +126,7 @@ def insert(
         raise UsageError(f"{odd[0]} belongs to an adapter that is begun", hint="`new=` names its kind")
     if what is None:
         raise UsageError("nothing to insert was named", hint="or name a kind of adapter to begin")
-    if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
+    if not isinstance(model, Checkpoint) and (path := _graph(as_path(model, "model"), base)).suffix == ".onnx":
         if unmerged:
             raise UsageError("an adapter lies beside a checkpoint", hint="a graph has slots without being asked")
         options = {"required": required, "gated": gated, "overwrite": overwrite}
@@ -139,6 +139,15 @@ def insert(
 
         return insert_unmerged(as_checkpoint(model, "model"), as_weighted(what, "what"), folder, run)
     return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
+
+
+def _graph(path: Path, base: CheckpointLike | None) -> Path:
+    """The graph's file, of a folder with one: a base was named, which no checkpoint needs."""
+    if base is None or not path.is_dir():
+        return path
+    from surgery.onnx.edit.opening import graph_at
+
+    return graph_at(path).path
 
 
 def _fresh(

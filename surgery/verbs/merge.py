@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -138,6 +139,8 @@ def merge(
         return merge_graph(
             as_path(base, "base"), graph_of, adapters, folder, run, without=as_list(without), accept_loss=accept_loss
         )
+    if isinstance(base, str | os.PathLike) and os.fspath(base).endswith(".onnx"):
+        raise UsageError("an ONNX graph needs the checkpoint that it was made of", hint="name it: `graph_of=BASE`")
     quantised = quantised_output(
         quantized,
         only_touched=only_touched,

@@ -39,6 +39,18 @@ OTHERS = """`head` is a LoRA of q, the embedding and the head, `dora` a DoRA, `r
 thirtieth of the strength: a graph with ranges of activations (QDQ) was calibrated for its base, and what an adapter moves out of these
 ranges is cut off.
 """
+SEEN = """## What exporters and runtimes do
+
+- torch's exporter makes a RotaryEmbedding of a Llama's rotation for opset 23 that [runs with one row
+  only](../findings/torch_rotary_tables_of_one_row.sh), unless positions are an input (2.13.0); `dynamo-llama` has them.
+- onnxruntime-genai's builder [leaves layers out](../findings/genai_takes_width_of_vocabulary_for_head.sh) of a model whose
+  feed-forward part is as wide as its vocabulary (0.18.0).
+- onnxruntime's convolution of no channels [gives NaN](../findings/onnxruntime_empty_convolution_keeps_garbage.sh) where NaN or Inf lay in
+  memory (1.22 to 1.31.1), so slots beside convolutions have a kernel of zeros.
+- Olive lists every optional slot twice among the inputs (0.13.0): onnxruntime runs it, `onnx.checker` refuses it.
+- onnxruntime on the CPU computes float16 in float32 and rounds where its casts are: an empty slot in a graph of MatMulNBits in float16
+  (transformers.js' `q4f16`) moved rounding by 0.004 of answers of 3. In float32 the bits stay.
+"""
 
 
 def without_figures(line: str) -> str:
@@ -99,5 +111,6 @@ def page(lines: Sequence[str], others: Sequence[str], version: str) -> str:
             "| --- | --- |",
             *others,
             "",
+            SEEN,
         ]
     )
