@@ -121,6 +121,8 @@ steps:
     unwritten = rebuild(surgery.open("examples/base"), repeat="1").checkpoint
     with pytest.raises(surgery.FitError, match="is not written yet"):
         surgery.export_onnx(unwritten, output="never")
+    with pytest.raises(surgery.UsageError, match="a base that is not written cannot come back"):
+        surgery.merge(unwritten, "examples/lora", output="never", reversible=True)
 
 
 def test_what_has_to_be_a_file_is_temporary(kitchen: Path):
