@@ -24,7 +24,7 @@ from surgery.engine.recorded import recorded_recipe
 from surgery.insertion.draws import Draws
 from surgery.insertion.fresh_result import FreshResult
 from surgery.insertion.inserted import INSERTED_KINDS, begun_bottlenecks, begun_prefix, begun_prompt
-from surgery.insertion.kinds import KINDS, Begun, Request, begun, scale_of, tensors_of
+from surgery.insertion.kinds import KINDS, Begun, FreshRequest, begun, scale_of, tensors_of
 from surgery.insertion.memory import adapter_memory, base_items, full_memory
 from surgery.insertion.modules import LinearModule, chosen_modules, linear_modules
 from surgery.insertion.starts import INITS, TAKEN, Init, Start
@@ -236,7 +236,7 @@ def _begun(base: Checkpoint, options: FreshOptions, folder: Path | None) -> _Beg
         return spelt_targets([module.path for module in chosen], everything.paths)
 
     raw = options.residual is None
-    request = Request(options.kind, options.rank, alpha, start, draws, modules, spelt, base_name, task, raw)
+    request = FreshRequest(options.kind, options.rank, alpha, start, draws, modules, spelt, base_name, task, raw)
     fresh: Begun = begun(request)
     made_adapter = adapter(fresh.name, fresh.config, fresh.updates, optional=fresh.optional)
     plain = None

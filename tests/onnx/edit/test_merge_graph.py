@@ -16,8 +16,14 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import surgery
+from surgery.onnx.edit.changes import changes_of, touched_labels
+from surgery.onnx.edit.graph_plan import plan_graph
+from surgery.onnx.edit.locate import located_weights
+from surgery.onnx.edit.wanted import wanted_weights
+from surgery_formats.binding.bind import bind
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
+from surgery_formats.files.output.folder import FileRecord
 from tests.support.graphs_by_value import base_of, graph_of, initializer, nbits, random_weights
 from tests.support.peft_kinds import Combination, made, sample
 
@@ -347,3 +353,22 @@ def test_codes_hold_the_merge_within_their_step(
     assert codes.moved > 0
     assert measured.survival == pytest.approx(1, abs=0.2)
     assert surgery.locate(tmp_path / "out", base, adapters=adapter).located.covered[PLACES["q"]] == 1
+
+
+def test_a_finished_file_is_taken_up_again_only_if_its_tensors_are_whole(tmp_path: Path, base: Path) -> None:
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T)], external=True)
+    adapter = lora(tmp_path / "adapter", "q")
+    result = surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
+    graph, checkpoint = open_graph(path), surgery.open(base)
+    binding = bind([(surgery.open(adapter), 1.0)], checkpoint)
+    found = located_weights(graph, wanted_weights(checkpoint), touched=touched_labels(binding))
+    planned = plan_graph(graph, changes_of(found, binding), binding)
+    data = tmp_path / "out" / "g.onnx.data"
+    measured = {label: one.as_record() for label, one in result.ledger.measured.items()}
+    record = FileRecord(data.name, data.stat().st_size, {"tensors": measured})
+    assert planned.still_good(data, record)
+    raw = bytearray(data.read_bytes())
+    raw[open_graph(tmp_path / "out" / "g.onnx").tensors["w"].offset + 5] ^= 1
+    data.write_bytes(raw)
+    assert not planned.still_good(data, record)
+    assert not planned.still_good(data, FileRecord(data.name, data.stat().st_size, {}))
