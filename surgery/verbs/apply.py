@@ -180,8 +180,6 @@ class _Kitchen:
             arguments.setdefault("adapter_output", self._beside(step))
         if "progress" in _parameters(step):
             arguments["progress"] = self.progress
-        if step.verb == "layers" and "adapter" in arguments and place == "temporary":
-            arguments["adapter_output"] = output.with_name(f"{output.name}-adapter")
         arguments["overwrite"] = self.overwrite and place == "output"
         with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step))):
             result = step.function(**arguments, output=output)
