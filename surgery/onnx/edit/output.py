@@ -16,6 +16,7 @@ from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
+from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
@@ -40,12 +41,15 @@ _WEIGHTS = (".onnx", ".data", ".onnx_adapter", ".bin", ".ort")
 
 
 def editable(graph: OnnxGraph) -> onnx.ModelProto:
-    """The model of a graph with the values that are inside its file, for editing."""
-    import onnx
+    """The model of a graph with the values that are inside its file, for editing.
 
+    Raises:
+        FitError: too large for a protocol buffer.
+        MalformedError: it cannot be parsed.
+    """
     if graph.file.size > _LIMIT:
         raise FitError(f"a graph of more than {human(_LIMIT)} cannot be parsed", file=graph.path)
-    return onnx.load_model_from_string(bytes(graph.file.read(0, graph.file.size)))
+    return parsed_model(bytes(graph.file.read(0, graph.file.size)), graph.path)
 
 
 def write_edited(
