@@ -15,11 +15,15 @@ from surgery_formats.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from surgery.comparison.checkpoints import CheckpointDiff as CheckpointDiff
+    from surgery.comparison.graph_diff import GraphDiff as GraphDiff
     from surgery.comparison.results import AdapterDiff as AdapterDiff
     from surgery.engine.inputs import open as open
+    from surgery.engine.rebuild.recovery_result import RecoveryResult as RecoveryResult
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
+    from surgery.verbs.apply import ApplyResult as ApplyResult
+    from surgery.verbs.apply import apply as apply
     from surgery.verbs.bench import BenchResult as BenchResult
     from surgery.verbs.bench import bench as bench
     from surgery.verbs.check import CheckResult as CheckResult
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from surgery.verbs.insert import FreshResult as FreshResult
     from surgery.verbs.insert import insert as insert
     from surgery.verbs.inspect import AdapterReport as AdapterReport
+    from surgery.verbs.inspect import ArrayFileReport as ArrayFileReport
     from surgery.verbs.inspect import CheckpointReport as CheckpointReport
     from surgery.verbs.inspect import GraphReport as GraphReport
     from surgery.verbs.inspect import inspect as inspect
@@ -54,16 +59,22 @@ if TYPE_CHECKING:
     from surgery.verbs.merge import merge as merge
     from surgery.verbs.prompt_bake import BakeResult as BakeResult
     from surgery.verbs.prompt_bake import prompt_bake as prompt_bake
+    from surgery.verbs.prompt_combine import prompt_combine as prompt_combine
+    from surgery.verbs.prompt_convert import PromptResult as PromptResult
+    from surgery.verbs.prompt_convert import prompt_convert as prompt_convert
     from surgery.verbs.prompt_nearest import EffectReport as EffectReport
     from surgery.verbs.prompt_nearest import NearestReport as NearestReport
     from surgery.verbs.prompt_nearest import prompt_nearest as prompt_nearest
     from surgery.verbs.prompt_show import PromptReport as PromptReport
     from surgery.verbs.prompt_show import prompt_show as prompt_show
+    from surgery.verbs.prompt_transfer import prompt_transfer as prompt_transfer
     from surgery.verbs.report import SavingsReport as SavingsReport
     from surgery.verbs.report import report as report
     from surgery.verbs.resize import resize as resize
     from surgery.verbs.run import RunResult as RunResult
     from surgery.verbs.run import run as run
+    from surgery.verbs.strip import StripResult as StripResult
+    from surgery.verbs.strip import strip as strip
     from surgery.verbs.unmerge import UnmergeResult as UnmergeResult
     from surgery.verbs.unmerge import unmerge as unmerge
     from surgery.verbs.verify import Verification as Verification
@@ -80,11 +91,14 @@ else:
         {
             "surgery._version": ["__version__"],
             "surgery.comparison.results": ["AdapterDiff"],
+            "surgery.comparison.graph_diff": ["GraphDiff"],
+            "surgery.engine.rebuild.recovery_result": ["RecoveryResult"],
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],
             "surgery.rank": ["Rank"],
             "surgery.reports.result": ["Result"],
+            "surgery.verbs.apply": ["ApplyResult", "apply"],
             "surgery.verbs.bench": ["BenchResult", "bench"],
             "surgery.verbs.check": ["CheckResult", "check"],
             "surgery.verbs.combine": ["CombineResult", "combine"],
@@ -96,16 +110,20 @@ else:
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],
-            "surgery.verbs.inspect": ["AdapterReport", "CheckpointReport", "GraphReport", "inspect"],
+            "surgery.verbs.inspect": ["AdapterReport", "ArrayFileReport", "CheckpointReport", "GraphReport", "inspect"],
             "surgery.verbs.layers": ["LayersResult", "layers"],
             "surgery.verbs.locate": ["LocateResult", "locate"],
             "surgery.verbs.merge": ["MergeResult", "merge"],
             "surgery.verbs.prompt_bake": ["BakeResult", "prompt_bake"],
+            "surgery.verbs.prompt_combine": ["prompt_combine"],
+            "surgery.verbs.prompt_convert": ["PromptResult", "prompt_convert"],
             "surgery.verbs.prompt_nearest": ["EffectReport", "NearestReport", "prompt_nearest"],
             "surgery.verbs.prompt_show": ["PromptReport", "prompt_show"],
+            "surgery.verbs.prompt_transfer": ["prompt_transfer"],
             "surgery.verbs.report": ["SavingsReport", "report"],
             "surgery.verbs.resize": ["resize"],
             "surgery.verbs.run": ["RunResult", "run"],
+            "surgery.verbs.strip": ["StripResult", "strip"],
             "surgery.verbs.unmerge": ["UnmergeResult", "unmerge"],
             "surgery.verbs.verify": ["Verification", "verify"],
             "surgery_formats.canonical.adapter": ["Adapter", "WeightedAdapter"],

@@ -72,7 +72,12 @@ def fault_of(error: BaseException) -> Fault:
     return Fault(INTERNAL, "InternalError", message, f"run again with --debug for the traceback; please report{whom}")
 
 
-_RENAMED = {"output": "-o", "as_lora": "--as lora", "form": "--as"}  # arguments whose options have other names
+_RENAMED = {
+    "output": "-o",
+    "as_lora": "--as lora",
+    "form": "--as",
+    "graph_of": "--base",
+}  # arguments whose options have other names
 
 
 def _option(argument: re.Match[str]) -> str:

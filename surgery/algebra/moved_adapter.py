@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.algebra.projections import LAYOUTS, change_layout
-from surgery.engine.adapter_output import WriteOptions
+from surgery.engine.adapter_output import WriteOptions, job_id
 from surgery.engine.conversion import Conversion, bound_source, plan_conversion, write_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.rebuild.layers_result import AdapterBeside
@@ -154,4 +154,6 @@ def plan_move(adapter: Adapter, rebuilt: Rebuilt) -> MovePlan:
     if layout is not None:
         moved = replace(moved, adapter=change_layout(moved.adapter, layout, target, rebuilt.base).adapter)
     base = rebuilt.checkpoint
-    return MovePlan(moved, plan_conversion(moved.adapter, target, base, bound_source(moved.adapter, base)))
+    conversion = plan_conversion(moved.adapter, target, base, bound_source(moved.adapter, base))
+    job = job_id({"moved": rebuilt.facts}, adapter.files, conversion.rendering)
+    return MovePlan(replace(moved, adapter=replace(moved.adapter, made=job)), conversion)

@@ -16,7 +16,7 @@ from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter
 from surgery.reports.to_json import plain
 from surgery_formats.errors import NothingChangedError
 
-__all__ = ["write_combination"]
+__all__ = ["combination_id", "write_combination"]
 
 _ROUNDED = 0.02
 """Error of an exact sum above which more than the stored type is to blame: bfloat16 factors make 0.003 of it."""
@@ -42,6 +42,16 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
             file.check_unchanged()
         return result.as_manifest()
 
+    job = combination_id(plan)
+    inputs = (*(term.adapter.path for term in terms), *(() if base is None else (base.path,)))
+    options = replace(options, inputs=inputs, side_files=side_files(terms))
+    output = write_adapter(plan.rendering, plan.target, job, prove, options)
+    return replace(result, output=output)
+
+
+def combination_id(plan: CombinationPlan) -> str:
+    """Names a combination by the contents of its sources and its options."""
+    result = plan.result
     recipe = plain(plan.combination.recipe)
     if recipe["majority"] == MAJORITIES[0]:  # as if there were no choice: ids stay those of before there was one
         del recipe["majority"]
@@ -51,11 +61,7 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
         "sources": plain(result.sources),
         "target": plan.target.name,
     }
-    job = job_id(facts, [file for term in terms for file in term.adapter.files], plan.rendering)
-    inputs = (*(term.adapter.path for term in terms), *(() if base is None else (base.path,)))
-    options = replace(options, inputs=inputs, side_files=side_files(terms))
-    output = write_adapter(plan.rendering, plan.target, job, prove, options)
-    return replace(result, output=output)
+    return job_id(facts, [file for term in plan.combination.terms for file in term.adapter.files], plan.rendering)
 
 
 def _proved(module: Combined, proof: CombinationProof) -> Combined:

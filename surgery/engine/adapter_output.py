@@ -16,6 +16,7 @@ import numpy
 import xxhash
 
 from surgery._version import __version__
+from surgery.engine.recorded import recorded_recipe
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format, Moved, NewTensor, Rendering
 from surgery_formats.adapters.packing import PackedFile
@@ -141,7 +142,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
             if name not in rendering.small_files:
                 folder.write_small(name, path.read_bytes())
         put_adapter(rendering, folder, threads=options.threads, progress=options.progress)
-        folder.commit({**proved(folder.staged), "version": __version__})
+        folder.commit({**proved(folder.staged), "version": __version__} | recorded_recipe())
     return output
 
 

@@ -15,7 +15,7 @@ from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery.engine.leaving_out import without_base_values
-from surgery_formats.adapters.format import Coded, Entry, Format, InDialects, Rendering, reader_of
+from surgery_formats.adapters.format import Coded, Entry, ForGraph, Format, InDialects, Rendering, reader_of
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.parts import in_component, in_its_encoder, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
@@ -35,6 +35,7 @@ __all__ = [
     "bound_source",
     "coded_as",
     "conversion_id",
+    "for_graph",
     "in_dialect",
     "left_beside",
     "placed",
@@ -105,6 +106,25 @@ def in_dialect(target: Format, dialect: str | None) -> Format:
     if not isinstance(target, InDialects):
         raise FitError(f"{target.name} holds experts in one way, not as {show(dialect, 40)}", hint='`to="peft"`')
     return target.with_dialect(dialect)
+
+
+def for_graph(target: Format, graph: Path | None, dtype: DType | None) -> tuple[Format, DType | None]:
+    """`target` written for the slots of `graph`, if one was named, and the type that it is then stored in.
+
+    Raises:
+        InputError: the graph cannot be read.
+        FitError: it has no slots, they are of another type than `dtype`, or the format is for no graph.
+    """
+    if graph is None:
+        return target, dtype
+    if not isinstance(target, ForGraph):
+        raise FitError(f"{target.name} is not for the inputs of a graph", hint='`to="onnx-adapter"`')
+    made = target.for_graph(graph)
+    element = made.element if isinstance(made, ForGraph) else None
+    if dtype is not None and dtype is not element:
+        label = "another type" if element is None else element.label
+        raise FitError(f"the graph takes {label}, not {dtype.label}", file=graph, hint='`dtype="keep"`')
+    return made, element
 
 
 def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:

@@ -22,6 +22,7 @@ from surgery.engine.jobs import ByteMeter, Computed, ComputeWeight, FileJob, Wei
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
+from surgery.engine.recorded import recorded_recipe
 from surgery.progress import Callback
 from surgery_formats.errors import ResourceError
 from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
@@ -152,7 +153,8 @@ def execute(
             last(folder)
         for file in plan.inputs:
             file.check_unchanged()
-        folder.commit({"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()})
+        account = {"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()}
+        folder.commit(account | recorded_recipe())
     return ledger
 
 

@@ -115,7 +115,9 @@ def opened_or_graph(value: Openable, argument: str) -> Checkpoint | Adapter | Pa
         if value.name.endswith(ONNX.suffixes) and value.is_file():
             return value
     opened = as_opened(value, argument)
-    return opened.main.shards[0].path if isinstance(opened, Checkpoint) and opened.is_graph else opened
+    if isinstance(opened, Checkpoint) and opened.is_graph and not opened.is_pipeline:
+        return opened.main.shards[0].path
+    return opened
 
 
 def _weight_files(folder: Path) -> list[str]:

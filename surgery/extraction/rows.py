@@ -80,7 +80,7 @@ def _tuned(plan: ExtractionPlan) -> SelectiveTuning | None:
     for pair in pairs:
         measure = plan.scan.measures[pair.name]
         if measure.changed:
-            rows, height = len(measure.rows), pair.tuned.sizes[0]
+            rows, height = len(measure.rows), next(iter(pair.tuned.sizes), 1)
             some = 0 < rows < height
             numbers = rows * (pair.numel // height) if some else pair.numel
             changed.append(ChangedWeight(pair.name, base.role(pair.name), numbers, rows if some else None, height))

@@ -126,8 +126,13 @@ def plan_storage(
     _copies(plan, rest, measures, options)
     covered = {parameter.pair.name for parameter in rest if _inside(parameter.path, plan.saved_modules)} | done
     for target in targets:
-        if not covered.intersection(target.names) and any(measures[name].changed for name in target.names):
+        if covered.intersection(target.names) or not any(measures[name].changed for name in target.names):
+            continue
+        if options.matrices == "lora":
             plan.targets.append(target)
+            continue
+        for name in target.names:
+            plan.dropped.setdefault(name, f"'{target.path}' is made of several tensors: no copy of a module holds them")
     _refuse_nests(plan)
     for target in list(plan.targets):
         if why := _not_attached(target, base):
@@ -307,7 +312,7 @@ def _copies(
 ) -> None:
     """Copy the modules that have a changed parameter without any other form."""
     modules = {module for parameter in rest for module in _ancestors(parameter.path)}
-    apart = ("embedding", "bias", "part") + (("linear", "conv", "experts") if options.matrices == "lora" else ())
+    apart = ("bias", "part") + (("linear", "conv", "embedding", "experts") if options.matrices == "lora" else ())
     for parameter in rest:
         if not measures[parameter.pair.name].changed or parameter.form in apart:
             continue

@@ -27,7 +27,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import Storage, read_block
 from surgery_formats.updates import is_row_setting
 
-__all__ = ["DeltaResult", "insert_delta"]
+__all__ = ["DeltaResult", "insert_delta", "tuned_by"]
 
 _COMPARED = 1 << 22  # numbers at a time
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from surgery._version import __version__
 from surgery.engine.adapter_output import put_adapter
 from surgery.engine.calibration_file import Calibration
 from surgery.engine.conversion import Conversion, bound_source, conversion_id, plan_conversion, prove_conversion
@@ -19,10 +20,11 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.execute import Run, execute
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.model_card import merge_card
+from surgery.engine.recorded import recorded_recipe
 from surgery.insertion.draws import Draws
 from surgery.insertion.fresh_result import FreshResult
 from surgery.insertion.inserted import INSERTED_KINDS, begun_bottlenecks, begun_prefix, begun_prompt
-from surgery.insertion.kinds import KINDS, Begun, Request, begun, scale_of, tensors_of
+from surgery.insertion.kinds import KINDS, Begun, FreshRequest, begun, scale_of, tensors_of
 from surgery.insertion.memory import adapter_memory, base_items, full_memory
 from surgery.insertion.modules import LinearModule, chosen_modules, linear_modules
 from surgery.insertion.starts import INITS, TAKEN, Init, Start
@@ -234,7 +236,7 @@ def _begun(base: Checkpoint, options: FreshOptions, folder: Path | None) -> _Beg
         return spelt_targets([module.path for module in chosen], everything.paths)
 
     raw = options.residual is None
-    request = Request(options.kind, options.rank, alpha, start, draws, modules, spelt, base_name, task, raw)
+    request = FreshRequest(options.kind, options.rank, alpha, start, draws, modules, spelt, base_name, task, raw)
     fresh: Begun = begun(request)
     made_adapter = adapter(fresh.name, fresh.config, fresh.updates, optional=fresh.optional)
     plain = None
@@ -326,7 +328,7 @@ def _write(
             options.calibration.check_unchanged()
         errors = dict(sorted(found.start.errors.items())) if found.start is not None else {}
         result = replace(result, errors=errors)
-        staged.commit(result.as_manifest())
+        staged.commit({**result.as_manifest(), "version": __version__} | recorded_recipe())
     beside = folder / _CONVERTIBLE if len(parts) > 1 else None
     return replace(result, output=folder, convertible=beside)
 

@@ -15,7 +15,7 @@ import numpy
 
 from surgery.insertion.draws import Draws
 from surgery.insertion.modules import LinearModule
-from surgery.insertion.starts import TAKEN, Pair, Start
+from surgery.insertion.starts import TAKEN, FactorPair, Start
 from surgery_formats.adapters.peft.fresh import (
     FreshTargets,
     ia3_config,
@@ -34,14 +34,14 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 from surgery_formats.updates import IA3, OFT, ChangedBase, DoRA, Factor, LoHa, LoKr, LoRA, Seed, Update, VeRA
 
-__all__ = ["KINDS", "Begun", "Request", "begun"]
+__all__ = ["KINDS", "Begun", "FreshRequest", "begun", "scale_of", "tensors_of"]
 
 _ONLY_LINEAR = ("loha", "lokr", "oft")  # PEFT 0.21 refuses transformers' Conv1D for these
 _VERA_INITIAL = 0.1  # of d; b begins with zeros
 
 
 @dataclass(frozen=True)
-class Request:
+class FreshRequest:
     """What was asked for.
 
     Attributes:
@@ -96,7 +96,7 @@ class Begun:
     plain: Mapping[Site, tuple[Update, ...]] = field(default_factory=dict)
 
 
-def begun(request: Request) -> Begun:
+def begun(request: FreshRequest) -> Begun:
     """The adapter that was asked for.
 
     Raises:
@@ -138,18 +138,18 @@ def _sources(module: LinearModule) -> tuple[StoredTensor, ...]:
     return tuple(source for piece in module.pieces for source in piece.parameter.sources)
 
 
-def _lora(request: Request, module: LinearModule, scale: float) -> LoRA:
+def _lora(request: FreshRequest, module: LinearModule, scale: float) -> LoRA:
     (rows, cols), rank, draws = module.shape, request.rank, request.draws
     a, b = f"{module.path}.lora_A", f"{module.path}.lora_B"
     if request.start.init == "default":
         A = _factor(a, (rank, cols), lambda: draws.uniform(a, (rank, cols), cols))
         return LoRA(A, _zeros(b, (rows, rank)), scale, request.alpha)
-    pair, of_base = Pair(request.start, module), _sources(module)
+    pair, of_base = FactorPair(request.start, module), _sources(module)
     A, B = _factor(a, (rank, cols), pair.A, of_base), _factor(b, (rows, rank), pair.B, of_base)
     return LoRA(A, B, scale, request.alpha)
 
 
-def _loras(request: Request) -> Begun:
+def _loras(request: FreshRequest) -> Begun:
     """LoRA, rsLoRA and DoRA."""
     rslora, dora = request.kind == "rslora", request.kind == "dora"
     taken = TAKEN.get(request.start.init) if request.raw else None
@@ -173,7 +173,7 @@ def _lengths(module: LinearModule) -> Factor:
     return _factor(f"{module.path}.magnitude", (module.shape[0],), make, _sources(module))
 
 
-def _ia3(request: Request) -> Begun:
+def _ia3(request: FreshRequest) -> Begun:
     """Outputs are stretched; of what leads an MLP back to the width of the model, the inputs.
 
     PEFT wants the names of the latter among its targets, and compares ends of paths whatever stands before them.
@@ -200,7 +200,7 @@ def _ia3(request: Request) -> Begun:
     return Begun(updates, config, "IA3", frozenset(optional))
 
 
-def _loha(request: Request) -> Begun:
+def _loha(request: FreshRequest) -> Begun:
     updates: dict[Site, tuple[Update, ...]] = {}
     rank, draws = request.rank, request.draws
     for module in request.modules:
@@ -221,7 +221,7 @@ def _loha(request: Request) -> Begun:
     return Begun(updates, lycoris_config(request.about, "LOHA", rank, request.alpha), "LOHA")
 
 
-def _lokr(request: Request) -> Begun:
+def _lokr(request: FreshRequest) -> Begun:
     updates: dict[Site, tuple[Update, ...]] = {}
     rank, draws = request.rank, request.draws
     for module in request.modules:
@@ -240,7 +240,7 @@ def _lokr(request: Request) -> Begun:
     return Begun(updates, lycoris_config(request.about, "LOKR", rank, request.alpha), "LOKR")
 
 
-def _oft(request: Request) -> Begun:
+def _oft(request: FreshRequest) -> Begun:
     block = request.rank
     uneven = [module.path for module in request.modules if module.shape[1] % block]
     if uneven or block < 2:
@@ -259,7 +259,7 @@ def _oft(request: Request) -> Begun:
     return Begun(updates, config, "OFT")
 
 
-def _vera(request: Request) -> Begun:
+def _vera(request: FreshRequest) -> Begun:
     rank, key = request.rank, request.draws.seed
     updates: dict[Site, tuple[Update, ...]] = {}
     for module in request.modules:
@@ -270,7 +270,7 @@ def _vera(request: Request) -> Begun:
     return Begun(updates, vera_config(request.about, rank, key, _VERA_INITIAL), "VERA", frozen=rank * sum(widest))
 
 
-KINDS: Mapping[str, Callable[[Request], Begun]] = {
+KINDS: Mapping[str, Callable[[FreshRequest], Begun]] = {
     "lora": _loras,
     "dora": _loras,
     "rslora": _loras,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,7 +15,7 @@ from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.text import closest, show
 
-__all__ = ["ROLES", "LinearModule", "LinearModules", "chosen_modules", "linear_modules"]
+__all__ = ["ROLES", "LinearModule", "LinearModules", "chosen_modules", "linear_modules", "model_type"]
 
 ROLES = ("attention", "mlp", "all")
 
@@ -145,7 +144,7 @@ _NAME_THEM = (
 
 
 def _wanted(role: str, targets: str) -> bool:
-    return role not in ("head", "embedding", "norm") if targets == "all" else role == targets
+    return role != "head" if targets == "all" else role == targets
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -155,8 +154,3 @@ def _matches(pattern: str, path: str) -> bool:
 def model_type(base: Component) -> str:
     """What transformers calls the type, or empty."""
     return str(base.config.get("model_type") or "")
-
-
-def is_of(modules: Collection[LinearModule], *, transposed: bool) -> bool:
-    """Whether all of `modules` are stored so."""
-    return all(module.transposed is transposed for module in modules)

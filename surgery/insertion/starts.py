@@ -25,7 +25,7 @@ from surgery_formats.text import listing
 from surgery_formats.updates import Part
 from surgery_formats.updates.spectrum import part_of
 
-__all__ = ["INITS", "TAKEN", "Init", "Pair", "PairOfFactors", "Start"]
+__all__ = ["INITS", "TAKEN", "FactorPair", "Init", "PairOfFactors", "Start"]
 
 Init = Literal["default", "pissa", "olora", "orthogonal", "eva", "loftq", "text"]
 INITS: tuple[Init, ...] = get_args(Init)
@@ -142,7 +142,7 @@ class Start:
         return B / math.sqrt(self.scale), A / math.sqrt(self.scale)
 
 
-class Pair:
+class FactorPair:
     """The factors of one module, made when the first of them is asked for."""
 
     def __init__(self, start: Start, module: LinearModule) -> None:

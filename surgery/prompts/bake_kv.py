@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from surgery._version import __version__
+from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, of_adapter, stored_past
 from surgery.onnx.graph.build import GraphOptions
 from surgery.onnx.graph.target import TARGETS
 from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery.onnx.run.tokenizer import open_tokenizer
 from surgery.prompts.bake_result import BakeResult
+from surgery.prompts.conversion import check_positions
+from surgery_formats.adapters.soft_prompts import soft_prompt
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.safetensors import layout
@@ -70,6 +73,7 @@ def key_values(adapter: Adapter | None, text: str | None, base: Checkpoint, dtyp
     if adapter is not None:
         if adapter.updates and adapter.prompt is not None:
             raise FitError(f"it also changes {len(adapter.updates)} weights of the model", file=adapter.path)
+        check_positions(adapter, soft_prompt(adapter))
         prompt = of_adapter("prompt", adapter, model)
     else:
         ids = tuple(open_tokenizer(component.folder).encode(text or ""))
@@ -132,7 +136,8 @@ def write_key_values(found: KeyValues, output: Path, *, overwrite: bool, inputs:
         for name, values in found.arrays.items():
             if name not in written or bytes(as_bytes(written[name].read())) != bytes(as_bytes(values)):
                 raise ProofError("was not written as it was computed", file=output, tensor=name)
-        folder.commit({"plan": job, "inputs": dict(found.facts), "bake": found.result.as_manifest()})
+        account = {"plan": job, "inputs": dict(found.facts), "bake": found.result.as_manifest()}
+        folder.commit(account | recorded_recipe())
     return replace(found.result, output=output, loading=_LOADING.format(output))
 
 

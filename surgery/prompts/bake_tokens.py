@@ -16,7 +16,7 @@ from surgery.engine.plan import Plan, SideFile
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
 from surgery.prompts.bake_result import BakeResult
 from surgery.prompts.token_files import TokenFiles, first_id, token_files
-from surgery.prompts.vocabulary import Vocabulary, vocabulary_of
+from surgery.prompts.vocabulary import Vocabulary, recipe_of, vocabulary_of
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.prompts import SoftPrompt
@@ -62,6 +62,9 @@ def plan_tokens(adapter: Adapter, prompt: SoftPrompt, base: Checkpoint, name: st
     """
     component = one_network(base)
     _check(adapter, prompt)
+    model = recipe_of(component)
+    if model is not None and model.kind != "decoder":
+        raise FitError("tokens are baked for decoders, which read them before a text", file=base.path)
     vocabulary = vocabulary_of(component, prompt)
     wanted = cast(prompt.embeddings(), DType.F32)
     rows = cast(np.asarray(wanted, np.float64) / vocabulary.scale, vocabulary.storage.dtype)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from surgery.prompts.conversion import check_positions
 from surgery.prompts.effect_result import EffectReport, Substitute, VirtualEffect
 from surgery.prompts.effects import Effects, Measured, Subject, measure_effects
 from surgery.prompts.search import search
@@ -38,6 +39,7 @@ def effect_report(
     Raises:
         FitError: no recipe for the model, no decoder, another base, or a text that is too long for it.
     """
+    check_positions(adapter, prompt)
     reference = open_reference(component)
     check_prompt(prompt, reference.model)
     if reference.model.kind != "decoder":

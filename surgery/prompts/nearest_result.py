@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.prompts.search import Near
+from surgery.prompts.search import NearToken
 from surgery.prompts.spacing import Reading, Spacing
 from surgery.reports.output import PATH, counted
 from surgery.reports.result import elapsed, summarised
@@ -33,7 +33,7 @@ class VirtualToken:
 
     number: int
     norm: float
-    nearest: dict[str, tuple[Near, ...]]
+    nearest: dict[str, tuple[NearToken, ...]]
     reading: Reading
 
 

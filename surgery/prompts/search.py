@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from surgery.prompts.vocabulary import Rows, Vocabulary
 
-__all__ = ["MEASURES", "Near", "search"]
+__all__ = ["MEASURES", "NearToken", "search"]
 
 MEASURES = ("cosine", "distance", "dot")
 _PRODUCTS = 1 << 22  # of vectors and rows, in memory at a time
@@ -25,7 +25,7 @@ Figures = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class NearToken:
     """A token and how near it is.
 
     Attributes:
@@ -41,7 +41,7 @@ class Near:
     dot: float
 
 
-_FARNESS: Mapping[str, Callable[[Near], float]] = {
+_FARNESS: Mapping[str, Callable[[NearToken], float]] = {
     "cosine": lambda near: -near.cosine,
     "distance": lambda near: near.distance,
     "dot": lambda near: -near.dot,
@@ -55,7 +55,7 @@ def search(
     *,
     measures: Sequence[str] = MEASURES,
     selves: Sequence[int] = (),
-) -> list[dict[str, tuple[Near, ...]]]:
+) -> list[dict[str, tuple[NearToken, ...]]]:
     """The `count` nearest tokens of each vector, by each measure, the nearest first.
 
     Args:
@@ -117,7 +117,7 @@ def _exact(
     candidates: Mapping[str, npt.NDArray[np.int64]],
     count: int,
     itself: int | None,
-) -> dict[str, tuple[Near, ...]]:
+) -> dict[str, tuple[NearToken, ...]]:
     """The nearest of the candidates of one vector, by their exact figures; of equals the first token."""
     ids = sorted({int(row) for rows in candidates.values() for row in rows} - {itself})
     near = dict(zip(ids, _figures(vector, vocabulary.chosen(ids), ids), strict=True)) if ids else {}
@@ -130,10 +130,12 @@ def _exact(
     return found
 
 
-def _figures(vector: Rows, rows: Rows, ids: Sequence[int]) -> list[Near]:
+def _figures(vector: Rows, rows: Rows, ids: Sequence[int]) -> list[NearToken]:
     one, many = vector.astype(np.float64), rows.astype(np.float64)
     dots = many @ one
     lengths = np.linalg.norm(many, axis=1) * np.linalg.norm(one)
     cosines = np.divide(dots, lengths, out=np.zeros_like(dots), where=lengths > 0)
     distances = np.linalg.norm(many - one, axis=1)
-    return [Near(*figures) for figures in zip(ids, cosines.tolist(), distances.tolist(), dots.tolist(), strict=True)]
+    return [
+        NearToken(*figures) for figures in zip(ids, cosines.tolist(), distances.tolist(), dots.tolist(), strict=True)
+    ]

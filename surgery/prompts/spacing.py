@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from surgery.prompts.search import Near, search
+from surgery.prompts.search import NearToken, search
 from surgery.prompts.vocabulary import Rows, Vocabulary
 
 __all__ = ["Reading", "Spacing", "reading_of", "spacing_of"]
@@ -101,7 +101,7 @@ def spacing_of(vocabulary: Vocabulary, sample: int | None = None) -> Spacing:
     )
 
 
-def reading_of(nearest: dict[str, tuple[Near, ...]], vector: Rows, spacing: Spacing) -> Reading:
+def reading_of(nearest: dict[str, tuple[NearToken, ...]], vector: Rows, spacing: Spacing) -> Reading:
     """What the nearest tokens of `vector` are worth."""
     by_distance, by_cosine = nearest["distance"][0], nearest["cosine"][0]
     ratio = by_distance.distance / spacing.farthest if spacing.farthest else float("inf")

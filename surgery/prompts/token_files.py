@@ -124,8 +124,8 @@ def _ids(whole: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
 
 
 def _spelt(whole: Mapping[str, Any]) -> set[str]:
-    vocabulary = whole["model"]["vocab"]
-    return set(_ids(whole)[1]) | {entry[0] if isinstance(entry, list) else entry for entry in vocabulary}
+    entries = (entry[0] if isinstance(entry, list) and entry else entry for entry in whole["model"]["vocab"])
+    return set(_ids(whole)[1]) | {entry for entry in entries if isinstance(entry, str)}
 
 
 def _added(word: str, number: int) -> dict[str, Any]:

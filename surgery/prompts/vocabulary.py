@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery_formats.adapters.adapterhub.prompts import HUB_PROMPT
 from surgery_formats.arrays import cast
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
@@ -22,7 +23,15 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.storage.base import Storage, read_rows
 
-__all__ = ["Vocabulary", "component_for", "recipe_of", "spelling_of", "spelt_tokens", "vocabulary_of"]
+__all__ = [
+    "Vocabulary",
+    "component_for",
+    "input_vocabulary",
+    "recipe_of",
+    "spelling_of",
+    "spelt_tokens",
+    "vocabulary_of",
+]
 
 Rows = npt.NDArray[np.float32]
 _BLOCK = 1 << 22  # elements of the embedding in memory
@@ -126,17 +135,35 @@ def vocabulary_of(component: Component, prompt: SoftPrompt) -> Vocabulary:
             tensor=tensor,
             hint="ask for what they do: `by=effect`",
         )
-    component.check_read()
-    if not component.embedding:
-        raise FitError("the base's token embedding is not found", file=component.folder)
-    storage = component.parameters[component.embedding].storage
-    if storage.sizes[-1] != prompt.dim or len(storage.sizes) != 2:
+    if prompt.kind == HUB_PROMPT:
         raise FitError(
-            f"its virtual tokens have {prompt.dim} values, but the base's tokens have {storage.sizes[-1]}",
+            "AdapterHub's prompts go behind the embeddings, with their positions and norm: tokens are not there",
+            file=file,
+            tensor=tensor,
+        )
+    found = input_vocabulary(component)
+    if found.width != prompt.dim:
+        raise FitError(
+            f"its virtual tokens have {prompt.dim} values, but the base's tokens have {found.width}",
             file=file,
             tensor=tensor,
             hint="is this the base it was trained on?",
         )
+    return found
+
+
+def input_vocabulary(component: Component) -> Vocabulary:
+    """The vocabulary of a model.
+
+    Raises:
+        FitError: no embedding, or codes that are not read.
+    """
+    component.check_read()
+    if not component.embedding:
+        raise FitError("the base's token embedding is not found", file=component.folder)
+    storage = component.parameters[component.embedding].storage
+    if len(storage.sizes) != 2:
+        raise FitError("the base's token embedding is no matrix", file=component.folder, tensor=storage.name)
     model = recipe_of(component)
     if model is None or not model.embedding.scale_rounded:  # a scale that is not part of the table scales all inputs
         return Vocabulary(storage, 1.0, model is not None)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from surgery.arguments import checked
+from surgery.reports.request import Request, asked
 
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
@@ -70,13 +71,17 @@ def elapsed() -> Any:
 
 
 def timed(verb: Callable[P, R]) -> Callable[P, R]:
-    """`verb` with its keyword arguments checked, and with the seconds it took in its result."""
+    """`verb` with its keyword arguments checked, told to manifests, and with the seconds it took in its result."""
     verb = checked(verb)
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         began = time.monotonic()
-        result = verb(*args, **kwargs)
+        # What can be read once is read here: the manifest tells it, too.
+        given = [list(one) if isinstance(one, Iterator) else one for one in args]
+        named = {name: list(one) if isinstance(one, Iterator) else one for name, one in kwargs.items()}
+        with asked(Request(verb, tuple(given), named)):
+            result = verb(*given, **named)  # type: ignore[arg-type]  # lists in the place of iterators
         seconds = time.monotonic() - began
         return replace(result, seconds=seconds)  # type: ignore[type-var]  # every result is a dataclass
 

@@ -83,7 +83,7 @@ class SelectiveTuning:
             return f"only {changed} of {count} rows of ", Name(name), " changed: ", *share
         if self.tuned == "layers":
             many = "s" if len(self.layers) > 1 else ""
-            return f"only layer{many} {spans(self.layers)} of {self.layer_count} changed: ", *share
+            return f"only layer{many} {_spans(self.layers)} of {self.layer_count} changed: ", *share
         return f"{_KNOWN_AS.get(self.tuned, 'changed')}: ", *share
 
     def as_json(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _layer(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def spans(numbers: Iterable[int]) -> str:
+def _spans(numbers: Iterable[int]) -> str:
     """Numbers in order as text: ``0-2, 5``."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgery.algebra.combination import combine_adapters, plan_combination
+from surgery.algebra.combination import CombinationPlan, combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
@@ -38,7 +38,7 @@ from surgery_formats.binding.parts import in_its_part
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import listing, show
 
-__all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine"]
+__all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine", "combined"]
 
 METHODS = ("exact", "svd", *DENSE_METHODS)
 
@@ -94,11 +94,49 @@ def combine(
         ProofError: what was written does something else.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
+    destination = output_path(output, dry_run=dry_run)
+    plan = combined(
+        adapters,
+        rank=rank,
+        method=method,
+        density=density,
+        seed=seed,
+        majority=majority,
+        only=only,
+        without=without,
+        dtype=dtype,
+        to=to,
+        base=base,
+    )
+    if destination is None:
+        return plan.result
+    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
+    return write_combination(plan, options)
+
+
+def combined(
+    adapters: AdaptersLike,
+    *,
+    rank: int | Rank | None = None,
+    method: str = "exact",
+    density: float | None = None,
+    seed: int = 0,
+    majority: str | None = None,
+    only: str | Sequence[str] = (),
+    without: str | Sequence[str] = (),
+    dtype: str = "keep",
+    to: str | None = None,
+    base: CheckpointLike | None = None,
+) -> CombinationPlan:
+    """The plan of `combine`: its `adapter` can be merged, too, without being written.
+
+    Raises:
+        UsageError, InputError, FitError, NothingChangedError: as `combine`.
+    """
     ranks = Rank() if rank is None else Rank.of(rank)
     recipe = Recipe.of(method, ranks, 1.0 if density is None else density, seed, majority or MAJORITIES[0])
     _check_options(recipe, density, majority)
     stored, target = float_type(dtype), None if to is None else format_to_write(to)
-    destination = output_path(output, dry_run=dry_run)
     terms = as_weighted(adapters)
     if not terms:
         raise FitError("no adapter was named")
@@ -109,11 +147,7 @@ def combine(
     if model is not None:
         terms = [replace(term, adapter=in_its_part(term.adapter, model)) for term in terms]
     combination = combine_adapters(terms, recipe, model, left)
-    plan = plan_combination(combination, target or format_to_write(terms[0].adapter.format), stored, "combine")
-    if destination is None:
-        return plan.result
-    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
-    return write_combination(plan, options)
+    return plan_combination(combination, target or format_to_write(terms[0].adapter.format), stored, "combine")
 
 
 def _check_options(recipe: Recipe, density: float | None, majority: str | None) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from surgery.engine.conversion import (
     Errors,
     bound_source,
     coded_as,
+    for_graph,
     in_dialect,
     left_beside,
     placed,
@@ -31,6 +33,7 @@ from surgery.engine.inputs import (
     as_adapter,
     as_checkpoint,
     as_list,
+    as_path,
     local_path,
     output_path,
 )
@@ -46,10 +49,12 @@ from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.containers import housed
 from surgery_formats.canonical.adapter import WeightedAdapter
+from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
     from surgery.algebra.lora_form import LoraForm
+    from surgery.engine.rebuild.recovery_result import RecoveryResult
     from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.models.checkpoint import Checkpoint
 
@@ -63,6 +68,7 @@ def convert(
     *,
     output: StrPath | None = None,
     base: CheckpointLike | None = None,
+    graph: StrPath | None = None,
     component: str | None = None,
     without: str | Sequence[str] = (),
     projections: str | None = None,
@@ -79,15 +85,18 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> ConvertResult:
+) -> ConvertResult | RecoveryResult:
     """Write an adapter in another format and prove it.
 
     Args:
-        adapter: File or folder of any known format, or an opened Adapter.
+        adapter: File or folder of any known format, or an opened Adapter. To ``safetensors``: an ONNX graph, whose weights
+            are written under its own names, or, told by their values, under those of `base`.
         to: Name of a format; not needed with `consumer`.
         output: File (kohya) or folder to make. Its parent must exist.
         base: The model it was trained on; needed where a format's names or shapes come from it, and checked where
             given.
+        graph: For ``onnx-adapter``, the ``.onnx`` file that will take it: names, shapes and types are those of its
+            inputs, whoever made it.
         component: The part of a pipeline to convert, or the part an adapter without parts belongs to.
         without: Patterns of modules to leave out, as `combine` takes them, such as those that the base lacks.
         projections: ``split`` (``qkv_proj`` and ``gate_up_proj`` as their parts) or ``fused``; by default they stay as
@@ -123,7 +132,7 @@ def convert(
     """
     stored = float_type(dtype)
     if consumer is not None:
-        if to is not None or projections is not None or factors is not None or dialect is not None or as_lora:
+        if as_lora or any(one is not None for one in (to, projections, factors, dialect, graph)):
             raise FitError(
                 "a program decides about format, projections and kinds itself", hint="name either a format or a program"
             )
@@ -148,7 +157,28 @@ def convert(
         raise UsageError("a format is named, as in 'peft', not NoneType", hint="or a program is, such as vllm")
     if saved is not None or max_rank is not None or merge_rest is not None:
         raise FitError("what a program takes is asked of a program", hint="name the program")
-    target = in_dialect(coded_as(format_to_write(to), factors), dialect)
+    if to == SAFETENSORS.name:
+        others = {
+            "component": component, "without": without, "projections": projections, "dialect": dialect, "factors": factors,
+            "as_lora": as_lora, "rank": rank, "graph": graph,
+        }  # fmt: skip
+        if given := [name for name, value in others.items() if value]:
+            raise UsageError(f"{given[0]} is for adapters, and safetensors are made of a graph")
+        if not isinstance(adapter, str | os.PathLike):
+            raise UsageError("a graph is named by its path")
+        from surgery.verbs.convert_graph import convert_graph
+
+        return convert_graph(
+            as_path(adapter, "adapter"),
+            None if base is None else as_checkpoint(base),
+            output=output_path(output, dry_run=dry_run),
+            dtype=stored,
+            allow_loss=allow_loss,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    where = None if graph is None else as_path(graph, "graph")
+    target, stored = for_graph(in_dialect(coded_as(format_to_write(to), factors), dialect), where, stored)
     if stored is not None and isinstance(target, Coded):
         raise FitError(f"{to} stores factors as codes, and the rest as it is", hint="`factors=` chooses the codes")
     if rank is not None and not as_lora:

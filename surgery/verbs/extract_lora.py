@@ -8,10 +8,11 @@ adapter is read back before it appears and must hold what was measured, where it
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from surgery.engine.calibration_file import open_calibration
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
-from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, check_counts, output_path
+from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, as_path, check_counts, output_path
 from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
@@ -45,10 +46,11 @@ from surgery.rank import Rank
 from surgery.reports.result import timed
 from surgery_formats.adapters.format import Coded, Format, Scaling
 from surgery_formats.adapters.registry import format_to_write
+from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.checkpoint import Checkpoint, Component
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -79,6 +81,7 @@ def extract_lora(
     workers: int | None = None,
     overwrite: bool = False,
     table: bool = False,
+    graph_of: CheckpointLike | None = None,
     dry_run: bool = False,
     progress: Callback | None = None,
 ) -> ExtractResult:
@@ -112,6 +115,8 @@ def extract_lora(
             GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
+        graph_of: Where `tuned`, or `base` and `tuned`, are ONNX graphs of any exporter: the checkpoint whose names their
+            weights get (docs/graphs.md); by default `base`, if that is none.
         dry_run: Compare and factorise, write nothing.
         progress: Called with every step.
 
@@ -139,51 +144,93 @@ def extract_lora(
     if device != "auto":
         devices_of(device)  # before anything is read
     folder = output_path(output, dry_run=dry_run)
-    pair = CheckpointPair(as_checkpoint(base), as_checkpoint(tuned, "tuned"))
-    devices, why = extraction_devices(device, sum(tensor.numel for tensor in pair.new.tensors.values()))
-    inputs = None if calibration is None else open_calibration(calibration)
-    parent = None if folder is None else Path(os.path.realpath(folder.parent))
-    scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
-    lanes: Lanes | None = None
-    stopwatch = Stopwatch()
-    try:
-        threads = workers or default_lanes(devices)
-        stored = DType.F32 if coding else _dtype(dtype, pair.new)
-        workspace = Workspace(
-            scratch, devices[0], threads, threads if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
-        )
-        request = ExtractionRequest(
-            goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace, beyond_rounding
-        )
-        layout = layout_of(pair.old, pair.new, full=options.embeddings == "full", matrices=whole)
-        goal.check_patterns(layout.targets)
-        if inputs is not None:
-            shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
-            names = [*shared, *(tree_name(name, pair.old) for name in shared)]
-            check_modules(inputs, layout.parameters, layout.targets, names)
-        if folder is not None:
-            load_writer()
-        lanes = Lanes(devices, threads)
-        specs = stored_factor_specs(goal, scaling, stored)
-        lanes.warm(warming(layout, goal, specs))
-        scanned = scan(layout, goal, specs, scratch, lanes, progress)
-        factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, threads)
-        scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
-        stopwatch.lap("starting", scanned.began)
-        stopwatch.lap("reading")
-        plan = plan_extraction(pair, layout, scanned, request, stopwatch)
-        if folder is None:
-            predicted = replace(
-                _reproduced(predicted_result(plan), plan), format=adapter_format.name, timings=stopwatch.parts
+    with _both(base, tuned, graph_of, folder, workers) as sides:
+        pair = CheckpointPair(*sides)
+        devices, why = extraction_devices(device, sum(tensor.numel for tensor in pair.new.tensors.values()))
+        inputs = None if calibration is None else open_calibration(calibration)
+        parent = None if folder is None else Path(os.path.realpath(folder.parent))
+        scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
+        lanes: Lanes | None = None
+        stopwatch = Stopwatch()
+        try:
+            threads = workers or default_lanes(devices)
+            stored = DType.F32 if coding else _dtype(dtype, pair.new)
+            workspace = Workspace(
+                scratch, devices[0], threads, threads if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
             )
-            return replace(predicted, devices=devices, why_devices=why)
-        result = write_extraction(plan, adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress)
-        timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
-        return replace(_reproduced(result, plan), timings=timings, devices=devices, why_devices=why)
-    finally:
-        if lanes is not None:
-            lanes.close()
-        scratch.close()
+            request = ExtractionRequest(
+                goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace, beyond_rounding
+            )
+            layout = layout_of(pair.old, pair.new, full=options.embeddings == "full", matrices=whole)
+            goal.check_patterns(layout.targets)
+            if inputs is not None:
+                shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+                names = [*shared, *(tree_name(name, pair.old) for name in shared)]
+                check_modules(inputs, layout.parameters, layout.targets, names)
+            if folder is not None:
+                load_writer()
+            lanes = Lanes(devices, threads)
+            specs = stored_factor_specs(goal, scaling, stored)
+            lanes.warm(warming(layout, goal, specs))
+            scanned = scan(layout, goal, specs, scratch, lanes, progress)
+            factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, threads)
+            scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
+            stopwatch.lap("starting", scanned.began)
+            stopwatch.lap("reading")
+            plan = plan_extraction(pair, layout, scanned, request, stopwatch)
+            if folder is None:
+                predicted = replace(
+                    _reproduced(predicted_result(plan), plan), format=adapter_format.name, timings=stopwatch.parts
+                )
+                return replace(predicted, devices=devices, why_devices=why)
+            result = write_extraction(plan, adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress)
+            timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
+            return replace(_reproduced(result, plan), timings=timings, devices=devices, why_devices=why)
+        finally:
+            if lanes is not None:
+                lanes.close()
+            scratch.close()
+
+
+@contextlib.contextmanager
+def _both(
+    base: CheckpointLike,
+    tuned: CheckpointLike,
+    graph_of: CheckpointLike | None,
+    folder: Path | None,
+    workers: int | None,
+) -> Iterator[tuple[Checkpoint, Checkpoint]]:
+    """Both checkpoints; those of graphs are made for the time being."""
+    paths = [_graph(base), _graph(tuned)]
+    if paths == [None, None]:
+        if graph_of is not None:
+            raise UsageError("`graph_of` names the checkpoint of graphs, and none was given")
+        yield as_checkpoint(base), as_checkpoint(tuned, "tuned")
+        return
+    if paths[0] is not None and graph_of is None:
+        raise UsageError(
+            "BASE is a graph, whose names say nothing", hint="name the checkpoint it was made of: `graph_of=`"
+        )
+    from surgery.onnx.edit.of_graphs import as_checkpoints
+
+    names = as_checkpoint(base if graph_of is None else graph_of, "graph_of")
+    beside = folder.absolute().parent if folder is not None and folder.absolute().parent.is_dir() else None
+    with as_checkpoints(paths[0], paths[1], names, beside, workers) as (old, new):
+        yield old or as_checkpoint(base), new or as_checkpoint(tuned, "tuned")
+
+
+def _graph(model: CheckpointLike) -> Path | None:
+    """The path of a graph, or of a folder of graphs alone; None for any other model."""
+    if isinstance(model, Checkpoint):
+        return None
+    path = as_path(model, "tuned")
+    if path.is_dir():
+        names = [one.name for one in path.iterdir() if one.is_file()]
+        alone = any(name.endswith(".onnx") for name in names) and not any(
+            is_weight_file(name) and not name.endswith(".onnx") for name in names
+        )
+        return path if alone else None
+    return path if path.suffix == ".onnx" else None
 
 
 def _reproduced(result: ExtractResult, plan: ExtractionPlan) -> ExtractResult:

@@ -30,6 +30,7 @@ from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from surgery.insertion.unmerged import UnmergedResult
     from surgery.onnx.export.into_graph import GraphInsertion
     from surgery_formats.canonical.adapter import Adapter
 
@@ -47,6 +48,7 @@ def insert(
     output: StrPath | None = None,
     required: bool = False,
     gated: bool = False,
+    unmerged: bool = False,
     new: str | None = None,
     rank: int | None = None,
     alpha: float | None = None,
@@ -62,11 +64,11 @@ def insert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress: Callback | None = None,
-) -> DeltaResult | FreshResult | GraphInsertion:
+) -> DeltaResult | FreshResult | GraphInsertion | UnmergedResult:
     """Put what a fine-tune changed into its base, slots for adapters into an ONNX graph; or begin an adapter beside a model.
 
     Args:
-        model: The model: a checkpoint, or an ``.onnx`` file, whoever made it.
+        model: The model: a checkpoint, or an ``.onnx`` file or a folder with one, whoever made it.
         what: Of a checkpoint: an adapter that holds parameters, or rows of them, as a fine-tune has them: biases, norms,
             layers, token rows (what ``extract_lora(dense=..., matrices="full")`` writes). Of a graph: adapters, each of
             which gets a file for the slots.
@@ -75,6 +77,8 @@ def insert(
         required: Of a graph: whether slots and strengths are inputs without a default, for runtimes that pass no optional
             ones.
         gated: Of a graph: put the adapters into it, each behind an input for its strength, by default its weight.
+        unmerged: Of a checkpoint: put adapters beside it in one folder, where transformers and PEFT load them: the first with the
+            model, others by their names.
         new: Begin an adapter of this kind for the checkpoint: ``lora``, ``dora``, ``rslora``, ``ia3``, ``loha``, ``lokr``,
             ``oft``, ``vera``, ``bottleneck``, ``prompt``, ``prefix``.
         rank: Of `new`: directions of a module (16); the side of a block of an OFT, the width of a bottleneck, the number of
@@ -115,20 +119,35 @@ def insert(
     asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
     asked |= {"release": release, "residual": residual, "format": format}
     if new is not None:
-        if what is not None or base is not None or required or gated:
+        if what is not None or base is not None or required or gated or unmerged:
             raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
         return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
     if odd := [name for name, value in asked.items() if value is not None]:
         raise UsageError(f"{odd[0]} belongs to an adapter that is begun", hint="`new=` names its kind")
     if what is None:
         raise UsageError("nothing to insert was named", hint="or name a kind of adapter to begin")
-    if not isinstance(model, Checkpoint) and (path := as_path(model, "model")).suffix == ".onnx":
+    if not isinstance(model, Checkpoint) and (path := _graph(as_path(model, "model"), base)).suffix == ".onnx":
+        if unmerged:
+            raise UsageError("an adapter lies beside a checkpoint", hint="a graph has slots without being asked")
         options = {"required": required, "gated": gated, "overwrite": overwrite}
         return _into_graph(path, what, base, folder, **options)
     if base is not None or required or gated:
         raise FitError("a checkpoint has no slots", hint="`base=`, `required=` and `gated=` are for an .onnx file")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
+    if unmerged:
+        from surgery.insertion.unmerged import insert_unmerged
+
+        return insert_unmerged(as_checkpoint(model, "model"), as_weighted(what, "what"), folder, run)
     return insert_delta(as_checkpoint(model, "model"), _one(what), folder, run)
+
+
+def _graph(path: Path, base: CheckpointLike | None) -> Path:
+    """The graph's file, of a folder with one: a base was named, which no checkpoint needs."""
+    if base is None or not path.is_dir():
+        return path
+    from surgery.onnx.edit.opening import graph_at
+
+    return graph_at(path).path
 
 
 def _fresh(
@@ -199,4 +218,12 @@ def _into_graph(
 
     if base is None:
         raise UsageError("the weights of a graph are found by those of its base", hint="give it with `base=`")
-    return insert_adapters(path, sort_adapters(merge=what).merge, as_checkpoint(base), folder, **options)
+    roles = sort_adapters(what)
+    if roles.insert:
+        from surgery.onnx.export.modules_into_graph import insert_modules
+
+        if options["required"] or options["gated"]:
+            raise FitError("modules are optional inputs", hint="without `required=` and `gated=`")
+        given = (*roles.insert, *roles.merge, *roles.prefix)
+        return insert_modules(path, given, as_checkpoint(base), folder, overwrite=options["overwrite"])
+    return insert_adapters(path, (*roles.merge, *roles.prefix), as_checkpoint(base), folder, **options)

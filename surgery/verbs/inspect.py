@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgery.engine.inputs import Openable, opened_or_graph
+from surgery.engine.inputs import Openable, as_path, opened_or_graph
 from surgery.reports.adapter_report import AdapterReport, PromptFacts
+from surgery.reports.array_report import ArrayFileReport
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
 from surgery.reports.graph_report import GraphReport
 from surgery.reports.quantisation import quantised_weights
@@ -22,6 +24,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx.container import ONNX
+from surgery_formats.containers.onnx_adapter import is_onnx_adapter
 from surgery_formats.containers.weight_files import container_of_file, is_weight_file
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.models.checkpoint import Checkpoint, Component
@@ -31,7 +34,15 @@ from surgery_formats.models.module_tree import Node, Totals, leaves, module_grap
 from surgery_formats.text import listing
 from surgery_formats.updates import is_directed, is_row_setting
 
-__all__ = ["AdapterReport", "CheckpointReport", "GraphReport", "inspect", "inspect_adapter", "inspect_checkpoint"]
+__all__ = [
+    "AdapterReport",
+    "ArrayFileReport",
+    "CheckpointReport",
+    "GraphReport",
+    "inspect",
+    "inspect_adapter",
+    "inspect_checkpoint",
+]
 
 # What transformers' configurations call the same fact, the usual name first.
 _FACTS: Mapping[str, tuple[str, ...]] = {
@@ -49,7 +60,7 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
 
 
 @timed
-def inspect(reference: Openable) -> CheckpointReport | AdapterReport | GraphReport:
+def inspect(reference: Openable) -> CheckpointReport | AdapterReport | GraphReport | ArrayFileReport:
     """Look at a model, an adapter or an ONNX graph without reading a single weight.
 
     Args:
@@ -61,7 +72,14 @@ def inspect(reference: Openable) -> CheckpointReport | AdapterReport | GraphRepo
         MalformedError: a header or a configuration is not what its format says.
         FitError: an adapter of a kind that is not read.
     """
-    opened = opened_or_graph(reference, "reference")
+    try:
+        opened = opened_or_graph(reference, "reference")
+    except FitError as error:
+        if not isinstance(reference, str | os.PathLike) or not is_onnx_adapter(path := as_path(reference, "reference")):
+            raise
+        from surgery.onnx.survey.arrays import survey_arrays
+
+        return survey_arrays(path, error.message)
     if isinstance(opened, Path):
         from surgery.onnx.survey.survey import survey
 

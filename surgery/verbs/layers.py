@@ -102,7 +102,7 @@ def layers(
     rebuilt = rebuild(
         checkpoint, keep=keep, repeat=repeat, drop=drop, vocab=vocab, split=as_list(split), fuse=as_list(fuse)
     )
-    if not rebuilt.facts and stored is None:
+    if not rebuilt.facts and stored is None and not _has_adapters(checkpoint):
         raise NothingChangedError("nothing was asked for", file=checkpoint.path, hint="say what shall be other")
     plan = plan_rebuilt(rebuilt, stored, shard_size)
     before, after = (_parameters(one) for one in (checkpoint, rebuilt.checkpoint))
@@ -127,6 +127,12 @@ def layers(
     ledger = execute(plan, folder, run, _nothing, last=last)
     told = (*plan.warnings, *warnings)
     return replace(result, output=folder, ledger=ledger, adapter=move.account(beside), warnings=told)
+
+
+def _has_adapters(checkpoint: Checkpoint) -> bool:
+    """Whether adapters lie in the folder of a model: the model alone is something else."""
+    folder = checkpoint.path
+    return folder.is_dir() and any((*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")))
 
 
 def _nothing(ledger: Ledger) -> Mapping[str, bytes]:

@@ -3,13 +3,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
 from surgery.engine.execute import Engine, Run, execute
-from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_list, as_path, check_counts, output_path
+from surgery.engine.inputs import (
+    AdaptersLike,
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_list,
+    as_path,
+    as_weighted,
+    check_counts,
+    output_path,
+)
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.merge_result import MergeResult
@@ -47,6 +58,7 @@ def merge(
     calibration: StrPath | None = None,
     accept_loss: bool = False,
     without: str | Sequence[str] = (),
+    replace: AdaptersLike = (),
     rank: int | None = None,
     max_error: float | None = None,
     reversible: bool = False,
@@ -82,6 +94,8 @@ def merge(
         calibration: Of ``requantize``: a file of inputs (docs/extraction.md), along which errors are made up for too.
         accept_loss: Write codes that hold less than half of the update, too.
         without: Patterns of modules of the adapters to leave out, such as those that the base lacks: ``text_encoder:*``.
+        replace: Adapters that were merged into `base`, all of them, in their order and with their weights: they are taken back
+            first, as `surgery.unmerge` does, without a model being written in between.
         rank: Of ``residual``: most directions of the LoRA of a weight; by default as many as hold all of the update, and
             at least 16 where it is no LoRA (a DoRA, (IA)^3 ...), which leaves a part that the result states.
         max_error: Of ``residual``: how far a weight may be off, relative to its update.
@@ -117,7 +131,7 @@ def merge(
         from surgery.verbs.merge_graph import merge_graph
 
         given = (dtype != "keep", shard_size, layout != "keep", quantized != "dequantize", only_touched, rounding,
-            calibration, rank, max_error, reversible, as_trained is not None, memory_limit, engine)  # fmt: skip
+            calibration, rank, max_error, reversible, as_trained is not None, memory_limit, engine, replace)  # fmt: skip
         if any(given):
             raise UsageError("a graph keeps its types and its layout", hint="leave out what belongs to checkpoints")
         if isinstance(base, Checkpoint):
@@ -125,6 +139,8 @@ def merge(
         return merge_graph(
             as_path(base, "base"), graph_of, adapters, folder, run, without=as_list(without), accept_loss=accept_loss
         )
+    if isinstance(base, str | os.PathLike) and os.fspath(base).endswith(".onnx"):
+        raise UsageError("an ONNX graph needs the checkpoint that it was made of", hint="name it: `graph_of=BASE`")
     quantised = quantised_output(
         quantized,
         only_touched=only_touched,
@@ -137,8 +153,17 @@ def merge(
         as_trained=as_trained is not None,
         dtype=dtype,
     )
+    undone = None
+    if replaced := as_weighted(replace, "replace"):
+        if as_trained is not None or reversible or quantised.way != "dequantize":
+            raise UsageError("adapters are replaced in plain weights", hint="unmerge first, and then merge")
+        from surgery.engine.undo.undone import undone_values
+        from surgery.verbs.unmerge import kept_beside
+
+        base = as_checkpoint(base)
+        undone = undone_values(base, [(entry.adapter, entry.weight) for entry in replaced], kept_beside(base))
     binding, plan = planned_merge(
-        base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without)
+        base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without), undone
     )
     if folder is None:
         from surgery.engine.preview import obstacles, preview
@@ -151,6 +176,8 @@ def merge(
         ahead = preview(plan, None if output is None else Path(output), workers, beside)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
     warnings: list[str] = list(plan.warnings)
+    if undone is not None and not undone.exact:
+        warnings.append("the values before are an estimate: rounding lost what a reversible merge would have kept")
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         weights = [weight for _, weight in binding.adapters]

@@ -58,11 +58,11 @@ def merge_graph(
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     graph = graph_at(path)
-    planned = _planned(graph, binding, run)
+    planned = _planned(graph, binding, run, compare=folder is None)
     plan = planned.plan
     if folder is None:
-        return MergeResult(None, Ledger(plan), plan.warnings)
-    warnings = list(plan.warnings)
+        return MergeResult(None, Ledger(plan), (*plan.warnings, *_of_activations(graph)))
+    warnings = [*plan.warnings, *_of_activations(graph)]
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         warnings.extend(
@@ -77,7 +77,8 @@ def merge_graph(
     return MergeResult(folder, ledger, tuple(warnings))
 
 
-def _planned(graph: OnnxGraph, binding: Binding, run: Run) -> GraphPlan:
+def _planned(graph: OnnxGraph, binding: Binding, run: Run, *, compare: bool) -> GraphPlan:
+    """The plan; what is written is compared with the base while it is computed, a dry run does it here."""
     from surgery.onnx.edit.changes import changes_of, touched_labels
     from surgery.onnx.edit.locate import located_weights
     from surgery.onnx.edit.wanted import wanted_weights
@@ -87,6 +88,17 @@ def _planned(graph: OnnxGraph, binding: Binding, run: Run) -> GraphPlan:
         wanted_weights(binding.checkpoint),
         touched=touched_labels(binding),
         tables=False,
+        compare=compare,
         workers=run.workers or default_workers(),
     )
     return plan_graph(graph, changes_of(located, binding), binding)
+
+
+def _of_activations(graph: OnnxGraph) -> tuple[str, ...]:
+    """A warning where a graph rounds activations on scales of its own."""
+    nodes = graph.proto.graph.node
+    made = {name for node in nodes for name in node.output}
+    count = sum(node.op_type == "QuantizeLinear" and node.input[0] in made for node in nodes)
+    if not count:
+        return ()
+    return (f"activations are quantised in {count} places on scales that were calibrated for the base, and these stay",)

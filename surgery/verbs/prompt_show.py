@@ -9,9 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.engine.inputs import AdapterLike, CheckpointLike, as_adapter, as_checkpoint
+from surgery.prompts.conversion import layout_for
 from surgery.prompts.show_result import PromptPart, PromptReport
 from surgery.prompts.vocabulary import Vocabulary, component_for, recipe_of, vocabulary_of
 from surgery.reports.result import timed
+from surgery_formats.adapters.adapterhub.prompts import HUB_PROMPT
 from surgery_formats.adapters.soft_prompts import history, soft_prompts
 from surgery_formats.arrays import cast
 from surgery_formats.binding.prompt_fit import check_prompt
@@ -56,18 +58,20 @@ def prompt_show(prompt: AdapterLike, *, base: CheckpointLike | None = None) -> P
 def _part(name: str, prompt: SoftPrompt, checkpoint: Checkpoint | None) -> PromptPart:
     component = None if checkpoint is None else component_for(checkpoint, name)
     model = None if component is None else recipe_of(component)
-    if model is not None:
+    layout = prompt.prefix
+    if model is not None and layout is not None:
+        layout = layout_for(prompt, layout, model)
+    elif model is not None and prompt.kind != HUB_PROMPT:
         check_prompt(prompt, model)
-    part = PromptPart(
-        name, prompt.virtual_tokens, prompt.dim, prompt.submodules, prompt.prefix, prompt.table.dtype.label
-    )
+    part = PromptPart(name, prompt.virtual_tokens, prompt.dim, prompt.submodules, layout, prompt.table.dtype.label)
     if prompt.prefix is not None:
         pairs = [prompt.key_values(layer) for layer in range(prompt.prefix.layers // prompt.submodules)]
         keys, values = (_token_norms(np.stack([pair[which] for pair in pairs])) for which in (0, 1))
         return replace(part, norms=keys, value_norms=values)
     rows = np.concatenate([cast(prompt.embeddings(number), DType.F64) for number in range(prompt.submodules)])
     norms = np.linalg.norm(rows, axis=1)
-    median = None if component is None else _median_norm(vocabulary_of(component, prompt))
+    compared = None if prompt.kind == HUB_PROMPT else component
+    median = None if compared is None else _median_norm(vocabulary_of(compared, prompt))
     return replace(part, norms=tuple(norms.tolist()), vocabulary_norm=median, alike=_most_alike(rows, norms))
 
 

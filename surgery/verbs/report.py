@@ -65,6 +65,8 @@ def report(
             refuse_known(models[-1].path, component.tensors, networks=True)
         raise FitError("more than one base", file=models[-1].path, hint="an adapter was expected here")
     model = models[0] if models else None if base is None else as_checkpoint(base)
+    if model is not None and adapters:
+        model = as_checkpoint(model)  # a graph's names say nothing of what an adapter meets
     base_cost = None if model is None else _base_cost(model)
     costs = tuple(_adapter_cost(adapter, model, base_cost, tasks) for adapter in adapters)
     together = None

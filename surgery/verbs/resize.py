@@ -6,7 +6,7 @@ Each module gets the best factors of its new rank (Eckart and Young, by QR of th
 
 from __future__ import annotations
 
-from surgery.algebra.combination import Combination, combine_adapters, plan_combination
+from surgery.algebra.combination import Combination, CombinationPlan, combine_adapters, plan_combination
 from surgery.algebra.combine_result import CombineResult
 from surgery.algebra.output import write_combination
 from surgery.algebra.sums import Recipe
@@ -20,7 +20,7 @@ from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
 
-__all__ = ["resize"]
+__all__ = ["resize", "resized"]
 
 
 @timed
@@ -58,21 +58,37 @@ def resize(
         ProofError: what was written is further from the adapter than the best of its rank.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
+    destination = output_path(output, dry_run=dry_run)
+    plan = resized(adapter, rank=rank, dtype=dtype, to=to, base=base)
+    if destination is None:
+        return plan.result
+    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
+    return write_combination(plan, options)
+
+
+def resized(
+    adapter: AdapterLike,
+    *,
+    rank: int | Rank,
+    dtype: str = "keep",
+    to: str | None = None,
+    base: CheckpointLike | None = None,
+) -> CombinationPlan:
+    """The plan of `resize`: its `adapter` can be merged, too, without being written.
+
+    Raises:
+        UsageError, InputError, FitError, NothingChangedError: as `resize`.
+    """
     recipe = Recipe.of("exact", Rank.of(rank))
     if not recipe.truncates:
         raise FitError("no size was chosen", hint="give a rank, an energy or an error")
     stored, target = float_type(dtype), None if to is None else format_to_write(to)
-    destination = output_path(output, dry_run=dry_run)
     source = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
     if all(update.outcome == "kept" for update in combination.updates):
         raise _nothing_to_lose(combination, recipe)
-    plan = plan_combination(combination, target or format_to_write(source.format), stored, "resize")
-    if destination is None:
-        return plan.result
-    options = WriteOptions(destination, overwrite=overwrite, progress=progress)
-    return write_combination(plan, options)
+    return plan_combination(combination, target or format_to_write(source.format), stored, "resize")
 
 
 def _nothing_to_lose(combination: Combination, recipe: Recipe) -> NothingChangedError:

@@ -34,7 +34,7 @@ from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.side_files import BASE_ROUNDING
 
-__all__ = ["UnmergeResult", "unmerge"]
+__all__ = ["UnmergeResult", "kept_beside", "unmerge"]
 
 
 @timed
@@ -104,7 +104,7 @@ def unmerge(
     if not weighted:
         raise FitError("no adapter was named")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
-    kept = _kept(merged, base_rounding)
+    kept = kept_beside(merged) if base_rounding is None else local_path(base_rounding, "base_rounding")
     if kept is not None:
         from surgery.engine.undo.restore import prove_base, restoration
         from surgery.engine.undo.sidecar import open_sidecar
@@ -130,9 +130,8 @@ def _model_of(value: object) -> Checkpoint | None:
     return value if isinstance(value, Checkpoint) else None
 
 
-def _kept(model: Checkpoint, base_rounding: StrPath | None) -> Path | None:
-    if base_rounding is not None:
-        return local_path(base_rounding, "base_rounding")
+def kept_beside(model: Checkpoint) -> Path | None:
+    """What a reversible merge kept in the folder of a merged model; None without it."""
     beside = model.path / BASE_ROUNDING
     return beside if beside.is_file() else None
 

@@ -31,6 +31,7 @@ OTHERWISE: dict[str, dict[str, str | None]] = {
     "export-onnx": {"mode": None},
     "inspect": {"depth": None, "every": None, "alpha": None},
     "diff": {"fail_on": None},
+    "prompt transfer": {"text_file": "texts", "ids": "texts"},
     "prompt nearest": {"text_file": "texts", "ids": "texts"},
     "report": {"markdown": None, "overwrite": None},
 }

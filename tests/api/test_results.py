@@ -16,14 +16,22 @@ from tests.support.kit import ROOT, make_base, make_lora
 
 EXAMPLES = ROOT / "examples"
 GRAPHS = ROOT / "tests" / "golden" / "onnx_graphs"
-BASE, TUNED, LORA, DORA = (EXAMPLES / name for name in ("base", "tuned", "lora", "dora"))
+BASE, TUNED, LORA, DORA, PROMPT = (EXAMPLES / name for name in ("base", "tuned", "lora", "dora", "prompt"))
 
 WRITERS: dict[str, Callable[[Path | None], Any]] = {
     "merge": lambda out: surgery.merge(BASE, LORA, output=out, dry_run=out is None),
     "extract_lora": lambda out: surgery.extract_lora(BASE, TUNED, rank=2, output=out, dry_run=out is None),
     "convert": lambda out: surgery.convert(LORA, "compact", output=out, dry_run=out is None),
+    "convert a graph": lambda out: surgery.convert(
+        GRAPHS / "optimum-bert", "safetensors", output=out, dry_run=out is None
+    ),
     "layers": lambda out: surgery.layers(BASE, drop="1", output=out, dry_run=out is None),
     "combine": lambda out: surgery.combine([(LORA, 0.5)], output=out, dry_run=out is None),
+    "prompt_bake": lambda out: surgery.prompt_bake(BASE, PROMPT, output=out, dry_run=out is None),
+    "prompt_bake, kv": lambda out: surgery.prompt_bake(BASE, PROMPT, form="kv", output=out, dry_run=out is None),
+    "prompt_combine": lambda out: surgery.prompt_combine([PROMPT, PROMPT], output=out, dry_run=out is None),
+    "prompt_convert": lambda out: surgery.prompt_convert(PROMPT, "p-tuning", output=out, dry_run=out is None),
+    "prompt_transfer": lambda out: surgery.prompt_transfer(PROMPT, BASE, onto=TUNED, output=out, dry_run=out is None),
     "resize": lambda out: surgery.resize(LORA, rank=2, output=out, dry_run=out is None),
 }
 LOOKERS: dict[str, Callable[[], Any]] = {
@@ -34,6 +42,9 @@ LOOKERS: dict[str, Callable[[], Any]] = {
     "diff of graphs": lambda: surgery.diff(GRAPHS / "optimum-bert", GRAPHS / "script-bert"),
     "diff of adapters": lambda: surgery.diff(LORA, DORA),
     "report": lambda: surgery.report(LORA, base=BASE),
+    "show of a prompt": lambda: surgery.prompt_show(PROMPT, base=BASE),
+    "tokens near a prompt": lambda: surgery.prompt_nearest(PROMPT, BASE, sample=50),
+    "what a prompt does": lambda: surgery.prompt_nearest(PROMPT, BASE, by="effect", texts=[0, 5, 6, 7]),
     "formats": surgery.formats,
     "env": surgery.env,
 }

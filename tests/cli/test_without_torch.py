@@ -33,6 +33,9 @@ COMMANDS = {
     "show a prompt": ["prompt", "show", PROMPT, "--base", BASE],
     "bake tokens": ["prompt", "bake", BASE, PROMPT, "-o", "{out}"],
     "bake keys and values": ["prompt", "bake", BASE, PROMPT, "-o", "{out}", "--as", "kv"],
+    "combine prompts": ["prompt", "combine", PROMPT, PROMPT, "-o", "{out}"],
+    "convert a prompt": ["prompt", "convert", PROMPT, "--to", "prefix", "--base", BASE, "-o", "{out}"],
+    "transfer a prompt": ["prompt", "transfer", PROMPT, BASE, "--onto", TUNED, "-o", "{out}"],
     "tokens near a prompt": ["prompt", "nearest", PROMPT, BASE],
     "diff of models": ["diff", BASE, TUNED, "--spectrum"],
     "diff of adapters": ["diff", LORA, LORA],
@@ -63,6 +66,9 @@ COMMANDS = {
     "merge": ["merge", BASE, LORA, DORA, "-o", "{out}"],
     "extract a LoRA": ["extract-lora", BASE, TUNED, "--rank", "4", "-o", "{out}"],
     "extract what fits best": ["extract-lora", BASE, TUNED, "--rank", "4", "--kind", "auto", "-o", "{out}"],
+    "begin a LoRA": ["insert", BASE, "--new", "lora", "--init", "pissa", "-o", "{out}"],
+    "begin an OFT": ["insert", BASE, "--new", "oft", "-o", "{out}"],
+    "begin a prompt": ["insert", BASE, "--new", "prompt", "-o", "{out}"],
     "export": ["export-onnx", BASE, "-o", "{out}"],
     "export of a merge": ["export-onnx", BASE, LORA, "-o", "{out}"],
     "export with slots": ["export-onnx", BASE, "--swap", LORA, "-o", "{out}"],
@@ -102,6 +108,12 @@ def test_no_command_imports_torch(name: str, refusing: dict[str, str], tmp_path:
 def test_what_is_merged_is_verified_without_torch(refusing: dict[str, str], tmp_path: Path) -> None:
     assert spawn("merge", BASE, LORA, "-o", tmp_path / "out", **refusing).returncode == 0
     done = spawn("verify", tmp_path / "out", "--against", BASE, "--adapter", LORA, **refusing)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_recipe_needs_no_torch(refusing: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"steps: [{{verb: merge, base: {BASE}, adapters: {{{LORA}: 0.5}}}}]")
+    done = spawn("apply", tmp_path / "recipe.yaml", "-o", tmp_path / "out", **refusing)
     assert done.returncode == 0, done.stderr
 
 

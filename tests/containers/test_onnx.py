@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -511,3 +512,33 @@ def test_weights_that_are_written_one_by_one_are_no_checkpoint(tmp_path: Path) -
     path = saved(tmp_path, model(helper.make_tensor("h", TensorProto.FLOAT16, half.shape, half.reshape(-1).tolist())))
     with pytest.raises(MalformedError, match=r"1 weights are written value by value .h."):
         open_checkpoint(path)
+
+
+def test_a_repository_with_graphs_alone_says_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    saved(tmp_path / "onnx", model(numpy_helper.from_array(WEIGHT, "w")), "model_q4.onnx")
+    with pytest.raises(NotFoundError, match=r"graphs in 'onnx': name one, such as onnx/model_q4.onnx"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_pipeline_of_graphs_opens(tmp_path: Path) -> None:
+    names = {
+        "unet": ["diffusers", "OnnxRuntimeModel"],
+        "scheduler": ["diffusers", "X"],
+        "vae_decoder": ["diffusers", "Y"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OnnxStableDiffusionPipeline", **names}))
+    for name in names:
+        (tmp_path / name).mkdir()
+        if name != "scheduler":
+            saved(tmp_path / name, model(numpy_helper.from_array(WEIGHT, f"{name}.conv_in.weight")))
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.is_pipeline, checkpoint.is_graph) == (True, True)
+    assert {name: list(one.tensors) for name, one in checkpoint.components.items()} == {
+        "unet": ["unet.conv_in.weight"],
+        "vae_decoder": ["vae_decoder.conv_in.weight"],
+    }
+    report = surgery.inspect(tmp_path)
+    assert report.parameters == 2 * WEIGHT.size
+    with pytest.raises(FitError, match="an ONNX graph where"):
+        surgery.merge(tmp_path, LORA, output=tmp_path / "out")

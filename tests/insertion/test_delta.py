@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from tests.support.kit import HIDDEN, make_base, make_lora
+from tests.support.tiny_models import tiny
 
 BIASES = {f"model.layers.{layer}.self_attn.q_proj.bias": torch.zeros(HIDDEN) for layer in (0, 1)}
 NORMS = {f"model.layers.{layer}.input_layernorm.weight": torch.ones(HIDDEN) for layer in (0, 1)}
@@ -85,6 +86,28 @@ def test_a_change_of_all_layers_has_no_name(tmp_path: Path):
     assert not any(row.rank for row in found.rows)
     surgery.insert(base, tmp_path / "delta", output=tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (fine / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "t5", "gpt_oss", "phi3", "vit", "whisper"])
+def test_a_fine_tune_of_everything_comes_back_to_the_byte(model_type: str, tmp_path: Path):
+    tiny(model_type).save_pretrained(tmp_path / "base")
+    fine = tuned_from(
+        tmp_path / "base",
+        lambda _, old: old + torch.randn_like(old) if old.is_floating_point() else None,
+        tmp_path / "fine",
+    )
+    surgery.extract_lora(tmp_path / "base", fine, output=tmp_path / "delta", matrices="full")
+    surgery.insert(tmp_path / "base", tmp_path / "delta", output=tmp_path / "out")
+    back, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", fine))
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in wanted.items())
+
+
+def test_experts_in_parts_have_no_copy(tmp_path: Path):
+    tiny("mixtral").save_pretrained(tmp_path / "base")
+    fine = tuned_from(tmp_path / "base", where("experts.0.w1"), tmp_path / "fine")
+    with pytest.raises(surgery.FitError, match="is made of several tensors: no copy of a module holds them"):
+        surgery.extract_lora(tmp_path / "base", fine, output=tmp_path / "delta", matrices="full")
 
 
 def test_what_is_computed_is_left_to_merge(tmp_path: Path):

@@ -94,6 +94,41 @@ def test_factors_along_the_inputs_of_modules(tmp_path: Path):
         )
 
 
+def test_a_gram_matrix_gives_the_same_start(tmp_path: Path):
+    base = make_base(tmp_path / "base")
+    torch.manual_seed(2)
+    rows = torch.randn(200, HIDDEN) * torch.logspace(0, -1, HIDDEN)
+    name = "model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.activations": rows}, tmp_path / "rows.safetensors")
+    save_file({f"{name}.gram": rows.T @ rows / 200}, tmp_path / "gram.safetensors")
+    for kind in ("rows", "gram"):
+        file = tmp_path / f"{kind}.safetensors"
+        surgery.insert(
+            base,
+            new="lora",
+            rank=4,
+            init="eva",
+            targets="layers.0.self_attn.q_proj",
+            calibration=file,
+            output=tmp_path / kind,
+        )
+    first, second = (load_file(tmp_path / kind / WEIGHTS) for kind in ("rows", "gram"))
+    assert len(first) == 2
+    for key, tensor in first.items():
+        assert torch.allclose(tensor.abs(), second[key].abs(), atol=1e-4)
+
+
+def test_a_residual_of_a_quantised_base_is_written_in_16_bits(tmp_path: Path):
+    base = quantise_folder(model_folder(tmp_path / "release"), tmp_path / "base", "nf4")
+    with pytest.raises(surgery.FitError, match="these are codes"):
+        surgery.insert(base, new="lora", rank=4, init="pissa", output=tmp_path / "new")
+    result = surgery.insert(base, new="lora", rank=4, init="pissa", output=tmp_path / "new", residual=tmp_path / "rest")
+    rest = surgery.open(tmp_path / "rest")
+    assert not rest.is_quantised
+    assert {parameter.storage.dtype.bits for parameter in rest.main.parameters.values()} <= {16, 32}
+    assert 0 < max(error for (error,) in result.errors.values()) < 5e-3
+
+
 def test_a_prompt_begins_as_a_text(tmp_path: Path):
     base = model_folder(tmp_path / "base")
     words = {"[UNK]": 0, "name": 5, "the": 9, "feeling": 17}
@@ -193,6 +228,14 @@ def test_targets_are_spelt_as_shortly_as_they_can_be():
     assert spelt_targets(["a.0.mlp.out", "a.1.mlp.out"], paths) == ("mlp.out",)
     assert spelt_targets(["a.0.out", "a.1.out"], paths) == ("0.out", "1.out")
     assert spelt_targets(["a.0.q"], paths) == ("0.q",)
+
+
+def test_a_manifest_is_applied_again(tmp_path: Path):
+    base = model_folder(tmp_path / "base")
+    surgery.insert(base, new="lora", rank=4, init="pissa", targets="all", seed=9, output=tmp_path / "new")
+    surgery.apply(tmp_path / "new" / "surgery_manifest.json", inputs={"model": base}, output=tmp_path / "again")
+    for path in (tmp_path / "new").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(tmp_path / "new")).read_bytes()
 
 
 REFUSED = {

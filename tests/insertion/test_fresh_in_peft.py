@@ -18,6 +18,22 @@ from tests.support.tiny_models import inputs, output, tiny
 
 KINDS = ("lora", "dora", "rslora", "ia3", "loha", "lokr", "oft", "vera")
 TYPES = ("llama", "bert", "gpt2", "t5", "vit", "phi3")
+MORE_TYPES = (
+    *(
+        "gpt_neox",
+        "bloom",
+        "opt",
+        "qwen2_vl",
+        "clip",
+        "whisper",
+        "deit",
+        "distilbert",
+        "electra",
+        "gemma3_text",
+        "falcon",
+    ),
+    *("llava", "mllama"),
+)
 STARTS = ("default", "pissa", "olora", "orthogonal")
 
 
@@ -84,6 +100,20 @@ def test_it_begins_as_the_base_and_trains(base: tuple[str, Path], targets: str, 
     trained, total = model.get_nb_trainable_parameters()
     assert (result.trained, result.parameters + result.trained) == (trained, total)
     assert step(model, given)
+
+
+@pytest.mark.parametrize("base", MORE_TYPES, indirect=True)
+def test_all_linear_modules_of_many_types_are_found_by_peft(base: tuple[str, Path], tmp_path: Path):
+    """With neither factor zero: one that PEFT misses would stay as PEFT made it, and its B zero."""
+    result = surgery.insert(base[1], new="lora", rank=4, init="orthogonal", targets="all", output=tmp_path / "new")
+    plain = opened(base)
+    given = inputs(plain)
+    model = attached(base, tmp_path / "new")
+    assert torch.allclose(output(model, given), output(plain, given), atol=1e-5, rtol=1e-5)
+    assert result.trained == model.get_nb_trainable_parameters()[0]
+    sides = [parameter for name, parameter in model.named_parameters() if "lora_B" in name]
+    assert len(sides) == result.modules
+    assert all(side.abs().max() > 0 for side in sides)
 
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"], indirect=True)

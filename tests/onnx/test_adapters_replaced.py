@@ -167,3 +167,33 @@ def test_norms_and_biases_are_swapped(family, name, tmp_path):
         assert np.abs(runner.session.run(["logits"], feed, options)[0] - expected).max() <= TOLERANCE
         assert np.abs(runner.session.run(["logits"], feed)[0] - plain).max() <= TOLERANCE
         assert surgery.verify(out).difference <= TOLERANCE
+
+
+def test_a_classifier_in_an_adapter_file_goes_to_peft_and_back(tmp_path):
+    base = recipes.build("bert_sequence", tmp_path / "base")
+    expected = classifier(base, tmp_path / "a", 5, 1)
+    surgery.export_onnx(base, swap=tmp_path / "a", output=tmp_path / "out")
+    file = tmp_path / "out" / "adapters" / "a.onnx_adapter"
+    surgery.convert(file, "peft", output=tmp_path / "peft")
+    with peft_oracle.quiet():
+        model = transformers.BertForSequenceClassification.from_pretrained(
+            base, num_labels=5, ignore_mismatched_sizes=True
+        )
+        attached = peft.PeftModel.from_pretrained(model, tmp_path / "peft").eval()
+    with torch.no_grad():
+        tokens = torch.from_numpy(IDS)
+        found = attached(tokens, attention_mask=torch.ones_like(tokens)).logits.numpy()
+    assert np.abs(found - expected).max() <= TOLERANCE
+    surgery.convert(
+        tmp_path / "a", "onnx-adapter", output=tmp_path / "new.onnx_adapter", graph=tmp_path / "out" / "model.onnx"
+    )
+    before, after = read_adapter_file(file), read_adapter_file(tmp_path / "new.onnx_adapter")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_modules_in_an_adapter_file_are_named(tmp_path):
+    arrays = {"model.layers.0.output_adapters.adapters.up.bias": np.ones(4, np.float32)}
+    write_adapter_file(tmp_path / "x.onnx_adapter", arrays)
+    with pytest.raises(FitError, match="of a module that is inserted into a graph"):
+        surgery.convert(tmp_path / "x.onnx_adapter", "peft", output=tmp_path / "peft")

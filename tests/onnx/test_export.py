@@ -134,7 +134,8 @@ def test_the_graph_names_no_folder_of_this_machine(base, tmp_path):
 
 @pytest.mark.parametrize("mode", ["copy", "link", "embed"])
 def test_copies_of_the_same_base_give_the_same_bytes(base, tmp_path, mode):
-    copies = [base, shutil.copytree(base, tmp_path / "elsewhere", copy_function=shutil.copyfile)]
+    elsewhere = tmp_path / "elsewhere" / base.name  # the manifest names its inputs, without the folders above them
+    copies = [base, shutil.copytree(base, elsewhere, copy_function=shutil.copyfile)]
     outputs = [tmp_path / f"out{number}" for number in range(2)]
     for copy, output in zip(copies, outputs, strict=True):
         export_onnx(copy, output=output, weights=mode)

@@ -86,6 +86,7 @@ def test_baked_modules_are_the_librarys(case, target, tmp_path):
     result = surgery.export_onnx(base_of(case), GOLDEN / case, output=tmp_path / "out", target=target, dtype="fp32")
     assert error(answer(tmp_path / "out"), case) <= TOLERANCE
     assert [entry["mode"] for entry in result.contract.adapters] == ["inserted"]
+    assert "inserted.safetensors" in str(result.summary())
     limit = 1e-4 * max(1.0, np.abs(ANSWERS[case]).max() * 4)
     assert surgery.verify(tmp_path / "out").difference <= limit
     assert surgery.verify(tmp_path / "out", against=base_of(case), adapters=GOLDEN / case).difference <= limit
@@ -228,3 +229,38 @@ def test_a_prefix_beside_a_bottleneck_is_refused_by_name(tmp_path):
     union = ROOT / "tests" / "golden" / "adapterhub" / "bert-union"
     with pytest.raises(FitError, match="prefix: keys and values"):
         surgery.export_onnx(base_of("bert-seq"), union, output=tmp_path / "out")
+
+
+FIELDS = {
+    "behind": "everything",
+    "layer": -1,
+    "width": "16",
+    "rank": 1 << 40,
+    "form": {"activation": "relu", "odd": True},
+    "inverted": None,
+    "module": 7,
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_contract_with_an_odd_module_is_refused(field, tmp_path):
+    surgery.export_onnx(base_of("bert-seq"), GOLDEN / "bert-seq", output=tmp_path / "out")
+    path = tmp_path / "out" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (prop,) = [prop for prop in model.metadata_props if prop.key == "surgery.contract"]
+    contract = json.loads(prop.value)
+    contract["inserted"][0][field] = FIELDS[field]
+    prop.value = json.dumps(contract)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(MalformedError, match="no valid 'inserted'"):
+        surgery.run(tmp_path / "out", IDS[0].tolist())
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", ["bert-norms", "llama-gated", "llama-invertible", "bert-with-head"])
+def test_graphs_of_16_bits_take_modules(case, dtype, tmp_path):
+    base = base_of(case)
+    surgery.export_onnx(base, GOLDEN / case, output=tmp_path / "baked", target="cuda", dtype=dtype)
+    assert surgery.verify(tmp_path / "baked", against=base, adapters=GOLDEN / case).difference <= 1e-4
+    surgery.export_onnx(base, swap=GOLDEN / case, output=tmp_path / "slots", target="cuda", dtype=dtype)
+    assert surgery.verify(tmp_path / "slots", against=base).checks[-1].name.endswith("slots filled")

@@ -113,6 +113,12 @@ def test_slots_are_not_made_twice(base: Path, tmp_path: Path):
         surgery.insert(tmp_path / "out" / "model.onnx", adapter, base=base, output=tmp_path / "again")
 
 
+def test_a_folder_with_a_graph_is_the_graph(base: Path, tmp_path: Path):
+    graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    assert surgery.insert(graph.parent, adapter, base=base, output=tmp_path / "out").graph == graph
+
+
 def test_a_graph_needs_its_base(base: Path, tmp_path: Path):
     graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
     with pytest.raises(surgery.UsageError, match="found by those of its base"):

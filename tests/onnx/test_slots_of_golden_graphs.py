@@ -19,9 +19,8 @@ from tests.support.graph_pairs import PAIRS, Pair, difference, feed
 REFUSED = {
     "fused-bert": "read by the Attention",
     "fused-bert-fp16": "read by the Attention",
-    "quantized-bert": "read by the MatMulInteger",
 }
-CODED = ("genai-llama-int4", "genai-qwen2-int4", "q4-llama", "q4-zeros-llama")
+CODED = ("genai-llama-int4", "genai-qwen2-int4", "q4-llama", "q4-zeros-llama", "quantized-bert", "quantized-llama")
 CASES = [(name, "lora") for name in PAIRS if not name.endswith("-slots") and name not in (*REFUSED, *CODED, "qdq-vit")]
 CASES += [(name, "head") for name in ("genai-llama", "dynamo-llama", "mobius-llama")]
 WITHIN = {"float32": 1e-4, "float16": 2e-2}

@@ -14,13 +14,14 @@ import onnxruntime
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi._pybind_state import get_all_operator_schema
 
 import surgery
 from surgery.onnx.survey.modules import module_names
-from surgery.onnx.survey.runtime import KERNELS
+from surgery.onnx.survey.runtime import KERNELS, NOT_ON_CPU
 from surgery.reports.graph_report import GraphReport
 from surgery_cli.group import surgery as command
-from surgery_formats.errors import MalformedError
+from surgery_formats.errors import FitError, MalformedError
 from tests.support.kit import ROOT
 
 GRAPHS = ROOT / "tests" / "golden" / "onnx_graphs"
@@ -147,6 +148,15 @@ def test_functions_of_the_file_need_no_library(tmp_path: Path) -> None:
     assert {(one.name, one.function) for one in report.operators} == {("F", True), ("Abs", False)}
 
 
+SCHEMAS = get_all_operator_schema()
+SIMPLE = {"tensor(int32)": 6, "tensor(int64)": 7, "tensor(bool)": 9, "tensor(uint8)": 2, "tensor(float)": 1}
+VALUES: dict[str, Any] = {"INT": 1, "FLOAT": 1.0, "STRING": "a", "INTS": [1, 1], "FLOATS": [1.0], "STRINGS": ["a"]}
+
+
+def wanted(element: str) -> str:
+    return {"F32": "tensor(float)", "F16": "tensor(float16)"}[element]
+
+
 ELEMENTS = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "BF16": TensorProto.BFLOAT16}
 NODES: dict[tuple[str, str], tuple[list[list[int]], dict[str, Any]]] = {
     ("", "MatMul"): ([[2, 4], [4, 4]], {}),
@@ -220,3 +230,44 @@ def test_a_graph_without_its_weights_says_which_file_is_missing(tmp_path: Path) 
     run = cli("inspect", tmp_path)
     assert run.exit_code == 3
     assert "'model.onnx.data': No such file" in run.stderr
+
+
+@pytest.mark.parametrize("operator", sorted(NOT_ON_CPU))
+@pytest.mark.parametrize("element", ["F32", "F16"])
+def test_operators_of_the_gpu_have_no_kernel_on_the_cpu_of_the_installed_onnxruntime(
+    operator: str, element: str
+) -> None:
+    schema = next(one for one in SCHEMAS if one.domain == "com.microsoft" and one.name == operator)
+    allowed = {one.type_param_str: list(one.allowed_type_strs) for one in schema.type_constraints}
+
+    def ports(what: str, formals: Any, count: int) -> list[Any]:
+        types = [allowed.get(formals[min(number, len(formals) - 1)].typeStr, [""]) for number in range(count)]
+        elements = [ELEMENTS[element] if wanted(element) in own else SIMPLE[own[0]] for own in types]
+        return [helper.make_tensor_value_info(f"{what}{number}", one, None) for number, one in enumerate(elements)]
+
+    inputs, outputs = ports("i", schema.inputs, schema.min_input), ports("o", schema.outputs, max(schema.min_output, 1))
+    node = helper.make_node(operator, [p.name for p in inputs], [p.name for p in outputs], domain="com.microsoft")
+    for name, one in schema.attributes.items():
+        if one.required:
+            node.attribute.append(helper.make_attribute(name, VALUES[str(one.type).rpartition(".")[2]]))
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", inputs, outputs), opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with pytest.raises(Exception, match=r"Could not find an implementation|Failed to find kernel"):
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def test_what_a_gpu_alone_runs_is_told(tmp_path: Path) -> None:
+    path = saved(tmp_path, one_node(helper.make_node("SkipGroupNorm", ["x"], ["y"], domain="com.microsoft")))
+    assert "onnxruntime has no kernel on the CPU for SkipGroupNorm" in inspected(path).runs
+    path = saved(tmp_path, one_node(helper.make_node("EPContext", ["x"], ["y"], domain="com.microsoft")))
+    assert any("that provider alone runs it" in sentence for sentence in inspected(path).runs)
+
+
+def test_a_graph_is_no_base_of_a_report() -> None:
+    with pytest.raises(FitError, match="an ONNX graph where"):
+        surgery.report(GRAPHS / "bases" / "llama" / "lora", base=GRAPHS / "dynamo-llama")
+    with pytest.raises(FitError, match="an ONNX graph where"):
+        surgery.report([GRAPHS / "dynamo-llama", GRAPHS / "bases" / "llama" / "lora"])
+    assert surgery.report(GRAPHS / "dynamo-llama").base.parameters

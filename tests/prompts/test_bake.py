@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": TOKENS, "prefix_projection": True, "encoder_hidden_size": 16},
     ),
+    "cartridge": ("CartridgeConfig", {"num_virtual_tokens": TOKENS}),
 }
 
 
@@ -149,6 +150,12 @@ def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Pa
     old = before.apply_chat_template(talk, tokenize=True, return_dict=False)
     assert after.apply_chat_template(talk, tokenize=True, return_dict=False) == [*result.ids, *old]
     assert (tmp_path / "out" / "other.jinja").read_text() == result.words + "{{ bos_token }}"
+    named = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    named["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(named))
+    surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "several", name="soft")
+    several = json.loads((tmp_path / "several" / "tokenizer_config.json").read_text())["chat_template"]
+    assert [entry["template"] for entry in several] == [result.words + template, result.words + "x"]
     pair = after("a", "b").input_ids
     assert pair == [*result.ids, *before("a", "b").input_ids]
 
@@ -287,6 +294,9 @@ def test_what_cannot_be_baked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         surgery.prompt_bake(BASE, PROMPT, output=out, name="a b")
     with pytest.raises(FitError, match="LORA has no virtual tokens"):
         surgery.prompt_bake(BASE, ROOT / "examples" / "lora", output=out)
+    recipes.build("bert_sentence", tmp_path / "bert")
+    with pytest.raises(FitError, match="baked for decoders"):
+        surgery.prompt_bake(tmp_path / "bert", write_prompt(tmp_path / "p", np.ones((2, 32), np.float32)), output=out)
     surgery.prompt_bake(BASE, PROMPT, output=out)
     with pytest.raises(FitError, match="has a token '<p_0>'"):
         surgery.prompt_bake(out, PROMPT, output=tmp_path / "twice")

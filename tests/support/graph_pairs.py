@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from safetensors.numpy import load_file
 
-__all__ = ["PAIRS", "Pair", "answer", "difference", "pair"]
+__all__ = ["PAIRS", "Pair", "answer", "difference", "exported_here", "feed", "pair"]
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "onnx_graphs"
 HEAD = 16
@@ -32,10 +32,17 @@ class Pair:
     base_name: str
     exporter: str
     dtype: str
+    version: str
+    folder: Path
 
     @property
     def graph(self) -> Path:
-        return GOLDEN / self.name / "model.onnx"
+        return self.folder / "model.onnx"
+
+    @property
+    def adapters(self) -> list[str]:
+        """What there is for its base."""
+        return sorted(path.name for path in self.place.iterdir() if path.is_dir() and path.name != "base")
 
     @property
     def place(self) -> Path:
@@ -59,7 +66,23 @@ class Pair:
 
 def pair(folder: Path) -> Pair:
     document = json.loads((folder / "pair.json").read_text())
-    return Pair(folder.name, document["base"], document["exporter"], document["dtype"])
+    package, version = next(iter(document["versions"].items()))
+    made_by = f"{package} {version}"
+    return Pair(folder.name, document["base"], document["exporter"], document["dtype"], made_by, folder)
+
+
+def exported_here(place: Path) -> dict[str, Pair]:
+    """Graphs of export-onnx, which has no golden ones: their weights are the base's own file."""
+    import surgery
+    from surgery._version import __version__
+
+    found = {}
+    for base, target in (("llama", "cpu"), ("qwen2", "portable"), ("bert", "cpu")):
+        name = f"export-{base}-{target}"
+        surgery.export_onnx(GOLDEN / "bases" / base / "base", output=place / name, target=target)
+        exporter = f"export-onnx for {target}"
+        found[name] = Pair(name, base, exporter, "float32", f"surgery {__version__}", place / name)
+    return found
 
 
 PAIRS = {path.parent.name: pair(path.parent) for path in sorted(GOLDEN.glob("*/pair.json"))}

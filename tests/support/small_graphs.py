@@ -58,6 +58,11 @@ def transposed(W: Mapping[str, Any]) -> Made:
     return nodes, {"w": W[Q]}, X
 
 
+def constant(W: Mapping[str, Any]) -> Made:
+    made = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(np.ascontiguousarray(W[Q].T)))
+    return [made, helper.make_node("MatMul", ["x", "w"], ["y"])], {}, X
+
+
 def half(W: Mapping[str, Any]) -> Made:
     nodes = [
         helper.make_node("Cast", ["w"], ["c"], to=TensorProto.FLOAT),
@@ -106,7 +111,7 @@ def branches(W: Mapping[str, Any]) -> Made:
 FORMS: dict[str, Callable[[Mapping[str, Any]], Made]] = {
     form.__name__: form
     for form in (
-        matmul, matmul_with_bias, gemm, gemm_as_stored, fused_matmul, fused_gemm, transposed, half, packed,
+        matmul, constant, matmul_with_bias, gemm, gemm_as_stored, fused_matmul, fused_gemm, transposed, half, packed,
         packed_as_stored, split, convolution, branches,
     )
 }  # fmt: skip

@@ -265,7 +265,7 @@ def test_a_pickle_becomes_safetensors_and_a_type_is_cast(tmp_path: Path):
 
 def test_the_same_command_gives_the_same_bytes_and_a_dry_run_none(tmp_path: Path):
     base = make("llama", tmp_path / "base")
-    copied = shutil.copytree(base, tmp_path / "other place")
+    copied = shutil.copytree(base, tmp_path / "other place" / "base")
     for number, folder in enumerate((base, copied)):
         surgery.layers(folder, output=tmp_path / f"out{number}", repeat="1-2", workers=number + 1)
     names = sorted(path.name for path in (tmp_path / "out0").iterdir())
@@ -541,3 +541,45 @@ def test_what_has_no_folder_of_its_own_is_refused(tmp_path: Path):
     )
     with pytest.raises(surgery.FitError, match="a pipeline of several models"):
         surgery.layers(tmp_path / "pipe", output=tmp_path / "out", keep="0")
+
+
+def test_a_quantised_models_configuration_names_the_new_layers(tmp_path: Path):
+    base = make("llama", tmp_path / "base")
+    named = ["model.layers.1.mlp.up_proj", "lm_head", "re:.*norm"]
+    edit(base, lambda config: config.update(quantization_config={"quant_method": "x", "modules_to_not_convert": named}))
+    surgery.layers(base, output=tmp_path / "out", keep="1,0,1")
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert said == ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj", "lm_head", "re:.*norm"]
+    edit(base, lambda config: config["quantization_config"].update(ignore=["re:.*layers\\.[0-3]\\..*"]))
+    with pytest.raises(surgery.FitError, match="names layers in a way that is not understood"):
+        surgery.layers(base, output=tmp_path / "other", keep="1,0")
+
+
+def test_of_text_and_images_the_text_model_loses_layers(tmp_path: Path):
+    base = tmp_path / "base"
+    base.mkdir()
+    stacks = ("language_model.model.layers", "vision_tower.encoder.layers")
+    save_file(
+        {f"{stack}.{i}.mlp.weight": torch.full((2, 2), i) for stack in stacks for i in range(3)},
+        base / "model.safetensors",
+    )
+    config = {"model_type": "gemma3", "vision_config": {"num_hidden_layers": 3}}
+    config |= {"text_config": {"model_type": "gemma3_text", "num_hidden_layers": 3, "sliding_window_pattern": 2}}
+    (base / "config.json").write_text(json.dumps(config))
+    surgery.layers(base, output=tmp_path / "out", keep="1-2")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    kept = {f"{stacks[0]}.{i}.mlp.weight": i + 1 for i in range(2)} | {
+        f"{stacks[1]}.{i}.mlp.weight": i for i in range(3)
+    }
+    assert {name: int(tensor[0, 0]) for name, tensor in tensors.items()} == kept
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said["vision_config"] == {"num_hidden_layers": 3}
+    assert said["text_config"]["num_hidden_layers"] == 2
+    assert said["text_config"]["layer_types"] == ["full_attention", "sliding_attention"]
+
+
+def test_a_file_that_carries_its_configuration_is_refused(tmp_path: Path):
+    """GGUF: its header says how many layers there are."""
+    file = ROOT / "tests" / "containers" / "golden" / "smollm3.gguf"
+    with pytest.raises(surgery.FitError, match="its configuration lies in the weight file"):
+        surgery.layers(file, output=tmp_path / "out", keep="0")

@@ -24,7 +24,7 @@ def _format(text: str) -> str:
     from surgery_formats.adapters.registry import formats
     from surgery_formats.text import closest, listing
 
-    if text not in formats():
+    if text not in (*formats(), "safetensors"):
         if text.partition("@")[0] in consumers():
             hint = f"{show(text)} is a program: --for {show(text)} writes what it honours"
         else:
@@ -36,7 +36,7 @@ def _format(text: str) -> str:
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
     from surgery_formats.adapters.registry import formats
 
-    return [name for name in formats() if name.startswith(incomplete)]
+    return [name for name in (*formats(), "safetensors") if name.startswith(incomplete)]
 
 
 def _dialect(text: str) -> str:
@@ -70,6 +70,9 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @option.output("Folder to make, or file where FORMAT is a single file.")
 @option.alpha
 @option.reference("--base", metavar="BASE", help="The model it was trained on, if FORMAT needs its names.")
+@option.reference(
+    "--graph", metavar="X.onnx", help="For onnx-adapter: the graph that will take it; names and types are its inputs'."
+)
 @click.option("--component", metavar="NAME", help="The part of a pipeline, e.g. unet.")
 @click.option(
     "--without",
@@ -136,6 +139,9 @@ def command(
     low rank; else give a rank, an energy or an error, and each weight's error is shown. Kinds whose change depends on
     the weight need --base.
 
+    With --to safetensors ADAPTER is an ONNX graph, and its weights are written: under its own names, or, told by their
+    values, under those of --base.
+
     \b
     Examples:
       surgery convert my-lora/ --to mlx -o my-lora-mlx/
@@ -144,6 +150,8 @@ def command(
       surgery convert moe-lora/ --to peft --dialect sglang --base qwen3-moe/ -o for-sglang/
       surgery convert my-lora/ --to compact --factors int4 -o my-lora-int4/
       surgery convert my-rslora/ --for sglang --base llama/ -o for-sglang/
+      surgery convert my-lora/ --to onnx-adapter --graph olive/model.onnx -o my-lora.onnx_adapter
+      surgery convert exported/model.onnx --to safetensors --base llama/ -o recovered/
       surgery convert my-oft/ --to peft --as lora --max-error .05 --base llama/ -o as-lora/
     """
     from surgery.verbs.convert import convert

@@ -120,6 +120,13 @@ def _dense(text: str) -> tuple[str, ...]:
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
+@click.option(
+    "--base",
+    "graph_of",
+    metavar="CHECKPOINT",
+    shell_complete=complete_files,
+    help="Of ONNX graphs as BASE and TUNED: the checkpoint whose names their weights get.",
+)
 @option.dry_run("Compare and factorise; write nothing.")
 @option.overwrite()
 def command(settings: Settings, base: str, tuned: str, output: Path | None, **options: Any) -> None:
@@ -136,6 +143,7 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, **op
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 16 --rank-pattern 'self_attn.*=32'
       surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
+      surgery extract-lora model.onnx tuned.onnx --base llama/ -o my-lora/
     """
     from surgery.verbs.extract_lora import extract_lora
 

@@ -34,6 +34,9 @@ _OF_FRESH = ("rank", "alpha", "targets", "text", "calibration", "release", "resi
 @click.option(
     "--gated", is_flag=True, help="Of an .onnx file: put adapters inside, each with an input for its strength."
 )
+@click.option(
+    "--unmerged", is_flag=True, help="Put adapters beside MODEL in one folder, where transformers and PEFT load them."
+)
 @click.option("--new", type=click.Choice(_KINDS), help="Begin an adapter of this kind for MODEL, in the place of WHAT.")
 @click.option(
     "--rank",
@@ -94,6 +97,7 @@ def command(
     \b
     Examples:
       surgery insert llama/ bitfit-delta/ -o tuned/
+      surgery insert llama/ style-lora/ facts-lora/ --unmerged -o with-adapters/
       surgery insert llama/ --new lora --rank 16 --targets all -o fresh/
       surgery insert llama/ --new lora --init pissa --residual llama-residual/ -o fresh/
       surgery insert llama-nf4/ --new lora --init loftq --release llama/ -o fresh/

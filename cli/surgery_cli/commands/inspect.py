@@ -31,9 +31,9 @@ def command(settings: Settings, reference: str, depth: int, every: bool, alpha: 
       surgery inspect exported/model.onnx
       surgery inspect llama/ --json | jq .result.parameters
     """
-    from surgery.verbs.inspect import AdapterReport, inspect
+    from surgery.verbs.inspect import AdapterReport, ArrayFileReport, inspect
 
     report = inspect(option.told_alpha(reference, alpha))
     verbose = every or settings.verbose > 0
-    cut = {} if isinstance(report, AdapterReport) else {"depth": depth}
+    cut = {} if isinstance(report, AdapterReport | ArrayFileReport) else {"depth": depth}
     show_result("inspect", report, settings, summary=report.summary(verbose=verbose, **cut), data=True)

@@ -11,13 +11,36 @@ from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
 from surgery_cli.progress import bar
+from surgery_formats.text import show
 
 __all__ = ["command"]
+
+Weighted = tuple[str, float]
+
+
+def _replaced(text: str) -> tuple[Weighted, Weighted]:
+    """``OLD[=WEIGHT]=NEW[=WEIGHT]``.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    found: list[Weighted] = []
+    for word in text.split("="):
+        try:
+            weight = float(word)
+        except ValueError:
+            found.append((word, 1.0))
+            continue
+        if found:
+            found[-1] = (found[-1][0], weight)
+    if len(found) != 2 or not all(name for name, _ in found):
+        raise click.BadParameter(f"'{show(text)}' is not OLD=NEW")
+    return found[0], found[1]
 
 
 @subcommand("merge")
 @click.argument("base", shell_complete=complete_files)
-@option.adapters()
+@option.adapters(required=False)
 @option.output("Folder to make; it must not exist yet.")
 @option.alpha
 @option.dtype
@@ -62,6 +85,13 @@ __all__ = ["command"]
     metavar="PATTERN",
     help="Leave out modules of this name, such as those that BASE lacks: 'text_encoder:*'. May be repeated.",
 )
+@click.option(
+    "--replace",
+    multiple=True,
+    type=_replaced,
+    metavar="OLD=NEW",
+    help="Take OLD, which was merged into BASE, back, and merge NEW; OLD=0.7=NEW=0.5 with weights. May be repeated.",
+)
 @option.reference(
     "--as-trained",
     metavar="QUANTISED",
@@ -87,18 +117,25 @@ def command(
 ) -> None:
     """Merge adapters into a base model.
 
-    BASE is a weight file, a Hugging Face folder or a diffusers pipeline; each ADAPTER may have a weight. OUT gets
-    BASE's files, each tensor's own type kept, with every adapter folded in. All of it appears at once, or nothing does.
+    BASE is a weight file, a Hugging Face folder, a diffusers pipeline, or an ONNX graph with --base; each ADAPTER may have a
+    weight. OUT gets BASE's files, each tensor's own type kept, with every adapter folded in. All of it appears at once, or
+    nothing does.
 
     \b
     Examples:
       surgery merge llama/ my-lora/ -o merged/
       surgery merge llama/ style=0.7 facts=0.5 -o merged/ --dtype bf16
       surgery merge llama/ my-lora/ -o merged/ --dry-run
+      surgery merge merged/ --replace my-lora/=my-better-lora/ -o better/
       surgery merge model.onnx my-lora/ --base llama/ -o merged/
     """
     from surgery.verbs.merge import merge
 
+    pairs = options.pop("replace")
+    adapters = (*adapters, *(new for _, new in pairs))
+    if not adapters:
+        raise click.UsageError("name an ADAPTER")
+    options["replace"] = [(option.told_alpha(reference, alpha), weight) for (reference, weight), _ in pairs]
     with bar(settings, "merging") as progress:
         told = [(option.told_alpha(reference, alpha), weight) for reference, weight in adapters]
         result = merge(base, told, dry_run=dry_run, progress=progress, **options)

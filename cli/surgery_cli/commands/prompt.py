@@ -84,9 +84,7 @@ def nearest(
     """
     from surgery.verbs.prompt_nearest import prompt_nearest
 
-    of_file = () if text_file is None else (text_file.read_text(encoding="utf-8"),)
-    given = [*texts, *of_file, *ids] or None
-    result = prompt_nearest(prompt, base, texts=given, **options)
+    result = prompt_nearest(prompt, base, texts=_texts(texts, text_file, ids), **options)
     show_result("prompt nearest", result, settings, data=True)
 
 
@@ -127,5 +125,112 @@ def bake(settings: Settings, base: str, prompt: str | None, output: Path | None,
     show_output("prompt bake", result, settings, output)
 
 
-for _each in (show, nearest, bake):
+@subcommand("combine")
+@click.argument(
+    "prompts",
+    nargs=-1,
+    required=True,
+    type=option.weighted,
+    metavar="PROMPT[=WEIGHT]...",
+    shell_complete=complete_files,
+)
+@option.output("Folder to make; it must not exist yet.")
+@option.choice(
+    "--method", values=("concatenate", "average", "mix"), help="One behind the other, or added up by weights."
+)
+@option.dry_run("Show what would be made; write nothing.")
+@option.overwrite()
+def combine(settings: Settings, prompts: tuple[tuple[str, float], ...], output: Path | None, **options: Any) -> None:
+    """Combine soft prompts into one.
+
+    One behind the other, in this order; or added up: by weights made to add up to 1, or by the weights as they are.
+
+    \b
+    Examples:
+      surgery prompt combine style/ facts/ -o both/
+      surgery prompt combine a=0.7 b=0.3 -o between/ --method average
+    """
+    from surgery.verbs.prompt_combine import prompt_combine
+
+    show_output("prompt combine", prompt_combine(prompts, output=output, **options), settings, output)
+
+
+@subcommand("convert")
+@click.argument("prompt", shell_complete=complete_files)
+@option.output("Folder to make, or file of a textual inversion.")
+@click.option(
+    "--to",
+    required=True,
+    metavar="KIND",
+    help="prompt, p-tuning, cpt, prefix: of PEFT; adapterhub; embedding, learned-embeds: textual inversions.",
+)
+@option.reference("--base", metavar="BASE", help="The model, where keys and values come from it.")
+@click.option("--component", metavar="NAME", help="The text encoder, of a prompt for several.")
+@option.dry_run("Show what would be made; write nothing.")
+@option.overwrite()
+def convert(settings: Settings, prompt: str, output: Path | None, **options: Any) -> None:
+    """Convert PROMPT to another kind, where that does the same.
+
+    Rows before the input become keys and values by what BASE makes of them, and never the other way round.
+
+    \b
+    Examples:
+      surgery prompt convert p-tuned/ --to prompt -o prompt/
+      surgery prompt convert prompt/ --to prefix --base llama/ -o prefix/
+      surgery prompt convert hub-prefix/ --to prefix --base llama/ -o prefix/
+    """
+    from surgery.verbs.prompt_convert import prompt_convert
+
+    show_output("prompt convert", prompt_convert(prompt, output=output, **options), settings, output)
+
+
+@subcommand("transfer")
+@click.argument("prompt", shell_complete=complete_files)
+@click.argument("base", shell_complete=complete_files)
+@click.option(
+    "--onto", required=True, metavar="MODEL", shell_complete=complete_files, help="The model to write it for."
+)
+@option.output("Folder to make; it must not exist yet.")
+@option.choice("--method", values=("auto", "ridge", "orthogonal"), help="Of the map; auto: what holds better.")
+@click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure its gain on.")
+@click.option("--text-file", type=click.Path(path_type=Path), metavar="FILE", help="File of such a text.")
+@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
+@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
+@click.option("--accept-loss", is_flag=True, help="Write what a worthless map makes, too.")
+@option.dry_run("Show the score; write nothing.")
+@option.overwrite()
+def transfer(
+    settings: Settings,
+    prompt: str,
+    base: str,
+    output: Path | None,
+    texts: tuple[str, ...],
+    text_file: Path | None,
+    ids: tuple[tuple[int, ...], ...],
+    **options: Any,
+) -> None:
+    """Transfer PROMPT from BASE to another model of one tokenizer, with a score.
+
+    Its rows are led there by a map that is fitted to the tokens both models have, and tried on tokens held out. On texts its
+    gain is measured on both models.
+
+    \b
+    Examples:
+      surgery prompt transfer my-prompt/ llama-1b/ --onto llama-3b/ -o prompt-3b/ --text-file held-out.txt
+      surgery prompt transfer my-prompt/ llama-1b/ --onto llama-3b/ --dry-run
+    """
+    from surgery.verbs.prompt_transfer import prompt_transfer
+
+    result = prompt_transfer(prompt, base, output=output, texts=_texts(texts, text_file, ids), **options)
+    show_output("prompt transfer", result, settings, output)
+
+
+def _texts(
+    texts: tuple[str, ...], text_file: Path | None, ids: tuple[tuple[int, ...], ...]
+) -> list[str | tuple[int, ...]] | None:
+    of_file = () if text_file is None else (text_file.read_text(encoding="utf-8"),)
+    return [*texts, *of_file, *ids] or None
+
+
+for _each in (show, nearest, bake, combine, convert, transfer):
     command.add_command(_each)

@@ -110,6 +110,8 @@ class Rendering:
             tensors were loaded loads them.
         packing: How the tensors become that file.
         alpha: What a reader has to be told, where no file states a scale (`TakesAlpha`); else None.
+        notes: What the user should know of it.
+        filled: What a reader has to be told of the inputs of a graph (`ForGraph`), by name.
     """
 
     tensor_file: str
@@ -121,6 +123,8 @@ class Rendering:
     stated: Mapping[Site, Callable[[], tuple[float, ...]]] = field(default_factory=dict)
     packing: Packing = packed_as_safetensors
     alpha: float | None = None
+    notes: tuple[str, ...] = ()
+    filled: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +249,26 @@ class TakesAlpha(Format, Protocol):
 
 
 @runtime_checkable
+class ForGraph(Format, Protocol):
+    """A format whose files are for the inputs of a graph."""
+
+    @property
+    def element(self) -> DType | None:
+        """The type that the graph takes; None without a graph."""
+
+    def for_graph(self, path: Path) -> Format:
+        """The same format, written for the graph `path`: under the names of its inputs, in their shapes and type.
+
+        Raises:
+            InputError: the graph cannot be read.
+            FitError: it has no inputs for an adapter.
+        """
+
+    def reading(self, filled: Mapping[str, Any]) -> Format:
+        """The same format, told what each input is (`Rendering.filled`)."""
+
+
+@runtime_checkable
 class OnlyRead(Format, Protocol):
     """A format that is not written: its `render` drops everything (`writing.nothing_written`).
 
@@ -289,7 +313,9 @@ class Spelling(Format, Protocol):
 
 
 def reader_of(rendering: Rendering, target: Format) -> Format:
-    """The format that reads what was rendered: `target`, told the alpha that its files do not state."""
+    """The format that reads what was rendered: `target`, told what its files do not state."""
+    if rendering.filled and isinstance(target, ForGraph):
+        return target.reading(rendering.filled)
     if rendering.alpha is None or not isinstance(target, TakesAlpha):
         return target
     return target.with_alpha(rendering.alpha)
@@ -298,5 +324,8 @@ def reader_of(rendering: Rendering, target: Format) -> Format:
 def what_to_tell(rendering: Rendering, target: Format) -> tuple[str, ...]:
     """What the user has to keep beside the files, for whoever reads them."""
     if rendering.alpha is None:
-        return ()
-    return (f"files of {target.name} state no scale: this one is read with alpha {rendering.alpha:.9g}",)
+        return rendering.notes
+    return (
+        *rendering.notes,
+        f"files of {target.name} state no scale: this one is read with alpha {rendering.alpha:.9g}",
+    )

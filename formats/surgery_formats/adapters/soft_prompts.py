@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from surgery_formats.adapters.adapterhub.prompts import hub_prompt
 from surgery_formats.adapters.peft.prompt import prompt_history
 from surgery_formats.adapters.textual_inversion.prompt import inversion_prompts
 from surgery_formats.canonical.adapter import Adapter
@@ -23,6 +24,8 @@ def soft_prompts(adapter: Adapter) -> Mapping[str, SoftPrompt]:
     """
     if adapter.prompt is not None:
         return {"": adapter.prompt}
+    if adapter.format == "adapterhub" and (of_hub := hub_prompt(adapter)) is not None:
+        return {"": of_hub}
     if found := inversion_prompts(adapter):
         return found
     raise FitError(f"{show(adapter.kind, 40)} has no virtual tokens", file=adapter.path, hint="it changes weights")

@@ -103,6 +103,7 @@ class Adapter:
         provenance: What the file tells of its making, for reports.
         spelling: How files spell its modules, as plain values, by the format of the files: for that format's writer, which
             writes them again as they were.
+        made: Digest of what was made of its files, and is not written; empty for the files as they are.
     """
 
     path: Path
@@ -128,6 +129,7 @@ class Adapter:
     stored_transposed: bool = False
     provenance: Provenance = field(default_factory=Provenance)
     spelling: Mapping[str, Any] = field(default_factory=dict)
+    made: str = ""
 
     def __repr__(self) -> str:
         return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"

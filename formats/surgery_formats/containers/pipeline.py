@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery_formats.containers.base import ShardSet
+from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.sharded import SHARDED, open_folder_tensors
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import read_object
@@ -40,10 +41,18 @@ class _Pipeline:
 
     def open(self, path: Path) -> dict[str, ShardSet]:
         """The networks among the parts that the index names."""
-        networks = {name: folder for name, folder in part_folders(path).items() if SHARDED.detect(folder)}
+        networks = {name: folder for name, folder in part_folders(path).items() if _is_network(folder)}
         if not networks:
             raise MalformedError("a pipeline without weights", file=path / _INDEX)
         return {name: open_folder_tensors(folder) for name, folder in networks.items()}
+
+
+def _is_network(folder: Path) -> bool:
+    """Whether a part has weights: files of them, or a graph with its own."""
+    try:
+        return SHARDED.detect(folder) or any(name.endswith(ONNX.suffixes) for name in os.listdir(folder))
+    except OSError:  # it may not be listed
+        return False
 
 
 PIPELINE = _Pipeline()

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.containers.base import Shard, ShardSet
-from surgery_formats.containers.weight_files import file_containers, is_weight_file, open_shard, open_weight_file
+from surgery_formats.containers.weight_files import (
+    GRAPH_FILES,
+    file_containers,
+    is_weight_file,
+    open_shard,
+    open_weight_file,
+)
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
@@ -154,7 +160,18 @@ def _pick(folder: Path, names: Sequence[str], stems: Iterable[str]) -> str:
             return lone[0]
     stem = next(iter(stems), "*")
     first, second, *_ = (f"{stem}{container.suffixes[0]}" for container in file_containers().values())
-    raise NotFoundError("no weights here", file=folder, hint=f"expected {first}, or {second} and the like")
+    hint = _graphs_below(folder) or f"expected {first}, or {second} and the like"
+    raise NotFoundError("no weights here", file=folder, hint=hint)
+
+
+def _graphs_below(folder: Path) -> str | None:
+    """Where a repository keeps its graphs, if it has nothing else."""
+    inner = folder / "onnx"
+    try:
+        graphs = [name for name in _listed(inner) if name.endswith(GRAPH_FILES[0].suffixes)]
+    except OSError:
+        return None
+    return f"there are graphs in 'onnx': name one, such as onnx/{show(graphs[0])}" if graphs else None
 
 
 def _single_or_index(folder: Path, single: str, index: str, suffix: str) -> str:

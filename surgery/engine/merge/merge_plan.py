@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery._version import __version__
 from surgery.engine.input_checks import check_base_id, float_type
@@ -25,9 +26,10 @@ from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.collector import collector_paused
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.files.raw import open_file
+from surgery_formats.files.raw import File, open_file
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.identity import fingerprint
+from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_coded as is_quantised
 from surgery_formats.tensors.tensor import origin
 from surgery_formats.text import listing, show, summed_up, without_local_paths
@@ -35,7 +37,27 @@ from surgery_formats.text import listing, show, summed_up, without_local_paths
 if TYPE_CHECKING:
     from surgery.engine.two_bases.as_trained import TrainedValues
 
-__all__ = ["merge_facts", "plan_merge", "planned_merge"]
+__all__ = ["OtherValues", "merge_facts", "plan_merge", "planned_merge"]
+
+
+class OtherValues(Protocol):
+    """Values in the place of the base's: what `surgery.engine.undo.undone` finds."""
+
+    @property
+    def weights(self) -> Mapping[tuple[str, str], Storage]:
+        """By ``(component, name)``."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """For the manifest."""
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Opened, and only read."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """What the user named."""
 
 
 @collector_paused()
@@ -49,8 +71,11 @@ def planned_merge(
     reversible: bool = False,
     as_trained: CheckpointLike | None = None,
     without: Sequence[str] = (),
+    undone: OtherValues | None = None,
 ) -> tuple[Binding, Plan]:
     """The binding and the plan of a merge.
+
+    `undone` holds values that the base had before another merge, and that this one begins with.
 
     Where an adapter says that it was trained on a quantised base and this is another, a few rows of the base are read
     to tell what that costs.
@@ -69,7 +94,8 @@ def planned_merge(
     if left:
         out = f"left out, as --without says: {len(left)} parameter{'s' if len(left) != 1 else ''}, {listing(summed_up(left), 6)}"
         binding = replace(binding, warnings=(*binding.warnings, out))
-    check_base_id(checkpoint, [entry.adapter for entry in weighted])
+    if undone is None:  # else the values are another model's
+        check_base_id(checkpoint, [entry.adapter for entry in weighted])
     quantised.check(checkpoint)
     stored = float_type(dtype, "weights")
     if quantised.way != "dequantize" or quantised.only_touched:
@@ -82,6 +108,8 @@ def planned_merge(
         binding = with_trained_values(binding, values)
     else:
         binding = replace(binding, warnings=(*binding.warnings, *_other_base(binding)))
+    if undone is not None:
+        binding = _with_undone(binding, undone)
     planned = binding
     if quantised.way == "residual":
         from surgery.engine.quantised.residual_choice import without_kept  # numpy
@@ -96,7 +124,20 @@ def planned_merge(
         reversible=reversible,
         values=values,
         left_out=left,
+        undone=undone,
     )
+
+
+def _with_undone(binding: Binding, undone: OtherValues) -> Binding:
+    """The binding to the values before a merge: under every update, and where there is none any more."""
+    edits = dict(binding.edits)
+    for (component, name), storage in undone.weights.items():
+        edit = edits.get((component, name))
+        if edit is None:
+            edits[component, name] = Edit(component, name, storage, (), why="the merged update was taken back")
+        elif edit.replaced is None and not edit.added:
+            edits[component, name] = replace(edit, source=storage)
+    return replace(binding, edits=edits)
 
 
 def _check_codes(checkpoint: Checkpoint, quantised: QuantisedOutput) -> None:
@@ -129,6 +170,7 @@ def plan_merge(
     reversible: bool = False,
     values: TrainedValues | None = None,
     left_out: Sequence[str] = (),
+    undone: OtherValues | None = None,
 ) -> Plan:
     """The plan of a merge; reads headers only, apart from the little that decides whether two tied tensors agree.
 
@@ -160,6 +202,8 @@ def plan_merge(
     wider = {key for key, edit in binding.edits.items() if edit.operations and _grew(edit, checkpoint)}
     if wider:  # who takes the merge back has to know that the base had fewer columns
         facts["grown"] = sorted({t.weight_label for t in outputs if (t.component, t.weight) in wider})
+    if undone is not None:
+        facts["replaced"] = dict(undone.facts)
     if dequantised := _dequantised(outputs, values):
         facts["dequantised"] = dequantised
     roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
@@ -167,6 +211,9 @@ def plan_merge(
         inputs += values.files
         facts["as_trained"] = values.facts
         roots += [values.root] if values.root is not None else []
+    if undone is not None:
+        inputs += undone.files
+        roots += undone.roots
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
     options |= quantised.options
     if quantised.calibration is not None:
@@ -216,6 +263,7 @@ def merge_facts(binding: Binding) -> dict[str, Any]:
                 "weight": weight,
                 "config": without_local_paths(adapter.config),
                 "files": sorted({fingerprint(file) for file in adapter.files}),
+                **({"made": adapter.made} if adapter.made else {}),
             }
             for adapter, weight in binding.adapters
         ],

@@ -60,15 +60,16 @@ class Estimation:
             if tensor.weight_label in self.exact or is_coded(tensor.step):
                 continue
             if isinstance(tensor.step, Compute):
-                self._compute(tensor.weight_label, tensor.step, lambda *rest: None, lambda: False, "cpu")
+                self.compute(tensor.weight_label, tensor.step, lambda *rest: None, lambda: False, "cpu")
 
     def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
         """See `surgery.engine.execute.Engine`."""
-        return contextlib.nullcontext(self._compute)
+        return contextlib.nullcontext(self.compute)
 
-    def _compute(
+    def compute(
         self, label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str
     ) -> tuple[Measurement, ...]:
+        """Hand the bytes of one weight to `write`, as `surgery.engine.arithmetic.compute` does."""
         after, height = step.source, undone_height(step.source, step.operations)
         chain = inverted(step.operations, after, height, [None] * len(step.operations))
         digests = [xxhash.xxh3_128() for _ in step.target.parts(label)]

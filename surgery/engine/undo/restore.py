@@ -63,11 +63,12 @@ class Restoration:
 
     def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
         """See `surgery.engine.execute.Engine`."""
-        return contextlib.nullcontext(self._compute)
+        return contextlib.nullcontext(self.compute)
 
-    def _compute(
+    def compute(
         self, label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str
     ) -> tuple[Measurement, ...]:
+        """Hand the bytes of one weight to `write`, as `surgery.engine.arithmetic.compute` does."""
         try:
             return self.restored[id(step)](write, stop)
         except MalformedError as error:

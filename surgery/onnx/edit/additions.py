@@ -7,8 +7,8 @@ the token table, but no magnitude, rotation, bias or new values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class BoundAdditions:
         weights: The LoRAs of each weight, with their views, by its stored name; a tied head has its own.
         sizes: Shape of each weight: ``(out, in)``, or a convolution's.
         turned: Weights whose stored matrix has inputs as rows.
+        replaced: Small parameters that it gives in full, by name.
     """
 
     adapter: Adapter
@@ -50,10 +51,18 @@ class BoundAdditions:
     weights: Mapping[str, Additions]
     sizes: Mapping[str, tuple[int, ...]]
     turned: frozenset[str] = frozenset()
+    replaced: Mapping[str, Edit] = field(default_factory=dict)
 
 
-def bound_additions(adapter: Adapter, checkpoint: Checkpoint) -> BoundAdditions:
+def bound_additions(
+    adapter: Adapter, checkpoint: Checkpoint, is_replaced: Callable[[Edit, Component], bool]
+) -> BoundAdditions:
     """Bind an adapter and find what it adds to each weight.
+
+    Args:
+        adapter: The adapter.
+        checkpoint: Its base.
+        is_replaced: Whether an edit gives a small parameter in full, which an input can hold.
 
     Raises:
         FitError: an update that no slot can hold, an adapter that does not fit the base, or one for several networks.
@@ -71,19 +80,30 @@ def bound_additions(adapter: Adapter, checkpoint: Checkpoint) -> BoundAdditions:
     component = checkpoint.components[names[0]]
     weights: dict[str, Additions] = {}
     sizes: dict[str, tuple[int, ...]] = {}
+    replaced: dict[str, Edit] = {}
     for edit in binding.edits.values():
         if edit.added and not edit.operations and edit.replaced is None:
             continue  # a formerly tied head with the embedding's values, which slots do not change
+        if is_replaced(edit, component):
+            replaced[edit.name] = edit
+            continue
         if not (loras := additions_of(edit, adapter, component)):
             continue
         weights[edit.name], sizes[edit.name] = loras, _sizes(edit)
         follows = component.tied and component.head and component.name not in binding.untied
         if follows and edit.name == component.embedding:
             weights[component.head], sizes[component.head] = loras, sizes[edit.name]
-    if not weights:
+    replaced = {name: edit for name, edit in replaced.items() if not _is_bases(edit, component)}
+    if not weights and not replaced:
         raise FitError("the adapter changes nothing", file=adapter.path)
     turned = {name for name, loras in weights.items() if loras[0][1].transposed}
-    return BoundAdditions(adapter, component, weights, sizes, frozenset(turned))
+    return BoundAdditions(adapter, component, weights, sizes, frozenset(turned), replaced)
+
+
+def _is_bases(edit: Edit, component: Component) -> bool:
+    """Whether the edit merely brings the base's own values along."""
+    base = component.parameters.get(component.aliases.get(edit.name, edit.name))
+    return base is not None and not edit.operations and same_values(base.storage, edit.source)
 
 
 def _sizes(edit: Edit) -> tuple[int, ...]:

@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.edit.constants import Constants
+from surgery.onnx.edit.integers import product_of
 from surgery.onnx.edit.slots import Readers, readers_of
 from surgery.onnx.edit.uses import attribute, graphs_in
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Branch", "find_branches"]
+__all__ = ["LoraBranch", "find_branches"]
 
 Array = npt.NDArray[Any]
 Kind = Literal["product", "convolution", "table"]
@@ -31,7 +32,7 @@ _PASSING = ("Identity", "Cast", "Dropout")
 
 
 @dataclass(frozen=True, eq=False)
-class Branch:
+class LoraBranch:
     """A sum that adds what a LoRA makes of the inputs of a weight to what the weight makes of them.
 
     Attributes:
@@ -77,7 +78,7 @@ class _Map:
     alpha: float
 
 
-def find_branches(model: onnx.ModelProto, constants: Constants) -> Iterator[Branch]:
+def find_branches(model: onnx.ModelProto, constants: Constants) -> Iterator[LoraBranch]:
     """The outermost branches, in the order of the nodes; another may lie below one that is folded."""
     readers = readers_of(model.graph)
     for graph in graphs_in(model.graph):
@@ -98,7 +99,7 @@ def _branch(
     producers: dict[str, onnx.NodeProto],
     constants: Constants,
     readers: Readers,
-) -> Branch | None:
+) -> LoraBranch | None:
     main = _main(base, producers, constants)
     if main is None or len(readers.get(base, ())) != 1:
         return None
@@ -113,7 +114,7 @@ def _branch(
         return None
     left, right = found
     left = left / np.float32(main.alpha)
-    return Branch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, left, right)
+    return LoraBranch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, left, right)
 
 
 def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constants) -> _Map | None:
@@ -124,8 +125,12 @@ def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constan
     op = node.op_type
     if op == "Gather" and node.input[0] in constants and attribute(node, "axis", 0) == 0:
         return _Map(node, "table", node.input[1], node.input[0], False, 1.0)
+    if op == "DequantizeLinear" and (rows := producers.get(node.input[0])) is not None and rows.op_type == "Gather":
+        return _mapped(node.input[0], producers, constants)
     if op == "MatMulNBits" and node.input[1] in constants:
         return _Map(node, "product", node.input[0], node.input[1], True, 1.0)
+    if (integers := product_of(node, producers)) is not None and integers[0].input[1] in constants:
+        return _Map(integers[0], "product", integers[1].x, integers[0].input[1], False, 1.0)
     if len(node.input) < 2 or node.input[0] in constants or node.input[1] not in constants:
         return None
     x, weight = node.input[0], node.input[1]
@@ -191,13 +196,17 @@ def _small(
 def _delta(
     down: _Map, up: _Map, factors: list[tuple[str, str, bool]], constants: Constants
 ) -> tuple[Array, Array] | None:
-    """The two factors of what is added, see `Branch.left`."""
+    """The two factors of what is added, see `LoraBranch.left`."""
     A, B = (constants.value(one.weight).astype(np.float32) for one in (down, up))
     if down.kind == "convolution":
         if A.ndim < 3 or B.ndim != A.ndim or set(B.shape[2:]) - {1}:
             return None
         rank = A.shape[0]
         left, right = B.reshape(B.shape[0], B.shape[1]), A.reshape(rank, int(np.prod(A.shape[1:])))
+        if left.shape[1] == rank:
+            filled = left.any(axis=0) & right.any(axis=1)  # slots of ours have a kernel of zeros behind theirs
+            left, right = left[:, filled], right[filled]
+            rank = int(filled.sum())
     else:
         if A.ndim != 2 or B.ndim != 2:
             return None

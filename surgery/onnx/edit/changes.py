@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from surgery.onnx.edit.fits import Near
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece, Place
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "TensorChange", "changes_of", "touched_labels"]
 
-_SAME = 1e-2  # of an update: a weight that is nearer to the merge than this has it already
 _GATHERS = frozenset(("Gather", "GatherBlockQuantized"))
 
 
@@ -186,29 +184,25 @@ def _not_found(missing: Sequence[str], located: Located, edits: Mapping[str, Edi
     names = f"{len(missing)} weights that an adapter changes are not in the graph: {listing(missing)}"
     if not looked_for:
         return FitError(f"{len(missing)} weights have no place in the graph: {listing(missing)}", file=path)
+    if _are_merged(missing, located, edits):
+        return FitError(f"these adapters are merged already: {listing(missing)}", file=path)
     if not near:
         share = {label: again.covered.get(label, 0.0) for label in missing}
         part = [f"{show(label)} {value:.0%}" for label, value in share.items() if value]
         found = f"; found of them: {', '.join(part[:4])}" if part else ""
         return FitError(names + found, file=path, hint="is the graph made of another checkpoint?")
-    merged = [label for label in missing if label in near and _is_merged(near[label], edits[label])]
-    if len(merged) == len(near):
-        return FitError(f"these adapters are merged already: {listing(merged)}", file=path)
     far = max(one.distance for one in near.values())
     text = f"{names}; {len(near)} of them are there with other values, up to {far:.2%} away"
     return FitError(text, file=path, hint="another adapter is merged already, or the graph was made of a fine-tune")
 
 
-def _is_merged(near: Near, edit: Edit) -> bool:
+def _are_merged(missing: Sequence[str], located: Located, edits: Mapping[str, Edit]) -> bool:
     """Whether the graph has the values that the merge would write."""
-    import numpy
-
-    from surgery.onnx.edit.aspect import Aspect
-
-    piece = near.piece
-    after = Wanted(edit.component, edit.name, edit.source, edit.operations)
-    rows, cols = after.sampled
-    there = Aspect(piece.place, piece.turned).points([piece.graph_rows[0] + row for row in rows], cols)
-    update = float(numpy.linalg.norm(after.sample.astype("f8") - piece.weight.sample.astype("f8")))
-    left = float(numpy.linalg.norm(after.sample.astype("f8") - there.astype("f8")))
-    return left <= max(_SAME * update, 1e-3 * float(numpy.linalg.norm(after.sample.astype("f8"))))
+    after = tuple(
+        Wanted(weight.component, weight.name, edits[weight.label].source, edits[weight.label].operations)
+        if weight.label in missing
+        else weight
+        for weight in located.weights
+    )
+    again = located_weights(located.graph, after, touched=set(missing), tables=False)
+    return all(again.covered.get(label, 0.0) == 1 for label in missing)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.edit.quantised import CodedMatrix, Codes, unpacked
+from surgery.onnx.edit.quantised import CodedMatrix, PackedCodes, unpacked
 from surgery_formats.arrays import cast
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.dtypes import DType
@@ -62,7 +62,7 @@ def _values(graph: OnnxGraph, name: str) -> tuple[numpy.ndarray, DType, StoredTe
             bits, signed = _PACKED[tensor.packed_as]
             count = math.prod(graph.shapes[name])
             return (
-                Codes(tensor, bits, signed, 1, count, running=True).read(0, 1).reshape(-1).astype("f4"),
+                PackedCodes(tensor, bits, signed, 1, count, running=True).read(0, 1).reshape(-1).astype("f4"),
                 DType.I8,
                 tensor,
             )
@@ -84,7 +84,7 @@ def _matmul_nbits(graph: OnnxGraph, node: onnx.NodeProto) -> Iterator[CodedMatri
     if tensor is None or scales is None or bits not in (2, 4, 8) or min(size, rows, cols) < 1 or _input(node, 4):
         return
     blocks = -(-cols // size)
-    codes = Codes(tensor, bits, False, rows, blocks * size)
+    codes = PackedCodes(tensor, bits, False, rows, blocks * size)
     if tensor.nbytes != rows * blocks * size * bits // 8 or len(scales[0]) != rows * blocks:
         raise MalformedError(
             f"MatMulNBits of {rows} x {cols} has other codes or scales", file=graph.path, tensor=tensor.name
@@ -114,7 +114,7 @@ def _byte_zeros(graph: OnnxGraph, name: str, bits: int, rows: int, blocks: int) 
 def _coded(
     name: str,
     label: str,
-    codes: Codes,
+    codes: PackedCodes,
     cols: int,
     tile: tuple[int, int],
     scales: tuple[numpy.ndarray, DType, StoredTensor | None],
@@ -157,7 +157,7 @@ def _gather_blocks(graph: OnnxGraph, node: onnx.NodeProto) -> Iterator[CodedMatr
             f"{len(scales[0])} scales for {rows} x {blocks} blocks", file=graph.path, tensor=tensor.name
         )
     zeros = _same_zeros(graph, _input(node, 3), bits, rows, blocks, tensor.dtype is DType.U8 and not tensor.packed_as)
-    codes = Codes(tensor, bits, signed, rows, cols, running=bool(tensor.packed_as))
+    codes = PackedCodes(tensor, bits, signed, rows, cols, running=bool(tensor.packed_as))
     label = f"GatherBlockQuantized {'int' if signed else 'uint'}{bits}, blocks of {size}"
     yield _coded(tensor.name, label, codes, cols, (1, size), scales, (rows, blocks), zeros)
 
@@ -232,7 +232,7 @@ def _tiled(
     grid = (-(-rows // tile[0]), -(-cols // tile[1]))
     if grid[0] * grid[1] != count or (zeros is not None and len(zeros[0]) not in (1, count)):
         return
-    codes = Codes(tensor, bits, signed, rows, cols, running=bool(tensor.packed_as))
+    codes = PackedCodes(tensor, bits, signed, rows, cols, running=bool(tensor.packed_as))
     label = f"{operator} {'int' if signed else 'uint'}{bits}, {what}"
     import numpy
 

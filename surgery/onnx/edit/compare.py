@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from surgery.onnx.edit.aspect import bits, rounded_bits
+from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.turning import turned
 from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
@@ -51,13 +52,16 @@ def _differences(piece: Piece, *, early: bool) -> Iterator[list[int]]:
     for start, end, block in weight_blocks(piece, there.block):
         if piece.flipped:  # rows of the weight are columns here: all entries, a part of each
             mine = rounded_bits(block, place.dtype)[:, _slice(piece.rows)]
-            wrong = (mine != there.part(piece.graph_rows, start, end).T).any(axis=0)
+            wrong = differing(mine, there.part(piece.graph_rows, start, end).T, place.dtype).any(axis=0)
             entries = numpy.flatnonzero(wrong)
         else:
             chosen, own = _inside(piece.rows, start, end)
             mine = rounded_bits(block[own], place.dtype)
             graph_rows = _pick(piece.graph_rows, chosen)
-            wrong = mine != there.part(graph_rows, 0, place.rows if piece.turned else place.cols)
+            theirs = there.part(graph_rows, 0, place.rows if piece.turned else place.cols)
+            both = (turned(mine), theirs.T) if piece.turned else (mine, theirs)
+            wrong = differing(*both, place.dtype)
+            wrong = wrong.T if piece.turned else wrong
             entries = (
                 numpy.asarray(chosen)[numpy.flatnonzero(wrong.any(axis=1))] if wrong.any() else numpy.empty(0, int)
             )

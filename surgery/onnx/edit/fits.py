@@ -23,7 +23,7 @@ from surgery_formats.dtypes import DType
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["NEAR", "Near", "fitting_weights", "measured", "nearest_weights"]
+__all__ = ["NEAR", "Near", "fitting_weights", "measured", "nearest_vector", "nearest_weights"]
 
 _ROUNDING = {DType.F64: 2.0**-50, DType.F32: 2.0**-22, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
 """Relative error of a product that was rounded once or twice."""
@@ -32,6 +32,7 @@ NEAR = 0.5
 """Of a weight: the greatest distance, in its norm, at which another is taken for a changed copy of it."""
 _SCALED = 1e-9
 """The misfit of rows with factors of their own: any other way is better."""
+_APART = 2.0  # times as far the next vector is, at least
 _SUMMED = 2.0**-20
 """Error of a base and an update that others added in another order, relative to the greatest value."""
 _FREE = 3  # elements of a row that its factor is told by, at least
@@ -303,3 +304,23 @@ def nearest_weights(places: Sequence[Place], weights: Sequence[Wanted]) -> list[
             if found and at == aspect.rows:
                 return found
     return []
+
+
+def nearest_vector(place: Matrix, weights: Sequence[Wanted]) -> Near | None:
+    """The vector of which a tensor holds other values, if one is by far the nearest."""
+    import numpy
+
+    there = place.flat(0, place.numel).astype("f8")
+    found: list[Near] = []
+    for weight in weights:
+        if not weight.is_vector or weight.rows * weight.cols != place.numel:
+            continue
+        mine = weight.block(0, weight.rows).reshape(-1).astype("f8")
+        norm = float(numpy.linalg.norm(mine))
+        whole = range(place.numel)
+        distance = float(numpy.linalg.norm(mine - there)) / norm if norm else 2.0
+        found.append(Near(Piece(weight, place, False, False, whole, whole), distance))
+    found.sort(key=lambda one: one.distance)
+    if not found or found[0].distance >= NEAR:
+        return None
+    return found[0] if len(found) == 1 or found[0].distance * _APART <= found[1].distance else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.edit.branches import Branch, find_branches
+from surgery.onnx.edit.branches import LoraBranch, find_branches
 from surgery.onnx.edit.constants import Constants
 from surgery.onnx.edit.nodes import names_in
 from surgery.onnx.edit.slots import readers_of
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldedWeight", "Folding", "fold_branches"]
 
 Array = npt.NDArray[Any]
+_NUMBERS = (1, 10, 11, 16)  # TensorProto.FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +94,10 @@ def fold_branches(graph: OnnxGraph, model: onnx.ModelProto, given: Mapping[str, 
     done = Folding()
     before = sum(len(inner.node) for inner in graphs_in(model.graph))
     while branches := list(find_branches(model, constants := Constants(graph, model, given))):
+        if _as_initializers(model, {_stored(branch, constants)[0] for branch in branches}):
+            continue  # and look again
         reads = _reads(model)
-        taken: dict[int, Branch] = {}
+        taken: dict[int, LoraBranch] = {}
         for branch in branches:
             if id(branch.node) not in taken:  # a second one beside the same node is looked at again
                 taken[id(branch.node)] = branch
@@ -110,6 +113,20 @@ def fold_branches(graph: OnnxGraph, model: onnx.ModelProto, given: Mapping[str, 
     return done
 
 
+def _as_initializers(model: onnx.ModelProto, names: Collection[str]) -> bool:
+    """Turn the Constant nodes of these names into initializers; returns whether there were any."""
+    made = 0
+    for number in range(len(model.graph.node) - 1, -1, -1):
+        node = model.graph.node[number]
+        if node.op_type == "Constant" and node.output[0] in names:
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(attribute(node, "value", None))
+            tensor.name = node.output[0]
+            del model.graph.node[number]
+            made += 1
+    return made > 0
+
+
 def _reads(model: onnx.ModelProto) -> Counter[str]:
     """How often each value is read."""
     reads: Counter[str] = Counter()
@@ -119,7 +136,7 @@ def _reads(model: onnx.ModelProto) -> Counter[str]:
     return reads
 
 
-def _fold(model: onnx.ModelProto, branch: Branch, constants: Constants, reads: Counter[str], done: Folding) -> None:
+def _fold(model: onnx.ModelProto, branch: LoraBranch, constants: Constants, reads: Counter[str], done: Folding) -> None:
     """Note what a branch adds to its weight; a weight that others read, too, is copied for its node."""
     name, turned = _stored(branch, constants)
     product = branch.kind == "product"
@@ -145,34 +162,39 @@ def _called(node: onnx.NodeProto) -> str:
     return node.name or node.output[0]
 
 
-def _stored(branch: Branch, constants: Constants) -> tuple[str, bool]:
+def _stored(branch: LoraBranch, constants: Constants) -> tuple[str, bool]:
     """The initializer behind the weight's operand, and whether it lies transposed there.
 
     Raises:
         FitError: it is made of codes or of several tensors.
     """
-    if branch.node.op_type == "MatMulNBits":
-        raise _of_codes(branch, "codes of a MatMulNBits")
+    if branch.node.op_type in ("MatMulNBits", "MatMulInteger"):
+        raise _of_codes(branch, f"codes of a {branch.node.op_type}")
     name, turned = branch.weight, False
     while constants.initializer(name) is None:
         node = constants.producer(name)
+        if node is not None and node.op_type == "Constant" and attribute(node, "value", None) is not None:
+            break
         if node is not None and node.op_type in ("Identity", "Cast"):
             name = node.input[0]
         elif node is not None and node.op_type == "Transpose" and list(attribute(node, "perm", [1, 0])) == [1, 0]:
             name, turned = node.input[0], not turned
         else:
             raise _of_codes(branch, f"made by a {show(node.op_type, 40)}" if node is not None else "an input")
+    stored = constants.initializer(name)
+    if stored is not None and stored.data_type not in _NUMBERS:
+        raise _of_codes(branch, "codes")
     return name, turned
 
 
-def _of_codes(branch: Branch, what: str) -> FitError:
+def _of_codes(branch: LoraBranch, what: str) -> FitError:
     return FitError(
         f"the weight '{show(branch.weight)}' is {what}, into which nothing can be folded",
         hint="leave the branch where it is, or fold it before the graph is quantised",
     )
 
 
-def _copied(model: onnx.ModelProto, branch: Branch, name: str, constants: Constants) -> str:
+def _copied(model: onnx.ModelProto, branch: LoraBranch, name: str, constants: Constants) -> str:
     """A tensor of its own for a node whose weight others read, too, as the node reads it."""
     import onnx
 
@@ -192,7 +214,7 @@ def _add_to_copy(tensor: onnx.TensorProto, weight: FoldedWeight) -> None:
     tensor.CopyFrom(onnx.numpy_helper.from_array(weight.added_to(values), tensor.name))
 
 
-def _bypass(branches: Sequence[Branch]) -> None:
+def _bypass(branches: Sequence[LoraBranch]) -> None:
     """Remove the sums: what made the first operand makes the result."""
     for graph in {id(branch.graph): branch.graph for branch in branches}.values():
         ours = {branch.base: branch for branch in branches if branch.graph is graph}

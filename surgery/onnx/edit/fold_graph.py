@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.edit.fold import FoldedWeight, fold_branches
-from surgery.onnx.edit.output import editable, write_edited
+from surgery.onnx.edit.output import Change, editable, write_edited
 from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.inserted import INSERTED, inserted_in
 from surgery.reports.output import DRY_RUN, PATH
@@ -115,13 +116,15 @@ def fold_graph(
     tensors = _tensors(model)
     given, files = _given(model, adapters, path)
     done = fold_branches(graph, model, given)
+    baked = _baked(model, given)
     _note(model, path)
     everything: Mapping[str, FoldedWeight] = {**done.weights, **done.copies}
     folded = tuple((name, weight.node, weight.rank) for name, weight in everything.items())
     written = 0
     if output is not None:
         dropped = tensors - _tensors(model)
-        changed = {name: weight.added_to for name, weight in done.weights.items() if weight.rank}
+        changed: dict[str, Change] = {name: weight.added_to for name, weight in done.weights.items() if weight.rank}
+        changed |= {name: partial(_instead, values) for name, values in baked.items()}
         facts = {"folded": [{"tensor": tensor, "rank": rank} for tensor, _, rank in folded]}
         written = write_edited(
             graph,
@@ -135,6 +138,27 @@ def fold_graph(
             dropped=dropped,
         )
     return FoldResult(output, path, folded, done.removed, written)
+
+
+def _baked(model: onnx.ModelProto, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Values of tensors that an adapter gives in full: they are no inputs any more."""
+    stored = {one.name for one in model.graph.initializer}
+    baked = {name: values for name, values in given.items() if name in stored}
+    for number in range(len(model.graph.input) - 1, -1, -1):
+        if model.graph.input[number].name in baked:
+            del model.graph.input[number]
+    return baked
+
+
+def _instead(new: Array, old: Array) -> Array:
+    """Other values in the place of a tensor's.
+
+    Raises:
+        FitError: they are of another type or shape.
+    """
+    if (new.dtype, new.shape) != (old.dtype, old.shape):
+        raise FitError(f"the adapter has {new.dtype} {list(new.shape)} for a tensor {old.dtype} {list(old.shape)}")
+    return new
 
 
 def _tensors(model: onnx.ModelProto) -> set[str]:
@@ -163,7 +187,7 @@ def _given(
                     "the graph has no such input",
                     file=file,
                     tensor=tensor.name,
-                    hint=closest(tensor.name, inputs) or "convert it for this graph",
+                    hint=closest(tensor.name, inputs) or "surgery convert writes it for this graph",
                 )
             if tensor.name in given:
                 raise FitError("two adapters fill this slot", file=file, tensor=tensor.name, hint="combine them first")
@@ -181,25 +205,21 @@ def _adapters(model: onnx.ModelProto, path: Path) -> dict[str, str]:
 
 
 def _note(model: onnx.ModelProto, path: Path) -> None:
-    """Take out of what the graph says of itself the slots and strengths that it no longer has."""
+    """Take out of what the graph says of itself the inputs that it no longer has, and adapters that were for these alone."""
     inputs = {one.name for one in model.graph.input}
     props = {one.key: one.value for one in model.metadata_props}
-
-    def kept(entries: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-        gone = ("swapped", "gated")
-        return tuple(one for one in entries if one.get("mode") not in gone or one.get("strength") in inputs)
-
-    if (contract := from_metadata(props, path)) is not None:
-        slots = tuple(slot for slot in contract.slots if slot.A in inputs)
-        props |= replace(contract, slots=slots, adapters=kept(contract.adapters)).as_metadata()
-    if INSERTED in props:
-        known = inserted_in(props, path)
-        left = replace(
-            known, slots=tuple(slot for slot in known.slots if slot.A in inputs), adapters=kept(known.adapters)
-        )
-        props |= left.as_metadata()
-        if not left.slots and not left.adapters:
-            del props[INSERTED]
+    contract, known = from_metadata(props, path), inserted_in(props, path)
+    before = contract or known
+    slots = tuple(slot for slot in before.slots if slot.A in inputs)
+    others = tuple(name for name in before.replaceable if name in inputs)
+    gone = {"gated"} if slots or others else {"gated", "swapped"}
+    adapters = tuple(one for one in before.adapters if one.get("mode") not in gone or one.get("strength") in inputs)
+    if contract is not None:
+        props |= replace(contract, slots=slots, adapters=adapters, replaceable=others).as_metadata()
+    elif slots or others or adapters:
+        props |= replace(known, slots=slots, adapters=adapters, replaceable=others).as_metadata()
+    else:
+        props.pop(INSERTED, None)
     del model.metadata_props[:]
     for key, value in props.items():
         model.metadata_props.add(key=key, value=value)

@@ -23,6 +23,7 @@ from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor,
 from surgery.onnx.edit.changes import TensorChange
 from surgery.onnx.edit.coded_weight import CodedWeight
 from surgery.onnx.edit.matrix import Matrix
+from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery_formats.binding.bind import Binding
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.dtypes import DType
@@ -141,7 +142,7 @@ def plan_graph(graph: OnnxGraph, changes: Sequence[TensorChange], binding: Bindi
         roots=(graph.path, *(adapter.path for adapter, _ in binding.adapters), checkpoint.path),
         id=hashlib.sha256(json.dumps([__version__, "merge into a graph", facts], sort_keys=True).encode()).hexdigest(),
         facts=facts,
-        warnings=binding.warnings,
+        warnings=(*binding.warnings, *warning_of_ranges(graph.proto)),
     )
     return GraphPlan(plan, steps)
 

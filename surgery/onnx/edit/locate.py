@@ -16,7 +16,7 @@ from typing import TypeVar
 from surgery.engine.execute import default_workers
 from surgery.onnx.edit.coded_nodes import coded_matrices
 from surgery.onnx.edit.compare import differing_rows, is_there
-from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_weights
+from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_vector, nearest_weights
 from surgery.onnx.edit.matrix import Matrix, float_matrices
 from surgery.onnx.edit.pieces import Piece, Place, compact, count_of
 from surgery.onnx.edit.quantised import CodedMatrix
@@ -96,6 +96,7 @@ def located_weights(
     *,
     touched: Collection[str] | None = None,
     tables: bool = True,
+    compare: bool = True,
     workers: int | None = None,
 ) -> Located:
     """Find weights in a graph.
@@ -105,12 +106,14 @@ def located_weights(
         weights: What is looked for.
         touched: Labels of the weights that matter: what else is found is not compared in full. None is all.
         tables: Whether tensors that are no weight are looked at, too.
+        compare: Whether whole weights that are there bit for bit, by their samples, are compared in full; a caller who
+            reads them all anyway does that himself.
         workers: Threads that compare.
 
     Raises:
         MalformedError: a file ends before, or codes and scales do not fit each other.
     """
-    search = _Search(graph, weights, touched, workers or default_workers())
+    search = _Search(graph, weights, touched, workers or default_workers(), compare=compare)
     with one_thread():
         return search.run(tables=tables)
 
@@ -119,8 +122,15 @@ class _Search:
     """One search; what is found leaves less to look for."""
 
     def __init__(
-        self, graph: OnnxGraph, weights: Sequence[Wanted], touched: Collection[str] | None, workers: int
+        self,
+        graph: OnnxGraph,
+        weights: Sequence[Wanted],
+        touched: Collection[str] | None,
+        workers: int,
+        *,
+        compare: bool,
     ) -> None:
+        self.compare = compare
         self.graph, self.weights, self.touched, self.workers = graph, tuple(weights), touched, workers
         self.coded = dict(coded_matrices(graph))
         self.plain = {name: matrices for name, matrices in float_matrices(graph) if name not in self.coded}
@@ -159,7 +169,7 @@ class _Search:
 
     def _keep_whole(self, proposed: Mapping[str, list[Piece]]) -> None:
         every = [(name, piece) for name, pieces in proposed.items() for piece in pieces]
-        there = self._each(lambda entry: not self._matters(entry[1]) or is_there(entry[1]), every)
+        there = self._each(lambda entry: not (self.compare and self._matters(entry[1])) or is_there(entry[1]), every)
         wrong = {name for (name, _), good in zip(every, there, strict=True) if not good}
         self.found |= {name: pieces for name, pieces in proposed.items() if name not in wrong}
 
@@ -224,6 +234,7 @@ class _Search:
         others: list[str] = []
         near: list[Near] = []
         left = [weight for weight in located.missing if not weight.is_vector]
+        vectors = [weight for weight in located.missing if weight.is_vector]
         scales = {one.scales.name for (one,) in self.coded.values() if one.scales is not None}
         for name in (*self.plain, *self.coded):
             pieces = self.found.get(name, ())
@@ -240,6 +251,8 @@ class _Search:
                 tables[name] = "scales of codes"
             elif isinstance(first, Matrix) and (what := known_table(first)):
                 tables[name] = what
+            elif isinstance(first, Matrix) and first.cols == 1 and (close := nearest_vector(first, vectors)):
+                near.append(close)
             elif first.cols > 1 and left and (changed := nearest_weights(places, left)):
                 near += changed
             else:

@@ -30,7 +30,6 @@ class LocateResult:
         path: The graph.
         base: The base.
         located: Everything that was found.
-        output: The file of weights that was written; None if none was.
         warnings: What the user should know.
         seconds: How long it took.
     """
@@ -38,7 +37,6 @@ class LocateResult:
     path: Path
     base: Path
     located: Located
-    output: Path | None = None
     warnings: tuple[str, ...] = ()
     seconds: float = elapsed()
     nbytes: ClassVar[int] = 0  # it only reads
@@ -57,7 +55,6 @@ class LocateResult:
         return {
             "graph": str(self.path),
             "base": str(self.base),
-            "output": None if self.output is None else str(self.output),
             "complete": self.complete,
             "weights": len(found.weights),
             "whole": len(found.whole),
@@ -95,8 +92,6 @@ class LocateResult:
             facts.append((what, NameList(names, 3)))
         if found.others:
             facts.append(("not known", NameList(found.others, 3)))
-        if self.output is not None:
-            facts.append(("wrote", Name(self.output, PATH)))
         rows = [(piece.weight.label, piece.place.name, piece.how) for piece in found.pieces]
         columns = (Column("weight", "name"), Column("tensor of the graph", "name"), Column("how"))
         shown = rows if verbose else rows[:_FIRST]

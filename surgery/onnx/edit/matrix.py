@@ -15,14 +15,14 @@ from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["FLOATS", "Matrix", "Side", "float_matrices"]
+__all__ = ["FLOATS", "Matrix", "MatrixSide", "float_matrices"]
 
 FLOATS = (DType.F32, DType.F16, DType.BF16, DType.F64)
 _SMALL = 1 << 16  # elements; a tensor that is read whole for a few of them
 _STACK = 1024  # matrices of a stack that are looked at one by one
 
 
-class Side(Protocol):
+class MatrixSide(Protocol):
     """A matrix of which some elements, or all, can be read."""
 
     @property
@@ -92,11 +92,11 @@ class Matrix:
         return elements
 
     def block(self, start: int, stop: int) -> numpy.ndarray:
-        """See `Side.block`."""
+        """See `MatrixSide.block`."""
         return self.flat(start * self.cols, stop * self.cols).reshape(stop - start, self.cols)
 
     def columns(self, start: int, stop: int) -> numpy.ndarray:
-        """See `Side.columns`."""
+        """See `MatrixSide.columns`."""
         import numpy
 
         if stop - start == self.cols or self.numel <= _SMALL:
@@ -107,7 +107,7 @@ class Matrix:
         return strip
 
     def points(self, rows: Sequence[int], cols: Sequence[int]) -> numpy.ndarray:
-        """See `Side.points`."""
+        """See `MatrixSide.points`."""
         import numpy
 
         if self.numel <= _SMALL:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
+from surgery.engine.recorded import recorded_recipe
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, ProofError
@@ -105,7 +106,8 @@ def write_edited(
             folder.write_small(key, value)
         _prove(graph, folder.staged / name, changed, set(dropped))
         graph.check_unchanged()
-        folder.commit({"plan": job, "inputs": {name: fingerprint(graph.file)}, **facts})
+        account = {"plan": job, "inputs": {name: fingerprint(graph.file)}, **facts}
+        folder.commit(account | recorded_recipe())
     return len(data) + sum(file.size for file in graph.external) + sum(map(len, files.values()))
 
 

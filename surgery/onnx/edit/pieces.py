@@ -77,7 +77,7 @@ class Piece:
         if self.factor != 1.0:
             words.append(f"times {self.factor:.6g}")
         if self.row_factors:
-            words.append(f"each row times a number ({min(self.row_factors):.3g} to {max(self.row_factors):.3g})")
+            words.append("each row times a number")
         if self.fold:
             words.append(f"columns times {self.fold}" + (f" + {self.fold_plus:g}" if self.fold_plus else ""))
         if self.by_order:

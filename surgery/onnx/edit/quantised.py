@@ -19,7 +19,7 @@ from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["CodedMatrix", "Codes", "packed", "unpacked"]
+__all__ = ["CodedMatrix", "PackedCodes", "packed", "unpacked"]
 
 _SLACK = {DType.F32: 2.0**-20, DType.F16: 2.0**-9, DType.BF16: 2.0**-6}
 """What rounding of scales to their type, and of values before they were quantised, may add to an error: a share of them."""
@@ -27,7 +27,7 @@ _HALF = 0.5005  # steps: the nearest code, and rounding
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class PackedCodes:
     """Integers of a few bits in a tensor, in the order of rows.
 
     Attributes:
@@ -134,7 +134,7 @@ class CodedMatrix:
 
     name: str
     label: str
-    codes: Codes
+    codes: PackedCodes
     cols: int
     tile: tuple[int, int]
     scales: StoredTensor | None

@@ -17,24 +17,30 @@ from surgery.engine.arithmetic import check_finite, compute
 from surgery.engine.jobs import Write
 from surgery.engine.ledger import CodeChange, Measurement
 from surgery.engine.plan import Compute
+from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.changes import Change, TensorChange
 from surgery.onnx.edit.coded_weight import CodedWeight
+from surgery.onnx.edit.compare import is_there
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
 from surgery.onnx.edit.quantised import CodedMatrix
+from surgery.onnx.edit.turning import held, turned
+from surgery.onnx.edit.watched import Watched
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
+from surgery_formats.storage.base import Storage
 from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.tensor import as_bytes
 from surgery_formats.tensors.views import Index
+from surgery_formats.text import show
 
 __all__ = ["rewrite"]
 
 _STRIP = 1 << 26  # bytes of a tensor that are made in memory
 _CODED = 1 << 24  # numbers of a tensor of codes
 _CHUNK = 4 << 20  # bytes that are written, and read back, at once
-_TURN = 64  # rows that are turned at once: their columns stay in a core's cache
 _EVERY = 8  # rows of a tensor of codes that are measured
 
 Stop = Callable[[], bool]
@@ -45,10 +51,16 @@ Rows = Callable[[int, numpy.ndarray], None]
 def rewrite(label: str, change: TensorChange, write: Write, stop: Stop, device: str = "cpu") -> tuple[Measurement, ...]:
     """Compute a tensor and hand its bytes to `write` in order; see `surgery.engine.arithmetic.compute`.
 
+    What the graph should hold bit for bit is compared with the base, element by element, as both are read.
+
     Raises:
         FitError: a value is NaN or Inf, or too large for the tensor's type.
         ProofError: from `write`.
     """
+    for one in change.changes:
+        compared = one.piece.factor != 1 or one.fold is not None or one.piece.row_factors or _is_plain(one)
+        if isinstance(one.piece.place, Matrix) and not compared and not is_there(one.piece):
+            raise _not_the_base(one.piece)
     if isinstance(change.place, CodedMatrix):
         return _codes(label, change, change.place, write, stop, device)
     return (_numbers(label, change, change.place, write, stop, device),)
@@ -74,7 +86,7 @@ class _Sink:
         return self._hash.hexdigest()
 
 
-class _Measured:
+class _TensorTally:
     """What was measured of the weights of a tensor, together."""
 
     def __init__(self) -> None:
@@ -94,10 +106,15 @@ class _Measured:
         return Measurement(digest, self.changed, self.sampled, self.moved, *self.kept)
 
 
-def _updated(label: str, change: Change, dtype: DType, take: Rows, stop: Stop, device: str) -> Measurement:
-    """Compute a weight as a merge of the checkpoint does, and hand its rows to `take`, as the graph has their values."""
+def _updated(
+    label: str, change: Change, dtype: DType, take: Rows, stop: Stop, device: str, seen: Rows | None = None
+) -> Measurement:
+    """Compute a weight as a merge of the checkpoint does, and hand its rows to `take`, as the graph has their values.
+
+    `seen` gets the rows of the base as they are read.
+    """
     edit, piece = change.edit, change.piece
-    source = edit.source
+    source: Storage = edit.source if seen is None or edit.replaced is not None else Watched(edit.source, seen)
     plain = piece.factor == 1 and change.fold is None and not piece.row_factors
     by_row = numpy.array(piece.row_factors)[:, None] * piece.factor if piece.row_factors else None
     exact = dtype if plain else (DType.F64 if dtype is DType.F64 else DType.F32)
@@ -124,7 +141,7 @@ def _updated(label: str, change: Change, dtype: DType, take: Rows, stop: Stop, d
 def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop: Stop, device: str) -> Measurement:
     assert place.tensor is not None
     tensor = place.tensor
-    sink, measured = _Sink(0, write), _Measured()
+    sink, measured = _Sink(0, write), _TensorTally()
     whole = Matrix(place.name, tensor, place.dtype, 0, tensor.numel // place.cols, place.cols)
     width = place.dtype.nbytes(place.cols)
     ordered = sorted(change.changes, key=lambda one: _first_row(one.piece))
@@ -140,6 +157,7 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
                 lambda row, values, first=first: sink.put((first + row) * width, as_bytes(values)),  # type: ignore[misc]
                 stop,
                 device,
+                _rows_check(whole, first, one) if _is_plain(one) else None,
             )
             measured.add(done)
             at = first + len(one.piece.graph_rows)
@@ -148,14 +166,45 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
     height = max(1, _STRIP // max(width, 1))
     for start in range(0, whole.rows, height):
         stop_row = min(start + height, whole.rows)
-        strip = numpy.ascontiguousarray(whole.block(start, stop_row))
+        strip = held("strip", (stop_row - start) * width).view(place.dtype.numpy).reshape(-1, place.cols)
+        tensor.file.read_into(as_bytes(strip), tensor.offset + start * width)
         for one in ordered:
             put = _Scatter(strip, start, one.piece)
-            done = _updated(label, one, place.dtype, put.rows, stop, device)
+            done = _updated(label, one, place.dtype, put.rows, stop, device, put.check if _is_plain(one) else None)
             if not start:  # each pass measures the same
                 measured.add(done)
         sink.put(start * width, as_bytes(strip))
     return measured.result(sink.digest)
+
+
+def _is_plain(change: Change) -> bool:
+    """Whether the graph should hold the base's values bit for bit, and they are read here."""
+    piece = change.piece
+    changed = piece.factor != 1 or change.fold is not None or piece.row_factors
+    return not changed and not piece.flipped and change.edit.replaced is None
+
+
+def _rows_check(whole: Matrix, first: int, change: Change) -> Rows:
+    """A check of rows that lie one below the other."""
+
+    def check(row: int, values: numpy.ndarray) -> None:
+        there = whole.block(first + row, first + row + len(values))
+        if not _same(rounded_bits(values, whole.dtype), bits(there, whole.dtype), whole.dtype):
+            raise _not_the_base(change.piece)
+
+    return check
+
+
+def _same(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
+    return numpy.array_equal(mine, there) or not differing(mine, there, dtype).any()
+
+
+def _not_the_base(piece: Piece) -> FitError:
+    return FitError(
+        f"does not hold the values of {show(piece.weight.label)}, which a few of them were",
+        tensor=piece.place.name,
+        hint="locate tells how far it is from the base",
+    )
 
 
 def _first_row(piece: Piece) -> int:
@@ -194,6 +243,7 @@ class _Scatter:
         self._high = min(place.rows, start + len(strip) - offset)
         self._shift = offset - start
         self._order = None if isinstance(piece.rows, range) else numpy.asarray(piece.rows)
+        self._runs = isinstance(piece.rows, range) and isinstance(piece.graph_rows, range)
         self._there = None if isinstance(piece.graph_rows, range) else numpy.asarray(piece.graph_rows)
 
     def rows(self, first: int, block: numpy.ndarray) -> None:
@@ -219,20 +269,41 @@ class _Scatter:
             return
         there = self._graph_rows(entries)
         if piece.turned:
-            runs = isinstance(piece.rows, range) and isinstance(piece.graph_rows, range)
             part = self._strip[low + shift : high + shift]
-            for at in range(0, len(entries), _TURN):
-                mine, where = own[at : at + _TURN], there[at : at + _TURN]
-                if runs:  # slices share memory
-                    part[:, int(where[0]) : int(where[-1]) + 1] = block[int(mine[0]) : int(mine[-1]) + 1, low:high].T
-                else:
-                    part[:, where] = block[mine, low:high].T
+            mine = block[int(own[0]) : int(own[-1]) + 1] if self._runs else block[own]
+            part[:, slice(int(there[0]), int(there[-1]) + 1) if self._runs else there] = turned(mine)[low:high]
             return
         inside = (there >= low) & (there < high)
-        if inside.all() and isinstance(piece.rows, range) and isinstance(piece.graph_rows, range):
+        if inside.all() and self._runs:
             self._strip[int(there[0]) + shift : int(there[-1]) + 1 + shift] = block[int(own[0]) : int(own[-1]) + 1]
         else:
             self._strip[there[inside] + shift] = block[own[inside]]
+
+    def check(self, first: int, block: numpy.ndarray) -> None:
+        """Compare rows of the base with what the tensor holds in their place.
+
+        Raises:
+            FitError: it holds something else.
+        """
+        piece, low, high, shift = self._piece, self._low, self._high, self._shift
+        entries, own = self._entries(first, len(block))
+        if low >= high or not len(entries):
+            return
+        dtype = piece.place.dtype
+        there = self._graph_rows(entries)
+        mine = rounded_bits(block[int(own[0]) : int(own[-1]) + 1] if self._runs else block[own], dtype)
+        held = self._strip.view(mine.dtype)
+        if piece.turned:
+            columns = slice(int(there[0]), int(there[-1]) + 1) if self._runs else there
+            same = _same(turned(mine)[low:high], held[low + shift : high + shift, columns], dtype)
+        else:
+            inside = (there >= low) & (there < high)
+            if inside.all() and self._runs:
+                same = _same(mine, held[int(there[0]) + shift : int(there[-1]) + 1 + shift], dtype)
+            else:
+                same = _same(mine[inside], held[there[inside] + shift], dtype)
+        if not same:
+            raise _not_the_base(piece)
 
     def _entries(self, first: int, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Entries of the piece whose rows are among ``[first, first + count)``, and which of them each is."""

@@ -162,8 +162,10 @@ def _branch(
     at = _module(slots[0][0].slot)
     if use.kind == "convolution":
         shape, place = slots[0]
-        down = patch.node("Conv", [use.x, shape.slot.A], at, **kernel_of(use, [place for _, place in slots]))
-        delta = patch.node("Conv", [down, _scaled(patch, shape, place, at)], at)
+        A = _one_more(patch, shape.slot.A, 0, len(shape.down), at)
+        B = _one_more(patch, _scaled(patch, shape, place, at), 1, len(shape.up), at)
+        down = patch.node("Conv", [use.x, A], at, **kernel_of(use, [place for _, place in slots]))
+        delta = patch.node("Conv", [down, B], at)
     else:
         A = _joined(patch, [shape.slot.A for shape, _ in slots], 1, at)
         B = _joined(patch, [_columns(patch, shape, place, at) for shape, place in slots], 0, at)
@@ -175,6 +177,13 @@ def _branch(
                 down = patch.node("Mul", [down, patch.constant(np.array(use.alpha, slots[0][0].dtype), at)], at)
         delta = patch.node("MatMul", [down, B], at)
     add_to(main, patch, use, delta, at, readers)
+
+
+def _one_more(patch: Patch, kernels: str, axis: int, ndim: int, at: str) -> str:
+    """Kernels with one of zeros behind them: a convolution of no channels leaves in its result what was in the memory."""
+    pads = [0] * (2 * ndim)
+    pads[ndim + axis] = 1
+    return patch.node("Pad", [kernels, patch.constant(np.array(pads, np.int64), at)], at)
 
 
 def kernel_of(use: Use, places: Sequence[WeightPlace]) -> dict[str, Any]:

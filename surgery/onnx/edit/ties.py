@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -53,17 +54,25 @@ def _texts(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> Iterable[Tex
         names = [output for node in nodes for output in node.output]
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _tokens(text: str) -> tuple[str, ...]:
+    return tuple(_TOKEN.findall(text.lower()))
+
+
 def affinity(weight: Wanted, texts: Iterable[Text]) -> float:
     """How alike the name of a weight is to one of some names: 1 is the same words and numbers in the same order."""
-    own = _TOKEN.findall(weight.label.lower())
+    own = _tokens(weight.label)
+    numbers = {token for token in own if token.isdigit()}
     best = 0.0
     for text, away in texts:
-        other = _TOKEN.findall(text[:_TEXT].lower())
-        matcher = difflib.SequenceMatcher(None, own, other, autojunk=False)
-        alike = sum(block.size for block in matcher.get_matching_blocks())
-        numbers = [token for token in own if token.isdigit()]
-        wrong = sum(token not in other for token in numbers)
-        best = max(best, alike / max(len(own), 1) - wrong / max(len(own), 1) - len(other) * 1e-4 - away)
+        other = _tokens(text[:_TEXT])
+        alike = at = 0
+        for token in own:
+            with contextlib.suppress(ValueError):
+                at = other.index(token, at) + 1
+                alike += 1
+        wrong = len(numbers.difference(other))
+        best = max(best, (alike - wrong) / max(len(own), 1) - len(other) * 1e-4 - away)
     return best
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.onnx.edit.integers import numbers_of_product, numbers_of_table
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
@@ -22,6 +23,7 @@ __all__ = ["Use", "attribute", "graphs_in", "uses_of"]
 Kind = Literal["product", "convolution", "table"]
 _KEEPING = ("Identity", "Cast", "DequantizeLinear")
 _OF_SHAPE = ("Shape", "Size")
+_INTEGERS = (2, 3, 21, 22)  # TensorProto.UINT8, INT8, UINT4, INT4
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Use:
 
     Attributes:
         graph: The graph that the node is in: the main one, or the body of a node.
-        node: The node.
+        node: The node whose result that is; with integers the one that makes numbers of them.
         kind: What it does.
         x: Its other operand: the inputs, or the ids of rows.
         y: Its result.
@@ -73,6 +75,9 @@ def uses_of(graph: onnx.GraphProto, name: str) -> list[Use]:
         FitError: a node makes something of it that is not understood.
     """
     types = {one.name: one.data_type for one in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and (value := attribute(node, "value", None)) is not None:
+            types[node.output[0]] = value.data_type
     return [
         use
         for inner in graphs_in(graph)
@@ -124,7 +129,7 @@ def _direct(
 ) -> Use | None:
     """The use of the operand at `position`; None if this node is not understood."""
     op = node.op_type
-    by_output, alpha, x = True, 1.0, node.input[0]
+    by_output, alpha, x, end = True, 1.0, node.input[0], node
     kind: Kind = "product"
     if op == "MatMul" and position == 1:
         by_output = False
@@ -137,9 +142,16 @@ def _direct(
         element = types.get(node.input[2], 0) if op == "GatherBlockQuantized" else element
     elif op == "MatMulNBits" and position == 1:
         element = types.get(node.input[2], 0)
+    elif op == "MatMulInteger" and position == 1 and (numbers := numbers_of_product(graph, node)) is not None:
+        by_output, x, end, element = False, numbers.x, numbers.node, types.get(numbers.scale, 0)
     else:
         return None
-    return Use(graph, node, kind, x, node.output[0], by_output != turned, alpha, element)
+    if op == "Gather" and element in _INTEGERS:
+        rows = numbers_of_table(graph, node)
+        if rows is None:
+            return None
+        end, element = rows.node, types.get(rows.scale, 0)
+    return Use(graph, end, kind, x, end.output[0], by_output != turned, alpha, element)
 
 
 def _turned_inputs(node: onnx.NodeProto) -> bool:

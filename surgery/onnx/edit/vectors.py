@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from surgery.onnx.edit.aspect import bits, rounded_bits
+from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
 from surgery.onnx.edit.wanted import KEY, Wanted
@@ -58,7 +58,9 @@ def vectors_in(matrix: Matrix, vectors: Vectors) -> list[Piece]:
         fits = [
             weight
             for weight, values in vectors.beginning(matrix.dtype, there[at : at + KEY].tobytes())
-            if len(values) >= KEY and not is_uniform(values) and numpy.array_equal(there[at : at + len(values)], values)
+            if len(values) >= KEY
+            and not is_uniform(values)
+            and _same(values, there[at : at + len(values)], matrix.dtype)
         ]
         if not fits:
             at += 1
@@ -73,17 +75,20 @@ def vectors_in(matrix: Matrix, vectors: Vectors) -> list[Piece]:
 
 
 def _all_of_it(matrix: Matrix, there: numpy.ndarray, vectors: Vectors) -> Piece | None:
-    import numpy
 
     fits = [
         weight
         for weight, values in vectors.beginning(matrix.dtype, there[:KEY].tobytes())
-        if numpy.array_equal(values, there)
+        if _same(values, there, matrix.dtype)
     ]
     if not fits:
         return None
     whole = range(len(there))
     return Piece(fits[0], matrix, False, False, whole, whole, also=tuple(fits[1:]))
+
+
+def _same(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
+    return len(mine) == len(there) and not differing(mine, there, dtype).any()
 
 
 def _of_size(weights: Iterable[Wanted], size: int) -> tuple[Wanted, ...]:

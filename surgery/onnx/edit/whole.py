@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from surgery.onnx.edit.aspect import Aspect, head_of, key_of, rounded_bits
+from surgery.onnx.edit.aspect import Aspect, differing, head_of, key_of, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
 from surgery.onnx.edit.wanted import KEY, Wanted
@@ -105,4 +105,4 @@ def agrees(aspect: Aspect, at: int, weight: Wanted, dtype: DType, flipped: bool)
     if flipped:
         rows, cols, values = cols, rows, values.T
     there = aspect.points([at + row for row in rows], cols)
-    return bool((rounded_bits(values, dtype) == rounded_bits(there, dtype)).all())
+    return not differing(rounded_bits(values, dtype), rounded_bits(there, dtype), dtype).any()

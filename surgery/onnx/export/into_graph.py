@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,12 @@ from surgery.onnx.edit.additions import BoundAdditions, bound_additions, factors
 from surgery.onnx.edit.gates import GatedAdapter, add_gated
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.places import places_of
+from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.edit.slots import SlotShape, Spot, add_slots, spots_of
 from surgery.onnx.edit.unfuse import unfuse
 from surgery.onnx.export.adapters import NamedAdapter, entry
+from surgery.onnx.export.replaced import is_small
+from surgery.onnx.export.replaced_in_graph import replaced_tensors
 from surgery.onnx.graph.contract import Slot, from_metadata
 from surgery.onnx.graph.inserted import Inserted, inserted_in
 from surgery.onnx.run.adapter_file import adapter_bytes
@@ -53,6 +56,7 @@ class GraphInsertion:
         nodes: Nodes that were added.
         nbytes: Bytes written.
         required: Whether the slots are inputs without a default.
+        replaced: Tensors of the graph that became optional inputs, for parameters that an adapter gives in full.
         warnings: What the user should know.
         seconds: How long it took.
     """
@@ -64,6 +68,7 @@ class GraphInsertion:
     nodes: int
     nbytes: int = 0
     required: bool = False
+    replaced: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     seconds: float = elapsed()
 
@@ -76,6 +81,7 @@ class GraphInsertion:
             "slots": [{"weight": slot.weight, "A": slot.A, "B": slot.B} for slot in self.slots],
             "adapters": [dict(adapter) for adapter in self.adapters],
             "required": self.required,
+            "replaced": list(self.replaced),
             "nodes": self.nodes,
             "nbytes": self.nbytes,
             "seconds": round(self.seconds, 3),
@@ -92,6 +98,10 @@ class GraphInsertion:
         where = self.output or output
         kind = "inputs without a default" if self.required else "optional inputs"
         facts: list[tuple[str, Phrase]] = [("into", Name(self.graph, PATH))]
+        if self.replaced:
+            facts.append(
+                ("replaced", f"{len(self.replaced)} tensors are optional inputs, the base's values by default")
+            )
         if self.slots:
             facts.append(("slots", f"{len(self.slots)} ({2 * len(self.slots)} {kind})"))
         for one in self.adapters:
@@ -144,8 +154,10 @@ def insert_adapters(
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     graph = open_graph(path)
-    bounds = [bound_additions(named.adapter, checkpoint) for named in adapters]
+    bounds = [bound_additions(named.adapter, checkpoint, is_small) for named in adapters]
+    _check_replaced(bounds, required=required, gated=gated)
     model = editable(graph)
+    replaced = replaced_tensors(graph, model, checkpoint, bounds)
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
@@ -169,31 +181,39 @@ def insert_adapters(
                 hint="with `gated=True` it is the strength",
             )
         names = [f"adapters/{named.name}.onnx_adapter" for named in adapters]
-        files = {name: _contents(bound, shapes) for name, bound in zip(names, bounds, strict=True)}
+        for name, bound in zip(names, bounds, strict=True):
+            files[name] = adapter_bytes(_arrays(bound, shapes) | replaced.arrays(bound.replaced, graph))
         add_slots(model, spots, shapes, required=required)
         entries = tuple(entry(named, "swapped", file=name) for named, name in zip(adapters, names, strict=True))
-    _note(model, slots, entries, path)
+    _note(model, Inserted(slots, entries, replaced.inputs), path)
     warnings = tuple(
         text
         for named in adapters
         for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
     )
-    warnings += _of_ranges(model)
+    warnings += warning_of_ranges(model)
     nodes, written = _nodes(model) - before, 0
     if output is not None:
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
         read = [checkpoint.path, *(named.adapter.path for named in adapters)]
         written = write_edited(graph, model, output, files=files, facts=facts, inputs=read, overwrite=overwrite)
         checkpoint.check_unchanged()
-    return GraphInsertion(output, path, slots, entries, nodes, written, required, warnings)
+    return GraphInsertion(output, path, slots, entries, nodes, written, required, replaced.inputs, warnings)
 
 
-def _of_ranges(model: onnx.ModelProto) -> tuple[str, ...]:
-    """A warning of activations that are quantised: their ranges are the base's."""
-    stored = {one.name for one in model.graph.initializer}
-    if all(node.op_type != "QuantizeLinear" or node.input[0] in stored for node in model.graph.node):
-        return ()
-    return ("activations are quantised to ranges that were measured without an adapter: what it adds is cut off there",)
+def _check_replaced(bounds: Sequence[BoundAdditions], *, required: bool, gated: bool) -> None:
+    """Refuse parameters in full where they would have no default, or no strength.
+
+    Raises:
+        FitError: there are some.
+    """
+    if (required or gated) and (found := next((bound for bound in bounds if bound.replaced), None)):
+        why = "in an input with the base's values as default" if required else "as it is: it has no strength"
+        raise FitError(
+            f"it gives '{show(next(iter(found.replaced)))}' in full, which a graph takes {why}",
+            file=found.adapter.path,
+            hint="without `required=`" if required else "without `gated=`, or merge it",
+        )
 
 
 def _nodes(model: onnx.ModelProto) -> int:
@@ -216,7 +236,7 @@ def _located(
         return weight if only.get(weight, kind) == kind else None
 
     turned = {name: any(name in bound.turned for bound in bounds) for name in sizes}
-    places = places_of(graph, checkpoint, component, turned)
+    places = places_of(graph, checkpoint, component, turned) if turned else {}
     unfuse(model.graph, {place.tensor for some in places.values() for place in some})
     spots = spots_of(model.graph, places, slot_of)
     shapes: dict[str, SlotShape] = {}
@@ -268,28 +288,26 @@ def _factors(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> dict[str
     return factors
 
 
-def _contents(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> bytes:
-    """The ``.onnx_adapter`` file of one adapter."""
+def _arrays(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> dict[str, Array]:
+    """What one adapter puts into the slots."""
     arrays: dict[str, Array] = {}
     for name, factors in _factors(bound, shapes).items():
         shape = shapes[name]
         arrays[shape.slot.A], arrays[shape.slot.B] = shape.shaped(*factors)
-    return adapter_bytes(arrays)
+    return arrays
 
 
-def _note(model: onnx.ModelProto, slots: tuple[Slot, ...], entries: tuple[Mapping[str, Any], ...], path: Path) -> None:
+def _note(model: onnx.ModelProto, new: Inserted, path: Path) -> None:
     """Say in the graph what was inserted: in its contract, if it has one."""
-    from dataclasses import replace
-
     props = {one.key: one.value for one in model.metadata_props}
-    contract = from_metadata(props, path)
+    contract, known = from_metadata(props, path), inserted_in(props, path)
+    before = contract or known
+    slots, adapters = (*before.slots, *new.slots), (*before.adapters, *new.adapters)
+    inputs = (*before.replaceable, *new.replaceable)
     if contract is not None:
-        props |= replace(
-            contract, slots=(*contract.slots, *slots), adapters=(*contract.adapters, *entries)
-        ).as_metadata()
+        props |= replace(contract, slots=slots, adapters=adapters, replaceable=inputs).as_metadata()
     else:
-        known = inserted_in(props, path)
-        props |= Inserted((*known.slots, *slots), (*known.adapters, *entries)).as_metadata()
+        props |= replace(known, slots=slots, adapters=adapters, replaceable=inputs).as_metadata()
     del model.metadata_props[:]
     for key, value in props.items():
         model.metadata_props.add(key=key, value=value)

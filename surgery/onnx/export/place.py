@@ -23,6 +23,7 @@ import xxhash
 from surgery.engine.execute import Run, still_good, write_side_file, write_weights
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
+from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import WeightLocation
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.output.folder import OutputFolder, output_folder
@@ -145,7 +146,7 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
             folder.write_small(name, data)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
-        folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account})
+        folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
     return _outcome(files, ledger, written)
 
 

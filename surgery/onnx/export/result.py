@@ -128,6 +128,8 @@ def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
     name, kind = Name(adapter["name"], 60), f" ({adapter['kind']})"
     if adapter["mode"] == "merged":
         return "merged", (name, kind + (f", weight {adapter['weight']:g}" if adapter["weight"] != 1 else ""))
+    if adapter["mode"] == "inserted":
+        return "inserted", (name, f"{kind}: {adapter['file']}")
     if adapter["mode"] == "swapped":
         return "swap", (name, f"{kind}: {adapter['file']}")
     where = f": {adapter['file']}" if "file" in adapter else ""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from surgery.onnx.graph.contract import Slot
-from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.graph import OPSET, Graph
 from surgery.onnx.graph.target import OperatorSet
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import GraphWeights
@@ -49,6 +49,7 @@ class Context:
         virtual: Soft prompts.
         slots: The slots made so far.
         real: Returns which new tokens are no padding ``(B, S)``, bool.
+        opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
     graph: Graph
@@ -62,6 +63,7 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
+    opset: int = OPSET
 
     @property
     def flat(self) -> bool:

@@ -17,13 +17,15 @@ import onnx
 from surgery._version import __version__
 from surgery_formats.dtypes import DType
 
-__all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
+__all__ = ["MICROSOFT", "ONNX_TYPES", "OPSET", "Graph"]
 
 MICROSOFT = "com.microsoft"
 ONNX_TYPES = {DType.F32: 1, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16}
 """``TensorProto.DataType`` of stored types."""
 
-_OPSET, _IR = 23, 11  # the first opset with Attention and RMSNormalization, and its first IR version
+OPSET = 23
+"""The first set of operators with Attention and RMSNormalization."""
+_IR = 11  # its first IR version
 _NUMPY = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
@@ -41,6 +43,11 @@ class Graph:
     def nodes(self) -> int:
         """Number of nodes."""
         return len(self._proto.node)
+
+    @property
+    def proto(self) -> onnx.GraphProto:
+        """What was built so far."""
+        return self._proto
 
     def node(
         self, op: str, inputs: Sequence[str], at: str, *, domain: str = "", out: str = "*", **attributes: Any
@@ -154,7 +161,7 @@ class Graph:
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """Return the complete model."""
         model = self._onnx.ModelProto(ir_version=_IR, producer_name="surgery", producer_version=__version__)
-        model.opset_import.add(domain="", version=_OPSET)
+        model.opset_import.add(domain="", version=OPSET)
         if any(node.domain == MICROSOFT for node in self._proto.node):
             model.opset_import.add(domain=MICROSOFT, version=1)
         for key in sorted(metadata):

@@ -12,6 +12,7 @@ from typing import Any
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import parse_object
+from surgery_formats.models.families.inserted import from_fields
 
 __all__ = ["INSERTED", "Inserted", "inserted_in"]
 
@@ -28,14 +29,19 @@ class Inserted:
         slots: Slots for LoRA adapters.
         adapters: ``{"name", "mode", "kind", "id"}`` and, by the mode, ``file`` (swapped) or ``strength``, the input that
             it is multiplied by (gated).
+        replaceable: Inputs of modules that adapters insert.
+        modules: These modules, as in a contract.
     """
 
     slots: tuple[Slot, ...] = ()
     adapters: tuple[Mapping[str, Any], ...] = ()
+    replaceable: tuple[str, ...] = ()
+    modules: tuple[Mapping[str, Any], ...] = ()
 
     def as_metadata(self) -> dict[str, str]:
         """As ``metadata_props`` of a graph."""
-        return {INSERTED: json.dumps({"schema": _SCHEMA, **asdict(self)}, sort_keys=True, separators=(",", ":"))}
+        stated = {key: value for key, value in asdict(self).items() if value or key in ("slots", "adapters")}
+        return {INSERTED: json.dumps({"schema": _SCHEMA, **stated}, sort_keys=True, separators=(",", ":"))}
 
 
 def inserted_in(props: Mapping[str, str], file: str | os.PathLike[str] = "model.onnx") -> Inserted:
@@ -50,10 +56,13 @@ def inserted_in(props: Mapping[str, str], file: str | os.PathLike[str] = "model.
     try:
         if entries.pop("schema") != _SCHEMA:
             raise MalformedError("what was inserted into it has another version", file=file, hint="insert it again")
-        found = Inserted(tuple(Slot(**slot) for slot in entries.pop("slots", ())), tuple(entries.pop("adapters", ())))
-    except (TypeError, KeyError, AttributeError) as error:
+        slots = tuple(Slot(**slot) for slot in entries.pop("slots", ()))
+        found = Inserted(slots, *(tuple(entries.pop(name, ())) for name in ("adapters", "replaceable", "modules")))
+        for module in found.modules:
+            from_fields(module)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise MalformedError("what was inserted into it cannot be read", file=file, hint="insert it again") from error
-    texts = [text for slot in found.slots for text in (slot.weight, slot.A, slot.B)]
+    texts = [text for slot in found.slots for text in (slot.weight, slot.A, slot.B)] + [*found.replaceable]
     named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found.adapters)
     if entries or not named or not all(isinstance(text, str) for text in texts):
         raise MalformedError("what was inserted into it cannot be read", file=file, hint="insert it again")

@@ -7,32 +7,64 @@ that a graph without an adapter computes the base exactly, whatever the network 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.norm import norm
-from surgery_formats.models.families.recipe import Activation, Bottleneck, Branch, Coupling, Projection
+from surgery_formats.models.families.recipe import Activation, Bottleneck, Branch, Coupling, Norm, Projection
 
-__all__ = ["couple", "run_inserted", "uncouple"]
+__all__ = ["body_with_modules", "couple", "run_inserted", "uncouple"]
+
+_LAYER_NORM = 17  # the first operator set that has it
 
 
 def run_inserted(ctx: Context, branch: Branch, x: str, body: str, width: int, at: str) -> str:
     """The result of a branch of input `x` with inserted networks behind the body's result `body`."""
 
-    def finished(state: str) -> str:
+    def finished(network: Bottleneck | None, state: str) -> str:
+        if network is not None and not network.form.finishes:
+            return state
         total = ctx.graph.node("Add", [x, state], at)
-        if branch.on_sum is None:
-            return total
-        return norm(ctx, branch.on_sum, total, width, module_of(branch.on_sum.weight) or at)
+        return total if branch.on_sum is None else _norm(ctx, branch.on_sum, total, width, at)
 
+    return _chained(ctx, branch, x, body, width, at, finished)
+
+
+def body_with_modules(ctx: Context, branch: Branch, x: str, body: str, bias: str, width: int, at: str) -> str:
+    """What takes the place of the body's result in the branch's own sum; of networks that leave that sum alone.
+
+    `bias`, or nothing, is one that the sum adds to `body` by itself.
+    """
+
+    def finished(network: Bottleneck | None, state: str) -> str:
+        if network is None:
+            return body
+        return ctx.graph.node("Sub", [state, bias], at) if bias else state
+
+    whole = ctx.graph.node("Add", [body, bias], at) if bias else body
+    return _chained(ctx, branch, x, whole, width, at, finished)
+
+
+def _chained(
+    ctx: Context,
+    branch: Branch,
+    x: str,
+    body: str,
+    width: int,
+    at: str,
+    finished: Callable[[Bottleneck | None, str], str],
+) -> str:
+    """The networks one after the other, and what the last active one leaves, or the body's result, `finished`."""
     state, result = body, ""
     for network in branch.inserted:
         changed = _bottleneck(ctx, network, branch, x, state, width)
         ended = ctx.graph.node("Add", [changed, body], at) if network.form.parallel else changed
-        ended = finished(ended) if network.form.finishes else ended
+        ended = finished(network, ended)
         if (active := _active(ctx, network.down)) is None:
             state, result = changed, ended
             continue
-        plain = result or finished(body)
+        plain = result or finished(None, body)
         if network is not branch.inserted[-1]:
             state = ctx.graph.node("Where", [active, changed, state], at)
         result = ctx.graph.node("Where", [active, ended, plain], at)
@@ -45,7 +77,8 @@ def _active(ctx: Context, projection: Projection) -> str | None:
         return None
     at = module_of(projection.weight)
     weight = ctx.weights.value(projection.weight, (projection.inputs, projection.outputs))
-    return ctx.graph.node("Greater", [ctx.graph.node("Shape", [weight], at, start=1, end=2), ctx.graph.ints(0)], at)
+    rank = ctx.graph.node("Gather", [ctx.graph.node("Shape", [weight], at), ctx.graph.ints(1)], at, axis=0)
+    return ctx.graph.node("Greater", [rank, ctx.graph.ints(0)], at)
 
 
 def _bottleneck(ctx: Context, network: Bottleneck, branch: Branch, x: str, state: str, width: int) -> str:
@@ -56,19 +89,31 @@ def _bottleneck(ctx: Context, network: Bottleneck, branch: Branch, x: str, state
     elif form.sums_before:
         total = read = graph.node("Add", [x, state], at)
         if branch.on_sum is not None:
-            read = norm(ctx, branch.on_sum, total, width, at)
+            read = _norm(ctx, branch.on_sum, total, width, at)
         residual = {"body": state, "sum": total, "read": read}[form.residual]
-    inner = read if network.before is None else norm(ctx, network.before, read, width, at)
+    inner = read if network.before is None else _norm(ctx, network.before, read, width, at)
     result = _inner(ctx, inner, (network.down, network.up), form.activation)
     if network.gate is not None:
         result = _gated(ctx, result, _affine(ctx, read, network.gate), width, at)
     if not form.parallel and form.residual_before_norm:
         result = graph.node("Add", [result, residual], at)
     if network.after is not None:
-        result = norm(ctx, network.after, result, width, at)
+        result = _norm(ctx, network.after, result, width, at)
     if not form.parallel and not form.residual_before_norm:
         result = graph.node("Add", [result, residual], at)
     return result
+
+
+def _norm(ctx: Context, record: Norm, x: str, width: int, at: str) -> str:
+    """A layer norm; of older operator sets in steps."""
+    if ctx.opset >= _LAYER_NORM:
+        return norm(ctx, record, x, width, module_of(record.weight) or at)
+    graph = ctx.graph
+    centred = graph.node("Sub", [x, graph.node("ReduceMean", [x], at, axes=[-1], keepdims=1)], at)
+    variance = graph.node("ReduceMean", [graph.node("Mul", [centred, centred], at)], at, axes=[-1], keepdims=1)
+    size = graph.node("Sqrt", [graph.node("Add", [variance, graph.number(record.epsilon, ctx.io)], at)], at)
+    scaled = graph.node("Mul", [graph.node("Div", [centred, size], at), ctx.weights.value(record.weight, (width,))], at)
+    return graph.node("Add", [scaled, ctx.weights.value(record.bias, (width,))], at)
 
 
 def _gated(ctx: Context, result: str, gate: str, width: int, at: str) -> str:

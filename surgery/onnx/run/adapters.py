@@ -96,8 +96,11 @@ def fill_slots(
         _check_complete(file, arrays, contract)
         if extra := sorted(set(arrays) - inputs_of_slots):
             has_slots = contract.slots or contract.replaceable
-            reason = "the graph has no such slot" if has_slots else "the graph was exported without slots"
-            hint = closest(extra[0], inputs_of_slots) or "export it with `swap=`"
+            reason = "the graph has no such slot" if has_slots else "the graph has no slots"
+            near = closest(extra[0], inputs_of_slots) if has_slots else None
+            hint = near or (
+                "surgery convert writes it for this graph" if has_slots else "surgery insert gives it slots"
+            )
             raise FitError(reason, file=file, tensor=extra[0], hint=hint)
         for a, b in pairs.items():
             if (a in arrays) != (b in arrays):

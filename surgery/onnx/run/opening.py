@@ -138,7 +138,13 @@ def open_graph(
     if contract is None:
         known = inserted_in(props, path)
         slots = known.slots or named_slots({**inputs, **defaults})
-        contract_or_guess = replace(contract_or_guess, slots=slots, adapters=known.adapters)
+        contract_or_guess = replace(
+            contract_or_guess,
+            slots=slots,
+            adapters=known.adapters,
+            replaceable=known.replaceable,
+            inserted=known.modules,
+        )
     return GraphSession(
         session=session,
         contract=contract_or_guess,

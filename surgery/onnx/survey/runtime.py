@@ -19,7 +19,7 @@ from surgery_formats.text import listing
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["KERNELS", "Kernels", "domain_note", "what_runs_where"]
+__all__ = ["KERNELS", "NOT_ON_CPU", "Kernels", "domain_note", "what_runs_where"]
 
 ORT = "com.microsoft"
 _DOMAINS = {
@@ -71,6 +71,16 @@ KERNELS: Mapping[tuple[str, str], Kernels] = {
     ("", "Gemm"): Kernels(("F32",), _ALL),
     ("", "Attention"): Kernels(("F32", "F16"), _ALL),
 }
+NOT_ON_CPU = frozenset(
+    (
+        "BiasAdd", "BiasDropout", "BiasSoftmax", "BiasSplitGelu", "DecoderAttention", "DecoderMaskedSelfAttention",
+        "DynamicSparseAttention", "GatedRelativePositionBias", "GemmFastGelu", "GroupNorm", "LongformerAttention", "MatMulNBitsQkv",
+        "NhwcConv", "PackedAttention", "PackedMultiHeadAttention", "RelativePositionBias", "RemovePadding", "RestorePadding",
+        "SkipGroupNorm", "VarlenCausalConvWithState",
+    )
+)  # fmt: skip
+"""Operators of onnxruntime without any kernel on the CPU: what its optimiser makes of transformers and U-Nets for a GPU."""
+_COMPILED = "EPContext"
 _WIDENED = "F16"
 """onnxruntime puts Casts around nodes of this type for which the CPU has no kernel; of bf16 it does not."""
 
@@ -112,6 +122,10 @@ def _sentences(model: onnx.ModelProto, counts: Mapping[tuple[str, str], int]) ->
             yield f"{listing(added, 12)}: in ONNX's own domain onnxruntime alone has these"
         if unknown := sorted(set(unknown) - _ADDED):
             yield f"not operators of ONNX in opset {opsets.get(domain, 1)}: {listing(unknown, 12)}"
+    if absent := sorted(NOT_ON_CPU.intersection(by_domain.get(ORT, ()))):
+        yield f"onnxruntime has no kernel on the CPU for {listing(absent, 12)}"
+    if _COMPILED in by_domain.get(ORT, ()):
+        yield f"{_COMPILED} holds what one execution provider compiled, and that provider alone runs it"
     yield from _without_kernel(model, counts)
 
 

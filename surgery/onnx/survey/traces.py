@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from surgery.onnx.edit.strip import SOURCE_PATH, STACK_TRACE
 from surgery.onnx.edit.uses import graphs_in
 from surgery_formats.text import nbytes, show
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["STACK_TRACE", "traces_of"]
-
-STACK_TRACE = "pkg.torch.onnx.stack_trace"
-_PATH = re.compile(r"(?:(?<=File \")|(?<![\w/.~-]))(?:/|~/|[A-Za-z]:\\)[^\s\"'():]{1,300}\.py\b")
+__all__ = ["traces_of"]
 
 
 def traces_of(model: onnx.ModelProto) -> str:
     """A warning that names a path of the exporting machine and how much is told of it; empty if nothing is."""
     count, size, example = 0, 0, ""
     for text in _texts(model):
-        found = _PATH.search(text)
+        found = SOURCE_PATH.search(text)
         if found is None:
             continue
         count, size, example = count + 1, size + len(text), example or found[0]
@@ -31,7 +28,7 @@ def traces_of(model: onnx.ModelProto) -> str:
         return ""
     return (
         f"{count} nodes tell lines of source of the machine it was exported on ({nbytes(size)}), such as "
-        f"'{show(example)}': in '{STACK_TRACE}' or doc_string"
+        f"'{show(example)}': in '{STACK_TRACE}' or doc_string; 'surgery strip' takes them out"
     )
 
 

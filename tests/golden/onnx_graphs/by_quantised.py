@@ -43,11 +43,12 @@ def make(root: Path) -> None:
     onnxruntime.set_default_logger_severity(3)
     four_bits(root, "q4-llama", "optimum-llama", "llama", symmetric=True)
     four_bits(root, "q4-zeros-llama", "optimum-llama", "llama", symmetric=False)
-    folder = root / "quantized-bert"
-    folder.mkdir(parents=True)
-    source = HERE / "optimum-bert" / "model.onnx"
-    quantize_dynamic(source, folder / "model.onnx", weight_type=QuantType.QInt8, per_channel=True)
-    tell(folder, "optimum-bert", "bert", "int8", "dynamic quantisation")
+    for name, weights, by_channel in (("bert", QuantType.QInt8, True), ("llama", QuantType.QUInt8, False)):
+        folder = root / f"quantized-{name}"
+        folder.mkdir(parents=True)
+        source = HERE / f"optimum-{name}" / "model.onnx"
+        quantize_dynamic(source, folder / "model.onnx", weight_type=weights, per_channel=by_channel)
+        tell(folder, f"optimum-{name}", name, "int8", "dynamic quantisation")
     folder = root / "qdq-vit"
     folder.mkdir(parents=True)
     quantize_static(

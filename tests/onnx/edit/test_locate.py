@@ -60,8 +60,8 @@ def found(result: Located) -> dict[str, str]:
         (Q.T * np.float32(0.125), {"q": "transposed, times 0.125"}),
         (Q * NORM, {"q": "as it is, columns times layers.1.norm.weight"}),
         ((Q * (1 + NORM)).T, {"q": "transposed, columns times layers.1.norm.weight + 1"}),
-        (Q * ROWS[:, None], {"q": "as it is, each row times a number (0.5 to 2)"}),
-        ((Q * ROWS[:, None]).T, {"q": "transposed, each row times a number (0.5 to 2)"}),
+        (Q * ROWS[:, None], {"q": "as it is, each row times a number"}),
+        ((Q * ROWS[:, None]).T, {"q": "transposed, each row times a number"}),
         (np.concatenate([Q * np.float32(0.5), K]), {"q": "as it is, rows 0 to 32, times 0.5", "k": "as it is, rows 32 to 48"}),
         (np.concatenate([np.ones((5, 24), "f4"), Q, K[:3]]), {"q": "as it is, rows 5 to 37", "k": "as it is, rows 37 to 40, 3 of 16 rows"}),
         (BIAS, {"bias": "as it is"}),
@@ -72,6 +72,22 @@ def test_a_layout_is_found(tmp_path: Path, base: Path, values: np.ndarray, expec
     names = {"bias": "layers.1.q.bias"}
     wanted = {names.get(short, f"layers.1.{short}.weight"): how for short, how in expected.items()}
     assert found(located(graph_of(tmp_path / "g.onnx", [initializer("val_7", values)]), base)) == wanted
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_what_a_converter_to_float16_raises_is_no_difference(tmp_path: Path, turned: bool) -> None:
+    """onnxruntime.transformers.float16: values below 1e-7 become 1e-7, zeros stay."""
+    small = Q.copy()
+    small[17, 11], small[20, 3], small[5, 15] = 3e-8, -9e-8, 0
+    tiny = BIAS.copy()
+    tiny[20] = -1e-9
+    base = base_of(tmp_path / "base", {"q.weight": small, "q.bias": tiny})
+    raised = [np.where((np.abs(x) < 1e-7) & (x != 0), np.copysign(1e-7, x), x).astype("f2") for x in (small, tiny)]
+    tensors = [initializer("w", raised[0].T if turned else raised[0]), initializer("b", raised[1])]
+    assert not located(graph_of(tmp_path / "g.onnx", tensors), base).missing
+    raised[0][17, 11] = 3e-7
+    tensors = [initializer("w", raised[0].T if turned else raised[0]), initializer("b", raised[1])]
+    assert len(located(graph_of(tmp_path / "h.onnx", tensors), base).missing) == 1
 
 
 def test_rows_in_another_order_are_found(tmp_path: Path, base: Path) -> None:

@@ -16,8 +16,14 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import surgery
+from surgery.onnx.edit.changes import changes_of, touched_labels
+from surgery.onnx.edit.graph_plan import plan_graph
+from surgery.onnx.edit.locate import located_weights
+from surgery.onnx.edit.wanted import wanted_weights
+from surgery_formats.binding.bind import bind
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
+from surgery_formats.files.output.folder import FileRecord
 from tests.support.graphs_by_value import base_of, graph_of, initializer, nbits, random_weights
 from tests.support.peft_kinds import Combination, made, sample
 
@@ -207,6 +213,18 @@ def test_a_dry_run_names_what_would_change(tmp_path: Path, base: Path) -> None:
     assert "would write" in result.summary().as_text()
 
 
+def test_scales_of_activations_are_warned_of(tmp_path: Path, base: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("QuantizeLinear", ["a", "s"], ["b"]),
+        helper.make_node("DequantizeLinear", ["b", "s"], ["y"]),
+    ]
+    tensors = [initializer("w", WEIGHTS[PLACES["q"]].T), initializer("s", np.float32(0.1))]
+    path = graph_of(tmp_path / "in" / "g.onnx", tensors, nodes)
+    result = surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, dry_run=True)
+    assert "calibrated for the base" in result.warnings[-1]
+
+
 def test_files_that_run_the_graph_go_along(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])], external=True)
     (path.parent / "genai_config.json").write_text("{}")
@@ -227,6 +245,19 @@ def test_a_merged_graph_is_refused(tmp_path: Path, base: Path, layout: Any) -> N
     with pytest.raises(FitError, match=r"there with other values, up to \d"):
         surgery.merge(tmp_path / "once", lora(tmp_path / "b", "q", seed=4), graph_of=base, output=tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("layout", [lambda w: w, lambda w: w.T, lambda w: np.concatenate([WEIGHTS[PLACES["v"]], w]).T])
+def test_one_wrong_element_that_no_sample_has_is_refused(
+    tmp_path: Path, base: Path, layout: Any, dry_run: bool
+) -> None:
+    wrong = WEIGHTS[PLACES["q"]].copy()
+    wrong[17, 13] += 1e-6
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", layout(wrong))])
+    with pytest.raises(FitError, match="q_proj"):
+        surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_is_refused_by_name(tmp_path: Path, base: Path) -> None:
@@ -294,6 +325,8 @@ def test_an_update_that_changes_nothing_is_refused(tmp_path: Path, base: Path) -
 
 def test_what_a_graph_has_no_place_for_is_refused(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])])
+    with pytest.raises(UsageError, match="needs the checkpoint"):
+        surgery.merge(path, lora(tmp_path / "b", "q"), output=tmp_path / "out")
     with pytest.raises(UsageError, match="keeps its types"):
         surgery.merge(path, lora(tmp_path / "a", "q"), graph_of=base, output=tmp_path / "out", dtype="fp16")
 
@@ -320,3 +353,22 @@ def test_codes_hold_the_merge_within_their_step(
     assert codes.moved > 0
     assert measured.survival == pytest.approx(1, abs=0.2)
     assert surgery.locate(tmp_path / "out", base, adapters=adapter).located.covered[PLACES["q"]] == 1
+
+
+def test_a_finished_file_is_taken_up_again_only_if_its_tensors_are_whole(tmp_path: Path, base: Path) -> None:
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T)], external=True)
+    adapter = lora(tmp_path / "adapter", "q")
+    result = surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
+    graph, checkpoint = open_graph(path), surgery.open(base)
+    binding = bind([(surgery.open(adapter), 1.0)], checkpoint)
+    found = located_weights(graph, wanted_weights(checkpoint), touched=touched_labels(binding))
+    planned = plan_graph(graph, changes_of(found, binding), binding)
+    data = tmp_path / "out" / "g.onnx.data"
+    measured = {label: one.as_record() for label, one in result.ledger.measured.items()}
+    record = FileRecord(data.name, data.stat().st_size, {"tensors": measured})
+    assert planned.still_good(data, record)
+    raw = bytearray(data.read_bytes())
+    raw[open_graph(tmp_path / "out" / "g.onnx").tensors["w"].offset + 5] ^= 1
+    data.write_bytes(raw)
+    assert not planned.still_good(data, record)
+    assert not planned.still_good(data, FileRecord(data.name, data.stat().st_size, {}))

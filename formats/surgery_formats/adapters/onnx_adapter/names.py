@@ -15,7 +15,19 @@ import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
-__all__ = ["FactorName", "canonical_module", "factor_name", "factor_pairs", "match_modules"]
+__all__ = [
+    "HEADS",
+    "FactorName",
+    "canonical_module",
+    "factor_name",
+    "factor_pairs",
+    "is_of_head",
+    "is_parameter",
+    "match_modules",
+]
+
+HEADS = frozenset(("classifier", "score", "pre_classifier", "qa_outputs"))
+"""Modules of heads, which an adapter may give a graph in full."""
 
 _NAME = re.compile(r"(?P<module>.+?)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight", re.DOTALL)
 _PREFIXES = ("base_model.model.", "_model.")
@@ -34,6 +46,18 @@ class FactorName(NamedTuple):
     module: str
     side: str
     infix: str
+
+
+def is_parameter(name: str) -> bool:
+    """Whether an input is called as a parameter of a model, and neither a factor nor a part of an inserted module."""
+    *module, leaf = name.split(".")
+    foreign = any(part.startswith(("lora_", "adapters", "invertible_adapters", _CODES)) for part in module)
+    return bool(module) and leaf in ("weight", "bias") and not foreign
+
+
+def is_of_head(name: str) -> bool:
+    """Whether it is a parameter of a head."""
+    return bool(HEADS & set(name.split(".")))
 
 
 def factor_name(name: str) -> FactorName | None:

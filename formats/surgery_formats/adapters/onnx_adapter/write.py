@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.embeddings import following_head, is_embedding
 from surgery_formats.adapters.format import NewTensor, Rendering
+from surgery_formats.adapters.onnx_adapter.for_graph import GraphFilling
+from surgery_formats.adapters.onnx_adapter.graph_slots import GraphSlots
+from surgery_formats.adapters.onnx_adapter.names import is_of_head, is_parameter
 from surgery_formats.adapters.onnx_adapter.read import A, B
 from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
@@ -21,16 +24,21 @@ from surgery_formats.containers.onnx_adapter import plan_onnx_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing
-from surgery_formats.updates import LoRA
+from surgery_formats.updates import LoRA, Replacing, is_replacing
 
 __all__ = ["render_onnx_adapter"]
 
 
-def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
+def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None, slots: GraphSlots | None = None) -> Rendering:
     """One file. A graph's inputs have the names of the model's code, which the adapter has, or the base where they are flattened.
 
+    Args:
+        adapter: What to write.
+        base: The base, if it is known.
+        slots: Those of the graph that it is for; None for one of ours or of Olive's.
+
     Raises:
-        FitError: flattened names and no base, or several parts of a pipeline.
+        FitError: flattened names and no base, several parts of a pipeline, or sizes that the graph does not take.
     """
     if len(components := sorted({site.component for site in adapter.updates})) > 1:
         raise FitError(
@@ -40,34 +48,68 @@ def render_onnx_adapter(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         )
     ledger = ConversionLedger()
     tensors: list[NewTensor] = []
+    filling = None if slots is None else GraphFilling(slots, _modules(adapter, base))
     for site, chain in adapter.updates.items():
         for number, update in enumerate(chain):
             held = contents_of(update)
             lora = held.lora if not held.dora else None
             if site.module_kind == "experts":
                 ledger.drop(site, update, "a graph has no inputs for LoRAs of stacked experts")
+            elif is_replacing(update) and _has_place(site, update, slots):
+                tensors.append(factor_tensor(site.path, update.factors()["value"], update.stored.shape))
+                ledger.keep(site, update, "exact", "")
             elif lora is None:
                 ledger.drop(site, update, f"a graph's inputs hold a LoRA, no {update.kind}")
-            elif number or not site.path.endswith(".weight") or site.kernel:
+            elif number or not site.path.endswith(".weight") or (site.kernel and filling is None):
                 ledger.drop(
                     site, update, "a graph has one LoRA for each linear layer and table of tokens, and none elsewhere"
                 )
             else:
                 module = _module(site, lora, adapter, base)
+                folded = [f"scale {lora.scale:g} in lora_B"] if lora.scale != 1.0 else []
+                folded += [held.folded] if held.folded else []
+                if filling is not None:
+                    if (slot := filling.slot_of(module)) is None:
+                        ledger.drop(site, update, "the graph has no slot for it")
+                        continue
+                    filling.fill(slot, module, site, lora, base)
+                    ledger.keep(site, update, "folded" if folded else "exact", ", ".join([slot.A.name, *folded]))
+                    continue
                 tensors += _pair(module, lora, embedding=is_embedding(module, base, site))
                 if head := following_head(site, lora, adapter, base):
                     tensors += _pair(head, lora, tied=True)
-                folded = [f"scale {lora.scale:g} in lora_B"] if lora.scale != 1.0 else []
-                folded += [held.folded] if held.folded else []
                 ledger.keep(site, update, "folded" if folded else "exact", ", ".join(folded))
     ledger.drop_prompt(adapter)
     return Rendering(
         "adapter.onnx_adapter",
-        tuple(sorted(tensors, key=lambda tensor: tensor.name)),
+        (*sorted(tensors, key=lambda tensor: tensor.name), *(filling.tensors() if filling is not None else ())),
         entries=tuple(ledger.entries),
         held=ledger.held,
         packing=_packed,
+        notes=() if filling is None else filling.notes(),
+        filled={} if filling is None else filling.filled,
     )
+
+
+def _has_place(site: Site, update: Replacing, slots: GraphSlots | None) -> bool:
+    """Whether a parameter that is given in full can be an input under its own name: small, and one that the graph has."""
+    shape = update.stored.shape
+    if not is_parameter(site.path) or not (len(shape) == 1 or (len(shape) == 2 and is_of_head(site.path))):
+        return False
+    if slots is None:
+        return True
+    known = slots.parameters.get(site.path)
+    return (
+        known is not None
+        and len(known.dims) == len(shape)
+        and all(size in (None, own) for size, own in zip(known.dims, shape, strict=True))
+    )
+
+
+def _modules(adapter: Adapter, base: Checkpoint | None) -> list[str]:
+    """Every module that a LoRA is for."""
+    loras = ((site, contents_of(update).lora) for site, chain in adapter.updates.items() for update in chain)
+    return list(dict.fromkeys(_module(site, lora, adapter, base) for site, lora in loras if lora is not None))
 
 
 def _packed(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from surgery_formats.adapters.textual_inversion.read import KIND
-from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.canonical.prompts import SoftPrompt
-from surgery_formats.updates import Unmerged
+from pathlib import Path
 
-__all__ = ["inversion_prompts"]
+from surgery_formats.adapters.textual_inversion.read import KIND
+from surgery_formats.canonical.adapter import Adapter, Site
+from surgery_formats.canonical.prompts import SoftPrompt
+from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.updates import Factor, Unmerged
+
+__all__ = ["inversion_adapter", "inversion_prompts"]
 
 
 def inversion_prompts(adapter: Adapter) -> dict[str, SoftPrompt]:
@@ -20,3 +23,11 @@ def inversion_prompts(adapter: Adapter) -> dict[str, SoftPrompt]:
                 (_, rows), *_ = update.held
                 found[site.component] = SoftPrompt(adapter.kind, rows.tensors[0], rows.shape[0], rows.shape[1])
     return found
+
+
+def inversion_adapter(path: Path, format: str, rows: Tensor, token: str, component: str) -> Adapter:
+    """Rows as a textual inversion that `token` calls, for one text encoder."""
+    site = Site("token_embedding.weight", component, module_kind="embedding")
+    shape = (rows.shape[0], rows.shape[1])
+    update = Unmerged(KIND, (("rows", Factor((rows,), shape)),), "", "", shape)
+    return Adapter(path, format, "TEXTUAL_INVERSION", {site: (update,)}, (rows,), config={"token": token})

@@ -111,7 +111,9 @@ def with_inserted(model: Model, modules: Iterable[PlacedModule]) -> Model:
         network = module.network
         if network.width != model.hidden:
             raise FitError(
-                f"is made for hidden states of {network.width}, but the model has {model.hidden}", tensor=network.module
+                f"is made for hidden states of {network.width}, but the model has {model.hidden}",
+                tensor=network.module,
+                hint="is this the base it was trained on?",
             )
         if isinstance(network, Coupling):
             embedding = replace(embedding, couplings=(*embedding.couplings, network))

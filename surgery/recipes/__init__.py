@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: chains of verbs as data, read from YAML or from a manifest."""

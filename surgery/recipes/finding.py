@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inputs of a recipe, found and checked; and the recipe as a manifest keeps it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery._version import __version__
+from surgery.engine.inputs import StrPath, as_path
+from surgery.engine.recorded import InputNames, input_digest
+from surgery.recipes.recipe import Input, Recipe
+from surgery_formats.containers.weight_files import holds_weights
+from surgery_formats.errors import FitError, NotFoundError, UsageError
+from surgery_formats.text import closest, show
+
+__all__ = ["found_inputs", "kept_recipe"]
+
+_LOOKED_AT = 500  # entries of a folder
+
+
+def found_inputs(recipe: Recipe, told: Mapping[str, StrPath]) -> dict[str, Path]:
+    """Where the inputs lie, those of a manifest checked by their content.
+
+    A manifest knows contents alone: an input is looked for here and beside the folder of the manifest, unless it is told.
+
+    Raises:
+        UsageError: something is told that the recipe does not name.
+        NotFoundError: an input is not there.
+        FitError: something else lies there.
+    """
+    if unknown := [name for name in told if name not in recipe.inputs]:
+        raise UsageError(f"the recipe has no input '{show(unknown[0])}'", hint=closest(unknown[0], recipe.inputs))
+    if made := [name for name, one in recipe.inputs.items() if one.made]:
+        raise FitError(
+            f"the input '{show(made[0])}' was in memory and not in a file",
+            file=recipe.path,
+            hint="write a recipe instead",
+        )
+    return {name: _found(recipe, name, one, told.get(name)) for name, one in recipe.inputs.items()}
+
+
+def _found(recipe: Recipe, name: str, one: Input, told: StrPath | None) -> Path:
+    if told is not None:
+        path = as_path(told, name)
+    elif recipe.recorded is None:
+        path = as_path(one.reference, name)
+    else:
+        found = next((place for place in _places(recipe.path) if input_digest(place) == one.files), None)
+        if found is None:
+            raise NotFoundError(
+                f"the input '{show(name)}' is neither here nor beside the manifest's folder",
+                file=recipe.path,
+                hint="say where it lies, by its name",
+            )
+        return found
+    if not path.exists():
+        raise NotFoundError(f"the input '{show(name)}' is not there", file=path)
+    if one.files and input_digest(path) != one.files:
+        raise FitError(f"is not the input '{show(name)}' that the recipe was applied to", file=path)
+    return path
+
+
+def _places(manifest: Path) -> Iterator[Path]:
+    """Files of weights and folders with some, here and beside the manifest's folder."""
+    for folder in dict.fromkeys((Path.cwd(), manifest.resolve().parent.parent)):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)[:_LOOKED_AT]:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                if holds_weights(entry.name):
+                    yield Path(entry.path)
+            elif entry.is_dir() and any(holds_weights(name) for name in os.listdir(entry.path)):
+                yield Path(entry.path)
+
+
+def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path]) -> Mapping[str, Any]:
+    """The recipe for the manifest: inputs by name and content, and every reference as one of them."""
+    if recipe.recorded is not None:
+        return {**recipe.recorded["recipe"], "version": __version__}
+    names, steps = InputNames(), []
+    results = {step.name for step in recipe.steps if step.name}
+    for step in recipe.steps:
+        if step.verb == "verify":
+            continue  # it changes nothing, and looks at what is not there yet
+        kept: dict[str, Any] = {"verb": step.verb, **step.arguments}
+        kept.pop("adapter_output", None)
+        for argument, given in step.references.items():
+            said = []
+            for reference in given:
+                text = reference.text
+                if text.removesuffix(".adapter") not in results:
+                    with step.located():
+                        text = names.name_of(argument, inputs.get(text) or as_path(text, argument))
+                said.append(text if reference.weight == 1 else {text: reference.weight})
+            kept[argument] = said[0] if len(said) == 1 and isinstance(said[0], str) else said
+        if step.name:
+            kept["as"] = step.name
+        steps.append(kept)
+    return {"inputs": names.inputs, "steps": steps, "version": __version__}

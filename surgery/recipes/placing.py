@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the result of each step of a recipe is to be, before anything is done: as little is written as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from surgery.recipes.apply_result import Place
+from surgery.recipes.recipe import Recipe, Reference, Step
+
+__all__ = ["placed_steps"]
+
+_FOLDED = {"base", "adapters"}
+"""All that a merge may say that an export takes over."""
+
+
+def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
+    """Every step with the place of its result.
+
+    A merge whose only user is an export, and that says nothing but what to merge, becomes that export's.
+
+    Raises:
+        UsageError: a result that nobody uses and that is written nowhere; a name that is used before it is there.
+    """
+    users: dict[str, list[Step]] = {step.name: [] for step in recipe.steps if step.name}
+    known = set(recipe.inputs)
+    for step in recipe.steps:
+        for reference in (one for given in step.references.values() for one in given):
+            name = reference.text.removesuffix(".adapter")
+            if name in users and name not in known:
+                raise step.fail(f"'{name}' is the result of a later step")
+            if name in users:
+                users[name].append(step)
+        known |= {step.name} if step.name else set()
+    placed: list[tuple[Step, Place]] = []
+    folded: dict[str, Step] = {}
+    for step in recipe.steps:
+        own = users.get(step.name, [])
+        if step.verb == "verify":
+            place: Place = "check"
+        elif step.output:
+            place = "output"
+        elif not own:
+            raise step.fail("its result is written nowhere, and no step uses it", "give it an `output:`")
+        elif _can_fold(step, own):
+            place = "folded"
+            folded[step.name] = step
+        elif step.verb in ("combine", "resize", "layers") and not {"dtype", "to", "shard_size"} & step.arguments.keys():
+            place = "memory"
+        else:
+            place = "temporary"
+        placed.append((_with_folded(step, folded), place))
+    return placed
+
+
+def _can_fold(step: Step, users: Sequence[Step]) -> bool:
+    return (
+        step.verb == "merge"
+        and len(users) == 1
+        and users[0].verb == "export-onnx"
+        and users[0].references.get("base") == (Reference(step.name),)
+        and not {"merge", "adapters"} & users[0].references.keys()
+        and not step.arguments
+        and step.references.keys() <= _FOLDED
+    )
+
+
+def _with_folded(step: Step, folded: Mapping[str, Step]) -> Step:
+    """An export that does the merge in front of it, too."""
+    base = step.references.get("base", ())
+    merge = folded.get(base[0].text) if step.verb == "export-onnx" and len(base) == 1 else None
+    if merge is None:
+        return step
+    references = {**step.references, "base": merge.references["base"], "merge": merge.references["adapters"]}
+    return replace(step, references=references)

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Apply: a recipe's verbs one after the other, with as few files between them as their plans allow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.engine.inputs import StrPath, as_path, local_path
+from surgery.progress import Callback
+from surgery.rank import Rank
+from surgery.recipes.apply_result import ApplyResult, Done, Place
+from surgery.recipes.finding import found_inputs, kept_recipe
+from surgery.recipes.placing import placed_steps
+from surgery.recipes.recipe import RANKED, Recipe, Reference, Step, read_recipe
+from surgery.reports.request import Request, asked
+from surgery.reports.result import Result, timed
+from surgery_formats.errors import UsageError
+from surgery_formats.files.output.manifest import MANIFEST
+
+__all__ = ["ApplyResult", "apply"]
+
+
+@timed
+def apply(
+    recipe: StrPath,
+    *,
+    output: StrPath | None = None,
+    inputs: Mapping[str, StrPath] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callback | None = None,
+) -> ApplyResult:
+    """Apply a recipe, or the one in a manifest.
+
+    Args:
+        recipe: A YAML file, or the ``surgery_manifest.json`` of an output.
+        output: Of the last step; by default what the recipe says. A manifest says none.
+        inputs: Where inputs lie that the recipe names.
+        overwrite: Replace existing outputs, atomically.
+        dry_run: Check the recipe and say what would be written where.
+        progress: Called with every step.
+
+    Returns:
+        Every step with its result; of a manifest, whether the files are what they were.
+
+    Raises:
+        UsageError: a step that says something else than its verb knows; no output.
+        InputError: the recipe, or an input, cannot be read.
+        FitError: an input is another than the manifest's.
+        SurgeryError: as the verb of a step, whose number and line the message has.
+    """
+    read = read_recipe(as_path(recipe, "recipe"))
+    if output is not None:
+        last = read.steps[-1]
+        steps = (*read.steps[:-1], replace(last, output=str(local_path(output, "output"))))
+        read = replace(read, steps=steps)
+    elif dry_run and not read.steps[-1].output and read.recorded is not None:
+        read = replace(read, steps=(*read.steps[:-1], replace(read.steps[-1], output="OUT")))
+    placed = placed_steps(read)
+    found = found_inputs(read, inputs or {})
+    if dry_run:
+        return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
+    with asked(Request(apply, recipe=kept_recipe(read, found))), _temporary(placed) as folder:
+        kitchen = _Kitchen(read, found, folder, overwrite, progress)
+        done = tuple(kitchen.do(step, place) for step, place in placed)
+    result = ApplyResult(done[-1].output, done, None, tuple(kitchen.warnings))
+    return result if read.recorded is None or result.output is None else _compared(read, result)
+
+
+@contextmanager
+def _temporary(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
+    """A folder beside the last output, on its disk; gone afterwards, whatever happens."""
+    if all(place != "temporary" for _, place in placed):
+        yield None
+        return
+    outputs = [Path(step.output) for step, place in placed if place == "output"]
+    where = outputs[-1].absolute().parent if outputs else None
+    if where is not None and not where.is_dir():
+        where = None
+    folder = Path(tempfile.mkdtemp(prefix=".surgery-apply-", dir=where))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compared(recipe: Recipe, result: ApplyResult) -> ApplyResult:
+    """`result` with whether its files are those of the manifest."""
+    assert recipe.recorded is not None
+    assert result.output is not None
+    manifest = result.output / MANIFEST
+    made = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
+    same = made.get("files") == recipe.recorded.get("files") and made.get("plan") == recipe.recorded.get("plan")
+    before, now = recipe.recorded["recipe"].get("version"), made.get("recipe", {}).get("version")
+    told = f"; the manifest is of surgery {before}, this is {now}" if before != now else ""
+    warnings = () if same else (f"some files are not what the manifest says{told}",)
+    return replace(result, same=same, warnings=(*result.warnings, *warnings))
+
+
+@dataclass
+class _Kitchen:
+    """Does the steps.
+
+    Attributes:
+        recipe: All of them.
+        inputs: Where inputs lie.
+        folder: For what is written and not kept.
+        overwrite: Replace outputs.
+        progress: Called with every step.
+        results: By name: what later steps get.
+        warnings: Of all steps.
+    """
+
+    recipe: Recipe
+    inputs: Mapping[str, Path]
+    folder: Path | None
+    overwrite: bool
+    progress: Callback | None
+    results: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def do(self, step: Step, place: Place) -> Done:
+        """One step.
+
+        Raises:
+            SurgeryError: as its verb; the message says which step it is.
+        """
+        done = Done(step.number, step.verb, step.name, place)
+        if place == "folded":
+            return done
+        with step.located():
+            if place == "memory":
+                self._remember(step)
+                return done
+            return self._written(step, place, done)
+
+    def _remember(self, step: Step) -> None:
+        """A result that is a plan and no file."""
+        from surgery_formats.models.checkpoint import Checkpoint
+
+        arguments = self._arguments(step)
+        if step.verb == "layers":
+            from surgery.algebra.moved_adapter import plan_move
+            from surgery.engine.inputs import as_adapter, as_checkpoint
+            from surgery.verbs.layers import rebuild
+
+            adapter, base = arguments.pop("adapter", None), as_checkpoint(arguments.pop("base"))
+            rebuilt = rebuild(base, **arguments)
+            checkpoint: Checkpoint = rebuilt.checkpoint
+            self.results[step.name] = checkpoint
+            self.warnings += rebuilt.warnings
+            if adapter is not None:
+                self.results[f"{step.name}.adapter"] = plan_move(as_adapter(adapter), rebuilt).moved.adapter
+            return
+        from surgery.algebra.output import combination_id
+        from surgery.verbs.combine import combined
+        from surgery.verbs.resize import resized
+
+        planned: Callable[..., Any] = combined if step.verb == "combine" else resized
+        plan = planned(**arguments)
+        self.results[step.name] = replace(plan.adapter, made=combination_id(plan))
+        self.warnings += plan.result.warnings
+
+    def _written(self, step: Step, place: Place, done: Done) -> Done:
+        arguments = self._arguments(step)
+        if place == "check":
+            result: Result = step.function(**arguments)
+            return replace(done, result=result)
+        output = Path(step.output) if place == "output" else self._place(step)
+        if "progress" in _parameters(step):
+            arguments["progress"] = self.progress
+        arguments["overwrite"] = self.overwrite and place == "output"
+        result = step.function(**arguments, output=output)
+        self.warnings += result.warnings
+        if step.name:
+            self.results[step.name] = output
+            beside = arguments.get("adapter_output")
+            if beside is not None:
+                self.results[f"{step.name}.adapter"] = Path(beside)
+        return replace(done, output=output if place == "output" else None, result=result)
+
+    def _place(self, step: Step) -> Path:
+        """Where a result is written that only later steps read; formats of one file are told by their ending."""
+        from surgery_formats.adapters.registry import format_to_write
+
+        assert self.folder is not None
+        to = step.arguments.get("to")
+        if step.verb == "convert" and isinstance(to, str) and (target := format_to_write(to)).single_file:
+            suffix = {"gguf": ".gguf", "torchtune": ".pt", "keras": ".lora.h5"}.get(target.name, ".safetensors")
+            return self.folder / f"{step.number}{suffix}"
+        return self.folder / f"{step.number}"
+
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        arguments = dict(step.arguments)
+        ranked = {name: arguments.pop(name) for name in RANKED if name in arguments and _is_ranked(step)}
+        if ranked:
+            arguments["rank"] = _rank(step, ranked)
+        for name, given in step.references.items():
+            several = "AdaptersLike" in str(_parameters(step)[name].annotation)
+            found = [self._resolved(step, reference, several=several) for reference in given]
+            if not several and len(found) != 1:
+                raise step.fail(f"{name} names {len(found)} things")
+            arguments[name] = found if several else found[0]
+        return arguments
+
+    def _resolved(self, step: Step, reference: Reference, *, several: bool) -> Any:
+        text = reference.text
+        if text in self.results:
+            value: Any = self.results[text]
+        elif text in self.inputs:
+            value = self.inputs[text]
+        elif text.removesuffix(".adapter") in self.results:
+            raise step.fail(f"'{text}': that step moved no adapter")
+        else:
+            value = text
+        if reference.weight == 1.0:
+            return value
+        if not several:
+            raise step.fail(f"'{text}' takes no weight here")
+        return value, reference.weight
+
+
+def _parameters(step: Step) -> Mapping[str, Any]:
+    import inspect
+
+    return inspect.signature(step.function).parameters
+
+
+def _is_ranked(step: Step) -> bool:
+    parameter = _parameters(step).get("rank")
+    return parameter is not None and "Rank" in str(parameter.annotation)
+
+
+def _rank(step: Step, told: Mapping[str, Any]) -> Rank:
+    """One choice of ranks out of the options that make it."""
+    number = told.get("rank")
+    if not (number in (None, "auto") or type(number) is int):
+        raise step.fail(f"rank is a whole number or auto, not '{number}'")
+    rank = Rank.auto if number == "auto" else Rank(number, told.get("rank_pattern") or {})
+    try:
+        for name, make in (("energy", Rank.energy), ("max_error", Rank.error), ("budget", Rank.budget)):
+            if told.get(name) is not None:
+                rank = rank & make(told[name])
+    except UsageError as error:
+        raise step.fail(error.message, error.hint) from error
+    return rank

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert a graph: its weights as safetensors, by its own names or, told by their values, by those of its base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from surgery.engine.execute import Run, execute
+from surgery.engine.ledger import Ledger
+from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
+from surgery.engine.rebuild.recovery_result import RecoveryResult
+from surgery.onnx.edit.opening import graph_at
+from surgery.onnx.edit.recovered import recovered
+from surgery.progress import Callback
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+
+__all__ = ["RecoveryResult", "convert_graph"]
+
+
+def convert_graph(
+    path: Path,
+    base: Checkpoint | None,
+    *,
+    output: Path | None,
+    dtype: DType | None,
+    allow_loss: bool,
+    overwrite: bool,
+    progress: Callback | None,
+) -> RecoveryResult:
+    """Write the weights of a graph as safetensors. See `surgery.convert`.
+
+    Args:
+        path: An ``.onnx`` file, or a folder with one.
+        base: The model whose names and layouts the weights get; None keeps the graph's.
+        output: Folder to make; None for a dry run.
+        dtype: Type of all floats; None keeps each as it is.
+        allow_loss: Leave out weights of the base that the graph does not hold as they are.
+        overwrite: Replace an existing output.
+        progress: Called with every step.
+
+    Raises:
+        InputError: the graph cannot be read.
+        FitError: a folder of weights, or weights of the base are not there.
+        OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
+    """
+    source = open_checkpoint(path)
+    if not source.is_graph:
+        raise FitError(
+            "its weights are a checkpoint's already", file=path, hint="name the graph in it: FOLDER/model.onnx"
+        )
+    rebuilt = recovered(graph_at(path), source, base, allow_loss=allow_loss)
+    plan = replace(plan_rebuilt(rebuilt, dtype), verb="convert")
+    result = RecoveryResult(None, Ledger(plan), str(rebuilt.facts["names"]), plan.warnings)
+    if output is None:
+        return result
+    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress), _nothing)
+    return replace(result, output=output, ledger=ledger)
+
+
+def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
+    return {}
