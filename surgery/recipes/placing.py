@@ -33,6 +33,7 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
             if name in users:
                 users[name].append(step)
         known |= {step.name} if step.name else set()
+    rebuilt = {step.name for step in recipe.steps if step.verb == "layers"}
     placed: list[tuple[Step, Place]] = []
     folded: dict[str, Step] = {}
     for step in recipe.steps:
@@ -43,11 +44,13 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
             place = "output"
         elif not own:
             raise step.fail("its result is written nowhere, and no step uses it", "give it an `output:`")
-        elif _can_fold(step, own):
+        elif _can_fold(step, own) and not rebuilt & {one.text for one in step.references.get("base", ())}:
             place = "folded"
             folded[step.name] = step
-        elif step.verb in ("combine", "resize", "layers") and not {"dtype", "to", "shard_size"} & step.arguments.keys():
-            place = "memory"
+        elif {"dtype", "to", "shard_size"} & step.arguments.keys():
+            place = "temporary"
+        elif step.verb in ("combine", "resize") or (step.verb == "layers" and all(one.verb == "merge" for one in own)):
+            place = "memory"  # a graph refers to files, and a rebuilt model has none
         else:
             place = "temporary"
         placed.append((_with_folded(step, folded), place))

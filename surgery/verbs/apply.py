@@ -176,6 +176,8 @@ class _Kitchen:
         output = Path(step.output) if place == "output" else self._place(step)
         if "progress" in _parameters(step):
             arguments["progress"] = self.progress
+        if step.verb == "layers" and "adapter" in arguments and place == "temporary":
+            arguments["adapter_output"] = output.with_name(f"{output.name}-adapter")
         arguments["overwrite"] = self.overwrite and place == "output"
         result = step.function(**arguments, output=output)
         self.warnings += result.warnings

@@ -98,6 +98,8 @@ def export_onnx(
     """
     where = local_path(output, "output")
     checkpoint = as_checkpoint(base)
+    if any(component.made for component in checkpoint.components.values()):
+        raise FitError("is not written yet, and a graph refers to files", file=checkpoint.path, hint="write it first")
     roles = sort_adapters(adapters, merge, swap, prefix)
     if merge_to not in ("delta", "full"):
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")

@@ -165,6 +165,8 @@ def merge(
     binding, plan = planned_merge(
         base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without), undone
     )
+    if reversible and any(component.made for component in binding.checkpoint.components.values()):
+        raise UsageError("a base that is not written cannot come back", hint="write it first")
     if folder is None:
         from surgery.engine.preview import obstacles, preview
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import surgery
+from surgery.verbs.layers import rebuild
 from surgery_cli.group import surgery as command
 from tests.support.kit import ROOT, make_base, make_lora
 
@@ -107,6 +108,23 @@ steps:
     surgery.verify("graph", against="examples/base", adapters={"small": 0.5})
 
 
+def test_a_graph_of_other_layers_is_of_files(kitchen: Path):
+    recipe = write("""\
+steps:
+  - {verb: layers, base: examples/base, repeat: 1, adapter: examples/lora, as: deep}
+  - {verb: export-onnx, base: deep, merge: deep.adapter, target: cpu, output: graph}
+  - {verb: verify, output: graph}
+""")
+    result = surgery.apply(recipe)
+    assert [step.place for step in result.steps] == ["temporary", "output", "check"]
+    assert {path.name for path in kitchen.iterdir()} == {"examples", "recipe.yaml", "graph"}
+    unwritten = rebuild(surgery.open("examples/base"), repeat="1").checkpoint
+    with pytest.raises(surgery.FitError, match="is not written yet"):
+        surgery.export_onnx(unwritten, output="never")
+    with pytest.raises(surgery.UsageError, match="a base that is not written cannot come back"):
+        surgery.merge(unwritten, "examples/lora", output="never", reversible=True)
+
+
 def test_what_has_to_be_a_file_is_temporary(kitchen: Path):
     recipe = write("""\
 steps:
@@ -178,8 +196,6 @@ def test_a_manifest_finds_its_inputs_by_their_content(kitchen: Path, monkeypatch
 
 
 def test_what_was_in_memory_cannot_be_applied_again(kitchen: Path):
-    from surgery.verbs.layers import rebuild
-
     shallow = rebuild(surgery.open("examples/base"), drop="4-").checkpoint
     lora = surgery.open("examples/lora")
     surgery.merge(shallow, lora.only(s for s in lora.updates if ".0." in s.path), output="out")

@@ -160,12 +160,19 @@ def _folded(
     piece: Piece, cols: Sequence[int], mine: numpy.ndarray, there: numpy.ndarray, vectors: Vectors
 ) -> Piece | None:
     """The piece with the vector of the base that its columns are multiplied by, if there is one."""
+    import numpy
+
     if piece.flipped:
         return None
     usable = (mine != 0).all(axis=0) & (there != 0).all(axis=0)
     if usable.sum() < max(2, len(cols) // 2):
         return None
     assert isinstance(piece.place, Matrix)
+    dtype = piece.place.dtype
+    ratios, own = there[:, usable] / mine[:, usable], numpy.abs(mine[:, usable])
+    allowed = 4 * (_ROUNDING[dtype] * numpy.abs(ratios[0]) + _SMALLEST[dtype] * (1 / own + 1 / own[0]))
+    if not (numpy.abs(ratios - ratios[0]) <= allowed).all():
+        return None  # no vector can be what the columns were multiplied by
     for vector in vectors.weights:
         if vector.rows * vector.cols != piece.weight.cols:
             continue

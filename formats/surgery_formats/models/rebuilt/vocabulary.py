@@ -7,8 +7,9 @@ row of zeros would often be.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +82,7 @@ def with_rows(rebuilt: Rebuilt, kept: Sequence[int] | range, added: int = 0) -> 
     }
     if list(kept) != list(range(len(kept))):
         facts["vocabulary"]["ids"] = hashlib.sha256(repr(tuple(kept)).encode()).hexdigest()
-    config = with_size(dict(component.config), size, len(kept) + added)
+    config = with_size(component.config, size, len(kept) + added)
     return with_shards(rebuilt, shards, config, facts, dropped=dropped, origins=rebuilt.origins)
 
 
@@ -156,8 +157,9 @@ def mean_row(tensor: StoredTensor) -> bytes:
     return bytes(as_bytes(cast(total / rows, tensor.dtype)))
 
 
-def with_size(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """`config` with a vocabulary of another size."""
+def with_size(given: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """A copy of a configuration, that of its text model included, with a vocabulary of another size."""
+    config = copy.deepcopy(dict(given))
     inner = config.get("text_config")
     holders = [config, inner] if isinstance(inner, dict) else [config]
     for holder in holders:
