@@ -22,6 +22,7 @@ from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import peft_oracle, recipes
 from tests.support.kit import ROOT
 from tests.support.prompts import write_prompt
+from tests.support.quantised_folders import FORMATS, quantise_folder
 
 PROMPT, BASE = ROOT / "examples" / "prompt", ROOT / "examples" / "base"
 IDS = torch.tensor([[5, 17, 40, 8, 33, 61, 9]])
@@ -305,6 +306,33 @@ def test_an_opened_model_is_as_it_was(tmp_path: Path) -> None:
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["text_config"]["vocab_size"] == written["vocab_size"] == recipes.VOCAB + TOKENS
     assert written["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_quantised_model_keeps_its_codes(format_name: str, tmp_path: Path) -> None:
+    """All other bytes are copied: nothing becomes numbers behind a configuration that says codes."""
+    base = quantise_folder(BASE, tmp_path / "base", format_name)
+    surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
+    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
+    assert before.keys() <= after.keys()
+    changed = {
+        name
+        for name in after
+        if name not in before
+        or before[name].shape != after[name].shape
+        or not torch.equal(before[name].reshape(-1).view(torch.uint8), after[name].reshape(-1).view(torch.uint8))
+    }
+    assert changed == {"lm_head.weight", "model.embed_tokens.weight"}
+    old, new = (json.loads((tmp_path / where / "config.json").read_text()) for where in ("base", "out"))
+    for key in ("quantization_config", "quantization"):
+        assert old.get(key) == new.get(key)
+
+
+def test_a_vocabulary_of_codes_is_refused(tmp_path: Path) -> None:
+    for format_name in ("nf4", "int8", "mlx", "fp8", "packed"):
+        base = quantise_folder(BASE, tmp_path / format_name, format_name, ("_proj", "embed_tokens"))
+        with pytest.raises(FitError, match="stored as codes"):
+            surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
 
 
 def test_the_onnx_adapter_is_a_past_of_an_exported_graph(tmp_path: Path) -> None:

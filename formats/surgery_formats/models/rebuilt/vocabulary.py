@@ -92,6 +92,9 @@ def vocabulary_tensors(component: Component, size: int) -> set[str]:
     Raises:
         FitError: one that is stored as codes; or a tensor that has as many rows and is not known.
     """
+    for name in (component.embedding, component.head):
+        if name in component.parameters and component.parameters[name].storage.elements is None:
+            raise FitError("its rows are stored as codes", file=component.folder, tensor=name)
     family = component.family
     known = {component.embedding, component.head, component.aliases.get(component.head, "")}
     known |= {f"{family.head}.bias", "cls.predictions.bias", "lm_head.bias", "final_logits_bias"}
