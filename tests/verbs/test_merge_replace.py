@@ -60,6 +60,18 @@ def test_another_adapter_than_the_merged_one_is_refused(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
+def test_another_weight_is_refused_where_no_file_records_it(tmp_path: Path):
+    """0.7 was taken for 1, and the values before were wrong by a quarter of the update."""
+    base = make_base(tmp_path / "base")
+    old, new = make_lora(tmp_path / "old"), make_lora(tmp_path / "new", strength=0.3)
+    merged = surgery.merge(base, old, output=tmp_path / "merged").output
+    (merged / "surgery_manifest.json").unlink()
+    for weight in (0.7, 1.4):
+        with pytest.raises(surgery.FitError, match="times its update: 1 if it was merged"):
+            surgery.merge(merged, new, replace=(old, weight), output=tmp_path / "out")
+    surgery.merge(merged, new, replace=old, output=tmp_path / "out")
+
+
 def test_a_base_of_another_type_is_refused(tmp_path: Path):
     base = make_base(tmp_path / "base")
     old, new = make_lora(tmp_path / "old"), make_lora(tmp_path / "new", strength=0.3)

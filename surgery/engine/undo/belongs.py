@@ -32,6 +32,8 @@ __all__ = ["Evidence", "check_belongs", "dequantised_weights", "grown_weights", 
 _HEIGHT = 512  # rows of a block
 _NEAR, _SHARP = 0.5, 0.2
 """How far from 1 the pooled share may be, and how uncertain."""
+_ROUNDED, _ERRORS = 0.2, 6.0
+"""How far from 1 it may be where it is certain, and in standard errors where it is not: of another weight it is farther."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def check_belongs(binding: Binding) -> Evidence:
             hint="an update that is not an addition leaves no trace of its own; give `base_rounding=`",
         )
     share, noise = _pooled(found)
-    if not (abs(share - 1) < _NEAR and noise < _SHARP):
+    if not (abs(share - 1) < min(_NEAR, max(_ROUNDED, _ERRORS * noise)) and noise < _SHARP):
         raise FitError(
             f"along the adapter's own directions the weights hold {share:.2f} (+- {noise:.2f}) times its update: "
             "1 if it was merged, 0 if not",
