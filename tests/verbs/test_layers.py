@@ -592,9 +592,22 @@ def test_a_quantised_models_configuration_names_the_new_layers(tmp_path: Path):
     surgery.layers(base, output=tmp_path / "out", keep="1,0,1")
     said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
     assert said == ["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj", "lm_head", "re:.*norm"]
-    edit(base, lambda config: config["quantization_config"].update(ignore=["re:.*layers\\.[0-3]\\..*"]))
-    with pytest.raises(surgery.FitError, match="names layers in a way that is not understood"):
-        surgery.layers(base, output=tmp_path / "other", keep="1,0")
+    edit(base, lambda config: config["quantization_config"].update(meta={"quantizer": ["some:4.2.0+cu12"]}))
+    surgery.layers(base, output=tmp_path / "versions", keep="1,0")
+    for pattern in ("re:.*layers\\.[0-3]\\..*", "+:.*\\.2\\..*gate.*", "model.layers.1*", r"re:.*\.3\.mlp\.up_proj"):
+        edit(base, lambda config, one=pattern: config["quantization_config"].update(dynamic={one: {"bits": 8}}))
+        with pytest.raises(surgery.FitError, match="names layers in a way that is not understood"):
+            surgery.layers(base, output=tmp_path / "other", keep="1,0")
+
+
+def test_a_quantisers_own_file_names_the_new_layers(tmp_path: Path):
+    """TensorRT-LLM and vLLM read it, and not config.json."""
+    base = make("llama", tmp_path / "base")
+    told = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "model.layers.4.mlp.up_proj"]}}
+    (base / "hf_quant_config.json").write_text(json.dumps(told))
+    surgery.layers(base, output=tmp_path / "out", keep="0,4-5")
+    said = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert said == ["lm_head", "model.layers.1.mlp.up_proj"]
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

@@ -4,21 +4,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from surgery_formats.errors import FitError
+from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.models.checkpoint import Component
 from surgery_formats.models.rebuilt.layer_config import layer_config
-from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt, copy_of, one_network, with_shards
+from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt, copy_of, one_network, with_configs, with_shards
 from surgery_formats.models.rebuilt.stack import LayerStack, layer_stack
 from surgery_formats.storage.quantised import CONFIG_KEYS
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
 __all__ = ["places_of_layers", "with_layers"]
+
+_QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_PATTERN, _NUMBER = re.compile(r"[\\[(^$|]|\.\*"), re.compile(r"(?<![A-Za-z_])\d")
+"""Of expressions that modules are named by, and of a number in one that is no part of a name."""
 
 
 def places_of_layers(order: Sequence[int]) -> Mapping[int, tuple[int, ...]]:
@@ -39,6 +45,7 @@ def with_layers(rebuilt: Rebuilt, order: Sequence[int]) -> Rebuilt:
     stack = layer_stack(component)
     found = layer_config(component.config, stack, order, _contents(component, stack))
     config = _quantisation(dict(found.config), stack, order)
+    side_files = _quantisation_files(rebuilt, stack, order)
     places = places_of_layers(order)
     dropped: list[Dropped] = []
     origins: dict[str, tuple[StoredTensor, ...]] = {}
@@ -60,7 +67,8 @@ def with_layers(rebuilt: Rebuilt, order: Sequence[int]) -> Rebuilt:
                 origins[name] = rebuilt.origins[tensor.name]
         shards.append((shard, tensors))
     facts = {"layers": {"before": stack.count, "order": list(order), "stack": stack.prefix.rstrip(".")}}
-    return with_shards(rebuilt, shards, config, facts, dropped=dropped, origins=origins, warnings=found.warnings)
+    made = with_shards(rebuilt, shards, config, facts, dropped=dropped, origins=origins, warnings=found.warnings)
+    return with_configs(made, config, side_files, ()) if side_files else made
 
 
 def _contents(component: Component, stack: LayerStack) -> list[frozenset[tuple[str, tuple[int, ...]]]]:
@@ -78,13 +86,34 @@ def _quantisation(config: dict[str, Any], stack: LayerStack, order: Sequence[int
     Raises:
         FitError: it names layers in patterns.
     """
+    inner = config.get("text_config")
+    for holder in (config, inner if isinstance(inner, dict) else {}):
+        for key in CONFIG_KEYS:
+            if key in holder:
+                holder[key] = _renumbered(copy.deepcopy(holder[key]), stack, order)
+    return config
+
+
+def _quantisation_files(rebuilt: Rebuilt, stack: LayerStack, order: Sequence[int]) -> dict[str, bytes]:
+    """The same in files of their own, which quantisers write and servers read."""
+    made: dict[str, bytes] = {}
+    for name, path in rebuilt.checkpoint.side_files:
+        if name in _QUANTISATION_FILES:
+            told = dict(read_object(path, INDEX_LIMIT))
+            if (new := _renumbered(told, stack, order)) != told:
+                made[name] = json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
+    return made
+
+
+def _renumbered(told: Any, stack: LayerStack, order: Sequence[int]) -> Any:
+    """A quantiser's settings with the modules that they name under their new numbers."""
     places = places_of_layers(order)
     numbered = re.compile(rf"({re.escape(stack.prefix)})(\d+)(?=\.|$)")
 
     def moved(text: str) -> list[str]:
         match = numbered.search(text)
-        if match is None:
-            if re.search(r"\blayers?\b.*\d", text):
+        if match is None or _PATTERN.search(text):
+            if re.search(r"\blayers?\b.*\d", text) or (_PATTERN.search(text) and _NUMBER.search(text)):
                 raise FitError(f"its quantization_config names layers in a way that is not understood: '{show(text)}'")
             return [text]
         return [text[: match.start(2)] + str(new) + text[match.end(2) :] for new in places.get(int(match[2]), ())]
@@ -96,9 +125,4 @@ def _quantisation(config: dict[str, Any], stack: LayerStack, order: Sequence[int
             return {new: corrected(inner) for key, inner in value.items() for new in moved(str(key))}
         return value
 
-    inner = config.get("text_config")
-    for holder in (config, inner if isinstance(inner, dict) else {}):
-        for key in CONFIG_KEYS:
-            if key in holder:
-                holder[key] = corrected(copy.deepcopy(holder[key]))
-    return config
+    return corrected(told)
