@@ -201,3 +201,20 @@ def test_a_weight_of_one_value_is_not_any_tensor_of_that_value(tmp_path: Path) -
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer(name, np.zeros((32, 24), "f4")) for name in ("w", "past")])
     with pytest.raises(FitError, match="of one value"):
         surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_slot_is_not_put_beside_the_node_of_an_equal_weight(tmp_path: Path, shared: bool) -> None:
+    """Of two repeated layers, in tensors of their own without names, or in one that an optimiser made of both."""
+    base = base_of(tmp_path / "base", {**WEIGHTS, SECOND: WEIGHTS[FIRST]})
+    names = ["val_1"] if shared else ["val_1", "val_2"]
+    nodes = [
+        helper.make_node("MatMul", ["x", names[0]], ["a"]),
+        helper.make_node("Relu", ["x"], ["b"]),
+        helper.make_node("MatMul", ["b", names[-1]], ["c"]),
+        helper.make_node("Add", ["a", "c"], ["y"]),
+    ]
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer(name, WEIGHTS[FIRST].T) for name in names], nodes)
+    for gated in (False, True):
+        with pytest.raises(FitError, match=r"equal values|no name tells"):
+            surgery.insert(path, lora(tmp_path / f"a{gated}", "q"), base=base, gated=gated, dry_run=True)
