@@ -175,6 +175,13 @@ def _pieces(located: Located, binding: Binding, edit: Edit, edits: Mapping[str, 
     chosen = []
     for piece in pieces:
         uses = _uses(located.graph.proto, piece.place.name)
+        if not uses:
+            text = (
+                "is read by no node by this name, so that it may be the head or the embedding, which the adapter parts"
+            )
+            raise FitError(
+                text, file=located.graph.path, tensor=piece.place.name, hint="export a graph of the merged model"
+            )
         if uses & _GATHERS and uses - _GATHERS:
             text = "is embedding and head at once, and the adapter changes one of them"
             raise FitError(
