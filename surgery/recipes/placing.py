@@ -44,6 +44,8 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
             place = "output"
         elif not own:
             raise step.fail("its result is written nowhere, and no step uses it", "give it an `output:`")
+        elif step.written:
+            place = "temporary"
         elif _can_fold(step, own) and not rebuilt & {one.text for one in step.references.get("base", ())}:
             place = "folded"
             folded[step.name] = step
