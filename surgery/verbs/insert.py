@@ -119,8 +119,11 @@ def insert(
     asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
     asked |= {"release": release, "residual": residual, "format": format}
     if new is not None:
-        if what is not None or base is not None or required or gated or unmerged:
+        if what is not None:
             raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
+        others = {"base": base is not None, "required": required, "gated": gated, "unmerged": unmerged}
+        if odd := [name for name, given in others.items() if given]:
+            raise UsageError(f"{odd[0]} has no meaning for an adapter that is begun", hint=f"leave out `{odd[0]}=`")
         return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
     if odd := [name for name, value in asked.items() if value is not None]:
         raise UsageError(f"{odd[0]} belongs to an adapter that is begun", hint="`new=` names its kind")
