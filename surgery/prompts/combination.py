@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from surgery_formats.text import show
 
 __all__ = ["METHODS", "combined"]
 
+_NOTHING = 1e-9  # of the sum of the weights without their signs: what rounding leaves of zero
 METHODS = ("concatenate", "average", "mix")
 
 
@@ -56,8 +58,8 @@ def combined(prompts: Sequence[tuple[Adapter, SoftPrompt, float]], method: str) 
     else:
         if method == "average":
             total = sum(weights)
-            if not total:
-                raise FitError("weights that add up to nothing have no average")
+            if not math.isfinite(total) or abs(total) <= _NOTHING * sum(map(abs, weights)):
+                raise FitError("weights that add up to nothing, or to more than a number holds, have no average")
             weights = [weight / total for weight in weights]
         table = np.einsum("p,pij->ij", np.asarray(weights), np.stack(tables).astype(np.float64))
         how = "the sum of " + ", ".join(f"{weight:.4g}" for weight in weights) + " of each"

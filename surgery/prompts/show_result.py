@@ -36,6 +36,7 @@ class PromptPart:
         value_norms: Of the values of each token of a prefix; else empty.
         vocabulary_norm: The median norm of the base's tokens, where a base was given and there is something to compare.
         alike: The greatest cosine between two of its tokens; None with one token, or keys and values.
+        fits: Whether its sizes are known to be the base's. A prompt of other sizes is refused.
     """
 
     component: str
@@ -48,6 +49,7 @@ class PromptPart:
     value_norms: tuple[float, ...] = ()
     vocabulary_norm: float | None = None
     alike: float | None = None
+    fits: bool = False
 
 
 @summarised
@@ -99,7 +101,8 @@ class PromptReport:
         if self.base_name:
             rows.append(("trained for", Name(self.base_name, PATH)))
         if self.base is not None:
-            rows.append(("fits", Name(self.base, PATH)))
+            known = all(part.fits for part in self.parts)
+            rows.append(("fits" if known else "base", Name(self.base, PATH)))
         shown = (_norms(part, part.tokens * part.submodules if verbose else _LISTED) for part in self.parts)
         return Summary(self.path.resolve().name, (Facts(tuple(rows)), *shown, *warning_notes(self.warnings)))
 

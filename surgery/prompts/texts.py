@@ -13,6 +13,8 @@ from surgery_formats.errors import FitError, UsageError
 
 __all__ = ["Texts", "token_rows"]
 
+_GREATEST = (1 << 31) - 1  # of ids that graphs and torch take
+
 Texts = str | Sequence[int] | Iterable[str | Sequence[int]]
 
 
@@ -26,7 +28,7 @@ def token_rows(texts: Texts | None, folder: Path, length: int) -> list[list[int]
 
     Raises:
         UsageError: neither texts nor ids, or none.
-        FitError: no tokenizer, or a row too short to predict anything.
+        FitError: no tokenizer, no token id, or rows too short to predict anything.
     """
     if texts is None:
         raise UsageError("what virtual tokens do is measured on texts", hint="give some, or token ids")
@@ -38,8 +40,15 @@ def token_rows(texts: Texts | None, folder: Path, length: int) -> list[list[int]
             first, ids = tokenizer.encode(""), tokenizer.encode(text, begins=False)
         else:
             first, ids = [], list(text)
+        if any(not 0 <= token <= _GREATEST for token in ids):
+            raise FitError("a token id is beyond every vocabulary")
         step = length - len(first)
-        rows += [[*first, *ids[at : at + step]] for at in range(0, len(ids), max(step, 1))]
+        if step < 1:
+            raise FitError(
+                f"the tokenizer begins a text with {len(first)} tokens, so that pieces of {length} have none of the text",
+                hint=f"`length={2 * len(first) + 2}` or more",
+            )
+        rows += [[*first, *ids[at : at + step]] for at in range(0, len(ids), step)]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise FitError("the texts have not two tokens in a row, so that nothing follows")

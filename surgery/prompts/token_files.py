@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.prompts.vocabulary import spelt_tokens
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import TOKENIZER_LIMIT, read_object
 from surgery_formats.files.raw import open_file
+from surgery_formats.text import show
 
 __all__ = ["TokenFiles", "first_id", "token_files"]
 
@@ -69,7 +71,7 @@ def token_files(
         name: What they are called.
 
     Raises:
-        FitError: a token is called so already.
+        FitError: a token is called so already, or has one of the ids.
         MalformedError: a tokenizer's file that is not understood.
     """
     words = tuple(f"<{name}_{number}>" for number in range(count))
@@ -78,10 +80,17 @@ def token_files(
     if FILE not in side_files:
         return TokenFiles(words, files, False)
     whole = copy.deepcopy(dict(read_object(side_files[FILE], TOKENIZER_LIMIT)))
-    taken = _spelt(whole) & set(words)
-    if taken:
+    spelt = spelt_tokens(whole)
+    if taken := set(words).intersection(spelt.values()):
         raise FitError(
             f"the tokenizer has a token '{min(taken)}'", file=side_files[FILE], hint="choose another `name=`"
+        )
+    if held := sorted(spelt.keys() & set(ids)):
+        raise FitError(
+            f"the ids of its tokens have gaps: the next ones would be {ids[0]} to {ids[-1]}, and {held[0]} is "
+            f"'{show(spelt[held[0]], 40)}'",
+            file=side_files[FILE],
+            hint='keys and values need no ids: `form="kv"`',
         )
     whole["added_tokens"] = [*(whole.get("added_tokens") or []), *map(_added, words, ids)]
     whole["post_processor"] = _processor(whole.get("post_processor"), name, words, ids)
@@ -123,11 +132,6 @@ def _ids(whole: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
     return len(vocabulary), added
 
 
-def _spelt(whole: Mapping[str, Any]) -> set[str]:
-    entries = (entry[0] if isinstance(entry, list) and entry else entry for entry in whole["model"]["vocab"])
-    return set(_ids(whole)[1]) | {entry for entry in entries if isinstance(entry, str)}
-
-
 def _added(word: str, number: int) -> dict[str, Any]:
     kept = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": word, **kept, "special": True}
@@ -141,13 +145,11 @@ def _processor(before: Any, name: str, words: Sequence[str], ids: Sequence[int])
     label = f"<{name}>"
     special = {"SpecialToken": {"id": label, "type_id": 0}}
     entry = {label: {"id": label, "ids": list(ids), "tokens": list(words)}}
-    inner = before["processors"] if isinstance(before, dict) and before.get("type") == "Sequence" else [before]
-    if not isinstance(inner, list):
+    inner = before.get("processors") if isinstance(before, dict) and before.get("type") == "Sequence" else [before]
+    steps: list[Any] = [step for step in inner if step is not None] if isinstance(inner, list) else [inner]
+    if not all(isinstance(step, dict) for step in steps):
         raise MalformedError(f"{FILE} has a post-processor that is not understood")
-    steps = [step for step in inner if step is not None]
-    place = next(
-        (n for n, step in enumerate(steps) if isinstance(step, dict) and step.get("type") == _TEMPLATE_TYPE), None
-    )
+    place = next((n for n, step in enumerate(steps) if step.get("type") == _TEMPLATE_TYPE), None)
     if place is None:
         first, second = ({"Sequence": {"id": each, "type_id": 0}} for each in "AB")
         steps.append(

@@ -71,7 +71,9 @@ def prompt_bake(
         raise UsageError("a prompt or a text is baked", hint="give one of them")
     if form == "tokens" and dtype != "keep":
         raise UsageError("rows of a vocabulary have its type", hint="leave out `dtype=`")
-    if not name.isidentifier():
+    if form == "kv" and (keep_tie or name != "p"):
+        raise UsageError("keys and values have neither a head nor names", hint="leave out `keep_tie=` and `name=`")
+    if not str(name).isidentifier():
         raise FitError(f"'{show(name, 40)}' is no name for tokens", hint="letters, digits and underscores: `name=p`")
     stored = float_type(dtype)
     folder = output_path(output, dry_run=dry_run)

@@ -19,10 +19,12 @@ from surgery_formats.arrays import cast
 from surgery_formats.binding.prompt_fit import check_prompt
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["PromptReport", "prompt_show"]
 
+_UNKNOWN = ("no recipe for this model tells its layers and heads: whether the prompt fits it is not known",)
 _SAMPLE = 1024  # tokens whose norms are looked at
 
 
@@ -51,7 +53,10 @@ def prompt_show(prompt: AdapterLike, *, base: CheckpointLike | None = None) -> P
         adapter.base_name,
         history(adapter),
         None if checkpoint is None else checkpoint.path,
-        tuple(adapter.known_issues()),
+        (
+            *adapter.known_issues(),
+            *(_UNKNOWN if checkpoint is not None and not all(part.fits for part in parts) else ()),
+        ),
     )
 
 
@@ -59,18 +64,29 @@ def _part(name: str, prompt: SoftPrompt, checkpoint: Checkpoint | None) -> Promp
     component = None if checkpoint is None else component_for(checkpoint, name)
     model = None if component is None else recipe_of(component)
     layout = prompt.prefix
+    hub = prompt.kind == HUB_PROMPT
     if model is not None and layout is not None:
         layout = layout_for(prompt, layout, model)
-    elif model is not None and prompt.kind != HUB_PROMPT:
+    elif model is not None and not hub:
         check_prompt(prompt, model)
-    part = PromptPart(name, prompt.virtual_tokens, prompt.dim, prompt.submodules, layout, prompt.table.dtype.label)
+    elif model is not None and prompt.dim != model.hidden:
+        raise FitError(
+            f"its virtual tokens have {prompt.dim} values, but the model's states have {model.hidden}",
+            file=prompt.table.path,
+            tensor=prompt.table.name,
+            hint="is this the base it was trained on?",
+        )
+    fits = model is not None or (component is not None and layout is None and not hub)  # a width needs no recipe
+    part = PromptPart(
+        name, prompt.virtual_tokens, prompt.dim, prompt.submodules, layout, prompt.table.dtype.label, fits=fits
+    )
     if prompt.prefix is not None:
         pairs = [prompt.key_values(layer) for layer in range(prompt.prefix.layers // prompt.submodules)]
         keys, values = (_token_norms(np.stack([pair[which] for pair in pairs])) for which in (0, 1))
         return replace(part, norms=keys, value_norms=values)
     rows = np.concatenate([cast(prompt.embeddings(number), DType.F64) for number in range(prompt.submodules)])
     norms = np.linalg.norm(rows, axis=1)
-    compared = None if prompt.kind == HUB_PROMPT else component
+    compared = None if hub else component
     median = None if compared is None else _median_norm(vocabulary_of(compared, prompt))
     return replace(part, norms=tuple(norms.tolist()), vocabulary_norm=median, alike=_most_alike(rows, norms))
 

@@ -17,10 +17,12 @@ import transformers
 from safetensors.torch import load_file
 
 import surgery
-from surgery_formats.errors import FitError, ProofError, UsageError
+from surgery_formats.errors import FitError, MalformedError, ProofError, UsageError
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import peft_oracle, recipes
 from tests.support.kit import ROOT
 from tests.support.prompts import write_prompt
+from tests.support.quantised_folders import FORMATS, quantise_folder
 
 PROMPT, BASE = ROOT / "examples" / "prompt", ROOT / "examples" / "base"
 IDS = torch.tensor([[5, 17, 40, 8, 33, 61, 9]])
@@ -271,6 +273,68 @@ def test_every_post_processor_gets_them_in_front(before: str, tmp_path: Path) ->
     assert new.encode("a text", "b").ids == [*result.ids, *old.encode("a text", "b").ids]
 
 
+def test_a_post_processor_that_is_not_understood_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "base")
+    whole = json.loads((BASE / "tokenizer.json").read_text())
+    for broken in ({"type": "Sequence"}, {"type": "Sequence", "processors": [3]}, 5, {"type": "TemplateProcessing"}):
+        (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": broken}))
+        with pytest.raises(MalformedError, match="not understood"):
+            surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "out")
+
+
+def test_rows_of_tokens_are_never_taken(tmp_path: Path) -> None:
+    """A vocabulary whose ids have gaps: the package counts its tokens, so that the next ids may be those of some."""
+    attached("llama", "prompt", tmp_path)
+    whole = json.loads((BASE / "tokenizer.json").read_text())
+    vocabulary = {token: row for token, row in whole["model"]["vocab"].items() if row < 60 or 72 <= row < 80}
+    whole["model"] |= {"vocab": vocabulary, "merges": []}
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
+    assert tokenizers.Tokenizer.from_str(json.dumps(whole)).add_tokens(["<p_0>"]) == 1  # and gets id 68
+    with pytest.raises(FitError, match="68 to 72, and 72 is 'f'"):
+        surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+
+
+def test_an_opened_model_is_as_it_was(tmp_path: Path) -> None:
+    """Also the configuration of the text model inside, which the output has changed."""
+    attached("llama", "prompt", tmp_path, tie_word_embeddings=True)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    nested = {key: value for key, value in config.items() if key != "tie_word_embeddings"} | {"text_config": config}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(nested))
+    base = open_checkpoint(tmp_path / "base")
+    surgery.prompt_bake(base, tmp_path / "prompt", output=tmp_path / "out")
+    assert base.main.config == nested
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"]["vocab_size"] == written["vocab_size"] == recipes.VOCAB + TOKENS
+    assert written["text_config"]["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_quantised_model_keeps_its_codes(format_name: str, tmp_path: Path) -> None:
+    """All other bytes are copied: nothing becomes numbers behind a configuration that says codes."""
+    base = quantise_folder(BASE, tmp_path / "base", format_name)
+    surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
+    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
+    assert before.keys() <= after.keys()
+    changed = {
+        name
+        for name in after
+        if name not in before
+        or before[name].shape != after[name].shape
+        or not torch.equal(before[name].reshape(-1).view(torch.uint8), after[name].reshape(-1).view(torch.uint8))
+    }
+    assert changed == {"lm_head.weight", "model.embed_tokens.weight"}
+    old, new = (json.loads((tmp_path / where / "config.json").read_text()) for where in ("base", "out"))
+    for key in ("quantization_config", "quantization"):
+        assert old.get(key) == new.get(key)
+
+
+def test_a_vocabulary_of_codes_is_refused(tmp_path: Path) -> None:
+    for format_name in ("nf4", "int8", "mlx", "fp8", "packed"):
+        base = quantise_folder(BASE, tmp_path / format_name, format_name, ("_proj", "embed_tokens"))
+        with pytest.raises(FitError, match="stored as codes"):
+            surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
+
+
 def test_the_onnx_adapter_is_a_past_of_an_exported_graph(tmp_path: Path) -> None:
     surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "kv", form="kv", dtype="fp32")
     surgery.export_onnx(BASE, prefix=PROMPT, output=tmp_path / "own", dtype="fp32")
@@ -292,6 +356,9 @@ def test_what_cannot_be_baked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         surgery.prompt_bake(BASE, output=out)
     with pytest.raises(FitError, match="no name for tokens"):
         surgery.prompt_bake(BASE, PROMPT, output=out, name="a b")
+    for options in ({"keep_tie": True}, {"name": "q"}):
+        with pytest.raises(UsageError, match="neither a head nor names"):
+            surgery.prompt_bake(BASE, PROMPT, output=out, form="kv", **options)
     with pytest.raises(FitError, match="LORA has no virtual tokens"):
         surgery.prompt_bake(BASE, ROOT / "examples" / "lora", output=out)
     recipes.build("bert_sentence", tmp_path / "bert")

@@ -172,8 +172,9 @@ def test_what_cannot_be_combined_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FitError, match="have no weights"):
         surgery.prompt_combine({three: 0.5, PROMPT: 0.5}, output=out)
     same = write_prompt(tmp_path / "same", np.ones((3, 128), np.float32))
-    with pytest.raises(FitError, match="add up to nothing"):
-        surgery.prompt_combine({three: 1.0, same: -1.0}, method="average", output=out)
+    for weights in ((1.0, -1.0), (0.1 + 0.2, -0.3), (1e308, 1e308)):
+        with pytest.raises(FitError, match="add up to nothing"):
+            surgery.prompt_combine(dict(zip((three, same), weights, strict=True)), method="average", output=out)
     with pytest.raises(FitError, match="two prompts or more"):
         surgery.prompt_combine([three], output=out)
     with pytest.raises(FitError, match="counts positions otherwise"):
@@ -222,3 +223,20 @@ def test_adapterhubs_own_are_shown_and_not_taken_for_pefts(tmp_path: Path) -> No
         surgery.prompt_nearest(GOLDEN / "adapterhub" / "bert-prompt", GOLDEN / "adapterhub" / "base" / "bert")
     with pytest.raises(FitError, match="was made for 2 layers"):
         surgery.prompt_show(HUB / "prefix", base=BASE)
+    with pytest.raises(FitError, match="the model's states have 128"):
+        surgery.prompt_show(GOLDEN / "adapterhub" / "bert-prompt", base=BASE)
+
+
+def test_a_prompt_is_said_to_fit_where_its_sizes_were_compared(tmp_path: Path) -> None:
+    recipes.build("llama", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    prefix = write_prompt(tmp_path / "prefix", np.ones((3, 6 * 16), np.float32), prefix=(3, 2, 8))
+    known = surgery.prompt_show(prefix, base=tmp_path / "base")
+    assert known.parts[0].fits
+    assert not known.warnings
+    assert not surgery.prompt_show(prefix).parts[0].fits
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"model_type": "never-heard-of"}))
+    unknown = surgery.prompt_show(prefix, base=tmp_path / "base")
+    assert not unknown.parts[0].fits
+    assert "is not known" in unknown.warnings[0]
+    assert "\nfits" not in str(unknown)

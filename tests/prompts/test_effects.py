@@ -176,6 +176,23 @@ def test_texts_are_cut_and_begun_as_the_tokenizer_begins_them(tmp_path: Path) ->
         token_rows([[1]], BASE, 8)
     with pytest.raises(UsageError, match="texts is a text or token ids"):
         token_rows([1.5], BASE, 8)
+    for beyond in (-1, 2**70):
+        with pytest.raises(FitError, match="beyond every vocabulary"):
+            token_rows([1, beyond], BASE, 8)
+    with pytest.raises(FitError, match="surrogate"):
+        token_rows("half \ud800", BASE, 8)
+
+
+def test_pieces_have_room_for_the_text_behind_what_begins_it(tmp_path: Path) -> None:
+    """A baked tokenizer begins every text with its virtual tokens: shorter pieces would have none of the text, or too much."""
+    surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "baked")
+    text = "The following methods can be defined to emulate numeric objects."
+    for length in (2, 10, 17):
+        with pytest.raises(FitError, match="begins a text with 17 tokens"):
+            token_rows(text, tmp_path / "baked", length)
+    rows = token_rows(text, tmp_path / "baked", 18)
+    assert {len(row) for row in rows} == {18}
+    assert [row[-1] for row in rows] == [row[-1] for row in token_rows(text, BASE, 2)]
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:

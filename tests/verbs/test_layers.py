@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 import surgery
 from surgery.verbs.layers import rebuild
 from tests.support.kit import ROOT
+from tests.support.quantised_folders import FORMATS, quantise_folder
 
 SMALL: Mapping[str, Any] = {
     "hidden_size": 32,
@@ -573,6 +575,20 @@ def test_a_quantised_models_configuration_names_the_new_layers(tmp_path: Path):
     edit(base, lambda config: config["quantization_config"].update(ignore=["re:.*layers\\.[0-3]\\..*"]))
     with pytest.raises(surgery.FitError, match="names layers in a way that is not understood"):
         surgery.layers(base, output=tmp_path / "other", keep="1,0")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_codes_are_copied(format_name: str, tmp_path: Path):
+    base = quantise_folder(ROOT / "examples" / "base", tmp_path / "base", format_name)
+    surgery.layers(base, output=tmp_path / "out", keep="1,0,1")
+    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
+    places = {"0": "1", "1": "0", "2": "1"}
+    origins = {name: re.sub(r"layers\.(\d+)", lambda found: f"layers.{places[found[1]]}", name) for name in after}
+    assert set(origins.values()) == {name for name in before if not re.search(r"layers\.[2-9]", name)}
+    for name, origin in origins.items():
+        assert torch.equal(after[name].reshape(-1).view(torch.uint8), before[origin].reshape(-1).view(torch.uint8))
+    with pytest.raises(surgery.FitError, match="codes are copied"):
+        surgery.layers(base, output=tmp_path / "cast", keep="1,0", dtype="fp32")
 
 
 def test_of_text_and_images_the_text_model_loses_layers(tmp_path: Path):

@@ -12,6 +12,7 @@ from typing import Any
 from surgery._version import __version__
 from surgery.engine.layout import lay_out
 from surgery.engine.plan import Account, Copy, Plan, PlannedFile, PlannedTensor, SideFile
+from surgery.engine.quantised.output import QuantisedOutput
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import open_file
@@ -21,6 +22,8 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, without_local_paths
 
 __all__ = ["plan_rebuilt", "rebuilt_facts"]
+
+_CODES_STAY = QuantisedOutput(only_touched=True)  # and here nothing is touched
 
 
 def plan_rebuilt(rebuilt: Rebuilt, dtype: DType | None = None, shard_size: int | None = None) -> Plan:
@@ -32,10 +35,16 @@ def plan_rebuilt(rebuilt: Rebuilt, dtype: DType | None = None, shard_size: int |
         shard_size: Most bytes per file; None keeps the base's shards.
 
     Raises:
-        FitError: a tensor of the base would end nowhere.
+        FitError: a tensor of the base would end nowhere; a type for weights that are stored as codes.
     """
     component = rebuilt.checkpoint.main
-    layout = lay_out(component, {}, dtype, shard_size)
+    if dtype is not None and component.is_quantised:
+        raise FitError(
+            f"its weights are stored as codes, and not as {dtype.label} numbers in another type",
+            file=rebuilt.base.path,
+            hint="leave out `dtype=`: codes are copied as they are",
+        )
+    layout = lay_out(component, {}, dtype, shard_size, quantised=_CODES_STAY)
     files = tuple(_told(file, rebuilt) for file in layout.files)
     accounts = [*(Account(gone.tensor, "dropped", gone.why) for gone in rebuilt.dropped), *layout.accounts]
     _check_conservation(rebuilt, files, accounts)

@@ -30,7 +30,15 @@ class Tokenizer:
         self._inner = inner
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """Ids of `text`; if it `begins` a sequence, with the begin and end tokens of the model's template."""
+        """Ids of `text`; if it `begins` a sequence, with the begin and end tokens of the model's template.
+
+        Raises:
+            FitError: not a text that UTF-8 can hold.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FitError("a text has half of a surrogate pair, which is no character") from error
         result: list[int] = self._inner.encode(text, add_special_tokens=begins).ids
         return result
 

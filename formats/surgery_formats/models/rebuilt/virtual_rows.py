@@ -52,7 +52,7 @@ def with_virtual_rows(rebuilt: Rebuilt, rows: bytes, count: int, first: int, *, 
                 tensor = _with_rows(tensor, data, count, first)
             tensors.append(tensor)
         shards.append((shard, tensors))
-    config = with_size(dict(component.config), size, max(size, first + count))
+    config = with_size(component.config, size, max(size, first + count))
     origins = dict(rebuilt.origins)
     parted = not keep_tie and component.tied and bool(component.head)
     if parted:

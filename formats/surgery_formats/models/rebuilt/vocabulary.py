@@ -7,8 +7,9 @@ row of zeros would often be.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +84,7 @@ def with_rows(rebuilt: Rebuilt, kept: Sequence[int] | range, added: int = 0) -> 
     }
     if list(kept) != list(range(len(kept))):
         facts["vocabulary"]["ids"] = hashlib.sha256(repr(tuple(kept)).encode()).hexdigest()
-    config = with_size(dict(component.config), size, len(kept) + added)
+    config = with_size(component.config, size, len(kept) + added)
     return with_shards(rebuilt, shards, config, facts, dropped=dropped, origins=rebuilt.origins)
 
 
@@ -93,6 +94,9 @@ def vocabulary_tensors(component: Component, size: int) -> set[str]:
     Raises:
         FitError: one that is stored as codes; or a tensor that has as many rows and is not known.
     """
+    for name in (component.embedding, component.head):
+        if name in component.parameters and component.parameters[name].storage.elements is None:
+            raise FitError("its rows are stored as codes", file=component.folder, tensor=name)
     family = component.family
     known = {component.embedding, component.head, component.aliases.get(component.head, "")}
     known |= {f"{family.head}.bias", "cls.predictions.bias", "lm_head.bias", "final_logits_bias"}
@@ -158,8 +162,9 @@ def mean_row(tensor: StoredTensor) -> bytes:
     return bytes(as_bytes(cast(total / rows, tensor.dtype)))
 
 
-def with_size(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """`config` with a vocabulary of another size."""
+def with_size(given: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
+    """A copy of a configuration, that of its text model included, with a vocabulary of another size."""
+    config = copy.deepcopy(dict(given))
     inner = config.get("text_config")
     holders = [config, inner] if isinstance(inner, dict) else [config]
     for holder in holders:
