@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 __all__ = ["DeltaResult", "FreshResult", "insert"]
 
 _RANK = 16
+_INSERTED = ("bottleneck", "prompt", "prefix")
+_WITHOUT: Mapping[str, tuple[str, ...]] = {
+    "rank": ("ia3",),
+    "alpha": ("ia3", "oft", "vera", *_INSERTED),
+    "targets": _INSERTED,
+}
+"""Kinds that have no use for an argument."""
 
 
 @timed
@@ -165,6 +172,7 @@ def _fresh(
 ) -> FreshResult:
     from surgery.insertion.fresh import FreshOptions, fresh_adapter
 
+    _check_meaningful(kind, asked)
     said = asked["text"]
     if init == "text" and said is None:
         raise UsageError("a prompt that begins as a text needs the text")
@@ -184,6 +192,17 @@ def _fresh(
         format=asked["format"] or ("adapterhub" if kind == "bottleneck" else "peft"),
     )
     return fresh_adapter(model, options, folder, overwrite=overwrite, progress=progress)
+
+
+def _check_meaningful(kind: str, asked: Mapping[str, Any]) -> None:
+    """Refuse what the kind has no use for: it would be ignored.
+
+    Raises:
+        UsageError: such an argument was given.
+    """
+    for name, kinds in _WITHOUT.items():
+        if asked[name] is not None and kind in kinds:
+            raise UsageError(f"{name} has no meaning for the kind {kind}", hint=f"leave out `{name}=`")
 
 
 def _tokens(text: str, model: Checkpoint) -> tuple[int, ...]:
