@@ -72,6 +72,25 @@ def test_a_slot_adds_what_a_merge_would(form: str, required: bool, base: Path, t
     assert not [one.name for one in left.initializer if "lora" in one.name]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_graph_of_an_old_ir_takes_adapters(gated: bool, base: Path, tmp_path: Path):
+    """In IR 3 all weights are inputs, and no input with a default can be given."""
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
+    model = onnx.load(graph)
+    model.ir_version = 3
+    for one in model.graph.initializer:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(one.name, one.data_type, one.dims))
+    onnx.save(model, graph)
+    surgery.insert(graph, adapter, base=base, output=tmp_path / "out", gated=gated)
+    out, feed = tmp_path / "out" / "model.onnx", x_of(graph)
+    before = answer(graph, feed)
+    off = answer(out, {**feed, "strength.style": np.zeros(1, np.float32)}) if gated else answer(out, feed)
+    file = None if gated else tmp_path / "out" / "adapters" / "style.onnx_adapter"
+    assert off.tobytes() == before.tobytes()
+    assert np.abs(answer(out, feed, file) - before).max() > 1e-2 * np.abs(before).max()
+
+
 def test_several_adapters_share_the_slots_of_all(base: Path, tmp_path: Path):
     graph = write_graph(tmp_path / "graph" / "model.onnx", "packed", weights_in(base))
     first = of_first_layer(tmp_path / "first", 0.1, Q_AND_V)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece, Place
+from surgery.onnx.edit.ties import is_told
+from surgery.onnx.edit.uses import graphs_in
 from surgery.onnx.edit.wanted import Wanted
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "TensorChange", "changes_of", "touched_labels"]
 
-_GATHERS = frozenset(("Gather", "GatherBlockQuantized"))
+_GATHERS = frozenset(("Gather", "GatherBlockQuantized", "EmbedLayerNormalization"))
+_KEEPING = frozenset(("Identity", "Cast", "Transpose", "DequantizeLinear"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +55,11 @@ def _label(edit: Edit) -> str:
     return f"{edit.component}:{edit.name}" if edit.component else edit.name
 
 
+def _keeps(edit: Edit) -> bool:
+    """Whether a head that was tied has a tensor of its own now, with the values that it had."""
+    return edit.added and not edit.operations and edit.replaced is None
+
+
 def touched_labels(binding: Binding) -> set[str]:
     """Labels of the weights, as they are stored, that a binding changes."""
     labels = set()
@@ -76,6 +84,8 @@ def changes_of(located: Located, binding: Binding) -> tuple[TensorChange, ...]:
     missing: list[str] = []
     owners: dict[str, Wanted] = {weight.label: weight for weight in located.weights}
     for label, edit in edits.items():
+        if _keeps(edit):
+            continue
         pieces = _pieces(located, binding, edit, edits)
         if pieces is None:
             missing.append(label)
@@ -91,10 +101,48 @@ def changes_of(located: Located, binding: Binding) -> tuple[TensorChange, ...]:
             by_tensor.setdefault(piece.place.name, []).append(Change(piece, edit, fold))
     if missing:
         raise _not_found(missing, located, edits)
+    _check_all_told(located, by_tensor, binding)
     for piece in located.pieces:
         if piece.fold in edits and piece.weight.label not in edits:
             raise FitError(f"is folded into {show(piece.weight.label)}, and an adapter changes it", tensor=piece.fold)
     return tuple(_one_tensor(name, changes, located) for name, changes in by_tensor.items())
+
+
+def _check_all_told(located: Located, by_tensor: Mapping[str, Sequence[Change]], binding: Binding) -> None:
+    """Refuse weights that are in the graph a second time with other values, or that any tensor of one value could be.
+
+    Raises:
+        FitError: there is one.
+    """
+    pieces = [change.piece for changes in by_tensor.values() for change in changes]
+    changed = {piece.weight.label for piece in pieces}
+    for near in located.near:
+        if near.piece.weight.label in changed and not _is_kept_half(near.piece, located, binding):
+            raise FitError(
+                f"holds other values of {show(near.piece.weight.label)}, {near.distance:.2%} away, which is in the graph "
+                "twice and would change once",
+                file=located.graph.path,
+                tensor=near.piece.place.name,
+                hint="export a graph of the merged model",
+            )
+    for piece in pieces:
+        if piece.weight.is_uniform and not is_told(piece, located.pieces, located.graph.proto):
+            raise FitError(
+                f"may be {show(piece.weight.label)}, which is of one value: no name beside it tells",
+                file=located.graph.path,
+                tensor=piece.place.name,
+                hint="export a graph of the merged model",
+            )
+
+
+def _is_kept_half(piece: Piece, located: Located, binding: Binding) -> bool:
+    """Whether a tensor is the half of a parted pair, head or table, that no adapter changes."""
+    component = binding.checkpoint.components[piece.weight.component]
+    if component.name not in binding.untied:
+        return False
+    is_table = bool(_uses(located.graph.proto, piece.place.name) & _GATHERS)
+    edit = binding.edits.get((component.name, component.embedding if is_table else component.head))
+    return edit is None or _keeps(edit)
 
 
 def _one_tensor(name: str, changes: Sequence[Change], located: Located) -> TensorChange:
@@ -141,7 +189,21 @@ def _pieces(located: Located, binding: Binding, edit: Edit, edits: Mapping[str, 
 
 
 def _uses(model: onnx.ModelProto, name: str) -> set[str]:
-    return {node.op_type for node in model.graph.node if name in node.input}
+    """The operators that read a tensor, in bodies, too, and behind nodes that keep its elements."""
+    nodes = [node for inner in graphs_in(model.graph) for node in inner.node]
+    names, found = {name}, set[str]()
+    waiting = [name]
+    while waiting:
+        value = waiting.pop()
+        for node in nodes:
+            if value not in node.input:
+                continue
+            if node.op_type not in _KEEPING:
+                found.add(node.op_type)
+            elif node.output[0] not in names:
+                names.add(node.output[0])
+                waiting.append(node.output[0])
+    return found
 
 
 def _check_shared(piece: Piece, edits: Mapping[str, Edit], binding: Binding) -> None:

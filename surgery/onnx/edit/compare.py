@@ -4,18 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
 from surgery.onnx.edit.turning import turned
+from surgery.onnx.edit.wanted import Wanted
 from surgery_formats.tensors.views import Index
 
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["differing_rows", "is_there", "rows_there", "weight_blocks"]
+__all__ = ["differing_rows", "is_there", "is_weight_there", "rows_there", "weight_blocks"]
 
 _BLOCK = 1 << 18  # elements of a block: two of them, turned, stay in a core's cache
 _STRIP = 1 << 22  # the same where columns of a matrix are read that is too large to be held
@@ -35,6 +37,16 @@ def weight_blocks(piece: Piece, elements: int = _BLOCK) -> Iterator[tuple[int, i
 def is_there(piece: Piece) -> bool:
     """Whether all elements of an exact piece are in the graph, bit for bit."""
     return not any(len(rows) for rows in _differences(piece, early=True))
+
+
+def is_weight_there(piece: Piece, weight: Wanted) -> bool:
+    """Whether another weight, as it is or transposed, is where a piece has its own."""
+    for flipped in (piece.flipped, not piece.flipped):
+        rows, width = (weight.cols, weight.rows) if flipped else (weight.rows, weight.cols)
+        own = piece.weight.rows if piece.flipped else piece.weight.cols
+        if (rows, width) == (len(piece.rows), own) and is_there(replace(piece, weight=weight, flipped=flipped)):
+            return True
+    return False
 
 
 def differing_rows(piece: Piece) -> set[int]:

@@ -87,7 +87,7 @@ def fitting_weights(
 
 
 def _best(aspect: Aspect, at: int, place: Place, weights: Iterable[Wanted], vectors: Vectors) -> Piece | None:
-    best: _Fit | None = None
+    fits: list[_Fit] = []
     for weight in weights:
         for flipped in (False, True):
             rows, width = (weight.cols, weight.rows) if flipped else (weight.rows, weight.cols)
@@ -95,9 +95,20 @@ def _best(aspect: Aspect, at: int, place: Place, weights: Iterable[Wanted], vect
                 continue
             piece = Piece(weight, place, aspect.turned, flipped, range(at, at + rows), range(rows))
             fit = _fit(aspect, at, piece, vectors)
-            if fit is not None and (best is None or fit.misfit < best.misfit):
-                best = fit
-    return None if best is None else best.piece
+            if fit is not None:
+                fits.append(fit)
+    if not fits:
+        return None
+    best = min(fits, key=lambda fit: fit.misfit)
+    coded = isinstance(place, CodedMatrix)  # within a step the nearest need not be the one that was rounded
+    also = [fit.piece for fit in fits if fit is not best and (coded or fit.misfit == best.misfit)]
+    return replace(best.piece, also=tuple(dict.fromkeys(one.weight for one in also if _is_alike(one, best.piece))))
+
+
+def _is_alike(one: Piece, other: Piece) -> bool:
+    """Whether two weights lie in the same way in the same place."""
+    ways = [(piece.flipped, len(piece.rows), piece.factor, piece.fold, piece.fold_plus) for piece in (one, other)]
+    return ways[0] == ways[1]
 
 
 def _samples(aspect: Aspect, at: int, piece: Piece) -> tuple[list[int], list[int], numpy.ndarray, numpy.ndarray]:

@@ -54,12 +54,12 @@ class FoldedWeight:
         Raises:
             FitError: a value does not fit the type.
         """
-        total = values.astype(np.float32)
+        total = values.astype(np.promote_types(values.dtype, np.float32))
         for left, right, turned in self.factors:
             product = left @ right
             total += (product.T if turned else product).reshape(total.shape)
         stored = total.astype(values.dtype)
-        if not np.isfinite(stored.astype(np.float32)).all() and np.isfinite(values.astype(np.float32)).all():
+        if not np.isfinite(stored.astype(total.dtype)).all() and np.isfinite(values.astype(total.dtype)).all():
             raise FitError("the sum does not fit the type of the weight", tensor=self.tensor)
         return stored
 

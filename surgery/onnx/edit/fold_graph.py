@@ -22,6 +22,7 @@ from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Facts, Note
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.adapters.onnx_adapter.names import factor_name
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter
 from surgery_formats.errors import FitError
@@ -126,7 +127,10 @@ def fold_graph(
         dropped = tensors - _tensors(model)
         changed: dict[str, Change] = {name: weight.added_to for name, weight in done.weights.items() if weight.rank}
         changed |= {name: partial(_instead, values) for name, values in baked.items()}
-        facts = {"folded": [{"tensor": tensor, "rank": rank} for tensor, _, rank in folded]}
+        facts = {
+            "folded": [{"tensor": tensor, "rank": rank} for tensor, _, rank in folded],
+            "adapters": [{"name": Path(adapter).name, "weight": weight} for adapter, weight in adapters],
+        }
         written = write_edited(
             graph,
             model,
@@ -193,9 +197,27 @@ def _given(
                 )
             if tensor.name in given:
                 raise FitError("two adapters fill this slot", file=file, tensor=tensor.name, hint="combine them first")
-            values = np.asarray(tensor.read())
-            given[tensor.name] = values * values.dtype.type(weight) if ".lora_B" in tensor.name else values
+            given[tensor.name] = _weighted(tensor.name, np.asarray(tensor.read()), weight, file)
     return given, files
+
+
+def _weighted(name: str, values: Array, weight: float, file: Path) -> Array:
+    """What an adapter with a weight gives an input: its second factors are multiplied, in float32.
+
+    Raises:
+        FitError: the input is no factor's, so that a weight means nothing.
+    """
+    if weight == 1.0:
+        return values
+    found = factor_name(name)
+    if found is None:
+        raise FitError(
+            f"the adapter has the weight {weight:g}, and gives this as it is",
+            file=file,
+            tensor=name,
+            hint="the weight 1",
+        )
+    return values.astype(np.float32) * np.float32(weight) if found.side == "B" else values
 
 
 def _adapters(model: onnx.ModelProto, path: Path) -> dict[str, str]:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from surgery.engine.execute import default_workers
 from surgery.onnx.edit.coded_nodes import coded_matrices
-from surgery.onnx.edit.compare import differing_rows, is_there
+from surgery.onnx.edit.compare import differing_rows, is_there, is_weight_there
 from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_vector, nearest_weights
 from surgery.onnx.edit.matrix import Matrix, float_matrices
 from surgery.onnx.edit.pieces import Piece, Place, compact, count_of
@@ -28,6 +28,9 @@ from surgery.onnx.edit.wanted import Wanted
 from surgery.onnx.edit.whole import Beginnings, whole_weights
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.threads import one_thread
+
+if TYPE_CHECKING:
+    import numpy
 
 __all__ = ["Located", "located_weights"]
 
@@ -154,8 +157,21 @@ class _Search:
         order = {name: number for number, name in enumerate((*self.plain, *self.coded))}
         names = sorted(self.found, key=order.__getitem__)
         pieces = settled_ties([piece for name in names for piece in self.found[name]], self.graph.proto)
-        located = Located(self.graph, self.weights, tuple(pieces), coded={n: m[0] for n, m in self.coded.items()})
+        coded = {name: matrices[0] for name, matrices in self.coded.items()}
+        located = Located(self.graph, self.weights, tuple(pieces), near=self._changed_copies(), coded=coded)
         return self._with_rest(located) if tables else located
+
+    def _changed_copies(self) -> tuple[Near, ...]:
+        """Tensors with other values of weights that matter and were found elsewhere: half of a tied pair, say."""
+        if self.touched is None or self._left():
+            return ()
+        every = [weight for weight in self.weights if not weight.is_vector]
+        near: list[Near] = []
+        for name in (*self.plain, *self.coded):
+            places: Sequence[Place] = self.coded.get(name) or self.plain[name]
+            if name not in self.found and places and places[0].cols > 1:
+                near += [one for one in nearest_weights(places, every) if one.piece.weight.label in self.touched]
+        return tuple(near)
 
     def _matters(self, piece: Piece) -> bool:
         labels = {weight.label for weight in (piece.weight, *piece.also)}
@@ -169,9 +185,17 @@ class _Search:
 
     def _keep_whole(self, proposed: Mapping[str, list[Piece]]) -> None:
         every = [(name, piece) for name, pieces in proposed.items() for piece in pieces]
-        there = self._each(lambda entry: not (self.compare and self._matters(entry[1])) or is_there(entry[1]), every)
-        wrong = {name for (name, _), good in zip(every, there, strict=True) if not good}
-        self.found |= {name: pieces for name, pieces in proposed.items() if name not in wrong}
+        kept: dict[str, list[Piece]] = {name: [] for name in proposed}
+        for (name, _), piece in zip(every, self._each(self._compared, [piece for _, piece in every]), strict=True):
+            kept[name] += [] if piece is None else [piece]
+        self.found |= {name: pieces for name, pieces in kept.items() if len(pieces) == len(proposed[name])}
+
+    def _compared(self, piece: Piece) -> Piece | None:
+        """The piece with those of its weights that are there in full; of several always, of one if that is asked for."""
+        if not self._matters(piece) or not (self.compare or piece.also):
+            return piece
+        there = [one for one in (piece.weight, *piece.also) if is_weight_there(piece, one)]
+        return replace(piece, weight=there[0], also=tuple(there[1:])) if there else None
 
     def _left(self) -> list[Wanted]:
         """Weights that matter and are not found wholly yet."""
@@ -198,10 +222,8 @@ class _Search:
         """Factors, folds and codes, where values were not found."""
         left = [weight for weight in self._left() if not weight.is_vector]
         beside = names_beside(self.graph.proto) if self.coded or left else {}
-        wanted = left if not self.coded else [w for w in self.weights if not w.is_vector]
-        if not left:
-            return
-        partly = {name for name, pieces in self.found.items() if not _fills(pieces)}
+        wanted = [w for w in self.weights if not w.is_vector]  # in a second place, too; and those with equal values
+        partly = {name for name, pieces in self.found.items() if left and not _fills(pieces)}
         names = [name for name in (*self.plain, *self.coded) if name not in self.found or name in partly]
         by_label = {weight.label: weight for weight in self.weights}
 
@@ -211,17 +233,19 @@ class _Search:
                 return []
             texts = beside.get(name, ((name, 0.0),))
             here = [piece.weight for piece in self.found.get(name, ()) if piece.weight not in left]
-            likely = sorted(wanted if name in self.coded else (*left, *here), key=lambda each: -affinity(each, texts))
+            some = wanted if name in self.coded or name not in self.found else (*left, *here)
+            likely = sorted(some, key=lambda each: -affinity(each, texts))
             found = []
             for piece in fitting_weights(places, likely, self.vectors):
                 fold = by_label[piece.fold] if piece.fold else None
                 values = None if fold is None else fold.block(0, fold.rows).reshape(-1).astype("f8") + piece.fold_plus
-                as_is = piece.factor == 1 and fold is None and not piece.row_factors and not piece.weight.operations
-                same = as_is and isinstance(piece.place, Matrix)
-                error = (0.0 if is_there(piece) else None) if same else measured(piece, values)
-                if error is None:
+                tries = [(replace(piece, weight=one, also=()), values) for one in (piece.weight, *piece.also)]
+                errors = [(one.weight, _error(one, fold)) for one, fold in tries]
+                fits = [(weight, error) for weight, error in errors if error is not None]
+                if not fits:
                     return []
-                found.append(replace(piece, error=error))
+                also = tuple(weight for weight, _ in fits[1:])
+                found.append(replace(piece, weight=fits[0][0], error=fits[0][1], also=also))
             return found
 
         for name, pieces in zip(names, self._each(fit, names), strict=True):
@@ -268,6 +292,14 @@ def _only_equal(piece: Piece) -> Piece:
     kept = [number for number in range(len(piece.rows)) if number not in wrong]
     graph_rows, rows = (compact([index[number] for number in kept]) for index in (piece.graph_rows, piece.rows))
     return replace(piece, graph_rows=graph_rows, rows=rows)
+
+
+def _error(piece: Piece, fold: numpy.ndarray | None) -> float | None:
+    """See `measured`; what should be there bit for bit has no error, or is not there."""
+    as_is = piece.factor == 1 and fold is None and not piece.row_factors and not piece.weight.operations
+    if as_is and isinstance(piece.place, Matrix):
+        return 0.0 if is_there(piece) else None
+    return measured(piece, fold)
 
 
 def _fills(pieces: Iterable[Piece]) -> bool:

@@ -34,18 +34,35 @@ __all__ = ["Change", "editable", "write_edited"]
 Array = npt.NDArray[Any]
 Change = Callable[[Array], Array]
 
+_OPTIONAL_INPUTS = 4  # version of the IR
 _LIMIT = 2_000_000_000  # bytes of a protocol buffer; readers refuse 2 GiB
 _LARGEST_SIDE = 1 << 28
 _WEIGHTS = (".onnx", ".data", ".onnx_adapter", ".bin", ".ort")
 
 
-def editable(graph: OnnxGraph) -> onnx.ModelProto:
-    """The model of a graph with the values that are inside its file, for editing."""
+def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
+    """The model of a graph with the values that are inside its file, for editing.
+
+    Args:
+        graph: The graph.
+        inputs: Whether it is to get optional inputs, which IR 3 and older do not have: there all weights are listed as inputs
+            and none can be given.
+
+    Raises:
+        FitError: it is too large.
+    """
     import onnx
 
     if graph.file.size > _LIMIT:
         raise FitError(f"a graph of more than {human(_LIMIT)} cannot be parsed", file=graph.path)
-    return onnx.load_model_from_string(bytes(graph.file.read(0, graph.file.size)))
+    model = onnx.load_model_from_string(bytes(graph.file.read(0, graph.file.size)))
+    if inputs and model.ir_version < _OPTIONAL_INPUTS:
+        stored = {one.name for one in model.graph.initializer}
+        real = [one for one in model.graph.input if one.name not in stored]
+        del model.graph.input[:]
+        model.graph.input.extend(real)
+        model.ir_version = _OPTIONAL_INPUTS
+    return model
 
 
 def write_edited(

@@ -346,7 +346,9 @@ def _codes(
         check_finite(values, place.scale_dtype, label)
         new, scales, rounded = place.chosen(start, values)
         old = place.codes.read(start, end)[:, : place.cols]
-        new = numpy.where((values == before) & (rounded == before), old, new)
+        same_scales = place.spread(place.scale_values, start, end) == _spread(scales, place, values.shape)
+        kept_codes = ((values == before) & (rounded == before)) | ((values == base) & same_scales)  # whoever chose them
+        new, rounded = numpy.where(kept_codes, old, new), numpy.where(kept_codes, before, rounded)
         sinks[0].put(place.codes.byte_of(start), memoryview(place.code_bytes(start, new)))
         if len(sinks) > 1:
             first = start // place.tile[0] * place.scale_values.shape[1]
@@ -362,6 +364,12 @@ def _codes(
     tally = CodeChange(codes, moved, "nearest", "fresh" if grown else "kept")
     whole = Measurement(sinks[0].digest, changed, sampled, moved, *kept, tally)
     return whole, *(Measurement(sink.digest, changed) for sink in sinks[1:])
+
+
+def _spread(scales: numpy.ndarray, place: CodedMatrix, shape: tuple[int, ...]) -> numpy.ndarray:
+    """Scales by tile, for every element."""
+    height, width = place.tile
+    return numpy.repeat(numpy.repeat(scales, width, axis=1)[:, : shape[1]], height, axis=0)[: shape[0]]
 
 
 def _strips(weight: CodedWeight) -> Iterator[tuple[int, int]]:

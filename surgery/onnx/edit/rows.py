@@ -126,6 +126,10 @@ def _pieces(aspect: Aspect, matrix: Matrix, index: RowIndex) -> list[Piece]:
             fits = (table.owner[span] == owner[beside]) & (table.row[span] == row[beside] + step)
             if fits.any():
                 owner[at], row[at] = owner[beside], row[beside] + step
+    doubtful = [
+        at for at in several.tolist() if owner[at] >= 0 and _is_doubtful(at, owner, row, table, low[at], high[at])
+    ]
+    owner[doubtful] = -1
     pieces = []
     for number in numpy.unique(owner[owner >= 0]):
         there = numpy.flatnonzero(owner == number)
@@ -134,3 +138,15 @@ def _pieces(aspect: Aspect, matrix: Matrix, index: RowIndex) -> list[Piece]:
             Piece(weight, matrix, aspect.turned, flipped, compact(there.tolist()), compact(row[there].tolist()))
         )
     return pieces
+
+
+def _is_doubtful(at: int, owner: numpy.ndarray, row: numpy.ndarray, table: _Rows, low: int, high: int) -> bool:
+    """Whether the row on one side says that this is another of several equal rows than the row on the other side says."""
+    for step in (-1, 1):
+        beside = at + step
+        if 0 <= beside < len(owner) and owner[beside] >= 0:
+            fits = (table.owner[low:high] == owner[beside]) & (table.row[low:high] + step == row[beside])
+            own = (table.owner[low:high] == owner[at]) & (table.row[low:high] == row[at])
+            if (fits & ~own).any():
+                return True
+    return False

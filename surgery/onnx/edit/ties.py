@@ -16,7 +16,7 @@ from surgery.onnx.edit.wanted import Wanted
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["affinity", "bound_together", "names_beside", "settled_ties"]
+__all__ = ["affinity", "bound_together", "is_told", "names_beside", "settled_ties"]
 
 _TOKEN = re.compile(r"[A-Za-z]+|[0-9]+")
 _REACH = 3  # operators behind a tensor whose names are looked at
@@ -101,6 +101,28 @@ def bound_together(model: onnx.ModelProto) -> Mapping[str, Mapping[str, float]]:
     return found
 
 
+class _Likeness:
+    """How likely a tensor is a weight, by names and by what is added behind its module's weight."""
+
+    def __init__(self, pieces: Sequence[Piece], model: onnx.ModelProto) -> None:
+        self._beside, self._together = names_beside(model), bound_together(model)
+        self._modules: dict[str, list[str]] = {}
+        for piece in pieces:
+            if not piece.also:
+                self._modules.setdefault(piece.weight.label.rpartition(".")[0], []).append(piece.place.name)
+
+    def of(self, tensor: str, weight: Wanted) -> float:
+        """1 and more is certain."""
+        together = [self._together.get(one, {}) for one in self._modules.get(weight.label.rpartition(".")[0], ())]
+        near = [1.5 - beyond[tensor] for beyond in together if tensor in beyond]
+        return max([affinity(weight, self._beside.get(tensor, ((tensor, 0.0),))), *near])
+
+
+def is_told(piece: Piece, pieces: Sequence[Piece], model: onnx.ModelProto) -> bool:
+    """Whether more than its values tells that a tensor is a weight."""
+    return _Likeness(pieces, model).of(piece.place.name, piece.weight) >= _TELLING
+
+
 def settled_ties(pieces: Sequence[Piece], model: onnx.ModelProto) -> list[Piece]:
     """Every piece with the weight that it is most likely to be, of those that have its values.
 
@@ -115,17 +137,10 @@ def settled_ties(pieces: Sequence[Piece], model: onnx.ModelProto) -> list[Piece]
     if not groups:
         return list(pieces)
     done = list(pieces)
-    beside, together = names_beside(model), bound_together(model)
-    modules: dict[str, list[str]] = {}
-    for piece in pieces:
-        if not piece.also:
-            modules.setdefault(piece.weight.label.rpartition(".")[0], []).append(piece.place.name)
+    likeness = _Likeness(pieces, model)
 
     def score(number: int, weight: Wanted) -> float:
-        name = pieces[number].place.name
-        beyond = [together.get(of, {}).get(name) for of in modules.get(weight.label.rpartition(".")[0], ())]
-        near = [1.5 - away for away in beyond if away is not None]
-        return max([affinity(weight, beside.get(name, ((name, 0.0),))), *near])
+        return likeness.of(pieces[number].place.name, weight)
 
     for numbers in groups.values():
         first = pieces[numbers[0]]

@@ -119,6 +119,15 @@ class Wanted:
         rows, cols = self.sampled
         return numpy.concatenate([self.block(row, row + 1)[:, cols] for row in rows])
 
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all its values are one, so that other tensors are likely to have them, too."""
+        if self.sample.size and (self.sample != self.sample[0, 0]).any():
+            return False
+        height = max(1, BLOCK_ELEMENTS // max(self.cols, 1))
+        starts = range(0, self.rows, height)
+        return all((self.block(at, min(at + height, self.rows)) == self.corner[0, 0]).all() for at in starts)
+
     def heads(self) -> numpy.ndarray:
         """The first `KEY` elements of every row."""
         import numpy

@@ -156,7 +156,7 @@ def insert_adapters(
     graph = open_graph(path)
     bounds = [bound_additions(named.adapter, checkpoint, is_small) for named in adapters]
     _check_replaced(bounds, required=required, gated=gated)
-    model = editable(graph)
+    model = editable(graph, inputs=True)
     replaced = replaced_tensors(graph, model, checkpoint, bounds)
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)

@@ -69,7 +69,7 @@ def insert_modules(
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     graph, component = open_graph(path), checkpoint.main
-    model = editable(graph)
+    model = editable(graph, inputs=True)
     before = len(model.graph.node)
     slots = ModuleSlots.of([named.modules for named in adapters])
     _check(adapters, slots)

@@ -378,6 +378,25 @@ def test_codes_hold_the_merge_within_their_step(
     assert surgery.locate(tmp_path / "out", base, adapters=adapter).located.covered[PLACES["q"]] == 1
 
 
+def test_codes_of_rows_that_no_update_reaches_stay_whoever_chose_them(tmp_path: Path, base: Path) -> None:
+    """A value half-way between two codes may have been rounded either way."""
+    weight = WEIGHTS[PLACES["q"]].copy()
+    tensors, node = nbits("a", weight, 8, 24)
+    scales, codes = numpy_helper.to_array(tensors[1]), numpy_helper.to_array(tensors[0]).copy()
+    weight[1] = ((codes[1].reshape(-1)[:24].astype("f8") - 128 + 0.5) * scales[1]).astype("f4")  # now half a step above
+    base = base_of(tmp_path / "base", {**WEIGHTS, PLACES["q"]: weight})
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("a_q", codes), *tensors[1:]], [node])
+    adapter = lora(tmp_path / "adapter", "q", size=0.3)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    (name,) = (name for name in factors if "lora_B" in name)
+    factors[name][1] = 0
+    save_file(factors, adapter / "adapter_model.safetensors")
+    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
+    after = values_in(tmp_path / "out" / "g.onnx")["a_q"]
+    assert not np.array_equal(after[0], codes[0])
+    assert np.array_equal(after[1], codes[1])
+
+
 def test_a_finished_file_is_taken_up_again_only_if_its_tensors_are_whole(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T)], external=True)
     adapter = lora(tmp_path / "adapter", "q")
