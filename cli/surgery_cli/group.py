@@ -25,7 +25,7 @@ COMMANDS = {
     "merge": "Merge adapters into a base model.",
     "unmerge": "Take a merge back.",
     "extract-lora": "Extract a LoRA from a full fine-tune.",
-    "insert": "Insert trained tensors or adapters into a model or a graph, or begin an adapter.",
+    "insert": "Insert trained tensors or adapters into a model or graph; begin new ones.",
     "locate": "Find a checkpoint's weights in an ONNX graph.",
     "fold": "Fold the LoRA branches of an ONNX graph into the weights beside them.",
     "strip": "Take the exporting machine's paths and lines of source out of an ONNX graph.",

@@ -285,8 +285,14 @@ def test_a_failed_residual_leaves_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("kind", "option"),
-    [("ia3", {"rank": 4}), ("oft", {"alpha": 2}), ("vera", {"alpha": 2}), ("prompt", {"targets": "mlp"}), ("bottleneck", {"targets": "q_proj"})],
-)  # fmt: skip
+    [
+        ("ia3", {"rank": 4}),
+        ("oft", {"alpha": 2}),
+        ("vera", {"alpha": 2}),
+        ("prompt", {"targets": "mlp"}),
+        ("bottleneck", {"targets": "all"}),
+    ],
+)
 def test_what_a_kind_has_no_use_for_is_refused(kind: str, option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(surgery.UsageError, match=f"^{name} has no meaning for the kind {kind}"):
