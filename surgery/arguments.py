@@ -19,6 +19,7 @@ _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "bool": (lambda value: isinstance(value, bool), "True or False"),
     "int": (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "a whole number"),
     "float": (lambda value: isinstance(value, Real) and not isinstance(value, bool), "a number"),
+    "str | None": (lambda value: isinstance(value, str), "a text"),
     "Callback": (callable, "a function that takes a surgery.Progress"),
     "Callable[[int, str], None]": (callable, "a function that takes a number and a text"),
     "Engine": (lambda value: hasattr(value, "computing"), "an engine such as surgery.engine.shares.Shares"),
@@ -49,7 +50,7 @@ def check_types(annotations: Mapping[str, str], arguments: Mapping[str, object])
     """
     for name, value in arguments.items():
         annotation = annotations.get(name, "")
-        expected = _EXPECTED.get(annotation.removesuffix(" | None"))
+        expected = _EXPECTED.get(annotation) or _EXPECTED.get(annotation.removesuffix(" | None"))
         if expected and not (value is None and annotation.endswith(" | None")) and not expected[0](value):
             raise wrong_type(value, name, expected[1])
 

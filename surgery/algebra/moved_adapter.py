@@ -14,6 +14,7 @@ from surgery.engine.conversion import Conversion, bound_source, plan_conversion,
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.rebuild.layers_result import AdapterBeside
 from surgery.progress import Callback
+from surgery.reports.request import unrecorded
 from surgery_formats.adapters.contents import contents_of
 from surgery_formats.adapters.format import Format, Inheriting, what_to_tell
 from surgery_formats.adapters.registry import format_to_write
@@ -137,7 +138,8 @@ class MovePlan:
             original.path,
         )
         options = WriteOptions(output, (original.path,), original.files_beside, overwrite, progress)
-        return write_conversion(conversion, options, result)
+        with unrecorded():
+            return write_conversion(conversion, options, result)
 
 
 def plan_move(adapter: Adapter, rebuilt: Rebuilt) -> MovePlan:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.refs import resolve
 
-__all__ = ["NOT_RECORDED", "InputNames", "input_digest", "rank_fields", "recorded_recipe", "takes_references"]
+__all__ = [
+    "NOT_RECORDED",
+    "InputNames",
+    "input_digest",
+    "rank_fields",
+    "recorded_recipe",
+    "takes_references",
+    "with_file",
+]
 
 NOT_RECORDED = frozenset(
     {
@@ -61,7 +70,9 @@ def recorded_recipe() -> dict[str, Any]:
         if name in NOT_RECORDED or value is parameter.default or _is_nothing(value):
             continue
         annotation = str(parameter.annotation)
-        if takes_references(annotation) or isinstance(value, os.PathLike):
+        if name == "vocab":
+            step[name] = with_file(value, partial(names.name_of, name))
+        elif takes_references(annotation) or isinstance(value, os.PathLike):
             step[name] = names.recorded(name, value)
         elif isinstance(value, Rank):
             step |= rank_fields(value)
@@ -70,6 +81,12 @@ def recorded_recipe() -> dict[str, Any]:
         else:
             step[name] = _plain(value)
     return {"recipe": {"inputs": names.inputs, "steps": [step], "version": __version__}}
+
+
+def with_file(vocab: str, named: Callable[[str], str]) -> str:
+    """``trim=FILE`` with something else for the file; other texts as they are."""
+    way, sign, file = vocab.partition("=")
+    return f"{way}={named(file)}" if way == "trim" and sign else vocab
 
 
 def _plain(value: Any) -> Any:

@@ -45,6 +45,8 @@ ALL_KINDS = (*KINDS, *INSERTED_KINDS)
 _FORMATS = ("peft", "adapterhub", "mlx")
 _OF_LORAS = ("lora", "rslora", "dora")
 _CONVERTIBLE = "initial"
+_MOST = 1 << 20  # directions, or virtual tokens
+_LARGEST_SEED = (1 << 63) - 1  # of torch's generators, which VeRA's projections are drawn with
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class FreshOptions:
                 raise FitError(
                     f"no {what} '{show(value)}'", hint=closest(value, known) or f"there are {', '.join(known)}"
                 )
+        if self.rank > _MOST:
+            raise FitError(f"rank is {self.rank}, and at most {_MOST}")
+        if self.seed > _LARGEST_SEED:
+            raise FitError(f"seed is {self.seed}, and at most {_LARGEST_SEED}")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise FitError(f"alpha is {self.alpha:g}, not a positive number")
         if self.init not in ("default", "text") and self.kind not in _OF_LORAS:

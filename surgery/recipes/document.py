@@ -6,6 +6,7 @@ Only events of the parser are used, so that nothing is constructed that a file c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ __all__ = ["Entry", "Text", "Value", "read_document"]
 
 _LIMIT = 1 << 20  # bytes
 _EVENTS, _DEPTH = 50_000, 16
+_POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+"""Numbers such as 1e-3, which are texts in YAML 1.1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,10 @@ class _Reader:
         known: Mapping[str, Any] = {"null": lambda node: None, "bool": self._loader.construct_yaml_bool}
         known |= {"int": self._loader.construct_yaml_int, "float": self._loader.construct_yaml_float}  # type: ignore[operator]
         kind = tag.rpartition(":")[2]
-        if kind not in known:
-            return str(event.value)  # a date is a text here
+        if kind == "str" and len(event.value) < 100 and _POWER_OF_TEN.fullmatch(event.value):
+            return float(event.value)
+        if kind not in known or ":" in event.value:
+            return str(event.value)  # dates, and YAML 1.1's 1:30, which is 90, are texts here
         if len(event.value) > 100:
             raise MalformedError(f"line {line}: a number of {len(event.value)} characters", file=self._path)
         try:

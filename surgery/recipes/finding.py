@@ -10,8 +10,8 @@ from typing import Any
 
 from surgery._version import __version__
 from surgery.engine.inputs import StrPath, as_path
-from surgery.engine.recorded import InputNames, input_digest
-from surgery.recipes.recipe import Input, Recipe
+from surgery.engine.recorded import InputNames, input_digest, with_file
+from surgery.recipes.recipe import Input, Recipe, Step
 from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.text import closest, show
@@ -76,17 +76,21 @@ def _places(manifest: Path) -> Iterator[Path]:
                 yield Path(entry.path)
 
 
-def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path]) -> Mapping[str, Any]:
-    """The recipe for the manifest: inputs by name and content, and every reference as one of them."""
+def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path], last: Step) -> Mapping[str, Any]:
+    """The part of a recipe that leads to the result of a step, for its manifest.
+
+    Inputs are said by name and content, and every reference is one of them, or an earlier result.
+    """
     if recipe.recorded is not None:
         return {**recipe.recorded["recipe"], "version": __version__}
     names, steps = InputNames(), []
-    results = {step.name for step in recipe.steps if step.name}
-    for step in recipe.steps:
-        if step.verb == "verify":
-            continue  # it changes nothing, and looks at what is not there yet
+    leading = _leading(recipe, last)
+    results = {step.name for step in leading if step.name}
+    for step in leading:
         kept: dict[str, Any] = {"verb": step.verb, **step.arguments}
         kept.pop("adapter_output", None)
+        if isinstance(vocab := kept.get("vocab"), str):
+            kept["vocab"] = with_file(vocab, lambda file: names.name_of("vocab", inputs.get(file, file)))
         for argument, given in step.references.items():
             said = []
             for reference in given:
@@ -98,5 +102,18 @@ def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path]) -> Mapping[str, Any]
             kept[argument] = said[0] if len(said) == 1 and isinstance(said[0], str) else said
         if step.name:
             kept["as"] = step.name
+        if step.output and step is not leading[-1]:
+            kept["output"] = True
         steps.append(kept)
     return {"inputs": names.inputs, "steps": steps, "version": __version__}
+
+
+def _leading(recipe: Recipe, last: Step) -> list[Step]:
+    """The steps that a step needs, in their order, and it."""
+    wanted, found = {last.number}, []
+    for step in reversed(recipe.steps):
+        if step.number in wanted:
+            found.append(step)
+            names = {one.text.removesuffix(".adapter") for given in step.references.values() for one in given}
+            wanted |= {one.number for one in recipe.steps[: step.number - 1] if one.name in names - {""}}
+    return found[::-1]

@@ -45,6 +45,8 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
         elif not own:
             hint = "name the folder to make: `output=OUT`" if recipe.recorded is not None else "give it an `output:`"
             raise step.fail("its result is written nowhere, and no step uses it", hint)
+        elif step.written:
+            place = "temporary"
         elif _can_fold(step, own) and not rebuilt & {one.text for one in step.references.get("base", ())}:
             place = "folded"
             folded[step.name] = step

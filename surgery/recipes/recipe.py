@@ -85,6 +85,7 @@ class Step:
         references: By parameter: what it names; whether as a list.
         name: Of its result, or empty.
         output: Where it is written, or empty.
+        written: Whether it was written to an output when the manifest was made: later steps read rounded values then.
     """
 
     number: int
@@ -94,6 +95,7 @@ class Step:
     references: Mapping[str, tuple[Reference, ...]]
     name: str = ""
     output: str = ""
+    written: bool = False
 
     @property
     def title(self) -> str:
@@ -154,7 +156,9 @@ def read_recipe(path: Path) -> Recipe:
             recipe = manifest.get("recipe")
             if not isinstance(recipe, Mapping):
                 raise FitError(
-                    "says not by which command it was made", file=path, hint="older manifests do not; run the command"
+                    "says not by which command it was made",
+                    file=path,
+                    hint="run the command: older manifests name none, nor do those of a command's second output",
                 )
             return _recipe(path, _entry(recipe), manifest)
     if path.is_dir():
@@ -245,7 +249,11 @@ def _step(path: Path, number: int, entry: Value) -> Step:
         if key in _OWN and not (step.verb == "verify" and key == "output"):
             continue
         if (name not in parameters and not ranked) or (name in NOT_RECORDED - {"workers", "adapter_output", "output"}):
-            hint = closest(name.replace("_", "-"), [one.replace("_", "-") for one in parameters])
+            of_apply = name in ("overwrite", "dry_run", "progress")
+            known = sorted(
+                {one.replace("_", "-") for one in parameters} - {one.replace("_", "-") for one in NOT_RECORDED}
+            )
+            hint = "it is an option of apply itself" if of_apply else closest(name.replace("_", "-"), known)
             raise step.fail(f"'{show(key)}' (line {value.line}) is no option of {step.verb}", hint)
         annotation = "" if ranked else str(parameters[name].annotation)
         if takes_references(annotation) and name != "adapter_output":
@@ -254,9 +262,10 @@ def _step(path: Path, number: int, entry: Value) -> Step:
             arguments[name] = _plain(step, key, value, annotation)
     texts = {key: one.text for key, one in fields.items() if isinstance(one, Text)}
     name, output = texts.get("as", ""), "" if step.verb == "verify" else texts.get("output", "")
+    written = entry.line == 0 and isinstance(told := fields.get("output"), Text) and told.value is True  # of a manifest
     if "as" in fields and not _NAME.fullmatch(name):
         raise step.fail(f"'{show(name)}' is no name for a result", "letters, digits, _ and -")
-    return Step(number, entry.line, step.verb, arguments, references, name, output)
+    return Step(number, entry.line, step.verb, arguments, references, name, "" if written else output, written)
 
 
 def _references(step: Step, value: Value) -> list[Reference]:

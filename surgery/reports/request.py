@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Request", "asked", "current_request"]
+__all__ = ["Request", "asked", "current_request", "unrecorded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,16 @@ def asked(request: Request) -> Iterator[None]:
         yield
         return
     token = _CURRENT.set(request)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A context whose outputs name no recipe: they are a second result of a verb, and a recipe makes the first."""
+    token = _CURRENT.set(None)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.inputs import StrPath, as_path, local_path
+from surgery.engine.recorded import with_file
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.recipes.apply_result import ApplyResult, Done, Place
@@ -68,7 +69,7 @@ def apply(
     found = found_inputs(read, inputs or {})
     if dry_run:
         return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
-    with asked(Request(apply, recipe=kept_recipe(read, found))), _temporary(placed) as folder:
+    with _temporary(placed) as folder:
         kitchen = _Kitchen(read, found, folder, overwrite, progress)
         done = tuple(kitchen.do(step, place) for step, place in placed)
     result = ApplyResult(done[-1].output, done, None, tuple(kitchen.warnings))
@@ -78,7 +79,8 @@ def apply(
 @contextmanager
 def _temporary(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
     """A folder beside the last output, on its disk; gone afterwards, whatever happens."""
-    if all(place != "temporary" for _, place in placed):
+    moved = (step for step, place in placed if place == "output" and step.verb == "layers")
+    if all(place != "temporary" for _, place in placed) and not any("adapter" in step.references for step in moved):
         yield None
         return
     outputs = [Path(step.output) for step, place in placed if place == "output"]
@@ -178,12 +180,13 @@ class _Kitchen:
             result: Result = step.function(**arguments)
             return replace(done, result=result)
         output = Path(step.output) if place == "output" else self._place(step)
+        if arguments.get("adapter") is not None and "adapter_output" in _parameters(step):
+            arguments.setdefault("adapter_output", self._beside(step))
         if "progress" in _parameters(step):
             arguments["progress"] = self.progress
-        if step.verb == "layers" and "adapter" in arguments and place == "temporary":
-            arguments["adapter_output"] = output.with_name(f"{output.name}-adapter")
         arguments["overwrite"] = self.overwrite and place == "output"
-        result = step.function(**arguments, output=output)
+        with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step))):
+            result = step.function(**arguments, output=output)
         self.warnings += result.warnings
         if step.name:
             self.results[step.name] = output
@@ -191,6 +194,11 @@ class _Kitchen:
             if beside is not None:
                 self.results[f"{step.name}.adapter"] = Path(beside)
         return replace(done, output=output if place == "output" else None, result=result)
+
+    def _beside(self, step: Step) -> Path:
+        """Where an adapter is moved to that the recipe writes nowhere."""
+        assert self.folder is not None
+        return self.folder / f"{step.name or step.number}.adapter"
 
     def _place(self, step: Step) -> Path:
         """Where a result is written that only later steps read; formats of one file are told by their ending."""
@@ -200,14 +208,16 @@ class _Kitchen:
         to = step.arguments.get("to")
         if step.verb == "convert" and isinstance(to, str) and (target := format_to_write(to)).single_file:
             suffix = {"gguf": ".gguf", "torchtune": ".pt", "keras": ".lora.h5"}.get(target.name, ".safetensors")
-            return self.folder / f"{step.number}{suffix}"
-        return self.folder / f"{step.number}"
+            return self.folder / f"{step.name or step.number}{suffix}"
+        return self.folder / (step.name or str(step.number))
 
     def _arguments(self, step: Step) -> dict[str, Any]:
         arguments = dict(step.arguments)
         ranked = {name: arguments.pop(name) for name in RANKED if name in arguments and _is_ranked(step)}
         if ranked:
             arguments["rank"] = _rank(step, ranked)
+        if isinstance(vocab := arguments.get("vocab"), str):
+            arguments["vocab"] = with_file(vocab, lambda file: str(self.inputs.get(file, file)))
         for name, given in step.references.items():
             several = "AdaptersLike" in str(_parameters(step)[name].annotation)
             found = [self._resolved(step, reference, several=several) for reference in given]

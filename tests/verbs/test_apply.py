@@ -302,3 +302,99 @@ def test_numbers_of_layers_are_texts_where_a_text_is_meant(kitchen: Path):
         load_file("o/model.safetensors")["model.layers.0.mlp.up_proj.weight"],
         load_file("examples/base/model.safetensors")["model.layers.3.mlp.up_proj.weight"],
     )
+
+
+def again(folder: str, **inputs: str) -> bool | None:
+    """Whether the manifest of a folder gives its bytes again."""
+    result = surgery.apply(f"{folder}/surgery_manifest.json", output=f"{folder} again", inputs=inputs)
+    return result.same and files_of(Path(folder)) == files_of(Path(f"{folder} again"))
+
+
+def test_the_manifest_of_each_output_holds_the_steps_that_lead_to_it(kitchen: Path):
+    """Another output's are not among them, and later ones neither."""
+    surgery.apply(
+        write("""\
+steps:
+  - {verb: merge, base: examples/base, adapters: examples/lora, output: first, as: merged}
+  - {verb: merge, base: examples/base, adapters: examples/dora, output: other}
+  - {verb: layers, base: merged, drop: 2, output: last}
+""")
+    )
+    steps = {
+        name: json.loads(Path(name, "surgery_manifest.json").read_text())["recipe"]["steps"]
+        for name in ("first", "last")
+    }
+    assert [[step["verb"] for step in some] for some in steps.values()] == [["merge"], ["merge", "layers"]]
+    lora = {"base": "examples/base", "adapters": "examples/lora"}
+    assert again("first", **lora)
+    assert again("last", **lora)
+    assert again("other", base="examples/base", adapters="examples/dora")
+
+
+@pytest.mark.parametrize("how", ["output: shallow", "dtype: fp32", "output: shallow, adapter-out: moved"])
+def test_an_adapter_is_moved_with_layers_that_are_written_too(how: str, kitchen: Path):
+    surgery.apply(
+        write(f"""\
+steps:
+  - {{verb: layers, base: examples/base, drop: 2, adapter: examples/lora, {how}, as: shallow}}
+  - {{verb: merge, base: shallow, adapters: shallow.adapter, output: merged}}
+""")
+    )
+    dtype = "fp32" if "dtype" in how else "keep"
+    surgery.layers("examples/base", drop="2", output="a", adapter="examples/lora", adapter_output="b", dtype=dtype)
+    surgery.merge("a", "b", output="two")
+    assert largest(kitchen / "merged", kitchen / "two") == 0
+    assert Path("moved").exists() == ("adapter-out" in how)
+    assert not list(kitchen.glob(".surgery*"))
+    same = again("merged", base="examples/base", adapter="examples/lora")
+    assert same or "adapter-out" in how  # the model card names the folder of the adapter
+    assert Path("merged/model.safetensors").read_bytes() == Path("merged again/model.safetensors").read_bytes()
+
+
+def test_a_model_whose_adapter_was_moved_is_made_again_and_the_adapter_names_no_recipe(kitchen: Path):
+    surgery.layers("examples/base", drop="2", output="out", adapter="examples/lora", adapter_output="moved")
+    assert again("out", base="examples/base", adapter="examples/lora")
+    with pytest.raises(surgery.FitError, match="says not by which command it was made"):
+        surgery.apply("moved/surgery_manifest.json", output="never")
+
+
+@pytest.mark.parametrize("how", ["command", "recipe"])
+def test_a_list_of_tokens_is_an_input_by_its_content(how: str, kitchen: Path):
+    (kitchen / "deep").mkdir()
+    Path("deep/ids.json").write_text(json.dumps(list(range(50))))
+    ids = str(kitchen / "deep" / "ids.json")
+    if how == "command":
+        surgery.layers("examples/base", vocab=f"trim={ids}", output="out")
+    else:
+        surgery.apply(
+            write(f"steps:\n  - {{verb: layers, base: examples/base, vocab: trim={ids}, output: out}}\n"),
+        )
+    kept = json.loads(Path("out/surgery_manifest.json").read_text())["recipe"]
+    assert kept["steps"] == [{"verb": "layers", "base": "base", "vocab": "trim=vocab"}]
+    assert str(kitchen).encode() not in b"".join(files_of(kitchen / "out").values())
+    assert again("out", base="examples/base", vocab="deep/ids.json")
+    Path("deep/ids.json").write_text(json.dumps(list(range(51))))
+    with pytest.raises(surgery.FitError, match="is not the input 'vocab'"):
+        surgery.apply("out/surgery_manifest.json", output="never", inputs={"base": "examples/base", "vocab": ids})
+
+
+def test_powers_of_ten_are_numbers_and_times_of_day_are_none(kitchen: Path):
+    surgery.apply(write("steps:\n  - {verb: merge, base: examples/base, adapters: {examples/lora: 5e-1}, output: o}\n"))
+    surgery.merge("examples/base", {"examples/lora": 0.5}, output="two")
+    assert largest(kitchen / "o", kitchen / "two") == 0
+    with pytest.raises(surgery.UsageError, match="is no number"):
+        surgery.apply(
+            write("steps:\n  - {verb: merge, base: examples/base, adapters: {examples/lora: 1:30}, output: p}\n")
+        )
+
+
+@pytest.mark.parametrize("value", ["yes", "[0, 1]", "{a: b}"])
+def test_a_text_is_no_list(value: str, kitchen: Path):
+    with pytest.raises(surgery.UsageError, match=r"step 1 \(layers\), line 2: keep is a text, not"):
+        surgery.apply(write(f"steps:\n  - {{verb: layers, base: examples/base, keep: {value}, output: o}}\n"))
+
+
+def test_an_option_of_apply_is_said_to_be_one(kitchen: Path):
+    with pytest.raises(surgery.UsageError) as raised:
+        surgery.apply(write("steps:\n  - {verb: layers, base: examples/base, keep: 1, overwrite: yes, output: o}\n"))
+    assert raised.value.hint == "it is an option of apply itself"

@@ -17,8 +17,12 @@ from safetensors.numpy import load_file
 import surgery
 from surgery.engine.rebuild.recovery_result import RecoveryResult
 from surgery_cli.group import surgery as command
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, OutputExistsError, UsageError
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.storage.base import read_values
 from tests.support.kit import ROOT
+from tests.support.quantised_folders import quantise_folder
 
 GRAPHS = ROOT / "tests" / "golden" / "onnx_graphs"
 
@@ -36,7 +40,9 @@ def converted(graph: Path, output: Path | None, **options: Any) -> RecoveryResul
 
 
 @pytest.mark.parametrize(
-    "name", ["script-llama", "dynamo-llama", "optimum-llama", "genai-llama", "mobius-llama", "dynamo-unet", "optimum-vit", "script-bert"]
+    "name",
+    ["script-llama", "dynamo-llama", "optimum-llama", "genai-llama", "mobius-llama", "dynamo-unet", "optimum-vit", "script-bert",
+     "dynamo-gpt2", "optimum-gpt2"],
 )  # fmt: skip
 def test_a_checkpoint_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     base = base_of(name)
@@ -67,6 +73,41 @@ def test_codes_are_kept_as_bytes_and_refused_as_weights_of_a_base(tmp_path: Path
     assert {codes[name].dtype for name in codes if name.endswith("_Q4")} == {np.dtype(np.uint8)}
     some = converted(graph, tmp_path / "some", base=base_of("q4-llama"), allow_loss=True)
     assert any("15 weights of the base are left out" in warning for warning in some.warnings)
+
+
+@pytest.mark.parametrize("format_name", ["int8", "fp8 tensor"])
+def test_numbers_of_a_quantised_base_are_not_said_to_be_codes(format_name: str, tmp_path: Path) -> None:
+    """The graph is of what the base's codes stand for."""
+    plain = base_of("script-llama")
+    base = quantise_folder(plain, tmp_path / "base", format_name)
+    before = load_file(plain / "model.safetensors")
+    values = {
+        name: read_values(parameter.storage, 0, parameter.sizes[0], DType.F32).reshape(before[name].shape)
+        for name, parameter in open_checkpoint(base).main.parameters.items()
+    }
+    model = onnx.load(GRAPHS / "script-llama" / "model.onnx")
+    for tensor in model.graph.initializer:
+        own = numpy_helper.to_array(tensor)
+        for name, old in before.items():
+            for one, other in ((old, values[name]), (old.T, values[name].T)):
+                if own.shape == one.shape and np.array_equal(own, one):
+                    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(other), tensor.name))
+    (tmp_path / "g").mkdir()
+    onnx.save(model, tmp_path / "g" / "model.onnx")
+    converted(tmp_path / "g" / "model.onnx", tmp_path / "out", base=base)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert all(np.array_equal(written[name], values[name]) for name in written)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((plain / "config.json").read_text())
+
+
+def test_types_that_safetensors_lacks_are_told(tmp_path: Path) -> None:
+    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.INT4, dims=[3, 3], raw_data=bytes(5))
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [], [], [tensor])
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    told = converted(tmp_path / "model.onnx", tmp_path / "out").warnings
+    assert told == ("1 tensors are the bytes of types that safetensors lacks (INT4): w",)
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].shape == (5,)
 
 
 def test_types_are_changed_where_asked(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
+from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
@@ -49,13 +50,12 @@ def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
             and none can be given.
 
     Raises:
-        FitError: it is too large.
+        FitError: too large for a protocol buffer.
+        MalformedError: it cannot be parsed.
     """
-    import onnx
-
     if graph.file.size > _LIMIT:
         raise FitError(f"a graph of more than {human(_LIMIT)} cannot be parsed", file=graph.path)
-    model = onnx.load_model_from_string(bytes(graph.file.read(0, graph.file.size)))
+    model = parsed_model(bytes(graph.file.read(0, graph.file.size)), graph.path)
     if inputs and model.ir_version < _OPTIONAL_INPUTS:
         stored = {one.name for one in model.graph.initializer}
         real = [one for one in model.graph.input if one.name not in stored]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from surgery.engine.quantised.mixed_config import SIDE_FILES
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import Piece
@@ -23,6 +24,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt
+from surgery_formats.storage.quantised import CONFIG_KEYS
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing
 
@@ -47,9 +49,14 @@ def recovered(
         FitError: the base is a pipeline, or weights of it are not there.
     """
     if base is None:
-        return _made(
-            source, source.main.tensors, {name: name for name in source.main.tensors}, source, {"names": "graph"}
+        names = {name: name for name in source.main.tensors}
+        made = _made(source, source.main.tensors, names, source, {"names": "graph"})
+        packed = {name: tensor.packed_as for name, tensor in source.main.tensors.items() if tensor.packed_as}
+        told = (
+            f"{len(packed)} tensors are the bytes of types that safetensors lacks "
+            f"({', '.join(sorted(set(packed.values())))}): {listing(packed)}"
         )
+        return replace(made, warnings=(told,)) if packed else made
     if base.is_pipeline:
         raise FitError(
             "a pipeline of several networks, of which a graph is one", file=base.path, hint="name its folder"
@@ -57,7 +64,7 @@ def recovered(
     located = located_weights(graph, wanted_weights(base), workers=workers)
     found, origins = dict[str, StoredTensor](), dict[str, str]()
     for weight in located.weights:
-        shape = base.main.tensors[weight.name].shape if weight.name in base.main.tensors else ()
+        shape = _shape(base.main, weight.name)
         for piece in located.of_weight.get(weight.label, ()):
             if shape and (tensor := _tensor(piece, weight.name, shape)) is not None:
                 found[weight.name], origins[weight.name] = tensor, piece.place.name
@@ -88,11 +95,14 @@ def _made(
     own = source.main
     used = set(origins.values())
     shard = Shard(own.folder / _FILE, ONNX.name, own.shards[0].file, tuple(tensors.values()))
-    config = beside.main.config
+    config, side_files = beside.main.config, beside.side_files
+    if beside.is_quantised and not own.is_quantised:  # the graph's are numbers
+        config = _without_codes(config)
+        side_files = tuple(entry for entry in side_files if entry[0] not in SIDE_FILES)
     component = Component("", beside.main.folder, (shard,), None, "", config)
     return Rebuilt(
         source,
-        Checkpoint(source.path, {"": component}, beside.side_files),
+        Checkpoint(source.path, {"": component}, side_files),
         facts,
         tuple(
             Dropped(tensor, "no weight of the base: computed or added by the exporter")
@@ -101,6 +111,24 @@ def _made(
         ),
         {name: (own.tensors[origin],) for name, origin in origins.items()},
     )
+
+
+def _shape(base: Component, name: str) -> tuple[int, ...]:
+    """Of a weight as the base's files have it, or would have it as numbers; empty where another tensor has it."""
+    if base.self_contained or name not in base.parameters:
+        return ()
+    storage = base.parameters[name].storage
+    if storage.elements is None:
+        return () if storage.transposed else storage.sizes
+    return base.tensors[name].shape if name in base.tensors else ()
+
+
+def _without_codes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of codes any more."""
+    left = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+    if isinstance(inner := left.get("text_config"), Mapping):
+        left["text_config"] = _without_codes(inner)
+    return left
 
 
 def _tensor(piece: Piece, name: str, shape: tuple[int, ...]) -> StoredTensor | None:

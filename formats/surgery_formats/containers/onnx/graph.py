@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from surgery_formats.arrays import Array
 from surgery_formats.containers.onnx.elements import ELEMENT_NAMES, STRING, raw_form
 from surgery_formats.containers.onnx.external import ExternalFiles, is_inside
+from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.onnx.tensor_proto import FoundTensor
 from surgery_formats.containers.onnx.walk import walk
 from surgery_formats.containers.onnx.wire import Pieces
@@ -70,17 +71,10 @@ class OnnxGraph:
         Raises:
             MalformedError: it cannot be parsed, or is too large without its weights.
         """
-        import onnx
-        from google.protobuf.message import DecodeError
-
         if self.skeleton.nbytes > _SKELETON:
             text = f"the graph without its weights has {nbytes(self.skeleton.nbytes)}, at most {nbytes(_SKELETON)} are read"
             raise MalformedError(text, file=self.path)
-        try:
-            model: onnx.ModelProto = onnx.ModelProto.FromString(self.skeleton.join(self.file))
-        except DecodeError as error:
-            raise MalformedError("not an ONNX model: it cannot be parsed", file=self.path) from error
-        return model
+        return parsed_model(self.skeleton.join(self.file), self.path)
 
     @property
     def files(self) -> tuple[File, ...]:

@@ -8,6 +8,7 @@ has a list for it (``layer_types``, ``mlp_only_layers``, ``no_rope_layers``), an
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,12 @@ _LISTS = (
 """What has an entry for each layer, where it is a list."""
 _NUMBERS = (
     *("mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids"),
-    *("moe_layers", "local_layer_ids", "global_layers"),
+    *("moe_layers", "local_layer_ids", "global_layers", "ple_layer_ids", "rope_scaling_layers", "global_attn_indexes"),
+    *("fullatt_block_indexes", "window_block_indices", "window_block_indexes", "global_attention_blocks"),
 )
 """Lists of the numbers of layers."""
+_OF_LAYERS = re.compile(r"(layer|block)(s|_ids|_idxs?|_index(es)?|_indices|_numbers)$")
+"""Names of lists of numbers of layers that are not known."""
 _OTHER_LISTS = frozenset(
     {
         *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"),
@@ -38,21 +42,64 @@ _OTHER_LISTS = frozenset(
 )
 _PERIODS = (
     *("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step", "moe_layer_freq"),
-    *("moe_layer_frequency", "layer_group_size", "moe_every_n_layers"),
+    *("moe_layer_frequency", "layer_group_size", "moe_every_n_layers", "moe_layer_interval", "cross_layer_interval"),
+    "dense_attention_every_n_layers",
 )
 """Rules by which every n-th layer is of another kind."""
 _REFUSED = ("num_kv_shared_layers", "num_last_full_attention_layers", "num_first_full_attention_layers")
 """Rules that count from the last layer, or tie layers to others."""
+_LAST_IS_FULL = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
+"""Types whose last layer attends to everything, whatever config.json says of it (transformers 5)."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _NOT_LISTED = frozenset(
     {
-        *("afmoe", "bailing_hybrid", "beam", "cohere2_moe", "cwm", "deepseek_v4", "exaone4", "exaone_moe", "flint"),
-        *("gemma3n_text", "gemma4_text", "gemma4_unified_text", "granite_swa", "granitemoe_swa", "inkling_text"),
-        *("kimi_linear", "lfm2", "llama4_text", "mimo_v2_flash", "minimax", "modernbert-decoder", "olmo_hybrid"),
-        *("qwen3_5_moe_text", "qwen3_5_text", "t5gemma2_text", "vaultgemma", "zamba", "zamba2", "nemotron_h"),
+        *(
+            "afmoe",
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "beam",
+            "cohere2_moe",
+            "cwm",
+            "deepseek_v4",
+            "diffusion_gemma_text",
+        ),
+        *(
+            "embedding_gemma2_text",
+            "exaone4",
+            "exaone_moe",
+            "flint",
+            "gemma3n_text",
+            "gemma4_text",
+            "gemma4_unified_text",
+        ),
+        *(
+            "glm5_next_text",
+            "granite_swa",
+            "granitemoe_swa",
+            "inkling2_text",
+            "inkling_text",
+            "kimi_linear",
+            "kolibri1",
+        ),
+        *("lfm2", "lfm3", "lfm3_vl_vision", "llama4_text", "mimo_v2_flash", "minimax", "modernbert-decoder"),
+        *("muse_glimmer_text", "muse_glimmer_vision", "muse_spark_text", "muse_spark_vision", "nemotron_h", "neomme"),
+        *("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp_text", "t5_gemma_module", "t5gemma2_decoder"),
+        *("t5gemma2_text", "ultrabert", "vaultgemma", "zamba", "zamba2"),
     }
 )
 """Types whose layers differ by a rule of their own, if config.json does not list their types."""
+_LISTED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(_NOT_LISTED, ("layer_types",)),
+    "hy_v4": ("indexer_types",),
+    "llama4_text": ("layer_types", "no_rope_layers"),
+    "mistral_large4_text": ("no_rope_layers", "kv_source_layers"),
+    "molmo2_text": ("rope_scaling_layers",),
+    "muse_glimmer_text": ("layer_types", "layer_rope_theta"),
+    "muse_spark_text": ("layer_types", "layer_rope_theta"),
+    "rf_detr_dinov2": ("window_block_indexes",),
+}
+"""What config.json has to list of each of these types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +140,8 @@ def layer_config(
     changed.types()
     changed.lists()
     changed.numbers()
+    changed.settings()
+    changed.stages()
     changed.rules()
     _check_alike(contents, [tuple(map(repr, role)) for role in roles])
     for key in COUNTS:
@@ -121,24 +170,33 @@ class _Changes:
         self.warnings: list[str] = []
 
     def types(self) -> None:
-        """The types of attention, where the family has a pattern and config.json does not list them."""
+        """What the family says of its layers by a pattern: written out where config.json does not list it.
+
+        Raises:
+            FitError: the family's rule is not known, and config.json does not list what it says.
+        """
         kind = str(self.config.get("model_type"))
-        if isinstance(self.config.get("layer_types"), list):
-            return
+        lacking = [key for key in _LISTED.get(kind, ()) if not isinstance(self.config.get(key), list)]
+        if lacking and not self._stays:
+            raise FitError(
+                f"layers of '{show(kind)}' are of several types, and config.json does not list them ({lacking[0]})",
+                hint=f"load and save it with transformers 5, which writes {lacking[0]}",
+            )
         rule = _PATTERNS.get(kind)
         if rule is None:
-            if kind in _NOT_LISTED and not self._stays:
-                raise FitError(
-                    f"layers of '{show(kind)}' are of several types, and config.json does not list them",
-                    hint="load and save it with transformers 5, which writes layer_types",
-                )
             return
-        key, value = rule(self.config)
-        old = [value(number) for number in range(self.count)]
+        key, before = rule(self.config)
+        _, after = rule({**self.config, **self._windows_after()})
+        pattern = [before(number) for number in range(self.count)]
+        listed = self.config.get(key)
+        old = listed if isinstance(listed, list) and len(listed) == self.count else pattern
         self._note(old)
         new = [old[number] for number in self.order]
-        if not isinstance(self.config.get(key), list) and new != [value(number) for number in range(len(new))]:
+        if new == [after(number) for number in range(len(new))]:
+            return
+        if not isinstance(listed, list):
             self.config[key] = old  # for `lists` to put in order
+        if old == pattern:
             self.warnings.append(
                 f"config.json lists {key}, because the layers no longer follow the pattern of {show(kind)}: programs "
                 "that take the pattern for granted (llama.cpp, old servers) would run this model wrongly"
@@ -171,18 +229,67 @@ class _Changes:
             names = [name for entry in types for _ in range(entry[1]) for name in entry[0]]
             self._note(names)
             self.config["attention_types"] = [[[names[number]], 1] for number in self.order]
+        types, kind = self.config.get("layer_types"), str(self.config.get("model_type"))
+        if kind in _LAST_IS_FULL and isinstance(types, list) and types[-1] != _FULL:
+            raise FitError(
+                f"the last layer would be one with a window, and {kind} makes it attend to everything",
+                hint="end with a layer of full attention",
+            )
 
     def numbers(self) -> None:
-        """Lists of numbers of layers."""
+        """Lists of numbers of layers.
+
+        Raises:
+            FitError: a list of numbers that is not known, and by its name is one of layers.
+        """
+        known = (*_LISTS, *_NUMBERS, *_OTHER_LISTS)
+        for key, value in self.config.items():
+            odd = isinstance(value, list) and value and all(type(one) is int for one in value) and key not in known
+            if odd and _OF_LAYERS.search(key) and not self._stays:
+                raise FitError(f"config.json has a list '{show(key)}', and whether it is one of layers is not known")
         for key in _NUMBERS:
             value = self.config.get(key)
             if isinstance(value, list) and key != "mlp_only_layers":
                 self._note([number in value for number in range(self.count)])
                 self.config[key] = [new for new, old in enumerate(self.order) if old in value]
 
+    def settings(self) -> None:
+        """What single layers have otherwise than the rest, by number (transformers 5).
+
+        Raises:
+            FitError: of a layer that is not there.
+        """
+        told = self.config.get("per_layer_config")
+        if not isinstance(told, Mapping):
+            return
+        if not all(str(key).isdecimal() and int(key) < self.count for key in told):
+            raise FitError(f"config.json has a per_layer_config for other layers than the {self.count} there are")
+        own = {int(key): value for key, value in told.items()}
+        self._note([own.get(number) for number in range(self.count)])
+        width = len(str(len(self.order) - 1))
+        self.config["per_layer_config"] = {
+            f"{new:0{width}}": own[old] for new, old in enumerate(self.order) if old in own
+        }
+
+    def stages(self) -> None:
+        """Names of the layers of a vision backbone, and which of them it gives out.
+
+        Raises:
+            FitError: others than the last.
+        """
+        told = {"out_features": [f"stage{self.count}"], "out_indices": [self.count]}
+        if any(self.config.get(key) not in (None, last) for key, last in told.items()) and not self._stays:
+            raise FitError("config.json names layers whose outputs are taken (out_features, out_indices)")
+        count = len(self.order)
+        made = {"out_features": [f"stage{count}"], "out_indices": [count]}
+        self.config.update({key: value for key, value in made.items() if self.config.get(key) == told[key]})
+        names = ["stem", *(f"stage{number + 1}" for number in range(self.count))]
+        if self.config.get("stage_names") == names:
+            self.config["stage_names"] = ["stem", *(f"stage{number + 1}" for number in range(count))]
+
     def rules(self) -> None:
         """Rules that go by the number of a layer."""
-        self._windows()
+        self.config.update(self._windows_after())
         self._dense_first()
         self._sparse_step()
         for key in _PERIODS:
@@ -210,11 +317,10 @@ class _Changes:
     def _stays(self) -> bool:
         return self.order == tuple(range(self.count))
 
-    def _windows(self) -> None:
+    def _windows_after(self) -> Mapping[str, int]:
         """Qwen2's layers have a window from this one on, if any has."""
         first = self.config.get("max_window_layers")
-        if type(first) is int:
-            self.config["max_window_layers"] = sum(number < first for number in self.order)
+        return {"max_window_layers": sum(number < first for number in self.order)} if type(first) is int else {}
 
     def _dense_first(self) -> None:
         """DeepSeek's first layers have no experts."""
@@ -276,9 +382,6 @@ def _up_to_a_layer(config: Mapping[str, Any]) -> tuple[str, Callable[[int], Any]
 def _with_and_without_positions(config: Mapping[str, Any]) -> tuple[str, Callable[[int], Any]]:
     """SmolLM3's."""
     period = config.get("no_rope_layer_interval", 4)
-    listed = config.get("no_rope_layers")
-    if isinstance(listed, list):
-        return "no_rope_layers", lambda number: listed[number] if number < len(listed) else None
     return "no_rope_layers", lambda number: int((number + 1) % period != 0)
 
 
