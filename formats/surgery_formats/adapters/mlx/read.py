@@ -57,6 +57,8 @@ def read_mlx(path: Path, scale: float | None = None) -> Adapter:
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}
     for tensor in shard.tensors:
+        if not tensor.name:
+            raise MalformedError("a tensor has no name", file=file)
         module, _, leaf = tensor.name.rpartition(".")
         leaf = _OF_VLM.get(leaf, leaf) if _is_vlm(raw) else leaf
         if config.kind == "full":
