@@ -24,7 +24,7 @@ from surgery_formats.models.rebuilt.layers import places_of_layers
 from surgery_formats.models.rebuilt.projections import KINDS
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt
 from surgery_formats.models.rebuilt.stack import LayerStack, layer_stack
-from surgery_formats.updates import Update
+from surgery_formats.updates import Update, is_row_setting
 
 __all__ = ["MovePlan", "MovedAdapter", "moved_adapter", "plan_move"]
 
@@ -104,6 +104,27 @@ def moved_adapter(adapter: Adapter, stack: LayerStack, order: Sequence[int], tar
     return MovedAdapter(changed, adapter, tuple(dropped), tuple(copied))
 
 
+def _check_vocabulary(adapter: Adapter, rebuilt: Rebuilt) -> None:
+    """Refuse what an adapter changes of a vocabulary that has other rows, but for single rows that keep their ids.
+
+    Raises:
+        FitError: it changes the embedding or the head.
+    """
+    vocabulary = rebuilt.facts.get("vocabulary")
+    if vocabulary is None:
+        return
+    base = rebuilt.base.main
+    for site, chain in adapter.updates.items():
+        names = [piece.parameter.name for piece in base.names.resolve(site.path)]
+        stays = "ids" not in vocabulary and all(map(is_row_setting, chain))
+        if any(base.role(name) in ("embedding", "head") for name in names) and not stays:
+            raise FitError(
+                f"changes '{site}', whose rows are others now",
+                file=adapter.path,
+                hint="merge it, and change the vocabulary of the result",
+            )
+
+
 def _low_rank(updates: dict[Site, tuple[Update, ...]]) -> bool:
     held = [contents_of(update) for chain in updates.values() for update in chain]
     return any(one.lora or one.stack for one in held)
@@ -151,6 +172,7 @@ def plan_move(adapter: Adapter, rebuilt: Rebuilt) -> MovePlan:
     target = format_to_write(adapter.format)
     stack = layer_stack(rebuilt.base.main)
     order = rebuilt.facts["layers"]["order"] if "layers" in rebuilt.facts else range(stack.count)
+    _check_vocabulary(adapter, rebuilt)
     moved = moved_adapter(adapter, stack, order, target)
     layout = next((what for what in LAYOUTS if what in rebuilt.facts), None)
     if layout is not None and set(rebuilt.facts[layout]) != set(KINDS):

@@ -100,7 +100,8 @@ class Step:
     @property
     def title(self) -> str:
         """For messages."""
-        return f"step {self.number} ({self.verb}), line {self.line}"
+        where = f", line {self.line}" if self.line else ""
+        return f"step {self.number} ({self.verb}){where}"
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -138,6 +139,11 @@ class Recipe:
     inputs: Mapping[str, Input]
     steps: tuple[Step, ...]
     recorded: Mapping[str, Any] | None = field(default=None, repr=False)
+
+
+def _at_line(line: int) -> str:
+    """For messages; a manifest has no lines."""
+    return f" (line {line})" if line else ""
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -254,7 +260,7 @@ def _step(path: Path, number: int, entry: Value) -> Step:
                 {one.replace("_", "-") for one in parameters} - {one.replace("_", "-") for one in NOT_RECORDED}
             )
             hint = "it is an option of apply itself" if of_apply else closest(name.replace("_", "-"), known)
-            raise step.fail(f"'{show(key)}' (line {value.line}) is no option of {step.verb}", hint)
+            raise step.fail(f"'{show(key)}'{_at_line(value.line)} is no option of {step.verb}", hint)
         annotation = "" if ranked else str(parameters[name].annotation)
         if takes_references(annotation) and name != "adapter_output":
             references[name] = tuple(_references(step, value))
@@ -277,7 +283,7 @@ def _references(step: Step, value: Value) -> list[Reference]:
     for text, weight in value.items.items():
         number = weight.value if isinstance(weight, Text) else None
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise step.fail(f"the weight of '{show(text)}' (line {weight.line}) is no number")
+            raise step.fail(f"the weight of '{show(text)}'{_at_line(weight.line)} is no number")
         found.append(Reference(text, float(number)))
     return found
 

@@ -535,6 +535,46 @@ def test_a_vocabulary_is_cut_to_the_tokenizers_size(tmp_path: Path):
         surgery.layers(tmp_path / "out", output=tmp_path / "again", vocab="trim")
 
 
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_a_token_that_a_configuration_names_keeps_its_row(where: str, tmp_path: Path):
+    """A model whose padding lies behind its rows does not load."""
+    base = make("llama", tmp_path / "base")
+    size = len(tokenizer("BPE", base, [(ROOT / "README.md").read_text()]))
+    surgery.layers(base, output=tmp_path / "wide", vocab=f"pad={size + 50}")
+    told = json.loads((tmp_path / "wide" / where).read_text()) | {"pad_token_id": size}
+    (tmp_path / "wide" / where).write_text(json.dumps(told))
+    with pytest.raises(surgery.FitError, match=f"{where} names the token {size}, and the tokenizer has {size}"):
+        surgery.layers(tmp_path / "wide", output=tmp_path / "out", vocab="trim")
+
+
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "copies": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [5, 20]}},
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_changes_of_rows_are_not_moved_to_others(what: str, tmp_path: Path):
+    """PEFT cannot load them, and rows by id would be those of other tokens; rows that are only added leave ids as they are."""
+    base = make("llama", tmp_path / "base")
+    tokenizer("BPE", base, [(ROOT / "README.md").read_text()])
+    surgery.layers(base, output=tmp_path / "wide", vocab="pad=900")
+    adapter = lora(tmp_path / "wide", tmp_path / "lora", **ROWS[what])
+    (tmp_path / "ids.json").write_text(json.dumps([*range(10), 500]))
+    for name, vocab in (("cut", f"trim={tmp_path / 'ids.json'}"), ("padded", "pad=1000")):
+        given = {"vocab": vocab, "adapter": adapter, "adapter_output": tmp_path / f"{name}-lora"}
+        if (what, name) == ("rows", "padded"):
+            surgery.layers(tmp_path / "wide", output=tmp_path / name, **given)
+            before, after = attached(tmp_path / "wide", adapter), attached(tmp_path / name, tmp_path / "padded-lora")
+            assert torch.equal(after[..., :900], before)
+            continue
+        with pytest.raises(surgery.FitError, match="whose rows are others now"):
+            surgery.layers(tmp_path / "wide", output=tmp_path / name, **given)
+        assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
