@@ -24,7 +24,7 @@ from surgery_formats.models.rebuilt.layers import places_of_layers
 from surgery_formats.models.rebuilt.projections import KINDS
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt
 from surgery_formats.models.rebuilt.stack import LayerStack, layer_stack
-from surgery_formats.updates import Update
+from surgery_formats.updates import Update, is_row_setting
 
 __all__ = ["MovePlan", "MovedAdapter", "moved_adapter", "plan_move"]
 
@@ -60,6 +60,8 @@ def moved_adapter(adapter: Adapter, stack: LayerStack, order: Sequence[int], tar
     """
     if adapter.prompt is not None and adapter.prompt.prefix is not None:
         raise FitError("holds keys and values for each layer, which belong to these layers", file=adapter.path)
+    if adapter.prompt is not None and not adapter.updates:  # rows before the input, which no layer has
+        return MovedAdapter(replace(adapter, base_id=""), adapter, (), ())
     places = places_of_layers(order)
     name = stack.prefix.rstrip(".").rpartition(".")[2]
     number = re.compile(rf"(?:^|[._]){re.escape(name)}[._](\d+)(?=[._])")
@@ -100,6 +102,27 @@ def moved_adapter(adapter: Adapter, stack: LayerStack, order: Sequence[int], tar
         config=target.inherited([adapter], updates) if same and isinstance(target, Inheriting) else {},
     )
     return MovedAdapter(changed, adapter, tuple(dropped), tuple(copied))
+
+
+def _check_vocabulary(adapter: Adapter, rebuilt: Rebuilt) -> None:
+    """Refuse what an adapter changes of a vocabulary that has other rows, but for single rows that keep their ids.
+
+    Raises:
+        FitError: it changes the embedding or the head.
+    """
+    vocabulary = rebuilt.facts.get("vocabulary")
+    if vocabulary is None:
+        return
+    base = rebuilt.base.main
+    for site, chain in adapter.updates.items():
+        names = [piece.parameter.name for piece in base.names.resolve(site.path)]
+        stays = "ids" not in vocabulary and all(map(is_row_setting, chain))
+        if any(base.role(name) in ("embedding", "head") for name in names) and not stays:
+            raise FitError(
+                f"changes '{site}', whose rows are others now",
+                file=adapter.path,
+                hint="merge it, and change the vocabulary of the result",
+            )
 
 
 def _low_rank(updates: dict[Site, tuple[Update, ...]]) -> bool:
@@ -149,6 +172,7 @@ def plan_move(adapter: Adapter, rebuilt: Rebuilt) -> MovePlan:
     target = format_to_write(adapter.format)
     stack = layer_stack(rebuilt.base.main)
     order = rebuilt.facts["layers"]["order"] if "layers" in rebuilt.facts else range(stack.count)
+    _check_vocabulary(adapter, rebuilt)
     moved = moved_adapter(adapter, stack, order, target)
     layout = next((what for what in LAYOUTS if what in rebuilt.facts), None)
     if layout is not None and set(rebuilt.facts[layout]) != set(KINDS):

@@ -109,7 +109,9 @@ class FreshOptions:
         if self.init == "loftq" and self.kind == "dora":
             raise FitError("a DoRA measures the base that it is attached to, and loftq makes another one of it")
         if (self.init == "eva") != (self.calibration is not None):
-            raise FitError("eva begins along the inputs of modules, and needs a file of them", hint="`calibration=`")
+            raise FitError(
+                "eva begins along the inputs of modules, and needs a file of them", hint="`calibration=FILE`"
+            )
         if (self.init == "loftq") != (self.release is not None):
             raise FitError(
                 "loftq makes up for what rounding took from the unquantised model", hint="`release=` names it"

@@ -168,7 +168,12 @@ def _lengths(module: LinearModule) -> Factor:
     """Of the rows of the weight, which the magnitude begins with."""
 
     def make() -> Array:
-        return numpy.linalg.norm(module.weight(), axis=1)
+        lengths: Array = numpy.linalg.norm(module.weight(), axis=1)
+        if not lengths.all():
+            raise FitError(
+                f"a row of '{module.path}' is zero, and a DoRA divides by its length", hint="choose other `targets=`"
+            )
+        return lengths
 
     return _factor(f"{module.path}.magnitude", (module.shape[0],), make, _sources(module))
 

@@ -184,7 +184,9 @@ def _planned(base: Checkpoint, adapter: Adapter, number: int) -> _Planned:
     own = adapter.path.resolve().name
     name = _DEFAULT if number == 0 else own.partition(".")[0]
     folder = "" if number == 0 else name
-    if folder and (not is_safe_name(f"{folder}/x") or any(one.startswith(f"{folder}/") for one, _ in base.side_files)):
+    if number and (
+        not name or not is_safe_name(f"{folder}/x") or any(one.startswith(f"{folder}/") for one, _ in base.side_files)
+    ):
         raise FitError(f"its name '{show(name)}' cannot be that of a folder in the base's", file=adapter.path)
     apart = AdapterApart(name, folder, adapter.path, adapter.format, adapter.parameters)
     within = f"{folder}/" if folder else ""

@@ -29,7 +29,7 @@ from typing import Any
 from surgery.engine.recorded import NOT_RECORDED, takes_references
 from surgery.recipes.document import Entry, Text, Value, read_document
 from surgery_formats.errors import FitError, MalformedError, SurgeryError, UsageError
-from surgery_formats.files.output.manifest import FORMAT
+from surgery_formats.files.output.manifest import FORMAT, MANIFEST
 from surgery_formats.text import closest, listing, show
 
 __all__ = ["RANKED", "VERBS", "Input", "Recipe", "Reference", "Step", "read_recipe"]
@@ -100,7 +100,8 @@ class Step:
     @property
     def title(self) -> str:
         """For messages."""
-        return f"step {self.number} ({self.verb}), line {self.line}"
+        where = f", line {self.line}" if self.line else ""
+        return f"step {self.number} ({self.verb}){where}"
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -140,6 +141,11 @@ class Recipe:
     recorded: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
+def _at_line(line: int) -> str:
+    """For messages; a manifest has no lines."""
+    return f" (line {line})" if line else ""
+
+
 def read_recipe(path: Path) -> Recipe:
     """A recipe, or the one in a manifest.
 
@@ -161,6 +167,12 @@ def read_recipe(path: Path) -> Recipe:
                     hint="run the command: older manifests name none, nor do those of a command's second output",
                 )
             return _recipe(path, _entry(recipe), manifest)
+    if path.is_dir():
+        manifest_in = path / MANIFEST
+        hint = (
+            f"name the manifest in it: {show(manifest_in)}" if manifest_in.is_file() else "name a recipe or a manifest"
+        )
+        raise FitError("a folder, not a recipe", file=path, hint=hint)
     return _recipe(path, read_document(path), None)
 
 
@@ -248,7 +260,7 @@ def _step(path: Path, number: int, entry: Value) -> Step:
                 {one.replace("_", "-") for one in parameters} - {one.replace("_", "-") for one in NOT_RECORDED}
             )
             hint = "it is an option of apply itself" if of_apply else closest(name.replace("_", "-"), known)
-            raise step.fail(f"'{show(key)}' (line {value.line}) is no option of {step.verb}", hint)
+            raise step.fail(f"'{show(key)}'{_at_line(value.line)} is no option of {step.verb}", hint)
         annotation = "" if ranked else str(parameters[name].annotation)
         if takes_references(annotation) and name != "adapter_output":
             references[name] = tuple(_references(step, value))
@@ -271,7 +283,7 @@ def _references(step: Step, value: Value) -> list[Reference]:
     for text, weight in value.items.items():
         number = weight.value if isinstance(weight, Text) else None
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise step.fail(f"the weight of '{show(text)}' (line {weight.line}) is no number")
+            raise step.fail(f"the weight of '{show(text)}'{_at_line(weight.line)} is no number")
         found.append(Reference(text, float(number)))
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -253,6 +254,8 @@ REFUSED = {
     "written in the format adapterhub": {"new": "bottleneck", "format": "peft"},
     "no raw pissa": {"new": "lora", "init": "pissa", "format": "mlx"},
     "is at least 1": {"new": "lora", "rank": 0},
+    "rank is 1000000000, and at most 1048576": {"new": "prompt", "rank": 10**9},
+    "seed is 9223372036854775808, and at most": {"new": "vera", "seed": 2**63},
     "not a positive number": {"new": "lora", "alpha": -1.0},
 }
 
@@ -263,6 +266,17 @@ def test_refusals(said: str, tmp_path: Path):
     with pytest.raises(surgery.FitError) as caught:
         surgery.insert(base, output=tmp_path / "out", **REFUSED[said])
     assert said in f"{caught.value.message} {caught.value.hint}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dora_of_a_row_of_zeros_is_refused(tmp_path: Path):
+    """Its length divides; PEFT's layer gives NaN."""
+    base = make_base(tmp_path / "base", torch.float32)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.weight"][3] = 0.0
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(surgery.FitError, match=r"a row of 'model.layers.0.self_attn.q_proj' is zero"):
+        surgery.insert(base, new="dora", rank=2, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -280,3 +294,26 @@ def test_a_failed_residual_leaves_nothing(tmp_path: Path):
     with pytest.raises(surgery.OutputExistsError):
         surgery.insert(base, new="lora", init="pissa", output=tmp_path / "new", residual=tmp_path / "rest")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("ia3", {"rank": 4}),
+        ("oft", {"alpha": 2}),
+        ("vera", {"alpha": 2}),
+        ("prompt", {"targets": "mlp"}),
+        ("bottleneck", {"targets": "all"}),
+    ],
+)
+def test_what_a_kind_has_no_use_for_is_refused(kind: str, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(surgery.UsageError, match=f"^{name} has no meaning for the kind {kind}"):
+        surgery.insert("examples/base", new=kind, dry_run=True, **option)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("ia3", "ia3, init"), ("oft", "blocks of 16"), ("bottleneck", "width 16"), ("vera", "rank 16")]
+)
+def test_a_kind_says_what_its_rank_is(kind: str, said: str) -> None:
+    assert said in surgery.insert("examples/base", new=kind, dry_run=True).summary().as_text()

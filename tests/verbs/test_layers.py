@@ -227,7 +227,7 @@ def test_a_configuration_that_could_not_be_true_is_refused(family: str, change: 
         ({"drop": "1x2"}, "a layer is dropped once"),
         ({"repeat": "1-2,2-3"}, "names a layer in two ranges"),
         ({"repeat": "1-2x1"}, "repeats nothing"),
-        ({}, "nothing was asked for"),
+        ({}, "nothing to change was named"),
     ],
 )
 def test_layers_that_are_not_there_are_refused(options: Mapping[str, str], error: str, tmp_path: Path):
@@ -431,6 +431,26 @@ def test_an_adapter_follows_its_projections(tmp_path: Path):
     assert torch.allclose(attached(tmp_path / "out", tmp_path / "moved"), logits(whole), atol=1e-4)
 
 
+def test_virtual_tokens_belong_to_no_layer(tmp_path: Path):
+    result = surgery.layers(
+        "examples/base",
+        output=tmp_path / "out",
+        keep="0-1",
+        adapter="examples/prompt",
+        adapter_output=tmp_path / "moved",
+    )
+    before, after = (Path(one, "adapter_model.safetensors") for one in ("examples/prompt", tmp_path / "moved"))
+    assert load_file(before)["prompt_embeddings"].equal(load_file(after)["prompt_embeddings"])
+    assert "virtual tokens" in result.summary().as_text()
+
+
+@pytest.mark.parametrize("given", [{"adapter": "examples/lora"}, {"adapter_output": "moved"}])
+def test_an_adapter_without_a_place_is_refused(given: dict[str, str], tmp_path: Path):
+    with pytest.raises(surgery.UsageError, match="given together") as caught:
+        surgery.layers("examples/base", output=tmp_path / "out", keep="0-1", **given)
+    assert caught.value.hint == f"give `{'adapter_output' if 'adapter' in given else 'adapter'}=` too"
+
+
 @pytest.mark.parametrize("family", ["llama", "llama tied", "gpt2", "bert", "gemma2", "qwen2"])
 def test_a_vocabulary_is_padded_with_the_mean(family: str, tmp_path: Path):
     base = make(family, tmp_path / "base")
@@ -443,7 +463,7 @@ def test_a_vocabulary_is_padded_with_the_mean(family: str, tmp_path: Path):
         assert torch.allclose(new[..., 101:], old.mean(-1, keepdim=True).expand(-1, -1, 27), atol=1e-5)
     assert torch.equal(new.argmax(-1), old.argmax(-1))
     assert torch.equal(model.get_input_embeddings().weight[:101], before.get_input_embeddings().weight)
-    with pytest.raises(surgery.NothingChangedError, match="these are all 128 rows"):
+    with pytest.raises(surgery.NothingChangedError, match="has these 128 rows already"):
         surgery.layers(tmp_path / "out", output=tmp_path / "more", vocab="pad=64")
 
 
@@ -513,6 +533,46 @@ def test_a_vocabulary_is_cut_to_the_tokenizers_size(tmp_path: Path):
     assert torch.equal(logits(made), logits(model)[..., :size])
     with pytest.raises(surgery.NothingChangedError):
         surgery.layers(tmp_path / "out", output=tmp_path / "again", vocab="trim")
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_a_token_that_a_configuration_names_keeps_its_row(where: str, tmp_path: Path):
+    """A model whose padding lies behind its rows does not load."""
+    base = make("llama", tmp_path / "base")
+    size = len(tokenizer("BPE", base, [(ROOT / "README.md").read_text()]))
+    surgery.layers(base, output=tmp_path / "wide", vocab=f"pad={size + 50}")
+    told = json.loads((tmp_path / "wide" / where).read_text()) | {"pad_token_id": size}
+    (tmp_path / "wide" / where).write_text(json.dumps(told))
+    with pytest.raises(surgery.FitError, match=f"{where} names the token {size}, and the tokenizer has {size}"):
+        surgery.layers(tmp_path / "wide", output=tmp_path / "out", vocab="trim")
+
+
+ROWS: Mapping[str, Mapping[str, Any]] = {
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "copies": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "rows": {"trainable_token_indices": {"embed_tokens": [5, 20]}},
+}
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_changes_of_rows_are_not_moved_to_others(what: str, tmp_path: Path):
+    """PEFT cannot load them, and rows by id would be those of other tokens; rows that are only added leave ids as they are."""
+    base = make("llama", tmp_path / "base")
+    tokenizer("BPE", base, [(ROOT / "README.md").read_text()])
+    surgery.layers(base, output=tmp_path / "wide", vocab="pad=900")
+    adapter = lora(tmp_path / "wide", tmp_path / "lora", **ROWS[what])
+    (tmp_path / "ids.json").write_text(json.dumps([*range(10), 500]))
+    for name, vocab in (("cut", f"trim={tmp_path / 'ids.json'}"), ("padded", "pad=1000")):
+        given = {"vocab": vocab, "adapter": adapter, "adapter_output": tmp_path / f"{name}-lora"}
+        if (what, name) == ("rows", "padded"):
+            surgery.layers(tmp_path / "wide", output=tmp_path / name, **given)
+            before, after = attached(tmp_path / "wide", adapter), attached(tmp_path / name, tmp_path / "padded-lora")
+            assert torch.equal(after[..., :900], before)
+            continue
+        with pytest.raises(surgery.FitError, match="whose rows are others now"):
+            surgery.layers(tmp_path / "wide", output=tmp_path / name, **given)
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(

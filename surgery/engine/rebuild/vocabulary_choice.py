@@ -43,8 +43,30 @@ def with_vocabulary(rebuilt: Rebuilt, text: str) -> Rebuilt:
         size = tokenizer_size(files)
         if size > vocabulary_size(component):
             raise FitError(f"the tokenizer has {size} tokens, which are more than the model's rows")
+        _check_named(rebuilt, size)
         return with_rows(rebuilt, range(size))
     return _listed(rebuilt, files, _numbers(Path(value)))
+
+
+def _check_named(rebuilt: Rebuilt, size: int) -> None:
+    """Refuse configurations that name tokens without a row.
+
+    Raises:
+        FitError: one does.
+    """
+    files = dict(rebuilt.checkpoint.side_files)
+    configs = {"config.json": rebuilt.checkpoint.main.config}
+    if _GENERATION in files:
+        configs[_GENERATION] = read_object(files[_GENERATION])
+    for name, config in configs.items():
+        inner = config.get("text_config")
+        named = token_ids(config) | (token_ids(inner) if isinstance(inner, dict) else set())
+        if named and max(named) >= size:
+            raise FitError(
+                f"{name} names the token {max(named)}, and the tokenizer has {size}",
+                file=rebuilt.checkpoint.path,
+                hint="correct it: the model could not be loaded",
+            )
 
 
 def _listed(rebuilt: Rebuilt, files: dict[str, Path], used: list[int]) -> Rebuilt:

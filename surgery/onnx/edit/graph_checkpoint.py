@@ -53,7 +53,7 @@ def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[Gra
         folds = tuple(owners[piece.fold] if piece.fold else None for piece in pieces)
         found.append(GraphWeight(weight, pieces, stored_type(pieces), folds))
     if lost:
-        hint = "of a graph of a fine-tune, extract-lora takes weights with other values" if not changed else ""
+        hint = "of a graph of a fine-tune, extract-lora takes weights with other values" if not changed else _LAYOUT
         raise FitError(
             f"{len(lost)} weights of the base are not in the graph: {listing(summed_up(lost), 6)}",
             file=located.graph.path,
@@ -64,6 +64,9 @@ def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[Gra
     ]
     remarks = (f"{len(coded)} weights are what codes stand for, not what was quantised",) if coded else ()
     return tuple(found), remarks
+
+
+_LAYOUT = "the graph before the fine-tune, in the place of the base, tells where its weights lie"
 
 
 def _enough(weight: Wanted, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:

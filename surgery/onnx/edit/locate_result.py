@@ -99,7 +99,7 @@ class LocateResult:
         if shown:
             sections.append(Table(columns, tuple(shown)))
         if len(shown) < len(rows):
-            sections.append(Note(f"{len(rows) - len(shown)} more with --verbose", "omitted"))
+            sections.append(Note(f"... and {len(rows) - len(shown)} more pieces", "omitted"))
         if found.near:
             changed = [(near.piece.weight.label, near.piece.place.name, near.distance) for near in found.near]
             heading = (
