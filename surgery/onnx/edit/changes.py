@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece, Place
+from surgery.onnx.edit.pieces import LocatedPiece, Place
 from surgery.onnx.edit.ties import is_told
 from surgery.onnx.edit.uses import graphs_in
 from surgery.onnx.edit.wanted import Wanted
@@ -39,7 +39,7 @@ class Change:
         fold: The vector that its columns are multiplied by, or None.
     """
 
-    piece: Piece
+    piece: LocatedPiece
     edit: Edit
     fold: Wanted | None = None
 
@@ -169,7 +169,7 @@ def _check_both_halves(located: Located, binding: Binding) -> None:
             )
 
 
-def _is_kept_half(piece: Piece, located: Located, binding: Binding) -> bool:
+def _is_kept_half(piece: LocatedPiece, located: Located, binding: Binding) -> bool:
     """Whether a tensor is the half of a parted pair, head or table, that no adapter changes."""
     component = binding.checkpoint.components[piece.weight.component]
     if component.name not in binding.untied:
@@ -191,7 +191,9 @@ def _one_tensor(name: str, changes: Sequence[Change], located: Located) -> Tenso
     return TensorChange(name, place, tuple(changes))
 
 
-def _pieces(located: Located, binding: Binding, edit: Edit, edits: Mapping[str, Edit]) -> tuple[Piece, ...] | None:
+def _pieces(
+    located: Located, binding: Binding, edit: Edit, edits: Mapping[str, Edit]
+) -> tuple[LocatedPiece, ...] | None:
     """The pieces that an edit is for, whole together; None if there are none.
 
     Raises:
@@ -249,7 +251,7 @@ def _uses(model: onnx.ModelProto, name: str) -> set[str]:
     return found
 
 
-def _check_shared(piece: Piece, edits: Mapping[str, Edit], binding: Binding) -> None:
+def _check_shared(piece: LocatedPiece, edits: Mapping[str, Edit], binding: Binding) -> None:
     unchanged = [weight.label for weight in (piece.weight, *piece.also) if weight.label not in edits]
     if piece.by_order and not piece.also:
         text = f"is {show(piece.weight.label)} by the order of the graph alone: other weights have its values"
@@ -267,7 +269,7 @@ def _check_shared(piece: Piece, edits: Mapping[str, Edit], binding: Binding) -> 
         )
 
 
-def _check_fold(piece: Piece, fold: Wanted, edits: Mapping[str, Edit], binding: Binding) -> None:
+def _check_fold(piece: LocatedPiece, fold: Wanted, edits: Mapping[str, Edit], binding: Binding) -> None:
     """Refuse what a fold does not let through: a change of the vector itself, and a norm that adds something, too."""
     if fold.label in edits:
         raise FitError(f"is folded into {show(piece.weight.label)}, and an adapter changes it", tensor=fold.label)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.ties import is_told
 from surgery.onnx.edit.wanted import wanted_weights
 from surgery_formats.containers.onnx import OnnxGraph
@@ -84,7 +84,7 @@ def places_of(
     return found
 
 
-def _check_told(piece: Piece, name: str, located: Located) -> None:
+def _check_told(piece: LocatedPiece, name: str, located: Located) -> None:
     """Refuse a tensor that other weights of equal values may be in, or are in, too.
 
     Raises:
@@ -105,7 +105,7 @@ def _check_told(piece: Piece, name: str, located: Located) -> None:
     )
 
 
-def _place(piece: Piece, name: str, graph: OnnxGraph, *, turned: bool) -> WeightPlace:
+def _place(piece: LocatedPiece, name: str, graph: OnnxGraph, *, turned: bool) -> WeightPlace:
     """A piece by its outputs.
 
     Raises:
