@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "TensorChange", "changes_of", "touched_labels"]
 
 _GATHERS = frozenset(("Gather", "GatherBlockQuantized", "EmbedLayerNormalization"))
+_PACKED = 4  # codes in a byte, at most
 _KEEPING = frozenset(("Identity", "Cast", "Transpose", "DequantizeLinear"))
 
 
@@ -102,6 +104,7 @@ def changes_of(located: Located, binding: Binding) -> tuple[TensorChange, ...]:
     if missing:
         raise _not_found(missing, located, edits)
     _check_all_told(located, by_tensor, binding)
+    _check_both_halves(located, binding)
     for piece in located.pieces:
         if piece.fold in edits and piece.weight.label not in edits:
             raise FitError(f"is folded into {show(piece.weight.label)}, and an adapter changes it", tensor=piece.fold)
@@ -131,6 +134,37 @@ def _check_all_told(located: Located, by_tensor: Mapping[str, Sequence[Change]],
                 f"may be {show(piece.weight.label)}, which is of one value: no name beside it tells",
                 file=located.graph.path,
                 tensor=piece.place.name,
+                hint="export a graph of the merged model",
+            )
+
+
+def _check_both_halves(located: Located, binding: Binding) -> None:
+    """Refuse a table that changes with its head where one of them is found, and the other may be what is not known.
+
+    Raises:
+        FitError: that is so.
+    """
+    found = {piece.place.name for piece in located.pieces}
+    for component in binding.checkpoint.components.values():
+        table = (component.name, component.embedding)
+        if not component.tied or component.name in binding.untied or table not in binding.edits:
+            continue
+        edit = binding.edits[component.name, component.embedding]
+        own = component.aliases.get(edit.name, edit.name)
+        pieces = located.of_weight[f"{edit.component}:{own}" if edit.component else own]
+        uses = set().union(*(_uses(located.graph.proto, piece.place.name) for piece in pieces))
+        size = math.prod(edit.source.shape)
+        unknown = [
+            name
+            for name, shape in located.graph.shapes.items()
+            if name not in found and name in located.graph.tensors and math.prod(shape) * _PACKED >= size
+        ]
+        if uses and not (uses & _GATHERS and uses - _GATHERS) and unknown:
+            half = "embedding" if uses & _GATHERS else "head"
+            raise FitError(
+                f"is found as the {half} alone, and an adapter changes both: the other half may be {listing(unknown[:4])}",
+                file=located.graph.path,
+                tensor=edit.name,
                 hint="export a graph of the merged model",
             )
 
@@ -172,9 +206,18 @@ def _pieces(located: Located, binding: Binding, edit: Edit, edits: Mapping[str, 
     if edit.component not in binding.untied or edit.name not in (component.head, component.embedding):
         return pieces
     is_head = edit.name == component.head
+    graph = located.graph.proto.graph
+    main = {one.name for one in graph.initializer} | {value for node in graph.node for value in node.output}
     chosen = []
     for piece in pieces:
         uses = _uses(located.graph.proto, piece.place.name)
+        if piece.place.name not in main:
+            text = (
+                "is read by no node by this name, so that it may be the head or the embedding, which the adapter parts"
+            )
+            raise FitError(
+                text, file=located.graph.path, tensor=piece.place.name, hint="export a graph of the merged model"
+            )
         if uses & _GATHERS and uses - _GATHERS:
             text = "is embedding and head at once, and the adapter changes one of them"
             raise FitError(
