@@ -289,7 +289,7 @@ def _planned(adapter: Adapter, target: Format, base: Checkpoint) -> Conversion:
         return plan_conversion(adapter, target, base, bound_source(adapter, base))
     except FitError as error:
         if target.name != "peft":
-            error.hint = f"choose `targets=` that {target.name} has adapters for"
+            error.hint = f"choose `targets=` that {target.name} has adapters for, or another `format=`"
         raise
 
 
