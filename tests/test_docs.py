@@ -140,7 +140,7 @@ def test_the_readme_shows_what_the_command_says(shipped: Path):
     """Every line of every session, but for times; ``...`` stands for lines left out."""
     sessions = [block for block in FENCED.findall((ROOT / "README.md").read_text()) if "$ surgery" in block]
     commands = [part for block in sessions for part in block.strip("`\n").split("$ surgery ")[1:]]
-    assert len(commands) == 9
+    assert len(commands) == 12
     for part in commands:
         words, _, shown = part.partition("\n")
         shutil.rmtree("merged", ignore_errors=True)

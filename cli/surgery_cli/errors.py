@@ -74,6 +74,7 @@ def fault_of(error: BaseException) -> Fault:
 
 _RENAMED = {
     "output": "-o",
+    "inputs": "--input",
     "as_lora": "--as lora",
     "form": "--as",
     "graph_of": "--base",

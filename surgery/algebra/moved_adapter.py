@@ -60,6 +60,8 @@ def moved_adapter(adapter: Adapter, stack: LayerStack, order: Sequence[int], tar
     """
     if adapter.prompt is not None and adapter.prompt.prefix is not None:
         raise FitError("holds keys and values for each layer, which belong to these layers", file=adapter.path)
+    if adapter.prompt is not None and not adapter.updates:  # rows before the input, which no layer has
+        return MovedAdapter(replace(adapter, base_id=""), adapter, (), ())
     places = places_of_layers(order)
     name = stack.prefix.rstrip(".").rpartition(".")[2]
     number = re.compile(rf"(?:^|[._]){re.escape(name)}[._](\d+)(?=[._])")

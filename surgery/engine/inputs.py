@@ -171,7 +171,9 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base", *, graph: bool 
 
             if all(is_adapter_file(name) for name in files) and format_at(path) is not None:  # pytorch_model_head.bin
                 raise FitError(
-                    _AN_ADAPTER, file=path, hint="`surgery merge` makes a full model of an adapter and its base"
+                    _AN_ADAPTER,
+                    file=path,
+                    hint="were the two given the other way round? `surgery merge` makes a full model of an adapter",
                 )
         return open_checkpoint(path) if graph else _no_graph(open_checkpoint(path))
     if _is_adapter(value):

@@ -141,7 +141,8 @@ def _check_only_copied(delta: Adapter) -> None:
             hint="`surgery merge` folds it into the weight",
         )
     if not delta.updates:
-        raise FitError("it holds no tensors of a model", file=delta.path)
+        hint = "prompt bake puts virtual tokens into the vocabulary" if delta.prompt is not None else ""
+        raise FitError("it holds no tensors of a model", file=delta.path, hint=hint)
 
 
 def _check_types(binding: Binding) -> None:

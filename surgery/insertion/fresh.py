@@ -109,7 +109,9 @@ class FreshOptions:
         if self.init == "loftq" and self.kind == "dora":
             raise FitError("a DoRA measures the base that it is attached to, and loftq makes another one of it")
         if (self.init == "eva") != (self.calibration is not None):
-            raise FitError("eva begins along the inputs of modules, and needs a file of them", hint="`calibration=`")
+            raise FitError(
+                "eva begins along the inputs of modules, and needs a file of them", hint="`calibration=FILE`"
+            )
         if (self.init == "loftq") != (self.release is not None):
             raise FitError(
                 "loftq makes up for what rounding took from the unquantised model", hint="`release=` names it"
@@ -287,7 +289,7 @@ def _planned(adapter: Adapter, target: Format, base: Checkpoint) -> Conversion:
         return plan_conversion(adapter, target, base, bound_source(adapter, base))
     except FitError as error:
         if target.name != "peft":
-            error.hint = f"choose `targets=` that {target.name} has adapters for"
+            error.hint = f"choose `targets=` that {target.name} has adapters for, or another `format=`"
         raise
 
 

@@ -24,6 +24,7 @@ _USES = {
     "gradients": "gradients",
     "moments": "two moments of AdamW",
 }
+_SIZES = {"prompt": "tokens", "prefix": "tokens", "bottleneck": "width", "oft": "blocks of"}
 _COLUMNS = (Column("held in training", "text"), Column("type"), Column("numbers", "count"), Column("bytes", "bytes"))
 
 
@@ -111,9 +112,9 @@ class FreshResult:
             verbose: Every module that has an error.
             output: Where a dry run would write.
         """
-        what = "tokens" if self.kind in ("prompt", "prefix") else "rank"
+        size = f"{_SIZES.get(self.kind, 'rank')} {self.rank}, " if self.kind != "ia3" else ""
         facts: list[tuple[str, Phrase]] = [
-            ("begin", f"{self.kind}, {what} {self.rank}, init {self.init}"),
+            ("begin", f"{self.kind}, {size}init {self.init}"),
             ("to", destination(self.output or output, self.format)),
         ]
         if self.targets:
@@ -121,11 +122,11 @@ class FreshResult:
         times = self.full.nbytes / max(self.memory.nbytes, 1)
         facts += [
             ("trains", (Value(self.trained, "count"), " numbers, ", Value(self.share, "share", 3), " of all")),
-            ("memory", (Value(self.memory.nbytes, "bytes"), ", beside the activations")),
-            ("of all weights", (Value(self.full.nbytes, "bytes"), ": ", Value(times, "number", 3), " times as much")),
+            ("memory", (Value(self.memory.nbytes, "bytes"), " to train it, activations not counted")),
+            ("all weights", (Value(self.full.nbytes, "bytes"), ": ", Value(times, "number", 3), " times as much")),
             ("saves", (Value(self.full.nbytes - self.memory.nbytes, "bytes"), " in training; ", *self._copies())),
         ]
-        facts += [("error", self._error())] if self.errors else []
+        facts += [("off by", self._error())] if self.errors else []
         if self.residual is not None:
             facts.append(("residual base", Name(self.residual, PATH)))
         if self.output is not None:
@@ -163,7 +164,7 @@ class FreshResult:
                 Value(after, "share", 3),
                 " is left",
             )
-        return "residual and factors are the base but for ", Value(greatest[0], "number"), " of a weight at most"
+        return Value(greatest[0], "number"), " of a weight at most: what the types of the residual round"
 
 
 def _errors(name: str, some: tuple[float, ...]) -> tuple[Cell, ...]:

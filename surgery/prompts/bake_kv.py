@@ -31,7 +31,6 @@ from surgery_formats.files.output.folder import output_folder
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.models.rebuilt.rebuilt import one_network
 from surgery_formats.tensors.tensor import as_bytes
 
 __all__ = ["KeyValues", "key_values", "write_key_values"]
@@ -66,7 +65,7 @@ def key_values(adapter: Adapter | None, text: str | None, base: Checkpoint, dtyp
     Raises:
         FitError: no recipe for the model, another base, no decoder, or an empty text.
     """
-    component = one_network(base)
+    component = base.main
     model = model_of(component.config, component.parameters.keys())
     if model.kind != "decoder":
         raise FitError("an encoder has no cache", file=component.folder)

@@ -53,7 +53,9 @@ def combined(prompts: Sequence[tuple[Adapter, SoftPrompt, float]], method: str) 
     tables, weights = [table_of(prompt) for _, prompt, _ in prompts], [weight for _, _, weight in prompts]
     if method == "concatenate":
         if any(weight != 1 for weight in weights):
-            raise FitError("prompts that are put one behind the other have no weights")
+            raise FitError(
+                "prompts that are put one behind the other have no weights", hint='`method="average"` adds them up'
+            )
         table, how = np.concatenate(tables), "one behind the other"
     else:
         if method == "average":

@@ -7,7 +7,7 @@ tokens mostly lie where no token is, so that even a map that is right for tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from surgery.prompts.vocabulary import Vocabulary
 __all__ = ["Map", "fitted_map", "shared_tokens"]
 
 _MOST = 1 << 16  # tokens to fit to
+_NUMBERS = 1 << 22  # of rows in memory at a time
 _TRIED = 512  # held-out tokens that are looked for
 _STRENGTHS = (1e-6, 1e-4, 1e-2, 1.0)  # of ridge, by the mean of the squares
 
@@ -65,8 +66,8 @@ def fitted_map(old: Vocabulary, new: Vocabulary, shared: Sequence[tuple[int, int
     fit, choose, test = (
         [pair for number, pair in enumerate(pairs) if number % 10 in part] for part in (range(8), (8,), (9,))
     )
-    x, y = (vocabulary.chosen([pair[side] for pair in fit]) for side, vocabulary in enumerate((old, new)))
-    tried = [(_explained(old, new, choose, matrix), name, matrix) for name, matrix in _candidates(x, y, method)]
+    found_maps = _candidates(old, new, fit, method)
+    tried = [(_explained(old, new, choose, matrix), name, matrix) for name, matrix in found_maps]
     _, name, matrix = max(tried, key=lambda entry: entry[0])
     asked = test[:: -(-len(test) // _TRIED) or 1]
     images = np.asarray(old.chosen([a for a, _ in asked]) @ matrix, np.float32)
@@ -75,9 +76,23 @@ def fitted_map(old: Vocabulary, new: Vocabulary, shared: Sequence[tuple[int, int
     return Map(name, matrix, len(fit), len(test), _explained(old, new, test, matrix), found)
 
 
-def _candidates(x: np.ndarray, y: np.ndarray, method: str) -> list[tuple[str, np.ndarray]]:
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    square, cross = x.T @ x, x.T @ y
+def _blocks(
+    old: Vocabulary, new: Vocabulary, pairs: Sequence[tuple[int, int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The rows of both sides in float64, so many pairs at a time."""
+    height = max(1, _NUMBERS // (old.width + new.width))
+    for start in range(0, len(pairs), height):
+        part = pairs[start : start + height]
+        yield old.chosen([a for a, _ in part]).astype(np.float64), new.chosen([b for _, b in part]).astype(np.float64)
+
+
+def _candidates(
+    old: Vocabulary, new: Vocabulary, pairs: Sequence[tuple[int, int]], method: str
+) -> list[tuple[str, np.ndarray]]:
+    square, cross = np.zeros((old.width, old.width)), np.zeros((old.width, new.width))
+    for x, y in _blocks(old, new, pairs):
+        square += x.T @ x
+        cross += x.T @ y
     found: list[tuple[str, np.ndarray]] = []
     if method in ("auto", "ridge"):
         scale = float(np.trace(square)) / len(square)
@@ -85,7 +100,7 @@ def _candidates(x: np.ndarray, y: np.ndarray, method: str) -> list[tuple[str, np
             ("ridge", np.linalg.solve(square + strength * scale * np.eye(len(square)), cross))
             for strength in _STRENGTHS
         ]
-    if method == "orthogonal" or (method == "auto" and x.shape[1] == y.shape[1]):
+    if method == "orthogonal" or (method == "auto" and old.width == new.width):
         left, values, right = np.linalg.svd(cross, full_matrices=False)
         found.append(("orthogonal", (left @ right) * (values.sum() / max(float(np.trace(square)), 1e-300))))
     return found
@@ -93,6 +108,10 @@ def _candidates(x: np.ndarray, y: np.ndarray, method: str) -> list[tuple[str, np
 
 def _explained(old: Vocabulary, new: Vocabulary, pairs: Sequence[tuple[int, int]], matrix: np.ndarray) -> float:
     """1 less the share of the variance that is left."""
-    x, y = old.chosen([a for a, _ in pairs]).astype(np.float64), new.chosen([b for _, b in pairs]).astype(np.float64)
-    whole = float(np.square(y - y.mean(0)).sum())
-    return 1 - float(np.square(y - x @ matrix).sum()) / whole if whole else 0.0
+    total = sum((y.sum(0) for _, y in _blocks(old, new, pairs)), np.zeros(new.width))
+    mean = total / max(len(pairs), 1)
+    whole = left = 0.0
+    for x, y in _blocks(old, new, pairs):
+        whole += float(np.square(y - mean).sum())
+        left += float(np.square(y - x @ matrix).sum())
+    return 1 - left / whole if whole else 0.0

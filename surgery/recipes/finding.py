@@ -53,7 +53,7 @@ def _found(recipe: Recipe, name: str, one: Input, told: StrPath | None) -> Path:
             raise NotFoundError(
                 f"the input '{show(name)}' is neither here nor beside the manifest's folder",
                 file=recipe.path,
-                hint="say where it lies, by its name",
+                hint=f"say where it lies: `inputs={show(name)}=PATH`",
             )
         return found
     if not path.exists():

@@ -43,7 +43,8 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
         elif step.output:
             place = "output"
         elif not own:
-            raise step.fail("its result is written nowhere, and no step uses it", "give it an `output:`")
+            hint = "name the folder to make: `output=OUT`" if recipe.recorded is not None else "give it an `output:`"
+            raise step.fail("its result is written nowhere, and no step uses it", hint)
         elif step.written:
             place = "temporary"
         elif _can_fold(step, own) and not rebuilt & {one.text for one in step.references.get("base", ())}:

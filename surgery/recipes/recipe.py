@@ -29,7 +29,7 @@ from typing import Any
 from surgery.engine.recorded import NOT_RECORDED, takes_references
 from surgery.recipes.document import Entry, Text, Value, read_document
 from surgery_formats.errors import FitError, MalformedError, SurgeryError, UsageError
-from surgery_formats.files.output.manifest import FORMAT
+from surgery_formats.files.output.manifest import FORMAT, MANIFEST
 from surgery_formats.text import closest, listing, show
 
 __all__ = ["RANKED", "VERBS", "Input", "Recipe", "Reference", "Step", "read_recipe"]
@@ -167,6 +167,12 @@ def read_recipe(path: Path) -> Recipe:
                     hint="run the command: older manifests name none, nor do those of a command's second output",
                 )
             return _recipe(path, _entry(recipe), manifest)
+    if path.is_dir():
+        manifest_in = path / MANIFEST
+        hint = (
+            f"name the manifest in it: {show(manifest_in)}" if manifest_in.is_file() else "name a recipe or a manifest"
+        )
+        raise FitError("a folder, not a recipe", file=path, hint=hint)
     return _recipe(path, read_document(path), None)
 
 

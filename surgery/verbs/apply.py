@@ -24,6 +24,7 @@ from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
 from surgery_formats.errors import UsageError
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.text import listing
 
 __all__ = ["ApplyResult", "apply"]
 
@@ -99,10 +100,13 @@ def _compared(recipe: Recipe, result: ApplyResult) -> ApplyResult:
     assert result.output is not None
     manifest = result.output / MANIFEST
     made = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
-    same = made.get("files") == recipe.recorded.get("files") and made.get("plan") == recipe.recorded.get("plan")
+    old, new = (dict(one.get("files") or {}) for one in (recipe.recorded, made))
+    other = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    same = not other and made.get("plan") == recipe.recorded.get("plan")
     before, now = recipe.recorded["recipe"].get("version"), made.get("recipe", {}).get("version")
     told = f"; the manifest is of surgery {before}, this is {now}" if before != now else ""
-    warnings = () if same else (f"some files are not what the manifest says{told}",)
+    which = f": {listing(other)}" if other else ""
+    warnings = () if same else (f"not all is what the manifest says{which}{told}",)
     return replace(result, same=same, warnings=(*result.warnings, *warnings))
 
 

@@ -14,6 +14,7 @@ from surgery.engine.rebuild.recovery_result import RecoveryResult
 from surgery.onnx.edit.opening import graph_at
 from surgery.onnx.edit.recovered import recovered
 from surgery.progress import Callback
+from surgery_formats.adapters.registry import format_at
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
@@ -47,6 +48,12 @@ def convert_graph(
         FitError: a folder of weights, or weights of the base are not there.
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
+    if path.exists() and format_at(path) is not None:
+        raise FitError(
+            "an adapter, and safetensors are made of an ONNX graph",
+            file=path,
+            hint='`to="peft"` or another format of adapters',
+        )
     source = open_checkpoint(path)
     if not source.is_graph:
         raise FitError(

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 __all__ = ["DeltaResult", "FreshResult", "insert"]
 
 _RANK = 16
+_INSERTED = ("bottleneck", "prompt", "prefix")
+_WITHOUT: Mapping[str, tuple[str, ...]] = {
+    "rank": ("ia3",),
+    "alpha": ("ia3", "oft", "vera", *_INSERTED),
+    "targets": _INSERTED,
+}
+"""Kinds that have no use for an argument."""
 
 
 @timed
@@ -119,8 +126,11 @@ def insert(
     asked: dict[str, Any] = {"rank": rank, "alpha": alpha, "targets": targets, "text": text, "calibration": calibration}
     asked |= {"release": release, "residual": residual, "format": format}
     if new is not None:
-        if what is not None or base is not None or required or gated or unmerged:
+        if what is not None:
             raise UsageError("a kind to begin was named, and something to insert", hint="name one of them")
+        others = {"base": base is not None, "required": required, "gated": gated, "unmerged": unmerged}
+        if odd := [name for name, given in others.items() if given]:
+            raise UsageError(f"{odd[0]} has no meaning for an adapter that is begun", hint=f"leave out `{odd[0]}=`")
         return _fresh(as_checkpoint(model, "model"), new, init, seed, asked, folder, overwrite, progress)
     if odd := [name for name, value in asked.items() if value is not None]:
         raise UsageError(f"{odd[0]} belongs to an adapter that is begun", hint="`new=` names its kind")
@@ -162,6 +172,7 @@ def _fresh(
 ) -> FreshResult:
     from surgery.insertion.fresh import FreshOptions, fresh_adapter
 
+    _check_meaningful(kind, asked)
     said = asked["text"]
     if init == "text" and said is None:
         raise UsageError("a prompt that begins as a text needs the text")
@@ -181,6 +192,17 @@ def _fresh(
         format=asked["format"] or ("adapterhub" if kind == "bottleneck" else "peft"),
     )
     return fresh_adapter(model, options, folder, overwrite=overwrite, progress=progress)
+
+
+def _check_meaningful(kind: str, asked: Mapping[str, Any]) -> None:
+    """Refuse what the kind has no use for: it would be ignored.
+
+    Raises:
+        UsageError: such an argument was given.
+    """
+    for name, kinds in _WITHOUT.items():
+        if asked[name] is not None and kind in kinds:
+            raise UsageError(f"{name} has no meaning for the kind {kind}", hint=f"leave out `{name}=`")
 
 
 def _tokens(text: str, model: Checkpoint) -> tuple[int, ...]:

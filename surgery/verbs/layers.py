@@ -96,14 +96,19 @@ def layers(
     check_counts(workers=workers, shard_size=shard_size)
     folder = output_path(output, dry_run=dry_run)
     if (adapter is None) != (adapter_output is None) and not dry_run:
-        raise UsageError("adapter and adapter_output are given together")
+        lacking = "adapter" if adapter is None else "adapter_output"
+        raise UsageError("an adapter and where to write it are given together", hint=f"give `{lacking}=` too")
     checkpoint = as_checkpoint(base)
     stored = float_type(dtype, "weights")
     rebuilt = rebuild(
         checkpoint, keep=keep, repeat=repeat, drop=drop, vocab=vocab, split=as_list(split), fuse=as_list(fuse)
     )
     if not rebuilt.facts and stored is None and not _has_adapters(checkpoint):
-        raise NothingChangedError("nothing was asked for", file=checkpoint.path, hint="say what shall be other")
+        raise NothingChangedError(
+            "nothing to change was named",
+            file=checkpoint.path,
+            hint="`keep=`, `drop=`, `repeat=`, `vocab=`, `split=`, `fuse=` or `dtype=`",
+        )
     plan = plan_rebuilt(rebuilt, stored, shard_size)
     before, after = (_parameters(one) for one in (checkpoint, rebuilt.checkpoint))
     result = LayersResult(None, Ledger(plan), rebuilt.facts, (before, after), None, plan.warnings)
@@ -164,7 +169,9 @@ def rebuild(
         count = layer_stack(one_network(checkpoint)).count
         order = _ORDERS[name](text, count)
         if order == tuple(range(count)):
-            raise NothingChangedError(f"these are all {count} layers, in their order", file=checkpoint.path)
+            raise NothingChangedError(
+                f"nothing would change: these are all {count} layers, in their order", file=checkpoint.path
+            )
         rebuilt = with_layers(rebuilt, order)
     if split or fuse:
         rebuilt = with_projections(rebuilt, tuple(split or fuse), fused=bool(fuse))

@@ -12,6 +12,7 @@ from surgery.engine.inputs import (
     as_weighted,
     check_counts,
 )
+from surgery.onnx.edit.locate import Located
 from surgery.onnx.edit.locate_result import LocateResult
 from surgery.reports.result import timed
 from surgery_formats.binding.bind import bind
@@ -54,4 +55,13 @@ def locate(
     located = located_weights(opened, wanted_weights(checkpoint, binding), workers=workers)
     opened.check_unchanged()
     checkpoint.check_unchanged()
-    return LocateResult(opened.path, checkpoint.path, located)
+    return LocateResult(opened.path, checkpoint.path, located, _doubts(located))
+
+
+def _doubts(located: Located) -> tuple[str, ...]:
+    """A word where a graph holds little of a base: it is more likely another's than an exporter's doing."""
+    sizes = {weight.label: weight.rows * weight.cols for weight in located.weights}
+    found = sum(sizes[weight.label] for weight in located.whole)
+    if 2 * found >= sum(sizes.values()):
+        return ()
+    return ("less than half of the base is in the graph: was it made of another model, or merged since?",)

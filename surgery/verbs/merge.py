@@ -130,10 +130,17 @@ def merge(
     if graph_of is not None:
         from surgery.verbs.merge_graph import merge_graph
 
-        given = (dtype != "keep", shard_size, layout != "keep", quantized != "dequantize", only_touched, rounding,
-            calibration, rank, max_error, reversible, as_trained is not None, memory_limit, engine, replace)  # fmt: skip
-        if any(given):
-            raise UsageError("a graph keeps its types and its layout", hint="leave out what belongs to checkpoints")
+        others = {
+            "dtype": dtype != "keep", "shard_size": shard_size, "layout": layout != "keep",
+            "quantized": quantized != "dequantize", "only_touched": only_touched, "rounding": rounding,
+            "calibration": calibration, "rank": rank, "max_error": max_error, "reversible": reversible,
+            "as_trained": as_trained is not None, "memory_limit": memory_limit, "engine": engine, "replace": replace,
+        }  # fmt: skip
+        if odd := [name for name, given in others.items() if given]:
+            raise UsageError(
+                f"{odd[0]} belongs to checkpoints: a graph keeps its types and its layout",
+                hint=f"leave out `{odd[0]}=`, or, of a checkpoint, `graph_of=`",
+            )
         if isinstance(base, Checkpoint):
             raise UsageError("a graph is named by its path")
         return merge_graph(

@@ -61,8 +61,8 @@ def merge_graph(
     planned = _planned(graph, binding, run, compare=folder is None)
     plan = planned.plan
     if folder is None:
-        return MergeResult(None, Ledger(plan), (*plan.warnings, *_of_activations(graph)))
-    warnings = [*plan.warnings, *_of_activations(graph)]
+        return MergeResult(None, Ledger(plan), plan.warnings)
+    warnings = [*plan.warnings]
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         warnings.extend(
@@ -92,13 +92,3 @@ def _planned(graph: OnnxGraph, binding: Binding, run: Run, *, compare: bool) -> 
         workers=run.workers or default_workers(),
     )
     return plan_graph(graph, changes_of(located, binding), binding)
-
-
-def _of_activations(graph: OnnxGraph) -> tuple[str, ...]:
-    """A warning where a graph rounds activations on scales of its own."""
-    nodes = graph.proto.graph.node
-    made = {name for node in nodes for name in node.output}
-    count = sum(node.op_type == "QuantizeLinear" and node.input[0] in made for node in nodes)
-    if not count:
-        return ()
-    return (f"activations are quantised in {count} places on scales that were calibrated for the base, and these stay",)

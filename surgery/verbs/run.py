@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from surgery.arguments import checked
 from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
+from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
@@ -155,6 +156,7 @@ def prepare_decoder(
     contract, slots = opened.contract, _slots(opened, adapters)
     past = None
     if prompt_adapter is not None:
+        check_adapter_file(prompt_adapter, opened.path)
         past = prompt_past(read_adapter_file(prompt_adapter), contract, file=os.fspath(prompt_adapter))
     elif prompt:
         past = default_past(opened)
@@ -169,7 +171,7 @@ def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[
     Raises:
         FitError: an adapter that does not fit the graph.
     """
-    paths, strengths = named_strengths(as_list(adapters), opened.contract, opened.inputs)
+    paths, strengths = named_strengths(as_list(adapters), opened.path, opened.contract, opened.inputs)
     files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
     gates = strength_arrays(strengths, opened.contract, opened.inputs, opened.optional)
     return fill_slots(files, opened.contract, opened.inputs, opened.optional) | gates

@@ -133,8 +133,11 @@ def verify(
         ProofError: something is not as it was meant.
     """
     where = as_path(output, "output")
-    if against is not None and (graph := _without_contract(where)) is not None:
-        return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
+    if (graph := _without_contract(where)) is not None:
+        if against is not None:
+            return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
+        if not adapters:
+            return _by_manifest(graph)
     if where.name.endswith(".onnx") and where.is_file():
         where = where.parent
     if where.is_file():
@@ -208,6 +211,24 @@ def _by_value(graph: Path, base: Checkpoint, weighted: Sequence[WeightedAdapter]
             f"{len(found.absent)} weights of the base are not in the graph: {listing(summed_up(found.absent))}"
         )
     return Verification(graph, "graph", tuple(checks), tuple(notes))
+
+
+def _by_manifest(graph: Path) -> Verification:
+    """Of a graph that others made, and that this toolkit changed, only the files are known without its base.
+
+    Raises:
+        FitError: there is no manifest either.
+    """
+    if not (graph.parent / MANIFEST).exists():
+        raise FitError(
+            f"the graph was not written by surgery export-onnx, and no {MANIFEST} lies beside it",
+            file=graph,
+            hint="`against=BASE` compares its weights with those of the model it was made of",
+        )
+    checks: list[Check] = []
+    _folder(graph.parent, {}, checks)
+    note = "the values of the weights were not compared with a model: --against BASE does"
+    return Verification(graph, "graph", tuple(checks), (note,))
 
 
 def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:

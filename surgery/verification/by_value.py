@@ -7,19 +7,20 @@ told.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.onnx.edit.changes import touched_labels
-from surgery.onnx.edit.locate import located_weights
+from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.wanted import wanted_weights
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.text import listing, show
+from surgery_formats.text import listing, show, summed_up
 
 __all__ = ["ByValue", "compare_by_value"]
 
@@ -63,6 +64,12 @@ def compare_by_value(path: Path, base: Checkpoint, adapters: Sequence[tuple[Adap
             f"'{show(first.piece.place.name)}' is {first.distance:.2%} away",
             file=path,
         )
+    if other := _other_values(located):
+        raise ProofError(
+            f"{len(other)} weights have other values than base and adapters make: {listing(summed_up(other))}",
+            file=path,
+            hint="is it this base? adapters that were merged into it have to be named, too",
+        )
     if lost := sorted(touched.intersection(missing)):
         raise ProofError(f"{len(lost)} weights that the adapters change are not there: {listing(lost)}", file=path)
     if not located.whole:
@@ -75,3 +82,19 @@ def compare_by_value(path: Path, base: Checkpoint, adapters: Sequence[tuple[Adap
         max((piece.error for piece in pieces), default=0.0),
         tuple(missing),
     )
+
+
+def _other_values(located: Located) -> list[str]:
+    """Matrices that were not found, where a tensor of the graph that nothing explains has room for them.
+
+    An exporter drops what its graph does not need, and then no such tensor is left over. Vectors are not asked: a norm that
+    is folded into a convolution leaves a bias of its length.
+    """
+    graph, sizes = located.graph, list[tuple[int, ...]]()
+    for name in located.others:
+        if name in located.coded:
+            sizes.append((located.coded[name].rows, located.coded[name].cols))
+        else:
+            sizes.append(graph.tensors[name].shape if name in graph.tensors else graph.small[name].shape)
+    room = max((math.prod(size) for size in sizes if len(size) > 1), default=0)
+    return [weight.label for weight in located.missing if not weight.is_vector and weight.rows * weight.cols <= room]

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError
 from surgery_formats.files.raw import open_file
@@ -26,12 +27,13 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
     """
     checked = 0
     for name, entry in sorted(manifest["files"].items()):
-        tensors = entry.get("tensors")
-        if not isinstance(tensors, Mapping) or not is_weight_file(name):
+        tensors = entry.get("tensors") if isinstance(entry, Mapping) else None
+        graphs = [other for other in manifest["files"] if other.endswith(".onnx")]
+        if not isinstance(tensors, Mapping) or not (graphs or is_weight_file(name)):
             continue
         component = name.rpartition("/")[0]  # a pipeline's tensors are recorded with the network that they are of
         prefix = f"{component}:" if component else ""
-        stored = {f"{prefix}{tensor.name}": tensor for tensor in open_shard(folder / name).tensors}
+        stored = {f"{prefix}{tensor.name}": tensor for tensor in _tensors_in(folder, name, graphs)}
         for key, facts in sorted(tensors.items()):
             expected = facts.get("xxh3") if isinstance(facts, Mapping) else None
             if expected is None:
@@ -42,6 +44,13 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
                 raise ProofError("its bytes have changed since it was written", file=folder / name, tensor=key)
             checked += 1
     return checked
+
+
+def _tensors_in(folder: Path, name: str, graphs: Iterable[str]) -> Iterable[StoredTensor]:
+    """The tensors of a file of weights; of a graph's, inside or beside it, those of the graphs in the folder."""
+    if is_weight_file(name):
+        return open_shard(folder / name).tensors
+    return [tensor for graph in graphs for tensor in open_graph(folder / graph).tensors.values()]
 
 
 def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, Any]) -> int:

@@ -389,6 +389,7 @@ DIMS, FLOATS = b"\x08\x02", b"\x10\x01"
         (wrapped(tag(5, tag(8, b"w") + b"\x08\x01" * 65 + FLOATS)), "at most 64 sizes"),
         (wrapped(tag(5, tag(8, b"w") + tag(1, b"\x01" * 65) + FLOATS)), "no field"),
         (wrapped(tag(5, tag(8, b"w") + tag(3, b"") + FLOATS)), "segment"),
+        (wrapped(tag(5, tag(8, b"w") + DIMS + FLOATS)), "no values"), (wrapped(tag(5, FLOATS + tag(9, b""))), "no values"),
         (wrapped(tag(5, tag(8, b"\xff") + FLOATS)), "not UTF-8"), (wrapped(tag(5, tag(8, b"w" * 70000) + FLOATS)), "no field"),
         (wrapped(tag(5, tag(8, b"w") + b"\x08\x00" + FLOATS) * 2), "appears twice"),
         (wrapped(b"\x2d1234"), "no field"), (wrapped(tag(1, b"\x2d1234")), "no field"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -293,3 +294,26 @@ def test_a_failed_residual_leaves_nothing(tmp_path: Path):
     with pytest.raises(surgery.OutputExistsError):
         surgery.insert(base, new="lora", init="pissa", output=tmp_path / "new", residual=tmp_path / "rest")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("ia3", {"rank": 4}),
+        ("oft", {"alpha": 2}),
+        ("vera", {"alpha": 2}),
+        ("prompt", {"targets": "mlp"}),
+        ("bottleneck", {"targets": "all"}),
+    ],
+)
+def test_what_a_kind_has_no_use_for_is_refused(kind: str, option: dict[str, Any]) -> None:
+    (name,) = option
+    with pytest.raises(surgery.UsageError, match=f"^{name} has no meaning for the kind {kind}"):
+        surgery.insert("examples/base", new=kind, dry_run=True, **option)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("ia3", "ia3, init"), ("oft", "blocks of 16"), ("bottleneck", "width 16"), ("vera", "rank 16")]
+)
+def test_a_kind_says_what_its_rank_is(kind: str, said: str) -> None:
+    assert said in surgery.insert("examples/base", new=kind, dry_run=True).summary().as_text()

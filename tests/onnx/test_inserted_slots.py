@@ -11,7 +11,7 @@ import pytest
 
 import surgery
 from surgery.onnx.run.adapter_file import read_adapter_file
-from surgery_formats import FitError
+from surgery_formats import FitError, NotFoundError
 from tests.support.kit import make_base, make_lora
 from tests.support.small_graphs import FORMS, answer, weights_in, write_graph
 
@@ -198,3 +198,15 @@ def test_a_weight_is_a_strength_and_no_slot_has_one(base: Path, tmp_path: Path):
     adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
     with pytest.raises(FitError, match="slots take an adapter as it is"):
         surgery.insert(graph, {adapter: 0.5}, base=base, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_adapter_that_is_no_file_is_told_by_what_may_be_meant(gated: bool, base: Path, tmp_path: Path):
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    graph = write_graph(tmp_path / "graph" / "model.onnx", next(iter(FORMS)), weights_in(base))
+    surgery.insert(graph, adapter, base=base, output=tmp_path / "out", gated=gated)
+    with pytest.raises(NotFoundError) as caught:
+        surgery.fold(tmp_path / "out", [("styles" if gated else "style", 0.5)], output=tmp_path / "folded")
+    assert ("did you mean 'style'?" if gated else "adapters/style.onnx_adapter'?") in str(caught.value.hint)
+    with pytest.raises(FitError, match=r"a folder, not an \.onnx_adapter file"):
+        surgery.fold(tmp_path / "out", adapter, output=tmp_path / "folded")

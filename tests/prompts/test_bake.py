@@ -17,6 +17,7 @@ import transformers
 from safetensors.torch import load_file
 
 import surgery
+from surgery.prompts.vocabulary import recipe_of
 from surgery_formats.errors import FitError, MalformedError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import peft_oracle, recipes
@@ -333,6 +334,24 @@ def test_a_vocabulary_of_codes_is_refused(tmp_path: Path) -> None:
         base = quantise_folder(BASE, tmp_path / format_name, format_name, ("_proj", "embed_tokens"))
         with pytest.raises(FitError, match="stored as codes"):
             surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
+
+
+def test_of_a_gguf_keys_and_values_are_taken_and_not_computed(tmp_path: Path) -> None:
+    base = ROOT / "tests" / "golden" / "gguf" / "llama" / "base.gguf"
+    attention = recipe_of(open_checkpoint(base).main).layers[0].attention
+    layers = len(recipe_of(open_checkpoint(base).main).layers)
+    heads, dim = attention.kv_heads, attention.head_dim
+    table = np.random.default_rng(0).standard_normal((3, 2 * layers * heads * dim)).astype(np.float32)
+    prefix = write_prompt(tmp_path / "prefix", table, prefix=(layers, heads, dim))
+    surgery.prompt_bake(base, prefix, output=tmp_path / "out", form="kv", dtype="fp32")
+    past = load_file(tmp_path / "out" / "past.safetensors")
+    wanted = table.reshape(3, layers, 2, heads, dim).transpose(1, 2, 3, 0, 4)
+    assert all(np.array_equal(past[f"value.{n}"][0].numpy(), wanted[n, 1]) for n in range(layers))
+    rows = write_prompt(tmp_path / "rows", np.ones((3, 32), np.float32))
+    with pytest.raises(FitError, match="only to safetensors files"):
+        surgery.prompt_bake(base, rows, output=tmp_path / "other", form="kv")
+    with pytest.raises(FitError, match="configuration lies in the weight file"):
+        surgery.prompt_bake(base, rows, output=tmp_path / "other")
 
 
 def test_the_onnx_adapter_is_a_past_of_an_exported_graph(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.prompts import transfer
 from surgery.prompts.transfer import shared_tokens
+from surgery.prompts.vocabulary import Vocabulary
 from surgery_formats.errors import FitError
 from tests.oracles import peft_oracle, recipes
 from tests.support.kit import ROOT
@@ -111,6 +113,18 @@ def test_the_score_is_that_of_plain_numpy(tmp_path: Path) -> None:
     assert result.score.near == 0
     assert any("where no token is" in text for text in result.warnings)
     assert any("only texts tell" in text for text in result.warnings)
+
+
+def test_rows_are_in_memory_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65,536 tokens of 4,096 numbers would be 4 GB in float64."""
+    whole = surgery.prompt_transfer(PROMPT, BASE, onto=TUNED, method="ridge", dry_run=True)
+    read, chosen = [], Vocabulary.chosen
+    monkeypatch.setattr(transfer, "_NUMBERS", 256 * 50)
+    monkeypatch.setattr(Vocabulary, "chosen", lambda self, ids: read.append(len(ids)) or chosen(self, ids))
+    parts = surgery.prompt_transfer(PROMPT, BASE, onto=TUNED, method="ridge", dry_run=True)
+    assert parts.score.explained == pytest.approx(whole.score.explained, rel=1e-9)
+    assert parts.score.found == whole.score.found
+    assert read.count(50) > 2 * 1230 // 50
 
 
 def test_tokens_are_shared_by_how_they_are_spelt() -> None:

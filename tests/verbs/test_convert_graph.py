@@ -170,3 +170,10 @@ def test_a_convolution_that_lies_as_it_is_keeps_its_axes(tmp_path: Path) -> None
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     converted(tmp_path / "model.onnx", tmp_path / "out")
     assert np.array_equal(load_file(tmp_path / "out" / "model.safetensors")["w"], values)
+
+
+def test_an_adapter_is_no_graph_and_a_graph_no_adapter() -> None:
+    with pytest.raises(FitError, match="an adapter, and safetensors are made of an ONNX graph"):
+        surgery.convert("examples/lora", "safetensors", dry_run=True)
+    with pytest.raises(surgery.InputError, match="an ONNX graph where an adapter was expected"):
+        surgery.convert(ROOT / "tests" / "golden" / "onnx_graphs" / "script-llama" / "model.onnx", "peft", dry_run=True)

@@ -227,7 +227,7 @@ def test_a_configuration_that_could_not_be_true_is_refused(family: str, change: 
         ({"drop": "1x2"}, "a layer is dropped once"),
         ({"repeat": "1-2,2-3"}, "names a layer in two ranges"),
         ({"repeat": "1-2x1"}, "repeats nothing"),
-        ({}, "nothing was asked for"),
+        ({}, "nothing to change was named"),
     ],
 )
 def test_layers_that_are_not_there_are_refused(options: Mapping[str, str], error: str, tmp_path: Path):
@@ -431,6 +431,26 @@ def test_an_adapter_follows_its_projections(tmp_path: Path):
     assert torch.allclose(attached(tmp_path / "out", tmp_path / "moved"), logits(whole), atol=1e-4)
 
 
+def test_virtual_tokens_belong_to_no_layer(tmp_path: Path):
+    result = surgery.layers(
+        "examples/base",
+        output=tmp_path / "out",
+        keep="0-1",
+        adapter="examples/prompt",
+        adapter_output=tmp_path / "moved",
+    )
+    before, after = (Path(one, "adapter_model.safetensors") for one in ("examples/prompt", tmp_path / "moved"))
+    assert load_file(before)["prompt_embeddings"].equal(load_file(after)["prompt_embeddings"])
+    assert "virtual tokens" in result.summary().as_text()
+
+
+@pytest.mark.parametrize("given", [{"adapter": "examples/lora"}, {"adapter_output": "moved"}])
+def test_an_adapter_without_a_place_is_refused(given: dict[str, str], tmp_path: Path):
+    with pytest.raises(surgery.UsageError, match="given together") as caught:
+        surgery.layers("examples/base", output=tmp_path / "out", keep="0-1", **given)
+    assert caught.value.hint == f"give `{'adapter_output' if 'adapter' in given else 'adapter'}=` too"
+
+
 @pytest.mark.parametrize("family", ["llama", "llama tied", "gpt2", "bert", "gemma2", "qwen2"])
 def test_a_vocabulary_is_padded_with_the_mean(family: str, tmp_path: Path):
     base = make(family, tmp_path / "base")
@@ -443,7 +463,7 @@ def test_a_vocabulary_is_padded_with_the_mean(family: str, tmp_path: Path):
         assert torch.allclose(new[..., 101:], old.mean(-1, keepdim=True).expand(-1, -1, 27), atol=1e-5)
     assert torch.equal(new.argmax(-1), old.argmax(-1))
     assert torch.equal(model.get_input_embeddings().weight[:101], before.get_input_embeddings().weight)
-    with pytest.raises(surgery.NothingChangedError, match="these are all 128 rows"):
+    with pytest.raises(surgery.NothingChangedError, match="has these 128 rows already"):
         surgery.layers(tmp_path / "out", output=tmp_path / "more", vocab="pad=64")
 
 

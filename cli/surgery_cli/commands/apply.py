@@ -39,7 +39,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     help="Where an input lies; may be repeated.",
 )
 @option.dry_run("Check the recipe, and show what would be written where.")
-@option.overwrite("outputs")
+@option.overwrite("an output")
 def command(settings: Settings, recipe: str, dry_run: bool, **options: Any) -> None:
     """Apply a recipe: several commands in one.
 

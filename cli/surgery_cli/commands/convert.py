@@ -130,7 +130,7 @@ def command(
     as_kind: str | None,
     **options: Any,
 ) -> None:
-    """Convert an adapter to another format.
+    """Convert an adapter to another format, or a graph's weights to safetensors.
 
     What was written is read back, and must change every weight as ADAPTER does. What FORMAT cannot hold is an error
     that names it.

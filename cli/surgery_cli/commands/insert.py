@@ -83,7 +83,7 @@ def command(
     dry_run: bool,
     **options: Any,
 ) -> None:
-    """Put into a model, or beside it, what trains or was trained.
+    """Insert trained tensors or adapters into a model or graph; begin new ones.
 
     WHAT holds tensors that a fine-tune changed, as 'extract-lora' writes them: biases, norms, layers, token rows. OUT gets
     MODEL's files with these in the place of its own, to the byte, and is told which share of the model was trained.

@@ -106,7 +106,9 @@ def nearest(
 @option.dry_run("Show what would be written; write nothing.")
 @option.overwrite()
 def bake(settings: Settings, base: str, prompt: str | None, output: Path | None, **options: Any) -> None:
-    """Bake PROMPT into the files of BASE, so that programs that know nothing of it serve it.
+    """Bake PROMPT into the files of BASE.
+
+    Programs that know nothing of soft prompts serve the result.
 
     As tokens: OUT is the model with the virtual tokens in its vocabulary, words <p_0> ... in its tokenizer, which puts them
     before every text and conversation, and a head that never says them. As keys and values: OUT has a cache that transformers
@@ -209,7 +211,7 @@ def transfer(
     ids: tuple[tuple[int, ...], ...],
     **options: Any,
 ) -> None:
-    """Transfer PROMPT from BASE to another model of one tokenizer, with a score.
+    """Transfer PROMPT from BASE to a model with the same tokenizer.
 
     Its rows are led there by a map that is fitted to the tokens both models have, and tried on tokens held out. On texts its
     gain is measured on both models.

@@ -208,7 +208,11 @@ def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Ad
         raise MalformedError(
             "a full model where an adapter was expected",
             file=where,
-            hint="where a command takes both, BASE comes before ADAPTER",
+            hint="were the base and the adapter given the other way round? of a fine-tune, extract-lora makes an adapter",
         )
     refuse_unread(where)
+    if where.suffix == ".onnx":
+        raise MalformedError(
+            "an ONNX graph where an adapter was expected", file=where, hint='`to="safetensors"` converts its weights'
+        )
     raise MalformedError("not an adapter of a known format", file=where, hint=f"known: {listing(formats(), 20)}")

@@ -228,13 +228,21 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
         )
     others = f": {lacking}" if len(missing) > 1 else ""
     misspelt = len(missing) in (1, len(adapter.updates))  # where some fit, the names are right and the base is another
+    known = (
+        parameters if len(missing) == 1 else [name for name in parameters if _module_of(name) == _module_of(site.path)]
+    )
     rest = f" to use the rest, {_leaving_out('PATTERN')}" if len(missing) < len(adapter.updates) else ""
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,
         tensor=tensor.name,
-        hint=(misspelt and closest(site.path, parameters)) or f"is this the base it was trained on?{rest}",
+        hint=(misspelt and closest(site.path, known)) or f"is this the base it was trained on?{rest}",
     )
+
+
+def _module_of(name: str) -> list[str]:
+    """A parameter and the last module on its path: these are the same where only what stands before is misspelt."""
+    return name.split(".")[-2:]
 
 
 def _leaving_out(*patterns: str) -> str:

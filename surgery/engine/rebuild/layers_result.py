@@ -135,11 +135,14 @@ class LayersResult:
             yield "vocabulary", f"{rows['before']} rows become {rows['after']}{added}"
 
     def _adapter(self) -> Iterator[tuple[Phrase, Phrase]]:
-        from surgery.reports.values import NameList
+        from surgery.reports.output import PATH
+        from surgery.reports.values import Name, NameList
 
         if (adapter := self.adapter) is None:
             return
-        yield "adapter", f"{adapter.sites} changes, {len(adapter.copied)} of them copied with their layers"
+        copied = f", {len(adapter.copied)} of them for layers that are there again" if adapter.copied else ""
+        kept = f"{adapter.sites} changes kept{copied}" if adapter.sites else "virtual tokens, which no layer changes"
+        yield "adapter", kept if adapter.output is None else (Name(adapter.output, PATH), f": {kept}")
         if adapter.dropped:
             yield "", (f"{len(adapter.dropped)} dropped with their layers: ", NameList(adapter.dropped, _LISTED))
 

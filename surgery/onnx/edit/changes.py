@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece, Place
+from surgery.onnx.edit.pieces import LocatedPiece, Place
 from surgery.onnx.edit.ties import is_told
 from surgery.onnx.edit.uses import graphs_in
 from surgery.onnx.edit.wanted import Wanted
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "TensorChange", "changes_of", "touched_labels"]
 
 _GATHERS = frozenset(("Gather", "GatherBlockQuantized", "EmbedLayerNormalization"))
+_PACKED = 4  # codes in a byte, at most
 _KEEPING = frozenset(("Identity", "Cast", "Transpose", "DequantizeLinear"))
 
 
@@ -37,7 +39,7 @@ class Change:
         fold: The vector that its columns are multiplied by, or None.
     """
 
-    piece: Piece
+    piece: LocatedPiece
     edit: Edit
     fold: Wanted | None = None
 
@@ -102,6 +104,7 @@ def changes_of(located: Located, binding: Binding) -> tuple[TensorChange, ...]:
     if missing:
         raise _not_found(missing, located, edits)
     _check_all_told(located, by_tensor, binding)
+    _check_both_halves(located, binding)
     for piece in located.pieces:
         if piece.fold in edits and piece.weight.label not in edits:
             raise FitError(f"is folded into {show(piece.weight.label)}, and an adapter changes it", tensor=piece.fold)
@@ -135,7 +138,38 @@ def _check_all_told(located: Located, by_tensor: Mapping[str, Sequence[Change]],
             )
 
 
-def _is_kept_half(piece: Piece, located: Located, binding: Binding) -> bool:
+def _check_both_halves(located: Located, binding: Binding) -> None:
+    """Refuse a table that changes with its head where one of them is found, and the other may be what is not known.
+
+    Raises:
+        FitError: that is so.
+    """
+    found = {piece.place.name for piece in located.pieces}
+    for component in binding.checkpoint.components.values():
+        table = (component.name, component.embedding)
+        if not component.tied or component.name in binding.untied or table not in binding.edits:
+            continue
+        edit = binding.edits[component.name, component.embedding]
+        own = component.aliases.get(edit.name, edit.name)
+        pieces = located.of_weight[f"{edit.component}:{own}" if edit.component else own]
+        uses = set().union(*(_uses(located.graph.proto, piece.place.name) for piece in pieces))
+        size = math.prod(edit.source.shape)
+        unknown = [
+            name
+            for name, shape in located.graph.shapes.items()
+            if name not in found and name in located.graph.tensors and math.prod(shape) * _PACKED >= size
+        ]
+        if uses and not (uses & _GATHERS and uses - _GATHERS) and unknown:
+            half = "embedding" if uses & _GATHERS else "head"
+            raise FitError(
+                f"is found as the {half} alone, and an adapter changes both: the other half may be {listing(unknown[:4])}",
+                file=located.graph.path,
+                tensor=edit.name,
+                hint="export a graph of the merged model",
+            )
+
+
+def _is_kept_half(piece: LocatedPiece, located: Located, binding: Binding) -> bool:
     """Whether a tensor is the half of a parted pair, head or table, that no adapter changes."""
     component = binding.checkpoint.components[piece.weight.component]
     if component.name not in binding.untied:
@@ -157,7 +191,9 @@ def _one_tensor(name: str, changes: Sequence[Change], located: Located) -> Tenso
     return TensorChange(name, place, tuple(changes))
 
 
-def _pieces(located: Located, binding: Binding, edit: Edit, edits: Mapping[str, Edit]) -> tuple[Piece, ...] | None:
+def _pieces(
+    located: Located, binding: Binding, edit: Edit, edits: Mapping[str, Edit]
+) -> tuple[LocatedPiece, ...] | None:
     """The pieces that an edit is for, whole together; None if there are none.
 
     Raises:
@@ -172,9 +208,18 @@ def _pieces(located: Located, binding: Binding, edit: Edit, edits: Mapping[str, 
     if edit.component not in binding.untied or edit.name not in (component.head, component.embedding):
         return pieces
     is_head = edit.name == component.head
+    graph = located.graph.proto.graph
+    main = {one.name for one in graph.initializer} | {value for node in graph.node for value in node.output}
     chosen = []
     for piece in pieces:
         uses = _uses(located.graph.proto, piece.place.name)
+        if piece.place.name not in main:
+            text = (
+                "is read by no node by this name, so that it may be the head or the embedding, which the adapter parts"
+            )
+            raise FitError(
+                text, file=located.graph.path, tensor=piece.place.name, hint="export a graph of the merged model"
+            )
         if uses & _GATHERS and uses - _GATHERS:
             text = "is embedding and head at once, and the adapter changes one of them"
             raise FitError(
@@ -206,7 +251,7 @@ def _uses(model: onnx.ModelProto, name: str) -> set[str]:
     return found
 
 
-def _check_shared(piece: Piece, edits: Mapping[str, Edit], binding: Binding) -> None:
+def _check_shared(piece: LocatedPiece, edits: Mapping[str, Edit], binding: Binding) -> None:
     unchanged = [weight.label for weight in (piece.weight, *piece.also) if weight.label not in edits]
     if piece.by_order and not piece.also:
         text = f"is {show(piece.weight.label)} by the order of the graph alone: other weights have its values"
@@ -224,7 +269,7 @@ def _check_shared(piece: Piece, edits: Mapping[str, Edit], binding: Binding) -> 
         )
 
 
-def _check_fold(piece: Piece, fold: Wanted, edits: Mapping[str, Edit], binding: Binding) -> None:
+def _check_fold(piece: LocatedPiece, fold: Wanted, edits: Mapping[str, Edit], binding: Binding) -> None:
     """Refuse what a fold does not let through: a change of the vector itself, and a norm that adds something, too."""
     if fold.label in edits:
         raise FitError(f"is folded into {show(piece.weight.label)}, and an adapter changes it", tensor=fold.label)

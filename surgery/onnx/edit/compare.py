@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.turning import turned
 from surgery.onnx.edit.wanted import Wanted
 from surgery_formats.tensors.views import Index
@@ -24,7 +24,7 @@ _STRIP = 1 << 22  # the same where columns of a matrix are read that is too larg
 _HELD = 1 << 26  # bytes of a matrix that is read whole in order to see its columns
 
 
-def weight_blocks(piece: Piece, elements: int = _BLOCK) -> Iterator[tuple[int, int, numpy.ndarray]]:
+def weight_blocks(piece: LocatedPiece, elements: int = _BLOCK) -> Iterator[tuple[int, int, numpy.ndarray]]:
     """The rows of the weight's matrix that a piece needs, in blocks: first row, row behind the last, values."""
     weight = piece.weight
     first, stop = (0, weight.rows) if piece.flipped else (min(piece.rows), max(piece.rows) + 1)
@@ -34,12 +34,12 @@ def weight_blocks(piece: Piece, elements: int = _BLOCK) -> Iterator[tuple[int, i
         yield start, end, weight.block(start, end)
 
 
-def is_there(piece: Piece) -> bool:
+def is_there(piece: LocatedPiece) -> bool:
     """Whether all elements of an exact piece are in the graph, bit for bit."""
     return not any(len(rows) for rows in _differences(piece, early=True))
 
 
-def is_weight_there(piece: Piece, weight: Wanted) -> bool:
+def is_weight_there(piece: LocatedPiece, weight: Wanted) -> bool:
     """Whether another weight, as it is or transposed, is where a piece has its own."""
     for flipped in (piece.flipped, not piece.flipped):
         rows, width = (weight.cols, weight.rows) if flipped else (weight.rows, weight.cols)
@@ -49,13 +49,13 @@ def is_weight_there(piece: Piece, weight: Wanted) -> bool:
     return False
 
 
-def differing_rows(piece: Piece) -> set[int]:
-    """Which entries of `Piece.rows` are not in the graph."""
+def differing_rows(piece: LocatedPiece) -> set[int]:
+    """Which entries of `LocatedPiece.rows` are not in the graph."""
     return {row for rows in _differences(piece, early=False) for row in rows}
 
 
-def _differences(piece: Piece, *, early: bool) -> Iterator[list[int]]:
-    """Entries of `Piece.rows` (positions in it) that differ, block by block of the weight."""
+def _differences(piece: LocatedPiece, *, early: bool) -> Iterator[list[int]]:
+    """Entries of `LocatedPiece.rows` (positions in it) that differ, block by block of the weight."""
     import numpy
 
     place = piece.place
@@ -85,7 +85,7 @@ def _differences(piece: Piece, *, early: bool) -> Iterator[list[int]]:
 class _There:
     """Rows of a graph's matrix, as a piece sees it; a matrix that is turned is read whole if it is not too large."""
 
-    def __init__(self, piece: Piece, place: Matrix) -> None:
+    def __init__(self, piece: LocatedPiece, place: Matrix) -> None:
         self._place, self._turned = place, piece.turned
         across = piece.turned or piece.flipped
         held = across and place.dtype.nbytes(place.numel) <= _HELD
@@ -110,7 +110,7 @@ class _There:
         return found
 
 
-def rows_there(piece: Piece) -> _There:
+def rows_there(piece: LocatedPiece) -> _There:
     """The graph's side of a piece."""
     assert isinstance(piece.place, Matrix)
     return _There(piece, piece.place)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from surgery.onnx.edit.aspect import Aspect
 from surgery.onnx.edit.compare import weight_blocks
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece, Place
+from surgery.onnx.edit.pieces import LocatedPiece, Place
 from surgery.onnx.edit.quantised import CodedMatrix
 from surgery.onnx.edit.vectors import Vectors
 from surgery.onnx.edit.wanted import Wanted
@@ -47,19 +47,19 @@ class Near:
         distance: Norm of the difference in that of the weight, of a few elements.
     """
 
-    piece: Piece
+    piece: LocatedPiece
     distance: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Fit:
-    piece: Piece
+    piece: LocatedPiece
     misfit: float
 
 
 def fitting_weights(
     places: Sequence[Place], weights: Sequence[Wanted], vectors: Vectors, free: Sequence[range] = ()
-) -> list[Piece]:
+) -> list[LocatedPiece]:
     """Weights that one of these ways to see a tensor consists of, apart from a factor, a folded vector or rounding to codes.
 
     Args:
@@ -73,7 +73,7 @@ def fitting_weights(
             aspect = Aspect(place, turned)
             if min(aspect.rows, aspect.width) < 2:
                 continue
-            pieces: list[Piece] = []
+            pieces: list[LocatedPiece] = []
             at = 0
             while at < aspect.rows:
                 fit = _best(aspect, at, place, weights, vectors)
@@ -86,14 +86,14 @@ def fitting_weights(
     return []
 
 
-def _best(aspect: Aspect, at: int, place: Place, weights: Iterable[Wanted], vectors: Vectors) -> Piece | None:
+def _best(aspect: Aspect, at: int, place: Place, weights: Iterable[Wanted], vectors: Vectors) -> LocatedPiece | None:
     fits: list[_Fit] = []
     for weight in weights:
         for flipped in (False, True):
             rows, width = (weight.cols, weight.rows) if flipped else (weight.rows, weight.cols)
             if width != aspect.width or at + rows > aspect.rows or weight.is_vector:
                 continue
-            piece = Piece(weight, place, aspect.turned, flipped, range(at, at + rows), range(rows))
+            piece = LocatedPiece(weight, place, aspect.turned, flipped, range(at, at + rows), range(rows))
             fit = _fit(aspect, at, piece, vectors)
             if fit is not None:
                 fits.append(fit)
@@ -105,13 +105,13 @@ def _best(aspect: Aspect, at: int, place: Place, weights: Iterable[Wanted], vect
     return replace(best.piece, also=tuple(dict.fromkeys(one.weight for one in also if _is_alike(one, best.piece))))
 
 
-def _is_alike(one: Piece, other: Piece) -> bool:
+def _is_alike(one: LocatedPiece, other: LocatedPiece) -> bool:
     """Whether two weights lie in the same way in the same place."""
     ways = [(piece.flipped, len(piece.rows), piece.factor, piece.fold, piece.fold_plus) for piece in (one, other)]
     return ways[0] == ways[1]
 
 
-def _samples(aspect: Aspect, at: int, piece: Piece) -> tuple[list[int], list[int], numpy.ndarray, numpy.ndarray]:
+def _samples(aspect: Aspect, at: int, piece: LocatedPiece) -> tuple[list[int], list[int], numpy.ndarray, numpy.ndarray]:
     """Rows and columns of a few elements, as the piece sees them, with the weight's values and the graph's, float64."""
     rows, cols = piece.weight.sampled
     mine = piece.weight.sample
@@ -121,7 +121,7 @@ def _samples(aspect: Aspect, at: int, piece: Piece) -> tuple[list[int], list[int
     return rows, cols, mine.astype("f8"), there.astype("f8")
 
 
-def _fit(aspect: Aspect, at: int, piece: Piece, vectors: Vectors) -> _Fit | None:
+def _fit(aspect: Aspect, at: int, piece: LocatedPiece, vectors: Vectors) -> _Fit | None:
     import numpy
 
     rows, cols, mine, there = _samples(aspect, at, piece)
@@ -168,8 +168,8 @@ def _tidy(factor: float) -> float:
 
 
 def _folded(
-    piece: Piece, cols: Sequence[int], mine: numpy.ndarray, there: numpy.ndarray, vectors: Vectors
-) -> Piece | None:
+    piece: LocatedPiece, cols: Sequence[int], mine: numpy.ndarray, there: numpy.ndarray, vectors: Vectors
+) -> LocatedPiece | None:
     """The piece with the vector of the base that its columns are multiplied by, if there is one."""
     import numpy
 
@@ -197,7 +197,7 @@ def _folded(
     return None
 
 
-def _scaled(piece: Piece, mine: numpy.ndarray, there: numpy.ndarray) -> Piece | None:
+def _scaled(piece: LocatedPiece, mine: numpy.ndarray, there: numpy.ndarray) -> LocatedPiece | None:
     """The piece with a factor for each row, if all rows are those of the weight but for that."""
     assert isinstance(piece.place, Matrix)
     if piece.flipped or mine.shape[1] < _FREE or (mine == mine[:, :1]).all():
@@ -221,7 +221,7 @@ def _by_row(mine: numpy.ndarray, there: numpy.ndarray) -> numpy.ndarray | None:
     return product / square if square.all() and product.all() else None
 
 
-def measured(piece: Piece, fold: numpy.ndarray | None) -> float | None:
+def measured(piece: LocatedPiece, fold: numpy.ndarray | None) -> float | None:
     """The greatest error of a fit over all its elements, in steps of the quantiser; None if one is beyond what it may be.
 
     Args:
@@ -254,7 +254,7 @@ def measured(piece: Piece, fold: numpy.ndarray | None) -> float | None:
 Span = tuple[int, int]
 
 
-def _sides(piece: Piece) -> Iterator[tuple[Span, Span, numpy.ndarray, numpy.ndarray]]:
+def _sides(piece: LocatedPiece) -> Iterator[tuple[Span, Span, numpy.ndarray, numpy.ndarray]]:
     """Rows and columns of the graph's matrix, as a piece sees it, with the weight's values and the graph's, in blocks."""
     place = piece.place
     at, width = piece.graph_rows[0], Aspect(place, piece.turned).width
@@ -309,7 +309,7 @@ def nearest_weights(places: Sequence[Place], weights: Sequence[Wanted]) -> list[
                     if weight.cols != aspect.width or at + weight.rows > aspect.rows or weight.is_vector:
                         continue
                     rows = range(at, at + weight.rows)
-                    piece = Piece(weight, place, turned, False, rows, range(weight.rows))
+                    piece = LocatedPiece(weight, place, turned, False, rows, range(weight.rows))
                     _, _, mine, there = _samples(aspect, at, piece)
                     norm = float(numpy.linalg.norm(mine))
                     distance = float(numpy.linalg.norm(mine - there)) / norm if norm else 2.0
@@ -337,7 +337,7 @@ def nearest_vector(place: Matrix, weights: Sequence[Wanted]) -> Near | None:
         norm = float(numpy.linalg.norm(mine))
         whole = range(place.numel)
         distance = float(numpy.linalg.norm(mine - there)) / norm if norm else 2.0
-        found.append(Near(Piece(weight, place, False, False, whole, whole), distance))
+        found.append(Near(LocatedPiece(weight, place, False, False, whole, whole), distance))
     found.sort(key=lambda one: one.distance)
     if not found or found[0].distance >= NEAR:
         return None

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from surgery.onnx.edit.fold import FoldedWeight, fold_branches
 from surgery.onnx.edit.output import Change, editable, write_edited
+from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.inserted import INSERTED, inserted_in
 from surgery.reports.output import DRY_RUN, PATH
@@ -184,6 +185,7 @@ def _given(
             given[strength] = np.array([weight], np.float32)
             continue
         file = Path(adapter)
+        check_adapter_file(file, path, known)
         files.append(file)
         for tensor in open_onnx_adapter(file).tensors:
             if tensor.name not in inputs:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy
 
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece, Place
+from surgery.onnx.edit.pieces import LocatedPiece, Place
 from surgery.onnx.edit.quantised import CodedMatrix
 from surgery.onnx.edit.wanted import Wanted
 from surgery_formats.arrays import Array, assign
@@ -36,7 +36,7 @@ class GraphWeight:
     """
 
     weight: Wanted
-    pieces: tuple[Piece, ...]
+    pieces: tuple[LocatedPiece, ...]
     dtype: DType
     folds: tuple[Wanted | None, ...]
 
@@ -121,7 +121,9 @@ class GraphWeight:
                 assign(rows, numpy.ascontiguousarray(values))
                 block[_at(own, start)] = rows
 
-    def _undone(self, values: numpy.ndarray, piece: Piece, fold: Wanted | None, entries: list[int]) -> numpy.ndarray:
+    def _undone(
+        self, values: numpy.ndarray, piece: LocatedPiece, fold: Wanted | None, entries: list[int]
+    ) -> numpy.ndarray:
         """Values without the factors that the exporter multiplied them by."""
         undone: numpy.ndarray = values.astype("f8") / piece.factor
         if piece.row_factors:
@@ -130,7 +132,7 @@ class GraphWeight:
             undone /= fold.block(0, fold.rows).reshape(-1).astype("f8") + piece.fold_plus
         return undone
 
-    def _vector(self, block: Array, start: int, piece: Piece) -> None:
+    def _vector(self, block: Array, start: int, piece: LocatedPiece) -> None:
         place = piece.place
         assert isinstance(place, Matrix)
         values = place.flat(0, place.numel)[_at(piece.graph_rows, 0)].reshape(self.shape)
@@ -157,7 +159,7 @@ def _rows(place: Place, turned: bool, rows: Index) -> numpy.ndarray:
     return held[:, _at(rows, 0)].T
 
 
-def stored_type(pieces: tuple[Piece, ...]) -> DType:
+def stored_type(pieces: tuple[LocatedPiece, ...]) -> DType:
     """The type of the graph's numbers; of codes that of their scales."""
     place = pieces[0].place
     return place.scale_dtype if isinstance(place, CodedMatrix) else place.dtype

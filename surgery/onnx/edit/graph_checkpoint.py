@@ -15,7 +15,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile
 from surgery.onnx.edit.from_graph import GraphWeight, stored_type
 from surgery.onnx.edit.locate import Located
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.wanted import Wanted
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -38,7 +38,7 @@ def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[Gra
         FitError: a weight is not in the graph.
     """
     owners = {weight.label: weight for weight in located.weights}
-    near: dict[str, list[Piece]] = {}
+    near: dict[str, list[LocatedPiece]] = {}
     for one in located.near if changed else ():
         near.setdefault(one.piece.weight.label, []).append(one.piece)
     found: list[GraphWeight] = []
@@ -53,7 +53,7 @@ def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[Gra
         folds = tuple(owners[piece.fold] if piece.fold else None for piece in pieces)
         found.append(GraphWeight(weight, pieces, stored_type(pieces), folds))
     if lost:
-        hint = "of a graph of a fine-tune, extract-lora takes weights with other values" if not changed else ""
+        hint = "of a graph of a fine-tune, extract-lora takes weights with other values" if not changed else _LAYOUT
         raise FitError(
             f"{len(lost)} weights of the base are not in the graph: {listing(summed_up(lost), 6)}",
             file=located.graph.path,
@@ -66,7 +66,10 @@ def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[Gra
     return tuple(found), remarks
 
 
-def _enough(weight: Wanted, pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+_LAYOUT = "the graph before the fine-tune, in the place of the base, tells where its weights lie"
+
+
+def _enough(weight: Wanted, pieces: tuple[LocatedPiece, ...]) -> tuple[LocatedPiece, ...]:
     """One piece that is all of the weight, if there is one; what a graph holds twice is read once."""
     size = weight.rows * weight.cols if weight.is_vector else weight.rows
     whole = [piece for piece in pieces if not piece.flipped and len(piece.rows) == size]

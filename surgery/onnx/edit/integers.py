@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Numbers", "numbers_of_product", "numbers_of_table", "product_of"]
+__all__ = ["IntegerEnd", "numbers_of_product", "numbers_of_table", "product_of"]
 
 _SCALE = 1  # which result of DynamicQuantizeLinear, and which operand of DequantizeLinear
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers:
+class IntegerEnd:
     """The end of such nodes.
 
     Attributes:
@@ -34,7 +34,9 @@ class Numbers:
     scale: str
 
 
-def product_of(end: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> tuple[onnx.NodeProto, Numbers] | None:
+def product_of(
+    end: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]
+) -> tuple[onnx.NodeProto, IntegerEnd] | None:
     """The MatMulInteger whose result the node `end` makes numbers of, or None if it does not."""
     if end.op_type != "Mul" or len(end.input) != 2:
         return None
@@ -48,11 +50,11 @@ def product_of(end: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]) -> 
             continue
         own = [one for one in both.input if one != coded.output[_SCALE]]
         if len(own) == 1:
-            return product, Numbers(coded.input[0], end, own[0])
+            return product, IntegerEnd(coded.input[0], end, own[0])
     return None
 
 
-def numbers_of_product(graph: onnx.GraphProto, product: onnx.NodeProto) -> Numbers | None:
+def numbers_of_product(graph: onnx.GraphProto, product: onnx.NodeProto) -> IntegerEnd | None:
     """The numbers that are made of a MatMulInteger, if nothing else reads its result."""
     cast = _only_reader(graph.node, product.output[0], "Cast")
     end = None if cast is None else _only_reader(graph.node, cast.output[0], "Mul")
@@ -62,12 +64,12 @@ def numbers_of_product(graph: onnx.GraphProto, product: onnx.NodeProto) -> Numbe
     return None if found is None else found[1]
 
 
-def numbers_of_table(graph: onnx.GraphProto, gather: onnx.NodeProto) -> Numbers | None:
+def numbers_of_table(graph: onnx.GraphProto, gather: onnx.NodeProto) -> IntegerEnd | None:
     """The numbers that are made of rows of a table of integers, if nothing else reads these."""
     end = _only_reader(graph.node, gather.output[0], "DequantizeLinear")
     if end is None or end.input[0] != gather.output[0]:
         return None
-    return Numbers(gather.input[1], end, end.input[_SCALE])
+    return IntegerEnd(gather.input[1], end, end.input[_SCALE])
 
 
 def _input(node: onnx.NodeProto | None, op: str) -> str:

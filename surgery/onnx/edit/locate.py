@@ -18,7 +18,7 @@ from surgery.onnx.edit.coded_nodes import coded_matrices
 from surgery.onnx.edit.compare import differing_rows, is_there, is_weight_there
 from surgery.onnx.edit.fits import Near, fitting_weights, measured, nearest_vector, nearest_weights
 from surgery.onnx.edit.matrix import Matrix, float_matrices
-from surgery.onnx.edit.pieces import Piece, Place, compact, count_of
+from surgery.onnx.edit.pieces import LocatedPiece, Place, compact, count_of
 from surgery.onnx.edit.quantised import CodedMatrix
 from surgery.onnx.edit.rows import RowIndex, scattered_rows
 from surgery.onnx.edit.tables import known_table
@@ -55,16 +55,16 @@ class Located:
 
     graph: OnnxGraph
     weights: tuple[Wanted, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[LocatedPiece, ...]
     tables: Mapping[str, str] = field(default_factory=dict)
     near: tuple[Near, ...] = ()
     others: tuple[str, ...] = ()
     coded: Mapping[str, CodedMatrix] = field(default_factory=dict)
 
     @cached_property
-    def of_weight(self) -> Mapping[str, tuple[Piece, ...]]:
+    def of_weight(self) -> Mapping[str, tuple[LocatedPiece, ...]]:
         """The pieces of every weight, by label; also those that it shares."""
-        found: dict[str, list[Piece]] = {}
+        found: dict[str, list[LocatedPiece]] = {}
         for piece in self.pieces:
             for weight in (piece.weight, *piece.also):
                 found.setdefault(weight.label, []).append(piece)
@@ -86,7 +86,7 @@ class Located:
         return tuple(weight for weight in self.weights if self.covered[weight.label] < 1)
 
 
-def _share(weight: Wanted, pieces: Sequence[Piece]) -> float:
+def _share(weight: Wanted, pieces: Sequence[LocatedPiece]) -> float:
     straight = [piece for piece in pieces if not piece.flipped]
     flipped = [piece for piece in pieces if piece.flipped]
     size = weight.rows * weight.cols if weight.is_vector else weight.rows
@@ -138,12 +138,12 @@ class _Search:
         self.coded = dict(coded_matrices(graph))
         self.plain = {name: matrices for name, matrices in float_matrices(graph) if name not in self.coded}
         self.vectors = Vectors(weights)
-        self.found: dict[str, list[Piece]] = {}
+        self.found: dict[str, list[LocatedPiece]] = {}
 
     def run(self, *, tables: bool) -> Located:
         """All of it."""
         beginnings = Beginnings(self.weights)
-        proposed: dict[str, list[Piece]] = {}
+        proposed: dict[str, list[LocatedPiece]] = {}
         for name, matrices in self.plain.items():
             one = matrices[0] if matrices else None
             if one is not None and one.cols == 1:
@@ -173,7 +173,7 @@ class _Search:
                 near += [one for one in nearest_weights(places, every) if one.piece.weight.label in self.touched]
         return tuple(near)
 
-    def _matters(self, piece: Piece) -> bool:
+    def _matters(self, piece: LocatedPiece) -> bool:
         labels = {weight.label for weight in (piece.weight, *piece.also)}
         return self.touched is None or not labels.isdisjoint(self.touched)
 
@@ -183,14 +183,14 @@ class _Search:
         with ThreadPoolExecutor(self.workers, "surgery-compare") as pool:
             return list(pool.map(work, items))
 
-    def _keep_whole(self, proposed: Mapping[str, list[Piece]]) -> None:
+    def _keep_whole(self, proposed: Mapping[str, list[LocatedPiece]]) -> None:
         every = [(name, piece) for name, pieces in proposed.items() for piece in pieces]
-        kept: dict[str, list[Piece]] = {name: [] for name in proposed}
+        kept: dict[str, list[LocatedPiece]] = {name: [] for name in proposed}
         for (name, _), piece in zip(every, self._each(self._compared, [piece for _, piece in every]), strict=True):
             kept[name] += [] if piece is None else [piece]
         self.found |= {name: pieces for name, pieces in kept.items() if len(pieces) == len(proposed[name])}
 
-    def _compared(self, piece: Piece) -> Piece | None:
+    def _compared(self, piece: LocatedPiece) -> LocatedPiece | None:
         """The piece with those of its weights that are there in full; of several always, of one if that is asked for."""
         if not self._matters(piece) or not (self.compare or piece.also):
             return piece
@@ -227,7 +227,7 @@ class _Search:
         names = [name for name in (*self.plain, *self.coded) if name not in self.found or name in partly]
         by_label = {weight.label: weight for weight in self.weights}
 
-        def fit(name: str) -> list[Piece]:
+        def fit(name: str) -> list[LocatedPiece]:
             places: Sequence[Place] = self.coded.get(name) or self.plain[name]
             if not places or places[0].cols == 1:
                 return []
@@ -284,7 +284,7 @@ class _Search:
         return replace(located, tables=tables, near=tuple(near), others=tuple(others))
 
 
-def _only_equal(piece: Piece) -> Piece:
+def _only_equal(piece: LocatedPiece) -> LocatedPiece:
     """The piece without the rows that only began alike."""
     wrong = differing_rows(piece)
     if not wrong:
@@ -294,7 +294,7 @@ def _only_equal(piece: Piece) -> Piece:
     return replace(piece, graph_rows=graph_rows, rows=rows)
 
 
-def _error(piece: Piece, fold: numpy.ndarray | None) -> float | None:
+def _error(piece: LocatedPiece, fold: numpy.ndarray | None) -> float | None:
     """See `measured`; what should be there bit for bit has no error, or is not there."""
     as_is = piece.factor == 1 and fold is None and not piece.row_factors and not piece.weight.operations
     if as_is and isinstance(piece.place, Matrix):
@@ -302,7 +302,7 @@ def _error(piece: Piece, fold: numpy.ndarray | None) -> float | None:
     return measured(piece, fold)
 
 
-def _fills(pieces: Iterable[Piece]) -> bool:
+def _fills(pieces: Iterable[LocatedPiece]) -> bool:
     """Whether pieces are all of a tensor."""
     some = list(pieces)
     return sum(len(p.graph_rows) * (p.place.rows if p.turned else p.place.cols) for p in some) >= some[0].place.numel

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.onnx.edit.locate import Located
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.reports.result import elapsed, summarised
 from surgery_formats.tensors.views import Index
 
@@ -99,7 +99,7 @@ class LocateResult:
         if shown:
             sections.append(Table(columns, tuple(shown)))
         if len(shown) < len(rows):
-            sections.append(Note(f"{len(rows) - len(shown)} more with --verbose", "omitted"))
+            sections.append(Note(f"... and {len(rows) - len(shown)} more pieces", "omitted"))
         if found.near:
             changed = [(near.piece.weight.label, near.piece.place.name, near.distance) for near in found.near]
             heading = (
@@ -111,7 +111,7 @@ class LocateResult:
         return Summary("Located weights", (*sections, *warning_notes(self.warnings)))
 
 
-def _layouts(pieces: tuple[Piece, ...]) -> str:
+def _layouts(pieces: tuple[LocatedPiece, ...]) -> str:
     """``112 transposed, 33 as it is``."""
     counts = Counter(piece.how for piece in pieces)
     by_words: Counter[str] = Counter()
@@ -128,7 +128,7 @@ def _by_kind(tables: Any) -> dict[str, tuple[str, ...]]:
     return {what: tuple(names) for what, names in kinds.items()}
 
 
-def _piece(piece: Piece) -> dict[str, Any]:
+def _piece(piece: LocatedPiece) -> dict[str, Any]:
     facts: dict[str, Any] = {"weight": piece.weight.label, "how": piece.how}
     if not isinstance(piece.graph_rows, range) or len(piece.graph_rows) != piece.weight.rows:
         facts["columns" if piece.turned else "rows"] = _index(piece.graph_rows)

@@ -14,6 +14,7 @@ from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.opening import graph_at
 from surgery.onnx.edit.twins import found_as_in
 from surgery.onnx.edit.wanted import wanted_weights
+from surgery_formats.errors import ResourceError
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["as_checkpoints"]
@@ -35,8 +36,13 @@ def as_checkpoints(
 
     Raises:
         FitError: a weight is not in a graph.
+        ResourceError: the folder cannot be written to.
     """
-    with tempfile.TemporaryDirectory(prefix=".surgery-graphs-", dir=beside) as folder:
+    try:
+        room = tempfile.TemporaryDirectory(prefix=".surgery-graphs-", dir=beside)
+    except OSError as error:
+        raise ResourceError(f"cannot be written ({error.strerror})", file=beside) from error
+    with room as folder:
         found: list[Checkpoint | None] = []
         known: Located | None = None
         for part, path in (("base", base), ("tuned", tuned)):

@@ -29,7 +29,11 @@ def graph_at(path: Path) -> OnnxGraph:
         return open_graph(path)
     found = sorted(one for one in path.iterdir() if is_graph(one))
     if not found:
-        raise NotFoundError("no .onnx file in it", file=path)
+        raise NotFoundError(
+            "no .onnx file in it",
+            file=path,
+            hint="name an .onnx file, or a folder with one: only a graph needs its base named",
+        )
     if len(found) > 1:
         names = listing([one.name for one in found])
         raise FitError(f"several graphs: {names}", file=path, hint="name one of them")

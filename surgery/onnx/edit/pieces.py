@@ -11,13 +11,13 @@ from surgery.onnx.edit.quantised import CodedMatrix
 from surgery.onnx.edit.wanted import Wanted
 from surgery_formats.tensors.views import Index
 
-__all__ = ["Piece", "Place", "compact", "count_of"]
+__all__ = ["LocatedPiece", "Place", "compact", "count_of"]
 
 Place = Matrix | CodedMatrix
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class LocatedPiece:
     """Some rows of a weight in a matrix of a graph.
 
     With M the graph's matrix, transposed if `turned`, and W the weight's, transposed if `flipped`:
@@ -96,7 +96,7 @@ def compact(index: Sequence[int]) -> Index:
     return tuple(int(i) for i in index)
 
 
-def count_of(pieces: Sequence[Piece], total: int) -> int:
+def count_of(pieces: Sequence[LocatedPiece], total: int) -> int:
     """How many of `total` rows of a weight some pieces hold together, each row once."""
     if any(isinstance(piece.rows, range) and len(piece.rows) == total for piece in pieces):
         return total

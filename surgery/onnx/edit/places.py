@@ -7,15 +7,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from surgery.onnx.edit.locate import located_weights
+from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
+from surgery.onnx.edit.ties import is_told
 from surgery.onnx.edit.wanted import wanted_weights
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint, Component
 from surgery_formats.tensors.views import Index
-from surgery_formats.text import show
+from surgery_formats.text import listing, show
 
 __all__ = ["WeightPlace", "places_of"]
 
@@ -60,7 +61,8 @@ def places_of(
         turned: The weights by name, and whether the rows of their stored matrix are inputs.
 
     Raises:
-        FitError: a weight, or a part of it, is not in the graph, or lies there as no slot can follow.
+        FitError: a weight, or a part of it, is not in the graph, lies there as no slot can follow, or cannot be told from
+            others.
     """
     stored = {name: component.aliases.get(name, name) for name in turned}
     labels = {name: f"{component.name}:{own}" if component.name else own for name, own in stored.items()}
@@ -76,11 +78,34 @@ def places_of(
             )
         pieces = located.of_weight[label]
         own = [piece for piece in pieces if piece.weight.label == label] or list(pieces)
+        for piece in own:
+            _check_told(piece, name, located)
         found[name] = tuple(_place(piece, name, graph, turned=turned[name]) for piece in own)
     return found
 
 
-def _place(piece: Piece, name: str, graph: OnnxGraph, *, turned: bool) -> WeightPlace:
+def _check_told(piece: LocatedPiece, name: str, located: Located) -> None:
+    """Refuse a tensor that other weights of equal values may be in, or are in, too.
+
+    Raises:
+        FitError: it is such a one.
+    """
+    others = [weight.label for weight in (piece.weight, *piece.also)] if piece.also else []
+    if others:
+        why = f"holds several weights of equal values, {listing(others)}"
+    elif piece.by_order or (piece.weight.is_uniform and not is_told(piece, located.pieces, located.graph.proto)):
+        why = f"may be '{show(name)}' or not: other tensors have its values, and no name tells"
+    else:
+        return
+    raise FitError(
+        f"{why}, so that no node is certain to be the weight's",
+        file=located.graph.path,
+        tensor=piece.place.name,
+        hint="insert the adapter before the graph is optimised, where every weight has a tensor and a name of its own",
+    )
+
+
+def _place(piece: LocatedPiece, name: str, graph: OnnxGraph, *, turned: bool) -> WeightPlace:
     """A piece by its outputs.
 
     Raises:

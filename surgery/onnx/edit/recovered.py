@@ -15,7 +15,7 @@ from typing import Any
 from surgery.engine.quantised.mixed_config import SIDE_FILES
 from surgery.onnx.edit.locate import Located, located_weights
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.wanted import wanted_weights
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.onnx import OnnxGraph
@@ -131,7 +131,7 @@ def _without_codes(config: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
-def _tensor(piece: Piece, name: str, shape: tuple[int, ...]) -> StoredTensor | None:
+def _tensor(piece: LocatedPiece, name: str, shape: tuple[int, ...]) -> StoredTensor | None:
     """A whole weight where it lies in a graph; None if it lies there in another form, or in parts."""
     place, weight, numel = piece.place, piece.weight, math.prod(shape)
     changed = piece.factor != 1.0 or piece.row_factors or piece.fold

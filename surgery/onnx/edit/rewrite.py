@@ -22,7 +22,7 @@ from surgery.onnx.edit.changes import Change, TensorChange
 from surgery.onnx.edit.coded_weight import CodedWeight
 from surgery.onnx.edit.compare import is_there
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.quantised import CodedMatrix
 from surgery.onnx.edit.turning import held, turned
 from surgery.onnx.edit.watched import Watched
@@ -199,7 +199,7 @@ def _same(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
     return numpy.array_equal(mine, there) or not differing(mine, there, dtype).any()
 
 
-def _not_the_base(piece: Piece) -> FitError:
+def _not_the_base(piece: LocatedPiece) -> FitError:
     return FitError(
         f"does not hold the values of {show(piece.weight.label)}, which a few of them were",
         tensor=piece.place.name,
@@ -207,14 +207,14 @@ def _not_the_base(piece: Piece) -> FitError:
     )
 
 
-def _first_row(piece: Piece) -> int:
+def _first_row(piece: LocatedPiece) -> int:
     """The row of the tensor, counted in its matrix's columns, where a piece begins."""
     place = piece.place
     assert isinstance(place, Matrix)
     return place.start // place.cols + (0 if piece.turned else min(piece.graph_rows))
 
 
-def _straight(piece: Piece) -> bool:
+def _straight(piece: LocatedPiece) -> bool:
     """Whether all of a weight lies row below row."""
     return (
         not piece.turned
@@ -235,7 +235,7 @@ def _copy(whole: Matrix, start: int, stop: int, sink: _Sink) -> None:
 class _Scatter:
     """Puts rows of a weight where they belong in some rows of a tensor."""
 
-    def __init__(self, strip: numpy.ndarray, start: int, piece: Piece) -> None:
+    def __init__(self, strip: numpy.ndarray, start: int, piece: LocatedPiece) -> None:
         place = piece.place
         offset = place.start // place.cols if isinstance(place, Matrix) else 0
         self._strip, self._piece = strip, piece

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.aspect import Aspect, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece, compact
+from surgery.onnx.edit.pieces import LocatedPiece, compact
 from surgery.onnx.edit.wanted import KEY, Wanted
 from surgery_formats.dtypes import DType
 
@@ -87,9 +87,9 @@ def _hashed(heads: numpy.ndarray, dtype: DType) -> numpy.ndarray:
     return hashed
 
 
-def scattered_rows(matrices: Sequence[Matrix], index: RowIndex) -> list[Piece]:
+def scattered_rows(matrices: Sequence[Matrix], index: RowIndex) -> list[LocatedPiece]:
     """The rows of weights in a tensor, seen the way that shows most; nothing is compared beyond their beginnings."""
-    best: list[Piece] = []
+    best: list[LocatedPiece] = []
     best_share = 0.0
     for matrix in matrices:
         for turned in (False, True):
@@ -103,7 +103,7 @@ def scattered_rows(matrices: Sequence[Matrix], index: RowIndex) -> list[Piece]:
     return best
 
 
-def _pieces(aspect: Aspect, matrix: Matrix, index: RowIndex) -> list[Piece]:
+def _pieces(aspect: Aspect, matrix: Matrix, index: RowIndex) -> list[LocatedPiece]:
     import numpy
 
     table = index.table(matrix.dtype, aspect.width)
@@ -135,7 +135,7 @@ def _pieces(aspect: Aspect, matrix: Matrix, index: RowIndex) -> list[Piece]:
         there = numpy.flatnonzero(owner == number)
         weight, flipped = index.variant(int(number))
         pieces.append(
-            Piece(weight, matrix, aspect.turned, flipped, compact(there.tolist()), compact(row[there].tolist()))
+            LocatedPiece(weight, matrix, aspect.turned, flipped, compact(there.tolist()), compact(row[there].tolist()))
         )
     return pieces
 

@@ -100,7 +100,13 @@ def spots_of(
         for place in found:
             by_tensor.setdefault(place.tensor, []).append(place)
     spots = []
+    stored = {one.name for one in graph.initializer} | {value for node in graph.node for value in node.output}
     for tensor, here in by_tensor.items():
+        if tensor not in stored:
+            raise FitError(
+                f"'{show(tensor)}', which is the weight '{show(here[0].weight)}', is inside the body of a node, where no slot is put",
+                hint="merge the adapter into the graph instead",
+            )
         for use in uses_of(graph, tensor):
             parts = []
             for place in sorted(here, key=lambda place: min(place.at)):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.wanted import Wanted
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def bound_together(model: onnx.ModelProto) -> Mapping[str, Mapping[str, float]]:
 class _Likeness:
     """How likely a tensor is a weight, by names and by what is added behind its module's weight."""
 
-    def __init__(self, pieces: Sequence[Piece], model: onnx.ModelProto) -> None:
+    def __init__(self, pieces: Sequence[LocatedPiece], model: onnx.ModelProto) -> None:
         self._beside, self._together = names_beside(model), bound_together(model)
         self._modules: dict[str, list[str]] = {}
         for piece in pieces:
@@ -118,16 +118,16 @@ class _Likeness:
         return max([affinity(weight, self._beside.get(tensor, ((tensor, 0.0),))), *near])
 
 
-def is_told(piece: Piece, pieces: Sequence[Piece], model: onnx.ModelProto) -> bool:
+def is_told(piece: LocatedPiece, pieces: Sequence[LocatedPiece], model: onnx.ModelProto) -> bool:
     """Whether more than its values tells that a tensor is a weight."""
     return _Likeness(pieces, model).of(piece.place.name, piece.weight) >= _TELLING
 
 
-def settled_ties(pieces: Sequence[Piece], model: onnx.ModelProto) -> list[Piece]:
+def settled_ties(pieces: Sequence[LocatedPiece], model: onnx.ModelProto) -> list[LocatedPiece]:
     """Every piece with the weight that it is most likely to be, of those that have its values.
 
     A bias is known by the weight of its module, all others by names. What fewer tensors hold than there are weights, they
-    share (`Piece.also`).
+    share (`LocatedPiece.also`).
     """
     groups: dict[frozenset[str], list[int]] = {}
     for number, piece in enumerate(pieces):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.onnx.edit.coded_nodes import coded_matrices
 from surgery.onnx.edit.locate import Located
 from surgery.onnx.edit.matrix import Matrix, float_matrices
-from surgery.onnx.edit.pieces import Piece, Place
+from surgery.onnx.edit.pieces import LocatedPiece, Place
 from surgery_formats.containers.onnx import OnnxGraph
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def found_as_in(before: Located, graph: OnnxGraph) -> Located | None:
         return None
     coded = dict(coded_matrices(graph))
     plain = dict(float_matrices(graph))
-    pieces: list[Piece] = []
+    pieces: list[LocatedPiece] = []
     for piece in before.pieces:
         places: tuple[Place, ...] = tuple(coded.get(piece.place.name) or plain.get(piece.place.name, ()))
         twin = next((place for place in places if _same(place, piece.place)), None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.aspect import bits, differing, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.wanted import KEY, Wanted
 from surgery_formats.dtypes import DType
 
@@ -42,7 +42,7 @@ def is_uniform(values: numpy.ndarray) -> bool:
     return bool((values == values.flat[0]).all())
 
 
-def vectors_in(matrix: Matrix, vectors: Vectors) -> list[Piece]:
+def vectors_in(matrix: Matrix, vectors: Vectors) -> list[LocatedPiece]:
     """The vectors that a vector of the graph consists of, bit for bit; those of one value only if they are all of it."""
     import numpy
 
@@ -52,7 +52,7 @@ def vectors_in(matrix: Matrix, vectors: Vectors) -> list[Piece]:
     found = _all_of_it(matrix, there, vectors)
     if found is not None:
         return [found]
-    pieces: list[Piece] = []
+    pieces: list[LocatedPiece] = []
     at = 0
     while at < len(there):
         fits = [
@@ -68,13 +68,13 @@ def vectors_in(matrix: Matrix, vectors: Vectors) -> list[Piece]:
         stop = at + fits[0].rows * fits[0].cols
         first, *also = fits
         pieces.append(
-            Piece(first, matrix, False, False, range(at, stop), range(stop - at), also=_of_size(also, stop - at))
+            LocatedPiece(first, matrix, False, False, range(at, stop), range(stop - at), also=_of_size(also, stop - at))
         )
         at = stop
     return pieces
 
 
-def _all_of_it(matrix: Matrix, there: numpy.ndarray, vectors: Vectors) -> Piece | None:
+def _all_of_it(matrix: Matrix, there: numpy.ndarray, vectors: Vectors) -> LocatedPiece | None:
 
     fits = [
         weight
@@ -84,7 +84,7 @@ def _all_of_it(matrix: Matrix, there: numpy.ndarray, vectors: Vectors) -> Piece 
     if not fits:
         return None
     whole = range(len(there))
-    return Piece(fits[0], matrix, False, False, whole, whole, also=tuple(fits[1:]))
+    return LocatedPiece(fits[0], matrix, False, False, whole, whole, also=tuple(fits[1:]))
 
 
 def _same(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:

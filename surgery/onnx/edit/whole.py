@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from surgery.onnx.edit.aspect import Aspect, differing, head_of, key_of, rounded_bits
 from surgery.onnx.edit.matrix import Matrix
-from surgery.onnx.edit.pieces import Piece
+from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.wanted import KEY, Wanted
 from surgery_formats.dtypes import DType
 
@@ -51,7 +51,7 @@ class Beginnings:
         return self._of_type[dtype]
 
 
-def whole_weights(matrices: Sequence[Matrix], beginnings: Beginnings) -> list[Piece]:
+def whole_weights(matrices: Sequence[Matrix], beginnings: Beginnings) -> list[LocatedPiece]:
     """The weights that one of these ways to see a tensor consists of; empty if none does."""
     numel = max((matrix.numel for matrix in matrices), default=0)
     for matrix in matrices:
@@ -61,7 +61,7 @@ def whole_weights(matrices: Sequence[Matrix], beginnings: Beginnings) -> list[Pi
     return [piece for pieces in stack for piece in pieces] if all(stack) else []
 
 
-def _whole(matrix: Matrix, beginnings: Beginnings) -> list[Piece]:
+def _whole(matrix: Matrix, beginnings: Beginnings) -> list[LocatedPiece]:
     """The weights that a matrix consists of, seen one way or the other."""
     for turned in (False, True):
         if pieces := _chain(Aspect(matrix, turned), matrix, beginnings):
@@ -69,7 +69,7 @@ def _whole(matrix: Matrix, beginnings: Beginnings) -> list[Piece]:
     return []
 
 
-def _upright(piece: Piece) -> Piece:
+def _upright(piece: LocatedPiece) -> LocatedPiece:
     """A weight alone, transposed, as rows of its own that are columns of the graph's matrix."""
     if not piece.flipped:
         return piece
@@ -77,8 +77,8 @@ def _upright(piece: Piece) -> Piece:
     return replace(piece, turned=not piece.turned, flipped=False, graph_rows=rows, rows=rows)
 
 
-def _chain(aspect: Aspect, matrix: Matrix, beginnings: Beginnings) -> list[Piece]:
-    pieces: list[Piece] = []
+def _chain(aspect: Aspect, matrix: Matrix, beginnings: Beginnings) -> list[LocatedPiece]:
+    pieces: list[LocatedPiece] = []
     at, cols = 0, list(range(min(KEY, aspect.width)))
     while at < aspect.rows:
         key = key_of(aspect.points([at], cols)[0], matrix.dtype)
@@ -93,7 +93,7 @@ def _chain(aspect: Aspect, matrix: Matrix, beginnings: Beginnings) -> list[Piece
             return []
         (weight, flipped), also = found[0], tuple(dict.fromkeys(v.weight for v in found if v.weight is not found[0][0]))
         rows = range(at, at + longest)
-        pieces.append(Piece(weight, matrix, aspect.turned, flipped, rows, range(longest), also=also))
+        pieces.append(LocatedPiece(weight, matrix, aspect.turned, flipped, rows, range(longest), also=also))
         at += longest
     return pieces
 

@@ -117,7 +117,7 @@ class GraphInsertion:
             facts.append(("wrote" if self.output else "would write", (Name(where, PATH), ": ", *_pair(size))))
         notes = [Note(f"{show(slot.A)}, {show(slot.B)}") for slot in self.slots] if verbose else []
         if not self.required and any(one.get("mode") == "swapped" or "strength" in one for one in self.adapters):
-            notes.append(Note("JavaScript and Triton pass no optional inputs: there, they have to be required ones"))
+            notes.append(Note("JavaScript and Triton pass no optional inputs: insert with --required for these"))
         notes += [DRY_RUN] if self.output is None else []
         return Summary("Insertion", (Facts(tuple(facts)), *notes, *warning_notes(self.warnings)))
 

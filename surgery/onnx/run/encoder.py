@@ -145,7 +145,11 @@ def encode(
         if name in known:
             binding.bind_cpu_input(name, known[name].astype(port.dtype))
         elif name not in graph.optional and name not in slots:
-            raise FitError(f"the runner does not support the input '{name}'", file=graph.path)
+            raise FitError(
+                f"the runner does not support the input '{name}' of a graph without a cache of keys and values",
+                file=graph.path,
+                hint="text is generated with a graph that has past_key_values; onnxruntime itself runs this one",
+            )
     for name in graph.outputs:
         binding.bind_output(name, "cpu")
     execute(graph.session, binding, run_options())

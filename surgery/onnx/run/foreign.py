@@ -17,6 +17,7 @@ from surgery_formats.files.bounded_json import read_object
 
 __all__ = ["guessed_contract", "named_slots"]
 
+_BESIDE = "copy the file that the exporter wrote, or the config.json of the base, beside the graph"
 _NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -55,15 +56,19 @@ def guessed_contract(
         raise FitError("the cache is not [batch, heads, past, size], or there is no output 'logits'", file=path)
     size = key.shape[3]  # onnxruntime-genai's builder leaves it symbolic
     if not isinstance(size, int):
-        size = _object(genai, "decoder").get("head_size")
+        size = _object(genai, "decoder").get("head_size") or config.get("head_dim")
     if not isinstance(size, int) or size < 1:
-        raise FitError("neither the graph nor genai_config.json gives the size of a head", file=path)
+        raise FitError(
+            "neither the graph, genai_config.json nor config.json gives the size of a head", file=path, hint=_BESIDE
+        )
     if not isinstance(length, int) or length < 1:
-        raise FitError("neither genai_config.json nor config.json gives the greatest sequence length", file=path)
+        raise FitError(
+            "neither genai_config.json nor config.json gives the greatest sequence length", file=path, hint=_BESIDE
+        )
     grouped = _has_grouped_attention(path)
     width = logits.shape[-1] if isinstance(logits.shape[-1], int) else config.get("vocab_size")
     if not isinstance(width, int) or width < 1:
-        raise FitError("neither the graph nor config.json gives the size of the vocabulary", file=path)
+        raise FitError("neither the graph nor config.json gives the size of the vocabulary", file=path, hint=_BESIDE)
     return Contract(
         kind="decoder",
         task="text-generation",

@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import Contract
 from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
@@ -27,12 +29,13 @@ def _gated(contract: Contract, inputs: Collection[str]) -> dict[str, Mapping[str
 
 
 def named_strengths(
-    adapters: Paths, contract: Contract, inputs: Collection[str]
+    adapters: Paths, graph: Path, contract: Contract, inputs: Collection[str]
 ) -> tuple[list[str | os.PathLike[str]], dict[str, float]]:
     """The files among `adapters`, and the strengths of those that are names of adapters inside; a file always wins.
 
     Raises:
-        FitError: a strength that is no number.
+        NotFoundError: neither a file nor an adapter of this name.
+        FitError: a strength that is no number, or a folder.
     """
     inside = _gated(contract, inputs)
     files: list[str | os.PathLike[str]] = []
@@ -40,6 +43,7 @@ def named_strengths(
     for adapter in adapters:
         name, equals, number = os.fspath(adapter).partition("=")
         if name not in inside or os.path.exists(adapter):
+            check_adapter_file(adapter, graph, inside)
             files.append(adapter)
             continue
         try:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 import surgery
@@ -92,14 +95,16 @@ def test_weights_nearer_than_a_step_are_not_told_by_their_codes(tmp_path: Path) 
 
 
 def two_copies(path: Path, how: str, more: list[Any]) -> Path:
-    """A table of numbers, and a head that is codes of it, or scaled, or other values by another quantiser."""
+    """A table of numbers, and a head that is codes of it, scaled, padded, or other values by another quantiser."""
     nodes = [helper.make_node("Gather", ["table", "ids"], ["e"])]
     if how == "codes":
         tensors, node = nbits("head", TABLE)
         nodes.append(node)
     else:
         moved = np.random.default_rng(1).normal(0, 0.05, (24, 40)).astype("f4")
-        tensors = [initializer("head", TABLE.T + moved if how == "changed" else TABLE.T * np.float32(24**0.5))]
+        padded = np.concatenate([TABLE, np.zeros((24, 24), "f4")]).T
+        values = {"changed": TABLE.T + moved, "factor": TABLE.T * np.float32(24**0.5), "padded": padded}
+        tensors = [initializer("head", values[how])]
         nodes.append(helper.make_node("MatMul", ["x", "head"], ["z"]))
     return graph_of(path, [initializer("table", TABLE), *tensors, *more], nodes)
 
@@ -109,7 +114,7 @@ def changed_tensors(before: Path, after: Path) -> set[str]:
     return {name for name in old if old[name].tobytes() != new[name].tobytes()}
 
 
-@pytest.mark.parametrize("how", ["codes", "factor", "changed"])
+@pytest.mark.parametrize("how", ["codes", "factor", "changed", "padded"])
 def test_both_copies_of_a_tied_weight_change_or_none(tmp_path: Path, tied: Path, how: str) -> None:
     """What is found once is looked for elsewhere."""
     path = two_copies(tmp_path / "in" / "g.onnx", how, [initializer("w", WEIGHTS[FIRST])])
@@ -121,8 +126,8 @@ def test_both_copies_of_a_tied_weight_change_or_none(tmp_path: Path, tied: Path,
     config = json.loads((adapter / "adapter_config.json").read_text())
     config |= {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    if how == "changed":
-        with pytest.raises(FitError, match="other values of"):
+    if how in ("changed", "padded"):
+        with pytest.raises(FitError, match=r"other values of|found as the embedding alone"):
             surgery.merge(path, adapter, graph_of=tied, output=tmp_path / "out")
         return
     surgery.merge(path, adapter, graph_of=tied, output=tmp_path / "out")
@@ -201,3 +206,88 @@ def test_a_weight_of_one_value_is_not_any_tensor_of_that_value(tmp_path: Path) -
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer(name, np.zeros((32, 24), "f4")) for name in ("w", "past")])
     with pytest.raises(FitError, match="of one value"):
         surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_slot_is_not_put_beside_the_node_of_an_equal_weight(tmp_path: Path, shared: bool) -> None:
+    """Of two repeated layers, in tensors of their own without names, or in one that an optimiser made of both."""
+    base = base_of(tmp_path / "base", {**WEIGHTS, SECOND: WEIGHTS[FIRST]})
+    names = ["val_1"] if shared else ["val_1", "val_2"]
+    nodes = [
+        helper.make_node("MatMul", ["x", names[0]], ["a"]),
+        helper.make_node("Relu", ["x"], ["b"]),
+        helper.make_node("MatMul", ["b", names[-1]], ["c"]),
+        helper.make_node("Add", ["a", "c"], ["y"]),
+    ]
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer(name, WEIGHTS[FIRST].T) for name in names], nodes)
+    for gated in (False, True):
+        with pytest.raises(FitError, match=r"equal values|no name tells"):
+            surgery.insert(path, lora(tmp_path / f"a{gated}", "q"), base=base, gated=gated, dry_run=True)
+
+
+def branches_of(then: list[Any], other: list[Any], own: Any) -> Any:
+    """An If whose second branch has a tensor of its own."""
+    outs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "m"]) for name in ("t", "o")]
+    return helper.make_node(
+        "If", ["c"], ["y"], name="If_0",
+        then_branch=helper.make_graph(then, "then", [], [outs[0]]),
+        else_branch=helper.make_graph(other, "else", [], [outs[1]], [own]),
+    )  # fmt: skip
+
+
+def test_a_copy_in_the_body_of_a_node_is_not_left_without_a_slot(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", WEIGHTS)
+    node = branches_of(
+        [helper.make_node("MatMul", ["x", "w"], ["t"])],
+        [helper.make_node("MatMul", ["x", "v"], ["o"])],
+        initializer("v", WEIGHTS[FIRST].T),
+    )
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[FIRST].T)], [node])
+    with pytest.raises(FitError, match="inside the body of a node"):
+        surgery.insert(path, lora(tmp_path / "adapter", "q"), base=base, dry_run=True)
+    surgery.merge(path, tmp_path / "adapter", graph_of=base, output=tmp_path / "out")
+    merged = merged_weights(base, tmp_path / "adapter", tmp_path / "checkpoint")[FIRST]
+    (found,) = onnx.load(tmp_path / "out" / "g.onnx").graph.node
+    inner = next(one.g for one in found.attribute if one.name == "else_branch")
+    assert np.array_equal(numpy_helper.to_array(inner.initializer[0]), merged.T)
+    assert np.array_equal(values_in(tmp_path / "out" / "g.onnx")["w"], merged.T)
+
+
+def test_a_table_in_the_body_of_a_node_is_not_the_head(tmp_path: Path, tied: Path) -> None:
+    node = branches_of(
+        [helper.make_node("Gather", ["other", "ids"], ["t"])],
+        [helper.make_node("Gather", ["table", "ids"], ["o"])],
+        initializer("table", TABLE),
+    )
+    tensors = [initializer("other", TABLE[::-1] * 7), initializer("head", TABLE.T)]
+    path = graph_of(tmp_path / "in" / "g.onnx", tensors, [node, helper.make_node("MatMul", ["x", "head"], ["z"])])
+    with pytest.raises(FitError, match="may be the head or the embedding"):
+        surgery.merge(path, factors_for(tmp_path / "a", {"lm_head": (40, 24)}), graph_of=tied, output=tmp_path / "out")
+
+
+def test_a_merge_that_is_killed_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """Whenever it ends, there is no output, and the next run writes the same bytes."""
+    base = base_of(tmp_path / "base", WEIGHTS)
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[FIRST].T)], external=True)
+    adapter = lora(tmp_path / "adapter", "q")
+    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "whole")
+    script = (
+        "import os, sys, surgery\n"
+        "import surgery.engine.execute as e, surgery.verbs.merge_graph as m, surgery_formats.files.output.folder as f\n"
+        "room, name = {'write': (e, 'write_weights'), 'prove': (m, 'prove_structure'), 'commit': (f.OutputFolder, 'commit')}[sys.argv[1]]\n"
+        "inner = getattr(room, name)\n"
+        "def ends(*given, **named):\n"
+        "    if sys.argv[1] == 'write': inner(*given, **named)\n"
+        "    os._exit(9)\n"
+        "setattr(room, name, ends)\n"
+        "surgery.merge(sys.argv[2], sys.argv[3], graph_of=sys.argv[4], output=sys.argv[5])\n"
+    )
+    out = tmp_path / "out"
+    for when in ("write", "prove", "commit"):
+        given = [sys.executable, "-c", script, when, path, adapter, base, out]
+        assert subprocess.run(given, check=False).returncode == 9
+        assert not out.exists()
+    surgery.merge(path, adapter, graph_of=base, output=out)
+    for name in ("g.onnx", "g.onnx.data"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["adapter", "base", "in", "out", "whole"]

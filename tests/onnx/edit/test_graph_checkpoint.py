@@ -13,7 +13,7 @@ import surgery
 from surgery.engine.execute import Run
 from surgery.onnx.edit.graph_checkpoint import write_checkpoint
 from surgery_formats import open_checkpoint
-from surgery_formats.errors import FitError, UsageError
+from surgery_formats.errors import FitError, ResourceError, UsageError
 from tests.support.graphs_by_value import base_of, graph_of, initializer, located, nbits, random_weights
 
 SHAPES = {
@@ -116,3 +116,16 @@ def test_two_graphs_need_a_checkpoint_for_names(tmp_path: Path, base: Path) -> N
     path = graph(tmp_path / "in" / "g.onnx", WEIGHTS)
     with pytest.raises(UsageError, match="whose names say nothing"):
         surgery.extract_lora(path, path, output=tmp_path / "lora")
+
+
+def test_a_folder_that_cannot_be_written_to_is_told(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = graph(tmp_path / "g.onnx", WEIGHTS)
+
+    def refuse(*given: object, **named: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(ResourceError, match="Permission denied"):
+        surgery.extract_lora(path, path, graph_of=base, output=tmp_path / "out")

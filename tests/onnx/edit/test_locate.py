@@ -272,3 +272,12 @@ def test_the_verb_reports_what_it_found(tmp_path: Path, base: Path) -> None:
     assert result.as_json()["tensors"]["layers.1.o.weight"] == [{"weight": "layers.1.o.weight", "how": "transposed"}]
     text = result.summary(verbose=True).as_text()
     assert "18 of 18 weights, 100.00% of the values" in text
+
+
+def test_another_base_is_doubted(tmp_path: Path) -> None:
+    weights = random_weights({f"layers.{n}.weight": (24, 32) for n in range(4)})
+    path = graph_of(tmp_path / "g.onnx", [initializer(name, value.T) for name, value in weights.items()])
+    others = random_weights({name: value.shape for name, value in weights.items()}, seed=1)
+    assert surgery.locate(path, base_of(tmp_path / "base", weights)).warnings == ()
+    (warning,) = surgery.locate(path, base_of(tmp_path / "other", others)).warnings
+    assert "another model" in warning

@@ -190,6 +190,29 @@ def test_verify_tells_a_merge_by_value(tmp_path: Path, base: Path, dtype: str) -
         surgery.verify(tmp_path / "out", against=base)
 
 
+def test_verify_refuses_weights_that_an_adapter_changed_beyond_recognition(tmp_path: Path, base: Path) -> None:
+    tensors = [initializer(f"val_{n}", value.T) for n, value in enumerate(WEIGHTS.values())]
+    path = graph_of(tmp_path / "in" / "g.onnx", tensors)
+    surgery.merge(path, lora(tmp_path / "adapter", "q", "v", size=3), graph_of=base, output=tmp_path / "out")
+    with pytest.raises(ProofError, match=r"2 weights have other values than base and adapters make: [^%]*$"):
+        surgery.verify(tmp_path / "out", against=base)
+
+
+def test_verify_looks_at_the_files_of_a_changed_graph_without_its_base(tmp_path: Path, base: Path) -> None:
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T)])
+    surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
+    found = surgery.verify(tmp_path / "out")
+    assert ([check.name for check in found.checks], len(found.notes)) == (["files", "computed tensors"], 1)
+    raw = bytearray((tmp_path / "out" / "g.onnx").read_bytes())
+    raw[raw.index(values_in(tmp_path / "out" / "g.onnx")["w"].tobytes())] ^= 1
+    (tmp_path / "out" / "g.onnx").write_bytes(raw)
+    with pytest.raises(ProofError, match="changed since"):
+        surgery.verify(tmp_path / "out")
+    with pytest.raises(FitError, match=r"no surgery_manifest\.json") as caught:
+        surgery.verify(path)
+    assert "against=" in str(caught.value.hint)
+
+
 def test_verify_takes_sums_in_another_order(tmp_path: Path, base: Path) -> None:
     adapter = lora(tmp_path / "adapter", "q", "v")
     merged = merged_weights(base, adapter, tmp_path / "checkpoint")
@@ -222,7 +245,8 @@ def test_scales_of_activations_are_warned_of(tmp_path: Path, base: Path) -> None
     tensors = [initializer("w", WEIGHTS[PLACES["q"]].T), initializer("s", np.float32(0.1))]
     path = graph_of(tmp_path / "in" / "g.onnx", tensors, nodes)
     result = surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, dry_run=True)
-    assert "calibrated for the base" in result.warnings[-1]
+    (told,) = (text for text in result.warnings if "activations" in text)
+    assert "in one place to ranges that were measured without the adapter" in told
 
 
 def test_files_that_run_the_graph_go_along(tmp_path: Path, base: Path) -> None:

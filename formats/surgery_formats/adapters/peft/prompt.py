@@ -89,7 +89,10 @@ def prompt_history(config: Mapping[str, Any]) -> dict[str, str]:
     elif isinstance(ids := config.get("cpt_token_ids"), list):
         found["began as"] = f"the tokens {', '.join(map(str, ids))}"
     elif isinstance(init := config.get("prompt_tuning_init"), str):
-        found["began as"] = {"RANDOM": "random numbers", "SAMPLE_VOCAB": "rows of the vocabulary"}.get(init, init)
+        found["began as"] = {
+            "RANDOM": "random numbers (PEFT says so by default)",
+            "SAMPLE_VOCAB": "rows of the vocabulary",
+        }.get(init, init)
     if isinstance(encoder := config.get("encoder_reparameterization_type"), str):
         found["trained through"] = f"an encoder ({encoder}), whose output is stored"
     elif config.get("prefix_projection") is True:

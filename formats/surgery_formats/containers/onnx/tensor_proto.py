@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery_formats.containers.base import MAX_DIMS, SIZE_LIMIT
+from surgery_formats.containers.onnx.elements import STRING
 from surgery_formats.containers.onnx.wire import BYTES, VARINT, Field, Pieces, WireReader, varints
 from surgery_formats.errors import MalformedError
 
@@ -85,6 +86,8 @@ def find_tensor(
                 continue
         elif number == _DIMS:
             shape += _sizes(reader, one)
+            if len(shape) > MAX_DIMS:
+                break
         elif number == _EXTERNAL:
             external |= _entry(reader, one)
         elif number == _SEGMENT:
@@ -96,6 +99,8 @@ def find_tensor(
     if len(values) > 1 or (elsewhere and values):
         raise fail("holds values in two places")
     elements = once[_TYPE].value if _TYPE in once else 0
+    if not values and not elsewhere and elements != STRING and 0 not in shape:
+        raise fail("has no values")
     found = FoundTensor(
         key or scope + (reader.text(once[_NAME]) if _NAME in once else ""),
         holder,

@@ -111,7 +111,7 @@ def with_inserted(model: Model, modules: Iterable[PlacedModule]) -> Model:
         network = module.network
         if network.width != model.hidden:
             raise FitError(
-                f"is made for hidden states of {network.width}, but the model has {model.hidden}",
+                f"made for hidden states of {network.width}, but the model has {model.hidden}",
                 tensor=network.module,
                 hint="is this the base it was trained on?",
             )
@@ -120,7 +120,7 @@ def with_inserted(model: Model, modules: Iterable[PlacedModule]) -> Model:
             if module.inverted and isinstance(head, LanguageHead):
                 head = replace(head, inverted=(*head.inverted, network))
         elif module.layer >= len(layers):
-            raise FitError(f"is for layer {module.layer}, but the model has {len(layers)}", tensor=network.module)
+            raise FitError(f"for layer {module.layer}, but the model has {len(layers)}", tensor=network.module)
         else:
             layers[module.layer] = _inserted(layers[module.layer], module.behind, network)
     unused = {

@@ -57,7 +57,9 @@ def with_rows(rebuilt: Rebuilt, kept: Sequence[int] | range, added: int = 0) -> 
     component = one_network(rebuilt.checkpoint)
     size = vocabulary_size(component)
     if not added and len(kept) == size and all(old == new for new, old in enumerate(kept)):
-        raise NothingChangedError(f"these are all {size} rows of the vocabulary", file=component.folder)
+        raise NothingChangedError(
+            f"nothing would change: the vocabulary has these {size} rows already", file=component.folder
+        )
     if len(kept) + added > _MOST:
         raise FitError(f"{len(kept) + added} rows are more than {_MOST}")
     names = vocabulary_tensors(component, size)
