@@ -15,7 +15,9 @@ from surgery.engine.inputs import (
 from surgery.onnx.edit.locate import Located
 from surgery.onnx.edit.locate_result import LocateResult
 from surgery.reports.result import timed
+from surgery_formats.adapters.registry import format_at
 from surgery_formats.binding.bind import bind
+from surgery_formats.errors import FitError
 
 __all__ = ["LocateResult", "locate"]
 
@@ -41,7 +43,7 @@ def locate(
 
     Raises:
         InputError: graph or base cannot be read.
-        FitError: the base's weights are codes that nothing reads, or an adapter does not fit it.
+        FitError: the base is an adapter, or its weights are codes that nothing reads; an adapter does not fit it.
     """
     from surgery.onnx.edit.locate import located_weights
     from surgery.onnx.edit.opening import graph_at
@@ -50,6 +52,8 @@ def locate(
     check_counts(workers=workers)
     opened = graph_at(as_path(graph, "graph"))
     checkpoint = as_checkpoint(base)
+    if checkpoint.path.is_file() and format_at(checkpoint.path) is not None:  # its factors might be found by chance
+        raise FitError("an adapter, not the model that a graph was made of", file=checkpoint.path)
     weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
     binding = bind(weighted, checkpoint) if weighted else None
     located = located_weights(opened, wanted_weights(checkpoint, binding), workers=workers)

@@ -102,7 +102,7 @@ def test_missing_files_and_oversized_requests_are_named(folder, tmp_path):
     with pytest.raises(FitError, match="not below 1536"):
         surgery.run(folder, [[5, 1536]], device="cpu")
     write_adapter_file(tmp_path / "x.onnx_adapter", {"a": np.zeros((2, 2), np.float32)})
-    with pytest.raises(FitError, match="without slots"):
+    with pytest.raises(FitError, match="the graph has no slots"):
         surgery.run(folder, [[5]], device="cpu", adapters=[tmp_path / "x.onnx_adapter"])
     with pytest.raises(FitError, match="do not fit"):
         surgery.run(folder, [[5] * 513], device="cpu")

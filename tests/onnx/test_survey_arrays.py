@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import surgery
+from surgery.reports.adapter_report import AdapterReport
 from surgery.reports.array_report import ArrayFileReport
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import MalformedError
@@ -50,10 +51,10 @@ def test_keys_and_values_of_a_prefix_are_told_with_the_graph_that_takes_them(tmp
 
 
 def test_factors_under_names_of_olives_are_told(tmp_path: Path) -> None:
-    report = inspected(OLIVE / "adapter_weights.onnx_adapter")
-    assert report.holds == "28 factors of LoRAs of rank 4"
-    assert not report.unmet
-    assert "takes 28 of 28" in str(report)
+    report = surgery.inspect(OLIVE / "adapter_weights.onnx_adapter")
+    assert isinstance(report, AdapterReport)  # names and orientation of its factors are known, so that it is a LoRA
+    assert (report.format, report.kind) == ("onnx-adapter", "LORA")
+    assert "14 LoRA" in str(report)
 
 
 def test_names_that_the_graph_lacks_are_listed(tmp_path: Path) -> None:

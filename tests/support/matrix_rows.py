@@ -186,8 +186,8 @@ class Source:
         return tuple(column for column in COLUMNS if not column.dialect or self.has_experts)
 
 
-_NO_ROWS = {"base", "onnx_graphs", "bottlenecks"}
-"""Bases, adapters that lie beside graphs, of which another table is made, and the library's bottlenecks in every form."""
+_NO_ROWS = {"base", "onnx_graphs", "bottlenecks", "adapterhub_prefix"}
+"""Bases, adapters that lie beside graphs, of which another table is made, and the library's bottlenecks and prefixes."""
 
 
 @cache

@@ -26,6 +26,9 @@ from tests.support.adapter_files import GOLDEN, draw
 
 _ENDINGS = (".safetensors", ".bin", ".pt", ".lora", ".gguf", ".onnx_adapter", ".npy", ".npz", ".nemo", ".h5")
 _OTHERS = ("base", "expected")
+_NO_ADAPTERS = ("expected", "logits", "answers", "model_head")
+GRAPH = os.fspath(GOLDEN / "onnx_graphs" / "genai-llama" / "model.onnx")
+PROMPT = "examples/prompt"
 LORA, BASE = "examples/lora", "examples/base"
 
 
@@ -36,12 +39,15 @@ def _golden() -> list[str]:
         for path in sorted(GOLDEN.rglob("*"))
         if path.name.endswith(_ENDINGS)
         and not any(part.startswith(_OTHERS) for part in path.relative_to(GOLDEN).parts)
-        and "expected" not in path.name
+        and not any(word in path.name for word in _NO_ADAPTERS)
         and path.name != "model.safetensors"
         and path.parts[-2] != "full"  # of MLX: weights in full, which nothing but their folder tells from a model's
     ]
     folders = {path.parent for path in files if any(path.parent.glob("*.json")) or any(path.parent.glob("*.yaml"))}
-    folders = {folder for folder in folders if folder != GOLDEN and not (folder / "model.safetensors").exists()}
+    models = ("model.safetensors", "model.onnx")
+    folders = {
+        folder for folder in folders if folder != GOLDEN and not any((folder / name).exists() for name in models)
+    }
     return [os.fspath(path.relative_to(GOLDEN)) for path in [*files, *sorted(folders)]]
 
 
@@ -61,16 +67,31 @@ def _in_the_place_of_a_model(path: str, out: str) -> Mapping[str, list[str]]:
         "report": [LORA, "--base", path],
         "export-onnx": [path, "-o", out],
         "verify": [path],
+        "insert": [path, LORA, "-o", out],
+        "insert, new": [path, "--new", "lora", "-o", out],
+        "locate": [path, "--base", BASE],
+        "locate, base": [GRAPH, "--base", path],
+        "fold": [path, "-o", out],
+        "strip": [path, "-o", out],
+        "prompt nearest": [PROMPT, path],
+        "prompt bake": [path, PROMPT, "--as", "tokens", "-o", out],
         "run": [path, "--prompt", "x"],
         "bench": [path],
     }
 
 
-_WITHOUT_A_MODEL = {"inspect", "env", "formats", "completion"}  # `inspect` is tried by `surgery.open`, which it calls
+_OF_GRAPHS = ("verify", "run", "bench", "locate", "fold", "strip")  # which say that it is no graph
+_WITHOUT_A_MODEL = {
+    "inspect",
+    "env",
+    "formats",
+    "completion",
+    "apply",
+}  # `inspect` is tried by `surgery.open`, which it calls
 
 
 def test_every_command_that_takes_a_model_is_tried() -> None:
-    tried = {place.partition(",")[0].removesuffix(" twice") for place in _in_the_place_of_a_model("", "")}
+    tried = {place.partition(",")[0].split()[0] for place in _in_the_place_of_a_model("", "")}
     assert tried | _WITHOUT_A_MODEL == {*command.list_commands(Context(command))}
 
 
@@ -185,7 +206,7 @@ def test_what_it_is_and_what_to_do_is_said_where_an_adapter_is_wanted(name: str,
     for place, arguments in _in_the_place_of_a_model(os.fspath(file), os.fspath(tmp_path / "out")).items():
         done = CliRunner().invoke(command, [*place.partition(",")[0].removesuffix(" twice").split(), *arguments])
         assert done.exit_code in (2, 3, 4), (place, done.output)
-        assert what in done.output or place in ("verify", "run", "bench"), (place, done.output)
+        assert what in done.output or place in _OF_GRAPHS, (place, done.output)
 
 
 def test_torch_files_that_nest_their_tensors_are_named(tmp_path: Path) -> None:
