@@ -25,6 +25,11 @@ class CodedWeight:
 
     matrix: CodedMatrix
 
+    dtype = DType.F32
+    elements = None
+    is_float = True
+    transposed = False
+
     @property
     def name(self) -> str:
         """Of the tensor of codes."""
@@ -41,11 +46,6 @@ class CodedWeight:
         return self.matrix.rows, self.matrix.cols
 
     @property
-    def dtype(self) -> DType:
-        """Of what is read."""
-        return DType.F32
-
-    @property
     def kind(self) -> str:
         """In words."""
         return self.matrix.label
@@ -54,21 +54,6 @@ class CodedWeight:
     def group(self) -> int:
         """Rows that share a scale, and begin and end at whole bytes."""
         return math.lcm(self.matrix.tile[0], self.matrix.codes.step)
-
-    @property
-    def elements(self) -> None:
-        """None: they are codes."""
-        return
-
-    @property
-    def is_float(self) -> bool:
-        """What they stand for is."""
-        return True
-
-    @property
-    def transposed(self) -> bool:
-        """It lies as it is."""
-        return False
 
     @property
     def sources(self) -> tuple[StoredTensor, ...]:

@@ -57,16 +57,13 @@ class _Fit:
     misfit: float
 
 
-def fitting_weights(
-    places: Sequence[Place], weights: Sequence[Wanted], vectors: Vectors, free: Sequence[range] = ()
-) -> list[LocatedPiece]:
+def fitting_weights(places: Sequence[Place], weights: Sequence[Wanted], vectors: Vectors) -> list[LocatedPiece]:
     """Weights that one of these ways to see a tensor consists of, apart from a factor, a folded vector or rounding to codes.
 
     Args:
         places: The ways.
         weights: Those that are looked for, in the order in which they are tried.
         vectors: Those that may be folded into columns.
-        free: Rows of it that are looked at; none is all.
     """
     for place in places:
         for turned in (False, True):

@@ -19,7 +19,7 @@ from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.views import Index
 
-__all__ = ["GraphWeight"]
+__all__ = ["GraphWeight", "stored_type"]
 
 _HELD = threading.local()
 
@@ -40,6 +40,10 @@ class GraphWeight:
     dtype: DType
     folds: tuple[Wanted | None, ...]
 
+    group = 1
+    elements = None
+    is_float = True
+
     @property
     def name(self) -> str:
         """The checkpoint's."""
@@ -59,21 +63,6 @@ class GraphWeight:
     def kind(self) -> str:
         """Name of the element type."""
         return self.dtype.label
-
-    @property
-    def group(self) -> int:
-        """Every row is on its own."""
-        return 1
-
-    @property
-    def elements(self) -> None:
-        """None: they lie in another order."""
-        return
-
-    @property
-    def is_float(self) -> bool:
-        """Weights are numbers."""
-        return True
 
     @property
     def transposed(self) -> bool:

@@ -25,12 +25,10 @@ from surgery.onnx.edit.matrix import Matrix
 from surgery.onnx.edit.pieces import LocatedPiece
 from surgery.onnx.edit.quantised import CodedMatrix
 from surgery.onnx.edit.turning import held, turned
-from surgery.onnx.edit.watched import Watched
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
-from surgery_formats.storage.base import Storage
 from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.tensor import as_bytes
 from surgery_formats.tensors.views import Index
@@ -114,7 +112,7 @@ def _updated(
     `seen` gets the rows of the base as they are read.
     """
     edit, piece = change.edit, change.piece
-    source: Storage = edit.source if seen is None or edit.replaced is not None else Watched(edit.source, seen)
+    source = edit.source
     plain = piece.factor == 1 and change.fold is None and not piece.row_factors
     by_row = numpy.array(piece.row_factors)[:, None] * piece.factor if piece.row_factors else None
     exact = dtype if plain else (DType.F64 if dtype is DType.F64 else DType.F32)
@@ -134,7 +132,7 @@ def _updated(
         take(first, values)
 
     step = Compute(source, edit.operations, Elements(source.sizes, source.shape, exact))
-    done = compute(label, step, note, stop, device)[0]
+    done = compute(label, step, note, stop, device, seen=seen)[0]
     return replace(done, changed=True) if edit.replaced is not None else done  # it is no change of what replaces
 
 
