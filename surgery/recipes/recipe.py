@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.recorded import NOT_RECORDED, takes_references
-from surgery.recipes.document import Entry, Text, Value, read_document
+from surgery.recipes.document import Collection, Scalar, Value, read_document
 from surgery_formats.errors import FitError, MalformedError, SurgeryError, UsageError
 from surgery_formats.files.output.manifest import FORMAT, MANIFEST
 from surgery_formats.text import closest, listing, show
 
-__all__ = ["RANKED", "VERBS", "Input", "Recipe", "Reference", "Step", "read_recipe"]
+__all__ = ["RANKED", "VERBS", "Input", "Operand", "Recipe", "Step", "read_recipe"]
 
 VERBS = (
     *("combine", "resize", "convert", "extract-lora", "insert", "merge", "unmerge", "layers", "export-onnx", "verify"),
@@ -66,8 +66,8 @@ class Input:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """A model or an adapter that a step names: an input, a result, or a reference as the command takes it."""
+class Operand:
+    """A model or an adapter that a step works on, by name: an input, a result, or a model reference as the command takes it."""
 
     text: str
     weight: float = 1.0
@@ -82,7 +82,7 @@ class Step:
         line: Where it begins.
         verb: As the command calls it.
         arguments: By parameter: plain values.
-        references: By parameter: what it names; whether as a list.
+        operands: By parameter: what it names; whether as a list.
         name: Of its result, or empty.
         output: Where it is written, or empty.
         written: Whether it was written to an output when the manifest was made: later steps read rounded values then.
@@ -92,7 +92,7 @@ class Step:
     line: int
     verb: str
     arguments: Mapping[str, Any]
-    references: Mapping[str, tuple[Reference, ...]]
+    operands: Mapping[str, tuple[Operand, ...]]
     name: str = ""
     output: str = ""
     written: bool = False
@@ -166,7 +166,7 @@ def read_recipe(path: Path) -> Recipe:
                     file=path,
                     hint="run the command: older manifests name none, nor do those of a command's second output",
                 )
-            return _recipe(path, _entry(recipe), manifest)
+            return _recipe(path, _value(recipe), manifest)
     if path.is_dir():
         manifest_in = path / MANIFEST
         hint = (
@@ -176,16 +176,16 @@ def read_recipe(path: Path) -> Recipe:
     return _recipe(path, read_document(path), None)
 
 
-def _entry(value: Any) -> Any:
+def _value(value: Any) -> Any:
     """JSON values as those of a document; it has no lines."""
     if isinstance(value, Mapping):
-        return Entry({str(key): _entry(inner) for key, inner in value.items()}, 0)
+        return Collection({str(key): _value(inner) for key, inner in value.items()}, 0)
     if isinstance(value, list):
-        return Entry([_entry(inner) for inner in value], 0)
-    return Text(str(value), value, 0)
+        return Collection([_value(inner) for inner in value], 0)
+    return Scalar(str(value), value, 0)
 
 
-def _recipe(path: Path, document: Entry, manifest: Mapping[str, Any] | None) -> Recipe:
+def _recipe(path: Path, document: Collection, manifest: Mapping[str, Any] | None) -> Recipe:
     top = document.items
     if not isinstance(top, dict):
         raise MalformedError("is no recipe", file=path)
@@ -193,7 +193,7 @@ def _recipe(path: Path, document: Entry, manifest: Mapping[str, Any] | None) -> 
         if key not in ("inputs", "steps", "output", "version"):
             raise MalformedError(f"line {value.line}: '{show(key)}' is no part of a recipe", file=path)
     steps = top.get("steps")
-    if not isinstance(steps, Entry) or not isinstance(steps.items, list) or not 0 < len(steps.items) <= _MOST:
+    if not isinstance(steps, Collection) or not isinstance(steps.items, list) or not 0 < len(steps.items) <= _MOST:
         raise MalformedError(f"has no steps, or more than {_MOST}", file=path)
     inputs = _inputs(path, top.get("inputs"))
     found: list[Step] = []
@@ -203,9 +203,9 @@ def _recipe(path: Path, document: Entry, manifest: Mapping[str, Any] | None) -> 
         if name and (name in inputs or name in [step.name for step in found[:-1]]):
             raise found[-1].fail(f"'{show(name)}' is the name of something else")
     output = top.get("output")
-    if isinstance(output, Text) and not found[-1].output:
+    if isinstance(output, Scalar) and not found[-1].output:
         last = found[-1]
-        fields = (last.arguments, last.references, last.name, output.text)
+        fields = (last.arguments, last.operands, last.name, output.text)
         found[-1] = Step(last.number, last.line, last.verb, *fields)
     return Recipe(path, inputs, tuple(found), manifest)
 
@@ -213,17 +213,17 @@ def _recipe(path: Path, document: Entry, manifest: Mapping[str, Any] | None) -> 
 def _inputs(path: Path, value: Value | None) -> dict[str, Input]:
     if value is None:
         return {}
-    if not isinstance(value, Entry) or not isinstance(value.items, dict):
+    if not isinstance(value, Collection) or not isinstance(value.items, dict):
         raise MalformedError(f"line {value.line}: inputs is a mapping of names to references", file=path)
     inputs = {}
     for name, inner in value.items.items():
         if not _NAME.fullmatch(name):
             raise MalformedError(f"line {inner.line}: '{show(name)}' is no name", file=path)
-        if isinstance(inner, Text):
+        if isinstance(inner, Scalar):
             inputs[name] = Input(inner.text, line=inner.line)
             continue
         fields = inner.items if isinstance(inner.items, dict) else {}
-        texts = {key: one.text for key, one in fields.items() if isinstance(one, Text)}
+        texts = {key: one.text for key, one in fields.items() if isinstance(one, Scalar)}
         if "files" not in texts:
             raise MalformedError(f"line {inner.line}: '{show(name)}' is no reference", file=path)
         inputs[name] = Input("", texts["files"], texts.get("made", ""), inner.line)
@@ -237,8 +237,8 @@ def _function(verb: str) -> Callable[..., Any]:
 
 
 def _step(path: Path, number: int, entry: Value) -> Step:
-    fields = entry.items if isinstance(entry, Entry) else None
-    if not isinstance(fields, dict) or not isinstance(verb := fields.get("verb"), Text):
+    fields = entry.items if isinstance(entry, Collection) else None
+    if not isinstance(fields, dict) or not isinstance(verb := fields.get("verb"), Scalar):
         raise MalformedError(f"line {entry.line}: step {number} has no verb", file=path)
     step = Step(number, entry.line, verb.text.replace("_", "-"), {}, {})
     if step.verb not in VERBS:
@@ -247,7 +247,7 @@ def _step(path: Path, number: int, entry: Value) -> Step:
         )
     parameters = inspect.signature(step.function).parameters
     arguments: dict[str, Any] = {}
-    references: dict[str, tuple[Reference, ...]] = {}
+    operands: dict[str, tuple[Operand, ...]] = {}
     for key, value in fields.items():
         name = key.replace("-", "_")
         name = _OTHER_NAMES.get(name, name)
@@ -263,34 +263,36 @@ def _step(path: Path, number: int, entry: Value) -> Step:
             raise step.fail(f"'{show(key)}'{_at_line(value.line)} is no option of {step.verb}", hint)
         annotation = "" if ranked else str(parameters[name].annotation)
         if takes_references(annotation) and name != "adapter_output":
-            references[name] = tuple(_references(step, value))
+            operands[name] = tuple(_operands(step, value))
         else:
             arguments[name] = _plain(step, key, value, annotation)
-    texts = {key: one.text for key, one in fields.items() if isinstance(one, Text)}
+    texts = {key: one.text for key, one in fields.items() if isinstance(one, Scalar)}
     name, output = texts.get("as", ""), "" if step.verb == "verify" else texts.get("output", "")
-    written = entry.line == 0 and isinstance(told := fields.get("output"), Text) and told.value is True  # of a manifest
+    written = (
+        entry.line == 0 and isinstance(told := fields.get("output"), Scalar) and told.value is True
+    )  # of a manifest
     if "as" in fields and not _NAME.fullmatch(name):
         raise step.fail(f"'{show(name)}' is no name for a result", "letters, digits, _ and -")
-    return Step(number, entry.line, step.verb, arguments, references, name, "" if written else output, written)
+    return Step(number, entry.line, step.verb, arguments, operands, name, "" if written else output, written)
 
 
-def _references(step: Step, value: Value) -> list[Reference]:
-    if isinstance(value, Text):
-        return [Reference(value.text)]
+def _operands(step: Step, value: Value) -> list[Operand]:
+    if isinstance(value, Scalar):
+        return [Operand(value.text)]
     if isinstance(value.items, list):
-        return [one for inner in value.items for one in _references(step, inner)]
+        return [one for inner in value.items for one in _operands(step, inner)]
     found = []
     for text, weight in value.items.items():
-        number = weight.value if isinstance(weight, Text) else None
+        number = weight.value if isinstance(weight, Scalar) else None
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise step.fail(f"the weight of '{show(text)}'{_at_line(weight.line)} is no number")
-        found.append(Reference(text, float(number)))
+        found.append(Operand(text, float(number)))
     return found
 
 
 def _plain(step: Step, key: str, value: Value, annotation: str) -> Any:
     """An argument; of a parameter that is a text, what stands there: ``keep: 3`` is a text, too."""
-    if isinstance(value, Text):
+    if isinstance(value, Scalar):
         is_text = annotation.startswith("str") and not isinstance(value.value, bool) and value.value is not None
         return value.text if is_text else value.value
     if isinstance(value.items, list):

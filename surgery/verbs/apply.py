@@ -19,7 +19,7 @@ from surgery.rank import Rank
 from surgery.recipes.apply_result import ApplyResult, Done, Place
 from surgery.recipes.finding import found_inputs, kept_recipe
 from surgery.recipes.placing import placed_steps
-from surgery.recipes.recipe import RANKED, Recipe, Reference, Step, read_recipe
+from surgery.recipes.recipe import RANKED, Operand, Recipe, Step, read_recipe
 from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
 from surgery_formats.errors import UsageError
@@ -80,7 +80,7 @@ def apply(
 def _temporary(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
     """A folder beside the last output, on its disk; gone afterwards, whatever happens."""
     moved = (step for step, place in placed if place == "output" and step.verb == "layers")
-    if all(place != "temporary" for _, place in placed) and not any("adapter" in step.references for step in moved):
+    if all(place != "temporary" for _, place in placed) and not any("adapter" in step.operands for step in moved):
         yield None
         return
     outputs = [Path(step.output) for step, place in placed if place == "output"]
@@ -218,16 +218,16 @@ class _Kitchen:
             arguments["rank"] = _rank(step, ranked)
         if isinstance(vocab := arguments.get("vocab"), str):
             arguments["vocab"] = with_file(vocab, lambda file: str(self.inputs.get(file, file)))
-        for name, given in step.references.items():
+        for name, given in step.operands.items():
             several = "AdaptersLike" in str(_parameters(step)[name].annotation)
-            found = [self._resolved(step, reference, several=several) for reference in given]
+            found = [self._resolved(step, operand, several=several) for operand in given]
             if not several and len(found) != 1:
                 raise step.fail(f"{name} names {len(found)} things")
             arguments[name] = found if several else found[0]
         return arguments
 
-    def _resolved(self, step: Step, reference: Reference, *, several: bool) -> Any:
-        text = reference.text
+    def _resolved(self, step: Step, operand: Operand, *, several: bool) -> Any:
+        text = operand.text
         if text in self.results:
             value: Any = self.results[text]
         elif text in self.inputs:
@@ -236,11 +236,11 @@ class _Kitchen:
             raise step.fail(f"'{text}': that step moved no adapter")
         else:
             value = text
-        if reference.weight == 1.0:
+        if operand.weight == 1.0:
             return value
         if not several:
             raise step.fail(f"'{text}' takes no weight here")
-        return value, reference.weight
+        return value, operand.weight
 
 
 def _parameters(step: Step) -> Mapping[str, Any]:

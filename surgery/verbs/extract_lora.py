@@ -50,7 +50,8 @@ from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 
 __all__ = ["ExtractResult", "extract_lora"]
 

@@ -21,7 +21,8 @@ from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.storage.base import is_stacked
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA

@@ -22,7 +22,8 @@ from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
 

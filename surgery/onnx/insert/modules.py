@@ -33,7 +33,8 @@ from surgery_formats.binding.bind import warn_of_other_base
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.inserted import PlacedModule, as_fields, with_inserted
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Branch, Coupling, Model, Projection

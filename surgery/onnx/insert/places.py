@@ -14,7 +14,8 @@ from surgery.onnx.locate.ties import is_told
 from surgery.onnx.locate.wanted import wanted_weights
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.tensors.views import Index
 from surgery_formats.text import listing, show
 

@@ -21,7 +21,8 @@ from surgery_formats.containers.base import Shard
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt
 from surgery_formats.storage.quantised import CONFIG_KEYS
