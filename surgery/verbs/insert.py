@@ -31,7 +31,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from surgery.insertion.unmerged import UnmergedResult
-    from surgery.onnx.insert.adapters import GraphInsertion
+    from surgery.onnx.insert.result import GraphInsertion
     from surgery_formats.canonical.adapter import Adapter
 
 __all__ = ["DeltaResult", "FreshResult", "insert"]

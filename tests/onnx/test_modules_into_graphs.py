@@ -103,6 +103,16 @@ def test_bottlenecks_are_silent_until_filled(name: str, form: str, tmp_path: Pat
     assert found <= max(1e-5, 2 * of_graph) < difference(before, wanted)
 
 
+def test_an_adapter_of_another_base_is_told(tmp_path: Path):
+    pair = PAIRS["optimum-llama"]
+    adapter = bottleneck(tmp_path / "a", pair.base, "houlsby")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "model_name": "others/llama"}))
+    result = surgery.insert(pair.graph, adapter, base=pair.base, dry_run=True)
+    assert result.warnings == (f"a: was trained on 'others/llama', the base given is '{pair.base.name}'",)
+    assert result.replaced == ()
+
+
 def test_run_takes_modules_in_a_graph_that_others_made(tmp_path: Path):
     pair = PAIRS["optimum-llama"]
     adapter = bottleneck(tmp_path / "a", pair.base, "houlsby")

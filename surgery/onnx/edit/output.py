@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["Change", "editable", "write_edited"]
+__all__ = ["NewValues", "editable", "write_edited"]
 
 Array = npt.NDArray[Any]
-Change = Callable[[Array], Array]
+NewValues = Callable[[Array], Array]
 
 _OPTIONAL_INPUTS = 4  # version of the IR
 _LIMIT = 2_000_000_000  # bytes of a protocol buffer; readers refuse 2 GiB
@@ -74,7 +74,7 @@ def write_edited(
     facts: Mapping[str, Any],
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
-    changed: Mapping[str, Change] | None = None,
+    changed: Mapping[str, NewValues] | None = None,
     dropped: Collection[str] = (),
 ) -> int:
     """Write the model under its old name, with the files it needs; returns the bytes written.
@@ -142,13 +142,13 @@ def _beside(folder: Path) -> Iterator[SideFile]:
             yield SideFile(path.name, source=path)
 
 
-def _new(tensor: StoredTensor, graph: OnnxGraph, change: Change) -> bytes:
+def _new(tensor: StoredTensor, graph: OnnxGraph, change: NewValues) -> bytes:
     """The bytes of a tensor with its new values."""
     values = np.asarray(tensor.read()).reshape(graph.shapes[tensor.name])
     return np.ascontiguousarray(change(values)).tobytes()
 
 
-def _change_inside(model: onnx.ModelProto, changed: Mapping[str, Change]) -> None:
+def _change_inside(model: onnx.ModelProto, changed: Mapping[str, NewValues]) -> None:
     import onnx
 
     for tensor in model.graph.initializer:
@@ -157,7 +157,7 @@ def _change_inside(model: onnx.ModelProto, changed: Mapping[str, Change]) -> Non
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(values), tensor.name))
 
 
-def _prove(before: OnnxGraph, path: Path, changed: Mapping[str, Change], dropped: Collection[str]) -> None:
+def _prove(before: OnnxGraph, path: Path, changed: Mapping[str, NewValues], dropped: Collection[str]) -> None:
     """Read back: every tensor that the graph had, where it lies now.
 
     Raises:

@@ -18,9 +18,10 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Use", "attribute", "graphs_in", "uses_of"]
+__all__ = ["Kind", "Use", "attribute", "graphs_in", "turns_inputs", "uses_of"]
 
 Kind = Literal["product", "convolution", "table"]
+"""What a node does with a weight: multiplies by it, convolves with it, or takes rows of it."""
 _KEEPING = ("Identity", "Cast", "DequantizeLinear")
 _OF_SHAPE = ("Shape", "Size")
 _INTEGERS = (2, 3, 21, 22)  # TensorProto.UINT8, INT8, UINT4, INT4
@@ -133,7 +134,7 @@ def _direct(
     kind: Kind = "product"
     if op == "MatMul" and position == 1:
         by_output = False
-    elif op in ("Gemm", "FusedMatMul") and position == 1 and not _turned_inputs(node):
+    elif op in ("Gemm", "FusedMatMul") and position == 1 and not turns_inputs(node):
         by_output, alpha = bool(attribute(node, "transB", 0)), float(attribute(node, "alpha", 1.0))
     elif op == "Conv" and position == 1 and attribute(node, "group", 1) == 1:
         kind = "convolution"
@@ -154,5 +155,6 @@ def _direct(
     return Use(graph, end, kind, x, end.output[0], by_output != turned, alpha, element)
 
 
-def _turned_inputs(node: onnx.NodeProto) -> bool:
+def turns_inputs(node: onnx.NodeProto) -> bool:
+    """Whether a product transposes its inputs, or exchanges axes of its batch."""
     return any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ from surgery_formats.models.identity import fingerprint
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.canonical.inserted import InsertedModule
+    from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["AdapterRoles", "NamedAdapter", "entry", "sort_adapters"]
+__all__ = ["AdapterRoles", "NamedAdapter", "entry", "issues_of", "sort_adapters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,3 +134,14 @@ def entry(named: NamedAdapter, mode: str, **fields: Any) -> dict[str, Any]:
     files = sorted({fingerprint(file) for file in named.adapter.files})
     digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
     return {"name": named.name, "mode": mode, "kind": named.adapter.kind, "id": digest, **fields}
+
+
+def issues_of(adapters: Iterable[NamedAdapter], checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user should know of adapters for a base, adapter by adapter: issues of their own, and another base's name."""
+    from surgery_formats.binding.bind import warn_of_other_base
+
+    return tuple(
+        text
+        for named in adapters
+        for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
+    )

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from surgery.onnx.export.adapters import AdapterRoles, NamedAdapter, entry
 from surgery.onnx.export.genai import genai_config
-from surgery.onnx.export.inserted import INSERTED, BakedModules, ModuleSlots
+from surgery.onnx.export.inserted import INSERTED, BakedModules, ModuleSlots, values_at
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
@@ -147,11 +147,12 @@ class Assembly:
         kind = _numpy_type(self.options)
         files: dict[str, bytes] = {}
         sizes = _slot_sizes(built)
-        for named, adapter in zip(self.roles.swap, self.slots, strict=True):
+        for named, adapter, places in zip(self.roles.swap, self.slots, self.module_slots.names, strict=True):
             from surgery.onnx.export.slots import slot_arrays
 
             arrays = slot_arrays(adapter, built.contract.slots, sizes, kind, built.inputs)
-            arrays |= self._module_arrays(named.name, adapter, built.inputs)
+            modules = values_at(adapter.modules, places)
+            arrays |= {name: values.astype(built.inputs[name]) for name, values in modules.items()}
             files[self._adapter_file(named.name)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
@@ -240,15 +241,6 @@ class Assembly:
         from surgery.onnx.export.replaced import replaceable
 
         return modules | replaceable(self.model, [adapter.replaced for adapter in self.slots])
-
-    def _module_arrays(self, name: str, adapter: Swappable, inputs: Mapping[str, Any]) -> dict[str, Array]:
-        """The arrays of the modules of a swapped adapter."""
-        from surgery.onnx.export.inserted import module_values
-
-        number = next(i for i, named in enumerate(self.roles.swap) if named.name == name)
-        places = zip(adapter.modules, self.module_slots.names[number], strict=True)
-        arrays = {key: values for module, place in places for key, values in module_values(module, place).items()}
-        return {key: values.astype(inputs[key]) for key, values in arrays.items()}
 
     def _swapped(self, named: NamedAdapter, adapter: Swappable) -> dict[str, Any]:
         facts: dict[str, Any] = {}

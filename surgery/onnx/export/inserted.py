@@ -26,7 +26,7 @@ from surgery_formats.models.families.inserted import PlacedModule, inserted_shap
 from surgery_formats.models.families.recipe import Bottleneck, Coupling
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
-__all__ = ["INSERTED", "BakedModules", "ModuleSlots", "baked_modules", "module_values"]
+__all__ = ["INSERTED", "BakedModules", "ModuleSlots", "baked_modules", "module_values", "values_at"]
 
 INSERTED = "inserted.safetensors"
 """File name of baked modules."""
@@ -47,6 +47,16 @@ def module_values(module: InsertedModule, name: str) -> dict[str, Array]:
             raise FitError("holds NaN or Inf", tensor=key)
         found[f"{name}.{key.removeprefix(before)}"] = array
     return found
+
+
+def values_at(modules: Iterable[InsertedModule], names: Iterable[str]) -> dict[str, Array]:
+    """The tensors of several modules, each under the name of its place.
+
+    Raises:
+        FitError: a value is not finite.
+    """
+    pairs = zip(modules, names, strict=True)
+    return {key: values for module, name in pairs for key, values in module_values(module, name).items()}
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.edit.integers import product_of
 from surgery.onnx.edit.readers import Readers, readers_of
-from surgery.onnx.edit.uses import attribute, graphs_in
+from surgery.onnx.edit.uses import Kind, attribute, graphs_in, turns_inputs
 from surgery.onnx.fold.constants import Constants
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["LoraBranch", "find_branches"]
 
 Array = npt.NDArray[Any]
-Kind = Literal["product", "convolution", "table"]
 _PASSING = ("Identity", "Cast", "Dropout")
 
 
@@ -136,8 +135,7 @@ def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constan
     x, weight = node.input[0], node.input[1]
     if op == "Conv" and attribute(node, "group", 1) == 1:
         return _Map(node, "convolution", x, weight, True, 1.0)
-    turned = any(attribute(node, name, 0) for name in ("transA", "transBatchA", "transBatchB"))
-    if op == "MatMul" or (op in ("Gemm", "FusedMatMul") and not turned):
+    if op == "MatMul" or (op in ("Gemm", "FusedMatMul") and not turns_inputs(node)):
         by_output, alpha = bool(attribute(node, "transB", 0)), float(attribute(node, "alpha", 1.0))
         return _Map(node, "product", x, weight, by_output, alpha)
     return None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,87 +12,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.edit.output import Change, editable, write_edited
+from surgery.onnx.edit.output import NewValues, editable, write_edited
 from surgery.onnx.fold.folding import FoldedWeight, fold_branches
+from surgery.onnx.fold.result import FoldResult
 from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import from_metadata
-from surgery.onnx.graph.inserted import INSERTED, inserted_in
-from surgery.reports.output import DRY_RUN, PATH
-from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Facts, Note
-from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.values import Name, Phrase, Value
+from surgery.onnx.graph.inserted import inserted_in, state_inserted, stated_inserted
 from surgery_formats.adapters.onnx_adapter.names import factor_name
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter
 from surgery_formats.errors import FitError
-from surgery_formats.text import closest, show
+from surgery_formats.text import closest
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["FoldResult", "fold_graph"]
+__all__ = ["fold_graph"]
 
 Array = npt.NDArray[Any]
-
-
-@summarised
-@dataclass(frozen=True)
-class FoldResult:
-    """What became of a graph whose branches were folded.
-
-    Attributes:
-        output: The folder; None for a dry run.
-        graph: The graph it was made of.
-        folded: The tensors that changed, each with the node that reads it and the rank of what was added.
-        removed: Nodes that are gone.
-        nbytes: Bytes written.
-        warnings: What the user should know.
-        seconds: How long it took.
-    """
-
-    output: Path | None
-    graph: Path
-    folded: tuple[tuple[str, str, int], ...]
-    removed: int
-    nbytes: int = 0
-    warnings: tuple[str, ...] = ()
-    seconds: float = elapsed()
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "output": None if self.output is None else str(self.output),
-            "graph": str(self.graph),
-            "folded": [{"tensor": tensor, "node": node, "rank": rank} for tensor, node, rank in self.folded],
-            "removed": self.removed,
-            "nbytes": self.nbytes,
-            "seconds": round(self.seconds, 3),
-            "warnings": list(self.warnings),
-        }
-
-    def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
-        """How many branches went into weights; with `verbose` which.
-
-        Args:
-            verbose: Name every tensor.
-            output: Where a dry run would write.
-        """
-        where = self.output or output
-        empty = sum(1 for _, _, rank in self.folded if not rank)
-        unchanged = f", {empty} of them empty" if empty else ""
-        facts: list[tuple[str, Phrase]] = [
-            ("graph", Name(self.graph, PATH)),
-            ("folded", f"{len(self.folded)} branches{unchanged}, {self.removed} nodes less"),
-        ]
-        if where is not None:
-            size = Value(self.nbytes, "bytes")
-            facts.append(
-                ("wrote", (Name(where, PATH), ": ", size)) if self.output else ("would write", Name(where, PATH))
-            )
-        notes = [Note(f"{show(tensor)}: rank {rank}") for tensor, _, rank in self.folded] if verbose else []
-        notes += [DRY_RUN] if self.output is None else []
-        return Summary("Fold", (Facts(tuple(facts)), *notes, *warning_notes(self.warnings)))
 
 
 def fold_graph(
@@ -125,7 +62,7 @@ def fold_graph(
     written = 0
     if output is not None:
         dropped = tensors - _tensors(model)
-        changed: dict[str, Change] = {name: weight.added_to for name, weight in done.weights.items() if weight.rank}
+        changed: dict[str, NewValues] = {name: weight.added_to for name, weight in done.weights.items() if weight.rank}
         changed |= {name: partial(_instead, values) for name, values in baked.items()}
         facts = {
             "folded": [{"tensor": tensor, "rank": rank} for tensor, _, rank in folded],
@@ -230,20 +167,9 @@ def _adapters(model: onnx.ModelProto, path: Path) -> dict[str, str]:
 
 def _note(model: onnx.ModelProto, path: Path) -> None:
     """Take out of what the graph says of itself the inputs that it no longer has, and adapters that were for these alone."""
-    inputs = {one.name for one in model.graph.input}
-    props = {one.key: one.value for one in model.metadata_props}
-    contract, known = from_metadata(props, path), inserted_in(props, path)
-    before = contract or known
+    inputs, before = {one.name for one in model.graph.input}, stated_inserted(model, path)
     slots = tuple(slot for slot in before.slots if slot.A in inputs)
     others = tuple(name for name in before.replaceable if name in inputs)
     gone = {"gated"} if slots or others else {"gated", "swapped"}
     adapters = tuple(one for one in before.adapters if one.get("mode") not in gone or one.get("strength") in inputs)
-    if contract is not None:
-        props |= replace(contract, slots=slots, adapters=adapters, replaceable=others).as_metadata()
-    elif slots or others or adapters:
-        props |= replace(known, slots=slots, adapters=adapters, replaceable=others).as_metadata()
-    else:
-        props.pop(INSERTED, None)
-    del model.metadata_props[:]
-    for key, value in props.items():
-        model.metadata_props.add(key=key, value=value)
+    state_inserted(model, replace(before, slots=slots, adapters=adapters, replaceable=others), path)

@@ -6,15 +6,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.graph.contract import Slot
+from surgery.onnx.graph.contract import Slot, from_metadata
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.models.families.inserted import from_fields
 
-__all__ = ["INSERTED", "Inserted", "inserted_in"]
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["INSERTED", "Inserted", "inserted_in", "state_inserted", "stated_inserted"]
 
 INSERTED = "surgery.inserted"
 """Key of ``metadata_props``."""
@@ -67,3 +70,41 @@ def inserted_in(props: Mapping[str, str], file: str | os.PathLike[str] = "model.
     if entries or not named or not all(isinstance(text, str) for text in texts):
         raise MalformedError("what was inserted into it cannot be read", file=file, hint="insert it again")
     return found
+
+
+def stated_inserted(model: onnx.ModelProto, file: str | os.PathLike[str]) -> Inserted:
+    """What a graph says was inserted into it: its contract, if it has one, else a record of its own.
+
+    Raises:
+        MalformedError: it cannot be read.
+    """
+    props = {one.key: one.value for one in model.metadata_props}
+    contract = from_metadata(props, file)
+    if contract is None:
+        return inserted_in(props, file)
+    return Inserted(contract.slots, contract.adapters, contract.replaceable, contract.inserted)
+
+
+def state_inserted(model: onnx.ModelProto, inserted: Inserted, file: str | os.PathLike[str]) -> None:
+    """Say `inserted` in a graph, in the place of what it says: in its contract, if it has one.
+
+    Raises:
+        MalformedError: its contract cannot be read.
+    """
+    props = {one.key: one.value for one in model.metadata_props}
+    contract = from_metadata(props, file)
+    if contract is not None:
+        props |= replace(
+            contract,
+            slots=inserted.slots,
+            adapters=inserted.adapters,
+            replaceable=inserted.replaceable,
+            inserted=inserted.modules,
+        ).as_metadata()
+    elif inserted == Inserted():
+        props.pop(INSERTED, None)
+    else:
+        props |= inserted.as_metadata()
+    del model.metadata_props[:]
+    for key, value in props.items():
+        model.metadata_props.add(key=key, value=value)

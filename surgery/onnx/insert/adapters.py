@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +13,18 @@ import numpy.typing as npt
 
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.ranges import warning_of_ranges
-from surgery.onnx.export.adapters import NamedAdapter, entry
+from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
 from surgery.onnx.export.additions import BoundAdditions, bound_additions, factors_of
 from surgery.onnx.export.replaced import is_small
-from surgery.onnx.graph.contract import Slot, from_metadata
-from surgery.onnx.graph.inserted import Inserted, inserted_in
+from surgery.onnx.graph.contract import Slot
+from surgery.onnx.graph.inserted import state_inserted, stated_inserted
 from surgery.onnx.insert.gates import GatedAdapter, add_gated
 from surgery.onnx.insert.places import places_of
 from surgery.onnx.insert.replaced import replaced_tensors
+from surgery.onnx.insert.result import GraphInsertion
 from surgery.onnx.insert.slots import SlotShape, Spot, add_slots, spots_of
 from surgery.onnx.insert.unfuse import unfuse
 from surgery.onnx.run.adapter_file import adapter_bytes
-from surgery.reports.output import DRY_RUN, PATH
-from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Facts, Note
-from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.values import Name, Phrase, Value
-from surgery_formats.binding.bind import warn_of_other_base
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -38,92 +33,9 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["GraphInsertion", "insert_adapters"]
+__all__ = ["insert_adapters"]
 
 Array = npt.NDArray[Any]
-
-
-@summarised
-@dataclass(frozen=True)
-class GraphInsertion:
-    """What became of a graph that got slots.
-
-    Attributes:
-        output: The folder; None for a dry run.
-        graph: The graph it was made of.
-        slots: The slots, in order.
-        adapters: What the graph says of each adapter.
-        nodes: Nodes that were added.
-        nbytes: Bytes written.
-        required: Whether the slots are inputs without a default.
-        replaced: Tensors of the graph that became optional inputs, for parameters that an adapter gives in full.
-        warnings: What the user should know.
-        seconds: How long it took.
-    """
-
-    output: Path | None
-    graph: Path
-    slots: tuple[Slot, ...]
-    adapters: tuple[Mapping[str, Any], ...]
-    nodes: int
-    nbytes: int = 0
-    required: bool = False
-    replaced: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-    seconds: float = elapsed()
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "type": "slots",
-            "output": None if self.output is None else str(self.output),
-            "graph": str(self.graph),
-            "slots": [{"weight": slot.weight, "A": slot.A, "B": slot.B} for slot in self.slots],
-            "adapters": [dict(adapter) for adapter in self.adapters],
-            "required": self.required,
-            "replaced": list(self.replaced),
-            "nodes": self.nodes,
-            "nbytes": self.nbytes,
-            "seconds": round(self.seconds, 3),
-            "warnings": list(self.warnings),
-        }
-
-    def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
-        """The slots and the adapters for them; with `verbose` the inputs by name.
-
-        Args:
-            verbose: Name every slot.
-            output: Where a dry run would write.
-        """
-        where = self.output or output
-        kind = "inputs without a default" if self.required else "optional inputs"
-        facts: list[tuple[str, Phrase]] = [("into", Name(self.graph, PATH))]
-        if self.replaced:
-            facts.append(
-                ("replaced", f"{len(self.replaced)} tensors are optional inputs, the base's values by default")
-            )
-        if self.slots:
-            facts.append(("slots", f"{len(self.slots)} ({2 * len(self.slots)} {kind})"))
-        for one in self.adapters:
-            name = Name(one["name"], 60)
-            if "file" in one:
-                facts.append(("adapter", (name, f": {one['file']}")))
-            else:
-                default = "" if self.required else f", by default {one['weight']:g}"
-                facts.append(("adapter", (name, ": inside, input ", Name(one["strength"], 80), default)))
-        facts.append(("nodes", f"{self.nodes} more"))
-        size: Phrase = Value(self.nbytes, "bytes")
-        if where is not None:
-            facts.append(("wrote" if self.output else "would write", (Name(where, PATH), ": ", *_pair(size))))
-        notes = [Note(f"{show(slot.A)}, {show(slot.B)}") for slot in self.slots] if verbose else []
-        if not self.required and any(one.get("mode") == "swapped" or "strength" in one for one in self.adapters):
-            notes.append(Note("JavaScript and Triton pass no optional inputs: insert with --required for these"))
-        notes += [DRY_RUN] if self.output is None else []
-        return Summary("Insertion", (Facts(tuple(facts)), *notes, *warning_notes(self.warnings)))
-
-
-def _pair(phrase: Phrase) -> tuple[Any, ...]:
-    return phrase if isinstance(phrase, tuple) else (phrase,)
 
 
 def insert_adapters(
@@ -185,13 +97,15 @@ def insert_adapters(
             files[name] = adapter_bytes(_arrays(bound, shapes) | replaced.arrays(bound.replaced, graph))
         add_slots(model, spots, shapes, required=required)
         entries = tuple(entry(named, "swapped", file=name) for named, name in zip(adapters, names, strict=True))
-    _note(model, Inserted(slots, entries, replaced.inputs), path)
-    warnings = tuple(
-        text
-        for named in adapters
-        for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
+    known = stated_inserted(model, path)
+    now = replace(
+        known,
+        slots=(*known.slots, *slots),
+        adapters=(*known.adapters, *entries),
+        replaceable=(*known.replaceable, *replaced.inputs),
     )
-    warnings += warning_of_ranges(model)
+    state_inserted(model, now, path)
+    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model))
     nodes, written = _nodes(model) - before, 0
     if output is not None:
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
@@ -295,19 +209,3 @@ def _arrays(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> dict[str,
         shape = shapes[name]
         arrays[shape.slot.A], arrays[shape.slot.B] = shape.shaped(*factors)
     return arrays
-
-
-def _note(model: onnx.ModelProto, new: Inserted, path: Path) -> None:
-    """Say in the graph what was inserted: in its contract, if it has one."""
-    props = {one.key: one.value for one in model.metadata_props}
-    contract, known = from_metadata(props, path), inserted_in(props, path)
-    before = contract or known
-    slots, adapters = (*before.slots, *new.slots), (*before.adapters, *new.adapters)
-    inputs = (*before.replaceable, *new.replaceable)
-    if contract is not None:
-        props |= replace(contract, slots=slots, adapters=adapters, replaceable=inputs).as_metadata()
-    else:
-        props |= replace(known, slots=slots, adapters=adapters, replaceable=inputs).as_metadata()
-    del model.metadata_props[:]
-    for key, value in props.items():
-        model.metadata_props.add(key=key, value=value)

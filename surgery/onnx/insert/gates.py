@@ -17,7 +17,7 @@ import numpy.typing as npt
 from surgery.onnx.edit.nodes import Patch
 from surgery.onnx.edit.readers import Readers, readers_of
 from surgery.onnx.insert.places import WeightPlace
-from surgery.onnx.insert.slots import SlotShape, Spot, add_to, kernel_of
+from surgery.onnx.insert.slots import SlotShape, Spot, add_to, check_rows_alike, kernel_of
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
@@ -150,14 +150,8 @@ def _branch(
 
 def _columns(B: Array, shape: SlotShape, place: WeightPlace) -> Array:
     """B with the outputs that lie in a tensor, at their places among the others."""
-    factor = np.asarray(place.factor, np.float32)
-    if factor.ndim and shape.table:
-        raise FitError(
-            f"each row of the table '{show(place.weight)}' is multiplied by a number, where no adapter can follow",
-            tensor=place.tensor,
-            hint="merge the adapter into the graph instead",
-        )
-    B = B * factor
+    check_rows_alike(place, shape, "an adapter")
+    B = B * np.asarray(place.factor, np.float32)
     if shape.table or len(shape.up) > 2:
         return B
     wide = np.zeros((len(B), place.width), np.float32)

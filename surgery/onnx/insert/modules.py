@@ -7,29 +7,28 @@ there, so that the sum and what comes behind it stay the exporter's own nodes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.nodes import names_in
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.readers import readers_of
-from surgery.onnx.export.adapters import NamedAdapter, entry
-from surgery.onnx.export.inserted import ModuleSlots, module_values
+from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
+from surgery.onnx.export.inserted import ModuleSlots, values_at
 from surgery.onnx.graph.context import Context
-from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.graph import Graph
-from surgery.onnx.graph.inserted import Inserted, inserted_in
+from surgery.onnx.graph.inserted import state_inserted, stated_inserted
 from surgery.onnx.graph.modules import body_with_modules
 from surgery.onnx.graph.target import TARGETS
 from surgery.onnx.graph.weights import GraphWeights
-from surgery.onnx.insert.adapters import GraphInsertion
 from surgery.onnx.insert.places import places_of
+from surgery.onnx.insert.result import GraphInsertion
 from surgery.onnx.insert.slots import spots_of
 from surgery.onnx.insert.sums import BranchSum, sum_behind
 from surgery.onnx.insert.unfuse import unfuse
 from surgery.onnx.run.adapter_file import adapter_bytes
-from surgery_formats.binding.bind import warn_of_other_base
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -97,12 +96,14 @@ def insert_modules(
         name: _contents(named, places, io) for name, named, places in zip(names, adapters, slots.names, strict=True)
     }
     entries = tuple(entry(named, "swapped", file=name) for named, name in zip(adapters, names, strict=True))
-    _note(model, slots, entries, path)
-    warnings = tuple(
-        text
-        for named in adapters
-        for text in (*named.adapter.known_issues(), *warn_of_other_base([named.adapter], checkpoint))
+    known = stated_inserted(model, path)
+    now = replace(
+        known,
+        adapters=(*known.adapters, *entries),
+        replaceable=(*known.replaceable, *sorted(slots.inputs.names)),
+        modules=(*known.modules, *map(as_fields, slots.places)),
     )
+    state_inserted(model, now, path)
     nodes, written = len(model.graph.node) - before, 0
     if output is not None:
         facts = {
@@ -112,7 +113,8 @@ def insert_modules(
         read = [checkpoint.path, *(named.adapter.path for named in adapters)]
         written = write_edited(graph, model, output, files=files, facts=facts, inputs=read, overwrite=overwrite)
         checkpoint.check_unchanged()
-    return GraphInsertion(output, path, (), entries, nodes, written, False, warnings)
+    warnings = issues_of(adapters, checkpoint)
+    return GraphInsertion(output, path, (), entries, nodes, written, warnings=warnings)
 
 
 def _check(adapters: Sequence[NamedAdapter], slots: ModuleSlots) -> None:
@@ -230,30 +232,4 @@ def _internalise(proto: onnx.GraphProto, component: Component, inputs: Collectio
 def _contents(named: NamedAdapter, places: Sequence[str], io: DType) -> bytes:
     """The ``.onnx_adapter`` file of one adapter."""
     dtype = Graph().numpy_type(io)
-    pairs = zip(named.modules, places, strict=True)
-    values = {key: array for module, place in pairs for key, array in module_values(module, place).items()}
-    return adapter_bytes({key: array.astype(dtype) for key, array in values.items()})
-
-
-def _note(model: onnx.ModelProto, slots: ModuleSlots, entries: tuple[Mapping[str, Any], ...], path: Path) -> None:
-    """Say in the graph what was inserted: in its contract, if it has one."""
-    from dataclasses import replace
-
-    props = {one.key: one.value for one in model.metadata_props}
-    names, modules = tuple(sorted(slots.inputs.names)), tuple(map(as_fields, slots.places))
-    contract = from_metadata(props, path)
-    if contract is not None:
-        props |= replace(
-            contract,
-            replaceable=(*contract.replaceable, *names),
-            inserted=(*contract.inserted, *modules),
-            adapters=(*contract.adapters, *entries),
-        ).as_metadata()
-    else:
-        known = inserted_in(props, path)
-        props |= Inserted(
-            known.slots, (*known.adapters, *entries), (*known.replaceable, *names), (*known.modules, *modules)
-        ).as_metadata()
-    del model.metadata_props[:]
-    for key, value in props.items():
-        model.metadata_props.add(key=key, value=value)
+    return adapter_bytes({key: array.astype(dtype) for key, array in values_at(named.modules, places).items()})

@@ -11,7 +11,7 @@ from surgery.onnx.locate.matrix import Matrix
 from surgery.onnx.locate.pieces import LocatedPiece
 from surgery.onnx.locate.search import Located, located_weights
 from surgery.onnx.locate.ties import is_told
-from surgery.onnx.locate.wanted import wanted_weights
+from surgery.onnx.locate.wanted import label_of, wanted_weights
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -66,7 +66,7 @@ def places_of(
             others.
     """
     stored = {name: component.aliases.get(name, name) for name in turned}
-    labels = {name: f"{component.name}:{own}" if component.name else own for name, own in stored.items()}
+    labels = {name: label_of(component.name, own) for name, own in stored.items()}
     wanted = [one for one in wanted_weights(checkpoint) if one.component == component.name]
     located = located_weights(graph, wanted, touched=set(labels.values()), tables=False)
     found: dict[str, tuple[WeightPlace, ...]] = {}

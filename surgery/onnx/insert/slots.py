@@ -25,7 +25,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["SlotShape", "Spot", "add_slots", "add_to", "kernel_of", "spots_of"]
+__all__ = ["SlotShape", "Spot", "add_slots", "add_to", "check_rows_alike", "kernel_of", "spots_of"]
 
 Array = npt.NDArray[Any]
 _NUMPY = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
@@ -212,16 +212,30 @@ def _scaled(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str:
     """B, times what the weight was multiplied by before it was put into the graph."""
     if place.factor == 1.0:
         return shape.slot.B
+    check_rows_alike(place, shape, "a slot")
     factor = np.array(place.factor, shape.dtype)
-    if factor.ndim and shape.table:
-        raise FitError(
-            f"each row of the table '{show(place.weight)}' is multiplied by a number, where a slot cannot follow",
-            tensor=place.tensor,
-            hint="merge the adapter into the graph instead",
-        )
     if factor.ndim and len(shape.up) > 2:
         factor = factor.reshape(-1, *([1] * (len(shape.up) - 1)))
     return patch.node("Mul", [shape.slot.B, patch.constant(factor, at)], at)
+
+
+def check_rows_alike(place: WeightPlace, shape: SlotShape, what: str) -> None:
+    """Refuse a table each row of which is multiplied by a number of its own.
+
+    Args:
+        place: Where the weight lies.
+        shape: Its slot.
+        what: What would be added there, for the message.
+
+    Raises:
+        FitError: it is such a one.
+    """
+    if shape.table and isinstance(place.factor, tuple):
+        raise FitError(
+            f"each row of the table '{show(place.weight)}' is multiplied by a number, where {what} cannot follow",
+            tensor=place.tensor,
+            hint="merge the adapter into the graph instead",
+        )
 
 
 def _columns(patch: Patch, shape: SlotShape, place: WeightPlace, at: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from surgery_formats.binding.bind import Binding
 
-__all__ = ["KEY", "Wanted", "wanted_weights"]
+__all__ = ["KEY", "Wanted", "label_of", "spread", "wanted_weights"]
 
 KEY = 8
 """Elements at the beginning of a row, or of a column, by which it is looked up."""
@@ -49,7 +49,7 @@ class Wanted:
     @property
     def label(self) -> str:
         """``component:name``."""
-        return f"{self.component}:{self.name}" if self.component else self.name
+        return label_of(self.component, self.name)
 
     @property
     def rows(self) -> int:
@@ -135,6 +135,11 @@ class Wanted:
         height = max(1, BLOCK_ELEMENTS // max(self.cols, 1))
         parts = [self.block(at, min(at + height, self.rows))[:, :KEY].copy() for at in range(0, self.rows, height)]
         return numpy.concatenate(parts)
+
+
+def label_of(component: str, name: str) -> str:
+    """What a weight is called among those of all components: ``component:name``, of a model of one network its name."""
+    return f"{component}:{name}" if component else name
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -13,7 +13,7 @@ from surgery.onnx.locate.matrix import Matrix
 from surgery.onnx.locate.pieces import LocatedPiece, Place
 from surgery.onnx.locate.search import Located, located_weights
 from surgery.onnx.locate.ties import is_told
-from surgery.onnx.locate.wanted import Wanted
+from surgery.onnx.locate.wanted import Wanted, label_of
 from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
 from surgery_formats.errors import FitError
@@ -54,7 +54,7 @@ class TensorChange:
 
 
 def _label(edit: Edit) -> str:
-    return f"{edit.component}:{edit.name}" if edit.component else edit.name
+    return label_of(edit.component, edit.name)
 
 
 def _keeps(edit: Edit) -> bool:
@@ -69,8 +69,7 @@ def touched_labels(binding: Binding) -> set[str]:
         labels.add(_label(edit))
         component = binding.checkpoint.components[edit.component]
         if edit.name in component.aliases:
-            source = component.aliases[edit.name]
-            labels.add(f"{edit.component}:{source}" if edit.component else source)
+            labels.add(label_of(edit.component, component.aliases[edit.name]))
     return labels
 
 
@@ -150,8 +149,7 @@ def _check_both_halves(located: Located, binding: Binding) -> None:
         if not component.tied or component.name in binding.untied or table not in binding.edits:
             continue
         edit = binding.edits[component.name, component.embedding]
-        own = component.aliases.get(edit.name, edit.name)
-        pieces = located.of_weight[f"{edit.component}:{own}" if edit.component else own]
+        pieces = located.of_weight[label_of(edit.component, component.aliases.get(edit.name, edit.name))]
         uses = set().union(*(_uses(located.graph.proto, piece.place.name) for piece in pieces))
         size = math.prod(edit.source.shape)
         unknown = [
@@ -200,8 +198,7 @@ def _pieces(
         FitError: head and embedding part, and one tensor serves as both.
     """
     component = binding.checkpoint.components[edit.component]
-    own = component.aliases.get(edit.name, edit.name)
-    label = f"{edit.component}:{own}" if edit.component else own
+    label = label_of(edit.component, component.aliases.get(edit.name, edit.name))
     pieces = located.of_weight.get(label, ())
     if located.covered.get(label, 0.0) < 1:
         return None
