@@ -117,7 +117,7 @@ def execute(
     plan: Plan,
     output: str | os.PathLike[str],
     run: Run,
-    finish: Callable[[Ledger], Mapping[str, bytes]],
+    finish: Callable[[Ledger], Mapping[str, bytes]] = lambda ledger: {},
     engine: Engine | None = None,
     last: Callable[[OutputFolder], None] | None = None,
     good: Verify | None = None,
@@ -128,8 +128,8 @@ def execute(
         plan: What to do.
         output: Folder that must not exist yet (see `Run.overwrite`).
         run: How.
-        finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo
-            everything.
+        finish: Called with the measured ledger before the commit; returns further small files, by default none. It may
+            raise to undo everything.
         engine: Where weights are computed; None is this process.
         last: Called when every file is in the staged folder. It may read them and add others, or raise to undo
             everything.

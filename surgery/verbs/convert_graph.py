@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,9 +63,5 @@ def convert_graph(
     result = RecoveryResult(None, Ledger(plan), str(rebuilt.facts["names"]), plan.warnings)
     if output is None:
         return result
-    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress), _nothing)
+    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress))
     return replace(result, output=output, ledger=ledger)
-
-
-def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
-    return {}
