@@ -95,6 +95,6 @@ def _other_values(located: Located) -> list[str]:
         if name in located.coded:
             sizes.append((located.coded[name].rows, located.coded[name].cols))
         else:
-            sizes.append(graph.tensors[name].shape if name in graph.tensors else graph.small[name].shape)
+            sizes.append(graph.tensors[name].shape if name in graph.tensors else graph.small.shape(name))
     room = max((math.prod(size) for size in sizes if len(size) > 1), default=0)
     return [weight.label for weight in located.missing if not weight.is_vector and weight.rows * weight.cols <= room]

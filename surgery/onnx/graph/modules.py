@@ -142,20 +142,21 @@ def _affine(ctx: Context, x: str, projection: Projection) -> str:
 
 def couple(ctx: Context, network: Coupling, x: str) -> str:
     """The forward of an invertible network; without inner values it adds nothing."""
-    first, second = _halves(ctx, network, x)
-    at = network.module
-    first = ctx.graph.node("Add", [first, _inner(ctx, second, network.first, network.activation)], at)
-    second = ctx.graph.node("Add", [second, _inner(ctx, first, network.second, network.activation)], at)
-    return ctx.graph.node("Concat", [first, second], at, axis=-1)
+    return _coupled(ctx, network, x, "Add", (0, 1))
 
 
 def uncouple(ctx: Context, network: Coupling, x: str) -> str:
-    """Its inverse."""
-    first, second = _halves(ctx, network, x)
-    at = network.module
-    second = ctx.graph.node("Sub", [second, _inner(ctx, first, network.second, network.activation)], at)
-    first = ctx.graph.node("Sub", [first, _inner(ctx, second, network.first, network.activation)], at)
-    return ctx.graph.node("Concat", [first, second], at, axis=-1)
+    """Its inverse: the same steps taken back, the last one first."""
+    return _coupled(ctx, network, x, "Sub", (1, 0))
+
+
+def _coupled(ctx: Context, network: Coupling, x: str, op: str, order: tuple[int, int]) -> str:
+    """Add to each half of `x`, or subtract, what a bottleneck makes of the other half as it is by then."""
+    halves, pairs = _halves(ctx, network, x), (network.first, network.second)
+    for own in order:
+        inner = _inner(ctx, halves[1 - own], pairs[own], network.activation)
+        halves[own] = ctx.graph.node(op, [halves[own], inner], network.module)
+    return ctx.graph.node("Concat", halves, network.module, axis=-1)
 
 
 def _halves(ctx: Context, network: Coupling, x: str) -> list[str]:

@@ -126,10 +126,10 @@ class CodedMatrix:
         codes: The codes; of more columns than the matrix where blocks are padded.
         cols: Columns.
         tile: Rows and columns that share a scale.
-        scales: Where they lie, one for each tile in the order of rows.
-        zeros: The zero points, as they are read: integers, or numbers of the scales' type.
-        scale_values: float32, by tile.
-        zero_values: The same of zero points; None for 0 everywhere.
+        scales: Where the scales lie, one for each tile in the order of rows; None if they have no place that is theirs.
+        scale_values: The scales: float32, ``(rows of tiles, columns of tiles)``.
+        zero_values: The zero points, likewise; None for 0 everywhere.
+        scale_dtype: Type that the scales are stored in.
     """
 
     name: str
@@ -158,13 +158,18 @@ class CodedMatrix:
         return DType.F32
 
     def spread(self, by_tile: numpy.ndarray, start: int, stop: int) -> numpy.ndarray:
-        """What is known by tile, for every element of some rows."""
+        """What is known by tile of the whole matrix, for every element of rows ``[start, stop)``."""
+        height = self.tile[0]
+        first, last = start // height, -(-stop // height)
+        return self.spread_tiles(by_tile[first:last], start - first * height, stop - start)
+
+    def spread_tiles(self, by_tile: numpy.ndarray, skipped: int, count: int) -> numpy.ndarray:
+        """What is known by tile of some rows of tiles, for every element of `count` rows of them behind `skipped`."""
         import numpy
 
         height, width = self.tile
-        first, last = start // height, -(-stop // height)
-        wide = numpy.repeat(by_tile[first:last], width, axis=1)[:, : self.cols]
-        return numpy.repeat(wide, height, axis=0)[start - first * height :][: stop - start]
+        wide = numpy.repeat(by_tile, width, axis=1)[:, : self.cols]
+        return numpy.repeat(wide, height, axis=0)[skipped : skipped + count]
 
     def block(self, start: int, stop: int) -> numpy.ndarray:
         """Values of rows ``[start, stop)``, float32."""
@@ -236,8 +241,8 @@ class CodedMatrix:
             raise FitError("its scales have no place in a file where they could be changed", tensor=self.name)
         scales[grown] = numpy.sign(scales[grown] + (scales[grown] == 0)) * needed[grown]
         scales = cast(cast(scales, self.scale_dtype), DType.F32)
-        wide_scales = _spread(scales, height, width, values.shape)
-        wide_zeros = _spread(zeros, height, width, values.shape)
+        wide_scales = self.spread_tiles(scales, 0, len(values))
+        wide_zeros = self.spread_tiles(zeros, 0, len(values))
         safe = numpy.where(wide_scales == 0, 1, wide_scales)
         codes = numpy.clip(numpy.rint(values / safe + wide_zeros), self.codes.least, self.codes.most)
         rounded = (codes - wide_zeros) * wide_scales
@@ -254,12 +259,6 @@ class CodedMatrix:
     def scale_bytes(self, scales: numpy.ndarray) -> bytes:
         """The bytes of scales."""
         return bytes(as_bytes(cast(scales.reshape(-1), self.scale_dtype)))
-
-
-def _spread(by_tile: numpy.ndarray, height: int, width: int, shape: tuple[int, int]) -> numpy.ndarray:
-    import numpy
-
-    return numpy.repeat(numpy.repeat(by_tile, width, axis=1)[:, : shape[1]], height, axis=0)[: shape[0]]
 
 
 def _by_tile(values: numpy.ndarray, height: int, width: int) -> numpy.ndarray:

@@ -24,6 +24,10 @@ __all__ = ["coded_matrices"]
 _PACKED = {"UINT4": (4, False), "INT4": (4, True), "UINT2": (2, False), "INT2": (2, True)}
 _BYTES = {DType.U8: False, DType.I8: True}
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
+_Codes = tuple[StoredTensor, int, bool, tuple[int, ...]]
+"""A tensor of codes: where it lies, bits and sign of each, and the shape of what they stand for."""
+_Values = tuple["numpy.ndarray", DType, StoredTensor | None]
+"""Numbers beside codes: float32 and flat, the type they are stored in, and where."""
 
 
 def coded_matrices(graph: OnnxGraph) -> Iterator[tuple[str, tuple[CodedMatrix, ...]]]:
@@ -52,7 +56,7 @@ def _attributes(node: onnx.NodeProto) -> Mapping[str, Any]:
     return {attribute.name: attribute.i for attribute in node.attribute}
 
 
-def _values(graph: OnnxGraph, name: str) -> tuple[numpy.ndarray, DType, StoredTensor | None] | None:
+def _values(graph: OnnxGraph, name: str) -> _Values | None:
     """A tensor of numbers whole, float32 and flat, with its type and place; None if the graph has none of the name."""
     import numpy
 
@@ -117,7 +121,7 @@ def _coded(
     codes: PackedCodes,
     cols: int,
     tile: tuple[int, int],
-    scales: tuple[numpy.ndarray, DType, StoredTensor | None],
+    scales: _Values,
     grid: tuple[int, int],
     zeros: numpy.ndarray | None,
 ) -> CodedMatrix:
@@ -126,8 +130,8 @@ def _coded(
     return CodedMatrix(name, label, codes, cols, tile, place, values.reshape(grid), kept, dtype)
 
 
-def _codes_of(graph: OnnxGraph, name: str, bits: int = 0) -> tuple[StoredTensor, int, bool, tuple[int, ...]] | None:
-    """Tensor, bits, sign and shape (of codes) of a tensor of codes."""
+def _codes_of(graph: OnnxGraph, name: str, bits: int = 0) -> _Codes | None:
+    """The tensor of codes of a name; None if it holds none."""
     tensor = graph.tensors.get(name)
     if tensor is None:
         return None
@@ -182,30 +186,29 @@ def _dequantize(graph: OnnxGraph, node: onnx.NodeProto) -> Iterator[CodedMatrix]
 
 
 def _matmul_integer(graph: OnnxGraph, node: onnx.NodeProto) -> Iterator[CodedMatrix]:
-    """What onnxruntime's dynamic quantisation makes: ``NAME_quantized``, ``NAME_scale``, ``NAME_zero_point``."""
-    name = _input(node, 1)
-    stem = name.removesuffix("_quantized")
-    found, scales = _codes_of(graph, name), _values(graph, f"{stem}_scale")
-    if found is None or scales is None or stem == name:
-        return
-    zeros = _values(graph, _input(node, 3)) if _input(node, 3) else None
-    yield from _tiled(found, scales, zeros, 1, 0, node.op_type)
+    """Codes that a product of integers reads."""
+    if (own := _dynamic(graph, _input(node, 1))) is not None:
+        zeros = _values(graph, _input(node, 3)) if _input(node, 3) else None
+        yield from _tiled(own[0], own[1], zeros, 1, 0, node.op_type)
 
 
 def _gather(graph: OnnxGraph, node: onnx.NodeProto) -> Iterator[CodedMatrix]:
     """Rows of codes that are dequantised once they are gathered."""
-    name = _input(node, 0)
+    if (own := _dynamic(graph, _input(node, 0))) is not None:
+        yield from _tiled(own[0], own[1], _values(graph, f"{own[2]}_zero_point"), 0, 0, "Gather")
+
+
+def _dynamic(graph: OnnxGraph, name: str) -> tuple[_Codes, _Values, str] | None:
+    """Codes, scales and NAME of what onnxruntime's dynamic quantisation makes: ``NAME_quantized``, ``NAME_scale``."""
     stem = name.removesuffix("_quantized")
-    found, scales = _codes_of(graph, name), _values(graph, f"{stem}_scale")
-    if found is None or scales is None or stem == name:
-        return
-    yield from _tiled(found, scales, _values(graph, f"{stem}_zero_point"), 0, 0, "Gather")
+    codes, scales = _codes_of(graph, name), _values(graph, f"{stem}_scale")
+    return None if codes is None or scales is None or stem == name else (codes, scales, stem)
 
 
 def _tiled(
-    found: tuple[StoredTensor, int, bool, tuple[int, ...]],
-    scales: tuple[numpy.ndarray, DType, StoredTensor | None],
-    zeros: tuple[numpy.ndarray, DType, StoredTensor | None] | None,
+    found: _Codes,
+    scales: _Values,
+    zeros: _Values | None,
     axis: int,
     size: int,
     operator: str,

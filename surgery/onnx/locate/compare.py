@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from surgery.onnx.locate.aspect import bits, differing, rounded_bits
 from surgery.onnx.locate.matrix import Matrix
-from surgery.onnx.locate.pieces import LocatedPiece
+from surgery.onnx.locate.pieces import LocatedPiece, selector
 from surgery.onnx.locate.turning import turned
 from surgery.onnx.locate.wanted import Wanted
 from surgery_formats.tensors.views import Index
@@ -63,7 +63,7 @@ def _differences(piece: LocatedPiece, *, early: bool) -> Iterator[list[int]]:
     there = rows_there(piece)
     for start, end, block in weight_blocks(piece, there.block):
         if piece.flipped:  # rows of the weight are columns here: all entries, a part of each
-            mine = rounded_bits(block, place.dtype)[:, _slice(piece.rows)]
+            mine = rounded_bits(block, place.dtype)[:, selector(piece.rows)]
             wrong = differing(mine, there.part(piece.graph_rows, start, end).T, place.dtype).any(axis=0)
             entries = numpy.flatnonzero(wrong)
         else:
@@ -114,10 +114,6 @@ def rows_there(piece: LocatedPiece) -> _There:
     """The graph's side of a piece."""
     assert isinstance(piece.place, Matrix)
     return _There(piece, piece.place)
-
-
-def _slice(index: Index) -> slice | list[int]:
-    return slice(index.start, index.stop) if isinstance(index, range) else list(index)
 
 
 def _inside(index: Index, start: int, end: int) -> tuple[Index, slice | list[int]]:

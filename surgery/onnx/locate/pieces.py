@@ -11,7 +11,7 @@ from surgery.onnx.locate.matrix import Matrix
 from surgery.onnx.locate.wanted import Wanted
 from surgery_formats.tensors.views import Index
 
-__all__ = ["LocatedPiece", "Place", "compact", "count_of"]
+__all__ = ["LocatedPiece", "Place", "compact", "count_of", "selector"]
 
 Place = Matrix | CodedMatrix
 
@@ -94,6 +94,13 @@ def compact(index: Sequence[int]) -> Index:
     if len(index) and list(index) == list(range(index[0], index[0] + len(index))):
         return range(index[0], index[0] + len(index))
     return tuple(int(i) for i in index)
+
+
+def selector(index: Index, start: int = 0) -> slice | list[int]:
+    """What selects positions of an axis of which an array has those from `start` on: a slice, which copies nothing, if it can."""
+    if isinstance(index, range):
+        return slice(index.start - start, index.stop - start)
+    return [position - start for position in index]
 
 
 def count_of(pieces: Sequence[LocatedPiece], total: int) -> int:

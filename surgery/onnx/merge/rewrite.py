@@ -17,22 +17,20 @@ from surgery.engine.arithmetic import check_finite, compute
 from surgery.engine.jobs import Write
 from surgery.engine.ledger import CodeChange, Measurement
 from surgery.engine.plan import Compute
-from surgery.onnx.locate.aspect import bits, differing, rounded_bits
+from surgery.onnx.locate.aspect import bits, rounded_bits
 from surgery.onnx.locate.coded_matrix import CodedMatrix
 from surgery.onnx.locate.compare import is_there
 from surgery.onnx.locate.matrix import Matrix
 from surgery.onnx.locate.pieces import LocatedPiece
-from surgery.onnx.locate.turning import held, turned
+from surgery.onnx.locate.turning import held
 from surgery.onnx.merge.changes import Change, TensorChange
 from surgery.onnx.merge.coded_weight import CodedWeight
+from surgery.onnx.merge.scatter import Scatter, not_the_base, same_bits
 from surgery_formats.arrays import cast
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.plain import Elements
 from surgery_formats.tensors.tensor import as_bytes
-from surgery_formats.tensors.views import Index
-from surgery_formats.text import show
 
 __all__ = ["rewrite"]
 
@@ -58,7 +56,7 @@ def rewrite(label: str, change: TensorChange, write: Write, stop: Stop, device: 
     for one in change.changes:
         compared = one.piece.factor != 1 or one.fold is not None or one.piece.row_factors or _is_plain(one)
         if isinstance(one.piece.place, Matrix) and not compared and not is_there(one.piece):
-            raise _not_the_base(one.piece)
+            raise not_the_base(one.piece)
     if isinstance(change.place, CodedMatrix):
         return _codes(label, change, change.place, write, stop, device)
     return (_numbers(label, change, change.place, write, stop, device),)
@@ -167,7 +165,7 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
         strip = held("strip", (stop_row - start) * width).view(place.dtype.numpy).reshape(-1, place.cols)
         tensor.file.read_into(as_bytes(strip), tensor.offset + start * width)
         for one in ordered:
-            put = _Scatter(strip, start, one.piece)
+            put = Scatter(strip, start, one.piece)
             done = _updated(label, one, place.dtype, put.rows, stop, device, put.check if _is_plain(one) else None)
             if not start:  # each pass measures the same
                 measured.add(done)
@@ -187,22 +185,10 @@ def _rows_check(whole: Matrix, first: int, change: Change) -> Rows:
 
     def check(row: int, values: numpy.ndarray) -> None:
         there = whole.block(first + row, first + row + len(values))
-        if not _same(rounded_bits(values, whole.dtype), bits(there, whole.dtype), whole.dtype):
-            raise _not_the_base(change.piece)
+        if not same_bits(rounded_bits(values, whole.dtype), bits(there, whole.dtype), whole.dtype):
+            raise not_the_base(change.piece)
 
     return check
-
-
-def _same(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
-    return numpy.array_equal(mine, there) or not differing(mine, there, dtype).any()
-
-
-def _not_the_base(piece: LocatedPiece) -> FitError:
-    return FitError(
-        f"does not hold the values of {show(piece.weight.label)}, which a few of them were",
-        tensor=piece.place.name,
-        hint="locate tells how far it is from the base",
-    )
 
 
 def _first_row(piece: LocatedPiece) -> int:
@@ -230,102 +216,6 @@ def _copy(whole: Matrix, start: int, stop: int, sink: _Sink) -> None:
         sink.put(whole.dtype.nbytes(at * whole.cols), as_bytes(rows))
 
 
-class _Scatter:
-    """Puts rows of a weight where they belong in some rows of a tensor."""
-
-    def __init__(self, strip: numpy.ndarray, start: int, piece: LocatedPiece) -> None:
-        place = piece.place
-        offset = place.start // place.cols if isinstance(place, Matrix) else 0
-        self._strip, self._piece = strip, piece
-        self._low = max(0, start - offset)  # rows of the matrix that are in the strip
-        self._high = min(place.rows, start + len(strip) - offset)
-        self._shift = offset - start
-        self._order = None if isinstance(piece.rows, range) else numpy.asarray(piece.rows)
-        self._runs = isinstance(piece.rows, range) and isinstance(piece.graph_rows, range)
-        self._there = None if isinstance(piece.graph_rows, range) else numpy.asarray(piece.graph_rows)
-
-    def rows(self, first: int, block: numpy.ndarray) -> None:
-        """Rows of the weight from `first` on."""
-        piece, low, high, shift = self._piece, self._low, self._high, self._shift
-        if low >= high:
-            return
-        if piece.flipped:
-            columns = block[:, _slice(piece.rows)]
-            if piece.turned:
-                begin, end = max(first, low), min(first + len(block), high)
-                if begin < end:
-                    rows = slice(begin + shift, end + shift)
-                    self._strip[rows, _slice(piece.graph_rows)] = columns[begin - first : end - first]
-                return
-            entries = numpy.arange(len(piece.rows))
-            there = self._graph_rows(entries)
-            inside = (there >= low) & (there < high)
-            self._strip[there[inside] + shift, first : first + len(block)] = columns[:, inside].T
-            return
-        entries, own = self._entries(first, len(block))
-        if not len(entries):
-            return
-        there = self._graph_rows(entries)
-        if piece.turned:
-            part = self._strip[low + shift : high + shift]
-            mine = block[int(own[0]) : int(own[-1]) + 1] if self._runs else block[own]
-            part[:, slice(int(there[0]), int(there[-1]) + 1) if self._runs else there] = turned(mine)[low:high]
-            return
-        inside = (there >= low) & (there < high)
-        if inside.all() and self._runs:
-            self._strip[int(there[0]) + shift : int(there[-1]) + 1 + shift] = block[int(own[0]) : int(own[-1]) + 1]
-        else:
-            self._strip[there[inside] + shift] = block[own[inside]]
-
-    def check(self, first: int, block: numpy.ndarray) -> None:
-        """Compare rows of the base with what the tensor holds in their place.
-
-        Raises:
-            FitError: it holds something else.
-        """
-        piece, low, high, shift = self._piece, self._low, self._high, self._shift
-        entries, own = self._entries(first, len(block))
-        if low >= high or not len(entries):
-            return
-        dtype = piece.place.dtype
-        there = self._graph_rows(entries)
-        mine = rounded_bits(block[int(own[0]) : int(own[-1]) + 1] if self._runs else block[own], dtype)
-        held = self._strip.view(mine.dtype)
-        if piece.turned:
-            columns = slice(int(there[0]), int(there[-1]) + 1) if self._runs else there
-            same = _same(turned(mine)[low:high], held[low + shift : high + shift, columns], dtype)
-        else:
-            inside = (there >= low) & (there < high)
-            if inside.all() and self._runs:
-                same = _same(mine, held[int(there[0]) + shift : int(there[-1]) + 1 + shift], dtype)
-            else:
-                same = _same(mine[inside], held[there[inside] + shift], dtype)
-        if not same:
-            raise _not_the_base(piece)
-
-    def _entries(self, first: int, count: int) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Entries of the piece whose rows are among ``[first, first + count)``, and which of them each is."""
-        rows = self._piece.rows
-        if self._order is None:
-            assert isinstance(rows, range)
-            low, high = max(rows.start, first), min(rows.stop, first + count)
-            own = numpy.arange(low, max(low, high))
-            return own - rows.start, own - first
-        entries = numpy.flatnonzero((self._order >= first) & (self._order < first + count))
-        return entries, self._order[entries] - first
-
-    def _graph_rows(self, entries: numpy.ndarray) -> numpy.ndarray:
-        if self._there is not None:
-            chosen: numpy.ndarray = self._there[entries]
-            return chosen
-        assert isinstance(self._piece.graph_rows, range)
-        return entries + self._piece.graph_rows.start
-
-
-def _slice(index: Index) -> slice | list[int]:
-    return slice(index.start, index.stop) if isinstance(index, range) else list(index)
-
-
 def _codes(
     label: str, change: TensorChange, place: CodedMatrix, write: Write, stop: Stop, device: str
 ) -> tuple[Measurement, ...]:
@@ -339,12 +229,12 @@ def _codes(
         before = place.block(start, end)
         values, base = before.copy(), before.copy()
         for one in change.changes:
-            _updated(label, one, DType.F32, _Scatter(values, start, one.piece).rows, stop, device)
-            _scatter_base(one, _Scatter(base, start, one.piece))
+            _updated(label, one, DType.F32, Scatter(values, start, one.piece).rows, stop, device)
+            _scatter_base(one, Scatter(base, start, one.piece))
         check_finite(values, place.scale_dtype, label)
         new, scales, rounded = place.chosen(start, values)
         old = place.codes.read(start, end)[:, : place.cols]
-        same_scales = place.spread(place.scale_values, start, end) == _spread(scales, place, values.shape)
+        same_scales = place.spread(place.scale_values, start, end) == place.spread_tiles(scales, 0, len(values))
         kept_codes = ((values == before) & (rounded == before)) | ((values == base) & same_scales)  # whoever chose them
         new, rounded = numpy.where(kept_codes, old, new), numpy.where(kept_codes, before, rounded)
         sinks[0].put(place.codes.byte_of(start), memoryview(place.code_bytes(start, new)))
@@ -364,12 +254,6 @@ def _codes(
     return whole, *(Measurement(sink.digest, changed) for sink in sinks[1:])
 
 
-def _spread(scales: numpy.ndarray, place: CodedMatrix, shape: tuple[int, ...]) -> numpy.ndarray:
-    """Scales by tile, for every element."""
-    height, width = place.tile
-    return numpy.repeat(numpy.repeat(scales, width, axis=1)[:, : shape[1]], height, axis=0)[: shape[0]]
-
-
 def _strips(weight: CodedWeight) -> Iterator[tuple[int, int]]:
     rows, cols = weight.shape
     height = max(1, _CODED // max(cols, 1) // weight.group) * weight.group
@@ -377,7 +261,7 @@ def _strips(weight: CodedWeight) -> Iterator[tuple[int, int]]:
         yield start, min(start + height, rows)
 
 
-def _scatter_base(change: Change, put: _Scatter) -> None:
+def _scatter_base(change: Change, put: Scatter) -> None:
     """The values of the base itself, as the graph should have had them."""
     piece = change.piece
     fold = None if change.fold is None else change.fold.block(0, change.fold.rows).reshape(-1) + piece.fold_plus

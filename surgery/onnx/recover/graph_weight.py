@@ -10,7 +10,7 @@ import numpy
 
 from surgery.onnx.locate.coded_matrix import CodedMatrix
 from surgery.onnx.locate.matrix import Matrix
-from surgery.onnx.locate.pieces import LocatedPiece, Place
+from surgery.onnx.locate.pieces import LocatedPiece, Place, selector
 from surgery.onnx.locate.wanted import Wanted
 from surgery_formats.arrays import Array, assign
 from surgery_formats.dtypes import DType
@@ -94,7 +94,7 @@ class GraphWeight:
                 self._vector(block, start, piece)
             elif piece.flipped:
                 values = _rows(piece.place, piece.turned, piece.graph_rows)[:, start:stop].T
-                block[:, _at(piece.rows, 0)] = values
+                block[:, selector(piece.rows)] = values
             else:
                 entries = [number for number, row in enumerate(piece.rows) if start <= row < stop]
                 if not entries:
@@ -108,7 +108,7 @@ class GraphWeight:
                 own = piece.rows[first:last] if runs else tuple(piece.rows[n] for n in entries)
                 rows = numpy.empty(values.shape, block.dtype)
                 assign(rows, numpy.ascontiguousarray(values))
-                block[_at(own, start)] = rows
+                block[selector(own, start)] = rows
 
     def _undone(
         self, values: numpy.ndarray, piece: LocatedPiece, fold: Wanted | None, entries: list[int]
@@ -124,28 +124,22 @@ class GraphWeight:
     def _vector(self, block: Array, start: int, piece: LocatedPiece) -> None:
         place = piece.place
         assert isinstance(place, Matrix)
-        values = place.flat(0, place.numel)[_at(piece.graph_rows, 0)].reshape(self.shape)
+        values = place.flat(0, place.numel)[selector(piece.graph_rows)].reshape(self.shape)
         assign(block, numpy.ascontiguousarray(values[start : start + len(block)]))
-
-
-def _at(index: Index, start: int) -> slice | list[int]:
-    if isinstance(index, range):
-        return slice(index.start - start, index.stop - start)
-    return [position - start for position in index]
 
 
 def _rows(place: Place, turned: bool, rows: Index) -> numpy.ndarray:
     """Some rows of a matrix, or some columns as rows."""
     if not turned:
         low, high = min(rows), max(rows) + 1
-        values: numpy.ndarray = place.block(low, high)[_at(rows, low)]
+        values: numpy.ndarray = place.block(low, high)[selector(rows, low)]
         return values
     if getattr(_HELD, "place", None) is not place:
         _HELD.place = None
         _HELD.values = place.block(0, place.rows)
         _HELD.place = place
     held: numpy.ndarray = _HELD.values
-    return held[:, _at(rows, 0)].T
+    return held[:, selector(rows)].T
 
 
 def stored_type(pieces: tuple[LocatedPiece, ...]) -> DType:
