@@ -354,7 +354,7 @@ steps:
 def test_a_model_whose_adapter_was_moved_is_made_again_and_the_adapter_names_no_recipe(kitchen: Path):
     surgery.layers("examples/base", drop="2", output="out", adapter="examples/lora", adapter_output="moved")
     assert again("out", base="examples/base", adapter="examples/lora")
-    with pytest.raises(surgery.FitError, match="says not by which command it was made"):
+    with pytest.raises(surgery.FitError, match="does not say which command made it"):
         surgery.apply("moved/surgery_manifest.json", output="never")
 
 
