@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery.arguments import check_types
 from surgery.engine.recorded import with_file
 from surgery.rank import Rank
 from surgery.recipes.recipe import RANKED, Operand, Step
@@ -38,6 +39,7 @@ def step_arguments(step: Step, inputs: Mapping[str, Path], results: Mapping[str,
         if not several and len(found) != 1:
             raise step.fail(f"{name} names {len(found)} things")
         arguments[name] = found if several else found[0]
+    check_types(step.function.__annotations__, arguments)  # here, since not all steps call their verb
     return arguments
 
 

@@ -151,6 +151,7 @@ class _Runner:
         from surgery_formats.models.checkpoint import Checkpoint
 
         arguments = step_arguments(step, self.inputs, self.results)
+        arguments.pop("workers", None)  # nothing is computed for a plan
         if step.verb == "layers":
             from surgery.algebra.moved_adapter import plan_move
             from surgery.engine.inputs import as_adapter, as_checkpoint
@@ -183,7 +184,7 @@ class _Runner:
             arguments.setdefault("adapter_output", self._beside(step))
         if "progress" in step.parameters:
             arguments["progress"] = self.progress
-        arguments["overwrite"] = self.overwrite and place == "output"
+        arguments["overwrite"] = self.overwrite
         with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step))):
             result = step.function(**arguments, output=output)
         self.warnings += result.warnings
