@@ -212,7 +212,7 @@ def _both(
         raise UsageError(
             "BASE is a graph, whose names say nothing", hint="name the checkpoint it was made of: `graph_of=`"
         )
-    from surgery.onnx.edit.of_graphs import as_checkpoints
+    from surgery.onnx.recover.of_graphs import as_checkpoints
 
     names = as_checkpoint(base if graph_of is None else graph_of, "graph_of")
     beside = folder.absolute().parent if folder is not None and folder.absolute().parent.is_dir() else None

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from surgery.onnx.edit.additions import Additions, additions_of, factors_of
 from surgery.onnx.export.adapters import NamedAdapter
+from surgery.onnx.export.additions import Additions, additions_of, factors_of
 from surgery.onnx.export.replaced import is_small, is_untouched, own_labels, replaced_array
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import Binding, bind
