@@ -14,6 +14,9 @@ __all__ = ["placed_steps"]
 _FOLDED = {"base", "adapters"}
 """All that a merge may say that an export takes over."""
 
+_OF_FILES = {"dtype", "to", "shard_size", "adapter_output"}
+"""What is said of the files of a result, and what is written beside it: there is none of that in memory."""
+
 
 def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
     """Every step with the place of its result.
@@ -50,7 +53,7 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
         elif _can_fold(step, own) and not rebuilt & {one.text for one in step.operands.get("base", ())}:
             place = "folded"
             folded[step.name] = step
-        elif {"dtype", "to", "shard_size"} & step.arguments.keys():
+        elif _OF_FILES & step.arguments.keys():
             place = "temporary"
         elif step.verb in ("combine", "resize") or (step.verb == "layers" and all(one.verb == "merge" for one in own)):
             place = "memory"  # a graph refers to files, and a rebuilt model has none
