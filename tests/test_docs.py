@@ -32,9 +32,8 @@ RUN = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
-# Folders of the machines this is made on; the tools of a finished project have no business with them. /tmp is left out of
-# the words, because documentation may well use it as an example.
-MACHINE = re.compile(r"(?<![\w./-])/(?:root|work|home/\w+|Users/\w+)/[\w.-]+")
+# Folders of the machines this is made on; the tools of a finished project have no business with them.
+MACHINE = re.compile(r"(?<![\w./-])/(?:root|work|tmp|home/\w+|Users/\w+)/[\w.-]+")
 
 
 def name(page: Path) -> str:
@@ -234,6 +233,6 @@ def test_no_file_names_a_folder_of_the_machine_it_was_made_on():
 
 def test_machine_folders_are_recognised():
     """The test above can fail."""
-    for folder in ("root", "work", "home/me", "Users/me"):
+    for folder in ("root", "work", "tmp", "home/me", "Users/me"):
         assert MACHINE.search(f'path = "/{folder}/thing.py"')
     assert not MACHINE.search("https://example.org/work/thing and a/root/b")

@@ -11,7 +11,7 @@ from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
 from surgery.algebra.group import group
-from surgery.algebra.sums import Recipe
+from surgery.algebra.sums import CombineOptions
 from surgery.algebra.weight import combine_weight
 from surgery.engine.adapter_output import stored_as
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
@@ -32,7 +32,7 @@ class Combination:
 
     Attributes:
         terms: The adapters whose weight is not 0.
-        recipe: How they were combined.
+        options: How they were combined.
         updates: The combination of every weight.
         solutions: The solved factors.
         base: If one was given.
@@ -41,7 +41,7 @@ class Combination:
     """
 
     terms: tuple[WeightedAdapter, ...]
-    recipe: Recipe
+    options: CombineOptions
     updates: tuple[CombinedUpdate, ...]
     solutions: Solutions
     base: Checkpoint | None
@@ -71,13 +71,13 @@ class CombinationPlan:
 
 
 def combine_adapters(
-    terms: Sequence[WeightedAdapter], recipe: Recipe, base: Checkpoint | None, left: Sequence[str] = ()
+    terms: Sequence[WeightedAdapter], options: CombineOptions, base: Checkpoint | None, left: Sequence[str] = ()
 ) -> Combination:
     """Combine adapters weight by weight; factors are worked out when they are written.
 
     Args:
         terms: Adapters and their weights.
-        recipe: How.
+        options: How.
         base: The model they were trained on, where names differ or a delta depends on it.
         left: Names of sites that were left out of `terms`.
 
@@ -91,10 +91,10 @@ def combine_adapters(
         raise NothingChangedError("every weight is 0: nothing is left")
     solutions = new_solutions()
     updates = tuple(
-        combine_weight(key, contributions, terms, recipe, solutions, base)
+        combine_weight(key, contributions, terms, options, solutions, base)
         for key, contributions in group(terms, base).items()
     )
-    return Combination(tuple(terms), recipe, updates, solutions, base, tuple(left), tuple(warnings))
+    return Combination(tuple(terms), options, updates, solutions, base, tuple(left), tuple(warnings))
 
 
 def plan_combination(combination: Combination, target: Format, dtype: DType | None, verb: str) -> CombinationPlan:
@@ -116,7 +116,7 @@ def plan_combination(combination: Combination, target: Format, dtype: DType | No
         verb,
         tuple(Source(term.name, term.adapter.format, term.weight) for term in terms),
         target.name,
-        combination.recipe.method,
+        combination.options.method,
         (*map(_planned, combination.updates), *(Combined(name, "left out", (), 0) for name in combination.left)),
         (*combination.warnings, *what_to_tell(rendering, target)),
     )

@@ -20,7 +20,7 @@ import numpy
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import common_rank, solved_lora
-from surgery.algebra.sums import DenseDelta, Recipe, merged_delta
+from surgery.algebra.sums import CombineOptions, DenseDelta, merged_delta
 from surgery.algebra.ties_and_dare import DENSE_METHODS, merge_deltas
 from surgery_formats.adapters.writing import places_of, whole_place
 from surgery_formats.arrays import Array
@@ -93,7 +93,7 @@ def combine_changes(
     site: Site,
     contributions: Sequence[Contribution],
     base: Checkpoint | None,
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
 ) -> CombinedUpdate | None:
     """The changes of one weight as one LoRA, the best of its rank; of a bias as one offset.
@@ -107,18 +107,21 @@ def combine_changes(
             return None
         weight = places[0].parameter
     # a sum of dense deltas, where nothing drops
-    dense = recipe if recipe.method in DENSE_METHODS else replace(recipe, method="dare-linear", density=1.0)
-    if weight is not None and len(updates) > 1 and recipe.method not in DENSE_METHODS:
+    dense = options if options.method in DENSE_METHODS else replace(options, method="dare-linear", density=1.0)
+    if weight is not None and len(updates) > 1 and options.method not in DENSE_METHODS:
         ranks = tuple(update.rank or 0 for update in updates)
         chained = DenseDelta(
-            updates[0].shape, ranks, partial(change_in_turn, partial(weight.get, DType.F64), contributions), recipe.seed
+            updates[0].shape,
+            ranks,
+            partial(change_in_turn, partial(weight.get, DType.F64), contributions),
+            options.seed,
         )
-        return _as_one(name, site, chained, updates, dense, recipe, solutions)
+        return _as_one(name, site, chained, updates, dense, options, solutions)
     terms = tuple(
         update.low_rank() or ChangeTerm(update, weight if update.effect != "adds" else None) for update in updates
     )
     weights, owners = tuple(share.weight for share in contributions), tuple(share.owner for share in contributions)
-    return _as_one(name, site, merged_delta(terms, weights, owners, dense, name), updates, dense, recipe, solutions)
+    return _as_one(name, site, merged_delta(terms, weights, owners, dense, name), updates, dense, options, solutions)
 
 
 def _as_one(
@@ -126,14 +129,14 @@ def _as_one(
     site: Site,
     target: DenseDelta,
     sources: Sequence[Update],
-    dense: Recipe,
-    recipe: Recipe,
+    dense: CombineOptions,
+    options: CombineOptions,
     solutions: Solutions,
 ) -> CombinedUpdate:
     if site.path.endswith(".bias"):
         return change_of_bias(site, target, sources)
     rank, best = common_rank((target,), dense)
-    return solved_lora(name, site, target, sources, rank, best, recipe, solutions)
+    return solved_lora(name, site, target, sources, rank, best, options, solutions)
 
 
 def change_of_bias(site: Site, target: DenseDelta, sources: Sequence[Update]) -> CombinedUpdate:
@@ -147,25 +150,27 @@ def change_of_bias(site: Site, target: DenseDelta, sources: Sequence[Update]) ->
     return CombinedUpdate(site, (Offset(Factor.of(value)),), "exact", vector=vector)
 
 
-def combine_offsets(name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe) -> CombinedUpdate:
+def combine_offsets(
+    name: str, site: Site, contributions: Sequence[Contribution], options: CombineOptions
+) -> CombinedUpdate:
     """The offsets of one bias or weight as one."""
     offsets = [offset for share in contributions if (offset := in_full(share.update))]
     weights = [share.weight for share in contributions]
-    if len(offsets) == 1 and recipe.method not in DENSE_METHODS:
+    if len(offsets) == 1 and options.method not in DENSE_METHODS:
         return CombinedUpdate(site, (offsets[0].scaled(weights[0]),), "kept")
 
     def vector() -> Array:
-        if recipe.method not in DENSE_METHODS:
+        if options.method not in DENSE_METHODS:
             return numpy.stack([_value(o) * w for o, w in zip(offsets, weights, strict=True)]).sum(0)
         return merge_deltas(
             [partial(_value, offset) for offset in offsets],
             weights,
-            method=recipe.method,
-            density=recipe.density,
-            seed=recipe.seed,
+            method=options.method,
+            density=options.density,
+            seed=options.seed,
             name=name,
             owners=[share.owner for share in contributions],
-            majority=recipe.majority,
+            majority=options.majority,
         )
 
     tensors = [tensor for offset in offsets for tensor in offset.tensors]

@@ -15,7 +15,7 @@ import numpy
 
 from surgery.algebra.dense_change import change_in_turn
 from surgery.algebra.group import Contribution
-from surgery.algebra.sums import Compared, DenseDelta, LowRankSum, Recipe, Solved
+from surgery.algebra.sums import CombineOptions, Compared, DenseDelta, LowRankSum, Solved
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
@@ -75,9 +75,9 @@ class ExpandedChange:
         """The rank at which nothing is lost."""
         return self.factors.full_rank
 
-    def least(self, recipe: Recipe) -> int:
-        """The least rank that keeps what `recipe` asks for."""
-        return self.factors.least(recipe)
+    def least(self, options: CombineOptions) -> int:
+        """The least rank that keeps what `options` asks for."""
+        return self.factors.least(options)
 
     def solve(self, rank: int) -> Solved:
         """The best factors of that rank, by QR of the factors."""

@@ -9,7 +9,7 @@ from functools import partial
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import common_rank, computed_lora, outcome_of, target_of, with_error
-from surgery.algebra.sums import Recipe, Solved
+from surgery.algebra.sums import CombineOptions, Solved
 from surgery_formats.adapters.experts import SWITCH
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
@@ -23,17 +23,17 @@ def combine_stacks(
     site: Site,
     contributions: Sequence[Contribution],
     terms: Sequence[WeightedAdapter],
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
 ) -> CombinedUpdate:
     """Experts: each combined with its like; one rank for all, as every format has it."""
     stacks = [stack for share in contributions if (stack := share.stack)]
     _check_stacks(site, stacks, [terms[share.owner] for share in contributions])
     experts = list(zip(*(stack.experts for stack in stacks), strict=True))
-    targets = tuple(target_of(f"{name}[{e}]", loras, contributions, recipe) for e, loras in enumerate(experts))
-    rank, best = common_rank(targets, recipe)
+    targets = tuple(target_of(f"{name}[{e}]", loras, contributions, options) for e, loras in enumerate(experts))
+    rank, best = common_rank(targets, options)
     ranks = targets[0].ranks
-    if len(stacks) == 1 and recipe.method == "exact" and rank == ranks[0]:
+    if len(stacks) == 1 and options.method == "exact" and rank == ranks[0]:
         return CombinedUpdate(site, (stacks[0].scaled(contributions[0].weight),), "kept", ranks, rank, targets)
     keys = tuple(f"{name}[{e}]" for e in range(len(targets)))
 
@@ -44,7 +44,7 @@ def combine_stacks(
         computed_lora(f"{site}.{e}", target, rank, partial(solved, e), experts[e]) for e, target in enumerate(targets)
     )
     stack = Stacked(loras, tuple(lora.transpose() for lora in loras) if stacks[0].if_transposed else ())
-    outcome = outcome_of(rank, targets[0], recipe)
+    outcome = outcome_of(rank, targets[0], options)
     return CombinedUpdate(site, (stack,), outcome, ranks, rank, targets, best=best, solved_as=keys)
 
 

@@ -24,7 +24,7 @@ from surgery.algebra.lora_of_weight import (
 )
 from surgery.algebra.lora_question import no_low_rank
 from surgery.algebra.proof import OPTIMAL, TOLERANCE
-from surgery.algebra.sums import Recipe, stacked
+from surgery.algebra.sums import CombineOptions, stacked
 from surgery.rank import Rank
 from surgery_formats.adapters.format import Entry, Format
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -88,15 +88,15 @@ def lora_form(
     """
     if adapter.prompt is not None:
         raise FitError(f"{adapter.kind} trains virtual tokens: they are no change of a weight", file=adapter.path)
-    recipe, solutions = Recipe.of("exact", rank or Rank()), new_solutions()
+    options, solutions = CombineOptions.of("exact", rank or Rank()), new_solutions()
     updates = adapter.updates if base is None else applicable_updates(adapter, base)
     weights: dict[str, WeightForm] = {}
     high = []
     for site, chain in updates.items():
         if saved and base is not None and is_saved_matrix(chain):
-            form = lora_of_saved(site, chain, base, recipe, solutions)
+            form = lora_of_saved(site, chain, base, options, solutions)
         else:
-            form = lora_of_weight(site, chain, base, recipe, solutions, adapter)
+            form = lora_of_weight(site, chain, base, options, solutions, adapter)
         weights[str(site)] = form
         if form.spectrum is not None:
             high.append(form.spectrum)
@@ -105,7 +105,7 @@ def lora_form(
     if high:
         raise no_low_rank(high, len(updates), adapter)
     if not any(form.made.rank for form in weights.values()):
-        if not recipe.truncates and any(is_full_matrix(site, one) for site, chain in updates.items() for one in chain):
+        if not options.truncates and any(is_full_matrix(site, one) for site, chain in updates.items() for one in chain):
             raise FitError(
                 "its changes of matrices are stored in full: a LoRA of them has a rank that is chosen",
                 file=adapter.path,

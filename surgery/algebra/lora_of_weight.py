@@ -13,7 +13,7 @@ from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
 from surgery.algebra.lora_question import ChangeSpectrum
 from surgery.algebra.low_rank import combine_loras, common_rank, computed_lora, solved_lora
-from surgery.algebra.sums import DenseDelta, LowRankSum, Recipe, Solved
+from surgery.algebra.sums import CombineOptions, DenseDelta, LowRankSum, Solved
 from surgery_formats.adapters.writing import places_of, zero_padded
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
@@ -66,11 +66,11 @@ def lora_of_weight(
     site: Site,
     chain: Sequence[Update],
     base: Checkpoint | None,
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
     adapter: Adapter,
 ) -> WeightForm:
-    """The LoRA that does what `chain` does, or the nearest that `recipe` allows.
+    """The LoRA that does what `chain` does, or the nearest that `options` allows.
 
     A difference that is stored in full stays one where nothing may be lost.
 
@@ -83,14 +83,14 @@ def lora_of_weight(
     changes = [
         form
         for form in forms
-        if form.effect != "sets" and ((recipe.truncates and is_full_matrix(site, form)) or not in_full(form))
+        if form.effect != "sets" and ((options.truncates and is_full_matrix(site, form)) or not in_full(form))
     ]
     kept = tuple(form for form in forms if not any(form is change for change in changes))
     if all(form.low_rank() or stack_of_loras(form) for form in changes):
-        if not changes or not recipe.truncates:
+        if not changes or not options.truncates:
             rank = max((form.rank or 0 for form in changes), default=0)
             return WeightForm(CombinedUpdate(site, tuple(forms), "kept", rank=rank), kind, taken_over=own)
-        resized = _resized(site, changes, kept, kind, recipe, solutions, adapter)
+        resized = _resized(site, changes, kept, kind, options, solutions, adapter)
         kept_as_it_was = resized.made.outcome == "kept"
         return replace(resized, taken_over=own and kept_as_it_was, cut=own and not kept_as_it_was)
     change = _change(site, changes, kept, base, adapter)
@@ -100,13 +100,13 @@ def lora_of_weight(
         return WeightForm(_beside(kept, made), kind)
     loras = [lora for form in changes if (lora := expanded(form))]
     directions = sum(lora.rank for lora in loras)
-    if len(loras) == len(changes) and (recipe.truncates or directions <= break_even(change.shape)):
+    if len(loras) == len(changes) and (options.truncates or directions <= break_even(change.shape)):
         target = ExpandedChange(LowRankSum(tuple(loras)), change)
-        rank, best = common_rank((target.factors,), recipe)
-        made = solved_lora(name, site, target, changes, rank, best, recipe, solutions)
+        rank, best = common_rank((target.factors,), options)
+        made = solved_lora(name, site, target, changes, rank, best, options, solutions)
         error = best[1] / best[0] if best is not None and best[0] else 0.0
         return WeightForm(_beside(kept, made), kind, error)
-    return _by_svd(site, change, changes, kept, kind, recipe, solutions)
+    return _by_svd(site, change, changes, kept, kind, options, solutions)
 
 
 def is_full_matrix(site: Site, update: Update) -> bool:
@@ -121,11 +121,11 @@ def is_saved_matrix(chain: Sequence[Update]) -> bool:
 
 
 def lora_of_saved(
-    site: Site, chain: Sequence[Update], base: Checkpoint, recipe: Recipe, solutions: Solutions
+    site: Site, chain: Sequence[Update], base: Checkpoint, options: CombineOptions, solutions: Solutions
 ) -> WeightForm:
     """The LoRA nearest to the difference between a matrix that was trained in full and the base's."""
     change = formed_change(site, chain, places_of(site, base, chain[0].tensors))
-    return _by_svd(site, change, chain, (), chain[0].kind, recipe, solutions)
+    return _by_svd(site, change, chain, (), chain[0].kind, options, solutions)
 
 
 def _beside(kept: tuple[Update, ...], made: CombinedUpdate) -> CombinedUpdate:
@@ -145,16 +145,16 @@ def _resized(
     changes: Sequence[Update],
     kept: tuple[Update, ...],
     kind: str,
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
     adapter: Adapter,
 ) -> WeightForm:
     """LoRAs, and stacks of them, cut to a rank."""
     shares = [Contribution(0, site, change, 1.0) for change in changes]
     if all(change.low_rank() for change in changes):
-        made = combine_loras(str(site), site, shares, recipe, solutions)
+        made = combine_loras(str(site), site, shares, options, solutions)
     elif len(changes) == 1:
-        made = combine_stacks(str(site), site, shares, [WeightedAdapter(adapter, 1.0)], recipe, solutions)
+        made = combine_stacks(str(site), site, shares, [WeightedAdapter(adapter, 1.0)], options, solutions)
     else:
         raise FitError(f"{kind} on one parameter: no one stack holds both", file=adapter.path, tensor=site.path)
     error = None
@@ -198,22 +198,22 @@ def _by_svd(
     changes: Sequence[Update],
     kept: tuple[Update, ...],
     kind: str,
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
 ) -> WeightForm:
     """The best factors of a change that is formed in full, of no more directions than it has."""
     name, full = str(site), min(target.shape)
-    limit = recipe.rank if recipe.truncates else min(_PROBED, break_even(target.shape))
-    error = min(recipe.max_error, 1 - _EXACT) if recipe.max_error is not None else None
+    limit = options.rank if options.truncates else min(_PROBED, break_even(target.shape))
+    error = min(options.max_error, 1 - _EXACT) if options.max_error is not None else None
     found: dict[str, tuple[Array, float, float]] = {}
 
     def solve() -> tuple[Solved, float]:
         svd = truncated_svd(
             target.formed(),
             rank=limit,
-            energy=recipe.energy,
-            max_error=_EXACT if error is None and recipe.energy is None else error,
-            accuracy=_ACCURACY if recipe.truncates else 1.01,
+            energy=options.energy,
+            max_error=_EXACT if error is None and options.energy is None else error,
+            accuracy=_ACCURACY if options.truncates else 1.01,
         )
         B, A = svd.factors()
         rank = max(1, svd.rank)
@@ -224,7 +224,7 @@ def _by_svd(
     values, lost, norm = found[name]
     relative = lost / norm if norm else 0.0
     spectrum = None
-    if relative > NOTHING and not recipe.truncates:
+    if relative > NOTHING and not options.truncates:
         spectrum = ChangeSpectrum(name, kind, values, norm, full)
     lora = computed_lora(name, target, rank, lambda: solutions.of(name, solve), changes)
     made = CombinedUpdate(

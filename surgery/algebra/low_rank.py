@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from surgery.algebra.combined_update import CombinedUpdate, Outcome, Solutions
 from surgery.algebra.group import Contribution
-from surgery.algebra.sums import DeltaTarget, LowRankSum, Recipe, Solved, merged_delta, rank_for
+from surgery.algebra.sums import CombineOptions, DeltaTarget, LowRankSum, Solved, merged_delta, rank_for
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
@@ -31,16 +31,16 @@ __all__ = [
 
 
 def combine_loras(
-    name: str, site: Site, contributions: Sequence[Contribution], recipe: Recipe, solutions: Solutions
+    name: str, site: Site, contributions: Sequence[Contribution], options: CombineOptions, solutions: Solutions
 ) -> CombinedUpdate:
     """The LoRAs of one weight as one LoRA; a single one that need not change is taken over."""
     loras = [lora for share in contributions if (lora := share.update.low_rank())]
-    target = target_of(name, loras, contributions, recipe)
-    rank, best = common_rank((target,), recipe)
-    if len(loras) == 1 and recipe.method == "exact" and rank == loras[0].rank:
+    target = target_of(name, loras, contributions, options)
+    rank, best = common_rank((target,), options)
+    if len(loras) == 1 and options.method == "exact" and rank == loras[0].rank:
         kept = loras[0].scaled(contributions[0].weight)
         return CombinedUpdate(site, (kept,), "kept", target.ranks, rank, (target,))
-    return solved_lora(name, site, target, loras, rank, best, recipe, solutions)
+    return solved_lora(name, site, target, loras, rank, best, options, solutions)
 
 
 def solved_lora(
@@ -50,7 +50,7 @@ def solved_lora(
     sources: Sequence[Update],
     rank: int,
     best: tuple[float, float] | None,
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
 ) -> CombinedUpdate:
     """`target` as one LoRA of rank `rank`; `sources` are what it is made of, for names and types."""
@@ -59,7 +59,7 @@ def solved_lora(
         return solutions.of(name, lambda: with_error(target.solve(rank)))
 
     lora = computed_lora(str(site), target, rank, solved, sources)
-    outcome = outcome_of(rank, target, recipe)
+    outcome = outcome_of(rank, target, options)
     return CombinedUpdate(site, (lora,), outcome, target.ranks, rank, (target,), best=best, solved_as=(name,))
 
 
@@ -79,33 +79,35 @@ def with_error(solved: Solved) -> tuple[Solved, float]:
     return solved, solved.lost
 
 
-def target_of(name: str, loras: Sequence[LoRA], contributions: Sequence[Contribution], recipe: Recipe) -> DeltaTarget:
+def target_of(
+    name: str, loras: Sequence[LoRA], contributions: Sequence[Contribution], options: CombineOptions
+) -> DeltaTarget:
     """The delta that `loras`, one per contribution, are to become."""
     weights = tuple(share.weight for share in contributions)
-    if recipe.method in DENSE_METHODS:
-        return merged_delta(loras, weights, [share.owner for share in contributions], recipe, name)
+    if options.method in DENSE_METHODS:
+        return merged_delta(loras, weights, [share.owner for share in contributions], options, name)
     scaled = tuple(lora.scaled(weight) for lora, weight in zip(loras, weights, strict=True))
-    return LowRankSum(scaled, recipe.method == "svd")
+    return LowRankSum(scaled, options.method == "svd")
 
 
-def common_rank(targets: Sequence[DeltaTarget], recipe: Recipe) -> tuple[int, tuple[float, float] | None]:
+def common_rank(targets: Sequence[DeltaTarget], options: CombineOptions) -> tuple[int, tuple[float, float] | None]:
     """The rank of the result, one for all experts, and what the optimum of that rank loses where it was worked out."""
     full = max(target.full_rank for target in targets)
-    rank = min(full, recipe.rank or full)
-    if not recipe.by_spectrum and (rank == full or recipe.method in DENSE_METHODS):
+    rank = min(full, options.rank or full)
+    if not options.by_spectrum and (rank == full or options.method in DENSE_METHODS):
         return rank, None
     sums = [target for target in targets if isinstance(target, LowRankSum)]
     if len(sums) != len(targets):  # all singular values of a dense delta would cost a full SVD
-        return max(target.least(recipe) for target in targets), None
+        return max(target.least(options) for target in targets), None
     spectra = [target.spectrum() for target in sums]
-    rank = max(rank_for(recipe, spectrum, full) for spectrum in spectra)
+    rank = max(rank_for(options, spectrum, full) for spectrum in spectra)
     lost, whole = (math.sqrt(sum(float((spectrum[at:] ** 2).sum()) for spectrum in spectra)) for at in (rank, 0))
     return rank, (whole, lost)
 
 
-def outcome_of(rank: int, target: DeltaTarget, recipe: Recipe) -> Outcome:
+def outcome_of(rank: int, target: DeltaTarget, options: CombineOptions) -> Outcome:
     """Whether directions may have been dropped."""
-    return "approximated" if rank < target.full_rank and recipe.truncates else "exact"
+    return "approximated" if rank < target.full_rank and options.truncates else "exact"
 
 
 def stored_type(sources: Sequence[Update]) -> DType:

@@ -52,12 +52,12 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
 def combination_id(plan: CombinationPlan) -> str:
     """Names a combination by the contents of its sources and its options."""
     result = plan.result
-    recipe = plain(plan.combination.recipe)
-    if recipe["majority"] == MAJORITIES[0]:  # as if there were no choice: ids stay those of before there was one
-        del recipe["majority"]
+    options = plain(plan.combination.options)
+    if options["majority"] == MAJORITIES[0]:  # as if there were no choice: ids stay those of before there was one
+        del options["majority"]
     facts = {
         "verb": result.verb,
-        "recipe": recipe,
+        "recipe": options,
         "sources": plain(result.sources),
         "target": plan.target.name,
     }

@@ -27,11 +27,11 @@ from surgery_formats.threads import one_thread
 from surgery_formats.updates import LoRA
 
 __all__ = [
+    "CombineOptions",
     "Compared",
     "DeltaTarget",
     "DenseDelta",
     "LowRankSum",
-    "Recipe",
     "Solved",
     "Term",
     "merged_delta",
@@ -75,7 +75,7 @@ _LOSSLESS = 1e-8
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class CombineOptions:
     """How deltas are combined, and what rank the result may have.
 
     Attributes:
@@ -97,8 +97,10 @@ class Recipe:
     majority: str = "total"
 
     @classmethod
-    def of(cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0, majority: str = "total") -> Recipe:
-        """The recipe that cuts to `rank`.
+    def of(
+        cls, method: str, rank: Rank, density: float = 1.0, seed: int = 0, majority: str = "total"
+    ) -> CombineOptions:
+        """The options that cut to `rank`.
 
         Raises:
             FitError: a way to choose ranks that only an extraction has.
@@ -133,8 +135,8 @@ class DeltaTarget(Protocol):
     def full_rank(self) -> int:
         """The rank at which nothing is lost."""
 
-    def least(self, recipe: Recipe) -> int:
-        """The least rank, at least 1, that keeps what `recipe` asks for."""
+    def least(self, options: CombineOptions) -> int:
+        """The least rank, at least 1, that keeps what `options` asks for."""
 
     def solve(self, rank: int) -> Solved:
         """The best factors of that rank."""
@@ -174,9 +176,9 @@ class LowRankSum:
         """All ``full_rank`` singular values, float64, descending."""
         return singular_values(*stacked(self.terms))[: self.full_rank]
 
-    def least(self, recipe: Recipe) -> int:
+    def least(self, options: CombineOptions) -> int:
         """The least rank, from all singular values."""
-        return rank_for(recipe, self.spectrum(), self.full_rank)
+        return rank_for(options, self.spectrum(), self.full_rank)
 
     def solve(self, rank: int) -> Solved:
         """The stacked factors themselves where the rank allows, else the optimum by Eckart and Young."""
@@ -229,17 +231,17 @@ class DenseDelta:
         """The matrix's."""
         return min(self.shape)
 
-    def least(self, recipe: Recipe) -> int:
+    def least(self, options: CombineOptions) -> int:
         """The least rank, by a truncated SVD that stops where the request is met."""
-        if (recipe.energy or 0.0) >= 1.0:
+        if (options.energy or 0.0) >= 1.0:
             return self.full_rank
         svd = truncated_svd(
             self.formed(),
-            rank=recipe.rank,
-            energy=recipe.energy,
-            max_error=recipe.max_error,
+            rank=options.rank,
+            energy=options.energy,
+            max_error=options.max_error,
             accuracy=_ACCURACY,
-            seed=recipe.seed,
+            seed=options.seed,
         )
         return max(1, svd.rank)
 
@@ -261,7 +263,7 @@ class DenseDelta:
 
 
 def merged_delta(
-    terms: Sequence[Term], weights: Sequence[float], owners: Sequence[int], recipe: Recipe, name: str
+    terms: Sequence[Term], weights: Sequence[float], owners: Sequence[int], options: CombineOptions, name: str
 ) -> DenseDelta:
     """Several deltas merged by TIES, DARE or pruning (`surgery.algebra.ties_and_dare`).
 
@@ -269,7 +271,7 @@ def merged_delta(
         terms: The deltas, without their weights.
         weights: One per term.
         owners: Number of each term's adapter.
-        recipe: Method, density and seed.
+        options: Method, density and seed.
         name: Of the weight.
     """
 
@@ -278,15 +280,15 @@ def merged_delta(
             return merge_deltas(
                 [partial(term.delta, DType.F64) for term in terms],
                 weights,
-                method=recipe.method,
-                density=recipe.density,
-                seed=recipe.seed,
+                method=options.method,
+                density=options.density,
+                seed=options.seed,
                 name=name,
                 owners=owners,
-                majority=recipe.majority,
+                majority=options.majority,
             )
 
-    return DenseDelta(terms[0].shape, tuple(term.rank for term in terms), formed, recipe.seed)
+    return DenseDelta(terms[0].shape, tuple(term.rank for term in terms), formed, options.seed)
 
 
 def stacked(terms: Sequence[LoRA]) -> tuple[Array, Array]:
@@ -295,20 +297,20 @@ def stacked(terms: Sequence[LoRA]) -> tuple[Array, Array]:
     return concatenated(factors, [term.scale for term in terms])
 
 
-def rank_for(recipe: Recipe, spectrum: Array, full_rank: int) -> int:
-    """The least rank, at least 1, that keeps what `recipe` asks for; at `full_rank` nothing is lost.
+def rank_for(options: CombineOptions, spectrum: Array, full_rank: int) -> int:
+    """The least rank, at least 1, that keeps what `options` asks for; at `full_rank` nothing is lost.
 
     Rank, energy and greatest error all hold if given, the rank being the upper limit.
     """
     allowed = []
-    if recipe.energy is not None:
-        allowed.append(1.0 - recipe.energy)
-    if recipe.max_error is not None:
-        allowed.append(recipe.max_error**2)
-    if not allowed and recipe.method == "svd" and recipe.rank is None:
+    if options.energy is not None:
+        allowed.append(1.0 - options.energy)
+    if options.max_error is not None:
+        allowed.append(options.max_error**2)
+    if not allowed and options.method == "svd" and options.rank is None:
         allowed.append(_LOSSLESS**2)
     rank = full_rank
     if allowed:
         tails = (spectrum**2)[::-1].cumsum()[::-1]  # tails[r]: what rank r loses; small ones are summed first
         rank = int((tails > min(allowed) * tails[0]).sum()) if len(tails) else 1
-    return max(1, min(rank, full_rank, recipe.rank or full_rank))
+    return max(1, min(rank, full_rank, options.rank or full_rank))

@@ -14,7 +14,7 @@ from surgery.algebra.dense_change import combine_changes, combine_offsets
 from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
 from surgery.algebra.low_rank import combine_loras
-from surgery.algebra.sums import Recipe
+from surgery.algebra.sums import CombineOptions
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.binding.sizes import check_complete
 from surgery_formats.canonical.adapter import Site, WeightedAdapter
@@ -30,7 +30,7 @@ def combine_weight(
     key: tuple[str, str],
     contributions: Sequence[Contribution],
     terms: Sequence[WeightedAdapter],
-    recipe: Recipe,
+    options: CombineOptions,
     solutions: Solutions,
     base: Checkpoint | None = None,
 ) -> CombinedUpdate:
@@ -49,7 +49,7 @@ def combine_weight(
         rest = [share for share in contributions if not share.carried]
         if not rest:
             return CombinedUpdate(site, (carried[0].update,), "kept")
-        combined = combine_weight(key, rest, terms, recipe, solutions, base)
+        combined = combine_weight(key, rest, terms, options, solutions, base)
         return replace(combined, updates=(carried[0].update, *combined.updates))
     name = f"{key[0]}:{key[1]}"
     low_rank = [share for share in contributions if share.update.low_rank()]
@@ -59,26 +59,26 @@ def combine_weight(
     if others:
         changes = others + low_rank
         same_shape = len({share.update.shape for share in changes}) == 1
-        if recipe.truncates and same_shape and len(changes) == len(contributions) and _all_change(others):
-            combined_change = combine_changes(name, site, contributions, base, recipe, solutions)
+        if options.truncates and same_shape and len(changes) == len(contributions) and _all_change(others):
+            combined_change = combine_changes(name, site, contributions, base, options, solutions)
             if combined_change is not None:
                 return combined_change
         products = _expanded(contributions)
-        if products and (len({share.owner for share in contributions}) > 1 or recipe.method == "svd"):
-            return combine_weight(key, products, terms, recipe, solutions, base)
-        return _kept(site, contributions, others, terms, recipe, base)
+        if products and (len({share.owner for share in contributions}) > 1 or options.method == "svd"):
+            return combine_weight(key, products, terms, options, solutions, base)
+        return _kept(site, contributions, others, terms, options, base)
     _check_shapes(site, contributions, terms)
     present = [shares for shares in (low_rank, stacks, full) if shares]
-    if (stacks or recipe.method in DENSE_METHODS) and len(present) > 1:
+    if (stacks or options.method in DENSE_METHODS) and len(present) > 1:
         raise FitError(
             f"is changed by a {present[0][0].update.kind} and by a {present[1][0].update.kind}, which "
-            f"'{recipe.method}' does not combine",
+            f"'{options.method}' does not combine",
             tensor=site.path,
         )
     combined_kinds = [
-        *([combine_loras(name, site, low_rank, recipe, solutions)] if low_rank else []),
-        *([combine_stacks(name, site, stacks, terms, recipe, solutions)] if stacks else []),
-        *([combine_offsets(name, site, full, recipe)] if full else []),
+        *([combine_loras(name, site, low_rank, options, solutions)] if low_rank else []),
+        *([combine_stacks(name, site, stacks, terms, options, solutions)] if stacks else []),
+        *([combine_offsets(name, site, full, options)] if full else []),
     ]
     if len(combined_kinds) == 1:
         return combined_kinds[0]
@@ -121,7 +121,7 @@ def _kept(
     contributions: Sequence[Contribution],
     others: Sequence[Contribution],
     terms: Sequence[WeightedAdapter],
-    recipe: Recipe,
+    options: CombineOptions,
     base: Checkpoint | None,
 ) -> CombinedUpdate:
     """Keep an update without low-rank factors.
@@ -140,11 +140,11 @@ def _kept(
         known = update.effect == "adds" and all(update.shape)
         depends = "has no low rank" if known else "depends on the base"
         why = f"{changed} {names}, by one of them as {update.kind}: their sum {depends}"
-    elif update.effect == "adds" and not recipe.truncates and is_linear(update) and len(contributions) == 1:
+    elif update.effect == "adds" and not options.truncates and is_linear(update) and len(contributions) == 1:
         return CombinedUpdate(site, (update if weight == 1.0 else update.scaled(weight),), "kept")
     elif weight != 1.0:
         why = f"{changed} a {update.kind}, of which {weight:g} times depends on the base"
-    elif update.effect != "sets" and (recipe.truncates or recipe.method != "exact"):
+    elif update.effect != "sets" and (options.truncates or options.method != "exact"):
         depends = "sizes only the base tells" if update.effect == "adds" else "change depends on the base"
         why = f"{changed} a {update.kind}, whose {depends}: its rank cannot change without it"
     if why:
@@ -153,16 +153,16 @@ def _kept(
         raise FitError(
             why,
             file=terms[others[0].owner].adapter.path,
-            hint=f"{_way_out(contributions, recipe, base)} them into the base and extract a LoRA from the result",
+            hint=f"{_way_out(contributions, options, base)} them into the base and extract a LoRA from the result",
         )
     return CombinedUpdate(site, tuple(share.update for share in contributions), "kept")
 
 
-def _way_out(contributions: Sequence[Contribution], recipe: Recipe, base: Checkpoint | None) -> str:
+def _way_out(contributions: Sequence[Contribution], options: CombineOptions, base: Checkpoint | None) -> str:
     """What makes the combination possible, up to the verb `merge`."""
     if any(share.update.effect == "sets" for share in contributions):
         return "merge"
     known = all(share.update.effect == "adds" and all(share.update.shape) for share in contributions)
     missing = ["the base (`base=`)"] if base is None and not known else []
-    missing += [] if recipe.truncates else ["a rank (`rank=`)"]
+    missing += [] if options.truncates else ["a rank (`rank=`)"]
     return f"give {' and '.join(missing)}, or merge" if missing else "merge"

@@ -12,7 +12,8 @@ from surgery.comparison.results import CheckpointDiff, QuantisationLoss, TensorD
 from surgery.progress import Callback, Progress
 from surgery.reports.selective import ChangedWeight, SelectiveTuning, selective_tuning
 from surgery_formats.dtypes import DType
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.storage.aligned import aligned, release
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.storage.quantised import is_coded

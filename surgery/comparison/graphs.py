@@ -21,7 +21,8 @@ from surgery.progress import Callback
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.onnx import OnnxGraph, TypedTensors
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["diff_graphs"]

@@ -17,7 +17,8 @@ from surgery_formats.adapters.peft.recognise import dialect_of
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.eras import expert_counts
 from surgery_formats.updates import Update
 

@@ -42,6 +42,7 @@ def compute(
     stop: Callable[[], bool],
     device: str = "cpu",
     values: Array | None = None,
+    seen: Callable[[int, Array], None] | None = None,
 ) -> tuple[Measurement, ...]:
     """Compute one weight and hand the bytes of each of its stored tensors to `write` in order.
 
@@ -52,6 +53,8 @@ def compute(
         stop: Asked before each block; work ends early when it says yes.
         device: Where the arithmetic runs.
         values: Filled with the values that a reader will get, if given: ``(rows, cols)`` of the target's type.
+        seen: Called with the first row of each block of numbers, and its values as they are stored; a weight that keeps
+            its quantised format is not seen.
 
     Returns:
         What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the
@@ -79,6 +82,8 @@ def compute(
             break
         end = min(start + height, rows)
         stored, block, rounded = buffers.load(start, end)
+        if seen is not None:
+            seen(start, stored)
         before = namespace(block).asarray(block[::sampled], copy=True) if chain else None
         apply_chain(chain, block, start, end)
         check_finite(block, target.dtype, label)

@@ -18,7 +18,7 @@ from surgery_formats.containers.sharded import index_bytes, index_name, output_n
 from surgery_formats.containers.weight_files import output_container
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.storage.base import Encoding, Housed, Storage, is_contiguous, is_housed
 from surgery_formats.storage.plain import Elements, Plain
 from surgery_formats.storage.quantised import MARKER, is_quantised

@@ -32,7 +32,8 @@ from surgery_formats.containers.safetensors import reference_order
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.identity import content_id, fingerprint
 from surgery_formats.text import listing
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from surgery.extraction.pairing import Delta, Pair, Strip
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.conversions import matrices_of
 from surgery_formats.models.eras import Era, Eras
 from surgery_formats.storage.aligned import turned

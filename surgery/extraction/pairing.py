@@ -17,7 +17,7 @@ import numpy
 from surgery_formats.arrays import Array, all_finite, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.storage.aligned import aligned
 from surgery_formats.storage.base import Storage, read_block, read_values
 from surgery_formats.storage.parameter import Parameter

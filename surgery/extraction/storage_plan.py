@@ -19,7 +19,7 @@ from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget, TunedParameter, tree_name
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.parameter_order import is_order_known
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import matrix_of

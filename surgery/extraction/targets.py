@@ -15,7 +15,7 @@ from typing import Literal
 from surgery.extraction.made_weights import made_weights
 from surgery.extraction.pairing import Delta, Pair, Strip
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.eras import Era, Eras, expert_counts, is_known
 from surgery_formats.models.families.family import Fused
 from surgery_formats.storage.aligned import turned

@@ -19,7 +19,7 @@ from surgery_formats.canonical.adapter import Site
 from surgery_formats.canonical.prompts import Prefix, SoftPrompt
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.storage.base import read_rows
 from surgery_formats.tensors.computed import computed, zeros

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgery_formats.dtypes import DType
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.storage.quantised import is_coded
 
 __all__ = ["MemoryItem", "TrainingMemory", "adapter_memory", "base_items", "full_memory"]

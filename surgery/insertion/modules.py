@@ -11,7 +11,7 @@ from surgery.extraction.targets import LowRankTarget
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.text import closest, show
 

@@ -23,7 +23,8 @@ from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import OutputFolder
-from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.rebuilt.rebuilt import one_network, rebuilt_of
 from surgery_formats.models.rebuilt.virtual_rows import with_virtual_rows
 from surgery_formats.storage.base import read_rows

@@ -20,7 +20,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 
 __all__ = ["effect_report"]
 

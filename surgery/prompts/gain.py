@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from surgery.reference import forward, open_reference
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 
 __all__ = ["losses"]
 

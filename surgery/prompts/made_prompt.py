@@ -23,7 +23,7 @@ from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.tensors.computed import computed
 
 __all__ = ["MadePrompt", "write_prompt"]

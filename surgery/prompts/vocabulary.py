@@ -18,7 +18,8 @@ from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import TOKENIZER_LIMIT, read_object
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.storage.base import Storage, read_rows

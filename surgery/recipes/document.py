@@ -16,7 +16,7 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 
-__all__ = ["Entry", "Text", "Value", "read_document"]
+__all__ = ["Collection", "Scalar", "Value", "read_document"]
 
 _LIMIT = 1 << 20  # bytes
 _EVENTS, _DEPTH = 50_000, 16
@@ -25,7 +25,7 @@ _POWER_OF_TEN = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Scalar:
     """A scalar.
 
     Attributes:
@@ -40,17 +40,17 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Collection:
     """A list or a mapping with the line that it begins on; mappings have text keys."""
 
     items: list[Value] | dict[str, Value]
     line: int
 
 
-Value = Text | Entry
+Value = Scalar | Collection
 
 
-def read_document(path: Path) -> Entry:
+def read_document(path: Path) -> Collection:
     """The mapping in a file.
 
     Raises:
@@ -74,7 +74,7 @@ def read_document(path: Path) -> Entry:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
         raise MalformedError(f"{where}no YAML ({show(getattr(error, 'problem', None) or error)})", file=path) from error
-    if not isinstance(root, Entry) or not isinstance(root.items, dict):
+    if not isinstance(root, Collection) or not isinstance(root.items, dict):
         raise MalformedError("is no mapping", file=path)
     return root
 
@@ -112,12 +112,12 @@ class _Reader:
         if depth > _DEPTH:
             raise MalformedError(f"line {line}: nested deeper than {_DEPTH}", file=self._path)
         if isinstance(event, yaml.ScalarEvent):
-            return Text(event.value, self._scalar(event, line), line)
+            return Scalar(event.value, self._scalar(event, line), line)
         if isinstance(event, yaml.SequenceStartEvent):
             found: list[Value] = []
             while not isinstance(inner := next(self._events), yaml.SequenceEndEvent):
                 found.append(self.value(depth + 1, inner))
-            return Entry(found, line)
+            return Collection(found, line)
         items: dict[str, Value] = {}
         while not isinstance(key := next(self._events), yaml.MappingEndEvent):
             at = key.start_mark.line + 1
@@ -126,7 +126,7 @@ class _Reader:
             if key.value in items:
                 raise MalformedError(f"line {at}: '{show(key.value)}' stands there twice", file=self._path)
             items[key.value] = self.value(depth + 1)
-        return Entry(items, line)
+        return Collection(items, line)
 
     def _scalar(self, event: Any, line: int) -> str | int | float | bool | None:
         import yaml

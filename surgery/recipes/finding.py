@@ -91,14 +91,14 @@ def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path], last: Step) -> Mappi
         kept.pop("adapter_output", None)
         if isinstance(vocab := kept.get("vocab"), str):
             kept["vocab"] = with_file(vocab, lambda file: names.name_of("vocab", inputs.get(file, file)))
-        for argument, given in step.references.items():
+        for argument, given in step.operands.items():
             said = []
-            for reference in given:
-                text = reference.text
+            for operand in given:
+                text = operand.text
                 if text.removesuffix(".adapter") not in results:
                     with step.located():
                         text = names.name_of(argument, inputs.get(text) or as_path(text, argument))
-                said.append(text if reference.weight == 1 else {text: reference.weight})
+                said.append(text if operand.weight == 1 else {text: operand.weight})
             kept[argument] = said[0] if len(said) == 1 and isinstance(said[0], str) else said
         if step.name:
             kept["as"] = step.name
@@ -114,6 +114,6 @@ def _leading(recipe: Recipe, last: Step) -> list[Step]:
     for step in reversed(recipe.steps):
         if step.number in wanted:
             found.append(step)
-            names = {one.text.removesuffix(".adapter") for given in step.references.values() for one in given}
+            names = {one.text.removesuffix(".adapter") for given in step.operands.values() for one in given}
             wanted |= {one.number for one in recipe.steps[: step.number - 1] if one.name in names - {""}}
     return found[::-1]

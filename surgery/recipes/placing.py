@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from surgery.recipes.apply_result import Place
-from surgery.recipes.recipe import Recipe, Reference, Step
+from surgery.recipes.recipe import Operand, Recipe, Step
 
 __all__ = ["placed_steps"]
 
 _FOLDED = {"base", "adapters"}
 """All that a merge may say that an export takes over."""
+
+_OF_FILES = {"dtype", "to", "shard_size", "adapter_output"}
+"""What is said of the files of a result, and what is written beside it: there is none of that in memory."""
 
 
 def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
@@ -26,8 +29,8 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
     users: dict[str, list[Step]] = {step.name: [] for step in recipe.steps if step.name}
     known = set(recipe.inputs)
     for step in recipe.steps:
-        for reference in (one for given in step.references.values() for one in given):
-            name = reference.text.removesuffix(".adapter")
+        for operand in (one for given in step.operands.values() for one in given):
+            name = operand.text.removesuffix(".adapter")
             if name in users and name not in known:
                 raise step.fail(f"'{name}' is the result of a later step")
             if name in users:
@@ -47,10 +50,10 @@ def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:
             raise step.fail("its result is written nowhere, and no step uses it", hint)
         elif step.written:
             place = "temporary"
-        elif _can_fold(step, own) and not rebuilt & {one.text for one in step.references.get("base", ())}:
+        elif _can_fold(step, own) and not rebuilt & {one.text for one in step.operands.get("base", ())}:
             place = "folded"
             folded[step.name] = step
-        elif {"dtype", "to", "shard_size"} & step.arguments.keys():
+        elif _OF_FILES & step.arguments.keys():
             place = "temporary"
         elif step.verb in ("combine", "resize") or (step.verb == "layers" and all(one.verb == "merge" for one in own)):
             place = "memory"  # a graph refers to files, and a rebuilt model has none
@@ -65,18 +68,18 @@ def _can_fold(step: Step, users: Sequence[Step]) -> bool:
         step.verb == "merge"
         and len(users) == 1
         and users[0].verb == "export-onnx"
-        and users[0].references.get("base") == (Reference(step.name),)
-        and not {"merge", "adapters"} & users[0].references.keys()
+        and users[0].operands.get("base") == (Operand(step.name),)
+        and not {"merge", "adapters"} & users[0].operands.keys()
         and not step.arguments
-        and step.references.keys() <= _FOLDED
+        and step.operands.keys() <= _FOLDED
     )
 
 
 def _with_folded(step: Step, folded: Mapping[str, Step]) -> Step:
     """An export that does the merge in front of it, too."""
-    base = step.references.get("base", ())
+    base = step.operands.get("base", ())
     merge = folded.get(base[0].text) if step.verb == "export-onnx" and len(base) == 1 else None
     if merge is None:
         return step
-    references = {**step.references, "base": merge.references["base"], "merge": merge.references["adapters"]}
-    return replace(step, references=references)
+    operands = {**step.operands, "base": merge.operands["base"], "merge": merge.operands["adapters"]}
+    return replace(step, operands=operands)

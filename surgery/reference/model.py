@@ -14,7 +14,7 @@ from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import (
     MLP,

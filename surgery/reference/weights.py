@@ -12,7 +12,7 @@ from surgery.engine.arithmetic import compute
 from surgery.engine.plan import Compute, Copy, Plan
 from surgery_formats.arrays import as_torch, empty
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.names import Names
 from surgery_formats.storage.base import Storage, read_rows
 from surgery_formats.storage.plain import Plain

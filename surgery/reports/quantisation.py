@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgery.reports.values import Phrase, Value
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_coded, is_quantised
 from surgery_formats.storage.unread import method_of

@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.inputs import StrPath, as_path, local_path
-from surgery.engine.recorded import with_file
 from surgery.progress import Callback
-from surgery.rank import Rank
 from surgery.recipes.apply_result import ApplyResult, Done, Place
+from surgery.recipes.arguments import step_arguments
 from surgery.recipes.finding import found_inputs, kept_recipe
 from surgery.recipes.placing import placed_steps
-from surgery.recipes.recipe import RANKED, Recipe, Reference, Step, read_recipe
+from surgery.recipes.reading import read_recipe
+from surgery.recipes.recipe import Recipe, Step
 from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
-from surgery_formats.errors import UsageError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.text import listing
 
@@ -70,9 +69,9 @@ def apply(
     if dry_run:
         return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
     with _temporary(placed) as folder:
-        kitchen = _Kitchen(read, found, folder, overwrite, progress)
-        done = tuple(kitchen.do(step, place) for step, place in placed)
-    result = ApplyResult(done[-1].output, done, None, tuple(kitchen.warnings))
+        runner = _Runner(read, found, folder, overwrite, progress)
+        done = tuple(runner.do(step, place) for step, place in placed)
+    result = ApplyResult(done[-1].output, done, None, tuple(runner.warnings))
     return result if read.recorded is None or result.output is None else _compared(read, result)
 
 
@@ -80,7 +79,7 @@ def apply(
 def _temporary(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
     """A folder beside the last output, on its disk; gone afterwards, whatever happens."""
     moved = (step for step, place in placed if place == "output" and step.verb == "layers")
-    if all(place != "temporary" for _, place in placed) and not any("adapter" in step.references for step in moved):
+    if all(place != "temporary" for _, place in placed) and not any("adapter" in step.operands for step in moved):
         yield None
         return
     outputs = [Path(step.output) for step, place in placed if place == "output"]
@@ -111,8 +110,8 @@ def _compared(recipe: Recipe, result: ApplyResult) -> ApplyResult:
 
 
 @dataclass
-class _Kitchen:
-    """Does the steps.
+class _Runner:
+    """Runs the steps.
 
     Attributes:
         recipe: All of them.
@@ -151,7 +150,8 @@ class _Kitchen:
         """A result that is a plan and no file."""
         from surgery_formats.models.checkpoint import Checkpoint
 
-        arguments = self._arguments(step)
+        arguments = step_arguments(step, self.inputs, self.results)
+        arguments.pop("workers", None)  # nothing is computed for a plan
         if step.verb == "layers":
             from surgery.algebra.moved_adapter import plan_move
             from surgery.engine.inputs import as_adapter, as_checkpoint
@@ -175,16 +175,16 @@ class _Kitchen:
         self.warnings += plan.result.warnings
 
     def _written(self, step: Step, place: Place, done: Done) -> Done:
-        arguments = self._arguments(step)
+        arguments = step_arguments(step, self.inputs, self.results)
         if place == "check":
             result: Result = step.function(**arguments)
             return replace(done, result=result)
         output = Path(step.output) if place == "output" else self._place(step)
-        if arguments.get("adapter") is not None and "adapter_output" in _parameters(step):
+        if arguments.get("adapter") is not None and "adapter_output" in step.parameters:
             arguments.setdefault("adapter_output", self._beside(step))
-        if "progress" in _parameters(step):
+        if "progress" in step.parameters:
             arguments["progress"] = self.progress
-        arguments["overwrite"] = self.overwrite and place == "output"
+        arguments["overwrite"] = self.overwrite
         with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step))):
             result = step.function(**arguments, output=output)
         self.warnings += result.warnings
@@ -210,60 +210,3 @@ class _Kitchen:
             suffix = {"gguf": ".gguf", "torchtune": ".pt", "keras": ".lora.h5"}.get(target.name, ".safetensors")
             return self.folder / f"{step.name or step.number}{suffix}"
         return self.folder / (step.name or str(step.number))
-
-    def _arguments(self, step: Step) -> dict[str, Any]:
-        arguments = dict(step.arguments)
-        ranked = {name: arguments.pop(name) for name in RANKED if name in arguments and _is_ranked(step)}
-        if ranked:
-            arguments["rank"] = _rank(step, ranked)
-        if isinstance(vocab := arguments.get("vocab"), str):
-            arguments["vocab"] = with_file(vocab, lambda file: str(self.inputs.get(file, file)))
-        for name, given in step.references.items():
-            several = "AdaptersLike" in str(_parameters(step)[name].annotation)
-            found = [self._resolved(step, reference, several=several) for reference in given]
-            if not several and len(found) != 1:
-                raise step.fail(f"{name} names {len(found)} things")
-            arguments[name] = found if several else found[0]
-        return arguments
-
-    def _resolved(self, step: Step, reference: Reference, *, several: bool) -> Any:
-        text = reference.text
-        if text in self.results:
-            value: Any = self.results[text]
-        elif text in self.inputs:
-            value = self.inputs[text]
-        elif text.removesuffix(".adapter") in self.results:
-            raise step.fail(f"'{text}': that step moved no adapter")
-        else:
-            value = text
-        if reference.weight == 1.0:
-            return value
-        if not several:
-            raise step.fail(f"'{text}' takes no weight here")
-        return value, reference.weight
-
-
-def _parameters(step: Step) -> Mapping[str, Any]:
-    import inspect
-
-    return inspect.signature(step.function).parameters
-
-
-def _is_ranked(step: Step) -> bool:
-    parameter = _parameters(step).get("rank")
-    return parameter is not None and "Rank" in str(parameter.annotation)
-
-
-def _rank(step: Step, told: Mapping[str, Any]) -> Rank:
-    """One choice of ranks out of the options that make it."""
-    number = told.get("rank")
-    if not (number in (None, "auto") or type(number) is int):
-        raise step.fail(f"rank is a whole number or auto, not '{number}'")
-    rank = Rank.auto if number == "auto" else Rank(number, told.get("rank_pattern") or {})
-    try:
-        for name, make in (("energy", Rank.energy), ("max_error", Rank.error), ("budget", Rank.budget)):
-            if told.get(name) is not None:
-                rank = rank & make(told[name])
-    except UsageError as error:
-        raise step.fail(error.message, error.hint) from error
-    return rank

@@ -16,7 +16,7 @@ from dataclasses import replace
 from surgery.algebra.combination import CombinationPlan, combine_adapters, plan_combination
 from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.output import write_combination
-from surgery.algebra.sums import Recipe
+from surgery.algebra.sums import CombineOptions
 from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.input_checks import float_type
@@ -134,24 +134,24 @@ def combined(
         UsageError, InputError, FitError, NothingChangedError: as `combine`.
     """
     ranks = Rank() if rank is None else Rank.of(rank)
-    recipe = Recipe.of(method, ranks, 1.0 if density is None else density, seed, majority or MAJORITIES[0])
-    _check_options(recipe, density, majority)
+    options = CombineOptions.of(method, ranks, 1.0 if density is None else density, seed, majority or MAJORITIES[0])
+    _check_options(options, density, majority)
     stored, target = float_type(dtype), None if to is None else format_to_write(to)
     terms = as_weighted(adapters)
     if not terms:
         raise FitError("no adapter was named")
     terms, left = Selection(tuple(as_list(only)), tuple(as_list(without))).chosen(terms)
-    if len(terms) == 1 and terms[0].weight == 1.0 and method == "exact" and not (recipe.truncates or left):
+    if len(terms) == 1 and terms[0].weight == 1.0 and method == "exact" and not (options.truncates or left):
         raise NothingChangedError("one adapter with weight 1 is what it was", file=terms[0].adapter.path)
     model = None if base is None else as_checkpoint(base)
     if model is not None:
         terms = [replace(term, adapter=in_its_part(term.adapter, model)) for term in terms]
-    combination = combine_adapters(terms, recipe, model, left)
+    combination = combine_adapters(terms, options, model, left)
     return plan_combination(combination, target or format_to_write(terms[0].adapter.format), stored, "combine")
 
 
-def _check_options(recipe: Recipe, density: float | None, majority: str | None) -> None:
-    method = recipe.method
+def _check_options(options: CombineOptions, density: float | None, majority: str | None) -> None:
+    method = options.method
     if method not in METHODS:
         raise FitError(f"no method '{show(method)}'", hint=f"there are {listing(METHODS, 10)}")
     if majority is not None and majority not in MAJORITIES:
@@ -166,5 +166,5 @@ def _check_options(recipe: Recipe, density: float | None, majority: str | None) 
         return
     if density is None:
         raise FitError(f"'{method}' needs a density", hint="TIES keeps 0.2 in its paper, DARE 0.1 to 0.5")
-    if not recipe.truncates:
+    if not options.truncates:
         raise FitError(f"what '{method}' makes has full rank", hint="give a rank or an energy")

@@ -12,7 +12,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
 from surgery.engine.rebuild.recovery_result import RecoveryResult
 from surgery.onnx.edit.opening import graph_at
-from surgery.onnx.edit.recovered import recovered
+from surgery.onnx.recover.recovered import recovered
 from surgery.progress import Callback
 from surgery_formats.adapters.registry import format_at
 from surgery_formats.dtypes import DType

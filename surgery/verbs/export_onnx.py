@@ -29,7 +29,8 @@ from surgery.reports.result import timed
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 

@@ -50,7 +50,8 @@ from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.linalg.coding import Coding
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -211,7 +212,7 @@ def _both(
         raise UsageError(
             "BASE is a graph, whose names say nothing", hint="name the checkpoint it was made of: `graph_of=`"
         )
-    from surgery.onnx.edit.of_graphs import as_checkpoints
+    from surgery.onnx.recover.of_graphs import as_checkpoints
 
     names = as_checkpoint(base if graph_of is None else graph_of, "graph_of")
     beside = folder.absolute().parent if folder is not None and folder.absolute().parent.is_dir() else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.engine.inputs import StrPath, local_path, output_path
-from surgery.onnx.edit.fold_graph import FoldResult, fold_graph
+from surgery.onnx.fold.fold_graph import FoldResult, fold_graph
 from surgery.onnx.run.opening import find_graph
 from surgery.progress import Callback
 from surgery.reports.result import timed

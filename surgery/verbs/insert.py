@@ -31,7 +31,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from surgery.insertion.unmerged import UnmergedResult
-    from surgery.onnx.export.into_graph import GraphInsertion
+    from surgery.onnx.insert.adapters import GraphInsertion
     from surgery_formats.canonical.adapter import Adapter
 
 __all__ = ["DeltaResult", "FreshResult", "insert"]
@@ -236,13 +236,13 @@ def _into_graph(
     path: Path, what: AdaptersLike, base: CheckpointLike | None, folder: Path | None, **options: bool
 ) -> GraphInsertion:
     from surgery.onnx.export.adapters import sort_adapters
-    from surgery.onnx.export.into_graph import insert_adapters
+    from surgery.onnx.insert.adapters import insert_adapters
 
     if base is None:
         raise UsageError("the weights of a graph are found by those of its base", hint="give it with `base=`")
     roles = sort_adapters(what)
     if roles.insert:
-        from surgery.onnx.export.modules_into_graph import insert_modules
+        from surgery.onnx.insert.modules import insert_modules
 
         if options["required"] or options["gated"]:
             raise FitError("modules are optional inputs", hint="without `required=` and `gated=`")

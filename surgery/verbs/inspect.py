@@ -27,7 +27,8 @@ from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.onnx_adapter import is_onnx_adapter
 from surgery_formats.containers.weight_files import container_of_file, is_weight_file
 from surgery_formats.errors import FitError, MalformedError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.known_files import known_file
 from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties

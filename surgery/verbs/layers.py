@@ -100,9 +100,7 @@ def layers(
         raise UsageError("an adapter and where to write it are given together", hint=f"give `{lacking}=` too")
     checkpoint = as_checkpoint(base)
     stored = float_type(dtype, "weights")
-    rebuilt = rebuild(
-        checkpoint, keep=keep, repeat=repeat, drop=drop, vocab=vocab, split=as_list(split), fuse=as_list(fuse)
-    )
+    rebuilt = rebuild(checkpoint, keep=keep, repeat=repeat, drop=drop, vocab=vocab, split=split, fuse=fuse)
     if not rebuilt.facts and stored is None and not _has_adapters(checkpoint):
         raise NothingChangedError(
             "nothing to change was named",
@@ -151,8 +149,8 @@ def rebuild(
     repeat: str | None = None,
     drop: str | None = None,
     vocab: str | None = None,
-    split: Sequence[str] = (),
-    fuse: Sequence[str] = (),
+    split: str | Sequence[str] = (),
+    fuse: str | Sequence[str] = (),
 ) -> Rebuilt:
     """What the options make of a checkpoint, before anything is written.
 
@@ -174,7 +172,7 @@ def rebuild(
             )
         rebuilt = with_layers(rebuilt, order)
     if split or fuse:
-        rebuilt = with_projections(rebuilt, tuple(split or fuse), fused=bool(fuse))
+        rebuilt = with_projections(rebuilt, tuple(as_list(split or fuse)), fused=bool(fuse))
     if vocab is not None:
         rebuilt = with_vocabulary(rebuilt, vocab)
     return rebuilt

@@ -12,8 +12,8 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, a
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.merge_result import MergeResult
 from surgery.engine.selection import Selection
-from surgery.onnx.edit.graph_plan import GraphEngine, GraphPlan, plan_graph, prove_structure
 from surgery.onnx.edit.opening import graph_at
+from surgery.onnx.merge.graph_plan import GraphEngine, GraphPlan, plan_graph, prove_structure
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.errors import FitError
@@ -79,9 +79,9 @@ def merge_graph(
 
 def _planned(graph: OnnxGraph, binding: Binding, run: Run, *, compare: bool) -> GraphPlan:
     """The plan; what is written is compared with the base while it is computed, a dry run does it here."""
-    from surgery.onnx.edit.changes import changes_of, touched_labels
-    from surgery.onnx.edit.locate import located_weights
-    from surgery.onnx.edit.wanted import wanted_weights
+    from surgery.onnx.locate.search import located_weights
+    from surgery.onnx.locate.wanted import wanted_weights
+    from surgery.onnx.merge.changes import changes_of, touched_labels
 
     located = located_weights(
         graph,

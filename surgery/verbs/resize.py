@@ -9,7 +9,7 @@ from __future__ import annotations
 from surgery.algebra.combination import Combination, CombinationPlan, combine_adapters, plan_combination
 from surgery.algebra.combine_result import CombineResult
 from surgery.algebra.output import write_combination
-from surgery.algebra.sums import Recipe
+from surgery.algebra.sums import CombineOptions
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, output_path
@@ -79,22 +79,22 @@ def resized(
     Raises:
         UsageError, InputError, FitError, NothingChangedError: as `resize`.
     """
-    recipe = Recipe.of("exact", Rank.of(rank))
-    if not recipe.truncates:
+    options = CombineOptions.of("exact", Rank.of(rank))
+    if not options.truncates:
         raise FitError("no size was chosen", hint="give a rank, an energy or an error")
     stored, target = float_type(dtype), None if to is None else format_to_write(to)
     source = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
-    combination = combine_adapters([WeightedAdapter(source, 1.0)], recipe, checkpoint)
+    combination = combine_adapters([WeightedAdapter(source, 1.0)], options, checkpoint)
     if all(update.outcome == "kept" for update in combination.updates):
-        raise _nothing_to_lose(combination, recipe)
+        raise _nothing_to_lose(combination, options)
     return plan_combination(combination, target or format_to_write(source.format), stored, "resize")
 
 
-def _nothing_to_lose(combination: Combination, recipe: Recipe) -> NothingChangedError:
+def _nothing_to_lose(combination: Combination, options: CombineOptions) -> NothingChangedError:
     highest = max((update.rank for update in combination.updates), default=0)
     file = combination.terms[0].adapter.path
-    if recipe.by_spectrum:
+    if options.by_spectrum:
         return NothingChangedError(
             f"no module can lose a direction within these bounds (the highest rank is {highest})",
             file=file,

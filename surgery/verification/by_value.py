@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does a graph of another exporter hold what a base and adapters make, weight by weight?
 
-Its tensors are located by value (`surgery.onnx.edit.locate`), so that nothing has to be run, and a model of any kind is
+Its tensors are located by value (`surgery.onnx.locate.search`), so that nothing has to be run, and a model of any kind is
 told.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.onnx.edit.changes import touched_labels
-from surgery.onnx.edit.locate import Located, located_weights
-from surgery.onnx.edit.wanted import wanted_weights
+from surgery.onnx.locate.search import Located, located_weights
+from surgery.onnx.locate.wanted import wanted_weights
+from surgery.onnx.merge.changes import touched_labels
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.onnx import open_graph

@@ -13,8 +13,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from surgery.onnx.edit.locate import Located, located_weights
-from surgery.onnx.edit.wanted import wanted_weights
+from surgery.onnx.locate.search import Located, located_weights
+from surgery.onnx.locate.wanted import wanted_weights
 from surgery_formats import open_checkpoint
 from surgery_formats.containers.onnx import open_graph
 

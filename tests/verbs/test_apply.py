@@ -95,6 +95,34 @@ steps:
     assert [step.place for step in result.steps] == ["memory", "output", "check"]
 
 
+def test_layers_in_memory_take_what_the_command_takes(kitchen: Path):
+    recipe = write("""\
+steps:
+  - {verb: layers, base: examples/base, fuse: gate-up, workers: 2, as: joined}
+  - {verb: merge, base: joined, adapters: examples/lora, without: ["*.gate_proj", "*.up_proj"], output: merged}
+""")
+    result = surgery.apply(recipe)
+    surgery.layers("examples/base", fuse="gate-up", output="a")
+    surgery.merge("a", "examples/lora", without=["*.gate_proj", "*.up_proj"], output="two")
+    assert largest(kitchen / "merged", kitchen / "two") == 0
+    assert [step.place for step in result.steps] == ["memory", "output"]
+
+
+def test_an_adapter_that_is_kept_beside_layers_that_are_not_is_written(kitchen: Path):
+    recipe = write("""\
+steps:
+  - {verb: layers, base: examples/base, drop: 2, adapter: examples/lora, adapter-out: kept, as: shallow}
+  - {verb: merge, base: shallow, adapters: shallow.adapter, output: merged}
+""")
+    for overwrite in (False, True):
+        result = surgery.apply(recipe, overwrite=overwrite)
+        assert [step.place for step in result.steps] == ["temporary", "output"]
+    surgery.layers("examples/base", drop="2", output="a", adapter="examples/lora", adapter_output="b")
+    assert files_of(Path("kept")).keys() == files_of(Path("b")).keys()
+    assert Path("kept/adapter_model.safetensors").read_bytes() == Path("b/adapter_model.safetensors").read_bytes()
+    assert {path.name for path in kitchen.iterdir()} == {"examples", "recipe.yaml", "merged", "kept", "a", "b"}
+
+
 def test_a_merge_in_front_of_an_export_is_the_exports(kitchen: Path):
     recipe = write("""\
 steps:
@@ -241,6 +269,21 @@ WRONG: Mapping[str, tuple[str, str]] = {
         "steps:\n  - {verb: resize, adapter: [examples/lora, examples/dora], rank: 2, output: o}\n",
         "step 1 (resize), line 2: adapter names 2",
     ),
+    "type, in memory": (
+        "steps:\n  - {verb: combine, adapters: examples/lora, density: some, as: a}\n"
+        "  - {verb: merge, base: examples/base, adapters: a, output: o}\n",
+        "step 1 (combine), line 2: density is a number, not str",
+    ),
+    "list, in memory": (
+        "steps:\n  - {verb: layers, base: examples/base, keep: [0, 1], as: b}\n"
+        "  - {verb: merge, base: b, adapters: examples/lora, output: o}\n",
+        "step 1 (layers), line 2: keep is a text, not list",
+    ),
+    "kind, in memory": (
+        "steps:\n  - {verb: layers, base: examples/base, fuse: kv, as: b}\n"
+        "  - {verb: merge, base: b, adapters: examples/lora, output: o}\n",
+        "step 1 (layers), line 2: no projection 'kv'",
+    ),
     "file": ("steps:\n  - {verb: merge, base: nowhere, adapters: y, output: o}\n", "step 1 (merge), line 2: no such"),
     "fault": (
         "steps:\n\n  - {verb: layers, base: examples/base, keep: 99, output: o}\n",
@@ -354,7 +397,7 @@ steps:
 def test_a_model_whose_adapter_was_moved_is_made_again_and_the_adapter_names_no_recipe(kitchen: Path):
     surgery.layers("examples/base", drop="2", output="out", adapter="examples/lora", adapter_output="moved")
     assert again("out", base="examples/base", adapter="examples/lora")
-    with pytest.raises(surgery.FitError, match="says not by which command it was made"):
+    with pytest.raises(surgery.FitError, match="does not say which command made it"):
         surgery.apply("moved/surgery_manifest.json", output="never")
 
 

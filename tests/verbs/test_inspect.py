@@ -26,7 +26,8 @@ from surgery_formats.containers.base import Shard
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, NotFoundError
 from surgery_formats.files.raw import open_file
-from surgery_formats.models.checkpoint import Component, open_checkpoint
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.module_tree import leaves, module_graph
 from surgery_formats.tensors.tensor import StoredTensor
 from tests.oracles import models

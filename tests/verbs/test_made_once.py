@@ -17,7 +17,8 @@ import surgery
 from surgery_formats.binding import bind as binding
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models import identity
-from surgery_formats.models.checkpoint import Checkpoint, Component, open_checkpoint
+from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.tensor import StoredTensor

@@ -18,7 +18,8 @@ from surgery_formats.arrays import Array
 from surgery_formats.containers.gguf.header import read_header
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.raw import open_file
-from surgery_formats.models.checkpoint import Component, open_checkpoint
+from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.storage.gguf.affine import AffineGrid
 from surgery_formats.storage.gguf.legacy import LEGACY
 from surgery_formats.tensors.ggml import BY_NAME

@@ -19,7 +19,8 @@ from surgery_formats.binding.sizes import component_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.expert_stacks import ExpertPath, ExpertRole, matrices_of, parse_expert_path, part_rows
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates import Factor, LoRA, Update

@@ -29,7 +29,8 @@ from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.binding.together import side_by_side
 from surgery_formats.canonical.adapter import Adapter, Ignored
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.storage.base import is_stacked
 from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.tensor import Tensor

@@ -13,7 +13,7 @@ from surgery_formats.binding.operation import Operation, at_weight
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.ungathered import UNGATHERED, is_ungathered
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.eras import experts_transposed
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.storage.base import is_stacked

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from surgery_formats.binding.sizes import slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import zeros

@@ -12,7 +12,8 @@ from dataclasses import replace
 from surgery_formats.binding.containers import fits
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.names import WeightSlice
 from surgery_formats.text import listing

@@ -10,7 +10,8 @@ from typing import Any
 
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.names import WeightSlice, extent
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.text import listing

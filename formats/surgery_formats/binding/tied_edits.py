@@ -16,7 +16,7 @@ from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.operation import Operation
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.storage.base import Storage, read_rows
 from surgery_formats.updates import is_row_setting, same_update
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.storage.parameter import Parameter
 
 __all__ = ["Node", "Totals", "leaves", "module_graph", "role_totals", "stored_ties"]

@@ -58,20 +58,9 @@ class ScaledWeight:
     others: tuple[StoredTensor, ...] = ()
     transposed: bool = False
 
-    @property
-    def dtype(self) -> DType:
-        """Products of codes and scales are float32."""
-        return DType.F32
-
-    @property
-    def elements(self) -> None:
-        """Values are coded."""
-        return
-
-    @property
-    def is_float(self) -> bool:
-        """Codes with their scales are numbers."""
-        return True
+    dtype = DType.F32
+    elements = None
+    is_float = True
 
     @property
     def bits(self) -> int:

@@ -13,7 +13,8 @@ from surgery.engine.quantised.mixed_config import SIDE_FILES, leave_alone, leave
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.storage.quantised import CONFIG_KEYS
 
 __all__ = ["coded_modules", "corrected_config", "corrected_quantisation_files", "task_config"]

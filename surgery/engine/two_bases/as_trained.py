@@ -17,7 +17,8 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.binding.edits import Edit
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.family import role_of
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.aligned import oriented

@@ -17,7 +17,8 @@ from surgery_formats.containers.sharded import index_bytes, index_name, output_n
 from surgery_formats.containers.weight_files import output_container
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import open_file
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 
 __all__ = ["kept_file", "remember_shards", "remember_side_files"]
 

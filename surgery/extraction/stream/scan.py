@@ -33,7 +33,7 @@ from surgery_formats.arrays import array_of, cast, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import NoiseTally
 from surgery_formats.linalg.svd import left_over, truncated_svd
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import StoredTensor

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes of graphs that exist, whoever made them."""
+"""Reading the nodes of a graph that exists, changing them, and writing it anew."""

@@ -22,7 +22,7 @@ from surgery.onnx.graph.weights import Replaceable
 from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.inserted import as_fields, with_inserted
 from surgery_formats.models.families.recipe import Model
 

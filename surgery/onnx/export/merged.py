@@ -22,7 +22,7 @@ from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, Sid
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model, Projection
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor

@@ -23,7 +23,7 @@ from surgery.onnx.run.ports import cpu_session
 from surgery_formats.binding.prompt_fit import check_prompt
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
 

@@ -21,7 +21,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import ClassifierHead, Model
 from surgery_formats.storage.base import read_rows

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy.typing as npt
 
-from surgery.onnx.edit.additions import Additions, additions_of, factors_of
 from surgery.onnx.export.adapters import NamedAdapter
+from surgery.onnx.export.additions import Additions, additions_of, factors_of
 from surgery.onnx.export.replaced import is_small, is_untouched, own_labels, replaced_array
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import Binding, bind
@@ -22,7 +22,8 @@ from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
 

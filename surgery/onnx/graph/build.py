@@ -22,7 +22,7 @@ from surgery.onnx.graph.weights import GraphTensor, GraphWeights, Replaceable
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
 from surgery_formats.tensors.unwritten import UnwrittenFile

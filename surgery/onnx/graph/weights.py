@@ -13,7 +13,7 @@ from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing

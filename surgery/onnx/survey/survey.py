@@ -20,7 +20,7 @@ from surgery_formats.containers.base import Shard
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.dtypes import DType
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing

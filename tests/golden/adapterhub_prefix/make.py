@@ -6,12 +6,14 @@ aligns at the first key, so that each token sees as many keys too few as the pre
 
 Run it in an environment with ``torch==2.13.0 adapters==1.3.0``::
 
-    python make.py                       # rewrites the files beside it
-    python make.py FOLDER NAME LOGITS    # loads the adapter NAME of FOLDER instead, and writes its logits
+    python make.py [--check]
+    python make.py --load FOLDER NAME LOGITS    # loads the adapter NAME of FOLDER instead, and writes its logits
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -41,8 +43,8 @@ def seeded(model: LlamaForCausalLM, seed: int, only: str = "") -> None:
                 parameter.copy_(0.4 * torch.randn_like(parameter))
 
 
-def loaded() -> LlamaForCausalLM:
-    model = LlamaForCausalLM.from_pretrained(HERE / "base", attn_implementation="eager")
+def loaded(root: Path) -> LlamaForCausalLM:
+    model = LlamaForCausalLM.from_pretrained(root / "base", attn_implementation="eager")
     adapters.init(model)
     return model
 
@@ -53,21 +55,35 @@ def write_logits(model: LlamaForCausalLM, name: str, file: Path) -> None:
         save_file({"logits": model.eval()(input_ids=IDS).logits.contiguous()}, file)
 
 
-def main() -> None:
-    if len(sys.argv) == 4:
-        model = loaded()
-        name = model.load_adapter(sys.argv[1], load_as=sys.argv[2], use_safetensors=True)
-        write_logits(model, name, Path(sys.argv[3]))
-        return
+def make(root: Path) -> None:
     base = LlamaForCausalLM(CONFIG)
     seeded(base, 0)
-    base.save_pretrained(HERE / "base")
+    base.save_pretrained(root / "base")
+    (root / "base" / "generation_config.json").unlink()
     for name, config in CASES.items():
-        model = loaded()
+        model = loaded(root)
         model.add_adapter("task", config=config)
         seeded(model, 5, ".task.")
-        write_logits(model, "task", HERE / f"{name}.logits.safetensors")
-        model.save_adapter(str(HERE / name), "task")
+        write_logits(model, "task", root / f"{name}.logits.safetensors")
+        model.save_adapter(str(root / name), "task", with_head=False)
+        file = root / name / "adapter_config.json"  # which names the folder that the model was loaded from
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_name": "base"}, indent=2, sort_keys=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--load", nargs=3, metavar=("FOLDER", "NAME", "LOGITS"))
+    options = parser.parse_args()
+    if options.load:
+        folder, name, logits = options.load
+        model = loaded(HERE)
+        write_logits(model, model.load_adapter(folder, load_as=name, use_safetensors=True), Path(logits))
+        return
+    sys.path.insert(0, str(HERE.parent))
+    from regenerate import keep, same_values
+
+    keep(HERE, make, check=options.check, same=same_values)
 
 
 if __name__ == "__main__":

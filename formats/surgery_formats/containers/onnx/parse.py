@@ -45,7 +45,8 @@ def _is_text(message: Any) -> bool:
 
 def _inner(message: Any, name: str, repeated: bool) -> Iterable[Any]:
     if repeated:
-        return getattr(message, name)  # type: ignore[no-any-return]
+        several: Iterable[Any] = getattr(message, name)
+        return several
     return (getattr(message, name),) if message.HasField(name) else ()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.rebuilt.layer_config import layer_config
 from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt, copy_of, one_network, with_configs, with_shards
 from surgery_formats.models.rebuilt.stack import LayerStack, layer_stack

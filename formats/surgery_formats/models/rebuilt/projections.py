@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import FileRange, joined_file
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.families.projections import PROJECTIONS, FusedProjection, heights_by_config
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt, one_network, with_shards
 from surgery_formats.tensors.tensor import StoredTensor

@@ -14,7 +14,8 @@ from surgery_formats.containers.base import Shard
 from surgery_formats.containers.sharded import shard_names
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import FileRange, joined_file
-from surgery_formats.models.checkpoint import Checkpoint, Component
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["Dropped", "Rebuilt", "copy_of", "one_network", "rebuilt_of", "with_configs", "with_shards"]

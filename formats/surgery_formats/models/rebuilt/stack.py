@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.text import listing, show
 
 __all__ = ["COUNTS", "LayerStack", "layer_stack", "numbered"]

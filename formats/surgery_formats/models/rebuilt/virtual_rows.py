@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import FileRange, joined_file, nameless_file
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt, one_network, with_shards
 from surgery_formats.models.rebuilt.vocabulary import mean_row, vocabulary_size, vocabulary_tensors, with_size
 from surgery_formats.tensors.tensor import StoredTensor

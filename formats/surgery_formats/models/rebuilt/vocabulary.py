@@ -16,7 +16,7 @@ from typing import Any
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.files.raw import FileRange, joined_file, nameless_file
-from surgery_formats.models.checkpoint import Component
+from surgery_formats.models.component import Component
 from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt, one_network, with_shards
 from surgery_formats.storage.base import read_values
 from surgery_formats.storage.plain import Plain
