@@ -70,7 +70,7 @@ def operate(out: Path) -> None:
     print("\n# once more without rounding to bfloat16, to be compared with the attached adapter", end="")
     surgery("merge", base, lora, "-o", _shown(out / "merged-fp32"), "--dtype", "fp32", "--overwrite", "--quiet")
     surgery("convert", lora, "--to", "mlx", "-o", _shown(out / "lora-mlx"), "--base", base, "--overwrite")
-    for rank in RANKS:
+    for rank in sorted(RANKS, key=lambda rank: rank != SHOWN_RANK):  # the one that is shown, then the others
         words = ("-o", _shown(out / f"rank-{rank}"), "--rank", str(rank), "--overwrite")
         loud = rank == SHOWN_RANK
         if not loud:

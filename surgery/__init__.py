@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from surgery.comparison.graph_diff import GraphDiff as GraphDiff
     from surgery.comparison.results import AdapterDiff as AdapterDiff
     from surgery.engine.inputs import open as open
-    from surgery.engine.rebuild.recovery_result import RecoveryResult as RecoveryResult
+    from surgery.onnx.recover.result import RecoveryResult as RecoveryResult
     from surgery.onnx.run.sampling import Sampling as Sampling
     from surgery.rank import Rank as Rank
     from surgery.reports.result import Result as Result
@@ -92,7 +92,7 @@ else:
             "surgery._version": ["__version__"],
             "surgery.comparison.results": ["AdapterDiff"],
             "surgery.comparison.graph_diff": ["GraphDiff"],
-            "surgery.engine.rebuild.recovery_result": ["RecoveryResult"],
+            "surgery.onnx.recover.result": ["RecoveryResult"],
             "surgery.comparison.checkpoints": ["CheckpointDiff"],
             "surgery.engine.inputs": ["open"],
             "surgery.onnx.run.sampling": ["Sampling"],

@@ -117,7 +117,7 @@ def execute(
     plan: Plan,
     output: str | os.PathLike[str],
     run: Run,
-    finish: Callable[[Ledger], Mapping[str, bytes]],
+    finish: Callable[[Ledger], Mapping[str, bytes]] | None = None,
     engine: Engine | None = None,
     last: Callable[[OutputFolder], None] | None = None,
     good: Verify | None = None,
@@ -129,7 +129,7 @@ def execute(
         output: Folder that must not exist yet (see `Run.overwrite`).
         run: How.
         finish: Called with the measured ledger before the commit; returns further small files. It may raise to undo
-            everything.
+            everything. None adds no file.
         engine: Where weights are computed; None is this process.
         last: Called when every file is in the staged folder. It may read them and add others, or raise to undo
             everything.
@@ -147,7 +147,7 @@ def execute(
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
             write_side_file(side, folder)
-        for name, data in finish(ledger).items():
+        for name, data in (finish(ledger) if finish is not None else {}).items():
             folder.write_small(name, data)
         if last is not None:
             last(folder)

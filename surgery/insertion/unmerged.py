@@ -175,7 +175,7 @@ def insert_unmerged(
                 within = f"{one.apart.folder}/" if one.apart.folder else ""
                 put_adapter(one.rendered.rendering, folder, within)
 
-    ledger = execute(plan, output, run, lambda ledger: {}, last=last)
+    ledger = execute(plan, output, run, last=last)
     return replace(result, output=output, ledger=ledger)
 
 

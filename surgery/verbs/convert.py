@@ -54,7 +54,7 @@ from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
     from surgery.algebra.lora_form import LoraForm
-    from surgery.engine.rebuild.recovery_result import RecoveryResult
+    from surgery.onnx.recover.result import RecoveryResult
     from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.models.checkpoint import Checkpoint
 

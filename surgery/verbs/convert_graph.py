@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
-from surgery.engine.rebuild.recovery_result import RecoveryResult
 from surgery.onnx.edit.opening import graph_at
 from surgery.onnx.recover.recovered import recovered
+from surgery.onnx.recover.result import RecoveryResult
 from surgery.progress import Callback
 from surgery_formats.adapters.registry import format_at
 from surgery_formats.dtypes import DType
@@ -64,9 +63,5 @@ def convert_graph(
     result = RecoveryResult(None, Ledger(plan), str(rebuilt.facts["names"]), plan.warnings)
     if output is None:
         return result
-    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress), _nothing)
+    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress))
     return replace(result, output=output, ledger=ledger)
-
-
-def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
-    return {}

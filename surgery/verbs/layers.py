@@ -120,14 +120,14 @@ def layers(
         return result
     run = Run(workers, None, "cpu", verify_copies, overwrite, progress)
     if move is None:
-        return replace(result, output=folder, ledger=execute(plan, folder, run, _nothing))
+        return replace(result, output=folder, ledger=execute(plan, folder, run))
     beside = local_path(adapter_output if adapter_output is not None else "", "adapter_output")
     warnings: list[str] = []
 
     def last(staged: OutputFolder) -> None:  # before the model appears, so that neither is there without the other
         warnings.extend(move.write(beside, overwrite=overwrite, progress=progress).warnings)
 
-    ledger = execute(plan, folder, run, _nothing, last=last)
+    ledger = execute(plan, folder, run, last=last)
     told = (*plan.warnings, *warnings)
     return replace(result, output=folder, ledger=ledger, adapter=move.account(beside), warnings=told)
 
@@ -136,10 +136,6 @@ def _has_adapters(checkpoint: Checkpoint) -> bool:
     """Whether adapters lie in the folder of a model: the model alone is something else."""
     folder = checkpoint.path
     return folder.is_dir() and any((*folder.glob("adapter_config.json"), *folder.glob("*/adapter_config.json")))
-
-
-def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
-    return {}
 
 
 def rebuild(

@@ -7,7 +7,7 @@ Of three things, a base, an adapter and their merge, it finds either of the firs
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from surgery.engine.execute import Run, execute
@@ -113,7 +113,7 @@ def unmerge(
         if folder is None:
             return UnmergeResult(None, Ledger(restored.plan))
         ledger = execute(
-            restored.plan, folder, run, _nothing, restored, lambda staged: prove_base(staged, restored.base_id)
+            restored.plan, folder, run, engine=restored, last=lambda staged: prove_base(staged, restored.base_id)
         )
         return UnmergeResult(folder, ledger, restored.base_id)
     return _estimated(merged, weighted, folder, run)
@@ -134,10 +134,6 @@ def kept_beside(model: Checkpoint) -> Path | None:
     """What a reversible merge kept in the folder of a merged model; None without it."""
     beside = model.path / BASE_ROUNDING
     return beside if beside.is_file() else None
-
-
-def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
-    return {}
 
 
 def _estimated(
@@ -164,7 +160,7 @@ def _estimated(
             if (path := staged.staged / name).is_file():
                 same[name] = fingerprint(open_file(path)) == expected
 
-    ledger = execute(estimated.plan, folder, run, _nothing, estimated, last)
+    ledger = execute(estimated.plan, folder, run, engine=estimated, last=last)
     exact = bool(same) and all(same.values())
     estimate = () if exact else ("this is an estimate: rounding lost what a reversible merge would have kept",)
     warnings = (*estimate, *of_codes.warnings)

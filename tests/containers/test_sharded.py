@@ -148,7 +148,7 @@ def test_several_files_without_an_index_are_refused(sharded: Path) -> None:
 # -------------------------------------------------------------------------------------------- disagreement
 
 
-def refused(folder: Path, what: str, tensor: str | None = None) -> None:
+def assert_refused(folder: Path, what: str, tensor: str | None = None) -> None:
     with pytest.raises(MalformedError, match=what) as caught:
         open_folder_tensors(folder)
     if tensor is not None:
@@ -159,33 +159,33 @@ def refused(folder: Path, what: str, tensor: str | None = None) -> None:
 
 def test_a_tensor_in_no_shard_is_refused(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE, "b": ONE, "d": TWO})
-    refused(sharded, "1 of its 4 tensors", "d")
+    assert_refused(sharded, "1 of its 4 tensors", "d")
 
 
 def test_a_tensor_missing_from_the_index_is_refused(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE})
-    refused(sharded, "not in the index", "b")
+    assert_refused(sharded, "not in the index", "b")
 
 
 def test_a_tensor_in_another_shard_than_the_index_names_is_refused(sharded: Path) -> None:
     index(sharded / INDEX, {"c": TWO, "a": ONE, "b": TWO})
-    refused(sharded, "but the index says", "b")
+    assert_refused(sharded, "but the index says", "b")
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
     put(sharded / TWO, "c", "a", value=2.0)
-    refused(sharded, "is in .* and in", "a")
+    assert_refused(sharded, "is in .* and in", "a")
 
 
 def test_a_stale_index_beside_a_single_file_is_refused(sharded: Path) -> None:
     put(sharded / "model.safetensors", "a")
     (sharded / TWO).unlink()
-    refused(sharded, "is missing.*left over")
+    assert_refused(sharded, "is missing.*left over")
 
 
 def test_two_models_in_a_folder_are_refused(sharded: Path) -> None:
     put(sharded / "model.safetensors", "a")
-    refused(sharded, "two models")
+    assert_refused(sharded, "two models")
 
 
 def test_an_index_of_a_single_file_is_read(tmp_path: Path) -> None:
@@ -246,37 +246,37 @@ def test_unsafe_names_in_an_index_are_refused(case: str, tmp_path: Path) -> None
     put(folder / "sub" / "x.safetensors", "a")
     put(folder / "x.bin", "a")
     index(folder / INDEX, {"a": NAMES[case]})
-    refused(folder, "file name|does not end in|is not a string")
+    assert_refused(folder, "file name|does not end in|is not a string")
 
 
 def test_names_that_differ_only_in_case_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "A.safetensors", "a")
     put(tmp_path / "a.safetensors", "b")
     index(tmp_path / INDEX, {"a": "A.safetensors", "b": "a.safetensors"})
-    refused(tmp_path, "one file on some systems")
+    assert_refused(tmp_path, "one file on some systems")
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {}, "x"])
 def test_an_index_without_a_weight_map_is_refused(weight_map: Any, tmp_path: Path) -> None:
     index(tmp_path / INDEX, weight_map)
-    refused(tmp_path, "no weight_map")
+    assert_refused(tmp_path, "no weight_map")
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{", b'{"weight_map":{"a":"x","a":"y"}}', b'{"weight_map":NaN}', b"\xff"])
 def test_an_index_that_is_not_json_is_refused(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / INDEX).write_bytes(raw)
-    refused(tmp_path, "JSON|twice")
+    assert_refused(tmp_path, "JSON|twice")
 
 
 def test_a_giant_index_is_refused(tmp_path: Path) -> None:
     with open(tmp_path / INDEX, "wb") as file:
         file.truncate((64 << 20) + 1)
-    refused(tmp_path, "bytes of JSON")
+    assert_refused(tmp_path, "bytes of JSON")
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / TWO).unlink()
-    refused(sharded, f"'{TWO}' is missing")
+    assert_refused(sharded, f"'{TWO}' is missing")
 
 
 def link(sharded: Path, target: Path) -> None:
@@ -287,7 +287,7 @@ def link(sharded: Path, target: Path) -> None:
 
 def test_a_link_out_of_the_folder_is_refused(sharded: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     link(sharded, tmp_path_factory.mktemp("else") / "secret.safetensors")
-    refused(sharded, "leads out of the folder")
+    assert_refused(sharded, "leads out of the folder")
 
 
 def test_a_link_inside_the_folder_is_followed(sharded: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_link_inside_the_folder_is_followed(sharded: Path) -> None:
 def test_a_cycle_of_links_is_refused(sharded: Path) -> None:
     (sharded / TWO).unlink()
     (sharded / TWO).symlink_to(TWO)
-    refused(sharded, "leads out of the folder")
+    assert_refused(sharded, "leads out of the folder")
 
 
 def test_a_broken_link_is_not_found(sharded: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_broken_link_is_not_found(sharded: Path) -> None:
 def test_a_pipe_as_shard_does_not_hang(sharded: Path) -> None:
     (sharded / TWO).unlink()
     os.mkfifo(sharded / TWO)
-    refused(sharded, "regular file")
+    assert_refused(sharded, "regular file")
 
 
 def hub_cache(root: Path, inner: str, outside: Mapping[str, str] = {}) -> Path:
@@ -336,4 +336,4 @@ def test_links_within_a_hub_cache_are_followed(inner: str, tmp_path: Path) -> No
 
 
 def test_links_out_of_a_hub_cache_are_refused(tmp_path: Path) -> None:
-    refused(hub_cache(tmp_path, "", {TWO: "secret.safetensors"}), "leads out of the folder")
+    assert_refused(hub_cache(tmp_path, "", {TWO: "secret.safetensors"}), "leads out of the folder")

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from safetensors.numpy import load_file
 
 import surgery
-from surgery.engine.rebuild.recovery_result import RecoveryResult
+from surgery.onnx.recover.result import RecoveryResult
 from surgery_cli.group import surgery as command
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, OutputExistsError, UsageError

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from surgery._version import __version__
@@ -122,8 +121,4 @@ def write_checkpoint(
         facts=facts,
         warnings=remarks,
     )
-    return execute(plan, folder, run, _nothing), remarks
-
-
-def _nothing(ledger: Ledger) -> Mapping[str, bytes]:
-    return {}
+    return execute(plan, folder, run), remarks

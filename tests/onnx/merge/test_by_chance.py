@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery_formats.errors import FitError
-from tests.onnx.merge.test_merge_graph import PLACES, WEIGHTS, lora, merged_weights, values_in
 from tests.support.graphs_by_value import base_of, graph_of, initializer, located, nbits
+from tests.support.merged_graphs import PLACES, WEIGHTS, lora, merged_weights, values_in
 
 FIRST, SECOND = PLACES["q"], "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

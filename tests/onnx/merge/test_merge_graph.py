@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 from onnx import helper, numpy_helper
 from safetensors.numpy import load_file, save_file
@@ -22,49 +20,11 @@ from surgery.onnx.merge.changes import changes_of, touched_labels
 from surgery.onnx.merge.graph_plan import plan_graph
 from surgery_formats.binding.bind import bind
 from surgery_formats.containers.onnx import open_graph
-from surgery_formats.errors import FitError, NothingChangedError, ProofError, UsageError
+from surgery_formats.errors import FitError
 from surgery_formats.files.output.folder import FileRecord
-from tests.support.graphs_by_value import base_of, graph_of, initializer, nbits, random_weights
+from tests.support.graphs_by_value import base_of, graph_of, initializer, nbits
+from tests.support.merged_graphs import PLACES, WEIGHTS, lora, merged_weights, values_in
 from tests.support.peft_kinds import Combination, made, sample
-
-SHAPES = {
-    **{f"model.layers.{n}.self_attn.{x}_proj.weight": (rows, 24) for n in range(2) for x, rows in (("q", 32), ("k", 16), ("v", 16))},
-    **{f"model.layers.{n}.self_attn.o_proj.weight": (24, 32) for n in range(2)},
-    **{f"model.layers.{n}.input_layernorm.weight": (24,) for n in range(2)},
-}  # fmt: skip
-WEIGHTS = random_weights(SHAPES)
-PLACES = {short: f"model.layers.0.self_attn.{short}_proj.weight" for short in "qkvo"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return base_of(tmp_path_factory.mktemp("base"), WEIGHTS)
-
-
-def lora(folder: Path, *shorts: str, layer: int = 0, seed: int = 1, size: float = 0.05) -> Path:
-    """A LoRA of rank 2 on projections of a layer."""
-    rng = np.random.default_rng(seed)
-    tensors = {}
-    for short in shorts:
-        name = f"model.layers.{layer}.self_attn.{short}_proj"
-        rows, cols = WEIGHTS[f"{name}.weight"].shape
-        tensors[f"base_model.model.{name}.lora_A.weight"] = rng.standard_normal((2, cols)).astype("f4") * size
-        tensors[f"base_model.model.{name}.lora_B.weight"] = rng.standard_normal((rows, 2)).astype("f4")
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [f"{s}_proj" for s in shorts]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def values_in(path: Path) -> dict[str, np.ndarray]:
-    return {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
-
-
-def merged_weights(base: Path, adapters: Any, folder: Path) -> dict[str, np.ndarray]:
-    surgery.merge(base, adapters, output=folder)
-    return load_file(folder / "model.safetensors")
-
 
 LAYOUTS: Mapping[str, Any] = {
     "as it is": lambda w: {"q": w["q"], "k": w["k"]},
@@ -172,61 +132,6 @@ def test_several_adapters_with_weights(tmp_path: Path, base: Path) -> None:
     assert all(np.array_equal(found[name], value.T) for name, value in merged.items())
 
 
-@pytest.mark.parametrize("dtype", ["f4", "f2"])
-def test_verify_tells_a_merge_by_value(tmp_path: Path, base: Path, dtype: str) -> None:
-    tensors = [initializer(f"val_{n}", value.T.astype(dtype)) for n, value in enumerate(WEIGHTS.values())]
-    path = graph_of(tmp_path / "in" / "g.onnx", tensors)
-    adapter = lora(tmp_path / "adapter", "q", "v")
-    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
-    checks = {
-        check.name: check.detail for check in surgery.verify(tmp_path / "out", against=base, adapters=adapter).checks
-    }
-    assert checks["weights by value"] == "10 as base and adapters make them, 2 of these updated"
-    assert "files" in checks
-    assert surgery.verify(path, against=base).checks[0].detail == "10 as the base has them"
-    with pytest.raises(ProofError, match=r"2 weights have other values than base and adapters make: .* is \d"):
-        surgery.verify(path, against=base, adapters=adapter)
-    with pytest.raises(ProofError, match="other values"):
-        surgery.verify(tmp_path / "out", against=base)
-
-
-def test_verify_refuses_weights_that_an_adapter_changed_beyond_recognition(tmp_path: Path, base: Path) -> None:
-    tensors = [initializer(f"val_{n}", value.T) for n, value in enumerate(WEIGHTS.values())]
-    path = graph_of(tmp_path / "in" / "g.onnx", tensors)
-    surgery.merge(path, lora(tmp_path / "adapter", "q", "v", size=3), graph_of=base, output=tmp_path / "out")
-    with pytest.raises(ProofError, match=r"2 weights have other values than base and adapters make: [^%]*$"):
-        surgery.verify(tmp_path / "out", against=base)
-
-
-def test_verify_looks_at_the_files_of_a_changed_graph_without_its_base(tmp_path: Path, base: Path) -> None:
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T)])
-    surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
-    found = surgery.verify(tmp_path / "out")
-    assert ([check.name for check in found.checks], len(found.notes)) == (["files", "computed tensors"], 1)
-    raw = bytearray((tmp_path / "out" / "g.onnx").read_bytes())
-    raw[raw.index(values_in(tmp_path / "out" / "g.onnx")["w"].tobytes())] ^= 1
-    (tmp_path / "out" / "g.onnx").write_bytes(raw)
-    with pytest.raises(ProofError, match="changed since"):
-        surgery.verify(tmp_path / "out")
-    with pytest.raises(FitError, match=r"no surgery_manifest\.json") as caught:
-        surgery.verify(path)
-    assert "against=" in str(caught.value.hint)
-
-
-def test_verify_takes_sums_in_another_order(tmp_path: Path, base: Path) -> None:
-    adapter = lora(tmp_path / "adapter", "q", "v")
-    merged = merged_weights(base, adapter, tmp_path / "checkpoint")
-    factors = load_file(adapter / "adapter_model.safetensors")
-    for short in "qv":
-        stem = PLACES[short].removesuffix(".weight")
-        b, a = (factors[f"base_model.model.{stem}.lora_{x}.weight"].astype("f8") for x in "BA")
-        merged[PLACES[short]] = (WEIGHTS[PLACES[short]] + 2 * (b @ a)).astype("f4")
-    path = graph_of(
-        tmp_path / "in" / "g.onnx", [initializer(f"v{n}", value.T) for n, value in enumerate(merged.values())]
-    )
-    assert surgery.verify(path, against=base, adapters=adapter).checks
-
-
 def test_a_dry_run_names_what_would_change(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T)])
     result = surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, dry_run=True)
@@ -257,102 +162,6 @@ def test_files_that_run_the_graph_go_along(tmp_path: Path, base: Path) -> None:
     assert {one.name for one in (tmp_path / "out").iterdir()} == {
         "g.onnx", "g.onnx.data", "genai_config.json", "surgery_manifest.json",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", [lambda w: w, lambda w: w.T, lambda w: np.concatenate([w, WEIGHTS[PLACES["k"]]])])
-def test_a_merged_graph_is_refused(tmp_path: Path, base: Path, layout: Any) -> None:
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", layout(WEIGHTS[PLACES["q"]]))])
-    adapter = lora(tmp_path / "adapter", "q")
-    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "once")
-    with pytest.raises(FitError, match="merged already"):
-        surgery.merge(tmp_path / "once", adapter, graph_of=base, output=tmp_path / "twice")
-    with pytest.raises(FitError, match=r"there with other values, up to \d"):
-        surgery.merge(tmp_path / "once", lora(tmp_path / "b", "q", seed=4), graph_of=base, output=tmp_path / "twice")
-    assert not (tmp_path / "twice").exists()
-
-
-@pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("layout", [lambda w: w, lambda w: w.T, lambda w: np.concatenate([WEIGHTS[PLACES["v"]], w]).T])
-def test_one_wrong_element_that_no_sample_has_is_refused(
-    tmp_path: Path, base: Path, layout: Any, dry_run: bool
-) -> None:
-    wrong = WEIGHTS[PLACES["q"]].copy()
-    wrong[17, 13] += 1e-6
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", layout(wrong))])
-    with pytest.raises(FitError, match="q_proj"):
-        surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out", dry_run=dry_run)
-    assert not (tmp_path / "out").exists()
-
-
-def test_another_base_is_refused_by_name(tmp_path: Path, base: Path) -> None:
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", random_weights(SHAPES, 7)[PLACES["q"]])])
-    with pytest.raises(FitError, match=r"1 weights that an adapter changes are not in the graph: .*q_proj"):
-        surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
-
-
-def test_a_part_of_a_weight_is_not_enough(tmp_path: Path, base: Path) -> None:
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]][:24])])
-    with pytest.raises(FitError, match=r"q_proj.*found of them: .*75%"):
-        surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
-
-
-def test_weights_that_share_a_tensor_are_refused(tmp_path: Path) -> None:
-    equal = {**WEIGHTS, "model.layers.1.self_attn.q_proj.weight": WEIGHTS[PLACES["q"]]}
-    base = base_of(tmp_path / "base", equal)
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])])
-    with pytest.raises(FitError, match="weights of equal values"):
-        surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
-
-
-def test_what_the_order_alone_tells_is_not_changed(tmp_path: Path) -> None:
-    zeros = {f"model.layers.{n}.self_attn.q_proj.bias": np.zeros(32, "f4") for n in range(2)}
-    base = base_of(tmp_path / "base", {**WEIGHTS, **zeros})
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    q = "base_model.model.model.layers.0.self_attn.q_proj"
-    trained = {
-        f"{q}.lora_A.weight": np.ones((1, 24)),
-        f"{q}.lora_B.weight": np.ones((32, 1)),
-        f"{q}.base_layer.bias": np.ones(32),
-    }
-    save_file({name: value.astype("f4") for name, value in trained.items()}, adapter / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA",
-        "r": 1,
-        "lora_alpha": 1,
-        "target_modules": ["q_proj"],
-        "bias": "lora_only",
-        "layers_to_transform": [0],
-    }
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    names = [name for name in WEIGHTS if "q_proj" in name]
-    tensors = [initializer(f"val_{n}", WEIGHTS[name].T) for n, name in enumerate(names)]
-    tensors += [initializer(f"b_{n}", np.zeros(32, "f4")) for n in range(2)]
-    path = graph_of(tmp_path / "in" / "g.onnx", tensors)
-    with pytest.raises(FitError, match="by the order of the graph alone"):
-        surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
-    nodes = []
-    for n in (1, 0):
-        nodes.append(helper.make_node("MatMul", ["x", f"val_{n}"], [f"m{n}"]))
-        nodes.append(helper.make_node("Add", [f"m{n}", f"b_{1 - n}"], [f"y{n}"]))
-    path = graph_of(tmp_path / "in" / "h.onnx", tensors, nodes)
-    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
-    found = values_in(tmp_path / "out" / "h.onnx")
-    assert (found["b_1"].tolist(), found["b_0"].tolist()) == ([1] * 32, [0] * 32)
-
-
-def test_an_update_that_changes_nothing_is_refused(tmp_path: Path, base: Path) -> None:
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])])
-    with pytest.raises(NothingChangedError):
-        surgery.merge(path, lora(tmp_path / "a", "q", size=0), graph_of=base, output=tmp_path / "out")
-
-
-def test_what_a_graph_has_no_place_for_is_refused(tmp_path: Path, base: Path) -> None:
-    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])])
-    with pytest.raises(UsageError, match="needs the checkpoint"):
-        surgery.merge(path, lora(tmp_path / "b", "q"), output=tmp_path / "out")
-    with pytest.raises(UsageError, match="keeps its types"):
-        surgery.merge(path, lora(tmp_path / "a", "q"), graph_of=base, output=tmp_path / "out", dtype="fp16")
 
 
 @pytest.mark.parametrize("zeros", [False, True])

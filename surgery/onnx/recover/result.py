@@ -84,4 +84,4 @@ class RecoveryResult:
             sections.append(Table(columns, tuple((t.label, t.outcome, t.shape, t.dtype.label) for t in plan.tensors)))
         if self.output is None:
             sections.append(DRY_RUN)
-        return Summary("conversion", (*sections, *warning_notes(self.warnings)))
+        return Summary("Conversion", (*sections, *warning_notes(self.warnings)))
