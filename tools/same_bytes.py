@@ -59,8 +59,22 @@ class Written:
 # --- running ------------------------------------------------------------------------------------------------------------
 
 
-def run_jobs(checkout: Path, jobs: Sequence[Job], place: Path, *, old_plans: bool = False) -> dict[str, Written]:
-    """Run the jobs with the code of `checkout` in `place`, which holds the inputs; `old_plans` as in `_content`."""
+@dataclass(frozen=True)
+class Leave:
+    """What of manifests is not compared.
+
+    Attributes:
+        old_plans: The plan of an export. Older checkouts wrote the resume id there, a digest of inodes and modification
+            times, so that copies of the inputs gave other bytes. Such a checkout can be compared only without this value.
+        keys: Keys that one of the checkouts has on purpose and the other lacks.
+    """
+
+    old_plans: bool = False
+    keys: tuple[str, ...] = ()
+
+
+def run_jobs(checkout: Path, jobs: Sequence[Job], place: Path, leave: Leave) -> dict[str, Written]:
+    """Run the jobs with the code of `checkout` in `place`, which holds the inputs."""
     logs = place / "logs"
     commands, owners = [], []
     for job in jobs:
@@ -96,7 +110,7 @@ def run_jobs(checkout: Path, jobs: Sequence[Job], place: Path, *, old_plans: boo
         if fault := _fault(job, ended["code"], stderr.read_text(errors="replace")):
             written[job.name].faults.append(f"surgery {line}: {fault}")
     for job in jobs:
-        written[job.name].files = dict(_hashes(place / "out" / job.name, old_plans))
+        written[job.name].files = dict(_hashes(place / "out" / job.name, leave))
         if bool(written[job.name].files) == bool(job.code):
             written[job.name].faults.append("something was written" if job.code else "nothing was written")
     return written
@@ -114,28 +128,34 @@ def _fault(job: Job, code: int, stderr: str) -> str:
     return ""
 
 
-def _hashes(folder: Path, old_plans: bool = False) -> Iterator[tuple[str, tuple[str, int]]]:
+def _hashes(folder: Path, leave: Leave = Leave()) -> Iterator[tuple[str, tuple[str, int]]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             yield name, (f"link to {path.readlink()}", 0)
         elif path.is_file():
-            data = _content(path, old_plans)
+            data = _content(path, leave)
             yield name, (hashlib.sha256(data).hexdigest(), len(data))
         elif not any(path.iterdir()):
             yield f"{name}/", ("empty folder", 0)
 
 
-def _content(path: Path, old_plans: bool) -> bytes:
-    """The bytes of a file; with `old_plans`, without the plan in the manifest of an export.
-
-    Older checkouts wrote the resume id there, a digest of inodes and modification times, so that copies of the inputs gave
-    other bytes. Such a checkout can be compared only without this value.
-    """
+def _content(path: Path, leave: Leave) -> bytes:
+    """The bytes of a file that are compared: of a manifest without what is left out."""
     data = path.read_bytes()
-    if old_plans and path.name == "surgery_manifest.json" and b'\n "export": {' in data:
+    if path.name != "surgery_manifest.json":
+        return data
+    if leave.old_plans and b'\n "export": {' in data:
         data = re.sub(rb'(\n "plan": )"[0-9a-f]{64}"', rb'\1"(not compared)"', data)
+    manifest = _parsed(data)
+    if isinstance(manifest, dict) and any(key in manifest for key in leave.keys) and _as_written(manifest) == data:
+        data = _as_written({key: value for key, value in manifest.items() if key not in leave.keys})
     return data
+
+
+def _as_written(manifest: Mapping[str, Any]) -> bytes:
+    """The bytes of a manifest: a file that differs from them in its layout is compared as it is."""
+    return json.dumps(manifest, sort_keys=True, indent=1).encode() + b"\n"
 
 
 # --- comparing ----------------------------------------------------------------------------------------------------------
@@ -249,6 +269,13 @@ def _options() -> argparse.Namespace:
         action="store_true",
         help="ignore the plan in manifests of exports, which used to depend on inodes",
     )
+    parser.add_argument(
+        "--new-keys",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help="keys of manifests that one of the checkouts has on purpose: manifests are compared without them",
+    )
     options = parser.parse_args()
     if not (options.after or options.record) or (options.record and not options.before):
         parser.error("--after is missing" if not options.record else "--record needs --before")
@@ -264,10 +291,11 @@ def _compare(options: argparse.Namespace, jobs: Sequence[Job], folder: Path) -> 
     inputs = hashlib.sha256(json.dumps(dict(_hashes(folder / first))).encode()).hexdigest()
     for other in others:
         shutil.copytree(folder / first, folder / other)
+    leave = Leave(options.old_plans, tuple(options.new_keys))
     lanes = 1 if others else 2  # two processes work at a time
     with ThreadPoolExecutor(2) as pool:
         runs = [
-            (name, pool.submit(run_jobs, path, jobs[lane::lanes], folder / name, old_plans=options.old_plans))
+            (name, pool.submit(run_jobs, path, jobs[lane::lanes], folder / name, leave))
             for name, path in checkouts.items()
             for lane in range(min(lanes, len(jobs)))
         ]

@@ -33,8 +33,9 @@ def effect_report(
     prompt: SoftPrompt,
     component: Component,
     texts: Sequence[Sequence[int]],
+    given: int,
 ) -> EffectReport:
-    """Measure what a prompt and each of its tokens do on texts.
+    """Measure what a prompt and each of its tokens do on texts, which are taken from `given` tokens.
 
     Raises:
         FitError: no recipe for the model, no decoder, another base, or a text that is too long for it.
@@ -56,6 +57,7 @@ def effect_report(
         prompt.kind,
         len(texts),
         effects.positions,
+        given,
         _mean(effects, effects.whole),
         _mean(effects, effects.without),
         None if effects.all_nearest is None else _mean(effects, effects.all_nearest),

@@ -68,6 +68,7 @@ class EffectReport:
         kind: Of the prompt.
         texts: Number of texts.
         positions: Their tokens.
+        given: Tokens of all that was given to measure on; the texts are spread evenly over them.
         whole: With the whole prompt.
         without: Without it.
         all_nearest: With the nearest vocabulary tokens in the place of all; None for keys and values.
@@ -84,6 +85,7 @@ class EffectReport:
     kind: str
     texts: int
     positions: int
+    given: int
     whole: Substitute
     without: Substitute
     all_nearest: Substitute | None
@@ -111,10 +113,11 @@ class EffectReport:
     def summary(self, *, verbose: bool = False) -> Summary:
         """What the prompt does as a whole, then what each token does; the attention of every layer if `verbose`."""
         plural = "s" if self.texts != 1 else ""
+        part = f" of {self.given}, spread evenly" if self.positions < self.given else ""
         facts: list[tuple[Phrase, Phrase]] = [
             ("prompt", (Name(self.path, PATH), " (", Name(self.kind), ")")),
             ("base", Name(self.base, PATH)),
-            ("measured on", f"{self.texts} text{plural}, {self.positions} tokens"),
+            ("measured on", f"{self.texts} text{plural}, {self.positions} tokens{part}"),
             ("loss", (*_nats(self.whole.loss), " with the prompt, ", *_nats(self.without.loss), " without")),
         ]
         for label, other in (("nearest tokens", self.all_nearest), ("random tokens", self.all_drawn)):

@@ -11,7 +11,7 @@ from surgery.arguments import wrong_type
 from surgery.onnx.run.tokenizer import Tokenizer, open_tokenizer
 from surgery_formats.errors import FitError, UsageError
 
-__all__ = ["Texts", "token_rows"]
+__all__ = ["Texts", "spread", "token_rows"]
 
 _GREATEST = (1 << 31) - 1  # of ids that graphs and torch take
 
@@ -53,6 +53,17 @@ def token_rows(texts: Texts | None, folder: Path, length: int) -> list[list[int]
     if not rows:
         raise FitError("the texts have not two tokens in a row, so that nothing follows")
     return rows
+
+
+def spread(rows: list[list[int]], most: int) -> list[list[int]]:
+    """Of rows of tokens as many as have at most `most` tokens, spread evenly over all; one at least."""
+    tokens = sum(map(len, rows))
+    count = max(1, len(rows) * most // max(tokens, most))
+    while True:
+        chosen = [rows[(2 * i + 1) * len(rows) // (2 * count)] for i in range(count)]
+        if count == 1 or sum(map(len, chosen)) <= most:
+            return chosen
+        count -= 1
 
 
 def _several(texts: Texts) -> list[str | Sequence[int]]:

@@ -10,7 +10,7 @@ from surgery.prompts.effect_result import EffectReport
 from surgery.prompts.nearest_result import NearestReport, VirtualToken
 from surgery.prompts.search import search
 from surgery.prompts.spacing import reading_of, spacing_of
-from surgery.prompts.texts import Texts, token_rows
+from surgery.prompts.texts import Texts, spread, token_rows
 from surgery.prompts.vocabulary import component_for, spelling_of, vocabulary_of
 from surgery.reports.result import timed
 from surgery_formats.adapters.soft_prompts import soft_prompt, soft_prompts
@@ -30,6 +30,7 @@ def prompt_nearest(
     by: str = "distance",
     texts: Texts | None = None,
     length: int = 128,
+    max_tokens: int | None = 2048,
     top: int = 5,
     sample: int | None = None,
     component: str | None = None,
@@ -46,6 +47,8 @@ def prompt_nearest(
             that with its nearest token in its place. The reference computes it, with torch.
         texts: With ``by="effect"``, what to measure on: a text, token ids, or several of these.
         length: Most tokens of a text; longer ones are cut into pieces.
+        max_tokens: Most tokens of all texts to measure on; of more, pieces spread evenly over them. None measures on all. The
+            reference runs on each of them once for the prompt and six times for every virtual token, of keys and values once.
         top: How many tokens to find of each.
         sample: How many tokens are asked for their own nearest neighbour; by default all of a small vocabulary, else 512.
         component: Of virtual tokens for several text encoders, the one to look at.
@@ -57,7 +60,7 @@ def prompt_nearest(
             model is no decoder with a recipe.
     """
     check_counts(top=top, sample=sample)
-    check_counts(least=2, length=length)
+    check_counts(least=2, length=length, max_tokens=max_tokens)
     if by not in ("distance", "effect"):
         raise UsageError(f"by is 'distance' or 'effect', not '{show(by, 40)}'")
     if by == "distance" and texts is not None:
@@ -69,7 +72,9 @@ def prompt_nearest(
     if by == "effect":
         from surgery.prompts.effect_report import effect_report  # torch
 
-        return effect_report(adapter, found, network, token_rows(texts, network.folder, length))
+        rows = token_rows(texts, network.folder, length)
+        given = sum(map(len, rows))
+        return effect_report(adapter, found, network, spread(rows, max_tokens or given), given)
     vocabulary = vocabulary_of(network, found)
     vectors = cast(found.embeddings(), DType.F32)
     spacing = spacing_of(vocabulary, sample)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.prompts.texts import token_rows
+from surgery.prompts.texts import spread, token_rows
 from surgery_formats.errors import FitError, UsageError
 from tests.oracles import recipes
 from tests.support.kit import ROOT
@@ -160,6 +160,25 @@ def test_many_virtual_tokens_are_measured_in_parts(tmp_path: Path, monkeypatch: 
     for one, other in zip(whole.tokens, parts.tokens, strict=True):
         assert one.without.divergence == pytest.approx(other.without.divergence, rel=1e-4)
         assert one.as_drawn.loss == pytest.approx(other.as_drawn.loss, rel=1e-5)
+
+
+def test_of_many_texts_a_part_is_measured_and_said(tmp_path: Path) -> None:
+    texts = [[number, 5, 17, 40] for number in range(20)]
+    parts = spread(texts, 21)
+    assert [part[0] for part in parts] == [2, 6, 10, 14, 18]
+    assert spread(texts, 80) == spread(texts, 1000) == texts
+    assert spread(texts, 2) == [texts[10]]
+    assert [len(part) for part in spread([[1, 2]] * 9 + [[1] * 100], 30)] == [2, 2]
+    recipes.build("llama", tmp_path)
+    prompt = write_prompt(tmp_path / "prompt", np.ones((2, recipes.load("llama", tmp_path).config.hidden_size)))
+    report = surgery.prompt_nearest(prompt, tmp_path, by="effect", texts=texts, max_tokens=21)
+    same = surgery.prompt_nearest(prompt, tmp_path, by="effect", texts=parts)
+    assert (report.texts, report.positions, report.given, same.given) == (5, 20, 80, 20)
+    assert report.tokens == same.tokens
+    assert "5 texts, 20 tokens of 80, spread evenly" in str(report)
+    assert "spread" not in str(same)
+    whole = surgery.prompt_nearest(prompt, tmp_path, by="effect", texts=texts, max_tokens=None)
+    assert (whole.positions, whole.given) == (80, 80)
 
 
 def test_texts_are_cut_and_begun_as_the_tokenizer_begins_them(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 @click.option("--text-file", type=click.Path(path_type=Path), metavar="FILE", help="File of such a text.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
 @click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=2048,
+    show_default=True,
+    help="Most tokens of all texts to measure on; of more, pieces spread evenly over them.",
+)
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to find for each.")
 @click.option(
     "--sample",
