@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from surgery.onnx.graph.attention import project, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
@@ -29,8 +30,8 @@ def encoder(ctx: Context, model: Model) -> None:
         FitError: a tensor is missing or misshapen.
     """
     graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
-    mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
+    mask = graph.input("attention_mask", DType.I64, (BATCH, SEQUENCE))
     if ctx.virtual.front:
         ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
     ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
