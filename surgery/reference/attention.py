@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.reference.primitives import Load, normalise, project
+from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
 from surgery_formats.models.families.recipe import Attention
 
@@ -70,6 +71,9 @@ def attend(
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
     scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    if attention.bias is not None:
+        bias = relative_bias(attention.bias, count, k.shape[2], load)
+        scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
     allowed = mask.allowed(attention.window)[:, :, None]

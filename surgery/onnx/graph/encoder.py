@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from surgery.onnx.graph.attention import project, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.dims import BATCH, SEQUENCE
@@ -12,12 +14,13 @@ from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
+from surgery.onnx.graph.relative import masked_bias, relative_bias
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model
+from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model, RelativeBias
 
-__all__ = ["encoder"]
+__all__ = ["SeenKeys", "encoder"]
 
 
 def encoder(ctx: Context, model: Model) -> None:
@@ -40,9 +43,9 @@ def encoder(ctx: Context, model: Model) -> None:
         stream = ResidualStream(residual_norm(ctx, first, stream, model.hidden, module_of(first.weight), keep=False)[0])
     for network in model.embedding.couplings:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
-    allowed = _allowed(ctx, mask)
+    seen = SeenKeys(ctx, mask)
     for layer in model.layers:
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, allowed))
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, seen))
     x = ctx.total(stream, "")
     if model.final_norm is not None:
         x = norm(ctx, model.final_norm, x, model.hidden, module_of(model.final_norm.weight))
@@ -55,15 +58,36 @@ def encoder(ctx: Context, model: Model) -> None:
             raise FitError("this encoder has a language-modelling head", file="config.json")
 
 
-def _allowed(ctx: Context, mask: str) -> str:
-    """Visible keys ``(B, 1, S, S)``, bool: all tokens. Padding is never read, but it must see something."""
-    token = ctx.graph.cast(mask, DType.BOOL, "")
-    keys = ctx.graph.node("Unsqueeze", [token, ctx.graph.ints(1, 2)], "")
-    padding = ctx.graph.node("Unsqueeze", [ctx.graph.node("Not", [token], ""), ctx.graph.ints(1, 3)], "")
-    return ctx.graph.node("Or", [keys, padding], "")
+class SeenKeys:
+    """What an encoder's queries make of each key: which they see, and what is added to the scores of those."""
+
+    def __init__(self, ctx: Context, mask: str) -> None:
+        self._ctx, self._mask = ctx, mask
+        self._biased: dict[RelativeBias, str] = {}
+
+    @cached_property
+    def allowed(self) -> str:
+        """Visible keys ``(B, 1, S, S)``, bool: all tokens. Padding is never read, but it must see something."""
+        graph = self._ctx.graph
+        token = graph.cast(self._mask, DType.BOOL, "")
+        keys = graph.node("Unsqueeze", [token, graph.ints(1, 2)], "")
+        padding = graph.node("Unsqueeze", [graph.node("Not", [token], ""), graph.ints(1, 3)], "")
+        return graph.node("Or", [keys, padding], "")
+
+    def mask(self, record: Attention) -> str:
+        """The mask of a layer's attention: `allowed`, or its bias ``(B, heads, S, S)`` with -inf for what is not."""
+        if record.bias is None:
+            return self.allowed
+        if record.bias not in self._biased:
+            graph = self._ctx.graph
+            size = graph.node("Squeeze", [graph.node("Shape", [self._mask], "", start=1, end=2)], "")
+            places = graph.node("Range", [graph.number(0, DType.I64), size, graph.number(1, DType.I64)], "")
+            bias = relative_bias(self._ctx, record.bias, record.heads, places, places)
+            self._biased[record.bias] = masked_bias(self._ctx, bias, self.allowed)
+        return self._biased[record.bias]
 
 
-def _attention(ctx: Context, record: Attention, allowed: str) -> Body:
+def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
     at = module_of(module_of(record.output.weight))
 
     def attend(x: str, alpha: float) -> str:
@@ -71,7 +95,7 @@ def _attention(ctx: Context, record: Attention, allowed: str) -> Body:
         q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
         y = ctx.graph.node(
             "Attention",
-            [q, k, v, allowed],
+            [q, k, v, seen.mask(record)],
             at,
             q_num_heads=record.heads,
             kv_num_heads=record.kv_heads,

@@ -32,6 +32,7 @@ __all__ = [
     "Model",
     "Norm",
     "Projection",
+    "RelativeBias",
     "Rope",
 ]
 
@@ -94,6 +95,26 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class RelativeBias:
+    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
+
+    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
+    grow logarithmically up to `max_distance`. Layers that name the same table share it.
+
+    Attributes:
+        table: Tensor ``(buckets, heads)``.
+        buckets: Number of buckets.
+        max_distance: Distance from which on all are one bucket.
+        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
+    """
+
+    table: str
+    buckets: int = 32
+    max_distance: int = 128
+    both_ways: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
@@ -113,6 +134,7 @@ class Attention:
         k_norm: Norm of keys before rotation, or None.
         norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
             the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
+        bias: Relative positions (T5, MPNet), or None.
     """
 
     inputs: tuple[Projection, ...]
@@ -128,6 +150,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
+    bias: RelativeBias | None = None
 
 
 @dataclass(frozen=True, slots=True)
