@@ -48,14 +48,9 @@ class Mask:
             distance = self.places[:, keys - queries :, None] - self.places[:, None, :]
             visible = visible & (distance < window)
         elif window is not None:
-            visible = visible & (self.behind().abs() < window)
+            order = torch.arange(keys)
+            visible = visible & ((order[None, :] - order[keys - queries :, None]).abs() < window)
         return visible[:, None]
-
-    def behind(self) -> torch.Tensor:
-        """``(S, T)``: how far the key lies behind the query; padding in between counts."""
-        keys, queries = self.real.shape[1], self.positions.shape[1]
-        order = torch.arange(keys)
-        return order[None, :] - order[keys - queries :, None]
 
 
 def attend(
@@ -79,11 +74,11 @@ def attend(
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
     scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    if attention.bias is not None:
+        bias = relative_bias(attention.bias, count, k.shape[2], load)
+        scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    if attention.relative is not None:
-        added = relative_bias(attention.relative, mask.behind(), load)
-        scores = scores + added.reshape(attention.kv_heads, group, *added.shape[1:])
     allowed = mask.allowed(attention.window)[:, :, None]
     scores = torch.where(allowed, scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from surgery.onnx.graph.relative import bucket_of
+from surgery.onnx.graph.relative import buckets_of
 from surgery.reference.relative import relative_bias
 from surgery_formats.models.families.recipe import RelativeBias
 
@@ -23,6 +23,8 @@ def test_every_distance_has_the_bucket_of_t5(buckets: int, most: int, bidirectio
     expected = T5Attention._relative_position_bucket(behind, bidirectional, buckets, most)
     if bidirectional:
         assert torch.equal(MPNetEncoder.relative_position_bucket(behind, buckets, most), expected)
-    assert [bucket_of(record, distance) for distance in range(-FAR, FAR + 1)] == expected[0].tolist()
+    assert buckets_of(record)[(behind[0].clamp(-most, most) + most).numpy()].tolist() == expected[0].tolist()
     table = torch.arange(2.0 * buckets).reshape(buckets, 2)
-    assert torch.equal(relative_bias(record, behind, lambda _: table), table[expected].permute(2, 0, 1))
+    last = torch.arange(FAR + 1)[None] - FAR
+    wanted = T5Attention._relative_position_bucket(last, bidirectional, buckets, most)
+    assert torch.equal(relative_bias(record, 1, FAR + 1, lambda _: table), table[wanted].permute(2, 0, 1))

@@ -67,6 +67,19 @@ _DISTIL = {
     "num_labels": 3,
     "pad_token_id": 0,
 }
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 56,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 _LONG = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -208,6 +221,9 @@ ENCODERS: dict[str, Case] = {
     "mpnet_sequence": Case("MPNetForSequenceClassification", "MPNetConfig", _MPNET),
     "mpnet_token": Case("MPNetForTokenClassification", "MPNetConfig", _MPNET),
     "mpnet_sentence": Case("MPNetModel", "MPNetConfig", _MPNET),
+    "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
+    "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
+    "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
 
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 from surgery.onnx.graph.attention import normed, project, rotated, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.embedding import encoder_rows
-from surgery.onnx.graph.encoder_frame import EncoderFrame
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import residual_norm
+from surgery.onnx.graph.seen_keys import SeenKeys
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -44,10 +44,10 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
         stream = ResidualStream(linear(ctx, record.projection, ctx.total(stream, module_of(record.projection.weight))))
     for network in record.couplings:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
-    frame = EncoderFrame(ctx, mask, max_length)
-    frame.allowed(model.layers[0].attention.window)
+    seen = SeenKeys(ctx, mask, max_length)
+    seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
     for layer in model.layers:
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame))
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, seen))
     if model.final_norm is not None:
         at = module_of(model.final_norm.weight)
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
@@ -62,7 +62,7 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
             raise FitError("this encoder has a language-modelling head", file="config.json")
 
 
-def _attention(ctx: Context, record: Attention, frame: EncoderFrame) -> Body:
+def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
     at = module_of(module_of(record.output.weight))
 
     def attend(x: str, alpha: float) -> str:
@@ -70,16 +70,12 @@ def _attention(ctx: Context, record: Attention, frame: EncoderFrame) -> Body:
         if record.q_norm or record.k_norm:
             parts = normed(ctx, record, parts, at)
         if record.rope is not None:
-            q, k, v = rotated(ctx, record, parts, frame, at)
+            q, k, v = rotated(ctx, record, parts, seen, at)
         else:
             q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
-        if record.relative is None:
-            mask = frame.allowed(record.window)
-        else:
-            mask = frame.biased(record.relative, record.heads, record.window)
         y = ctx.graph.node(
             "Attention",
-            [q, k, v, mask],
+            [q, k, v, seen.mask(record)],
             at,
             q_num_heads=record.heads,
             kv_num_heads=record.kv_heads,

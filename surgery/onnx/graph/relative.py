@@ -1,51 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the distance of query and key adds to the scores.
-
-The bucket of every distance is a constant, worked out here in float64: in a graph, rounding of a runtime's logarithm
-would decide which side of a boundary a distance falls on.
-"""
+"""Relative positions as a bias of the scores: the table's rows by distance, worked out here, and gathered in the graph."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from surgery.onnx.graph.context import Context, module_of
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import RelativeBias
 
-__all__ = ["bucket_of", "masked", "relative_bias"]
-
-_ROUNDING = 1e-6
-"""Boundaries of buckets are exact in the papers' rules; this is more than rounding and less than the step of a distance."""
+__all__ = ["buckets_of", "masked_bias", "relative_bias"]
 
 
-def relative_bias(ctx: Context, record: RelativeBias, heads: int, distance: str) -> str:
-    """The addition ``(heads, S, T)``; `distance`, ``(S, T)`` int64, is how far the key lies behind the query."""
-    graph, at = ctx.graph, module_of(record.table)
-    most = record.max_distance
+def relative_bias(ctx: Context, record: RelativeBias, heads: int, queries: str, keys: str) -> str:
+    """The bias ``(heads, queries, keys)`` of queries and keys at these places, vectors of int64."""
+    graph, at, reach = ctx.graph, module_of(record.table), record.max_distance
     table = ctx.weights.value(record.table, (record.buckets, heads))
-    rows = graph.constant(np.array([bucket_of(record, d) for d in range(-most, most + 1)], np.int64))
-    by_distance = graph.node("Transpose", [graph.node("Gather", [table, rows], at, axis=0)], at, perm=[1, 0])
-    near = graph.node("Clip", [distance, graph.number(-most, DType.I64), graph.number(most, DType.I64)], at)
-    return graph.node("Gather", [by_distance, graph.node("Add", [near, graph.ints(most)], at)], at, axis=1)
+    by_distance = graph.node("Gather", [table, graph.constant(buckets_of(record))], at, axis=0)
+    rows = graph.node("Unsqueeze", [queries, graph.ints(1)], at)
+    columns = graph.node("Unsqueeze", [keys, graph.ints(0)], at)
+    distance = graph.node("Sub", [columns, rows], at)
+    distance = graph.node("Max", [distance, graph.number(-reach, DType.I64)], at)
+    distance = graph.node("Min", [distance, graph.number(reach, DType.I64)], at)
+    distance = graph.node("Add", [distance, graph.number(reach, DType.I64)], at)
+    values = graph.node("Gather", [by_distance, distance], at, axis=0)
+    return graph.node("Transpose", [values], at, perm=[2, 0, 1])
 
 
-def bucket_of(record: RelativeBias, distance: int) -> int:
-    """Bucket of a key `distance` behind the query."""
-    buckets = record.buckets // 2 if record.bidirectional else record.buckets
-    first = buckets if record.bidirectional and distance > 0 else 0
-    away = abs(distance) if record.bidirectional else max(-distance, 0)
-    exact = buckets // 2
-    if away < exact:
-        return first + away
-    scale = math.log(away / exact) / math.log(record.max_distance / exact)
-    return first + min(buckets - 1, exact + math.floor(scale * (buckets - exact) + _ROUNDING))
+def masked_bias(ctx: Context, bias: str, allowed: str) -> str:
+    """A mask of numbers: `bias` where a key is `allowed`, else -inf."""
+    return ctx.graph.node("Where", [allowed, bias, ctx.graph.number(-math.inf, ctx.io)], "")
 
 
-def masked(ctx: Context, scores: str, allowed: str) -> str:
-    """Additions to the scores, and for keys that are not `allowed` the lowest number."""
-    kind = ctx.graph.numpy_type(ctx.io)
-    lowest = ctx.graph.constant(np.array(np.finfo(np.float16).min if kind == np.float16 else -3.3e38, kind))
-    return ctx.graph.node("Where", [allowed, scores, lowest], "")
+def buckets_of(record: RelativeBias) -> npt.NDArray[np.int64]:
+    """The bucket of every distance of a key behind its query, from ``-max_distance`` to ``max_distance``.
+
+    The logarithm is float32's, as in all programs that trained such tables: their buckets end where it rounds.
+    """
+    distances = np.arange(-record.max_distance, record.max_distance + 1)
+    size = record.buckets // 2 if record.both_ways else record.buckets
+    first = np.where(distances > 0, size, 0) if record.both_ways else 0
+    steps = np.abs(distances) if record.both_ways else np.maximum(-distances, 0)
+    exact = size // 2
+    share: npt.NDArray[Any] = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(exact))
+    share = share / np.float32(math.log(record.max_distance / exact)) * np.float32(size - exact)
+    wide = np.minimum(exact + share.astype(np.int64), size - 1)
+    return np.asarray(first + np.where(steps < exact, steps, wide), np.int64)

@@ -40,7 +40,7 @@ def recipe(settings: ModelSettings) -> Model:
     if sizes.max_positions <= _PADDING + 1:
         raise settings.fault(f"max_position_embeddings {sizes.max_positions} leaves no position after padding's")
     root = root_of(settings, "mpnet.", "embeddings.word_embeddings.weight")
-    bias = RelativeBias(f"{root}encoder.relative_attention_bias.weight", 32, 128, bidirectional=True)
+    bias = RelativeBias(f"{root}encoder.relative_attention_bias.weight")
     return encoder(
         settings,
         sizes,
@@ -53,7 +53,7 @@ def recipe(settings: ModelSettings) -> Model:
             position_offset=_PADDING + 1,
             padding_token=_PADDING,
         ),
-        post_norm_layers(settings, sizes, f"{root}encoder.layer", _NAMES, activation, epsilon, relative=bias),
+        post_norm_layers(settings, sizes, f"{root}encoder.layer", _NAMES, activation, epsilon, bias=bias),
         before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "tanh"),
         classifier="classifier.out_proj",
         pooler=projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True),

@@ -68,8 +68,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         for branch in (layer.attention_branch, layer.mlp_branch):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
         project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
-        if attend.relative is not None:
-            shapes[attend.relative.table] = (attend.relative.buckets, attend.heads)
+        if attend.bias is not None:
+            shapes[attend.bias.table] = attend.bias.buckets, attend.heads
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))

@@ -58,22 +58,22 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class RelativeBias:
-    """A number of each head, added to the scaled scores, for how far a key lies from the query (T5, arXiv:1910.10683).
+    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
 
-    Distances share buckets: one each up to half of a direction's buckets, then as many as fit on a logarithmic scale up
-    to `max_distance`, and the last bucket for all beyond. Keys behind the query have the second half of the buckets.
+    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
+    grow logarithmically up to `max_distance`. Layers that name the same table share it.
 
     Attributes:
         table: Tensor ``(buckets, heads)``.
-        buckets: Its rows.
-        max_distance: Where the scale ends.
-        bidirectional: Whether keys behind the query have buckets; otherwise all buckets are for those before it.
+        buckets: Number of buckets.
+        max_distance: Distance from which on all are one bucket.
+        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
     """
 
     table: str
-    buckets: int
-    max_distance: int
-    bidirectional: bool
+    buckets: int = 32
+    max_distance: int = 128
+    both_ways: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class Attention:
         k_norm: Norm of keys before rotation, or None.
         norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
             the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
-        relative: What the distance of query and key adds to the scaled scores, or None.
+        bias: Relative positions (T5, MPNet), or None.
     """
 
     inputs: tuple[Projection, ...]
@@ -112,7 +112,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
-    relative: RelativeBias | None = None
+    bias: RelativeBias | None = None
 
 
 @dataclass(frozen=True, slots=True)
