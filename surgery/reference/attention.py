@@ -24,8 +24,8 @@ class Mask:
 
     Attributes:
         real: ``(B, T)``: which past and new tokens are not padding.
-        places: ``(B, T)``: number of real tokens before each token; windows are counted in these, so that padding in
-            between does not matter.
+        places: ``(B, T)``: number of real tokens before each token; windows of decoders are counted in these, so that
+            padding in between does not matter.
         positions: ``(B, S)``: positions of the new tokens.
         causal: Whether tokens see only earlier tokens and themselves.
         watch: Called by every layer in turn with what its queries pay to each key, ``(B, kv_heads, group, S, T)``; or None.
@@ -44,9 +44,12 @@ class Mask:
         if self.causal:
             order = torch.arange(keys)
             visible = visible & (order[None, :] <= order[keys - queries :, None])
-        if window is not None:
+        if window is not None and self.causal:
             distance = self.places[:, keys - queries :, None] - self.places[:, None, :]
             visible = visible & (distance < window)
+        elif window is not None:
+            order = torch.arange(keys)
+            visible = visible & ((order[None, :] - order[keys - queries :, None]).abs() < window)
         return visible[:, None]
 
 

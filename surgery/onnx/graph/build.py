@@ -150,7 +150,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
-        encoder(ctx, model)
+        encoder(ctx, model, length)
     weights.check(model.unused)
     wanted = options.slotted | options.replaceable.names
     if missing := wanted - {slot.weight for slot in ctx.slots} - weights.inputs.keys():
