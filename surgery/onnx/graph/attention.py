@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from surgery.onnx.graph.context import CacheValues, Context, module_of
 from surgery.onnx.graph.frame import Frame
@@ -13,12 +13,25 @@ from surgery.onnx.graph.graph import MICROSOFT
 from surgery.onnx.graph.latent import latent_parts, without_padding
 from surgery.onnx.graph.linear import joined, linear
 from surgery.onnx.graph.norm import gain, norm
+from surgery.onnx.graph.rotary import RotaryTable
 from surgery.onnx.graph.sinks import attention_with_sinks
-from surgery_formats.models.families.recipe import Attention, Norm
+from surgery_formats.models.families.recipe import Attention, Norm, Rope
 
-__all__ = ["cached_attention", "project", "split"]
+__all__ = ["RotaryValues", "cached_attention", "normed", "project", "rotated", "split"]
 
 _ROTATED = 16  # GroupQueryAttention can rotate only a multiple of this many values
+
+
+class RotaryValues(Protocol):
+    """The values of a graph that rotate queries and keys."""
+
+    def table(self, rope: Rope) -> RotaryTable:
+        """Cosines and sines."""
+        ...
+
+    def shifted_positions(self, rows: RotaryTable) -> str:
+        """Row indices into the table, of every new token."""
+        ...
 
 
 def cached_attention(
@@ -77,9 +90,9 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
             assert record.q_norm is not None
             options = {"qk_norm_epsilon": record.q_norm.epsilon}
         else:
-            parts = _normed(ctx, record, split(ctx, record, parts, at), at)
+            parts = normed(ctx, record, split(ctx, record, parts, at), at)
     if rows is not None and not fused:
-        parts = _rotated(ctx, record, split(ctx, record, parts, at), frame, at)
+        parts = rotated(ctx, record, split(ctx, record, parts, at), frame, at)
     elif ctx.flat:
         parts = tuple(ctx.batched(part, at) for part in parts)
     if not fused or rows is None or record.rope is None:
@@ -158,15 +171,15 @@ def _parts(ctx: Context, record: Attention, x: str, frame: Frame, at: str) -> tu
         return latent_parts(ctx, record, record.latent, x, frame, at)
     parts = split(ctx, record, project(ctx, record, x, at), at)
     if record.q_norm or record.k_norm:
-        parts = _normed(ctx, record, parts, at)
+        parts = normed(ctx, record, parts, at)
     if record.rope is not None:
-        return _rotated(ctx, record, parts, frame, at)
+        return rotated(ctx, record, parts, frame, at)
     q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     return q, k, v
 
 
-def _rotated(
-    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, at: str
+def rotated(
+    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: RotaryValues, at: str
 ) -> tuple[str, str, str]:
     """Rotate queries and keys; all three results are ``(B, S, ...)``."""
     assert record.rope is not None
@@ -182,7 +195,8 @@ def _rotated(
     return q, k, v
 
 
-def _normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+def normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+    """Normalise queries and keys, where the family does."""
     q, k, v = parts
     if record.q_norm is not None:
         q = _head_norm(ctx, record, record.q_norm, q, record.heads, at)
