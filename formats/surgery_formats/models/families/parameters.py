@@ -70,12 +70,20 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if (distances := attend.disentangled) is not None:
+            shapes[distances.table] = 2 * distances.span, model.hidden
+            normalise(model.hidden, distances.norm)
+            project(distances.keys, distances.queries)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
                 normalise(attend.head_dim, *own)
             else:
                 normalise(attend.head_dim * (heads if attend.norm_over == "width" else 1), norm)
+    if (added := model.convolution) is not None:
+        shapes[added.weight] = model.hidden, model.hidden // added.groups, added.width
+        shapes[added.bias] = (model.hidden,)
+        normalise(model.hidden, added.norm)
     if isinstance(head, ClassifierHead):
         project(*(step for step, _ in head.steps))
     elif isinstance(head, HiddenHead):

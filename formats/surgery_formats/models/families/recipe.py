@@ -26,7 +26,9 @@ __all__ = [
     "BottleneckForm",
     "Branch",
     "ClassifierHead",
+    "Convolution",
     "Coupling",
+    "Disentangled",
     "Embedding",
     "Head",
     "HiddenHead",
@@ -77,6 +79,32 @@ class RelativeBias:
 
 
 @dataclass(frozen=True, slots=True)
+class Disentangled:
+    """Scores of contents with embeddings of distances (DeBERTa, arXiv:2006.03654), added before all are scaled.
+
+    A key that lies ``d`` before its query has row ``span + d`` of the table; distances beyond the table have its first or
+    last row. With buckets, ``d`` is exact up to half of them, and the others grow logarithmically up to `max_distance`.
+
+    Attributes:
+        table: Tensor ``(2 span, D)``.
+        span: Half of its rows.
+        norm: Norm of the rows, or None.
+        buckets: Buckets of each direction, as many as `span`; 0 for one row per distance.
+        max_distance: Where buckets end.
+        keys: Projection of the rows that queries are compared with (content to position), or None.
+        queries: Projection of the rows that keys are compared with (position to content), or None.
+    """
+
+    table: str
+    span: int
+    norm: Norm | None = None
+    buckets: int = 0
+    max_distance: int = 0
+    keys: Projection | None = None
+    queries: Projection | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
@@ -97,6 +125,7 @@ class Attention:
         norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
             the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
         bias: Relative positions (T5, MPNet), or None.
+        disentangled: Scores with embeddings of distances (DeBERTa), or None.
     """
 
     inputs: tuple[Projection, ...]
@@ -113,6 +142,7 @@ class Attention:
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
     bias: RelativeBias | None = None
+    disentangled: Disentangled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +280,27 @@ Head = LanguageHead | ClassifierHead | HiddenHead
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """Behind the first layer: ``N(y + act(conv(x)))`` of its result ``y`` and its input ``x``, padding being zero (DeBERTa).
+
+    Attributes:
+        weight: Tensor ``(D, D / groups, width)``.
+        bias: Tensor ``(D,)``.
+        width: Tokens that it sees, an odd number.
+        groups: Parts of ``D`` that do not mix.
+        activation: Of its result.
+        norm: Norm of the sum.
+    """
+
+    weight: str
+    bias: str
+    width: int
+    groups: int
+    activation: Activation
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """The computation of a whole model.
 
@@ -260,6 +311,7 @@ class Model:
         final_norm: Norm after the last layer, or None.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
+        convolution: Convolution behind the first layer (DeBERTa), or None.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -271,6 +323,7 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    convolution: Convolution | None = None
 
     @property
     def embedded(self) -> tuple[int, int, int]:
