@@ -7,6 +7,7 @@ from surgery.onnx.graph.attention import normed, project, rotated, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.convolution import convolved
 from surgery.onnx.graph.disentangled import DistanceScores
+from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
@@ -33,8 +34,8 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
         FitError: a tensor is missing or misshapen.
     """
     graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
-    mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
+    mask = graph.input("attention_mask", DType.I64, (BATCH, SEQUENCE))
     if ctx.virtual.front:
         ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
     ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
