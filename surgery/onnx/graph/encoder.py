@@ -6,8 +6,8 @@ from __future__ import annotations
 from surgery.onnx.graph.attention import normed, project, rotated, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.convolution import convolved
-from surgery.onnx.graph.disentangled import DistanceScores
 from surgery.onnx.graph.dims import BATCH, SEQUENCE
+from surgery.onnx.graph.disentangled import DistanceScores
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
@@ -52,10 +52,10 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
     distances = DistanceScores(ctx, seen)
     for index, layer in enumerate(model.layers):
-        first = stream
+        before = stream
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, model, layer.attention, seen, distances))
         if index == 0 and model.convolution is not None:
-            x, y = ctx.total(first, ""), ctx.total(stream, "")
+            x, y = ctx.total(before, ""), ctx.total(stream, "")
             stream = ResidualStream(convolved(ctx, model.convolution, x, y, model.hidden))
     if model.final_norm is not None:
         at = module_of(model.final_norm.weight)
