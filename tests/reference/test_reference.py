@@ -120,7 +120,9 @@ def test_encoder_outputs_match_transformers(name: str, side: str, pair: Pair) ->
         for row, pads in enumerate((0, 2, 6)):
             real[row, slice(0, pads) if side == "left" else slice(PROMPT - pads, PROMPT)] = 0
     ids = torch.where(real.bool(), ids, model.config.pad_token_id)
-    typed = "distilbert" not in name and "bert_" in name
+    typed = (
+        reference.model.embedding.types != "" and reference.weights.load(reference.model.embedding.types).shape[0] > 1
+    )
     types = torch.zeros_like(ids)
     types[:, PROMPT // 2 :] = 1
     theirs = model(ids, attention_mask=real, **({"token_type_ids": types} if typed else {}))
@@ -128,8 +130,9 @@ def test_encoder_outputs_match_transformers(name: str, side: str, pair: Pair) ->
     logits = theirs.logits if "logits" in theirs else theirs.last_hidden_state
     if logits.ndim == 3:
         assert _gap(ours.logits[real.bool()], logits[real.bool()]) <= LIMIT
-    else:
-        assert _gap(ours.logits, logits) <= LIMIT
+    else:  # DeBERTa's padding sees nothing, not even tokens, so that a first token that is padding says nothing
+        read = real[:, 0].bool() if "deberta" in name else torch.ones(len(ids), dtype=torch.bool)
+        assert _gap(ours.logits[read], logits[read]) <= LIMIT
     if getattr(theirs, "pooler_output", None) is not None:
         assert ours.pooled is not None
         assert _gap(ours.pooled, theirs.pooler_output) <= LIMIT
