@@ -29,11 +29,11 @@ class CacheValues:
 
 
 def cached_attention(
-    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, *, alpha: float = 1.0
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, *, alpha: float = 1.0
 ) -> str:
-    """Attention of new tokens to past and new ones, times `alpha`."""
+    """Attention of new tokens to past and new ones, times `alpha`; without a `cache` there are no past ones."""
     at = module_of(module_of(record.output.weight))
-    if ctx.target.attention == "gqa":
+    if cache is not None and ctx.target.attention == "gqa":
         y = _grouped(ctx, record, x, frame, cache, at)
     else:
         y = _standard(ctx, record, x, frame, cache, at)
@@ -120,7 +120,7 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
     return gain(ctx, record, width)
 
 
-def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, at: str) -> str:
     parts = split(ctx, record, project(ctx, record, x, at), at)
     if record.q_norm or record.k_norm:
         parts = _normed(ctx, record, parts, at)
@@ -129,11 +129,13 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
     else:
         q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
+    past = [cache.past_key, cache.past_value] if cache else []
+    present = [cache.present_key, cache.present_value] if cache else []
     return ctx.graph.several(
         "Attention",
-        [q, k, v, frame.allowed(record.window), cache.past_key, cache.past_value],
+        [q, k, v, frame.allowed(record.window), *past],
         at,
-        ("*", cache.present_key, cache.present_value),
+        ("*", *present),
         q_num_heads=record.heads,
         kv_num_heads=record.kv_heads,
         scale=float(record.scale),

@@ -49,6 +49,8 @@ class Context:
         virtual: Soft prompts.
         slots: The slots made so far.
         real: Returns which new tokens are no padding ``(B, S)``, bool.
+        choices: Whether inputs are the choices of questions, ``(B, C, S)``, which are rows inside the graph.
+        batch: Size of the inputs' first axis: a name, or 1.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -64,6 +66,17 @@ class Context:
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
     opset: int = OPSET
+    choices: bool = False
+    batch: str | int = "batch"
+
+    def per_token(self, name: str) -> str:
+        """Add an input with an integer for each token, as rows ``(B, S)``."""
+        if not self.choices:
+            return self.graph.input(name, DType.I64, (self.batch, "sequence"))
+        value = self.graph.input(name, DType.I64, (self.batch, "choices", "sequence"))
+        length = self.graph.node("Shape", [value], "", start=2, end=3)
+        shape = self.graph.node("Concat", [self.graph.ints(-1), length], "", axis=0)
+        return self.graph.node("Reshape", [value, shape], "")
 
     @property
     def flat(self) -> bool:

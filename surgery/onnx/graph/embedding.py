@@ -98,7 +98,7 @@ def _type_rows(ctx: Context, model: Model) -> str:
     number = ctx.weights.rows(record.types)
     table = ctx.weights.value(record.types, (number, model.hidden))
     if number > 1:
-        types = ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence"))
+        types = ctx.per_token("token_type_ids")
         if ctx.virtual.front:
             types = types_in_front(ctx.graph, types, ctx.virtual.front)
         return _rows(ctx, table, types, at)

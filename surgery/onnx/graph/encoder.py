@@ -6,15 +6,14 @@ from __future__ import annotations
 from surgery.onnx.graph.attention import project, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.embedding import encoder_rows
-from surgery.onnx.graph.heads import classifier_head, hidden_head
+from surgery.onnx.graph.heads import add_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model
+from surgery_formats.models.families.recipe import Attention, ClassifierHead, Model
 
 __all__ = ["encoder"]
 
@@ -23,14 +22,15 @@ def encoder(ctx: Context, model: Model) -> None:
     """Build the graph.
 
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
-    ``(B, S)``; outputs are those of the head.
+    ``(B, S)``, or ``(B, C, S)`` where choices are scored; outputs are those of the head.
 
     Raises:
         FitError: a tensor is missing or misshapen.
     """
     graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
-    mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    ctx.choices = isinstance(model.head, ClassifierHead) and model.head.choices
+    ctx.ids = ctx.per_token(ctx.ids)
+    mask = ctx.per_token("attention_mask")
     if ctx.virtual.front:
         ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
     ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
@@ -45,13 +45,7 @@ def encoder(ctx: Context, model: Model) -> None:
     x = ctx.total(stream, "")
     if model.final_norm is not None:
         x = norm(ctx, model.final_norm, x, model.hidden, module_of(model.final_norm.weight))
-    match model.head:
-        case ClassifierHead():
-            classifier_head(ctx, model.head, x)
-        case HiddenHead():
-            hidden_head(ctx, model.head, x, model.hidden)
-        case _:
-            raise FitError("this encoder has a language-modelling head", file="config.json")
+    add_head(ctx, model, x)
 
 
 def _allowed(ctx: Context, mask: str) -> str:
