@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from surgery.onnx.graph.contract import Slot
-from surgery.onnx.graph.graph import OPSET, Graph
+from surgery.onnx.graph.dims import BATCH, CHOICES, SEQUENCE
+from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.opset import NEWEST
 from surgery.onnx.graph.target import OperatorSet
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import GraphWeights
@@ -65,15 +67,15 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
-    opset: int = OPSET
+    opset: int = NEWEST
     choices: bool = False
-    batch: str | int = "batch"
+    batch: str | int = BATCH
 
     def per_token(self, name: str) -> str:
         """Add an input with an integer for each token, as rows ``(B, S)``."""
         if not self.choices:
-            return self.graph.input(name, DType.I64, (self.batch, "sequence"))
-        value = self.graph.input(name, DType.I64, (self.batch, "choices", "sequence"))
+            return self.graph.input(name, DType.I64, (self.batch, SEQUENCE))
+        value = self.graph.input(name, DType.I64, (self.batch, CHOICES, SEQUENCE))
         length = self.graph.node("Shape", [value], "", start=2, end=3)
         shape = self.graph.node("Concat", [self.graph.ints(-1), length], "", axis=0)
         return self.graph.node("Reshape", [value, shape], "")

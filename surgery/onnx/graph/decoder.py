@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from surgery.onnx.graph.attention import CacheValues, cached_attention
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
 from surgery.onnx.graph.embedding import token_rows
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.heads import add_head
@@ -32,13 +33,14 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     graph, caches = ctx.graph, list[CacheValues | None]()
     if ctx.virtual.embedded:
         width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
-        ctx.ids = graph.input("inputs_embeds", ctx.io, ("batch", "sequence", width))
+        ctx.ids = graph.input("inputs_embeds", ctx.io, (BATCH, SEQUENCE, width))
     elif model.generates:
-        graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
+        graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
     else:
         ctx.per_token(ctx.ids)
     if model.generates:
-        mask = graph.input("attention_mask", DType.I64, ("batch", "total_sequence"))
+        own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
+        mask = graph.input("attention_mask", DType.I64, (BATCH, own))
         kept = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
         if ctx.virtual.past:
             mask = completed_mask(graph, ctx.ids, mask, kept[0].past_key)
@@ -59,13 +61,13 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         x = ctx.total(stream, "")
     add_head(ctx, model, x)
     for layer, values in zip(model.layers, kept, strict=False):
-        shape = ("batch", layer.attention.kv_heads, "present_sequence", layer.attention.head_dim)
+        shape = (BATCH, layer.attention.kv_heads, TOTAL, layer.attention.head_dim)
         graph.output(values.present_key, ctx.io, shape)
         graph.output(values.present_value, ctx.io, shape)
 
 
 def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
-    shape = ("batch", layer.attention.kv_heads, "past_sequence", layer.attention.head_dim)
+    shape = (BATCH, layer.attention.kv_heads, PAST, layer.attention.head_dim)
     past = [ctx.graph.input(f"past_key_values.{number}.{part}", ctx.io, shape) for part in ("key", "value")]
     for name in past:
         if name in ctx.virtual.past:

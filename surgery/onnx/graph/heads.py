@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.dims import CHOICES, SEQUENCE
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.norm import norm
@@ -74,7 +75,7 @@ def _classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
     elif record.choices:
         shape = ctx.graph.node("Shape", ["input_ids"], "", start=0, end=2)
         ctx.graph.node("Reshape", [x, shape], module_of(last.weight), out="logits")
-        ctx.graph.output("logits", ctx.io, (ctx.batch, "choices"))
+        ctx.graph.output("logits", ctx.io, (ctx.batch, CHOICES))
     else:
         ctx.graph.output(ctx.graph.rename(x, "logits"), ctx.io, (ctx.batch, labels))
 
@@ -85,7 +86,7 @@ def _span_head(ctx: Context, record: SpanHead, x: str) -> None:
     both = _tokens(ctx, linear(ctx, record.projection, x), at)
     for index, name in enumerate(("start_logits", "end_logits")):
         ctx.graph.node("Gather", [both, ctx.graph.number(index, DType.I64)], at, out=name, axis=2)
-        ctx.graph.output(name, ctx.io, (ctx.batch, "sequence"))
+        ctx.graph.output(name, ctx.io, (ctx.batch, SEQUENCE))
 
 
 def _hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
@@ -122,7 +123,7 @@ def _last_token(ctx: Context, record: ClassifierHead, x: str) -> str:
 
 
 def _every_token(ctx: Context, x: str, at: str, name: str, width: int | str) -> None:
-    ctx.graph.output(_tokens(ctx, x, at, name), ctx.io, (ctx.batch, "sequence", width))
+    ctx.graph.output(_tokens(ctx, x, at, name), ctx.io, (ctx.batch, SEQUENCE, width))
 
 
 def _tokens(ctx: Context, x: str, at: str, name: str = "") -> str:

@@ -19,7 +19,7 @@ from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.settings import ModelSettings
 
-__all__ = ["DEBERTA", "ELECTRA", "FAMILY"]
+__all__ = ["DEBERTA", "FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -38,7 +38,16 @@ def recipe(settings: ModelSettings) -> Model:
         dense, output = f"{at}.transform.dense", f"{at}.decoder"
         return language_head(settings, sizes, embedding.tokens, dense, norm, output, activation)
 
-    return encoder(settings, sizes, embedding, layers, before=(pooler, "tanh"), pooler=pooler, language=language)
+    return encoder(
+        settings,
+        sizes,
+        embedding,
+        layers,
+        before=(pooler, "tanh"),
+        pooler=pooler,
+        choice=(pooler, "tanh"),
+        language=language,
+    )
 
 
 FAMILY = Family(
@@ -50,5 +59,4 @@ FAMILY = Family(
     derivable=("embeddings.position_ids", "embeddings.token_type_ids"),
     recipe=recipe,
 )
-ELECTRA = replace(FAMILY, names=("electra",), recipe=None)
-DEBERTA = replace(ELECTRA, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings")
+DEBERTA = replace(FAMILY, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings", recipe=None)

@@ -14,7 +14,7 @@ from surgery_formats.models.families.encoder import (
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import LanguageHead, Model
+from surgery_formats.models.families.recipe import Activation, LanguageHead, Model, Projection
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
@@ -53,7 +53,8 @@ def recipe(settings: ModelSettings) -> Model:
         norm, dense = encoder_norm(settings, "vocab_layer_norm", _EPSILON), "vocab_transform"
         return language_head(settings, sizes, embedding.tokens, dense, norm, "vocab_projector", activation)
 
-    return encoder(settings, sizes, embedding, layers, before=(before, "relu"), language=language)
+    first: tuple[Projection, Activation] = (before, "relu")
+    return encoder(settings, sizes, embedding, layers, before=first, choice=first, language=language)
 
 
 FAMILY = Family(

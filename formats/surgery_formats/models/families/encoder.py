@@ -33,6 +33,7 @@ __all__ = [
     "encoder",
     "encoder_norm",
     "language_head",
+    "post_norm_layer",
     "post_norm_layers",
     "read_encoder_sizes",
 ]
@@ -77,32 +78,52 @@ def encoder_norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
 
 
 def bert_embedding(
-    settings: ModelSettings, root: str, epsilon: float, *, types: bool = True, **positions: Any
+    settings: ModelSettings, root: str, epsilon: float, *, types: bool = True, **others: Any
 ) -> Embedding:
-    """BERT's embedding below `root`, with token types if `types`; `positions` are fields of `Embedding`."""
+    """BERT's embedding below `root`, with token types if `types`; `others` are fields of `Embedding`."""
     at = f"{root}embeddings"
     return Embedding(
         f"{at}.word_embeddings.weight",
         positions=f"{at}.position_embeddings.weight",
         types=f"{at}.token_type_embeddings.weight" if types else "",
         norm=encoder_norm(settings, f"{at}.LayerNorm", epsilon),
-        **positions,
+        **others,
     )
 
 
 def post_norm_layers(
-    settings: ModelSettings, sizes: Sizes, stack: str, names: LayerNames, activation: Activation, epsilon: float
+    settings: ModelSettings,
+    sizes: Sizes,
+    stack: str,
+    names: LayerNames,
+    activation: Activation,
+    epsilon: float,
+    **attention: Any,
 ) -> Iterator[Layer]:
-    """The layers in module `stack`: attention, norm of the sum, MLP, norm of the sum; every projection has a bias."""
+    """The layers in module `stack`; `attention` are further fields of their attention."""
     for index in range(sizes.layers):
-        at = LayerNames(*(f"{stack}.{index}.{name}" for name in names))
-        q, k, v, output = (projection(name, sizes.hidden, sizes.hidden, True) for name in at[:4])
-        yield Layer(
-            Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, sizes.head_dim**-0.5),
-            Branch(on_sum=encoder_norm(settings, at.attention_norm, epsilon)),
-            plain_mlp(at.up, at.down, sizes, activation),
-            Branch(on_sum=encoder_norm(settings, at.mlp_norm, epsilon)),
-        )
+        yield post_norm_layer(settings, sizes, f"{stack}.{index}", names, activation, epsilon, **attention)
+
+
+def post_norm_layer(
+    settings: ModelSettings,
+    sizes: Sizes,
+    module: str,
+    names: LayerNames,
+    activation: Activation,
+    epsilon: float,
+    **attention: Any,
+) -> Layer:
+    """Attention, norm of the sum, MLP, norm of the sum; every projection has a bias."""
+    at = LayerNames(*(f"{module}.{name}" for name in names))
+    q, k, v, output = (projection(name, sizes.hidden, sizes.hidden, True) for name in at[:4])
+    scale = sizes.head_dim**-0.5
+    return Layer(
+        Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, **{"scale": scale, **attention}),
+        Branch(on_sum=encoder_norm(settings, at.attention_norm, epsilon)),
+        plain_mlp(at.up, at.down, sizes, activation),
+        Branch(on_sum=encoder_norm(settings, at.mlp_norm, epsilon)),
+    )
 
 
 def encoder(
@@ -120,7 +141,7 @@ def encoder(
     """Assemble the encoder, with the head chosen by the task, then check the settings that nobody read.
 
     `before` is the first step of a sequence classifier, `classifier` the module of its last; `choice` is the first step
-    where choices are scored, if it is another. `pooler` is the family's, whether the file has it or not, None if the family
+    where choices are scored. `pooler` is the family's, whether the file has it or not, None if the family
     has none; `language` makes the head that fills masks.
 
     Raises:
@@ -131,7 +152,8 @@ def encoder(
     settings.only("add_cross_attention", False)
     settings.only("position_embedding_type", "absolute")
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
-    known = tuple(task for task in ENCODER_TASKS if task != "fill-mask" or language is not None)
+    absent = {"fill-mask": language is None, "multiple-choice": choice is None}
+    known = tuple(task for task in ENCODER_TASKS if not absent.get(task))
     task = asked_task(settings, known, "encoders")
     has_pooler = pooler is not None and pooler.weight in settings.names
     head: Head
@@ -140,8 +162,8 @@ def encoder(
             head = ClassifierHead(
                 "first", (before, (projection(classifier, sizes.hidden, labels(settings), True), None))
             )
-        case "multiple-choice":
-            steps = (choice or before, (projection("classifier", sizes.hidden, 1, True), None))
+        case "multiple-choice" if choice is not None:
+            steps = (choice, (projection("classifier", sizes.hidden, 1, True), None))
             head = ClassifierHead("first", steps, choices=True)
         case "token-classification":
             head = ClassifierHead("every", ((projection("classifier", sizes.hidden, labels(settings), True), None),))
@@ -173,11 +195,20 @@ def encoder(
 
 
 def language_head(
-    settings: ModelSettings, sizes: Sizes, tokens: str, transform: str, norm: Norm, output: str, activation: Activation
+    settings: ModelSettings,
+    sizes: Sizes,
+    tokens: str,
+    transform: str,
+    norm: Norm,
+    output: str,
+    activation: Activation,
+    *,
+    width: int | None = None,
 ) -> LanguageHead:
     """A head that fills masks: `transform`, `activation`, `norm`, then the table of `tokens` with a bias of its own.
 
-    `transform` is a module, and so is `output`, whose weight is used where it is not tied to the table.
+    `transform` is a module, and so is `output`, whose weight is used where it is not tied to the table. `width` is that of
+    the table's rows, if it is not the layers'.
     """
     tied = settings.flag("tie_word_embeddings", default=True)
     root = output.rpartition(".")[0]
@@ -185,8 +216,8 @@ def language_head(
     biases.insert(len(biases) if tied else 0, f"{output}.bias")  # one parameter, unless untied: then the output's own
     bias = next((name for name in biases if name in settings.names), biases[-1])
     return LanguageHead(
-        Projection(tokens if tied else f"{output}.weight", sizes.hidden, sizes.vocabulary, bias),
-        projection(transform, sizes.hidden, sizes.hidden, True),
+        Projection(tokens if tied else f"{output}.weight", width or sizes.hidden, sizes.vocabulary, bias),
+        projection(transform, sizes.hidden, width or sizes.hidden, True),
         activation=activation,
         norm=norm,
     )

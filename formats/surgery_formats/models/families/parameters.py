@@ -55,9 +55,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     A tied head is listed once, as the embedding.
     """
     embedding, head = model.embedding, model.head
-    width = embedding.projection.inputs if embedding.projection else model.hidden
-    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, width)}
-    shapes |= {table: (-1, model.hidden) for table in (embedding.positions, embedding.types) if table}
+    token_width, row_width, norm_width = model.embedded
+    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, token_width)}
+    shapes |= {table: (-1, row_width) for table in (embedding.positions, embedding.types) if table}
 
     def project(*projections: Projection | None) -> None:
         for each in filter(None, projections):
@@ -71,12 +71,15 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             shapes.update((name, (width,)) for name in (each.weight, each.bias) if name)
 
     project(embedding.projection)
-    normalise(model.hidden, embedding.norm, model.final_norm)
+    normalise(norm_width, embedding.norm)
+    normalise(model.hidden, model.final_norm)
     for layer in model.layers:
         attend, mlp = layer.attention, layer.mlp
         for branch in (layer.attention_branch, layer.mlp_branch):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
         project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
+        if attend.bias is not None:
+            shapes[attend.bias.table] = attend.bias.buckets, attend.heads
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))

@@ -49,7 +49,10 @@ _CLASSES = (
 )
 """Endings of class names; a bare model's comes last, because language models of old have it too."""
 
-_PRETRAINED = ("lm_head", "cls", "vocab_transform", "vocab_layer_norm", "vocab_projector")
+_PRETRAINED = (
+    *("lm_head", "cls", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    *("predictions", "sop_classifier", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
+)
 _TRAINED = ("classifier", "pre_classifier", "qa_outputs", "score")
 
 
