@@ -12,6 +12,7 @@ from surgery_formats.models.families.recipe import (
     Attention,
     Branch,
     Embedding,
+    Experts,
     Head,
     LanguageHead,
     Layer,
@@ -39,6 +40,7 @@ __all__ = [
     "windows",
 ]
 
+_FURTHER = "predicts several tokens at once, which a decoder does not do"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -176,12 +178,14 @@ def decoder(
     before: Projection | None = None,
     softcap: float | None = None,
     divisor: float = 1.0,
+    further_layers: int = 0,
 ) -> Model:
     """Assemble the decoder, then check the settings that nobody read.
 
     `layer` maps the module of a layer (below `stack`) and its index to its record. `tied` is the family's default of
     ``tie_word_embeddings``, `head` the module of a language model's head; `before`, `softcap` and `divisor` are those of
-    `LanguageHead`.
+    `LanguageHead`. Of the layers after the last, files may have `further_layers`, which predict several tokens at once
+    and are not used.
 
     Raises:
         FitError: a task that decoders do not have, bidirectional attention, attention to an encoder, or an
@@ -204,6 +208,8 @@ def decoder(
     else:
         reads = decoder_head(settings, task, width, before)
         unused = other_heads(settings, head_names(reads))
+    further = tuple(f"{stack}.{sizes.layers + number}." for number in range(further_layers))
+    unused |= dict.fromkeys((name for name in settings.names if name.startswith(further)), _FURTHER) if further else {}
     settings.finish()
     return Model(
         kind="decoder",
@@ -229,6 +235,7 @@ def llama_named(
     tied: bool = False,
     softcap: float | None = None,
     divisor: float = 1.0,
+    further_layers: int = 0,
 ) -> Model:
     """A decoder with Llama's names of embedding, layers and final norm; arguments as in `decoder` and `Embedding`."""
     root = root_of(settings, "model.", "embed_tokens.weight")
@@ -237,7 +244,16 @@ def llama_named(
     embedding = Embedding(f"{root}embed_tokens.weight", scale=scale, scale_rounded=scale_rounded)
     final = norm(f"{root}norm")
     return decoder(
-        settings, sizes, f"{root}layers", layer, final, embedding, tied=tied, softcap=softcap, divisor=divisor
+        settings,
+        sizes,
+        f"{root}layers",
+        layer,
+        final,
+        embedding,
+        tied=tied,
+        softcap=softcap,
+        divisor=divisor,
+        further_layers=further_layers,
     )
 
 
@@ -250,15 +266,17 @@ def llama_layer(
     activation: Activation | None = None,
     mlp_bias: bool = False,
     multiplier: float = 1.0,
+    transform: Callable[[str, int], MLP | Experts] | None = None,
 ) -> Callable[[str, int], Layer]:
     """Layers with Llama's names and order: norm, attention, norm, gated MLP; the activation is ``hidden_act`` if None.
 
-    `attend` maps the module of a layer's attention, and the layer's index, to its record.
+    `attend` maps the module of a layer's attention, and the layer's index, to its record; `transform` the module of a layer,
+    and its index, to what stands in place of the MLP.
     """
     gate = activation or settings.activation("hidden_act", default="silu")
     return lambda at, index: Layer(
         attend(f"{at}.self_attn", index),
         pre_norm(norm(f"{at}.input_layernorm"), multiplier),
-        gated_mlp(f"{at}.mlp", sizes, gate, bias=mlp_bias),
+        transform(at, index) if transform else gated_mlp(f"{at}.mlp", sizes, gate, bias=mlp_bias),
         pre_norm(norm(f"{at}.post_attention_layernorm"), multiplier),
     )

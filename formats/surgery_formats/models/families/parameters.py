@@ -8,7 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Norm, Projection
+from surgery_formats.models.families.recipe import (
+    MLP,
+    ClassifierHead,
+    Experts,
+    HiddenHead,
+    LanguageHead,
+    Model,
+    Norm,
+    Projection,
+)
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.models.families.tasks import task_of
@@ -61,10 +70,23 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
 
     def project(*projections: Projection | None) -> None:
         for each in filter(None, projections):
-            shape = each.outputs, each.inputs
-            shapes[each.weight] = shape[::-1] if each.transposed else shape
+            shape = (each.outputs, each.inputs)[:: -1 if each.transposed else 1]
+            count = each.stack[1:] if each.stack else ()
+            shapes[each.weight] = (*count, *shape)
             if each.bias:
-                shapes[each.bias] = (each.outputs,)
+                shapes[each.bias] = (*count, each.outputs)
+
+    def transform(*parts: MLP | Experts | None) -> None:
+        for part in parts:
+            if part is None:
+                continue
+            if isinstance(part, MLP):
+                project(*part.inputs, part.output)
+                continue
+            project(part.router, part.shared_gate)
+            transform(*part.experts, part.shared)
+            if part.correction:
+                shapes[part.correction] = (*((1,) if part.correction_row else ()), len(part.experts))
 
     def normalise(width: int, *norms: Norm | None) -> None:
         for each in filter(None, norms):
@@ -77,9 +99,16 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         attend, mlp = layer.attention, layer.mlp
         for branch in (layer.attention_branch, layer.mlp_branch):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
-        project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
+        project(*attend.inputs, attend.output)
+        transform(mlp)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if attend.sinks:
+            shapes[attend.sinks] = (attend.heads,)
+        if (latent := attend.latent) is not None:
+            project(latent.key_value, latent.query)
+            normalise(latent.key_value.inputs, latent.norm)
+            normalise(latent.query.inputs if latent.query else 0, latent.query_norm)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))

@@ -28,9 +28,11 @@ __all__ = [
     "ClassifierHead",
     "Coupling",
     "Embedding",
+    "Experts",
     "Head",
     "HiddenHead",
     "LanguageHead",
+    "Latent",
     "Layer",
     "Model",
     "Norm",
@@ -50,11 +52,37 @@ class Rope:
         parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
             ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
         max_positions: ``max_position_embeddings``.
+        interleaved: Whether neighbours ``x[2 i], x[2 i + 1]`` are a pair.
     """
 
     dims: int
     parameters: Mapping[str, Any]
     max_positions: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Keys and values from a small vector per token (multi-head latent attention, arXiv:2405.04434).
+
+    The layer's inputs are maps to the queries, or to what `query` makes them of, and to ``[c | r]``. ``key_value(norm c)`` is
+    ``[k | v]`` for each head; ``r`` is rotated and shared by all heads. A head's query and key are ``[plain | rotated]``.
+
+    Attributes:
+        norm: Norm of ``c``.
+        key_value: ``c`` to keys and values.
+        plain: Values of a head's key that are not rotated.
+        values: Values of a head's ``v``.
+        query_norm: Norm before `query`.
+        query: The second map of the queries, or None.
+    """
+
+    norm: Norm
+    key_value: Projection
+    plain: int
+    values: int
+    query_norm: Norm | None = None
+    query: Projection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +112,7 @@ class Attention:
     Attributes:
         inputs: q, k and v, or one projection for all three.
         layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
-            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX).
+            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX); ``latent``, see `latent`.
         output: Projection back to ``D``.
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
@@ -97,6 +125,8 @@ class Attention:
         k_norm: Norm of keys before rotation, or None.
         norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
             the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
+        sinks: Tensor ``(heads,)``: the score of one more key, which has no value, per head (GPT-OSS); or empty.
+        latent: How queries, keys and values are made, or None.
         bias: Relative positions (T5, MPNet), or None.
     """
 
@@ -106,13 +136,15 @@ class Attention:
     kv_heads: int
     head_dim: int
     scale: float
-    layout: Literal["separate", "concatenated", "by_head"] = "separate"
+    layout: Literal["separate", "concatenated", "by_head", "latent"] = "separate"
     rope: Rope | None = None
     window: int | None = None
     softcap: float | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
+    sinks: str = ""
+    latent: Latent | None = None
     bias: RelativeBias | None = None
 
 
@@ -125,12 +157,60 @@ class MLP:
         output: The down projection.
         activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
+        interleaved: Whether gate and up alternate in the output of their one projection.
+        limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
+        up_plus: Added to ``up`` (GPT-OSS: 1).
     """
 
     inputs: tuple[Projection, ...]
     output: Projection
     activation: Activation
     gated: bool
+    interleaved: bool = False
+    limit: float | None = None
+    up_plus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts (arXiv:2101.03961): ``sum over the chosen e of w_e expert_e(x)``, and the shared expert.
+
+    Scores ``s`` are the softmax or the sigmoid of what the router makes of ``x``. The experts chosen are the `top` with the
+    greatest ``s + correction``, of the best groups only; their weights are ``s``.
+
+    Attributes:
+        router: ``D`` to one number per expert.
+        experts: The experts.
+        top: How many are chosen for each token.
+        scoring: ``softmax`` over all experts, or ``sigmoid`` of each.
+        normalised: Whether the weights of the chosen are divided by their sum, or by `floor` if that is greater.
+        floor: See `normalised`.
+        scale: Factor on the weights.
+        correction: Tensor ``(experts,)``, or ``(1, experts)`` if `correction_row`, that affects the choice alone; or empty.
+        correction_row: See `correction`.
+        groups: Number of groups of neighbours of equal size.
+        best_groups: How many of the groups are considered.
+        group_score: A group counts as its ``best`` expert, or as the ``two`` best together.
+        precise: Whether the router computes in float32.
+        shared: An expert for every token, or None.
+        shared_gate: Sigmoid of one number per token on the shared expert (Qwen2-MoE), or None.
+    """
+
+    router: Projection
+    experts: tuple[MLP, ...]
+    top: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    floor: float = 0.0
+    scale: float = 1.0
+    correction: str = ""
+    correction_row: bool = False
+    groups: int = 1
+    best_groups: int = 1
+    group_score: Literal["best", "two"] = "best"
+    precise: bool = False
+    shared: MLP | None = None
+    shared_gate: Projection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +234,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Attention and MLP, each in its branch.
+    """Attention and MLP, or a mixture of experts, each in its branch.
 
     Attributes:
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
@@ -163,7 +243,7 @@ class Layer:
 
     attention: Attention
     attention_branch: Branch
-    mlp: MLP
+    mlp: MLP | Experts
     mlp_branch: Branch
     parallel: bool = False
 
