@@ -63,6 +63,7 @@ class Context:
         real: Returns which new tokens are no padding ``(B, S)``, bool.
         choices: Whether inputs are the choices of questions, ``(B, C, S)``, which are rows inside the graph.
         batch: Size of the inputs' first axis: a name, or 1.
+        position_ids: Whether positions are an input of the graph.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -77,6 +78,7 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
+    position_ids: bool = False
     opset: int = NEWEST
     choices: bool = False
     batch: str | int = BATCH

@@ -40,16 +40,18 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         ctx.per_token(ctx.ids)
     if model.generates:
         own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
-        mask = graph.input("attention_mask", DType.I64, (BATCH, own))
+        mask = given = graph.input("attention_mask", DType.I64, (BATCH, own))
+        places = graph.input("position_ids", DType.I64, (BATCH, SEQUENCE)) if ctx.position_ids else ""
         kept = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
         if ctx.virtual.past:
             mask = completed_mask(graph, ctx.ids, mask, kept[0].past_key)
         caches += kept
     else:
-        mask, kept, caches = ctx.per_token("attention_mask"), [], [None] * len(model.layers)
+        mask, places, kept, caches = ctx.per_token("attention_mask"), "", [], [None] * len(model.layers)
         if ctx.virtual.front:
             ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
-    frame = Frame(ctx, mask, max_length)
+        given = mask
+    frame = Frame(ctx, mask, max_length, given, places)
     ctx.real = lambda: frame.real
     stream = ResidualStream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):

@@ -26,7 +26,9 @@ __all__ = [
     "BottleneckForm",
     "Branch",
     "ClassifierHead",
+    "Convolution",
     "Coupling",
+    "Disentangled",
     "Embedding",
     "Experts",
     "Head",
@@ -106,6 +108,32 @@ class RelativeBias:
 
 
 @dataclass(frozen=True, slots=True)
+class Disentangled:
+    """Scores of contents with embeddings of distances (DeBERTa, arXiv:2006.03654), added before all are scaled.
+
+    A key that lies ``d`` before its query has row ``span + d`` of the table; distances beyond the table have its first or
+    last row. With buckets, ``d`` is exact up to half of them, and the others grow logarithmically up to `max_distance`.
+
+    Attributes:
+        table: Tensor ``(2 span, D)``.
+        span: Half of its rows.
+        norm: Norm of the rows, or None.
+        buckets: Buckets of each direction, as many as `span`; 0 for one row per distance.
+        max_distance: Where buckets end.
+        keys: Projection of the rows that queries are compared with (content to position), or None.
+        queries: Projection of the rows that keys are compared with (position to content), or None.
+    """
+
+    table: str
+    span: int
+    norm: Norm | None = None
+    buckets: int = 0
+    max_distance: int = 0
+    keys: Projection | None = None
+    queries: Projection | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
@@ -128,6 +156,7 @@ class Attention:
         sinks: Tensor ``(heads,)``: the score of one more key, which has no value, per head (GPT-OSS); or empty.
         latent: How queries, keys and values are made, or None.
         bias: Relative positions (T5, MPNet), or None.
+        disentangled: Scores with embeddings of distances (DeBERTa), or None.
     """
 
     inputs: tuple[Projection, ...]
@@ -146,6 +175,7 @@ class Attention:
     sinks: str = ""
     latent: Latent | None = None
     bias: RelativeBias | None = None
+    disentangled: Disentangled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +380,27 @@ Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """Behind the first layer: ``N(y + act(conv(x)))`` of its result ``y`` and its input ``x``, padding being zero (DeBERTa).
+
+    Attributes:
+        weight: Tensor ``(D, D / groups, width)``.
+        bias: Tensor ``(D,)``.
+        width: Tokens that it sees, an odd number.
+        groups: Parts of ``D`` that do not mix.
+        activation: Of its result.
+        norm: Norm of the sum.
+    """
+
+    weight: str
+    bias: str
+    width: int
+    groups: int
+    activation: Activation
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """The computation of a whole model.
 
@@ -360,6 +411,7 @@ class Model:
         final_norm: Norm after the last layer, or None.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
+        convolution: Convolution behind the first layer (DeBERTa), or None.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -371,6 +423,7 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    convolution: Convolution | None = None
 
     @property
     def generates(self) -> bool:
