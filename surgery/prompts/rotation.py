@@ -40,8 +40,13 @@ def turned_keys(table: np.ndarray, model: Model, positions: int) -> np.ndarray:
         angles = frequencies(rope).usual.astype(np.float64) * positions
         half = rope.dims // 2
         keys = pairs[:, number, 0]
-        one, two = keys[..., :half].copy(), keys[..., half : rope.dims].copy()
-        keys[..., :half] = one * np.cos(angles) - two * np.sin(angles)
-        keys[..., half : rope.dims] = two * np.cos(angles) + one * np.sin(angles)
+        low, high = (
+            (slice(0, rope.dims, 2), slice(1, rope.dims, 2))
+            if rope.interleaved
+            else (slice(half), slice(half, rope.dims))
+        )
+        one, two = keys[..., low].copy(), keys[..., high].copy()
+        keys[..., low] = one * np.cos(angles) - two * np.sin(angles)
+        keys[..., high] = two * np.cos(angles) + one * np.sin(angles)
     turned: np.ndarray = pairs.reshape(len(table), -1).astype(np.float32)
     return turned

@@ -11,7 +11,7 @@ import torch
 from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask, Watch, attend
 from surgery.reference.inserted import couple, run_inserted, uncouple
-from surgery.reference.primitives import Load, activate, normalise, project
+from surgery.reference.primitives import Load, activate, normalise, project, xielu
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
@@ -282,6 +282,8 @@ def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
     projected = [project(values, projection, load) for projection in mlp.inputs]
     if mlp.gated and len(projected) == 1:
         projected = list(projected[0].chunk(2, dim=-1))
+    if mlp.activation == "xielu":
+        return project(xielu(projected[0], mlp.shape, load), mlp.output, load)
     inner = (
         activate(projected[0], mlp.activation) * projected[1] if mlp.gated else activate(projected[0], mlp.activation)
     )

@@ -106,8 +106,15 @@ def angles(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     return (turned.cos() * factor).to(dtype), (turned.sin() * factor).to(dtype)
 
 
-def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs ``(x[i], x[i + dims/2])`` of `values` ``(B, H, S, head_dim)``; values after ``dims`` stay."""
+def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotate the pairs ``(x[i], x[i + dims/2])`` of `values` ``(B, H, S, head_dim)``; values after ``dims`` stay.
+
+    `interleaved` pairs are neighbours, ``(x[2i], x[2i + 1])``.
+    """
     half = cos.shape[-1]
+    if interleaved:
+        even, odd = values[..., 0 : 2 * half : 2], values[..., 1 : 2 * half : 2]
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+        return torch.cat((turned, values[..., 2 * half :]), dim=-1)
     first, second, rest = values[..., :half], values[..., half : 2 * half], values[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

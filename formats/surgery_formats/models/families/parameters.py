@@ -15,6 +15,8 @@ from surgery_formats.text import show
 
 __all__ = ["model_of", "parameters"]
 
+_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
+
 
 def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
     """Return what the model of a config.json computes, given the checkpoint's tensor names.
@@ -67,8 +69,12 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         for branch in (layer.attention_branch, layer.mlp_branch):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
         project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
+        if mlp.shape:
+            shapes |= {f"{mlp.shape}.{name}": (1,) if name.startswith("alpha") else () for name in _XIELU}
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
-            if norm is not None and attend.norm_over == "heads":
+            if norm is not None and attend.norm_over == "heads" and "{h}" not in norm.weight:
+                shapes.update((name, (heads, attend.head_dim)) for name in (norm.weight, norm.bias) if name)
+            elif norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
                 normalise(attend.head_dim, *own)
             else:

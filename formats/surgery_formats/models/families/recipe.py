@@ -18,6 +18,7 @@ from typing import Any, Literal
 __all__ = [
     "MLP",
     "Activation",
+    "Alibi",
     "Attention",
     "Bottleneck",
     "BottleneckForm",
@@ -31,13 +32,17 @@ __all__ = [
     "Layer",
     "Model",
     "Norm",
+    "PositionScale",
     "Projection",
     "Rope",
 ]
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"]
-"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. The last four
-are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``."""
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear", "relu2", "xielu"
+]
+"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. ``sigmoid`` to
+``linear`` are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``.
+``relu2`` is ``relu(x)^2`` (arXiv:2109.08668), ``xielu`` has learned numbers (see `MLP`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +84,46 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary positions (arXiv:2104.09864) on the first `dims` values of each head, in halves (``x[i], x[i + dims/2]``).
+    """Rotary positions (arXiv:2104.09864) on the first `dims` values of each head.
 
     Attributes:
         dims: Rotated values per head; fewer than ``head_dim`` if partial.
         parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
             ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
         max_positions: ``max_position_embeddings``.
+        interleaved: Whether pairs are neighbours (``x[2i], x[2i + 1]``: GPT-J, Cohere, GLM) instead of being ``dims / 2``
+            apart (``x[i], x[i + dims/2]``).
     """
 
     dims: int
     parameters: Mapping[str, Any]
     max_positions: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Alibi:
+    """A bias on the scores, linear in the position of the key (arXiv:2108.12409): ``scale slope position``.
+
+    A softmax does not notice what is added to a whole row, so the distance to the query does as well as the position.
+
+    Attributes:
+        slopes: One per query head.
+        scale: Factor on the bias (Falcon scales it with the scores).
+        rounded: Whether slope, position and their product are rounded to bfloat16 (Falcon, whatever its type).
+    """
+
+    slopes: tuple[float, ...]
+    scale: float = 1.0
+    rounded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PositionScale:
+    """A factor on queries that grows with their position: ``1 + beta log(1 + floor(position / period))`` (Llama 4)."""
+
+    beta: float
+    period: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +133,8 @@ class Attention:
     Attributes:
         inputs: q, k and v, or one projection for all three.
         layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
-            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX).
+            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX); ``by_group`` ``[group 0: q q ... k v | group 1
+            ...]``, a group being the query heads of one key head (Falcon).
         output: Projection back to ``D``.
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
@@ -112,7 +146,12 @@ class Attention:
         q_norm: Norm of queries before rotation, or None.
         k_norm: Norm of keys before rotation, or None.
         norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
-            the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
+            the weight's name contains ``{h}``, or it is a table ``(heads, head_dim)``), or all heads at once (``width``,
+            OLMo 2).
+        norm_after_rope: Whether those norms come after rotation (HunYuan).
+        alibi: Bias on the scores, or None.
+        query_scale: Factor on queries by their position, or None.
+        clip: Bound on the absolute values of projected queries, keys and values, or None.
     """
 
     inputs: tuple[Projection, ...]
@@ -121,13 +160,17 @@ class Attention:
     kv_heads: int
     head_dim: int
     scale: float
-    layout: Literal["separate", "concatenated", "by_head"] = "separate"
+    layout: Literal["separate", "concatenated", "by_head", "by_group"] = "separate"
     rope: Rope | None = None
     window: int | None = None
     softcap: float | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
+    norm_after_rope: bool = False
+    alibi: Alibi | None = None
+    query_scale: PositionScale | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +182,16 @@ class MLP:
         output: The down projection.
         activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
+        shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
+            ``eps`` ``()``. With ``p = softplus(alpha_p)`` and ``n = beta + softplus(alpha_n)`` it is ``p x^2 + beta x``
+            above 0 and ``n (expm1(min(x, eps)) - x) + beta x`` elsewhere. Empty for other activations.
     """
 
     inputs: tuple[Projection, ...]
     output: Projection
     activation: Activation
     gated: bool
+    shape: str = ""
 
 
 @dataclass(frozen=True, slots=True)
