@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.reference.primitives import Load, normalise, project
+from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
 from surgery_formats.models.families.recipe import Alibi, Attention
 
@@ -23,8 +24,8 @@ class Mask:
 
     Attributes:
         real: ``(B, T)``: which past and new tokens are not padding.
-        places: ``(B, T)``: number of real tokens before each token; windows are counted in these, so that padding in
-            between does not matter.
+        places: ``(B, T)``: number of real tokens before each token; windows of decoders are counted in these, so that
+            padding in between does not matter.
         positions: ``(B, S)``: positions of the new tokens.
         causal: Whether tokens see only earlier tokens and themselves.
         watch: Called by every layer in turn with what its queries pay to each key, ``(B, kv_heads, group, S, T)``; or None.
@@ -43,9 +44,12 @@ class Mask:
         if self.causal:
             order = torch.arange(keys)
             visible = visible & (order[None, :] <= order[keys - queries :, None])
-        if window is not None:
+        if window is not None and self.causal:
             distance = self.places[:, keys - queries :, None] - self.places[:, None, :]
             visible = visible & (distance < window)
+        elif window is not None:
+            order = torch.arange(keys)
+            visible = visible & ((order[None, :] - order[keys - queries :, None]).abs() < window)
         return visible[:, None]
 
 
@@ -83,6 +87,9 @@ def attend(
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
     scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    if attention.bias is not None:
+        bias = relative_bias(attention.bias, count, k.shape[2], load)
+        scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
     if attention.alibi is not None:

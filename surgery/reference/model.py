@@ -187,8 +187,7 @@ def _embed(
     values = _lookup(reference, embedding.tokens, ids, embedding.scale, embedding.scale_rounded)
     if virtual is not None:
         values = torch.cat((virtual.to(reference.dtype).expand(len(ids), -1, -1), values), dim=1)
-    if embedding.projection is not None:
-        values = project(values, embedding.projection, reference.load)
+    values = _widened(reference, values, "tokens")
     if embedding.types:
         zero = torch.zeros(values.shape[:2], dtype=torch.long)
         if types is not None:
@@ -196,10 +195,20 @@ def _embed(
         values = values + _lookup(reference, embedding.types, zero)
     if embedding.positions:
         values = values + _lookup(reference, embedding.positions, rows)
+    values = _widened(reference, values, "sum")
     values = normalise(values, embedding.norm, reference.load)
+    values = _widened(reference, values, "norm")
     for network in embedding.couplings:
         values = couple(values, network, reference.load)
     return values
+
+
+def _widened(reference: Reference, values: torch.Tensor, done: str) -> torch.Tensor:
+    """Projected to the width of the layers, if that is what follows the step `done`."""
+    embedding = reference.model.embedding
+    if embedding.projection is None or embedding.projected != done:
+        return values
+    return project(values, embedding.projection, reference.load)
 
 
 def _lookup(

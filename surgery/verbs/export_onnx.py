@@ -59,6 +59,7 @@ def export_onnx(
     dtype: str = "auto",
     weights: str = "auto",
     max_length: int | None = None,
+    opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
     progress: Callback | None = None,
@@ -85,6 +86,7 @@ def export_onnx(
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
         max_length: Longest sequence; None for as long as the model was made for.
+        opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step of a merge.
@@ -109,6 +111,7 @@ def export_onnx(
     binding, merged = _merged(checkpoint, roles, full=merge_to == "full")
     assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
     assembly = _with_required(assembly, required)
+    assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")

@@ -70,6 +70,7 @@ _NEO = {
 }
 _MPT = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "eos_token_id": None}
 _BERT = {**_LM, "type_vocab_size": 2, "num_labels": 3}
+_MPNET = {**_BERT, "pad_token_id": 1}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -79,6 +80,19 @@ _DISTIL = {
     "max_position_embeddings": 64,
     "num_labels": 3,
     "pad_token_id": 0,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 56,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
 }
 _LONG = {
     "rope_type": "longrope",
@@ -271,6 +285,22 @@ ENCODERS: dict[str, Case] = {
     "distilbert_sequence": Case("DistilBertForSequenceClassification", "DistilBertConfig", _DISTIL),
     "distilbert_token": Case("DistilBertForTokenClassification", "DistilBertConfig", _DISTIL),
     "distilbert_sentence": Case("DistilBertModel", "DistilBertConfig", _DISTIL),
+    "electra_sequence": Case("ElectraForSequenceClassification", "ElectraConfig", {**_BERT, "embedding_size": 20}),
+    "electra_token": Case("ElectraForTokenClassification", "ElectraConfig", {**_BERT, "embedding_size": 32}),
+    "electra_sentence": Case("ElectraModel", "ElectraConfig", {**_BERT, "embedding_size": 20}),
+    "albert_sequence": Case("AlbertForSequenceClassification", "AlbertConfig", {**_BERT, "embedding_size": 20}),
+    "albert_token": Case(
+        "AlbertForTokenClassification",
+        "AlbertConfig",
+        {**_BERT, "embedding_size": 20, "num_hidden_groups": 2, "inner_group_num": 2},
+    ),
+    "albert_sentence": Case("AlbertModel", "AlbertConfig", {**_BERT, "embedding_size": 32, "hidden_act": "gelu"}),
+    "mpnet_sequence": Case("MPNetForSequenceClassification", "MPNetConfig", _MPNET),
+    "mpnet_token": Case("MPNetForTokenClassification", "MPNetConfig", _MPNET),
+    "mpnet_sentence": Case("MPNetModel", "MPNetConfig", _MPNET),
+    "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
+    "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
+    "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
 
 

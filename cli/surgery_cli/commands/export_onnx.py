@@ -60,6 +60,12 @@ __all__ = ["command"]
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option(
+    "--opset",
+    type=click.IntRange(17, 23),
+    metavar="N",
+    help="Operators of ONNX's set N, for older runtimes; default: the least that the graph needs.",
+)
 @option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
 @option.overwrite()
 def command(

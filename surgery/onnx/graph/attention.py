@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.graph import MICROSOFT
 from surgery.onnx.graph.linear import joined, linear
 from surgery.onnx.graph.norm import gain, norm
-from surgery_formats.models.families.recipe import Attention, Norm
+from surgery.onnx.graph.rotary import RotaryTable
+from surgery_formats.models.families.recipe import Attention, Norm, Rope
 
-__all__ = ["CacheValues", "cached_attention", "project", "split"]
+__all__ = ["CacheValues", "RotaryValues", "cached_attention", "normed", "project", "rotated", "split"]
 
 _ROTATED = 16  # GroupQueryAttention can rotate only a multiple of this many values
 
@@ -26,6 +27,18 @@ class CacheValues:
     past_value: str
     present_key: str
     present_value: str
+
+
+class RotaryValues(Protocol):
+    """The values of a graph that rotate queries and keys."""
+
+    def table(self, rope: Rope) -> RotaryTable:
+        """Cosines and sines."""
+        ...
+
+    def shifted_positions(self, rows: RotaryTable) -> str:
+        """Row indices into the table, of every new token."""
+        ...
 
 
 def cached_attention(
@@ -101,11 +114,11 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
             assert record.q_norm is not None
             epsilon = {"qk_norm_epsilon": record.q_norm.epsilon}
         else:
-            parts = _normed(ctx, record, split(ctx, record, parts, at), at)
+            parts = normed(ctx, record, split(ctx, record, parts, at), at)
     if record.query_scale is not None:
         parts = _position_scaled(ctx, record, split(ctx, record, parts, at), frame, at)
     if rows is not None and not fused:
-        parts = _rotated(ctx, record, split(ctx, record, parts, at), frame, at)
+        parts = rotated(ctx, record, split(ctx, record, parts, at), frame, at)
     elif ctx.flat:
         parts = tuple(ctx.batched(part, at) for part in parts)
     tables = [rows.cos, rows.sin] if fused and rows is not None else ["", ""]
@@ -149,11 +162,11 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
 def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
     parts = split(ctx, record, project(ctx, record, x, at), at)
     if not record.norm_after_rope and (record.q_norm or record.k_norm):
-        parts = _normed(ctx, record, parts, at)
+        parts = normed(ctx, record, parts, at)
     if record.query_scale is not None:
         parts = _position_scaled(ctx, record, parts, frame, at)
     if record.rope is not None:
-        q, k, v = _rotated(ctx, record, parts, frame, at)
+        q, k, v = rotated(ctx, record, parts, frame, at)
     else:
         q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
@@ -169,8 +182,8 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
     )[0]
 
 
-def _rotated(
-    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, at: str
+def rotated(
+    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: RotaryValues, at: str
 ) -> tuple[str, str, str]:
     """Rotate queries and keys; all three results are ``(B, S, ...)``."""
     assert record.rope is not None
@@ -184,7 +197,7 @@ def _rotated(
     q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **options)
     k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **options)
     if record.norm_after_rope:
-        q, k, v = _normed(ctx, record, (q, k, v), at)
+        q, k, v = normed(ctx, record, (q, k, v), at)
         q, k = (ctx.batched(part, at) if ctx.flat else part for part in (q, k))
     return q, k, v
 
@@ -198,7 +211,8 @@ def _position_scaled(
     return ctx.graph.node("Mul", [parts[0], ctx.reshaped(factor, shape, at)], at), parts[1], parts[2]
 
 
-def _normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+def normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+    """Normalise queries and keys, where the family does."""
     q, k, v = parts
     if record.q_norm is not None:
         q = _head_norm(ctx, record, record.q_norm, q, record.heads, at)

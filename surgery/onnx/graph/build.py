@@ -15,6 +15,8 @@ from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
 from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.lower import check_opset, lower
+from surgery.onnx.graph.opset import least_opset
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
@@ -55,6 +57,7 @@ class GraphOptions:
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
+        opset: Set of operators; None for the least that the graph needs.
     """
 
     target: OperatorSet
@@ -67,6 +70,7 @@ class GraphOptions:
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
+    opset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     Raises:
         FitError: an unknown architecture, or a tensor that is missing, left over, misshapen or of an unsupported type.
     """
+    if options.opset is not None:
+        check_opset(options.opset)
     model = model or model_of(component.config, frozenset(component.parameters) | frozenset(options.overrides))
     if options.virtual.front:
         model = front_model(model)
@@ -111,10 +117,10 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
             standard_options = replace(options, target=standard(options.target))
             ctx = _context(component, model, standard_options, length)
             prefill_contract = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
-            graphs["prefill.onnx"] = ctx.graph.model(replace(prefill_contract, **_built_parts(ctx)).as_metadata())
+            graphs["prefill.onnx"] = _finished(ctx, replace(prefill_contract, **_built_parts(ctx)), options)
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_built_parts(ctx))
-    graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
+    graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
 
@@ -122,6 +128,13 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
 def _needs_standard(attention: Attention) -> bool:
     """Whether GroupQueryAttention does not take this: the size of its heads, or a bias on the scores."""
     return bool(attention.head_dim % _HEAD_UNIT) or attention.alibi is not None
+
+
+def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
+    if options.opset is not None:
+        lower(ctx.graph, options.opset, ctx.io)
+    opset = options.opset or least_opset(ctx.graph.proto, ctx.io)
+    return ctx.graph.model(contract.as_metadata(), opset)
 
 
 def _built_parts(ctx: Context) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
-        encoder(ctx, model)
+        encoder(ctx, model, length)
     weights.check(model.unused)
     wanted = options.slotted | options.replaceable.names
     if missing := wanted - {slot.weight for slot in ctx.slots} - weights.inputs.keys():

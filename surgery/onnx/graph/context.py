@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from surgery.onnx.graph.contract import Slot
-from surgery.onnx.graph.graph import OPSET, Graph
+from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.opset import NEWEST
 from surgery.onnx.graph.target import OperatorSet
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import GraphWeights
@@ -63,7 +64,7 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
-    opset: int = OPSET
+    opset: int = NEWEST
 
     @property
     def flat(self) -> bool:

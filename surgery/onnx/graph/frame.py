@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.rotary import RotaryTable, table
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Alibi, PositionScale, Rope
@@ -142,10 +143,7 @@ class Frame:
         if alibi is None:
             return allowed
         if (window, alibi) not in self._biased:
-            graph, io = self._graph, self._ctx.io
-            lowest = float(np.finfo(np.float16 if io is DType.F16 else np.float32).min)
-            bias = self._bias(alibi)
-            self._biased[window, alibi] = graph.node("Where", [allowed, bias, graph.number(lowest, io)], "")
+            self._biased[window, alibi] = masked_bias(self._ctx, self._bias(alibi), allowed)
         return self._biased[window, alibi]
 
     def _bias(self, alibi: Alibi) -> str:

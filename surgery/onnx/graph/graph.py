@@ -15,17 +15,15 @@ import numpy as np
 import onnx
 
 from surgery._version import __version__
+from surgery.onnx.graph.opset import ir_version
 from surgery_formats.dtypes import DType
 
-__all__ = ["MICROSOFT", "ONNX_TYPES", "OPSET", "Graph"]
+__all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
 
 MICROSOFT = "com.microsoft"
 ONNX_TYPES = {DType.F32: 1, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16}
 """``TensorProto.DataType`` of stored types."""
 
-OPSET = 23
-"""The first set of operators with Attention and RMSNormalization."""
-_IR = 11  # its first IR version
 _NUMPY = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
@@ -140,6 +138,15 @@ class Graph:
         for key, value in (("location", file), ("offset", offset), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
 
+    def drop_unused(self) -> None:
+        """Remove initializers that no node reads, of which onnxruntime would warn."""
+        used = {name for node in self._proto.node for name in node.input}
+        used |= {port.name for port in (*self._proto.input, *self._proto.output)}
+        kept = [tensor for tensor in self._proto.initializer if tensor.name in used]
+        if len(kept) < len(self._proto.initializer):
+            del self._proto.initializer[:]
+            self._proto.initializer.extend(kept)
+
     def initializer(self, name: str, array: np.ndarray) -> None:
         """Add a named initializer: the default of the input with that name, if there is one."""
         self._add(name, _NUMPY[array.dtype.name], array.shape).raw_data = array.tobytes()
@@ -158,10 +165,12 @@ class Graph:
         """Add an output."""
         _describe(self._proto.output.add(name=name), dtype, shape)
 
-    def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
-        """Return the complete model."""
-        model = self._onnx.ModelProto(ir_version=_IR, producer_name="surgery", producer_version=__version__)
-        model.opset_import.add(domain="", version=OPSET)
+    def model(self, metadata: Mapping[str, str], opset: int) -> onnx.ModelProto:
+        """Return the complete model, stamped with a set of operators."""
+        model = self._onnx.ModelProto(
+            ir_version=ir_version(opset), producer_name="surgery", producer_version=__version__
+        )
+        model.opset_import.add(domain="", version=opset)
         if any(node.domain == MICROSOFT for node in self._proto.node):
             model.opset_import.add(domain=MICROSOFT, version=1)
         for key in sorted(metadata):

@@ -76,14 +76,15 @@ def lora_slot(
     at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
     dtype = ctx.graph.numpy_type(ctx.io)
-    for name, empty, shape in (
-        (a, (inputs, 0), (inputs, rank)),
-        (b, (0, outputs), (rank, outputs)),
-    ):
-        ctx.graph.input(name, ctx.io, shape)
-        if not ctx.required:
-            ctx.graph.initializer(name, np.zeros(empty, dtype))
-    ctx.slots.append(Slot(weight, a, b))
+    if not any(slot.weight == weight for slot in ctx.slots):  # layers may share a weight
+        for name, empty, shape in (
+            (a, (inputs, 0), (inputs, rank)),
+            (b, (0, outputs), (rank, outputs)),
+        ):
+            ctx.graph.input(name, ctx.io, shape)
+            if not ctx.required:
+                ctx.graph.initializer(name, np.zeros(empty, dtype))
+        ctx.slots.append(Slot(weight, a, b))
     projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
     if alpha != 1.0:
         projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)

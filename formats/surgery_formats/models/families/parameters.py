@@ -47,9 +47,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     A tied head is listed once, as the embedding.
     """
     embedding, head = model.embedding, model.head
-    width = embedding.projection.inputs if embedding.projection else model.hidden
-    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, width)}
-    shapes |= {table: (-1, model.hidden) for table in (embedding.positions, embedding.types) if table}
+    token_width, row_width, norm_width = model.embedded
+    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, token_width)}
+    shapes |= {table: (-1, row_width) for table in (embedding.positions, embedding.types) if table}
 
     def project(*projections: Projection | None) -> None:
         for each in filter(None, projections):
@@ -63,7 +63,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             shapes.update((name, (width,)) for name in (each.weight, each.bias) if name)
 
     project(embedding.projection)
-    normalise(model.hidden, embedding.norm, model.final_norm)
+    normalise(norm_width, embedding.norm)
+    normalise(model.hidden, model.final_norm)
     for layer in model.layers:
         attend, mlp = layer.attention, layer.mlp
         for branch in (layer.attention_branch, layer.mlp_branch):
@@ -71,6 +72,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
         if mlp.shape:
             shapes |= {f"{mlp.shape}.{name}": (1,) if name.startswith("alpha") else () for name in _XIELU}
+        if attend.bias is not None:
+            shapes[attend.bias.table] = attend.bias.buckets, attend.heads
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads" and "{h}" not in norm.weight:
                 shapes.update((name, (heads, attend.head_dim)) for name in (norm.weight, norm.bias) if name)

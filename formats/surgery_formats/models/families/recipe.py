@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
+from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+
 __all__ = [
     "MLP",
     "Activation",
@@ -34,52 +37,9 @@ __all__ = [
     "Norm",
     "PositionScale",
     "Projection",
+    "RelativeBias",
     "Rope",
 ]
-
-Activation = Literal[
-    "silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear", "relu2", "xielu"
-]
-"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. ``sigmoid`` to
-``linear`` are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``.
-``relu2`` is ``relu(x)^2`` (arXiv:2109.08668), ``xielu`` has learned numbers (see `MLP`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """``y = x W^T + b``.
-
-    Attributes:
-        weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` if `transposed` (Conv1D).
-        bias: Tensor ``(outputs,)``, or empty.
-        transposed: Whether the weight is stored ``(inputs, outputs)``.
-    """
-
-    weight: str
-    inputs: int
-    outputs: int
-    bias: str = ""
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """Normalisation over the last axis, in float32.
-
-    Attributes:
-        kind: ``rms``: ``x / sqrt(mean(x^2) + epsilon) * g`` (arXiv:1910.07467); ``layer``: with mean and optional bias
-            (arXiv:1607.06450).
-        weight: Tensor ``g``, or empty (OLMo 1).
-        epsilon: Added to the mean square or variance.
-        bias: Tensor, or empty.
-        plus_one: The gain is ``1 + g`` (Gemma).
-    """
-
-    kind: Literal["rms", "layer"]
-    weight: str
-    epsilon: float
-    bias: str = ""
-    plus_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +87,26 @@ class PositionScale:
 
 
 @dataclass(frozen=True, slots=True)
+class RelativeBias:
+    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
+
+    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
+    grow logarithmically up to `max_distance`. Layers that name the same table share it.
+
+    Attributes:
+        table: Tensor ``(buckets, heads)``.
+        buckets: Number of buckets.
+        max_distance: Distance from which on all are one bucket.
+        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
+    """
+
+    table: str
+    buckets: int = 32
+    max_distance: int = 128
+    both_ways: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
@@ -141,7 +121,7 @@ class Attention:
         head_dim: Values per head.
         scale: Scale of the scores.
         rope: Rotary positions, or None (GPT-2, some layers of SmolLM3).
-        window: Number of keys that a query sees, including its own; None for all.
+        window: Number of keys that a query sees, including its own; in an encoder as many on either side; None for all.
         softcap: ``c tanh(scores / c)`` before the mask, or None.
         q_norm: Norm of queries before rotation, or None.
         k_norm: Norm of keys before rotation, or None.
@@ -149,7 +129,8 @@ class Attention:
             the weight's name contains ``{h}``, or it is a table ``(heads, head_dim)``), or all heads at once (``width``,
             OLMo 2).
         norm_after_rope: Whether those norms come after rotation (HunYuan).
-        alibi: Bias on the scores, or None.
+        bias: Relative positions (T5, MPNet), or None.
+        alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
     """
@@ -168,6 +149,7 @@ class Attention:
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
     norm_after_rope: bool = False
+    bias: RelativeBias | None = None
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None
@@ -192,119 +174,6 @@ class MLP:
     activation: Activation
     gated: bool
     shape: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class BottleneckForm:
-    """How a bottleneck computes; see `Bottleneck` for what the letters mean.
-
-    Attributes:
-        activation: Of the inner values.
-        parallel: Whether it reads ``x``, and ``h`` is added to its result, instead of reading ``h``.
-        sums_before: Whether it reads ``N(h + x)`` instead of ``h``.
-        residual: What is added to its result unless it is parallel: ``body`` ``h``, ``sum`` ``h + x``, ``read`` what it reads.
-        norm_before: Whether it has a layer norm of what it reads.
-        norm_after: Whether it has a layer norm of its result.
-        residual_before_norm: Whether the residual is added before that norm.
-        gated: Whether its result is multiplied by the mean over all positions of a sigmoid of what it reads.
-        finishes: Whether the branch's own sum and norm follow.
-    """
-
-    activation: Activation
-    parallel: bool = False
-    sums_before: bool = False
-    residual: Literal["body", "sum", "read"] = "body"
-    norm_before: bool = False
-    norm_after: bool = False
-    residual_before_norm: bool = False
-    gated: bool = False
-    finishes: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Bottleneck:
-    """A small network that an adapter inserts behind the body of a branch (arXiv:1902.00751, 2005.00247, 2110.04366).
-
-    ``x`` is the branch's input, ``h`` the body's result or that of the bottleneck before this one, and ``N`` the norm of the
-    branch's sum, the identity where it has none. The network is ``up(act(down(.)))``.
-
-    Attributes:
-        module: What the names of its tensors begin with; they are stored ``(inputs, outputs)``.
-        width: ``D``.
-        rank: Inner values; 0 if an optional input decides.
-        form: How it computes.
-    """
-
-    module: str
-    width: int
-    rank: int
-    form: BottleneckForm
-
-    @property
-    def down(self) -> Projection:
-        """``D`` to `rank`."""
-        return _inner(f"{self.module}.down", self.width, self.rank)
-
-    @property
-    def up(self) -> Projection:
-        """`rank` to ``D``, the adapter's scale folded in."""
-        return _inner(f"{self.module}.up", self.rank, self.width)
-
-    @property
-    def gate(self) -> Projection | None:
-        """``D`` to one value."""
-        return _inner(f"{self.module}.gate", self.width, 1) if self.form.gated else None
-
-    @property
-    def before(self) -> Norm | None:
-        """Norm of what it reads."""
-        return _inner_norm(f"{self.module}.before") if self.form.norm_before else None
-
-    @property
-    def after(self) -> Norm | None:
-        """Norm of its result."""
-        return _inner_norm(f"{self.module}.after") if self.form.norm_after else None
-
-
-@dataclass(frozen=True, slots=True)
-class Coupling:
-    """An invertible network behind the embeddings (NICE, arXiv:1410.8516; MAD-X, arXiv:2005.00052).
-
-    Of the halves ``x1`` and ``x2`` it makes ``y1 = x1 + F(x2)`` and ``y2 = x2 + G(y1)``; F and G are ``up(act(down(.)))``.
-
-    Attributes:
-        module: What the names of its tensors begin with.
-        width: ``D``; the first half has ``D // 2`` values.
-        ranks: Inner values of F and G; 0 if an optional input decides.
-        activation: Of the inner values.
-    """
-
-    module: str
-    width: int
-    ranks: tuple[int, int]
-    activation: Activation
-
-    @property
-    def first(self) -> tuple[Projection, Projection]:
-        """Down and up of F."""
-        return self._pair("F", self.width - self.width // 2, self.width // 2, self.ranks[0])
-
-    @property
-    def second(self) -> tuple[Projection, Projection]:
-        """Down and up of G."""
-        return self._pair("G", self.width // 2, self.width - self.width // 2, self.ranks[1])
-
-    def _pair(self, name: str, inputs: int, outputs: int, rank: int) -> tuple[Projection, Projection]:
-        at = f"{self.module}.{name}"
-        return _inner(f"{at}.down", inputs, rank), _inner(f"{at}.up", rank, outputs)
-
-
-def _inner(module: str, inputs: int, outputs: int) -> Projection:
-    return Projection(f"{module}.weight", inputs, outputs, f"{module}.bias", transposed=True)
-
-
-def _inner_norm(module: str) -> Norm:
-    return Norm("layer", f"{module}.weight", 1e-5, f"{module}.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +227,9 @@ class Embedding:
         scale_rounded: Whether `scale` is part of the table, rounded to the stored type (Gemma: ``sqrt(D)``), so that
             embeddings from elsewhere are not scaled; Granite scales all inputs.
         norm: Norm of the sum (BERT), or None.
-        projection: Projection of the rows (OPT-350m), or None.
+        projection: Projection of narrower rows to ``D``, or None.
+        projected: What it projects: rows of ``tokens`` (OPT-350m), the ``sum`` of all rows (DeBERTa), or its ``norm``
+            (ALBERT, ELECTRA).
         couplings: Networks of adapters on the first hidden state, in order.
     """
 
@@ -372,6 +243,7 @@ class Embedding:
     scale_rounded: bool = False
     norm: Norm | None = None
     projection: Projection | None = None
+    projected: Literal["tokens", "sum", "norm"] = "tokens"
     couplings: tuple[Coupling, ...] = ()
 
 
@@ -443,3 +315,12 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def embedded(self) -> tuple[int, int, int]:
+        """Values in a row of the token table, in one of positions and types, and in their norm."""
+        record = self.embedding
+        if record.projection is None:
+            return self.hidden, self.hidden, self.hidden
+        narrow, last = record.projection.inputs, ("tokens", "sum", "norm").index(record.projected)
+        return narrow, narrow if last else self.hidden, narrow if last == 2 else self.hidden
