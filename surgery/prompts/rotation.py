@@ -38,6 +38,10 @@ def turned_keys(table: np.ndarray, model: Model, positions: int) -> np.ndarray:
         if attention.window is not None:
             raise FitError("the model looks at a window, in which the two programs count a prefix differently")
         angles = frequencies(rope).usual.astype(np.float64) * positions
+        if attention.latent is not None or attention.norm_after_rope or attention.query_scale is not None:
+            raise FitError(
+                "keys of this model cannot be turned: rotation is not all that their scores know of their position"
+            )
         half = rope.dims // 2
         keys = pairs[:, number, 0]
         low, high = (

@@ -11,7 +11,7 @@ import torch
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
-from surgery_formats.models.families.recipe import Alibi, Attention
+from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Rope
 
 __all__ = ["Mask", "Watch", "attend"]
 
@@ -76,7 +76,10 @@ def attend(
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
         cos, sin = angles(attention.rope, mask.positions, values.dtype)
-        q, k = (rotate(part, cos, sin, attention.rope.interleaved) for part in (q, k))
+        if attention.latent is None:
+            q, k = (rotate(part, attention.rope, cos, sin) for part in (q, k))
+        else:
+            q, k = (_rotate_last(part, attention.rope, cos, sin) for part in (q, k))
     if attention.norm_after_rope:
         q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
     if attention.query_scale is not None:
@@ -98,19 +101,54 @@ def attend(
     allowed = mask.allowed(attention.window)[:, :, None]
     scores = torch.where(allowed, scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - torch.where(top.isinf(), 0.0, top)).exp()
+    sinks = None
+    if attention.sinks:
+        sinks = load(attention.sinks).reshape(1, attention.kv_heads, group, 1, 1)
+        top = torch.maximum(top, sinks)
+    top = torch.where(top.isinf(), 0.0, top)
+    weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp()
     weights = weights / torch.where(total == 0, 1.0, total)  # padding that sees no key gets zeros
     if mask.watch is not None:
         mask.watch(weights)
     mixed = weights @ v[:, :, None]
-    joined = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2).reshape(batch, count, -1)
-    return project(joined, attention.output, load), (k, v)
+    mixed = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2)
+    if attention.latent is not None:
+        mixed = mixed[..., : attention.latent.values]
+    return project(mixed.reshape(batch, count, -1), attention.output, load), (k, v)
+
+
+def _rotate_last(values: torch.Tensor, rope: Rope, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the last values of each head."""
+    plain = values.shape[-1] - rope.dims
+    return torch.cat((values[..., :plain], rotate(values[..., plain:], rope, cos, sin)), dim=-1)
+
+
+def _latent_heads(
+    values: torch.Tensor, attention: Attention, latent: Latent, load: Load
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_heads`; values are padded to the size of a key, as the cache of a graph has them."""
+    shape = (*values.shape[:2], attention.heads, -1)
+    q, compressed = (project(values, projection, load) for projection in attention.inputs)
+    if latent.query is not None:
+        q = project(normalise(q, latent.query_norm, load), latent.query, load)
+    rank = latent.key_value.inputs
+    c, r = compressed[..., :rank], compressed[..., rank:]
+    expanded = project(normalise(c, latent.norm, load), latent.key_value, load).reshape(shape)
+    shared = r[:, :, None].expand(-1, -1, attention.heads, -1)
+    k = torch.cat((expanded[..., : latent.plain], shared), dim=-1)
+    v = expanded[..., latent.plain :]
+    v = torch.cat((v, v.new_zeros(*v.shape[:-1], attention.head_dim - latent.values)), dim=-1)
+    return q.reshape(shape).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries ``(B, heads, S, head_dim)``, keys and values ``(B, kv_heads, S, head_dim)``, normed but not rotated."""
     batch, count = values.shape[:2]
+    if attention.latent is not None:
+        return _latent_heads(values, attention, attention.latent, load)
     dim, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
     projected = [project(values, projection, load) for projection in attention.inputs]
     if attention.clip is not None:

@@ -10,14 +10,14 @@ import torch
 
 from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask, Watch, attend
+from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
-from surgery.reference.primitives import Load, activate, normalise, project, xielu
+from surgery.reference.primitives import Load, activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import (
-    MLP,
     Branch,
     ClassifierHead,
     Embedding,
@@ -287,18 +287,6 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     return Cache(tuple(caches), torch.ones(1, len(flat), dtype=torch.bool))
 
 
-def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
-    projected = [project(values, projection, load) for projection in mlp.inputs]
-    if mlp.gated and len(projected) == 1:
-        projected = list(projected[0].chunk(2, dim=-1))
-    if mlp.activation == "xielu":
-        return project(xielu(projected[0], mlp.shape, load), mlp.output, load)
-    inner = (
-        activate(projected[0], mlp.activation) * projected[1] if mlp.gated else activate(projected[0], mlp.activation)
-    )
-    return project(inner, mlp.output, load)
-
-
 def _residual(
     values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor
 ) -> torch.Tensor:
@@ -325,8 +313,8 @@ def run_layer(
     attended, cache = attend(normed, layer.attention, load, mask, past)
     if layer.parallel:
         mlp_input = normed if second == Branch() else normalise(values, second.before, load)
-        added = normalise(_mlp(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
+        added = normalise(transform(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
         return _residual(values, attended, first, load, real) + added, cache
     values = _residual(values, attended, first, load, real)
-    transformed = _mlp(normalise(values, second.before, load), layer.mlp, load)
+    transformed = transform(normalise(values, second.before, load), layer.mlp, load)
     return _residual(values, transformed, second, load, real), cache

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "MIXTURES", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -271,6 +271,75 @@ DECODERS: dict[str, Case] = {
     "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
+_MIXTURE = {**_GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **_MIXTURE,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3)
+_NARROW = {"num_experts": 5, "moe_intermediate_size": 24}
+
+MIXTURES: dict[str, Case] = {
+    "mixtral": _of("Mixtral", _MIXTURE, num_local_experts=5),
+    "mixtral_window": _of("Mixtral", _MIXTURE, num_local_experts=3, sliding_window=5),
+    "qwen2_moe": _of("Qwen2Moe", _MIXTURE, **_NARROW, shared_expert_intermediate_size=40),
+    "qwen2_moe_some_dense": _of(
+        "Qwen2Moe",
+        {**_MIXTURE, "num_hidden_layers": 3},
+        **_NARROW,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[0],
+        norm_topk_prob=True,
+        qkv_bias=False,
+    ),
+    "qwen3_moe": _of("Qwen3Moe", _MIXTURE, **_NARROW, head_dim=16, norm_topk_prob=True),
+    "olmoe": _of("Olmoe", _MIXTURE, num_experts=6),
+    "granitemoe": _of(
+        "GraniteMoe",
+        _MIXTURE,
+        num_local_experts=5,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=2.5,
+    ),
+    "granitemoeshared": _of("GraniteMoeShared", _MIXTURE, num_local_experts=4, shared_intermediate_size=20),
+    "gpt_oss": _of("GptOss", _MIXTURE, num_local_experts=5, head_dim=16, sliding_window=5, swiglu_limit=0.4, **_YARN),
+    "deepseek_v2": _of("DeepseekV2", _DEEPSEEK),
+    "deepseek_v2_groups": _of(
+        "DeepseekV2",
+        _DEEPSEEK,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        q_lora_rank=None,
+        routed_scaling_factor=1.7,
+        **_YARN,
+    ),
+    "deepseek_v3": _of("DeepseekV3", _DEEPSEEK, n_group=4, topk_group=2, **_YARN),
+    "deepseek_v3_halves": _of("DeepseekV3", _DEEPSEEK, n_group=1, topk_group=1, rope_interleave=False),
+    "glm4_moe": _of(
+        "Glm4Moe",
+        _MIXTURE,
+        n_routed_experts=6,
+        moe_intermediate_size=24,
+        head_dim=16,
+        use_qk_norm=True,
+        attention_bias=True,
+        routed_scaling_factor=1.5,
+    ),
+    "ernie4_5_moe": _of("Ernie4_5_Moe", _MIXTURE, moe_num_experts=6, moe_k=2, moe_intermediate_size=24),
+}
+DECODERS |= MIXTURES
+
 ENCODERS: dict[str, Case] = {
     "bert_sequence": Case("BertForSequenceClassification", "BertConfig", _BERT),
     "bert_token": Case("BertForTokenClassification", "BertConfig", {**_BERT, "hidden_act": "gelu_new"}),
@@ -318,6 +387,9 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
         else:
             value = centred + 0.3 * noise
         parameter.data.copy_(value)
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(folder)
     return folder
 

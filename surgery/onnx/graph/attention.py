@@ -3,30 +3,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.context import CacheValues, Context, module_of
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.graph import MICROSOFT
+from surgery.onnx.graph.latent import latent_parts, without_padding
 from surgery.onnx.graph.linear import joined, linear
 from surgery.onnx.graph.norm import gain, norm
 from surgery.onnx.graph.rotary import RotaryTable
+from surgery.onnx.graph.sinks import attention_with_sinks
 from surgery_formats.models.families.recipe import Attention, Norm, Rope
 
-__all__ = ["CacheValues", "RotaryValues", "cached_attention", "normed", "project", "rotated", "split"]
+__all__ = ["RotaryValues", "cached_attention", "normed", "project", "rotated", "split"]
 
 _ROTATED = 16  # GroupQueryAttention can rotate only a multiple of this many values
-
-
-@dataclass(frozen=True, slots=True)
-class CacheValues:
-    """Names of one layer's inputs and outputs, each ``(B, kv_heads, tokens, head_dim)``."""
-
-    past_key: str
-    past_value: str
-    present_key: str
-    present_value: str
 
 
 class RotaryValues(Protocol):
@@ -50,7 +43,9 @@ def cached_attention(
         y = _grouped(ctx, record, x, frame, cache, at)
     else:
         y = _standard(ctx, record, x, frame, cache, at)
-    if ctx.flat:
+    if record.latent is not None:
+        y = without_padding(ctx, record, record.latent, y, at)
+    elif ctx.flat:
         y = ctx.reshaped(y, (-1, record.output.inputs), at)
     return linear(ctx, record.output, y, alpha=alpha)
 
@@ -102,17 +97,20 @@ def split(ctx: Context, record: Attention, parts: tuple[str, ...], at: str) -> t
 
 
 def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+    if record.latent is not None:
+        parts: tuple[str, ...] = latent_parts(ctx, record, record.latent, x, frame, at)
+        return _group_query(ctx, record, parts, frame, cache, at)
     parts = project(ctx, record, x, at)
     rows = frame.table(record.rope) if record.rope else None
     fused = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
     fused = fused and not record.norm_after_rope
     norms = ["", ""]
-    epsilon = {}
+    options: dict[str, Any] = {}
     if not record.norm_after_rope and (record.q_norm or record.k_norm):
         if _norms_inside(ctx, record) and (fused or record.rope is None):
             norms = [_fused_gain(ctx, head_norm, record.head_dim) for head_norm in (record.q_norm, record.k_norm)]
             assert record.q_norm is not None
-            epsilon = {"qk_norm_epsilon": record.q_norm.epsilon}
+            options = {"qk_norm_epsilon": record.q_norm.epsilon}
         else:
             parts = normed(ctx, record, split(ctx, record, parts, at), at)
     if record.query_scale is not None:
@@ -121,19 +119,34 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
         parts = rotated(ctx, record, split(ctx, record, parts, at), frame, at)
     elif ctx.flat:
         parts = tuple(ctx.batched(part, at) for part in parts)
-    tables = [rows.cos, rows.sin] if fused and rows is not None else ["", ""]
-    options: dict[str, Any] = {"scale": float(record.scale), **epsilon}
-    if fused:
-        options["do_rotary"] = 1
-        if record.rope is not None and record.rope.interleaved:
-            options["rotary_interleaved"] = 1
+    if not fused or rows is None or record.rope is None:
+        return _group_query(ctx, record, parts, frame, cache, at, norms=norms, **options)
+    options["do_rotary"] = 1
+    if record.rope.interleaved:
+        options["rotary_interleaved"] = 1
+    return _group_query(ctx, record, parts, frame, cache, at, [rows.cos, rows.sin], norms, **options)
+
+
+def _group_query(
+    ctx: Context,
+    record: Attention,
+    parts: tuple[str, ...],
+    frame: Frame,
+    cache: CacheValues,
+    at: str,
+    tables: Sequence[str] = ("", ""),
+    norms: Sequence[str] = ("", ""),
+    **options: Any,
+) -> str:
+    options = {"scale": float(record.scale), **options}
     if record.window is not None:
         options["local_window_size"] = record.window
     if record.softcap is not None:
         options["softcap"] = float(record.softcap)
     query, key, value = parts if len(parts) == 3 else (parts[0], "", "")
     past = [cache.past_key, cache.past_value]
-    inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", "", "", "", *norms]
+    sinks = ctx.weights.value(record.sinks, (record.heads,)) if record.sinks else ""
+    inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", sinks, "", "", *norms]
     return ctx.graph.several(
         "GroupQueryAttention",
         inputs,
@@ -160,15 +173,9 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
 
 
 def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
-    parts = split(ctx, record, project(ctx, record, x, at), at)
-    if not record.norm_after_rope and (record.q_norm or record.k_norm):
-        parts = normed(ctx, record, parts, at)
-    if record.query_scale is not None:
-        parts = _position_scaled(ctx, record, parts, frame, at)
-    if record.rope is not None:
-        q, k, v = rotated(ctx, record, parts, frame, at)
-    else:
-        q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+    q, k, v = _parts(ctx, record, x, frame, at)
+    if record.sinks:
+        return attention_with_sinks(ctx, record, (q, k, v), frame, cache, at)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
     return ctx.graph.several(
         "Attention",
@@ -182,6 +189,21 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
     )[0]
 
 
+def _parts(ctx: Context, record: Attention, x: str, frame: Frame, at: str) -> tuple[str, str, str]:
+    """Queries, keys and values, normed and rotated, ``(B, S, ...)``."""
+    if record.latent is not None:
+        return latent_parts(ctx, record, record.latent, x, frame, at)
+    parts = split(ctx, record, project(ctx, record, x, at), at)
+    if not record.norm_after_rope and (record.q_norm or record.k_norm):
+        parts = normed(ctx, record, parts, at)
+    if record.query_scale is not None:
+        parts = _position_scaled(ctx, record, parts, frame, at)
+    if record.rope is not None:
+        return rotated(ctx, record, parts, frame, at)
+    q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+    return q, k, v
+
+
 def rotated(
     ctx: Context, record: Attention, parts: tuple[str, str, str], frame: RotaryValues, at: str
 ) -> tuple[str, str, str]:
@@ -190,12 +212,12 @@ def rotated(
     rows = frame.table(record.rope)
     q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     positions = frame.shifted_positions(rows)
-    options: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
+    partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
     if record.rope.interleaved:
-        options["interleaved"] = 1
+        partial["interleaved"] = 1
     inputs = [rows.cos, rows.sin, positions]
-    q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **options)
-    k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **options)
+    q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **partial)
+    k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **partial)
     if record.norm_after_rope:
         q, k, v = normed(ctx, record, (q, k, v), at)
         q, k = (ctx.batched(part, at) if ctx.flat else part for part in (q, k))

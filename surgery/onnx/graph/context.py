@@ -18,7 +18,7 @@ from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import GraphWeights
 from surgery_formats.dtypes import DType
 
-__all__ = ["Context", "ResidualStream", "module_of"]
+__all__ = ["CacheValues", "Context", "ResidualStream", "module_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,16 @@ class ResidualStream:
 
     value: str
     pending: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheValues:
+    """Names of one layer's inputs and outputs, each ``(B, kv_heads, tokens, head_dim)``."""
+
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
 
 
 @dataclass

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from surgery.onnx.graph.attention import CacheValues, cached_attention
-from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.attention import cached_attention
+from surgery.onnx.graph.context import CacheValues, Context, ResidualStream, module_of
 from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
 from surgery.onnx.graph.embedding import token_rows
 from surgery.onnx.graph.frame import Frame

@@ -21,11 +21,12 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
-    weight = ctx.weights.value(projection.weight, stored)
-    bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+    stack = projection.stack
+    weight = ctx.weights.part(projection.weight, stored, stack)
+    bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
     at = module_of(projection.weight)
     y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
-    slot = slot or projection.weight
+    slot = "" if stack else slot or projection.weight
     return lora_slot(ctx, slot, x, y, projection.inputs, projection.outputs, alpha) if slot in ctx.slotted else y
 
 
@@ -34,7 +35,9 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
 
     Biases are joined by a Concat that runtimes fold.
     """
-    if ctx.target.packed == "none" or any(part.transposed or part.weight in ctx.slotted for part in projections):
+    if ctx.target.packed == "none" or any(
+        part.transposed or part.stack or part.weight in ctx.slotted for part in projections
+    ):
         return None
     weight = ctx.weights.adjacent(
         [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]

@@ -8,7 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, Model, Norm, Projection
+from surgery_formats.models.families.recipe import (
+    MLP,
+    ClassifierHead,
+    Experts,
+    HiddenHead,
+    Model,
+    Norm,
+    Projection,
+)
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
@@ -53,10 +61,26 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
 
     def project(*projections: Projection | None) -> None:
         for each in filter(None, projections):
-            shape = each.outputs, each.inputs
-            shapes[each.weight] = shape[::-1] if each.transposed else shape
+            shape = (each.outputs, each.inputs)[:: -1 if each.transposed else 1]
+            count = each.stack[1:] if each.stack else ()
+            shapes[each.weight] = (*count, *shape)
             if each.bias:
-                shapes[each.bias] = (each.outputs,)
+                shapes[each.bias] = (*count, each.outputs)
+
+    def transform(*parts: MLP | Experts | None) -> None:
+        for part in parts:
+            if part is None:
+                continue
+            if isinstance(part, MLP):
+                project(*part.inputs, part.output)
+                if part.shape:
+                    numbers = {name: (1,) if name.startswith("alpha") else () for name in _XIELU}
+                    shapes.update((f"{part.shape}.{name}", shape) for name, shape in numbers.items())
+                continue
+            project(part.router, part.shared_gate)
+            transform(*part.experts, part.shared)
+            if part.correction:
+                shapes[part.correction] = (*((1,) if part.correction_row else ()), len(part.experts))
 
     def normalise(width: int, *norms: Norm | None) -> None:
         for each in filter(None, norms):
@@ -69,11 +93,16 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         attend, mlp = layer.attention, layer.mlp
         for branch in (layer.attention_branch, layer.mlp_branch):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
-        project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
-        if mlp.shape:
-            shapes |= {f"{mlp.shape}.{name}": (1,) if name.startswith("alpha") else () for name in _XIELU}
+        project(*attend.inputs, attend.output)
+        transform(mlp)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if attend.sinks:
+            shapes[attend.sinks] = (attend.heads,)
+        if (latent := attend.latent) is not None:
+            project(latent.key_value, latent.query)
+            normalise(latent.key_value.inputs, latent.norm)
+            normalise(latent.query.inputs if latent.query else 0, latent.query_norm)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads" and "{h}" not in norm.weight:
                 shapes.update((name, (heads, attend.head_dim)) for name in (norm.weight, norm.bias) if name)

@@ -13,8 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from surgery_formats.models.families.recipe_attention import (
+    Alibi,
+    Attention,
+    Latent,
+    PositionScale,
+    RelativeBias,
+    Rope,
+)
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
 
@@ -29,9 +37,11 @@ __all__ = [
     "ClassifierHead",
     "Coupling",
     "Embedding",
+    "Experts",
     "Head",
     "HiddenHead",
     "LanguageHead",
+    "Latent",
     "Layer",
     "Model",
     "Norm",
@@ -43,119 +53,6 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary positions (arXiv:2104.09864) on the first `dims` values of each head.
-
-    Attributes:
-        dims: Rotated values per head; fewer than ``head_dim`` if partial.
-        parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
-            ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
-        max_positions: ``max_position_embeddings``.
-        interleaved: Whether pairs are neighbours (``x[2i], x[2i + 1]``: GPT-J, Cohere, GLM) instead of being ``dims / 2``
-            apart (``x[i], x[i + dims/2]``).
-    """
-
-    dims: int
-    parameters: Mapping[str, Any]
-    max_positions: int
-    interleaved: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Alibi:
-    """A bias on the scores, linear in the position of the key (arXiv:2108.12409): ``scale slope position``.
-
-    A softmax does not notice what is added to a whole row, so the distance to the query does as well as the position.
-
-    Attributes:
-        slopes: One per query head.
-        scale: Factor on the bias (Falcon scales it with the scores).
-        rounded: Whether slope, position and their product are rounded to bfloat16 (Falcon, whatever its type).
-    """
-
-    slopes: tuple[float, ...]
-    scale: float = 1.0
-    rounded: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PositionScale:
-    """A factor on queries that grows with their position: ``1 + beta log(1 + floor(position / period))`` (Llama 4)."""
-
-    beta: float
-    period: int
-
-
-@dataclass(frozen=True, slots=True)
-class RelativeBias:
-    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
-
-    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
-    grow logarithmically up to `max_distance`. Layers that name the same table share it.
-
-    Attributes:
-        table: Tensor ``(buckets, heads)``.
-        buckets: Number of buckets.
-        max_distance: Distance from which on all are one bucket.
-        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
-    """
-
-    table: str
-    buckets: int = 32
-    max_distance: int = 128
-    both_ways: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
-
-    Attributes:
-        inputs: q, k and v, or one projection for all three.
-        layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
-            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX); ``by_group`` ``[group 0: q q ... k v | group 1
-            ...]``, a group being the query heads of one key head (Falcon).
-        output: Projection back to ``D``.
-        heads: Number of query heads.
-        kv_heads: Number of key and value heads.
-        head_dim: Values per head.
-        scale: Scale of the scores.
-        rope: Rotary positions, or None (GPT-2, some layers of SmolLM3).
-        window: Number of keys that a query sees, including its own; in an encoder as many on either side; None for all.
-        softcap: ``c tanh(scores / c)`` before the mask, or None.
-        q_norm: Norm of queries before rotation, or None.
-        k_norm: Norm of keys before rotation, or None.
-        norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
-            the weight's name contains ``{h}``, or it is a table ``(heads, head_dim)``), or all heads at once (``width``,
-            OLMo 2).
-        norm_after_rope: Whether those norms come after rotation (HunYuan).
-        bias: Relative positions (T5, MPNet), or None.
-        alibi: Linear bias on the scores, or None.
-        query_scale: Factor on queries by their position, or None.
-        clip: Bound on the absolute values of projected queries, keys and values, or None.
-    """
-
-    inputs: tuple[Projection, ...]
-    output: Projection
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    layout: Literal["separate", "concatenated", "by_head", "by_group"] = "separate"
-    rope: Rope | None = None
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    norm_over: Literal["head", "heads", "width"] = "head"
-    norm_after_rope: bool = False
-    bias: RelativeBias | None = None
-    alibi: Alibi | None = None
-    query_scale: PositionScale | None = None
-    clip: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class MLP:
     """``down(act(up x))``, or gated ``down(act(gate x) * up x)``.
 
@@ -164,6 +61,9 @@ class MLP:
         output: The down projection.
         activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
+        interleaved: Whether gate and up alternate in the output of their one projection.
+        limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
+        up_plus: Added to ``up`` (GPT-OSS: 1).
         shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
             ``eps`` ``()``. With ``p = softplus(alpha_p)`` and ``n = beta + softplus(alpha_n)`` it is ``p x^2 + beta x``
             above 0 and ``n (expm1(min(x, eps)) - x) + beta x`` elsewhere. Empty for other activations.
@@ -173,7 +73,52 @@ class MLP:
     output: Projection
     activation: Activation
     gated: bool
+    interleaved: bool = False
+    limit: float | None = None
+    up_plus: float = 0.0
     shape: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts (arXiv:2101.03961): ``sum over the chosen e of w_e expert_e(x)``, and the shared expert.
+
+    Scores ``s`` are the softmax or the sigmoid of what the router makes of ``x``. The experts chosen are the `top` with the
+    greatest ``s + correction``, of the best groups only; their weights are ``s``.
+
+    Attributes:
+        router: ``D`` to one number per expert.
+        experts: The experts.
+        top: How many are chosen for each token.
+        scoring: ``softmax`` over all experts, or ``sigmoid`` of each.
+        normalised: Whether the weights of the chosen are divided by their sum, or by `floor` if that is greater.
+        floor: See `normalised`.
+        scale: Factor on the weights.
+        correction: Tensor ``(experts,)``, or ``(1, experts)`` if `correction_row`, that affects the choice alone; or empty.
+        correction_row: See `correction`.
+        groups: Number of groups of neighbours of equal size.
+        best_groups: How many of the groups are considered.
+        group_score: A group counts as its ``best`` expert, or as the ``two`` best together.
+        precise: Whether the router computes in float32.
+        shared: An expert for every token, or None.
+        shared_gate: Sigmoid of one number per token on the shared expert (Qwen2-MoE), or None.
+    """
+
+    router: Projection
+    experts: tuple[MLP, ...]
+    top: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    floor: float = 0.0
+    scale: float = 1.0
+    correction: str = ""
+    correction_row: bool = False
+    groups: int = 1
+    best_groups: int = 1
+    group_score: Literal["best", "two"] = "best"
+    precise: bool = False
+    shared: MLP | None = None
+    shared_gate: Projection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +142,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Attention and MLP, each in its branch.
+    """Attention and MLP, or a mixture of experts, each in its branch.
 
     Attributes:
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
@@ -206,7 +151,7 @@ class Layer:
 
     attention: Attention
     attention_branch: Branch
-    mlp: MLP
+    mlp: MLP | Experts
     mlp_branch: Branch
     parallel: bool = False
 

@@ -24,6 +24,7 @@ class Projection:
         weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` if `transposed` (Conv1D).
         bias: Tensor ``(outputs,)``, or empty.
         transposed: Whether the weight is stored ``(inputs, outputs)``.
+        stack: ``(number, count)``: the tensors hold `count` of these one after the other, and this is number `number`.
     """
 
     weight: str
@@ -31,6 +32,7 @@ class Projection:
     outputs: int
     bias: str = ""
     transposed: bool = False
+    stack: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ _MODULES = (
     *("phi", "starcoder2", "falcon", "bloom", "gptj", "gpt_neo", "cohere", "glm", "exaone4", "nemotron", "arcee"),
     *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon"),
     *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "t5", "mixtral", "gpt_oss", "qwen_moe"),
-    *("vit", "clip"),
+    *("deepseek", "ernie_moe", "glm_moe", "vit", "clip"),
     *("whisper", "diffusion", "retrieval"),
 )
 
