@@ -60,6 +60,7 @@ __all__ = ["command"]
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
 @click.option(
     "--opset",
     type=click.IntRange(17, 23),

@@ -103,7 +103,7 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
     parts = project(ctx, record, x, at)
     rows = frame.table(record.rope) if record.rope else None
     fused = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
-    fused = fused and not record.norm_after_rope
+    fused = fused and not record.norm_after_rope and not frame.places  # not every operator takes positions
     norms = ["", ""]
     options: dict[str, Any] = {}
     if not record.norm_after_rope and (record.q_norm or record.k_norm):
@@ -144,6 +144,7 @@ def _group_query(
     if record.softcap is not None:
         options["softcap"] = float(record.softcap)
     query, key, value = parts if len(parts) == 3 else (parts[0], "", "")
+    query = frame.guarded(query, at)
     past = [cache.past_key, cache.past_value]
     sinks = ctx.weights.value(record.sinks, (record.heads,)) if record.sinks else ""
     inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", sinks, "", "", *norms]

@@ -57,6 +57,7 @@ class GraphOptions:
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
+        position_ids: Whether a decoder takes positions as an input.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -70,6 +71,7 @@ class GraphOptions:
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
+    position_ids: bool = False
     opset: int | None = None
 
 
@@ -158,6 +160,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         required=options.required,
         head=component.head,
         virtual=options.virtual,
+        position_ids=options.position_ids,
     )
     if model.kind == "decoder":
         decoder(ctx, model, length)

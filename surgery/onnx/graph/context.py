@@ -60,6 +60,7 @@ class Context:
         virtual: Soft prompts.
         slots: The slots made so far.
         real: Returns which new tokens are no padding ``(B, S)``, bool.
+        position_ids: Whether positions are an input of the graph.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -74,6 +75,7 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
+    position_ids: bool = False
     opset: int = NEWEST
 
     @property

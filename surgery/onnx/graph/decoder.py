@@ -39,11 +39,12 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     else:
         graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
     own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
-    mask = graph.input("attention_mask", DType.I64, (BATCH, own))
+    mask = given = graph.input("attention_mask", DType.I64, (BATCH, own))
+    places = graph.input("position_ids", DType.I64, (BATCH, SEQUENCE)) if ctx.position_ids else ""
     caches = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
     if ctx.virtual.past:
         mask = completed_mask(graph, ctx.ids, mask, caches[0].past_key)
-    frame = Frame(ctx, mask, max_length)
+    frame = Frame(ctx, mask, max_length, given, places)
     ctx.real = lambda: frame.real
     stream = ResidualStream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):
