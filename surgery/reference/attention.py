@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
@@ -89,7 +90,10 @@ def attend(
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
-    scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    scores = grouped @ k[:, :, None].transpose(-1, -2)
+    if attention.disentangled is not None:
+        scores = scores + distance_scores(attention.disentangled, q, k, load)[:, :, None]
+    scores = scores * attention.scale
     if attention.bias is not None:
         bias = relative_bias(attention.bias, count, k.shape[2], load)
         scores = scores + bias.reshape(attention.kv_heads, group, count, -1)

@@ -71,6 +71,17 @@ _NEO = {
 _MPT = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "eos_token_id": None}
 _BERT = {**_LM, "type_vocab_size": 2, "num_labels": 3}
 _MPNET = {**_BERT, "pad_token_id": 1}
+_DEBERTA: dict[str, Any] = {
+    **_BERT,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 4,
+    "max_relative_positions": 8,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -367,6 +378,40 @@ ENCODERS: dict[str, Case] = {
     "mpnet_sequence": Case("MPNetForSequenceClassification", "MPNetConfig", _MPNET),
     "mpnet_token": Case("MPNetForTokenClassification", "MPNetConfig", _MPNET),
     "mpnet_sentence": Case("MPNetModel", "MPNetConfig", _MPNET),
+    "deberta_v2_sequence": Case("DebertaV2ForSequenceClassification", "DebertaV2Config", _DEBERTA),
+    "deberta_v2_token": Case(
+        "DebertaV2ForTokenClassification",
+        "DebertaV2Config",
+        {
+            **_DEBERTA,
+            "share_att_key": False,
+            "position_biased_input": True,
+            "embedding_size": 20,
+            "conv_kernel_size": 3,
+            "conv_act": "gelu",
+            "pos_att_type": "p2c|c2p",
+            "type_vocab_size": 2,
+        },
+    ),
+    "deberta_v2_sentence": Case(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {
+            **_DEBERTA,
+            "position_buckets": -1,
+            "max_relative_positions": 5,
+            "pos_att_type": ["c2p"],
+            "norm_rel_ebd": "none",
+        },
+    ),
+    "deberta_v2_positions_to_contents": Case(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {**_DEBERTA, "pos_att_type": ["p2c"], "share_att_key": False, "conv_kernel_size": 5, "conv_groups": 4},
+    ),
+    "deberta_v2_absolute": Case(
+        "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
+    ),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
     "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),

@@ -97,6 +97,10 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         transform(mlp)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if (distances := attend.disentangled) is not None:
+            shapes[distances.table] = 2 * distances.span, model.hidden
+            normalise(model.hidden, distances.norm)
+            project(distances.keys, distances.queries)
         if attend.sinks:
             shapes[attend.sinks] = (attend.heads,)
         if (latent := attend.latent) is not None:
@@ -111,6 +115,10 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
                 normalise(attend.head_dim, *own)
             else:
                 normalise(attend.head_dim * (heads if attend.norm_over == "width" else 1), norm)
+    if (added := model.convolution) is not None:
+        shapes[added.weight] = model.hidden, model.hidden // added.groups, added.width
+        shapes[added.bias] = (model.hidden,)
+        normalise(model.hidden, added.norm)
     if isinstance(head, ClassifierHead):
         project(*(step for step, _ in head.steps))
     elif isinstance(head, HiddenHead):

@@ -18,6 +18,7 @@ from typing import Literal
 from surgery_formats.models.families.recipe_attention import (
     Alibi,
     Attention,
+    Disentangled,
     Latent,
     PositionScale,
     RelativeBias,
@@ -35,7 +36,9 @@ __all__ = [
     "BottleneckForm",
     "Branch",
     "ClassifierHead",
+    "Convolution",
     "Coupling",
+    "Disentangled",
     "Embedding",
     "Experts",
     "Head",
@@ -239,6 +242,27 @@ Head = LanguageHead | ClassifierHead | HiddenHead
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """Behind the first layer: ``N(y + act(conv(x)))`` of its result ``y`` and its input ``x``, padding being zero (DeBERTa).
+
+    Attributes:
+        weight: Tensor ``(D, D / groups, width)``.
+        bias: Tensor ``(D,)``.
+        width: Tokens that it sees, an odd number.
+        groups: Parts of ``D`` that do not mix.
+        activation: Of its result.
+        norm: Norm of the sum.
+    """
+
+    weight: str
+    bias: str
+    width: int
+    groups: int
+    activation: Activation
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """The computation of a whole model.
 
@@ -249,6 +273,7 @@ class Model:
         final_norm: Norm after the last layer, or None.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
+        convolution: Convolution behind the first layer (DeBERTa), or None.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -260,6 +285,7 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    convolution: Convolution | None = None
 
     @property
     def embedded(self) -> tuple[int, int, int]:

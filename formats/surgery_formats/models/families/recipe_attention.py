@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from surgery_formats.models.families.recipe_parts import Norm, Projection
 
-__all__ = ["Alibi", "Attention", "Latent", "PositionScale", "RelativeBias", "Rope"]
+__all__ = ["Alibi", "Attention", "Disentangled", "Latent", "PositionScale", "RelativeBias", "Rope"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,32 @@ class RelativeBias:
 
 
 @dataclass(frozen=True, slots=True)
+class Disentangled:
+    """Scores of contents with embeddings of distances (DeBERTa, arXiv:2006.03654), added before all are scaled.
+
+    A key that lies ``d`` before its query has row ``span + d`` of the table; distances beyond the table have its first or
+    last row. With buckets, ``d`` is exact up to half of them, and the others grow logarithmically up to `max_distance`.
+
+    Attributes:
+        table: Tensor ``(2 span, D)``.
+        span: Half of its rows.
+        norm: Norm of the rows, or None.
+        buckets: Buckets of each direction, as many as `span`; 0 for one row per distance.
+        max_distance: Where buckets end.
+        keys: Projection of the rows that queries are compared with (content to position), or None.
+        queries: Projection of the rows that keys are compared with (position to content), or None.
+    """
+
+    table: str
+    span: int
+    norm: Norm | None = None
+    buckets: int = 0
+    max_distance: int = 0
+    keys: Projection | None = None
+    queries: Projection | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
@@ -129,6 +155,7 @@ class Attention:
         sinks: Tensor ``(heads,)``: the score of one more key, which has no value, per head (GPT-OSS); or empty.
         latent: How queries, keys and values are made, or None.
         bias: Relative positions (T5, MPNet), or None.
+        disentangled: Scores with embeddings of distances (DeBERTa), or None.
         alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
@@ -151,6 +178,7 @@ class Attention:
     sinks: str = ""
     latent: Latent | None = None
     bias: RelativeBias | None = None
+    disentangled: Disentangled | None = None
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None
