@@ -258,7 +258,7 @@ def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
     if asked and (not assembly.model.generates or assembly.prompts):
-        what = "with a soft prompt, its positions" if assembly.prompts else "a graph without a cache: its positions"
+        what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
     return replace(assembly, options=replace(assembly.options, position_ids=asked))
 

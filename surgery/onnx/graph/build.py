@@ -27,7 +27,13 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, Model, Rope
+from surgery_formats.models.families.recipe import (
+    Attention,
+    ClassifierHead,
+    HiddenHead,
+    Model,
+    Rope,
+)
 from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
@@ -102,7 +108,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     model = model or model_of(component.config, frozenset(component.parameters) | frozenset(options.overrides))
     if options.virtual.front:
         model = front_model(model)
-    if not model.generates or any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
+    if not model.generates or any(_needs_standard(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
     graphs: dict[str, onnx.ModelProto] = {}
@@ -120,6 +126,11 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
+
+
+def _needs_standard(attention: Attention) -> bool:
+    """Whether GroupQueryAttention does not take this: the size of its heads, or a bias on the scores."""
+    return bool(attention.head_dim % _HEAD_UNIT) or attention.alibi is not None
 
 
 def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:

@@ -25,6 +25,8 @@ from surgery_formats.text import show
 
 __all__ = ["model_of", "parameters"]
 
+_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
+
 
 def model_of(config: Mapping[str, Any], names: Collection[str], task: str = "") -> Model:
     """Return what the model of a config.json computes, given the checkpoint's tensor names.
@@ -82,6 +84,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
                 continue
             if isinstance(part, MLP):
                 project(*part.inputs, part.output)
+                if part.shape:
+                    numbers = {name: (1,) if name.startswith("alpha") else () for name in _XIELU}
+                    shapes.update((f"{part.shape}.{name}", shape) for name, shape in numbers.items())
                 continue
             project(part.router, part.shared_gate)
             transform(*part.experts, part.shared)
@@ -114,7 +119,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             normalise(latent.key_value.inputs, latent.norm)
             normalise(latent.query.inputs if latent.query else 0, latent.query_norm)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
-            if norm is not None and attend.norm_over == "heads":
+            if norm is not None and attend.norm_over == "heads" and "{h}" not in norm.weight:
+                shapes.update((name, (heads, attend.head_dim)) for name in (norm.weight, norm.bias) if name)
+            elif norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
                 normalise(attend.head_dim, *own)
             else:
