@@ -26,7 +26,7 @@ from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.text import show
 
-__all__ = ["random_slots", "with_defaults"]
+__all__ = ["projections", "random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
 _OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask")
@@ -140,22 +140,23 @@ def _matrices(model: Model) -> dict[str, tuple[int, int, bool]]:
     """Inputs, outputs, and whether rows are inputs, by name of the weight."""
     shapes = {
         projection.weight: (projection.inputs, projection.outputs, projection.transposed)
-        for projection in _projections(model)
+        for projection in projections(model)
     }
     table = model.embedding
     width = table.projection.inputs if table.projection else model.hidden
     return shapes | {table.tokens: (model.vocabulary, width, True)}
 
 
-def _projections(part: Any) -> Iterator[Projection]:
+def projections(part: Any) -> Iterator[Projection]:
+    """All linear maps in a part of a recipe."""
     if isinstance(part, Projection):
         yield part
     elif isinstance(part, tuple):
         for item in part:
-            yield from _projections(item)
+            yield from projections(item)
     elif is_dataclass(part) and not isinstance(part, type):
         for field in fields(part):
-            yield from _projections(getattr(part, field.name))
+            yield from projections(getattr(part, field.name))
 
 
 @dataclass(frozen=True)

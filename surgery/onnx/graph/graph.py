@@ -20,7 +20,9 @@ from surgery_formats.dtypes import DType
 __all__ = ["MICROSOFT", "ONNX_TYPES", "OPSET", "Graph"]
 
 MICROSOFT = "com.microsoft"
-ONNX_TYPES = {DType.F32: 1, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16}
+ONNX_TYPES = {
+    DType.F32: 1, DType.U8: 2, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16
+}  # fmt: skip
 """``TensorProto.DataType`` of stored types."""
 
 OPSET = 23
@@ -139,6 +141,10 @@ class Graph:
         tensor.data_location = self._onnx.TensorProto.EXTERNAL
         for key, value in (("location", file), ("offset", offset), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
+
+    def is_initializer(self, name: str) -> bool:
+        """Whether there is an initializer of this name."""
+        return name in self._initializers
 
     def initializer(self, name: str, array: np.ndarray) -> None:
         """Add a named initializer: the default of the input with that name, if there is one."""
