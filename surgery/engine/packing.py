@@ -8,12 +8,12 @@ mostly multiples of a page, begin where pages begin.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from surgery.engine.plan import PlannedTensor
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import Projection
+from surgery_formats.models.families.recipe import MLP, Experts, Projection
 
 __all__ = ["PAGE", "packing_groups", "packing_order"]
 
@@ -30,16 +30,26 @@ def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
     model = model_of(component.config, frozenset(component.parameters))
     groups: dict[str, tuple[str, ...]] = {}
     for layer in model.layers:
-        for inputs in (layer.attention.inputs, layer.mlp.inputs):
+        for inputs in (layer.attention.inputs, *(part.inputs for part in _networks(layer.mlp))):
             for names in _joint(inputs):
                 stored = tuple(_stored(component, name) for name in names)
                 groups |= dict.fromkeys(stored, stored)
     return groups
 
 
+def _networks(part: MLP | Experts) -> Iterator[MLP]:
+    """The network itself, or every expert."""
+    if isinstance(part, MLP):
+        yield part
+        return
+    yield from part.experts
+    if part.shared is not None:
+        yield part.shared
+
+
 def _joint(inputs: Sequence[Projection]) -> list[list[str]]:
     """Weights of several projections, and their biases."""
-    if len(inputs) < 2 or any(projection.transposed for projection in inputs):
+    if len(inputs) < 2 or any(each.transposed or each.stack for each in inputs):
         return []
     weights, biases = [projection.weight for projection in inputs], [projection.bias for projection in inputs]
     return [weights, biases] if all(biases) else [weights]

@@ -38,6 +38,10 @@ def turned_keys(table: np.ndarray, model: Model, positions: int) -> np.ndarray:
         if attention.window is not None:
             raise FitError("the model looks at a window, in which the two programs count a prefix differently")
         angles = frequencies(rope).usual.astype(np.float64) * positions
+        if rope.interleaved or attention.latent is not None:
+            raise FitError(
+                "keys of this model's kind of rotary positions cannot be turned: the pairs are not halves of a head"
+            )
         half = rope.dims // 2
         keys = pairs[:, number, 0]
         one, two = keys[..., :half].copy(), keys[..., half : rope.dims].copy()

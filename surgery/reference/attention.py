@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from surgery.reference.primitives import Load, normalise, project
+from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
-from surgery_formats.models.families.recipe import Attention
+from surgery_formats.models.families.recipe import Attention, Latent, Rope
 
 __all__ = ["Mask", "Watch", "attend"]
 
@@ -23,8 +24,8 @@ class Mask:
 
     Attributes:
         real: ``(B, T)``: which past and new tokens are not padding.
-        places: ``(B, T)``: number of real tokens before each token; windows are counted in these, so that padding in
-            between does not matter.
+        places: ``(B, T)``: number of real tokens before each token; windows of decoders are counted in these, so that
+            padding in between does not matter.
         positions: ``(B, S)``: positions of the new tokens.
         causal: Whether tokens see only earlier tokens and themselves.
         watch: Called by every layer in turn with what its queries pay to each key, ``(B, kv_heads, group, S, T)``; or None.
@@ -43,9 +44,12 @@ class Mask:
         if self.causal:
             order = torch.arange(keys)
             visible = visible & (order[None, :] <= order[keys - queries :, None])
-        if window is not None:
+        if window is not None and self.causal:
             distance = self.places[:, keys - queries :, None] - self.places[:, None, :]
             visible = visible & (distance < window)
+        elif window is not None:
+            order = torch.arange(keys)
+            visible = visible & ((order[None, :] - order[keys - queries :, None]).abs() < window)
         return visible[:, None]
 
 
@@ -64,30 +68,71 @@ def attend(
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
         cos, sin = angles(attention.rope, mask.positions, values.dtype)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if attention.latent is None:
+            q, k = (rotate(part, attention.rope, cos, sin) for part in (q, k))
+        else:
+            q, k = (_rotate_last(part, attention.rope, cos, sin) for part in (q, k))
     if past is not None:
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
     scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    if attention.bias is not None:
+        bias = relative_bias(attention.bias, count, k.shape[2], load)
+        scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
     allowed = mask.allowed(attention.window)[:, :, None]
     scores = torch.where(allowed, scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
-    weights = (scores - torch.where(top.isinf(), 0.0, top)).exp()
+    sinks = None
+    if attention.sinks:
+        sinks = load(attention.sinks).reshape(1, attention.kv_heads, group, 1, 1)
+        top = torch.maximum(top, sinks)
+    top = torch.where(top.isinf(), 0.0, top)
+    weights = (scores - top).exp()
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks - top).exp()
     weights = weights / torch.where(total == 0, 1.0, total)  # padding that sees no key gets zeros
     if mask.watch is not None:
         mask.watch(weights)
     mixed = weights @ v[:, :, None]
-    joined = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2).reshape(batch, count, -1)
-    return project(joined, attention.output, load), (k, v)
+    mixed = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2)
+    if attention.latent is not None:
+        mixed = mixed[..., : attention.latent.values]
+    return project(mixed.reshape(batch, count, -1), attention.output, load), (k, v)
+
+
+def _rotate_last(values: torch.Tensor, rope: Rope, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the last values of each head."""
+    plain = values.shape[-1] - rope.dims
+    return torch.cat((values[..., :plain], rotate(values[..., plain:], rope, cos, sin)), dim=-1)
+
+
+def _latent_heads(
+    values: torch.Tensor, attention: Attention, latent: Latent, load: Load
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `_heads`; values are padded to the size of a key, as the cache of a graph has them."""
+    shape = (*values.shape[:2], attention.heads, -1)
+    q, compressed = (project(values, projection, load) for projection in attention.inputs)
+    if latent.query is not None:
+        q = project(normalise(q, latent.query_norm, load), latent.query, load)
+    rank = latent.key_value.inputs
+    c, r = compressed[..., :rank], compressed[..., rank:]
+    expanded = project(normalise(c, latent.norm, load), latent.key_value, load).reshape(shape)
+    shared = r[:, :, None].expand(-1, -1, attention.heads, -1)
+    k = torch.cat((expanded[..., : latent.plain], shared), dim=-1)
+    v = expanded[..., latent.plain :]
+    v = torch.cat((v, v.new_zeros(*v.shape[:-1], attention.head_dim - latent.values)), dim=-1)
+    return q.reshape(shape).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries ``(B, heads, S, head_dim)``, keys and values ``(B, kv_heads, S, head_dim)``, normed but not rotated."""
     batch, count = values.shape[:2]
+    if attention.latent is not None:
+        return _latent_heads(values, attention, attention.latent, load)
     dim, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
     projected = [project(values, projection, load) for projection in attention.inputs]
     if attention.layout == "separate":

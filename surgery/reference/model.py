@@ -10,6 +10,7 @@ import torch
 
 from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask, Watch, attend
+from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
@@ -17,7 +18,6 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import (
-    MLP,
     Branch,
     ClassifierHead,
     Embedding,
@@ -187,8 +187,7 @@ def _embed(
     values = _lookup(reference, embedding.tokens, ids, embedding.scale, embedding.scale_rounded)
     if virtual is not None:
         values = torch.cat((virtual.to(reference.dtype).expand(len(ids), -1, -1), values), dim=1)
-    if embedding.projection is not None:
-        values = project(values, embedding.projection, reference.load)
+    values = _widened(reference, values, "tokens")
     if embedding.types:
         zero = torch.zeros(values.shape[:2], dtype=torch.long)
         if types is not None:
@@ -196,10 +195,20 @@ def _embed(
         values = values + _lookup(reference, embedding.types, zero)
     if embedding.positions:
         values = values + _lookup(reference, embedding.positions, rows)
+    values = _widened(reference, values, "sum")
     values = normalise(values, embedding.norm, reference.load)
+    values = _widened(reference, values, "norm")
     for network in embedding.couplings:
         values = couple(values, network, reference.load)
     return values
+
+
+def _widened(reference: Reference, values: torch.Tensor, done: str) -> torch.Tensor:
+    """Projected to the width of the layers, if that is what follows the step `done`."""
+    embedding = reference.model.embedding
+    if embedding.projection is None or embedding.projected != done:
+        return values
+    return project(values, embedding.projection, reference.load)
 
 
 def _lookup(
@@ -278,16 +287,6 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     return Cache(tuple(caches), torch.ones(1, len(flat), dtype=torch.bool))
 
 
-def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
-    projected = [project(values, projection, load) for projection in mlp.inputs]
-    if mlp.gated and len(projected) == 1:
-        projected = list(projected[0].chunk(2, dim=-1))
-    inner = (
-        activate(projected[0], mlp.activation) * projected[1] if mlp.gated else activate(projected[0], mlp.activation)
-    )
-    return project(inner, mlp.output, load)
-
-
 def _residual(
     values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor
 ) -> torch.Tensor:
@@ -314,8 +313,8 @@ def run_layer(
     attended, cache = attend(normed, layer.attention, load, mask, past)
     if layer.parallel:
         mlp_input = normed if second == Branch() else normalise(values, second.before, load)
-        added = normalise(_mlp(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
+        added = normalise(transform(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
         return _residual(values, attended, first, load, real) + added, cache
     values = _residual(values, attended, first, load, real)
-    transformed = _mlp(normalise(values, second.before, load), layer.mlp, load)
+    transformed = transform(normalise(values, second.before, load), layer.mlp, load)
     return _residual(values, transformed, second, load, real), cache

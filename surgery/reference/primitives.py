@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation, Norm, Projection
 
 __all__ = ["Load", "activate", "normalise", "project"]
@@ -19,8 +20,14 @@ Load = Callable[[str], torch.Tensor]
 def project(values: torch.Tensor, projection: Projection, load: Load) -> torch.Tensor:
     """``x W^T + b``."""
     weight = load(projection.weight)
+    bias = load(projection.bias) if projection.bias else None
+    if projection.stack is not None:
+        number, count = projection.stack
+        if len(weight) != count or (bias is not None and len(bias) != count):
+            raise FitError(f"the stack does not have {count} entries", tensor=projection.weight)
+        weight, bias = weight[number], None if bias is None else bias[number]
     result = values @ (weight if projection.transposed else weight.T)
-    return result + load(projection.bias) if projection.bias else result
+    return result if bias is None else result + bias
 
 
 def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 0) -> torch.Tensor:

@@ -106,8 +106,14 @@ def angles(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     return (turned.cos() * factor).to(dtype), (turned.sin() * factor).to(dtype)
 
 
-def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs ``(x[i], x[i + dims/2])`` of `values` ``(B, H, S, head_dim)``; values after ``dims`` stay."""
-    half = cos.shape[-1]
-    first, second, rest = values[..., :half], values[..., half : 2 * half], values[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+def rotate(values: torch.Tensor, rope: Rope, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of `values` ``(B, H, S, head_dim)``: ``(x[i], x[i + dims/2])``, or neighbours; those after ``dims`` stay."""
+    first, second = (slice(0, rope.dims, 2), slice(1, rope.dims, 2)) if rope.interleaved else _halves(rope.dims)
+    turned = values.clone()
+    turned[..., first] = values[..., first] * cos - values[..., second] * sin
+    turned[..., second] = values[..., second] * cos + values[..., first] * sin
+    return turned
+
+
+def _halves(dims: int) -> tuple[slice, slice]:
+    return slice(0, dims // 2), slice(dims // 2, dims)

@@ -68,6 +68,8 @@ def export_onnx(
     embeddings: str = "auto",
     head: str = "auto",
     max_length: int | None = None,
+    position_ids: bool = False,
+    opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
     progress: Callback | None = None,
@@ -103,6 +105,8 @@ def export_onnx(
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         max_length: Longest sequence; None for as long as the model was made for.
+        position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
+        opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step of a merge.
@@ -143,6 +147,8 @@ def export_onnx(
     binding, merged = _merged(checkpoint, roles, full=merge_to == "full", coding=coding, io=(target, dtype))
     assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
     assembly = _with_required(assembly, required)
+    assembly = _with_positions(assembly, position_ids)
+    assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
@@ -279,6 +285,18 @@ def _with_required(assembly: Assembly, required: bool) -> Assembly:
             hint="without `required=`, or merge it",
         )
     return replace(assembly, options=replace(assembly.options, required=True))
+
+
+def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
+    """The same with positions as an input, if that is asked for.
+
+    Raises:
+        FitError: an encoder; a soft prompt, whose tokens clients do not count.
+    """
+    if asked and (assembly.model.kind != "decoder" or assembly.prompts):
+        what = "with a soft prompt, its positions" if assembly.prompts else "an encoder's positions"
+        raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
+    return replace(assembly, options=replace(assembly.options, position_ids=asked))
 
 
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:

@@ -21,7 +21,7 @@ from surgery.verification.session import GraphFile
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.families.parameters import model_of
+from surgery_formats.models.families.parameters import model_of, projections
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
@@ -160,8 +160,6 @@ def _check(codes: _Codes, outputs: int, inputs: int, graph: GraphFile) -> None:
 
 def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, int], bool]]:
     """Name, ``(out, in)``, and whether the model has it the other way round, of every matrix that can be codes."""
-    from surgery.verification.slots import projections
-
     for projection in projections(model):
         yield projection.weight, (projection.outputs, projection.inputs), projection.transposed
     table = model.embedding

@@ -230,10 +230,19 @@ class Session:
         Raises:
             ProofError: onnxruntime fails.
         """
+        if "position_ids" in self.inputs:
+            feed = {**feed, "position_ids": self._positions(feed)}
         try:
             return dict(zip(self._outputs, self._session.run(None, {**self.slot_arrays, **feed}), strict=True))
         except Exception as error:
             raise self._refused(error) from error
+
+    def _positions(self, feed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+        """Positions of new tokens, counted over the mask as clients do."""
+        mask, new = feed["attention_mask"], feed["input_ids"].shape[1]
+        if self.contract.padding == "right" and new == 1:
+            return np.asarray(mask.sum(1, keepdims=True) - 1)
+        return np.ascontiguousarray(np.maximum(mask.cumsum(1) - 1, 0)[:, -new:])
 
     def past(self, batch: int) -> Arrays:
         """An empty cache."""

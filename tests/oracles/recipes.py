@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "MIXTURES", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -56,6 +56,7 @@ _GPT2 = {
 _GEMMA = {**_GQA, "head_dim": 16, "tie_word_embeddings": True}
 _OPT = {**_LM, "ffn_dim": 56, "word_embed_proj_dim": 32}
 _BERT = {**_LM, "type_vocab_size": 2, "num_labels": 3}
+_MPNET = {**_BERT, "pad_token_id": 1}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -65,6 +66,19 @@ _DISTIL = {
     "max_position_embeddings": 64,
     "num_labels": 3,
     "pad_token_id": 0,
+}
+_T5: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 56,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 6,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
 }
 _LONG = {
     "rope_type": "longrope",
@@ -180,6 +194,75 @@ DECODERS: dict[str, Case] = {
     "opt_bare": _of("OPT", _OPT, enable_bias=False, layer_norm_elementwise_affine=False),
 }
 
+_MIXTURE = {**_GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **_MIXTURE,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+_YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.7, mscale_all_dim=1.3)
+_NARROW = {"num_experts": 5, "moe_intermediate_size": 24}
+
+MIXTURES: dict[str, Case] = {
+    "mixtral": _of("Mixtral", _MIXTURE, num_local_experts=5),
+    "mixtral_window": _of("Mixtral", _MIXTURE, num_local_experts=3, sliding_window=5),
+    "qwen2_moe": _of("Qwen2Moe", _MIXTURE, **_NARROW, shared_expert_intermediate_size=40),
+    "qwen2_moe_some_dense": _of(
+        "Qwen2Moe",
+        {**_MIXTURE, "num_hidden_layers": 3},
+        **_NARROW,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[0],
+        norm_topk_prob=True,
+        qkv_bias=False,
+    ),
+    "qwen3_moe": _of("Qwen3Moe", _MIXTURE, **_NARROW, head_dim=16, norm_topk_prob=True),
+    "olmoe": _of("Olmoe", _MIXTURE, num_experts=6),
+    "granitemoe": _of(
+        "GraniteMoe",
+        _MIXTURE,
+        num_local_experts=5,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=2.5,
+    ),
+    "granitemoeshared": _of("GraniteMoeShared", _MIXTURE, num_local_experts=4, shared_intermediate_size=20),
+    "gpt_oss": _of("GptOss", _MIXTURE, num_local_experts=5, head_dim=16, sliding_window=5, swiglu_limit=0.4, **_YARN),
+    "deepseek_v2": _of("DeepseekV2", _DEEPSEEK),
+    "deepseek_v2_groups": _of(
+        "DeepseekV2",
+        _DEEPSEEK,
+        topk_method="group_limited_greedy",
+        n_group=4,
+        topk_group=2,
+        q_lora_rank=None,
+        routed_scaling_factor=1.7,
+        **_YARN,
+    ),
+    "deepseek_v3": _of("DeepseekV3", _DEEPSEEK, n_group=4, topk_group=2, **_YARN),
+    "deepseek_v3_halves": _of("DeepseekV3", _DEEPSEEK, n_group=1, topk_group=1, rope_interleave=False),
+    "glm4_moe": _of(
+        "Glm4Moe",
+        _MIXTURE,
+        n_routed_experts=6,
+        moe_intermediate_size=24,
+        head_dim=16,
+        use_qk_norm=True,
+        attention_bias=True,
+        routed_scaling_factor=1.5,
+    ),
+    "ernie4_5_moe": _of("Ernie4_5_Moe", _MIXTURE, moe_num_experts=6, moe_k=2, moe_intermediate_size=24),
+}
+DECODERS |= MIXTURES
+
 ENCODERS: dict[str, Case] = {
     "bert_sequence": Case("BertForSequenceClassification", "BertConfig", _BERT),
     "bert_token": Case("BertForTokenClassification", "BertConfig", {**_BERT, "hidden_act": "gelu_new"}),
@@ -194,6 +277,22 @@ ENCODERS: dict[str, Case] = {
     "distilbert_sequence": Case("DistilBertForSequenceClassification", "DistilBertConfig", _DISTIL),
     "distilbert_token": Case("DistilBertForTokenClassification", "DistilBertConfig", _DISTIL),
     "distilbert_sentence": Case("DistilBertModel", "DistilBertConfig", _DISTIL),
+    "electra_sequence": Case("ElectraForSequenceClassification", "ElectraConfig", {**_BERT, "embedding_size": 20}),
+    "electra_token": Case("ElectraForTokenClassification", "ElectraConfig", {**_BERT, "embedding_size": 32}),
+    "electra_sentence": Case("ElectraModel", "ElectraConfig", {**_BERT, "embedding_size": 20}),
+    "albert_sequence": Case("AlbertForSequenceClassification", "AlbertConfig", {**_BERT, "embedding_size": 20}),
+    "albert_token": Case(
+        "AlbertForTokenClassification",
+        "AlbertConfig",
+        {**_BERT, "embedding_size": 20, "num_hidden_groups": 2, "inner_group_num": 2},
+    ),
+    "albert_sentence": Case("AlbertModel", "AlbertConfig", {**_BERT, "embedding_size": 32, "hidden_act": "gelu"}),
+    "mpnet_sequence": Case("MPNetForSequenceClassification", "MPNetConfig", _MPNET),
+    "mpnet_token": Case("MPNetForTokenClassification", "MPNetConfig", _MPNET),
+    "mpnet_sentence": Case("MPNetModel", "MPNetConfig", _MPNET),
+    "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
+    "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
+    "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
 
 
@@ -211,6 +310,9 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
         else:
             value = centred + 0.3 * noise
         parameter.data.copy_(value)
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     model.to(dtype).save_pretrained(folder)
     return folder
 

@@ -82,6 +82,13 @@ __all__ = ["command"]
 )
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
+@click.option(
+    "--opset",
+    type=click.IntRange(17, 23),
+    metavar="N",
+    help="Operators of ONNX's set N, for older runtimes; default: the least that the graph needs.",
+)
 @option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
 @option.overwrite()
 def command(

@@ -28,7 +28,7 @@ def fused_of(site: Site, base: Checkpoint | None) -> tuple[Fused, ...]:
     """How the experts of the weight `site` are named: by the base's family, or by the spelling of the path."""
     if base is not None and (records := component_of(site, base).family.fused):
         return records
-    return mixtral.FAMILY.fused if _MIXTRAL.search(site.path) else qwen_moe.FAMILY.fused
+    return mixtral.MIXTRAL.fused if _MIXTRAL.search(site.path) else qwen_moe.QWEN2_MOE.fused
 
 
 def taken_apart(path: str, update: Update, fused: Iterable[Fused]) -> Iterator[tuple[str, LoRA]]:

@@ -167,6 +167,7 @@ class Assembly:
                 built.contract,
                 built.model.layers[0].attention.heads if built.model.layers else 0,
                 genai,
+                position_ids=self.options.position_ids,
             )
         return files, built, dict(built.graphs)
 

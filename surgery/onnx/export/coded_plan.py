@@ -144,7 +144,7 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
             yield _Draft(name, kept=tuple(tensors))
             continue
         form = coding.form(bits, io)
-        projection = uses.projections.get(recipe)
+        projection = uses.linear.get(recipe)
         turned = projection is not None and projection.transposed
         step, form = _coded_step(tensors[0].step, name, component, coding, form, turned)
         if rows and step.target.shape[1] % form.block:
@@ -177,7 +177,7 @@ def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool
         return max(table, head), table > 0, not table
     if name == uses.head:
         return coding.head_bits(uses), False, False
-    return (coding.bits if name in uses.linear or name in uses.others else 0), False, False
+    return (coding.bits if name in uses.linear else 0), False, False
 
 
 def _coded_step(

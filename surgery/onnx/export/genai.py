@@ -40,7 +40,13 @@ _TYPES = frozenset(
 
 
 def genai_config(
-    config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    contract: Contract,
+    heads: int,
+    graph: str,
+    *,
+    position_ids: bool = False,
 ) -> bytes:
     """Create the file for a decoder's graph; token ids of generation_config.json, if there is one, take precedence."""
     kind = config.get("model_type")
@@ -55,6 +61,7 @@ def genai_config(
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
+            **({"position_ids": "position_ids"} if position_ids else {}),
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },

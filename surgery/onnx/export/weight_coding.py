@@ -12,6 +12,7 @@ from surgery.engine.calibration_file import Calibration, open_calibration
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.component import Component
+from surgery_formats.models.families.parameters import projections
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.storage.nbits import BlockFormat
 from surgery_formats.text import closest, show
@@ -28,21 +29,14 @@ class WeightUses:
     """The weights of a model that can be codes, by name in the recipe.
 
     Attributes:
-        linear: Linear maps of the layers.
+        linear: Linear maps, but those of heads, and of experts that lie one after the other in one tensor.
         head: The projection onto the vocabulary, or empty.
-        others: Linear maps of poolers and classifiers.
         table: The token table; the head's name where they are tied.
     """
 
     linear: Mapping[str, Projection]
     head: str
-    others: Mapping[str, Projection]
     table: str
-
-    @property
-    def projections(self) -> Mapping[str, Projection]:
-        """All linear maps but the head."""
-        return {**self.linear, **self.others}
 
     @property
     def tied(self) -> bool:
@@ -52,16 +46,12 @@ class WeightUses:
 
 def uses_of(model: Model) -> WeightUses:
     """What each matrix of a recipe is used for."""
-    linear, others = {}, {}
-    for layer in model.layers:
-        for each in (*layer.attention.inputs, layer.attention.output, *layer.mlp.inputs, layer.mlp.output):
-            linear[each.weight] = each
     head = model.head.projection.weight if isinstance(model.head, LanguageHead) else ""
-    if isinstance(model.head, LanguageHead):
-        others = {each.weight: each for each in (model.head.before,) if each is not None}
-    if model.embedding.projection is not None:
-        others[model.embedding.projection.weight] = model.embedding.projection
-    return WeightUses(linear, head, others, model.embedding.tokens)
+    of_head = {each.weight for each in projections(model.head)}
+    if isinstance(model.head, LanguageHead) and model.head.before is not None:
+        of_head.discard(model.head.before.weight)
+    linear = {each.weight: each for each in projections(model) if each.stack is None and each.weight not in of_head}
+    return WeightUses(linear, head, model.embedding.tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,29 +3,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
-from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.context import CacheValues, Context, module_of
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.graph import MICROSOFT
+from surgery.onnx.graph.latent import latent_parts, without_padding
 from surgery.onnx.graph.linear import joined, linear
 from surgery.onnx.graph.norm import gain, norm
-from surgery_formats.models.families.recipe import Attention, Norm
+from surgery.onnx.graph.rotary import RotaryTable
+from surgery.onnx.graph.sinks import attention_with_sinks
+from surgery_formats.models.families.recipe import Attention, Norm, Rope
 
-__all__ = ["CacheValues", "cached_attention", "project", "split"]
+__all__ = ["RotaryValues", "cached_attention", "normed", "project", "rotated", "split"]
 
 _ROTATED = 16  # GroupQueryAttention can rotate only a multiple of this many values
 
 
-@dataclass(frozen=True, slots=True)
-class CacheValues:
-    """Names of one layer's inputs and outputs, each ``(B, kv_heads, tokens, head_dim)``."""
+class RotaryValues(Protocol):
+    """The values of a graph that rotate queries and keys."""
 
-    past_key: str
-    past_value: str
-    present_key: str
-    present_value: str
+    def table(self, rope: Rope) -> RotaryTable:
+        """Cosines and sines."""
+        ...
+
+    def shifted_positions(self, rows: RotaryTable) -> str:
+        """Row indices into the table, of every new token."""
+        ...
 
 
 def cached_attention(
@@ -37,7 +43,9 @@ def cached_attention(
         y = _grouped(ctx, record, x, frame, cache, at)
     else:
         y = _standard(ctx, record, x, frame, cache, at)
-    if ctx.flat:
+    if record.latent is not None:
+        y = without_padding(ctx, record, record.latent, y, at)
+    elif ctx.flat:
         y = ctx.reshaped(y, (-1, record.output.inputs), at)
     return linear(ctx, record.output, y, alpha=alpha)
 
@@ -68,33 +76,55 @@ def split(ctx: Context, record: Attention, parts: tuple[str, ...], at: str) -> t
 
 
 def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+    if record.latent is not None:
+        parts: tuple[str, ...] = latent_parts(ctx, record, record.latent, x, frame, at)
+        return _group_query(ctx, record, parts, frame, cache, at)
     parts = project(ctx, record, x, at)
     rows = frame.table(record.rope) if record.rope else None
     fused = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
+    fused = fused and not frame.places  # not every onnxruntime's operator takes positions
     norms = ["", ""]
-    epsilon = {}
+    options: dict[str, Any] = {}
     if record.q_norm or record.k_norm:
         if _norms_inside(ctx, record) and (fused or record.rope is None):
             norms = [_fused_gain(ctx, head_norm, record.head_dim) for head_norm in (record.q_norm, record.k_norm)]
             assert record.q_norm is not None
-            epsilon = {"qk_norm_epsilon": record.q_norm.epsilon}
+            options = {"qk_norm_epsilon": record.q_norm.epsilon}
         else:
-            parts = _normed(ctx, record, split(ctx, record, parts, at), at)
+            parts = normed(ctx, record, split(ctx, record, parts, at), at)
     if rows is not None and not fused:
-        parts = _rotated(ctx, record, split(ctx, record, parts, at), frame, at)
+        parts = rotated(ctx, record, split(ctx, record, parts, at), frame, at)
     elif ctx.flat:
         parts = tuple(ctx.batched(part, at) for part in parts)
-    tables = [rows.cos, rows.sin] if fused and rows is not None else ["", ""]
-    options: dict[str, Any] = {"scale": float(record.scale), **epsilon}
-    if fused:
-        options["do_rotary"] = 1
+    if not fused or rows is None or record.rope is None:
+        return _group_query(ctx, record, parts, frame, cache, at, norms=norms, **options)
+    options["do_rotary"] = 1
+    if record.rope.interleaved:
+        options["rotary_interleaved"] = 1
+    return _group_query(ctx, record, parts, frame, cache, at, [rows.cos, rows.sin], norms, **options)
+
+
+def _group_query(
+    ctx: Context,
+    record: Attention,
+    parts: tuple[str, ...],
+    frame: Frame,
+    cache: CacheValues,
+    at: str,
+    tables: Sequence[str] = ("", ""),
+    norms: Sequence[str] = ("", ""),
+    **options: Any,
+) -> str:
+    options = {"scale": float(record.scale), **options}
     if record.window is not None:
         options["local_window_size"] = record.window
     if record.softcap is not None:
         options["softcap"] = float(record.softcap)
     query, key, value = parts if len(parts) == 3 else (parts[0], "", "")
+    query = frame.guarded(query, at)
     past = [cache.past_key, cache.past_value]
-    inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", "", "", "", *norms]
+    sinks = ctx.weights.value(record.sinks, (record.heads,)) if record.sinks else ""
+    inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", sinks, "", "", *norms]
     return ctx.graph.several(
         "GroupQueryAttention",
         inputs,
@@ -121,13 +151,9 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
 
 
 def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
-    parts = split(ctx, record, project(ctx, record, x, at), at)
-    if record.q_norm or record.k_norm:
-        parts = _normed(ctx, record, parts, at)
-    if record.rope is not None:
-        q, k, v = _rotated(ctx, record, parts, frame, at)
-    else:
-        q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+    q, k, v = _parts(ctx, record, x, frame, at)
+    if record.sinks:
+        return attention_with_sinks(ctx, record, (q, k, v), frame, cache, at)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
     return ctx.graph.several(
         "Attention",
@@ -141,8 +167,21 @@ def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cach
     )[0]
 
 
-def _rotated(
-    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, at: str
+def _parts(ctx: Context, record: Attention, x: str, frame: Frame, at: str) -> tuple[str, str, str]:
+    """Queries, keys and values, normed and rotated, ``(B, S, ...)``."""
+    if record.latent is not None:
+        return latent_parts(ctx, record, record.latent, x, frame, at)
+    parts = split(ctx, record, project(ctx, record, x, at), at)
+    if record.q_norm or record.k_norm:
+        parts = normed(ctx, record, parts, at)
+    if record.rope is not None:
+        return rotated(ctx, record, parts, frame, at)
+    q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+    return q, k, v
+
+
+def rotated(
+    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: RotaryValues, at: str
 ) -> tuple[str, str, str]:
     """Rotate queries and keys; all three results are ``(B, S, ...)``."""
     assert record.rope is not None
@@ -150,13 +189,16 @@ def _rotated(
     q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     positions = frame.shifted_positions(rows)
     partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
+    if record.rope.interleaved:
+        partial["interleaved"] = 1
     inputs = [rows.cos, rows.sin, positions]
     q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **partial)
     k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **partial)
     return q, k, v
 
 
-def _normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+def normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+    """Normalise queries and keys, where the family does."""
     q, k, v = parts
     if record.q_norm is not None:
         q = _head_norm(ctx, record, record.q_norm, q, record.heads, at)

@@ -16,6 +16,8 @@ from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
 from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.lower import check_opset, lower
+from surgery.onnx.graph.opset import least_opset
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
@@ -50,6 +52,8 @@ class GraphOptions:
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
+        position_ids: Whether a decoder takes positions as an input.
+        opset: Set of operators; None for the least that the graph needs.
     """
 
     target: OperatorSet
@@ -63,6 +67,8 @@ class GraphOptions:
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
+    position_ids: bool = False
+    opset: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     Raises:
         FitError: an unknown architecture, or a tensor that is missing, left over, misshapen or of an unsupported type.
     """
+    if options.opset is not None:
+        check_opset(options.opset)
     model = model or model_of(
         component.config, frozenset(component.parameters) | frozenset(options.overrides) | frozenset(options.coded)
     )
@@ -109,12 +117,19 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
             standard_options = replace(options, target=standard(options.target))
             ctx = _context(component, model, standard_options, length)
             prefill_contract = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
-            graphs["prefill.onnx"] = ctx.graph.model(replace(prefill_contract, **_built_parts(ctx)).as_metadata())
+            graphs["prefill.onnx"] = _finished(ctx, replace(prefill_contract, **_built_parts(ctx)), options)
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_built_parts(ctx))
-    graphs["model.onnx"] = ctx.graph.model(contract.as_metadata())
+    graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
+
+
+def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
+    if options.opset is not None:
+        lower(ctx.graph, options.opset, ctx.io)
+    opset = options.opset or least_opset(ctx.graph.proto, ctx.io)
+    return ctx.graph.model(contract.as_metadata(), opset)
 
 
 def _built_parts(ctx: Context) -> dict[str, Any]:
@@ -139,11 +154,12 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         required=options.required,
         head=component.head,
         virtual=options.virtual,
+        position_ids=options.position_ids,
     )
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
-        encoder(ctx, model)
+        encoder(ctx, model, length)
     weights.check(model.unused)
     wanted = options.slotted | options.replaceable.names
     if missing := wanted - {slot.weight for slot in ctx.slots} - weights.inputs.keys():

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from surgery.onnx.graph.contract import Slot
-from surgery.onnx.graph.graph import OPSET, Graph
+from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.opset import NEWEST
 from surgery.onnx.graph.target import OperatorSet
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import GraphWeights
 from surgery_formats.dtypes import DType
 
-__all__ = ["Context", "ResidualStream", "module_of"]
+__all__ = ["CacheValues", "Context", "ResidualStream", "module_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,16 @@ class ResidualStream:
 
     value: str
     pending: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheValues:
+    """Names of one layer's inputs and outputs, each ``(B, kv_heads, tokens, head_dim)``."""
+
+    past_key: str
+    past_value: str
+    present_key: str
+    present_value: str
 
 
 @dataclass
@@ -49,6 +60,7 @@ class Context:
         virtual: Soft prompts.
         slots: The slots made so far.
         real: Returns which new tokens are no padding ``(B, S)``, bool.
+        position_ids: Whether positions are an input of the graph.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -63,7 +75,8 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
-    opset: int = OPSET
+    position_ids: bool = False
+    opset: int = NEWEST
 
     @property
     def flat(self) -> bool:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from surgery.onnx.graph.attention import CacheValues, cached_attention
-from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.attention import cached_attention
+from surgery.onnx.graph.context import CacheValues, Context, ResidualStream, module_of
+from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
 from surgery.onnx.graph.embedding import token_rows
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.heads import language_head
@@ -34,14 +35,16 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     graph = ctx.graph
     if ctx.virtual.embedded:
         width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
-        ctx.ids = graph.input("inputs_embeds", ctx.io, ("batch", "sequence", width))
+        ctx.ids = graph.input("inputs_embeds", ctx.io, (BATCH, SEQUENCE, width))
     else:
-        graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
-    mask = graph.input("attention_mask", DType.I64, ("batch", "total_sequence"))
+        graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
+    own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
+    mask = given = graph.input("attention_mask", DType.I64, (BATCH, own))
+    places = graph.input("position_ids", DType.I64, (BATCH, SEQUENCE)) if ctx.position_ids else ""
     caches = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
     if ctx.virtual.past:
         mask = completed_mask(graph, ctx.ids, mask, caches[0].past_key)
-    frame = Frame(ctx, mask, max_length)
+    frame = Frame(ctx, mask, max_length, given, places)
     ctx.real = lambda: frame.real
     stream = ResidualStream(_embedded(ctx, model, frame, max_length))
     for layer, cache in zip(model.layers, caches, strict=True):
@@ -54,13 +57,13 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     tied = model.head.projection.weight == model.embedding.tokens
     language_head(ctx, model.head, x, ctx.head if tied else "")
     for layer, cache in zip(model.layers, caches, strict=True):
-        shape = ("batch", layer.attention.kv_heads, "present_sequence", layer.attention.head_dim)
+        shape = (BATCH, layer.attention.kv_heads, TOTAL, layer.attention.head_dim)
         graph.output(cache.present_key, ctx.io, shape)
         graph.output(cache.present_value, ctx.io, shape)
 
 
 def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
-    shape = ("batch", layer.attention.kv_heads, "past_sequence", layer.attention.head_dim)
+    shape = (BATCH, layer.attention.kv_heads, PAST, layer.attention.head_dim)
     past = [ctx.graph.input(f"past_key_values.{number}.{part}", ctx.io, shape) for part in ("key", "value")]
     for name in past:
         if name in ctx.virtual.past:

@@ -7,7 +7,8 @@ import numpy as np
 
 from surgery.onnx.graph.coded import coded_rows
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.linear import lora_slot
+from surgery.onnx.graph.dims import BATCH, SEQUENCE
+from surgery.onnx.graph.linear import linear, lora_slot
 from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
@@ -22,7 +23,7 @@ def token_rows(ctx: Context, model: Model) -> str:
     """
     record = model.embedding
     at = module_of(record.tokens)
-    width = record.projection.inputs if record.projection else model.hidden
+    width = model.embedded[0]
     shape = (model.vocabulary, width)
     coded = ctx.weights.table(record.tokens, shape)
     table = ctx.weights.value(record.tokens, shape) if not ctx.weights.has_codes else ""
@@ -73,7 +74,10 @@ def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
 
 
 def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
-    """Token rows, learned positions and token types of an encoder; the last sum is left to the following norm."""
+    """Token rows, learned positions and token types of an encoder; the last sum is left to the following norm.
+
+    Rows that are projected before the norm are summed.
+    """
     record = model.embedding
     x = token_rows(ctx, model)
     rows = []
@@ -83,14 +87,17 @@ def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
         rows.append(_type_rows(ctx, model))
     for row in rows[:-1]:
         x = ctx.graph.node("Add", [x, row], module_of(record.tokens))
-    return ResidualStream(x, rows[-1] if rows else "")
+    stream = ResidualStream(x, rows[-1] if rows else "")
+    if record.projection is None or record.projected == "norm":
+        return stream
+    return ResidualStream(linear(ctx, record.projection, ctx.total(stream, module_of(record.projection.weight))))
 
 
 def _position_rows(ctx: Context, model: Model) -> str:
     """Rows of the position table, by index, or counted over non-padding tokens (padding keeps its own position)."""
     record, graph = model.embedding, ctx.graph
     at = module_of(record.positions)
-    table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.hidden))
+    table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.embedded[1]))
     if record.position_rule == "nonpad":
         padding = graph.node("Equal", [ctx.ids, graph.number(record.padding_token, DType.I64)], at)
         tokens = graph.cast(graph.node("Not", [padding], at), DType.I64, at)
@@ -113,9 +120,9 @@ def _type_rows(ctx: Context, model: Model) -> str:
     record = model.embedding
     at = module_of(record.types)
     number = ctx.weights.rows(record.types)
-    table = ctx.weights.value(record.types, (number, model.hidden))
+    table = ctx.weights.value(record.types, (number, model.embedded[1]))
     if number > 1:
-        types = ctx.graph.input("token_type_ids", DType.I64, ("batch", "sequence"))
+        types = ctx.graph.input("token_type_ids", DType.I64, (BATCH, SEQUENCE))
         if ctx.virtual.front:
             types = types_in_front(ctx.graph, types, ctx.virtual.front)
         return _rows(ctx, table, types, at)

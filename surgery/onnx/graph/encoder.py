@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from surgery.onnx.graph.attention import project, split
+from surgery.onnx.graph.attention import normed, project, rotated, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
-from surgery.onnx.graph.norm import norm, residual_norm
+from surgery.onnx.graph.norm import residual_norm
+from surgery.onnx.graph.seen_keys import SeenKeys
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -19,8 +21,8 @@ from surgery_formats.models.families.recipe import Attention, ClassifierHead, Hi
 __all__ = ["encoder"]
 
 
-def encoder(ctx: Context, model: Model) -> None:
-    """Build the graph.
+def encoder(ctx: Context, model: Model, max_length: int) -> None:
+    """Build the graph, for at most `max_length` positions.
 
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
     ``(B, S)``; outputs are those of the head.
@@ -29,22 +31,29 @@ def encoder(ctx: Context, model: Model) -> None:
         FitError: a tensor is missing or misshapen.
     """
     graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, ("batch", "sequence"))
-    mask = graph.input("attention_mask", DType.I64, ("batch", "sequence"))
+    graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
+    mask = graph.input("attention_mask", DType.I64, (BATCH, SEQUENCE))
     if ctx.virtual.front:
         ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
     ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
     stream = encoder_rows(ctx, model)
-    if (first := model.embedding.norm) is not None:
-        stream = ResidualStream(residual_norm(ctx, first, stream, model.hidden, module_of(first.weight), keep=False)[0])
-    for network in model.embedding.couplings:
+    record = model.embedding
+    if (first := record.norm) is not None:
+        width = model.embedded[-1]
+        stream = ResidualStream(residual_norm(ctx, first, stream, width, module_of(first.weight), keep=False)[0])
+    if record.projection is not None and record.projected == "norm":
+        stream = ResidualStream(linear(ctx, record.projection, ctx.total(stream, module_of(record.projection.weight))))
+    for network in record.couplings:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
-    allowed = _allowed(ctx, mask)
+    seen = SeenKeys(ctx, mask, max_length)
+    seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
     for layer in model.layers:
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, allowed))
-    x = ctx.total(stream, "")
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, seen))
     if model.final_norm is not None:
-        x = norm(ctx, model.final_norm, x, model.hidden, module_of(model.final_norm.weight))
+        at = module_of(model.final_norm.weight)
+        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
+    else:
+        x = ctx.total(stream, "")
     match model.head:
         case ClassifierHead():
             classifier_head(ctx, model.head, x)
@@ -54,23 +63,20 @@ def encoder(ctx: Context, model: Model) -> None:
             raise FitError("this encoder has a language-modelling head", file="config.json")
 
 
-def _allowed(ctx: Context, mask: str) -> str:
-    """Visible keys ``(B, 1, S, S)``, bool: all tokens. Padding is never read, but it must see something."""
-    token = ctx.graph.cast(mask, DType.BOOL, "")
-    keys = ctx.graph.node("Unsqueeze", [token, ctx.graph.ints(1, 2)], "")
-    padding = ctx.graph.node("Unsqueeze", [ctx.graph.node("Not", [token], ""), ctx.graph.ints(1, 3)], "")
-    return ctx.graph.node("Or", [keys, padding], "")
-
-
-def _attention(ctx: Context, record: Attention, allowed: str) -> Body:
+def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
     at = module_of(module_of(record.output.weight))
 
     def attend(x: str, alpha: float) -> str:
         parts = split(ctx, record, project(ctx, record, x, at), at)
-        q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+        if record.q_norm or record.k_norm:
+            parts = normed(ctx, record, parts, at)
+        if record.rope is not None:
+            q, k, v = rotated(ctx, record, parts, seen, at)
+        else:
+            q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
         y = ctx.graph.node(
             "Attention",
-            [q, k, v, allowed],
+            [q, k, v, seen.mask(record)],
             at,
             q_num_heads=record.heads,
             kv_num_heads=record.kv_heads,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numpy as np
+
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.rotary import RotaryTable, table
 from surgery_formats.dtypes import DType
@@ -27,12 +29,17 @@ class Frame:
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
         max_length: Positions of the rotary tables.
+        places: Input of positions ``(B, S)``, or empty.
     """
 
-    def __init__(self, ctx: Context, mask: str, max_length: int) -> None:
+    def __init__(self, ctx: Context, mask: str, max_length: int, own: str = "", places: str = "") -> None:
+        """`own` is the caller's part of the mask, where that is not all of it."""
         self._ctx = ctx
         self._graph = ctx.graph
         self.mask = mask
+        self._own = own or mask
+        self.places = places
+        self._is_guarded = False
         self.max_length = max_length
         self._tables: list[tuple[Rope, RotaryTable]] = []
         self._masks: dict[int | None, str] = {}
@@ -65,22 +72,46 @@ class Frame:
         scalar = self._graph.node("Squeeze", [total], "")
         return self._graph.cast(last, DType.I32, ""), self._graph.cast(scalar, DType.I32, "")
 
+    def guarded(self, value: str, at: str) -> str:
+        """``value (B, S, ...)``, but NaN in rows that are padded on the left, in the first layer that asks.
+
+        GroupQueryAttention would take their last tokens for padding, and give numbers that are wrong without a word.
+        A factor of 0 / 0 costs four operators on one number of each row, once per graph.
+        """
+        if self._is_guarded:
+            return value
+        self._is_guarded = True
+        graph = self._graph
+        first = graph.node("Gather", [self._own, graph.constant(np.zeros((1, 1), np.int64))], "", axis=1)
+        one = graph.cast(first, self._ctx.io, "")
+        return graph.node("Mul", [value, graph.node("Div", [one, one], "")], at)
+
     @cached_property
     def positions(self) -> str:
         """Position of every new token ``(B, S)``, int64."""
+        if self.places:
+            return self.places
         graph = self._graph
         if self._ctx.target.attention == "gqa":
-            # Rows are padded on the right: new tokens follow the past, whose length is what the mask has beyond S.
-            past = graph.node("Max", [graph.node("Sub", [self._tokens, self._new_tokens], ""), graph.ints(0)], "")
-            return graph.node("Add", [past, self._range(self._new_tokens)], "")
+            return self._counted
         return graph.node("Max", [self._new_positions, graph.ints(0)], "")
+
+    @cached_property
+    def _counted(self) -> str:
+        """Places of new tokens behind the past ``(B, S)``, where rows are padded on the right.
+
+        The length of the past is what the mask has beyond S.
+        """
+        graph = self._graph
+        past = graph.node("Max", [graph.node("Sub", [self._tokens, self._new_tokens], ""), graph.ints(0)], "")
+        return graph.node("Add", [past, self._range(self._new_tokens)], "")
 
     @cached_property
     def real(self) -> str:
         """Which new tokens are no padding ``(B, S)``, bool."""
         graph = self._graph
         if self._ctx.target.attention == "gqa":  # of a new token the mask may have its one elsewhere
-            return graph.node("Less", [self.positions, self._tokens], "")
+            return graph.node("Less", [self._counted, self._tokens], "")
         start = graph.node("Neg", [self._new_tokens], "")
         return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(_ALL), graph.ints(1)], ""), DType.BOOL, "")
 

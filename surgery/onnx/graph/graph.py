@@ -15,9 +15,10 @@ import numpy as np
 import onnx
 
 from surgery._version import __version__
+from surgery.onnx.graph.opset import ir_version
 from surgery_formats.dtypes import DType
 
-__all__ = ["MICROSOFT", "ONNX_TYPES", "OPSET", "Graph"]
+__all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
 
 MICROSOFT = "com.microsoft"
 ONNX_TYPES = {
@@ -25,9 +26,6 @@ ONNX_TYPES = {
 }  # fmt: skip
 """``TensorProto.DataType`` of stored types."""
 
-OPSET = 23
-"""The first set of operators with Attention and RMSNormalization."""
-_IR = 11  # its first IR version
 _NUMPY = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
 
 
@@ -146,6 +144,15 @@ class Graph:
         """Whether there is an initializer of this name."""
         return name in self._initializers
 
+    def drop_unused(self) -> None:
+        """Remove initializers that no node reads, of which onnxruntime would warn."""
+        used = {name for node in self._proto.node for name in node.input}
+        used |= {port.name for port in (*self._proto.input, *self._proto.output)}
+        kept = [tensor for tensor in self._proto.initializer if tensor.name in used]
+        if len(kept) < len(self._proto.initializer):
+            del self._proto.initializer[:]
+            self._proto.initializer.extend(kept)
+
     def initializer(self, name: str, array: np.ndarray) -> None:
         """Add a named initializer: the default of the input with that name, if there is one."""
         self._add(name, _NUMPY[array.dtype.name], array.shape).raw_data = array.tobytes()
@@ -164,10 +171,12 @@ class Graph:
         """Add an output."""
         _describe(self._proto.output.add(name=name), dtype, shape)
 
-    def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
-        """Return the complete model."""
-        model = self._onnx.ModelProto(ir_version=_IR, producer_name="surgery", producer_version=__version__)
-        model.opset_import.add(domain="", version=OPSET)
+    def model(self, metadata: Mapping[str, str], opset: int) -> onnx.ModelProto:
+        """Return the complete model, stamped with a set of operators."""
+        model = self._onnx.ModelProto(
+            ir_version=ir_version(opset), producer_name="surgery", producer_version=__version__
+        )
+        model.opset_import.add(domain="", version=opset)
         if any(node.domain == MICROSOFT for node in self._proto.node):
             model.opset_import.add(domain=MICROSOFT, version=1)
         for key in sorted(metadata):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.weights import LABELS
@@ -45,7 +46,7 @@ def classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
     if record.tokens == "every":
         _every_token(ctx, x, module_of(last.weight), "logits", labels)
     else:
-        ctx.graph.output(ctx.graph.rename(x, "logits"), ctx.io, ("batch", labels))
+        ctx.graph.output(ctx.graph.rename(x, "logits"), ctx.io, (BATCH, labels))
 
 
 def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
@@ -58,7 +59,7 @@ def hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
         else:
             first = ctx.graph.node("Gather", ["last_hidden_state", ctx.graph.number(0, DType.I64)], at, axis=1)
         pooled = activate(ctx, "tanh", linear(ctx, record.pooler, first), at)
-        ctx.graph.output(ctx.graph.rename(pooled, "pooler_output"), ctx.io, ("batch", record.pooler.outputs))
+        ctx.graph.output(ctx.graph.rename(pooled, "pooler_output"), ctx.io, (BATCH, record.pooler.outputs))
 
 
 def _first_token(ctx: Context, x: str, at: str) -> str:
@@ -73,4 +74,4 @@ def _every_token(ctx: Context, x: str, at: str, name: str, width: int | str) -> 
         y = ctx.graph.node("Slice", [x, *ends], at, out=name)
     else:
         y = ctx.batched(x, at, out=name) if ctx.flat else ctx.graph.rename(x, name)
-    ctx.graph.output(y, ctx.io, ("batch", "sequence", width))
+    ctx.graph.output(y, ctx.io, (BATCH, SEQUENCE, width))

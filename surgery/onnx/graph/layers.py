@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.linear import joined, linear
+from surgery.onnx.graph.experts import experts
+from surgery.onnx.graph.mlp import mlp
 from surgery.onnx.graph.modules import run_inserted
 from surgery.onnx.graph.norm import norm, residual_norm
-from surgery_formats.models.families.recipe import MLP, Branch, Layer, Model
+from surgery_formats.models.families.recipe import Branch, Experts, Layer, Model
 
 __all__ = ["Body", "layer_steps"]
 
@@ -22,6 +22,8 @@ def layer_steps(ctx: Context, model: Model, layer: Layer, stream: ResidualStream
     """Attention and MLP of one layer; the last sum is left to the reader of the stream."""
 
     def transform(x: str, alpha: float) -> str:
+        if isinstance(layer.mlp, Experts):
+            return experts(ctx, layer.mlp, x, model.hidden, alpha=alpha)
         return mlp(ctx, layer.mlp, x, alpha=alpha)
 
     at = module_of(module_of(module_of(layer.attention.output.weight)))
@@ -70,21 +72,3 @@ def _parallel(
     attended = _after(ctx, model, layer.attention_branch, attend, x, at)
     transformed = _after(ctx, model, layer.mlp_branch, transform, y, at)
     return ResidualStream(stream.value, ctx.graph.node("Add", [attended, transformed], at))
-
-
-def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
-    """``alpha down(act(gate x) * up x)``, or without a gate ``alpha down(act(up x))``."""
-    at = module_of(module_of(record.output.weight))
-    if not record.gated:
-        inner = activate(ctx, record.activation, linear(ctx, record.inputs[0], x), at)
-        return linear(ctx, record.output, inner, alpha=alpha)
-    if len(record.inputs) == 1:
-        gate_up: str | None = linear(ctx, record.inputs[0], x)
-    else:
-        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
-    if gate_up is not None:
-        gate, up = ctx.graph.several("Split", [gate_up], at, ("*", "*"), axis=-1, num_outputs=2)
-    else:
-        gate, up = (linear(ctx, projection, x) for projection in record.inputs)
-    inner = ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
-    return linear(ctx, record.output, inner, alpha=alpha)

@@ -22,16 +22,16 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
-    at = module_of(projection.weight)
-    coded = ctx.weights.coded([projection.weight], [(projection.outputs, projection.inputs)])
+    at, stack = module_of(projection.weight), projection.stack
+    coded = None if stack else ctx.weights.coded([projection.weight], [(projection.outputs, projection.inputs)])
     if coded is not None:
         bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
         y = _coded(ctx, coded, x, bias, at, alpha)
     else:
-        weight = ctx.weights.value(projection.weight, stored)
-        bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+        weight = ctx.weights.part(projection.weight, stored, stack)
+        bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
         y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
-    slot = slot or projection.weight
+    slot = "" if stack else slot or projection.weight
     return lora_slot(ctx, slot, x, y, projection.inputs, projection.outputs, alpha) if slot in ctx.slotted else y
 
 
@@ -40,7 +40,9 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
 
     Biases are joined by a Concat that runtimes fold.
     """
-    if ctx.target.packed == "none" or any(part.transposed or part.weight in ctx.slotted for part in projections):
+    if ctx.target.packed == "none" or any(
+        part.transposed or part.stack or part.weight in ctx.slotted for part in projections
+    ):
         return None
     weights, sizes = [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
     coded = ctx.weights.coded(weights, sizes)
@@ -90,14 +92,15 @@ def lora_slot(
     at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
     dtype = ctx.graph.numpy_type(ctx.io)
-    for name, empty, shape in (
-        (a, (inputs, 0), (inputs, rank)),
-        (b, (0, outputs), (rank, outputs)),
-    ):
-        ctx.graph.input(name, ctx.io, shape)
-        if not ctx.required:
-            ctx.graph.initializer(name, np.zeros(empty, dtype))
-    ctx.slots.append(Slot(weight, a, b))
+    if not any(slot.weight == weight for slot in ctx.slots):  # layers may share a weight
+        for name, empty, shape in (
+            (a, (inputs, 0), (inputs, rank)),
+            (b, (0, outputs), (rank, outputs)),
+        ):
+            ctx.graph.input(name, ctx.io, shape)
+            if not ctx.required:
+                ctx.graph.initializer(name, np.zeros(empty, dtype))
+        ctx.slots.append(Slot(weight, a, b))
     projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
     if alpha != 1.0:
         projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)

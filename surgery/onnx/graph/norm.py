@@ -18,7 +18,9 @@ def norm(ctx: Context, record: Norm, x: str, width: int, at: str) -> str:
         return ctx.graph.node(
             "LayerNormalization", [x, scale, _bias(ctx, record, width)], at, axis=-1, epsilon=record.epsilon
         )
-    return ctx.graph.node("RMSNormalization", [x, scale], at, axis=-1, epsilon=record.epsilon, stash_type=1)
+    # onnxruntime's own name of the operator needs no opset 23
+    op = "SimplifiedLayerNormalization" if ctx.target.norm == "fused" else "RMSNormalization"
+    return ctx.graph.node(op, [x, scale], at, axis=-1, epsilon=record.epsilon, stash_type=1)
 
 
 def residual_norm(

@@ -214,6 +214,23 @@ class GraphWeights:
             return self._input(name, shape, self._io)
         return self.adjacent([name], [shape]) or ""
 
+    def part(self, name: str, shape: Sequence[int], stack: tuple[int, int] | None) -> str:
+        """The tensor, or number ``stack[0]`` of the ``stack[1]`` of this shape that it holds, as a value of the graph's type.
+
+        Raises:
+            FitError: see `find`; a replaceable stack.
+        """
+        if stack is None:
+            return self.value(name, shape)
+        number, count = stack
+        tensor = self.find(name, (count, *shape))
+        if name in self.replaceable.names:
+            raise FitError(
+                "values of stacked experts cannot be replaced", tensor=name, hint="merge the adapter instead"
+            )
+        each = tensor.nbytes // count
+        return self._ranged(f"{tensor.name}.{number}", tensor, shape, each, first_byte=number * each)
+
     def adjacent(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> str | None:
         """Adjacent tensors as one value, joined along the first axis; None if they are not adjacent, or replaceable."""
         if not self.replaceable.names.isdisjoint(names):
@@ -259,13 +276,21 @@ class GraphWeights:
         self.inputs[name] = dtype
         return self._graph.input(name, dtype, self.replaceable.sizes.get(name, tuple(shape)))
 
-    def _ranged(self, name: str, first: GraphTensor, shape: Sequence[int], nbytes: int, to: DType | None = None) -> str:
+    def _ranged(
+        self,
+        name: str,
+        first: GraphTensor,
+        shape: Sequence[int],
+        nbytes: int,
+        to: DType | None = None,
+        first_byte: int = 0,
+    ) -> str:
         """A byte range as a value, with a Cast if stored in another type; runtimes fold the Cast at load time."""
         dtype = to or self._io
         value = self._values.get((name, dtype))
         if value is None:
             stored = f"{name}.{first.dtype.label.lower()}" if first.dtype is not self._io else name
-            self._graph.external(stored, first.dtype, first.offset, file_of(first), shape, nbytes)
+            self._graph.external(stored, first.dtype, first.offset + first_byte, file_of(first), shape, nbytes)
             value = stored
             if first.dtype is not dtype:
                 value = self._graph.node("Cast", [stored], name, to=ONNX_TYPES[dtype])

@@ -36,7 +36,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.inserted import PlacedModule, as_fields, with_inserted
 from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import Branch, Coupling, Model, Projection
+from surgery_formats.models.families.recipe import Branch, Coupling, Experts, Model, Projection
 
 if TYPE_CHECKING:
     import onnx
@@ -148,6 +148,11 @@ def _branches(recipe: Model, places: Iterable[PlacedModule]) -> list[tuple[Branc
         if (number, "attention") in wanted:
             found.append((layer.attention_branch, layer.attention.output))
         if (number, "mlp") in wanted:
+            if isinstance(layer.mlp, Experts):
+                raise FitError(
+                    "a module behind a mixture of experts cannot be put into a graph that others made",
+                    hint="`surgery export-onnx BASE ADAPTER` makes a graph with it",
+                )
             found.append((layer.mlp_branch, layer.mlp.output))
     return found
 

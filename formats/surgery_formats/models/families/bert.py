@@ -17,7 +17,7 @@ from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.settings import ModelSettings
 
-__all__ = ["DEBERTA", "ELECTRA", "FAMILY"]
+__all__ = ["DEBERTA", "FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -41,5 +41,4 @@ FAMILY = Family(
     derivable=("embeddings.position_ids", "embeddings.token_type_ids"),
     recipe=recipe,
 )
-ELECTRA = replace(FAMILY, names=("electra",), recipe=None)
-DEBERTA = replace(ELECTRA, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings")
+DEBERTA = replace(FAMILY, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings", recipe=None)

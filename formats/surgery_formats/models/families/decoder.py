@@ -12,6 +12,7 @@ from surgery_formats.models.families.recipe import (
     Attention,
     Branch,
     Embedding,
+    Experts,
     LanguageHead,
     Layer,
     Model,
@@ -38,6 +39,7 @@ __all__ = [
     "windows",
 ]
 
+_FURTHER = "predicts several tokens at once, which a decoder does not do"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -176,12 +178,14 @@ def decoder(
     before: Projection | None = None,
     softcap: float | None = None,
     divisor: float = 1.0,
+    further_layers: int = 0,
 ) -> Model:
     """Assemble the decoder, then check the settings that nobody read.
 
     `layer` maps the module of a layer (below `stack`) and its index to its record. `classes` are the accepted endings of
     the names in ``architectures``, `tied` is the family's default of ``tie_word_embeddings``, `head` the head's module;
-    `before`, `softcap` and `divisor` are those of `LanguageHead`.
+    `before`, `softcap` and `divisor` are those of `LanguageHead`. Of the layers after the last, files may have `further_layers`,
+    which predict several tokens at once and are not used.
 
     Raises:
         FitError: another task's head, bidirectional attention, attention to an encoder, or an
@@ -200,6 +204,9 @@ def decoder(
     share = settings.flag("tie_word_embeddings", default=tied or not stored)
     weight = embedding.tokens if share else f"{head}.weight"
     width = before.outputs if before else sizes.hidden
+    unused = {f"{head}.weight": "tied: the token embedding is used"} if share and stored else {}
+    further = tuple(f"{stack}.{sizes.layers + number}." for number in range(further_layers))
+    unused |= dict.fromkeys((name for name in settings.names if name.startswith(further)), _FURTHER) if further else {}
     settings.finish()
     return Model(
         kind="decoder",
@@ -210,7 +217,7 @@ def decoder(
         final_norm=final_norm,
         head=LanguageHead(Projection(weight, width, sizes.vocabulary), before, softcap, divisor),
         max_positions=sizes.max_positions,
-        unused={f"{head}.weight": "tied: the token embedding is used"} if share and stored else {},
+        unused=unused,
     )
 
 
@@ -225,13 +232,23 @@ def llama_named(
     tied: bool = False,
     softcap: float | None = None,
     divisor: float = 1.0,
+    further_layers: int = 0,
 ) -> Model:
     """A decoder with Llama's names of embedding, layers and final norm; arguments as in `decoder` and `Embedding`."""
     root = root_of(settings, "model.", "embed_tokens.weight")
     embedding = Embedding(f"{root}embed_tokens.weight", scale=scale, scale_rounded=scale_rounded)
     final = norm(f"{root}norm")
     return decoder(
-        settings, sizes, f"{root}layers", layer, final, embedding, tied=tied, softcap=softcap, divisor=divisor
+        settings,
+        sizes,
+        f"{root}layers",
+        layer,
+        final,
+        embedding,
+        tied=tied,
+        softcap=softcap,
+        divisor=divisor,
+        further_layers=further_layers,
     )
 
 
@@ -244,15 +261,17 @@ def llama_layer(
     activation: Activation | None = None,
     mlp_bias: bool = False,
     multiplier: float = 1.0,
+    transform: Callable[[str, int], MLP | Experts] | None = None,
 ) -> Callable[[str, int], Layer]:
     """Layers with Llama's names and order: norm, attention, norm, gated MLP; the activation is ``hidden_act`` if None.
 
-    `attend` maps the module of a layer's attention, and the layer's index, to its record.
+    `attend` maps the module of a layer's attention, and the layer's index, to its record; `transform` the module of a layer,
+    and its index, to what stands in place of the MLP.
     """
     gate = activation or settings.activation("hidden_act", default="silu")
     return lambda at, index: Layer(
         attend(f"{at}.self_attn", index),
         pre_norm(norm(f"{at}.input_layernorm"), multiplier),
-        gated_mlp(f"{at}.mlp", sizes, gate, bias=mlp_bias),
+        transform(at, index) if transform else gated_mlp(f"{at}.mlp", sizes, gate, bias=mlp_bias),
         pre_norm(norm(f"{at}.post_attention_layernorm"), multiplier),
     )

@@ -24,7 +24,15 @@ from surgery_formats.models.families.recipe import (
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
 from surgery_formats.text import show
 
-__all__ = ["BERT_NAMES", "LayerNames", "bert_embedding", "encoder", "post_norm_layers", "read_encoder_sizes"]
+__all__ = [
+    "BERT_NAMES",
+    "LayerNames",
+    "bert_embedding",
+    "encoder",
+    "post_norm_layer",
+    "post_norm_layers",
+    "read_encoder_sizes",
+]
 
 
 class LayerNames(NamedTuple):
@@ -66,32 +74,52 @@ def _norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
 
 
 def bert_embedding(
-    settings: ModelSettings, root: str, epsilon: float, *, types: bool = True, **positions: Any
+    settings: ModelSettings, root: str, epsilon: float, *, types: bool = True, **others: Any
 ) -> Embedding:
-    """BERT's embedding below `root`, with token types if `types`; `positions` are fields of `Embedding`."""
+    """BERT's embedding below `root`, with token types if `types`; `others` are fields of `Embedding`."""
     at = f"{root}embeddings"
     return Embedding(
         f"{at}.word_embeddings.weight",
         positions=f"{at}.position_embeddings.weight",
         types=f"{at}.token_type_embeddings.weight" if types else "",
         norm=_norm(settings, f"{at}.LayerNorm", epsilon),
-        **positions,
+        **others,
     )
 
 
 def post_norm_layers(
-    settings: ModelSettings, sizes: Sizes, stack: str, names: LayerNames, activation: Activation, epsilon: float
+    settings: ModelSettings,
+    sizes: Sizes,
+    stack: str,
+    names: LayerNames,
+    activation: Activation,
+    epsilon: float,
+    **attention: Any,
 ) -> Iterator[Layer]:
-    """The layers in module `stack`: attention, norm of the sum, MLP, norm of the sum; every projection has a bias."""
+    """The layers in module `stack`; `attention` are further fields of their attention."""
     for index in range(sizes.layers):
-        at = LayerNames(*(f"{stack}.{index}.{name}" for name in names))
-        q, k, v, output = (projection(name, sizes.hidden, sizes.hidden, True) for name in at[:4])
-        yield Layer(
-            Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, sizes.head_dim**-0.5),
-            Branch(on_sum=_norm(settings, at.attention_norm, epsilon)),
-            plain_mlp(at.up, at.down, sizes, activation),
-            Branch(on_sum=_norm(settings, at.mlp_norm, epsilon)),
-        )
+        yield post_norm_layer(settings, sizes, f"{stack}.{index}", names, activation, epsilon, **attention)
+
+
+def post_norm_layer(
+    settings: ModelSettings,
+    sizes: Sizes,
+    module: str,
+    names: LayerNames,
+    activation: Activation,
+    epsilon: float,
+    **attention: Any,
+) -> Layer:
+    """Attention, norm of the sum, MLP, norm of the sum; every projection has a bias."""
+    at = LayerNames(*(f"{module}.{name}" for name in names))
+    q, k, v, output = (projection(name, sizes.hidden, sizes.hidden, True) for name in at[:4])
+    scale = sizes.head_dim**-0.5
+    return Layer(
+        Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, **{"scale": scale, **attention}),
+        Branch(on_sum=_norm(settings, at.attention_norm, epsilon)),
+        plain_mlp(at.up, at.down, sizes, activation),
+        Branch(on_sum=_norm(settings, at.mlp_norm, epsilon)),
+    )
 
 
 def encoder(

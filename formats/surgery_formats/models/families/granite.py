@@ -1,20 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Granite: Llama with multipliers on the embedding, the branches, the scores and the logits."""
+"""Granite: Llama with multipliers on the embedding, the branches, the scores and the logits; dense, or with stacked experts."""
 
 from __future__ import annotations
 
-from surgery_formats.models.families.decoder import attention, llama_layer, llama_named, rms_norms
-from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Attention, Model
-from surgery_formats.models.families.rope import read_rope
-from surgery_formats.models.families.settings import ModelSettings, read_sizes
+from dataclasses import replace
 
-__all__ = ["FAMILY"]
+from surgery_formats.models.families.decoder import attention, llama_layer, llama_named, projection, rms_norms
+from surgery_formats.models.families.experts import Transformation, mixture, stacked_networks
+from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.recipe import MLP, Attention, Experts, Model
+from surgery_formats.models.families.rope import read_rope
+from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
+
+__all__ = ["FAMILY", "GRANITE_MOE"]
 
 
 def recipe(settings: ModelSettings) -> Model:
     """arXiv:2408.13359; the multipliers are those of maximal update parametrisation (arXiv:2203.03466)."""
+    return _multiplied(settings, read_sizes(settings, vocabulary=32000, max_positions=2048))
+
+
+def granite_moe(settings: ModelSettings) -> Model:
+    """Granite 3 with experts, two tensors per layer, and in ``granitemoeshared`` one more for every token."""
     sizes = read_sizes(settings, vocabulary=32000, max_positions=2048)
+    count, top = settings.count("num_local_experts", default=8), settings.count("num_experts_per_tok", default=2)
+    inner = settings.whole("shared_intermediate_size", default=0)
+    activation = settings.activation("hidden_act", default="silu")
+
+    def transform(at: str, index: int) -> Experts:
+        block = f"{at}.block_sparse_moe"
+        networks = stacked_networks(
+            f"{block}.input_linear.weight",
+            f"{block}.output_linear.weight",
+            count,
+            sizes.hidden,
+            sizes.inner,
+            activation,
+        )
+        both = projection(f"{at}.shared_mlp.input_linear", sizes.hidden, 2 * inner)
+        down = projection(f"{at}.shared_mlp.output_linear", inner, sizes.hidden)
+        shared = MLP((both,), down, activation, gated=True) if inner else None
+        return mixture(settings, f"{block}.router.layer", sizes.hidden, networks, top=top, shared=shared)
+
+    return _multiplied(settings, sizes, transform)
+
+
+def _multiplied(settings: ModelSettings, sizes: Sizes, transform: Transformation | None = None) -> Model:
     rope, norm = read_rope(settings, sizes), rms_norms(settings)
     bias = settings.flag("attention_bias", default=False)
     scale = settings.positive("attention_multiplier", default=1.0)
@@ -29,6 +60,7 @@ def recipe(settings: ModelSettings) -> Model:
         norm,
         mlp_bias=settings.flag("mlp_bias", default=False),
         multiplier=settings.number("residual_multiplier", default=1.0),
+        transform=transform,
     )
     return llama_named(
         settings,
@@ -41,3 +73,4 @@ def recipe(settings: ModelSettings) -> Model:
 
 
 FAMILY = Family(names=("granite",), embedding="model.embed_tokens", head="lm_head", recipe=recipe)
+GRANITE_MOE = replace(FAMILY, names=("granitemoe", "granitemoeshared"), recipe=granite_moe)

@@ -3,17 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, Model, Norm, Projection
+from surgery_formats.models.families.recipe import (
+    MLP,
+    ClassifierHead,
+    Experts,
+    HiddenHead,
+    Model,
+    Norm,
+    Projection,
+)
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
-__all__ = ["model_of", "parameters"]
+__all__ = ["model_of", "parameters", "projections"]
 
 
 def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
@@ -45,28 +53,51 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     A tied head is listed once, as the embedding.
     """
     embedding, head = model.embedding, model.head
-    width = embedding.projection.inputs if embedding.projection else model.hidden
-    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, width)}
-    shapes |= {table: (-1, model.hidden) for table in (embedding.positions, embedding.types) if table}
+    token_width, row_width, norm_width = model.embedded
+    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, token_width)}
+    shapes |= {table: (-1, row_width) for table in (embedding.positions, embedding.types) if table}
 
     def project(*projections: Projection | None) -> None:
         for each in filter(None, projections):
-            shape = each.outputs, each.inputs
-            shapes[each.weight] = shape[::-1] if each.transposed else shape
+            shape = (each.outputs, each.inputs)[:: -1 if each.transposed else 1]
+            count = each.stack[1:] if each.stack else ()
+            shapes[each.weight] = (*count, *shape)
             if each.bias:
-                shapes[each.bias] = (each.outputs,)
+                shapes[each.bias] = (*count, each.outputs)
+
+    def transform(*parts: MLP | Experts | None) -> None:
+        for part in parts:
+            if part is None:
+                continue
+            if isinstance(part, MLP):
+                project(*part.inputs, part.output)
+                continue
+            project(part.router, part.shared_gate)
+            transform(*part.experts, part.shared)
+            if part.correction:
+                shapes[part.correction] = (*((1,) if part.correction_row else ()), len(part.experts))
 
     def normalise(width: int, *norms: Norm | None) -> None:
         for each in filter(None, norms):
             shapes.update((name, (width,)) for name in (each.weight, each.bias) if name)
 
     project(embedding.projection)
-    normalise(model.hidden, embedding.norm, model.final_norm)
+    normalise(norm_width, embedding.norm)
+    normalise(model.hidden, model.final_norm)
     for layer in model.layers:
         attend, mlp = layer.attention, layer.mlp
         for branch in (layer.attention_branch, layer.mlp_branch):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
-        project(*attend.inputs, attend.output, *mlp.inputs, mlp.output)
+        project(*attend.inputs, attend.output)
+        transform(mlp)
+        if attend.bias is not None:
+            shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if attend.sinks:
+            shapes[attend.sinks] = (attend.heads,)
+        if (latent := attend.latent) is not None:
+            project(latent.key_value, latent.query)
+            normalise(latent.key_value.inputs, latent.norm)
+            normalise(latent.query.inputs if latent.query else 0, latent.query_norm)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
             if norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
@@ -80,3 +111,15 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     else:
         project(head.before, head.projection)
     return shapes
+
+
+def projections(part: Any) -> Iterator[Projection]:
+    """All linear maps in a part of a recipe."""
+    if isinstance(part, Projection):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from projections(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for field in fields(part):
+            yield from projections(getattr(part, field.name))

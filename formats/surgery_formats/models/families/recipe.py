@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
+from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+
 __all__ = [
     "MLP",
     "Activation",
@@ -25,56 +28,18 @@ __all__ = [
     "ClassifierHead",
     "Coupling",
     "Embedding",
+    "Experts",
     "Head",
     "HiddenHead",
     "LanguageHead",
+    "Latent",
     "Layer",
     "Model",
     "Norm",
     "Projection",
+    "RelativeBias",
     "Rope",
 ]
-
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"]
-"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. The last four
-are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """``y = x W^T + b``.
-
-    Attributes:
-        weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` if `transposed` (Conv1D).
-        bias: Tensor ``(outputs,)``, or empty.
-        transposed: Whether the weight is stored ``(inputs, outputs)``.
-    """
-
-    weight: str
-    inputs: int
-    outputs: int
-    bias: str = ""
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Norm:
-    """Normalisation over the last axis, in float32.
-
-    Attributes:
-        kind: ``rms``: ``x / sqrt(mean(x^2) + epsilon) * g`` (arXiv:1910.07467); ``layer``: with mean and optional bias
-            (arXiv:1607.06450).
-        weight: Tensor ``g``, or empty (OLMo 1).
-        epsilon: Added to the mean square or variance.
-        bias: Tensor, or empty.
-        plus_one: The gain is ``1 + g`` (Gemma).
-    """
-
-    kind: Literal["rms", "layer"]
-    weight: str
-    epsilon: float
-    bias: str = ""
-    plus_one: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +51,57 @@ class Rope:
         parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
             ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
         max_positions: ``max_position_embeddings``.
+        interleaved: Whether neighbours ``x[2 i], x[2 i + 1]`` are a pair.
     """
 
     dims: int
     parameters: Mapping[str, Any]
     max_positions: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Keys and values from a small vector per token (multi-head latent attention, arXiv:2405.04434).
+
+    The layer's inputs are maps to the queries, or to what `query` makes them of, and to ``[c | r]``. ``key_value(norm c)`` is
+    ``[k | v]`` for each head; ``r`` is rotated and shared by all heads. A head's query and key are ``[plain | rotated]``.
+
+    Attributes:
+        norm: Norm of ``c``.
+        key_value: ``c`` to keys and values.
+        plain: Values of a head's key that are not rotated.
+        values: Values of a head's ``v``.
+        query_norm: Norm before `query`.
+        query: The second map of the queries, or None.
+    """
+
+    norm: Norm
+    key_value: Projection
+    plain: int
+    values: int
+    query_norm: Norm | None = None
+    query: Projection | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeBias:
+    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
+
+    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
+    grow logarithmically up to `max_distance`. Layers that name the same table share it.
+
+    Attributes:
+        table: Tensor ``(buckets, heads)``.
+        buckets: Number of buckets.
+        max_distance: Distance from which on all are one bucket.
+        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
+    """
+
+    table: str
+    buckets: int = 32
+    max_distance: int = 128
+    both_ways: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +111,22 @@ class Attention:
     Attributes:
         inputs: q, k and v, or one projection for all three.
         layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
-            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX).
+            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX); ``latent``, see `latent`.
         output: Projection back to ``D``.
         heads: Number of query heads.
         kv_heads: Number of key and value heads.
         head_dim: Values per head.
         scale: Scale of the scores.
         rope: Rotary positions, or None (GPT-2, some layers of SmolLM3).
-        window: Number of keys that a query sees, including its own; None for all.
+        window: Number of keys that a query sees, including its own; in an encoder as many on either side; None for all.
         softcap: ``c tanh(scores / c)`` before the mask, or None.
         q_norm: Norm of queries before rotation, or None.
         k_norm: Norm of keys before rotation, or None.
         norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
             the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
+        sinks: Tensor ``(heads,)``: the score of one more key, which has no value, per head (GPT-OSS); or empty.
+        latent: How queries, keys and values are made, or None.
+        bias: Relative positions (T5, MPNet), or None.
     """
 
     inputs: tuple[Projection, ...]
@@ -121,13 +135,16 @@ class Attention:
     kv_heads: int
     head_dim: int
     scale: float
-    layout: Literal["separate", "concatenated", "by_head"] = "separate"
+    layout: Literal["separate", "concatenated", "by_head", "latent"] = "separate"
     rope: Rope | None = None
     window: int | None = None
     softcap: float | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm_over: Literal["head", "heads", "width"] = "head"
+    sinks: str = ""
+    latent: Latent | None = None
+    bias: RelativeBias | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,125 +156,60 @@ class MLP:
         output: The down projection.
         activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
+        interleaved: Whether gate and up alternate in the output of their one projection.
+        limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
+        up_plus: Added to ``up`` (GPT-OSS: 1).
     """
 
     inputs: tuple[Projection, ...]
     output: Projection
     activation: Activation
     gated: bool
+    interleaved: bool = False
+    limit: float | None = None
+    up_plus: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class BottleneckForm:
-    """How a bottleneck computes; see `Bottleneck` for what the letters mean.
+class Experts:
+    """A mixture of experts (arXiv:2101.03961): ``sum over the chosen e of w_e expert_e(x)``, and the shared expert.
+
+    Scores ``s`` are the softmax or the sigmoid of what the router makes of ``x``. The experts chosen are the `top` with the
+    greatest ``s + correction``, of the best groups only; their weights are ``s``.
 
     Attributes:
-        activation: Of the inner values.
-        parallel: Whether it reads ``x``, and ``h`` is added to its result, instead of reading ``h``.
-        sums_before: Whether it reads ``N(h + x)`` instead of ``h``.
-        residual: What is added to its result unless it is parallel: ``body`` ``h``, ``sum`` ``h + x``, ``read`` what it reads.
-        norm_before: Whether it has a layer norm of what it reads.
-        norm_after: Whether it has a layer norm of its result.
-        residual_before_norm: Whether the residual is added before that norm.
-        gated: Whether its result is multiplied by the mean over all positions of a sigmoid of what it reads.
-        finishes: Whether the branch's own sum and norm follow.
+        router: ``D`` to one number per expert.
+        experts: The experts.
+        top: How many are chosen for each token.
+        scoring: ``softmax`` over all experts, or ``sigmoid`` of each.
+        normalised: Whether the weights of the chosen are divided by their sum, or by `floor` if that is greater.
+        floor: See `normalised`.
+        scale: Factor on the weights.
+        correction: Tensor ``(experts,)``, or ``(1, experts)`` if `correction_row`, that affects the choice alone; or empty.
+        correction_row: See `correction`.
+        groups: Number of groups of neighbours of equal size.
+        best_groups: How many of the groups are considered.
+        group_score: A group counts as its ``best`` expert, or as the ``two`` best together.
+        precise: Whether the router computes in float32.
+        shared: An expert for every token, or None.
+        shared_gate: Sigmoid of one number per token on the shared expert (Qwen2-MoE), or None.
     """
 
-    activation: Activation
-    parallel: bool = False
-    sums_before: bool = False
-    residual: Literal["body", "sum", "read"] = "body"
-    norm_before: bool = False
-    norm_after: bool = False
-    residual_before_norm: bool = False
-    gated: bool = False
-    finishes: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Bottleneck:
-    """A small network that an adapter inserts behind the body of a branch (arXiv:1902.00751, 2005.00247, 2110.04366).
-
-    ``x`` is the branch's input, ``h`` the body's result or that of the bottleneck before this one, and ``N`` the norm of the
-    branch's sum, the identity where it has none. The network is ``up(act(down(.)))``.
-
-    Attributes:
-        module: What the names of its tensors begin with; they are stored ``(inputs, outputs)``.
-        width: ``D``.
-        rank: Inner values; 0 if an optional input decides.
-        form: How it computes.
-    """
-
-    module: str
-    width: int
-    rank: int
-    form: BottleneckForm
-
-    @property
-    def down(self) -> Projection:
-        """``D`` to `rank`."""
-        return _inner(f"{self.module}.down", self.width, self.rank)
-
-    @property
-    def up(self) -> Projection:
-        """`rank` to ``D``, the adapter's scale folded in."""
-        return _inner(f"{self.module}.up", self.rank, self.width)
-
-    @property
-    def gate(self) -> Projection | None:
-        """``D`` to one value."""
-        return _inner(f"{self.module}.gate", self.width, 1) if self.form.gated else None
-
-    @property
-    def before(self) -> Norm | None:
-        """Norm of what it reads."""
-        return _inner_norm(f"{self.module}.before") if self.form.norm_before else None
-
-    @property
-    def after(self) -> Norm | None:
-        """Norm of its result."""
-        return _inner_norm(f"{self.module}.after") if self.form.norm_after else None
-
-
-@dataclass(frozen=True, slots=True)
-class Coupling:
-    """An invertible network behind the embeddings (NICE, arXiv:1410.8516; MAD-X, arXiv:2005.00052).
-
-    Of the halves ``x1`` and ``x2`` it makes ``y1 = x1 + F(x2)`` and ``y2 = x2 + G(y1)``; F and G are ``up(act(down(.)))``.
-
-    Attributes:
-        module: What the names of its tensors begin with.
-        width: ``D``; the first half has ``D // 2`` values.
-        ranks: Inner values of F and G; 0 if an optional input decides.
-        activation: Of the inner values.
-    """
-
-    module: str
-    width: int
-    ranks: tuple[int, int]
-    activation: Activation
-
-    @property
-    def first(self) -> tuple[Projection, Projection]:
-        """Down and up of F."""
-        return self._pair("F", self.width - self.width // 2, self.width // 2, self.ranks[0])
-
-    @property
-    def second(self) -> tuple[Projection, Projection]:
-        """Down and up of G."""
-        return self._pair("G", self.width // 2, self.width - self.width // 2, self.ranks[1])
-
-    def _pair(self, name: str, inputs: int, outputs: int, rank: int) -> tuple[Projection, Projection]:
-        at = f"{self.module}.{name}"
-        return _inner(f"{at}.down", inputs, rank), _inner(f"{at}.up", rank, outputs)
-
-
-def _inner(module: str, inputs: int, outputs: int) -> Projection:
-    return Projection(f"{module}.weight", inputs, outputs, f"{module}.bias", transposed=True)
-
-
-def _inner_norm(module: str) -> Norm:
-    return Norm("layer", f"{module}.weight", 1e-5, f"{module}.bias")
+    router: Projection
+    experts: tuple[MLP, ...]
+    top: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    floor: float = 0.0
+    scale: float = 1.0
+    correction: str = ""
+    correction_row: bool = False
+    groups: int = 1
+    best_groups: int = 1
+    group_score: Literal["best", "two"] = "best"
+    precise: bool = False
+    shared: MLP | None = None
+    shared_gate: Projection | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +233,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Attention and MLP, each in its branch.
+    """Attention and MLP, or a mixture of experts, each in its branch.
 
     Attributes:
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
@@ -290,7 +242,7 @@ class Layer:
 
     attention: Attention
     attention_branch: Branch
-    mlp: MLP
+    mlp: MLP | Experts
     mlp_branch: Branch
     parallel: bool = False
 
@@ -311,7 +263,9 @@ class Embedding:
         scale_rounded: Whether `scale` is part of the table, rounded to the stored type (Gemma: ``sqrt(D)``), so that
             embeddings from elsewhere are not scaled; Granite scales all inputs.
         norm: Norm of the sum (BERT), or None.
-        projection: Projection of the rows (OPT-350m), or None.
+        projection: Projection of narrower rows to ``D``, or None.
+        projected: What it projects: rows of ``tokens`` (OPT-350m), the ``sum`` of all rows (DeBERTa), or its ``norm``
+            (ALBERT, ELECTRA).
         couplings: Networks of adapters on the first hidden state, in order.
     """
 
@@ -325,6 +279,7 @@ class Embedding:
     scale_rounded: bool = False
     norm: Norm | None = None
     projection: Projection | None = None
+    projected: Literal["tokens", "sum", "norm"] = "tokens"
     couplings: tuple[Coupling, ...] = ()
 
 
@@ -396,3 +351,12 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def embedded(self) -> tuple[int, int, int]:
+        """Values in a row of the token table, in one of positions and types, and in their norm."""
+        record = self.embedding
+        if record.projection is None:
+            return self.hidden, self.hidden, self.hidden
+        narrow, last = record.projection.inputs, ("tokens", "sum", "norm").index(record.projected)
+        return narrow, narrow if last else self.hidden, narrow if last == 2 else self.hidden

@@ -16,7 +16,8 @@ __all__ = ["families", "family_of", "modules"]
 
 _MODULES = (
     *("llama", "mistral", "qwen", "gemma", "olmo", "granite", "smollm3", "stablelm", "gpt2", "gpt_neox", "opt", "phi3"),
-    *("bert", "roberta", "distilbert", "bloom", "gpt_neo", "t5", "mixtral", "gpt_oss", "qwen_moe", "vit", "clip"),
+    *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "bloom", "gpt_neo", "t5", "mixtral", "gpt_oss"),
+    *("qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "clip"),
     *("whisper", "diffusion", "retrieval"),
 )
 

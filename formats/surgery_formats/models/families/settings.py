@@ -149,9 +149,12 @@ class ModelSettings:
 
     def activation(self, *keys: str, default: str) -> Activation:
         """Read an activation function."""
-        name = self.text(*keys, default=default)
+        return self.activation_named(self.text(*keys, default=default), keys[0])
+
+    def activation_named(self, name: str, key: str) -> Activation:
+        """The activation function that `key` calls `name`."""
         if name not in _ACTIVATIONS:
-            raise self.fault(f"{keys[0]} is '{show(name, 40)}', supported are {', '.join(sorted(_ACTIVATIONS))}")
+            raise self.fault(f"{key} is '{show(name, 40)}', supported are {', '.join(sorted(_ACTIVATIONS))}")
         return _ACTIVATIONS[name]
 
     def only(self, key: str, *allowed: Any) -> None:

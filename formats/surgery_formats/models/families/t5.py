@@ -1,9 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""T5: one embedding for encoder and decoder, and (v1.0) for the head."""
+"""T5 and its multilingual relatives: relative positions, one embedding for encoder and decoder, and (v1.0) for the head."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery_formats.models.families.decoder import pre_norm, projection
 from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.recipe import (
+    MLP,
+    Activation,
+    Attention,
+    Embedding,
+    HiddenHead,
+    Layer,
+    Model,
+    Norm,
+    RelativeBias,
+)
+from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings
+from surgery_formats.text import show
 
 __all__ = ["FAMILY"]
+
+_ANY_LENGTH = 1 << 20  # distances have no end; graphs state one
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What all layers have in common."""
+
+    hidden: int
+    inner: int
+    heads: int
+    head_dim: int
+    layers: int
+    vocabulary: int
+    activation: Activation
+    gated: bool
+    epsilon: float
+    buckets: int
+    max_distance: int
+    own_bias: bool
+
+
+def _sizes(settings: ModelSettings) -> _Sizes:
+    kind = settings.text("model_type", default="t5")
+    inner, heads, form = (2048, 8, "relu") if kind == "t5" else (1024, 6, "gated-gelu")
+    name = settings.text("feed_forward_proj", default=form)
+    act = {"gated-gelu": "gelu_new"}.get(name, name.removeprefix("gated-"))
+    buckets = settings.count("relative_attention_num_buckets", default=32, most=1 << 16)
+    reach = settings.count("relative_attention_max_distance", default=128, most=1 << 20)
+    if buckets % 4 or reach <= buckets // 2:
+        raise settings.fault(f"relative_attention_num_buckets is {buckets}, for distances up to {reach}")
+    return _Sizes(
+        hidden=settings.count("d_model", default=512),
+        inner=settings.count("d_ff", default=inner),
+        heads=settings.count("num_heads", default=heads),
+        head_dim=settings.count("d_kv", default=64),
+        layers=settings.count("num_layers", default=6 if kind == "t5" else 8, most=MOST_LAYERS),
+        vocabulary=settings.count("vocab_size", default=32128 if kind == "t5" else 250112),
+        activation=settings.activation_named(act, "feed_forward_proj"),
+        gated=name.startswith("gated-"),
+        epsilon=settings.positive("layer_norm_epsilon", default=1e-6),
+        buckets=buckets,
+        max_distance=reach,
+        own_bias=kind == "umt5",
+    )
+
+
+def _norm(name: str, sizes: _Sizes) -> Norm:
+    return Norm("rms", f"{name}.weight", sizes.epsilon)
+
+
+def _attention(at: str, sizes: _Sizes, bias: RelativeBias | None) -> Attention:
+    """Scores are not scaled: the initial values of the weights were."""
+    width = sizes.heads * sizes.head_dim
+    q, k, v = (projection(f"{at}.{name}", sizes.hidden, width) for name in "qkv")
+    output = projection(f"{at}.o", width, sizes.hidden)
+    return Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, 1.0, bias=bias)
+
+
+def _mlp(at: str, sizes: _Sizes) -> MLP:
+    names = ("wi_0", "wi_1") if sizes.gated else ("wi",)
+    inputs = tuple(projection(f"{at}.{name}", sizes.hidden, sizes.inner) for name in names)
+    return MLP(inputs, projection(f"{at}.wo", sizes.inner, sizes.hidden), sizes.activation, sizes.gated)
+
+
+def _bias(stack: str, index: int, sizes: _Sizes, *, both_ways: bool) -> RelativeBias:
+    """The table of a layer: its own in UMT5, else the first layer's."""
+    at = f"{stack}.block.{index if sizes.own_bias else 0}.layer.0.SelfAttention"
+    return RelativeBias(f"{at}.relative_attention_bias.weight", sizes.buckets, sizes.max_distance, both_ways)
+
+
+def _encoder(settings: ModelSettings, sizes: _Sizes) -> Model:
+    def layer(index: int) -> Layer:
+        at = f"encoder.block.{index}.layer"
+        bias = _bias("encoder", index, sizes, both_ways=True)
+        return Layer(
+            _attention(f"{at}.0.SelfAttention", sizes, bias),
+            pre_norm(_norm(f"{at}.0.layer_norm", sizes)),
+            _mlp(f"{at}.1.DenseReluDense", sizes),
+            pre_norm(_norm(f"{at}.1.layer_norm", sizes)),
+        )
+
+    return Model(
+        kind="encoder",
+        hidden=sizes.hidden,
+        vocabulary=sizes.vocabulary,
+        embedding=Embedding(_table(settings, "encoder")),
+        layers=tuple(layer(index) for index in range(sizes.layers)),
+        final_norm=_norm("encoder.final_layer_norm", sizes),
+        head=HiddenHead(),
+        max_positions=_ANY_LENGTH,
+    )
+
+
+def _table(settings: ModelSettings, stack: str) -> str:
+    own = f"{stack}.embed_tokens.weight"
+    return own if own in settings.names and "shared.weight" not in settings.names else "shared.weight"
+
+
+def recipe(settings: ModelSettings) -> Model:
+    """Pre-norm layers with a relative bias that all share (arXiv:1910.10683); UMT5's have one each."""
+    sizes = _sizes(settings)
+    classes = settings.architectures()
+    settings.raw("quantization_config", "compression_config", "scale_decoder_outputs")
+    if classes and not any(name.endswith("EncoderModel") for name in classes):
+        raise settings.fault(f"architectures is {show(', '.join(classes) or 'missing', 80)}; supported is the encoder")
+    settings.finish()
+    return _encoder(settings, sizes)
+
 
 FAMILY = Family(
     names=("t5", "mt5", "umt5"),
@@ -12,4 +139,5 @@ FAMILY = Family(
     tied=True,
     inseparable="transformers scales T5's last hidden state by d_model ** -0.5 only while the head is tied",
     ties=(("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight")),
+    recipe=recipe,
 )

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts that every record of a recipe is made of: activations, projections and norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Activation", "Norm", "Projection"]
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"]
+"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. The last four
+are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """``y = x W^T + b``.
+
+    Attributes:
+        weight: Tensor ``(outputs, inputs)``, or ``(inputs, outputs)`` if `transposed` (Conv1D).
+        bias: Tensor ``(outputs,)``, or empty.
+        transposed: Whether the weight is stored ``(inputs, outputs)``.
+        stack: ``(number, count)``: the tensors hold `count` of these one after the other, and this is number `number`.
+    """
+
+    weight: str
+    inputs: int
+    outputs: int
+    bias: str = ""
+    transposed: bool = False
+    stack: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Normalisation over the last axis, in float32.
+
+    Attributes:
+        kind: ``rms``: ``x / sqrt(mean(x^2) + epsilon) * g`` (arXiv:1910.07467); ``layer``: with mean and optional bias
+            (arXiv:1607.06450).
+        weight: Tensor ``g``, or empty (OLMo 1).
+        epsilon: Added to the mean square or variance.
+        bias: Tensor, or empty.
+        plus_one: The gain is ``1 + g`` (Gemma).
+    """
+
+    kind: Literal["rms", "layer"]
+    weight: str
+    epsilon: float
+    bias: str = ""
+    plus_one: bool = False

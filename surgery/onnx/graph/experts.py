@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mixture of experts from operators that every runtime has: each expert computes the tokens that chose it, and no others.
+
+Tokens are sorted by their experts, cut into one piece per expert, some of them empty, and put back. Every expert's weights are
+read where they lie, whether each has tensors of its own or all are stacked in one. com.microsoft.MoE would need them stacked, in
+an order that no checkpoint has, so they would be copied (docs/adr/0047).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.linear import linear
+from surgery.onnx.graph.mlp import mlp
+from surgery_formats.dtypes import DType
+from surgery_formats.models.families.recipe import Experts
+
+__all__ = ["experts"]
+
+_NEVER = -np.inf
+
+
+def experts(ctx: Context, record: Experts, x: str, width: int, *, alpha: float = 1.0) -> str:
+    """``alpha`` times the weighted sum of the chosen experts' results and the shared expert's."""
+    graph, at = ctx.graph, module_of(module_of(record.router.weight))
+    rows = x if ctx.flat else ctx.reshaped(x, (-1, width), at)
+    chosen, weights = _choice(ctx, record, rows, at)
+    pieces, places = _sorted_pieces(ctx, record, rows, chosen, at)
+    done = [mlp(ctx, one, piece, alpha=alpha) for one, piece in zip(record.experts, pieces, strict=True)]
+    joined = graph.node("Concat", done, at, axis=0) if len(done) > 1 else done[0]
+    each = ctx.reshaped(graph.node("Gather", [joined, places], at, axis=0), (-1, record.top, width), at)
+    weighted = graph.node("Mul", [each, graph.node("Unsqueeze", [weights, graph.ints(2)], at)], at)
+    y = graph.node("ReduceSum", [weighted, graph.ints(1)], at, keepdims=0)
+    y = y if ctx.flat else ctx.batched(y, at)
+    if record.shared is None:
+        return y
+    shared = mlp(ctx, record.shared, x, alpha=alpha)
+    if record.shared_gate is not None:
+        gate = graph.node("Sigmoid", [linear(ctx, record.shared_gate, x)], at)
+        shared = graph.node("Mul", [shared, gate], at)
+    return graph.node("Add", [y, shared], at)
+
+
+def _choice(ctx: Context, record: Experts, rows: str, at: str) -> tuple[str, str]:
+    """The numbers of the chosen experts ``(N, top)``, int64, and their weights in the graph's type."""
+    graph = ctx.graph
+    logits = _logits(ctx, record, rows)
+    softmax = record.scoring == "softmax"
+    scores = graph.node("Softmax", [logits], at, axis=-1) if softmax else graph.node("Sigmoid", [logits], at)
+    wanted = scores
+    if record.correction:
+        shape = (*((1,) if record.correction_row else ()), len(record.experts))
+        wanted = graph.node("Add", [wanted, ctx.weights.exact(record.correction, shape)], at)
+    if record.best_groups < record.groups:
+        wanted = _of_best_groups(ctx, record, wanted, at)
+    top = graph.ints(record.top)
+    weights, chosen = graph.several("TopK", [wanted, top], at, ("*", "*"), axis=-1)
+    if wanted != scores:
+        weights = graph.node("GatherElements", [scores, chosen], at, axis=-1)
+    if record.normalised:
+        total = graph.node("ReduceSum", [weights, graph.ints(-1)], at, keepdims=1)
+        if record.floor:
+            total = graph.node("Max", [total, graph.number(record.floor, DType.F32)], at)
+        weights = graph.node("Div", [weights, total], at)
+    if record.scale != 1.0:
+        weights = graph.node("Mul", [weights, graph.number(record.scale, DType.F32)], at)
+    return chosen, weights if ctx.io is DType.F32 else graph.cast(weights, ctx.io, at)
+
+
+def _logits(ctx: Context, record: Experts, rows: str) -> str:
+    """One float32 number per token and expert ``(N, experts)``."""
+    router = record.router
+    at = module_of(router.weight)
+    if ctx.io is DType.F32 or not record.precise or router.weight in ctx.slotted:
+        logits = linear(ctx, router, rows)
+        return logits if ctx.io is DType.F32 else ctx.graph.cast(logits, DType.F32, at)
+    weight = ctx.weights.exact(router.weight, (router.outputs, router.inputs))
+    bias = ctx.weights.exact(router.bias, (router.outputs,)) if router.bias else ""
+    return ctx.graph.node("Gemm", [ctx.graph.cast(rows, DType.F32, at), weight, bias], at, transB=1)
+
+
+def _of_best_groups(ctx: Context, record: Experts, wanted: str, at: str) -> str:
+    """`wanted`, and minus infinity for the experts of other groups."""
+    graph = ctx.graph
+    grouped = ctx.reshaped(wanted, (-1, record.groups, len(record.experts) // record.groups), at)
+    considered = 1 if record.group_score == "best" else 2
+    best, _ = graph.several("TopK", [grouped, graph.ints(considered)], at, ("*", "*"), axis=-1)
+    scores = graph.node("ReduceSum", [best, graph.ints(-1)], at, keepdims=0)
+    _, groups = graph.several("TopK", [scores, graph.ints(record.best_groups)], at, ("*", "*"), axis=-1)
+    numbers = graph.constant(np.arange(record.groups, dtype=np.int64).reshape(1, 1, -1))
+    same = graph.node("Equal", [graph.node("Unsqueeze", [groups, graph.ints(2)], at), numbers], at)
+    hits = graph.node("ReduceSum", [graph.cast(same, DType.I64, at), graph.ints(1)], at, keepdims=0)
+    kept = graph.cast(graph.node("Unsqueeze", [hits, graph.ints(2)], at), DType.BOOL, at)
+    limited = graph.node("Where", [kept, grouped, graph.number(_NEVER, DType.F32)], at)
+    return ctx.reshaped(limited, (-1, len(record.experts)), at)
+
+
+def _sorted_pieces(ctx: Context, record: Experts, rows: str, chosen: str, at: str) -> tuple[list[str], str]:
+    """The rows of each expert, and where the result of every choice, in order, lies among theirs one after the other."""
+    graph = ctx.graph
+    flat = ctx.reshaped(chosen, (-1,), at)
+    number = graph.node("Shape", [flat], at)
+    order = _argsort(ctx, flat, number, at)
+    tokens = graph.node("Div", [order, graph.number(record.top, DType.I64)], at)
+    gathered = graph.node("Gather", [rows, tokens], at, axis=0)
+    if len(record.experts) == 1:
+        return [gathered], _argsort(ctx, order, number, at)
+    numbers = graph.constant(np.arange(len(record.experts), dtype=np.int64))
+    same = graph.node("Equal", [graph.node("Unsqueeze", [flat, graph.ints(1)], at), numbers], at)
+    counts = graph.node("ReduceSum", [graph.cast(same, DType.I64, at), graph.ints(0)], at, keepdims=0)
+    pieces = graph.several("Split", [gathered, counts], at, ("*",) * len(record.experts), axis=0)
+    return pieces, _argsort(ctx, order, number, at)
+
+
+def _argsort(ctx: Context, values: str, number: str, at: str) -> str:
+    """Where the values lie in ascending order."""
+    return ctx.graph.several("TopK", [values, number], at, ("*", "*"), axis=0, largest=0)[1]

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformation of each token by itself: two maps with an activation between them."""
+
+from __future__ import annotations
+
+from surgery.onnx.graph.activation import activate
+from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.linear import joined, linear
+from surgery_formats.models.families.recipe import MLP
+
+__all__ = ["mlp"]
+
+_ALL = 2**62  # an end of Slice beyond any length
+
+
+def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
+    """``alpha down(act(gate x) * up x)``, or without a gate ``alpha down(act(up x))``."""
+    at = module_of(module_of(record.output.weight))
+    if not record.gated:
+        inner = activate(ctx, record.activation, linear(ctx, record.inputs[0], x), at)
+        return linear(ctx, record.output, inner, alpha=alpha)
+    if len(record.inputs) == 1:
+        gate_up: str | None = linear(ctx, record.inputs[0], x)
+    else:
+        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
+    if gate_up is not None and record.interleaved:
+        gate, up = (_every_second(ctx, gate_up, first, at) for first in (0, 1))
+    elif gate_up is not None:
+        gate, up = ctx.graph.several("Split", [gate_up], at, ("*", "*"), axis=-1, num_outputs=2)
+    else:
+        gate, up = (linear(ctx, projection, x) for projection in record.inputs)
+    if record.limit is not None:
+        low, high = (ctx.graph.number(bound, ctx.io) for bound in (-record.limit, record.limit))
+        gate, up = ctx.graph.node("Clip", [gate, "", high], at), ctx.graph.node("Clip", [up, low, high], at)
+    if record.up_plus:
+        up = ctx.graph.node("Add", [up, ctx.graph.number(record.up_plus, ctx.io)], at)
+    inner = ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
+    return linear(ctx, record.output, inner, alpha=alpha)
+
+
+def _every_second(ctx: Context, x: str, first: int, at: str) -> str:
+    """The values ``first, first + 2, ...`` of the last axis."""
+    bounds = [ctx.graph.ints(number) for number in (first, _ALL, -1, 2)]
+    return ctx.graph.node("Slice", [x, *bounds], at)
