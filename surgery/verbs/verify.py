@@ -335,7 +335,7 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
                 f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down",
                 file=graph.path,
                 tensor=found.name,
-                hint="`against=` names another base, or adapters are missing: `adapters=`",
+                hint="`against=` names another base, or the adapters that were merged are not named",
             )
     total = math.sqrt(sum(e.error for e in errors) / max(sum(e.energy for e in errors), 1e-300))
     worst = max(errors, key=lambda each: each.relative)
