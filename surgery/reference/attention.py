@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
-from surgery_formats.models.families.recipe import Attention, Latent, Rope
+from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Rope
 
 __all__ = ["Mask", "Watch", "attend"]
 
@@ -53,6 +54,14 @@ class Mask:
         return visible[:, None]
 
 
+def linear_bias(alibi: Alibi, places: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of each key, ``(B, heads, T)``, float64."""
+    slopes, keys = torch.tensor(alibi.slopes, dtype=torch.float64)[:, None], places[:, None].double()
+    if alibi.rounded:
+        return (slopes.bfloat16().double() * keys.bfloat16().double()).bfloat16().double() * alibi.scale
+    return slopes * keys * alibi.scale
+
+
 def attend(
     values: torch.Tensor,
     attention: Attention,
@@ -72,16 +81,27 @@ def attend(
             q, k = (rotate(part, attention.rope, cos, sin) for part in (q, k))
         else:
             q, k = (_rotate_last(part, attention.rope, cos, sin) for part in (q, k))
+    if attention.norm_after_rope:
+        q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
+    if attention.query_scale is not None:
+        periods = mask.positions // attention.query_scale.period
+        q = q * (1 + attention.query_scale.beta * torch.log1p(periods.to(q.dtype)))[:, None, :, None]
     if past is not None:
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
-    scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    scores = grouped @ k[:, :, None].transpose(-1, -2)
+    if attention.disentangled is not None:
+        scores = scores + distance_scores(attention.disentangled, q, k, load)[:, :, None]
+    scores = scores * attention.scale
     if attention.bias is not None:
         bias = relative_bias(attention.bias, count, k.shape[2], load)
         scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
+    if attention.alibi is not None:
+        bias = linear_bias(attention.alibi, mask.places).to(scores.dtype)
+        scores = scores + bias.reshape(len(bias), attention.kv_heads, group, 1, -1)
     allowed = mask.allowed(attention.window)[:, :, None]
     scores = torch.where(allowed, scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
@@ -135,17 +155,22 @@ def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torc
         return _latent_heads(values, attention, attention.latent, load)
     dim, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
     projected = [project(values, projection, load) for projection in attention.inputs]
+    if attention.clip is not None:
+        projected = [part.clamp(-attention.clip, attention.clip) for part in projected]
     if attention.layout == "separate":
         q, k, v = projected
     elif attention.layout == "concatenated":
         q, k, v = torch.split(projected[0], [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    elif attention.layout == "by_group":
+        groups = projected[0].reshape(batch, count, kv_heads, heads // kv_heads + 2, dim)
+        q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
     else:
         q, k, v = projected[0].reshape(batch, count, heads, 3, dim).unbind(3)
     if attention.norm_over == "width":
         q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
     q = q.reshape(batch, count, heads, dim)
     k = k.reshape(batch, count, kv_heads, dim)
-    if attention.norm_over != "width":
+    if attention.norm_over != "width" and not attention.norm_after_rope:
         per_head = attention.norm_over == "heads"
         q = normalise(q, attention.q_norm, load, heads if per_head else 0)
         k = normalise(k, attention.k_norm, load, kv_heads if per_head else 0)

@@ -10,6 +10,7 @@ import torch
 
 from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask, Watch, attend
+from surgery.reference.disentangled import convolve
 from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, normalise, project
@@ -147,7 +148,10 @@ def forward(
     mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
     caches = []
     for index, layer in enumerate(model.layers):
+        first = values
         values, cache = run_layer(values, layer, reference.load, mask, None if past is None else past.layers[index])
+        if index == 0 and model.convolution is not None:
+            values = convolve(model.convolution, first, values, real_new, reference.load)
         caches.append(cache)
     values = normalise(values, model.final_norm, reference.load)
     logits, pooled = _head(reference, values)

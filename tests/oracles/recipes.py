@@ -55,8 +55,33 @@ _GPT2 = {
 }
 _GEMMA = {**_GQA, "head_dim": 16, "tie_word_embeddings": True}
 _OPT = {**_LM, "ffn_dim": 56, "word_embed_proj_dim": 32}
+_FALCON = {**_LM, "bos_token_id": 1}
+_BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4, "eos_token_id": None, "pad_token_id": 0}
+_NEO = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "max_position_embeddings": 64,
+    "intermediate_size": 56,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_MPT = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "eos_token_id": None}
 _BERT = {**_LM, "type_vocab_size": 2, "num_labels": 3}
 _MPNET = {**_BERT, "pad_token_id": 1}
+_DEBERTA: dict[str, Any] = {
+    **_BERT,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 4,
+    "max_relative_positions": 8,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -100,14 +125,19 @@ def _of(name: str, fields: Mapping[str, Any], **more: Any) -> Case:
     return Case(f"{name}ForCausalLM", f"{name}Config", {**fields, **more})
 
 
+_LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+_EVERY_OTHER = ["sliding_attention", "full_attention", "sliding_attention"]
+_BY_TYPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
 DECODERS: dict[str, Case] = {
     "llama": _llama(),
     "llama_mha_tied_biases": _llama(
         num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=12
     ),
-    "llama_llama3": _llama(
-        **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-    ),
+    "llama_llama3": _llama(**_LLAMA3),
     "llama_linear": _llama(**_rope("linear", factor=2.5)),
     "llama_dynamic": _llama(max_position_embeddings=10, **_rope("dynamic", factor=2.0)),
     "llama_yarn": _llama(**_rope("yarn", factor=4.0, original_max_position_embeddings=16)),
@@ -147,10 +177,7 @@ DECODERS: dict[str, Case] = {
             **_GEMMA,
             "sliding_window": 5,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            },
+            "rope_parameters": _BY_TYPE,
             "final_logit_softcapping": 2.0,
         },
     ),
@@ -192,6 +219,67 @@ DECODERS: dict[str, Case] = {
     "opt": _of("OPT", _OPT),
     "opt_350m": _of("OPT", _OPT, do_layer_norm_before=False, word_embed_proj_dim=20),
     "opt_bare": _of("OPT", _OPT, enable_bias=False, layer_norm_elementwise_affine=False),
+    "olmo_clipped": _of("Olmo", _GQA, clip_qkv=0.4),
+    "olmo3": _of("Olmo3", _GQA, sliding_window=5, layer_types=_EVERY_OTHER),
+    "olmo3_scaled": _of("Olmo3", _GQA, sliding_window=5, layer_types=_EVERY_OTHER, rope_parameters=_BY_TYPE),
+    "cwm": _of("Cwm", _GQA, head_dim=16, sliding_window=5, **_LLAMA3),
+    "ministral": _of("Ministral", _GQA, head_dim=8, sliding_window=5, layer_types=_EVERY_OTHER),
+    "ministral3": _of(
+        "Ministral3",
+        _GQA,
+        head_dim=16,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=4, llama_4_scaling_beta=0.3),
+    ),
+    "vaultgemma": _of("VaultGemma", _GEMMA, sliding_window=5, query_pre_attn_scalar=24, attn_logit_softcapping=5.0),
+    "hyperclovax": _of(
+        "HyperCLOVAX",
+        _GQA,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=0.4,
+    ),
+    "hyperclovax_plain": _of("HyperCLOVAX", _GQA, use_post_norm=False, attention_bias=True, mlp_bias=True),
+    "phi": _of("Phi", _GQA),
+    "phi_normed": _of("Phi", _LM, qk_layernorm=True, **_rope("default", partial_rotary_factor=0.25)),
+    "starcoder2": _of("Starcoder2", _GQA, sliding_window=5),
+    "starcoder2_plain": _of("Starcoder2", _GQA, use_bias=False),
+    "falcon_7b": _of("Falcon", _FALCON),
+    "falcon_40b": _of("Falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
+    "falcon_11b": _of(
+        "Falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=40
+    ),
+    "falcon_rw": _of("Falcon", _FALCON, alibi=True, bias=True, multi_query=False, parallel_attn=False),
+    "bloom": _of("Bloom", _BLOOM),
+    "bloom_six_heads": _of("Bloom", _BLOOM, hidden_size=48, n_head=6),
+    "gptj": _of("GPTJ", _GPT2, rotary_dim=4),
+    "gpt_neo": _of("GPTNeo", _NEO, window_size=5, attention_types=[[["global", "local", "local"], 1]]),
+    "cohere": _of("Cohere", _GQA, tie_word_embeddings=True, logit_scale=0.7),
+    "cohere_normed": _of("Cohere", _GQA, use_qk_norm=True, attention_bias=True, logit_scale=0.4),
+    "cohere2": _of(
+        "Cohere2", _GQA, sliding_window=5, layer_types=_EVERY_OTHER, tie_word_embeddings=True, logit_scale=0.7
+    ),
+    "glm": _of("Glm", _GQA, head_dim=16),
+    "glm4": _of("Glm4", _GQA, head_dim=16, attention_bias=False),
+    "exaone4": _of("Exaone4", _GQA, sliding_window=5, sliding_window_pattern=2),
+    "exaone4_global": _of("Exaone4", _GQA, sliding_window=None, layer_types=["full_attention"] * 3),
+    "nemotron": _of("Nemotron", _GQA, head_dim=16),
+    "nemotron_biases": _of("Nemotron", _GQA, attention_bias=True, mlp_bias=True),
+    "jais2": _of("Jais2", _GQA),
+    "arcee": _of("Arcee", _GQA, mlp_bias=True, attention_bias=True),
+    "apertus": _of("Apertus", _GQA, **_LLAMA3),
+    "hunyuan": _of("HunYuanDenseV1", _GQA, head_dim=16),
+    "hunyuan_alpha": _of("HunYuanDenseV1", _GQA, head_dim=16, **_rope("dynamic", factor=1.0, alpha=50.0)),
+    "ernie4_5": _of("Ernie4_5", _GQA, head_dim=16, use_bias=True),
+    "helium": _of("Helium", _GQA, head_dim=8, attention_bias=True),
+    "seed_oss": _of("SeedOss", _GQA, head_dim=16, attention_out_bias=True),
+    "gpt_bigcode": _of("GPTBigCode", _GPT2),
+    "gpt_bigcode_heads": _of("GPTBigCode", _GPT2, multi_query=False, scale_attn_weights=False),
+    "mpt": _of("Mpt", _MPT),
+    "mpt_clipped": _of("Mpt", _MPT, n_heads=2, attn_config={"clip_qkv": 0.4, "softmax_scale": 0.3}),
+    "mpt_six_heads": _of("Mpt", _MPT, d_model=48, n_heads=6),
+    "persimmon": _of("Persimmon", _LM),
+    "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
 _MIXTURE = {**_GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
@@ -290,6 +378,40 @@ ENCODERS: dict[str, Case] = {
     "mpnet_sequence": Case("MPNetForSequenceClassification", "MPNetConfig", _MPNET),
     "mpnet_token": Case("MPNetForTokenClassification", "MPNetConfig", _MPNET),
     "mpnet_sentence": Case("MPNetModel", "MPNetConfig", _MPNET),
+    "deberta_v2_sequence": Case("DebertaV2ForSequenceClassification", "DebertaV2Config", _DEBERTA),
+    "deberta_v2_token": Case(
+        "DebertaV2ForTokenClassification",
+        "DebertaV2Config",
+        {
+            **_DEBERTA,
+            "share_att_key": False,
+            "position_biased_input": True,
+            "embedding_size": 20,
+            "conv_kernel_size": 3,
+            "conv_act": "gelu",
+            "pos_att_type": "p2c|c2p",
+            "type_vocab_size": 2,
+        },
+    ),
+    "deberta_v2_sentence": Case(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {
+            **_DEBERTA,
+            "position_buckets": -1,
+            "max_relative_positions": 5,
+            "pos_att_type": ["c2p"],
+            "norm_rel_ebd": "none",
+        },
+    ),
+    "deberta_v2_positions_to_contents": Case(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {**_DEBERTA, "pos_att_type": ["p2c"], "share_att_key": False, "conv_kernel_size": 5, "conv_groups": 4},
+    ),
+    "deberta_v2_absolute": Case(
+        "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
+    ),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
     "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
@@ -302,7 +424,7 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    centred = 0.0 if "gemma" in name else 1.0  # Gemma's gain is 1 + g
+    centred = 0.0 if "gemma" in name or "nemotron" in name else 1.0  # the gain of these is 1 + g
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2 or key.endswith("bias"):
@@ -318,10 +440,13 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
 
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of `folder` as transformers loads it, strictly, with attention spelt out."""
+    """The model of `folder` as transformers loads it, strictly, with attention spelt out.
+
+    Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
+    """
     case = {**DECODERS, **ENCODERS}[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+        folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )
     wrong = {key: value for key, value in info.items() if value}
     if wrong:

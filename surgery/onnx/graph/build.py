@@ -27,7 +27,14 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
+from surgery_formats.models.families.recipe import (
+    Attention,
+    ClassifierHead,
+    HiddenHead,
+    LanguageHead,
+    Model,
+    Rope,
+)
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
 __all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
@@ -105,7 +112,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     )
     if options.virtual.front:
         model = front_model(model)
-    if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
+    if any(_needs_standard(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
     graphs: dict[str, onnx.ModelProto] = {}
@@ -123,6 +130,11 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
+
+
+def _needs_standard(attention: Attention) -> bool:
+    """Whether GroupQueryAttention does not take this: the size of its heads, or a bias on the scores."""
+    return bool(attention.head_dim % _HEAD_UNIT) or attention.alibi is not None
 
 
 def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from surgery.onnx.graph.attention import normed, project, rotated, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
+from surgery.onnx.graph.convolution import convolved
 from surgery.onnx.graph.dims import BATCH, SEQUENCE
+from surgery.onnx.graph.disentangled import DistanceScores
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import classifier_head, hidden_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import residual_norm
+from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.seen_keys import SeenKeys
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
@@ -47,8 +50,13 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
     seen = SeenKeys(ctx, mask, max_length)
     seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
-    for layer in model.layers:
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, seen))
+    distances = DistanceScores(ctx, seen)
+    for index, layer in enumerate(model.layers):
+        before = stream
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, model, layer.attention, seen, distances))
+        if index == 0 and model.convolution is not None:
+            x, y = ctx.total(before, ""), ctx.total(stream, "")
+            stream = ResidualStream(convolved(ctx, model.convolution, x, y, model.hidden))
     if model.final_norm is not None:
         at = module_of(model.final_norm.weight)
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
@@ -63,7 +71,7 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
             raise FitError("this encoder has a language-modelling head", file="config.json")
 
 
-def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
+def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, distances: DistanceScores) -> Body:
     at = module_of(module_of(record.output.weight))
 
     def attend(x: str, alpha: float) -> str:
@@ -74,9 +82,14 @@ def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
             q, k, v = rotated(ctx, record, parts, seen, at)
         else:
             q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+        if record.disentangled is not None:
+            scores = distances.scores(record, q, k, model.hidden, at)
+            mask = masked_bias(ctx, scores, seen.allowed(record.window))
+        else:
+            mask = seen.mask(record)
         y = ctx.graph.node(
             "Attention",
-            [q, k, v, seen.mask(record)],
+            [q, k, v, mask],
             at,
             q_num_heads=record.heads,
             kv_num_heads=record.kv_heads,

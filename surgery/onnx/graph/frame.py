@@ -11,9 +11,10 @@ from functools import cached_property
 import numpy as np
 
 from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.rotary import RotaryTable, table
 from surgery_formats.dtypes import DType
-from surgery_formats.models.families.recipe import Rope
+from surgery_formats.models.families.recipe import Alibi, PositionScale, Rope
 
 __all__ = ["Frame"]
 
@@ -43,6 +44,8 @@ class Frame:
         self.max_length = max_length
         self._tables: list[tuple[Rope, RotaryTable]] = []
         self._masks: dict[int | None, str] = {}
+        self._biased: dict[tuple[int | None, Alibi], str] = {}
+        self._factors: dict[PositionScale, str] = {}
 
     def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers with equal parameters share them."""
@@ -125,6 +128,17 @@ class Frame:
         shift = graph.node("Mul", [graph.cast(is_long, DType.I64, ""), graph.number(rows.rows, DType.I64)], "")
         return graph.node("Add", [self.positions, shift], "")
 
+    def query_factor(self, scale: PositionScale) -> str:
+        """Factor on the queries of every new token ``(B, S)``; layers with equal parameters share it."""
+        if scale not in self._factors:
+            graph = self._graph
+            periods = graph.node("Div", [self.positions, graph.number(scale.period, DType.I64)], "")  # rounds down
+            counted = graph.cast(graph.node("Add", [periods, graph.number(1, DType.I64)], ""), DType.F32, "")
+            grown = graph.node("Mul", [graph.node("Log", [counted], ""), graph.number(scale.beta, DType.F32)], "")
+            factor = graph.node("Add", [grown, graph.number(1.0, DType.F32)], "")
+            self._factors[scale] = factor if self._ctx.io is DType.F32 else graph.cast(factor, self._ctx.io, "")
+        return self._factors[scale]
+
     def _range(self, length: str) -> str:
         """``0 ... length - 1`` for a length ``[n]``."""
         zero, step = (self._graph.number(n, DType.I64) for n in (0, 1))
@@ -151,6 +165,34 @@ class Frame:
         if window not in self._masks:
             self._masks[window] = self._allowed(window)
         return self._masks[window]
+
+    def visible(self, window: int | None, alibi: Alibi | None) -> str:
+        """The mask of the standard operator: `allowed`, or with `alibi` what is added to the scores ``(B, H, S, T)``."""
+        allowed = self.allowed(window)
+        if alibi is None:
+            return allowed
+        if (window, alibi) not in self._biased:
+            self._biased[window, alibi] = masked_bias(self._ctx, self._bias(alibi), allowed)
+        return self._biased[window, alibi]
+
+    def _bias(self, alibi: Alibi) -> str:
+        """``scale slope position`` of every key, less that of the query unless it is rounded: small numbers are exact."""
+        graph = self._graph
+        key, query = self._columns
+        slopes = np.array(alibi.slopes, np.float32)[None, :, None, None]
+        if alibi.rounded:
+            places = graph.node("Unsqueeze", [self._bfloat16(graph.cast(key, DType.F32, "")), graph.ints(1)], "")
+            product = graph.node("Mul", [places, self._bfloat16(graph.constant(slopes))], "")
+            bias = graph.node("Mul", [self._bfloat16(product), graph.number(alibi.scale, DType.F32)], "")
+        else:
+            distance = graph.cast(graph.node("Sub", [key, query], ""), DType.F32, "")
+            places = graph.node("Unsqueeze", [distance, graph.ints(1)], "")
+            bias = graph.node("Mul", [places, graph.constant(slopes * np.float32(alibi.scale))], "")
+        return bias if self._ctx.io is DType.F32 else graph.cast(bias, self._ctx.io, "")
+
+    def _bfloat16(self, value: str) -> str:
+        """Round a float32 value to bfloat16."""
+        return self._graph.cast(self._graph.cast(value, DType.BF16, ""), DType.F32, "")
 
     def _allowed(self, window: int | None) -> str:
         graph = self._graph

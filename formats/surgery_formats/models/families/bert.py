@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from surgery_formats.models.families.decoder import projection, root_of
 from surgery_formats.models.families.encoder import (
     BERT_NAMES,
@@ -17,7 +15,7 @@ from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.settings import ModelSettings
 
-__all__ = ["DEBERTA", "FAMILY"]
+__all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -41,4 +39,3 @@ FAMILY = Family(
     derivable=("embeddings.position_ids", "embeddings.token_type_ids"),
     recipe=recipe,
 )
-DEBERTA = replace(FAMILY, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings", recipe=None)

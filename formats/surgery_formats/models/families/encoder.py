@@ -29,6 +29,7 @@ __all__ = [
     "LayerNames",
     "bert_embedding",
     "encoder",
+    "encoder_norm",
     "post_norm_layer",
     "post_norm_layers",
     "read_encoder_sizes",
@@ -66,7 +67,7 @@ read_encoder_sizes = partial(
 """`read_sizes` with BERT's defaults."""
 
 
-def _norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
+def encoder_norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
     """The layer norm of module `at`; files converted from TensorFlow name its parameters ``gamma`` and ``beta``."""
     old = f"{at}.weight" not in settings.names and f"{at}.gamma" in settings.names
     weight, bias = ("gamma", "beta") if old else ("weight", "bias")
@@ -82,7 +83,7 @@ def bert_embedding(
         f"{at}.word_embeddings.weight",
         positions=f"{at}.position_embeddings.weight",
         types=f"{at}.token_type_embeddings.weight" if types else "",
-        norm=_norm(settings, f"{at}.LayerNorm", epsilon),
+        norm=encoder_norm(settings, f"{at}.LayerNorm", epsilon),
         **others,
     )
 
@@ -116,9 +117,9 @@ def post_norm_layer(
     scale = sizes.head_dim**-0.5
     return Layer(
         Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, **{"scale": scale, **attention}),
-        Branch(on_sum=_norm(settings, at.attention_norm, epsilon)),
+        Branch(on_sum=encoder_norm(settings, at.attention_norm, epsilon)),
         plain_mlp(at.up, at.down, sizes, activation),
-        Branch(on_sum=_norm(settings, at.mlp_norm, epsilon)),
+        Branch(on_sum=encoder_norm(settings, at.mlp_norm, epsilon)),
     )
 
 

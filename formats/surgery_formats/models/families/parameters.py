@@ -23,6 +23,8 @@ from surgery_formats.text import show
 
 __all__ = ["model_of", "parameters", "projections"]
 
+_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
+
 
 def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
     """Return what the model of a config.json computes, given the checkpoint's tensor names.
@@ -71,6 +73,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
                 continue
             if isinstance(part, MLP):
                 project(*part.inputs, part.output)
+                if part.shape:
+                    numbers = {name: (1,) if name.startswith("alpha") else () for name in _XIELU}
+                    shapes.update((f"{part.shape}.{name}", shape) for name, shape in numbers.items())
                 continue
             project(part.router, part.shared_gate)
             transform(*part.experts, part.shared)
@@ -92,6 +97,10 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         transform(mlp)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if (distances := attend.disentangled) is not None:
+            shapes[distances.table] = 2 * distances.span, model.hidden
+            normalise(model.hidden, distances.norm)
+            project(distances.keys, distances.queries)
         if attend.sinks:
             shapes[attend.sinks] = (attend.heads,)
         if (latent := attend.latent) is not None:
@@ -99,11 +108,17 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             normalise(latent.key_value.inputs, latent.norm)
             normalise(latent.query.inputs if latent.query else 0, latent.query_norm)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
-            if norm is not None and attend.norm_over == "heads":
+            if norm is not None and attend.norm_over == "heads" and "{h}" not in norm.weight:
+                shapes.update((name, (heads, attend.head_dim)) for name in (norm.weight, norm.bias) if name)
+            elif norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
                 normalise(attend.head_dim, *own)
             else:
                 normalise(attend.head_dim * (heads if attend.norm_over == "width" else 1), norm)
+    if (added := model.convolution) is not None:
+        shapes[added.weight] = model.hidden, model.hidden // added.groups, added.width
+        shapes[added.bias] = (model.hidden,)
+        normalise(model.hidden, added.norm)
     if isinstance(head, ClassifierHead):
         project(*(step for step, _ in head.steps))
     elif isinstance(head, HiddenHead):

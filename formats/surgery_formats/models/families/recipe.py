@@ -13,20 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from surgery_formats.models.families.recipe_attention import (
+    Alibi,
+    Attention,
+    Disentangled,
+    Latent,
+    PositionScale,
+    RelativeBias,
+    Rope,
+)
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
 
 __all__ = [
     "MLP",
     "Activation",
+    "Alibi",
     "Attention",
     "Bottleneck",
     "BottleneckForm",
     "Branch",
     "ClassifierHead",
+    "Convolution",
     "Coupling",
+    "Disentangled",
     "Embedding",
     "Experts",
     "Head",
@@ -36,115 +48,11 @@ __all__ = [
     "Layer",
     "Model",
     "Norm",
+    "PositionScale",
     "Projection",
     "RelativeBias",
     "Rope",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary positions (arXiv:2104.09864) on the first `dims` values of each head, in halves (``x[i], x[i + dims/2]``).
-
-    Attributes:
-        dims: Rotated values per head; fewer than ``head_dim`` if partial.
-        parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
-            ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
-        max_positions: ``max_position_embeddings``.
-        interleaved: Whether neighbours ``x[2 i], x[2 i + 1]`` are a pair.
-    """
-
-    dims: int
-    parameters: Mapping[str, Any]
-    max_positions: int
-    interleaved: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Keys and values from a small vector per token (multi-head latent attention, arXiv:2405.04434).
-
-    The layer's inputs are maps to the queries, or to what `query` makes them of, and to ``[c | r]``. ``key_value(norm c)`` is
-    ``[k | v]`` for each head; ``r`` is rotated and shared by all heads. A head's query and key are ``[plain | rotated]``.
-
-    Attributes:
-        norm: Norm of ``c``.
-        key_value: ``c`` to keys and values.
-        plain: Values of a head's key that are not rotated.
-        values: Values of a head's ``v``.
-        query_norm: Norm before `query`.
-        query: The second map of the queries, or None.
-    """
-
-    norm: Norm
-    key_value: Projection
-    plain: int
-    values: int
-    query_norm: Norm | None = None
-    query: Projection | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RelativeBias:
-    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
-
-    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
-    grow logarithmically up to `max_distance`. Layers that name the same table share it.
-
-    Attributes:
-        table: Tensor ``(buckets, heads)``.
-        buckets: Number of buckets.
-        max_distance: Distance from which on all are one bucket.
-        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
-    """
-
-    table: str
-    buckets: int = 32
-    max_distance: int = 128
-    both_ways: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
-
-    Attributes:
-        inputs: q, k and v, or one projection for all three.
-        layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
-            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX); ``latent``, see `latent`.
-        output: Projection back to ``D``.
-        heads: Number of query heads.
-        kv_heads: Number of key and value heads.
-        head_dim: Values per head.
-        scale: Scale of the scores.
-        rope: Rotary positions, or None (GPT-2, some layers of SmolLM3).
-        window: Number of keys that a query sees, including its own; in an encoder as many on either side; None for all.
-        softcap: ``c tanh(scores / c)`` before the mask, or None.
-        q_norm: Norm of queries before rotation, or None.
-        k_norm: Norm of keys before rotation, or None.
-        norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
-            the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
-        sinks: Tensor ``(heads,)``: the score of one more key, which has no value, per head (GPT-OSS); or empty.
-        latent: How queries, keys and values are made, or None.
-        bias: Relative positions (T5, MPNet), or None.
-    """
-
-    inputs: tuple[Projection, ...]
-    output: Projection
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    layout: Literal["separate", "concatenated", "by_head", "latent"] = "separate"
-    rope: Rope | None = None
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    norm_over: Literal["head", "heads", "width"] = "head"
-    sinks: str = ""
-    latent: Latent | None = None
-    bias: RelativeBias | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +67,9 @@ class MLP:
         interleaved: Whether gate and up alternate in the output of their one projection.
         limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
         up_plus: Added to ``up`` (GPT-OSS: 1).
+        shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
+            ``eps`` ``()``. With ``p = softplus(alpha_p)`` and ``n = beta + softplus(alpha_n)`` it is ``p x^2 + beta x``
+            above 0 and ``n (expm1(min(x, eps)) - x) + beta x`` elsewhere. Empty for other activations.
     """
 
     inputs: tuple[Projection, ...]
@@ -168,6 +79,7 @@ class MLP:
     interleaved: bool = False
     limit: float | None = None
     up_plus: float = 0.0
+    shape: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +242,27 @@ Head = LanguageHead | ClassifierHead | HiddenHead
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """Behind the first layer: ``N(y + act(conv(x)))`` of its result ``y`` and its input ``x``, padding being zero (DeBERTa).
+
+    Attributes:
+        weight: Tensor ``(D, D / groups, width)``.
+        bias: Tensor ``(D,)``.
+        width: Tokens that it sees, an odd number.
+        groups: Parts of ``D`` that do not mix.
+        activation: Of its result.
+        norm: Norm of the sum.
+    """
+
+    weight: str
+    bias: str
+    width: int
+    groups: int
+    activation: Activation
+    norm: Norm
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """The computation of a whole model.
 
@@ -340,6 +273,7 @@ class Model:
         final_norm: Norm after the last layer, or None.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
+        convolution: Convolution behind the first layer (DeBERTa), or None.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -351,6 +285,7 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    convolution: Convolution | None = None
 
     @property
     def embedded(self) -> tuple[int, int, int]:
