@@ -49,8 +49,8 @@ def greedy(
     Raises:
         FitError: not a decoder.
     """
-    if reference.model.kind != "decoder":
-        raise FitError("an encoder cannot generate")
+    if not reference.model.generates:
+        raise FitError("this model has no head to generate with")
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
     prompt = past
     output = forward(reference, ids, real=real, past=past)

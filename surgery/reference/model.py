@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +27,7 @@ from surgery_formats.models.families.recipe import (
     LanguageHead,
     Layer,
     Model,
+    SpanHead,
 )
 
 __all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
@@ -77,31 +79,35 @@ class Output:
     """The results of a call.
 
     Attributes:
-        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)``, depending on the head; for a bare encoder the last
-            hidden state ``(B, S, D)``.
+        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)``, depending on the head; without a head the last hidden
+            state ``(B, S, D)``, of spans where they begin ``(B, S)``.
         cache: The cache of a decoder, including the tokens of this call.
-        pooled: ``(B, D)`` of an encoder with a pooler.
+        outputs: All outputs by the names that graphs have for them.
     """
 
     logits: torch.Tensor
     cache: Cache
-    pooled: torch.Tensor | None = None
+    outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def open_reference(component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32) -> Reference:
+def open_reference(
+    component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32, task: str = ""
+) -> Reference:
     """Open the reference of a checkpoint's network, or of the network that `plan` would write.
+
+    `task` is what the model is used for; by default what it was saved for.
 
     Raises:
         FitError: no recipe for the model.
     """
     if plan is None:
         weights = stored_weights(component)
-        return Reference(model_of(component.config, weights.names), weights, dtype)
+        return Reference(model_of(component.config, weights.names, task), weights, dtype)
     weights = planned_weights(plan, component.name)
     name = f"{component.name}/config.json" if component.name else "config.json"
     rewritten = next((file.data for file in plan.side_files if file.name == name and file.data), b"")
     config = json.loads(rewritten) if rewritten else component.config
-    return Reference(model_of(config, weights.names), weights, dtype)
+    return Reference(model_of(config, weights.names, task), weights, dtype)
 
 
 @torch.no_grad()
@@ -154,8 +160,8 @@ def forward(
             values = convolve(model.convolution, first, values, real_new, reference.load)
         caches.append(cache)
     values = normalise(values, model.final_norm, reference.load)
-    logits, pooled = _head(reference, values)
-    return Output(logits, Cache(tuple(caches), real_all), pooled)
+    logits, outputs = _head(reference, values, ids)
+    return Output(logits, Cache(tuple(caches), real_all), outputs)
 
 
 def _rows(
@@ -232,21 +238,50 @@ def _lookup(
     return table.to(reference.dtype)[index] * factor.to(reference.dtype)
 
 
-def _head(reference: Reference, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _head(
+    reference: Reference, values: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits, and all outputs of a model that does not generate, by name."""
     head, load = reference.model.head, reference.load
     if isinstance(head, HiddenHead):
-        return values, None if head.pooler is None else torch.tanh(project(values[:, 0], head.pooler, load))
+        pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
+        return values, {"last_hidden_state": values, **pooled}
+    if isinstance(head, SpanHead):
+        start, end = project(values, head.projection, load).unbind(-1)
+        return start, {"start_logits": start, "end_logits": end}
     if isinstance(head, ClassifierHead):
-        values = values[:, 0] if head.tokens == "first" else values
+        values = values if head.tokens == "every" else values[torch.arange(len(values)), _places(head, ids, values)]
         for step, activation in head.steps:
             values = activate(project(values, step, load), activation)
-        return values, None
-    return _logits(reference, values, head), None
+        return values, {"logits": values}
+    logits = _logits(reference, values, head)
+    return logits, {"logits": logits}
+
+
+def _places(head: ClassifierHead, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The place in each row, virtual tokens counted, of the token whose state is classified.
+
+    Raises:
+        FitError: several rows without a padding token.
+    """
+    rows, width = values.shape[:2]
+    if head.tokens == "first":
+        return torch.zeros(rows, dtype=torch.long)
+    if head.padding_token is None:
+        if rows > 1:
+            raise FitError(
+                "several rows, but the model has no pad_token_id to tell where each ends", file="config.json"
+            )
+        return torch.full((rows,), width - 1)
+    front = width - ids.shape[1]
+    found = [[place for place, token in enumerate(row) if token != head.padding_token] for row in ids.tolist()]
+    return torch.tensor([front + row[-1] if row else max(0, front - 1) for row in found])
 
 
 def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> torch.Tensor:
     if head.before is not None:
-        values = project(values, head.before, reference.load)
+        values = activate(project(values, head.before, reference.load), head.activation)
+    values = normalise(values, head.norm, reference.load)
     for network in reversed(head.inverted):
         values = uncouple(values, network, reference.load)
     output = head.projection

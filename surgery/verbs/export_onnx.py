@@ -33,6 +33,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.tasks import check_task
 
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
@@ -49,6 +50,7 @@ def export_onnx(
     adapters: AdaptersLike = (),
     *,
     output: StrPath,
+    task: str | None = None,
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
@@ -81,6 +83,8 @@ def export_onnx(
         adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, bottlenecks and invertible adapters
             are inserted, all others are merged.
         output: Folder to make, or the base's own, to which files are only added.
+        task: What the graph is for, as the Hub names it: ``text-classification``, ``feature-extraction`` ...; None for what
+            the model was saved for.
         merge: Adapters to merge, with or without weights.
         swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
             hold in full are inputs too.
@@ -144,8 +148,11 @@ def export_onnx(
         )
     if coding is not None:
         merge_to = "full"  # all weights are written
-    binding, merged = _merged(checkpoint, roles, full=merge_to == "full", coding=coding, io=(target, dtype))
-    assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
+    check_task(task)
+    full = merge_to == "full"
+    binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
+    texts: tuple[str, ...] = tuple(as_list(bake_prompt))
+    assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
     assembly = _with_required(assembly, required)
     assembly = _with_positions(assembly, position_ids)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
@@ -204,7 +211,13 @@ def _about_codes(*given: object) -> bool:
 
 
 def _merged(
-    checkpoint: Checkpoint, roles: AdapterRoles, *, full: bool, coding: WeightCoding | None, io: tuple[str, str]
+    checkpoint: Checkpoint,
+    roles: AdapterRoles,
+    task: str,
+    *,
+    full: bool,
+    coding: WeightCoding | None,
+    io: tuple[str, str],
 ) -> tuple[Binding | None, MergedWeights | None]:
     """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
 
@@ -225,14 +238,15 @@ def _merged(
     if coding is not None:
         from surgery.onnx.export.coded_plan import coded_weights
 
-        return binding, coded_weights(binding, coding, io_type(*io, checkpoint.main.dtype))
-    return binding, merged_weights(binding, "full" if full else "delta")
+        return binding, coded_weights(binding, coding, task, io_type(*io, checkpoint.main.dtype))
+    return binding, merged_weights(binding, "full" if full else "delta", task)
 
 
 def _assembly(
     checkpoint: Checkpoint,
     roles: AdapterRoles,
     merged: MergedWeights | None,
+    task: str,
     target: str,
     dtype: str,
     max_length: int | None,
@@ -242,10 +256,10 @@ def _assembly(
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
-    model = merged.model if merged else model_of(component.config, frozenset(component.parameters))
+    model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if model.kind != "decoder":
+        if not model.generates:
             raise FitError("a text has nothing to be read into: this model has no cache")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
@@ -262,7 +276,7 @@ def _assembly(
     if any(adapter.replaced for adapter in slots):
         from surgery.onnx.export.replaced import headed
 
-        component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots])
+        component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots], task)
     return Assembly(
         component, model, options, roles, slots, tuple(prompts), form, component.config != given.config, baked
     )
@@ -293,8 +307,8 @@ def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
     Raises:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
-    if asked and (assembly.model.kind != "decoder" or assembly.prompts):
-        what = "with a soft prompt, its positions" if assembly.prompts else "an encoder's positions"
+    if asked and (not assembly.model.generates or assembly.prompts):
+        what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
     return replace(assembly, options=replace(assembly.options, position_ids=asked))
 

@@ -389,23 +389,25 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])
-        return open_reference(base.main, plan_merge(binding))
+        return open_reference(base.main, plan_merge(binding), task=contract.task)
     # of a quantised base, a graph has the values in 16 bits
     dequantised = plan_merge(bind([], base)) if base is not None and base.is_quantised else None
     if not graph.weight_files:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
-        return open_reference(base.main, dequantised)
+        return open_reference(base.main, dequantised, task=contract.task)
     in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
     if base is not None and (roles.insert or not in_files):
-        return open_reference(base.main, dequantised)
+        return open_reference(base.main, dequantised, task=contract.task)
     component = open_checkpoint(folder).main
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
     for file in graph.weight_files:
         if file.name not in known:  # what a merge changed lies in a file of its own
             tensors |= {tensor.name: tensor for tensor in open_shard(folder / file.name).tensors}
-    return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
+    return Reference(
+        model_of(component.config, tensors.keys(), contract.task), tensor_weights(tensors, component.names)
+    )
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
@@ -413,8 +415,9 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
     from surgery.verification.slots import random_slots
 
-    if graph.contract.kind != reference.model.kind:
-        raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
+    kind = "decoder" if reference.model.generates else "encoder"
+    if graph.contract.kind != kind:
+        raise ProofError(f"the graph is a {graph.contract.kind}, the model a {kind}", file=graph.path)
     check_sizes(graph, reference.model)
     slots = random_slots(graph, reference)
     session, past, front = Session(graph), None, None

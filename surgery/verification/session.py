@@ -142,7 +142,7 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
     """
     contract = graph.contract
     expected: dict[str, Any] = {"vocabulary": model.vocabulary}
-    if model.kind == "decoder":
+    if model.generates:
         attention = [layer.attention for layer in model.layers]
         ropes = [layer.rope.parameters for layer in attention if layer.rope is not None]
         switches = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope["rope_type"] == "longrope"]

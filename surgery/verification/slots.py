@@ -109,7 +109,7 @@ def with_defaults(graph: GraphFile, reference: Reference) -> Reference:
         return reference
     values = {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).astype(np.float32)) for name in absent}
     weights = ReplacedWeights(reference.weights, values)
-    model = model_of(read_object(graph.path.parent / "config.json"), weights.names)
+    model = model_of(read_object(graph.path.parent / "config.json"), weights.names, graph.contract.task)
     return replace(reference, model=with_biases(model, weights.names), weights=weights)
 
 

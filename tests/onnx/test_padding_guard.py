@@ -77,5 +77,5 @@ def test_the_runner_and_verify_give_positions(tmp_path):
 
 def test_an_encoder_has_no_positions_to_give(tmp_path):
     base = recipes.build("bert_token", tmp_path)
-    with pytest.raises(FitError, match="an encoder's positions are counted by the graph"):
+    with pytest.raises(FitError, match="its positions are counted by the graph"):
         export_onnx(base, output=tmp_path / "out", position_ids=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "MIXTURES", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -418,9 +418,73 @@ ENCODERS: dict[str, Case] = {
 }
 
 
+def _for(name: str, fields: Mapping[str, Any], ending: str, **more: Any) -> Case:
+    return Case(f"{name}{ending}", f"{name}Config", {**fields, **more})
+
+
+_NARROW = {"do_layer_norm_before": False, "word_embed_proj_dim": 20}
+_CLASSIFIED = {"num_labels": 3, "pad_token_id": 4}
+HEADS: dict[str, Case] = {
+    "llama_classifier": _for("Llama", {**_GQA, **_CLASSIFIED}, "ForSequenceClassification"),
+    "llama_tokens": _for("Llama", {**_GQA, **_CLASSIFIED}, "ForTokenClassification"),
+    "llama_spans": _for("Llama", _GQA, "ForQuestionAnswering"),
+    "llama_bare": _for("Llama", _GQA, "Model"),
+    "qwen3_classifier": _for("Qwen3", {**_GQA, **_CLASSIFIED, "head_dim": 16}, "ForSequenceClassification"),
+    "qwen3_spans": _for("Qwen3", {**_GQA, "head_dim": 16}, "ForQuestionAnswering"),
+    "mistral_classifier": _for(
+        "Mistral", {**_GQA, **_CLASSIFIED}, "ForSequenceClassification", sliding_window=5, num_labels=1
+    ),
+    "gemma2_classifier": _for("Gemma2", {**_GEMMA, **_CLASSIFIED}, "ForSequenceClassification", sliding_window=5),
+    "gemma3_classifier": Case(
+        "Gemma3TextForSequenceClassification",
+        "Gemma3TextConfig",
+        {**_GEMMA, **_CLASSIFIED, "sliding_window": 5, "sliding_window_pattern": 3},
+    ),
+    "gpt_oss_classifier": _for(
+        "GptOss",
+        {**_MIXTURE, **_CLASSIFIED, **_YARN},
+        "ForSequenceClassification",
+        num_local_experts=5,
+        head_dim=16,
+        sliding_window=5,
+    ),
+    "gpt2_classifier": Case("GPT2ForSequenceClassification", "GPT2Config", {**_GPT2, **_CLASSIFIED}),
+    "gpt2_tokens": Case("GPT2ForTokenClassification", "GPT2Config", {**_GPT2, **_CLASSIFIED}),
+    "gpt2_spans": Case("GPT2ForQuestionAnswering", "GPT2Config", _GPT2),
+    "gpt_neox_tokens": _for("GPTNeoX", {**_LM, **_CLASSIFIED}, "ForTokenClassification"),
+    "opt_classifier": _for("OPT", {**_OPT, **_CLASSIFIED}, "ForSequenceClassification"),
+    "opt_350m_classifier": _for("OPT", {**_OPT, **_CLASSIFIED, **_NARROW}, "ForSequenceClassification"),
+    "bert_spans": Case("BertForQuestionAnswering", "BertConfig", {**_BERT, "num_labels": 2}),
+    "bert_masks": Case("BertForMaskedLM", "BertConfig", _BERT),
+    "bert_masks_untied": Case("BertForMaskedLM", "BertConfig", {**_BERT, "tie_word_embeddings": False}),
+    "bert_choices": Case("BertForMultipleChoice", "BertConfig", _BERT),
+    "roberta_spans": Case(
+        "RobertaForQuestionAnswering", "RobertaConfig", {**_BERT, "pad_token_id": 1, "num_labels": 2}
+    ),
+    "roberta_masks": Case("RobertaForMaskedLM", "RobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "roberta_choices": Case("RobertaForMultipleChoice", "RobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "distilbert_spans": Case("DistilBertForQuestionAnswering", "DistilBertConfig", {**_DISTIL, "num_labels": 2}),
+    "distilbert_masks": Case("DistilBertForMaskedLM", "DistilBertConfig", _DISTIL),
+    "albert_spans": Case(
+        "AlbertForQuestionAnswering", "AlbertConfig", {**_BERT, "embedding_size": 20, "num_labels": 2}
+    ),
+    "albert_masks": Case("AlbertForMaskedLM", "AlbertConfig", {**_BERT, "embedding_size": 20}),
+    "albert_choices": Case("AlbertForMultipleChoice", "AlbertConfig", {**_BERT, "embedding_size": 20}),
+    "electra_spans": Case(
+        "ElectraForQuestionAnswering", "ElectraConfig", {**_BERT, "embedding_size": 20, "num_labels": 2}
+    ),
+    "electra_masks": Case("ElectraForMaskedLM", "ElectraConfig", {**_BERT, "embedding_size": 20}),
+    "mpnet_spans": Case("MPNetForQuestionAnswering", "MPNetConfig", {**_MPNET, "num_labels": 2}),
+    "mpnet_masks": Case("MPNetForMaskedLM", "MPNetConfig", _MPNET),
+    "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
+    "distilbert_choices": Case("DistilBertForMultipleChoice", "DistilBertConfig", _DISTIL),
+}
+"""Heads for tasks other than those above."""
+
+
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
-    case = {**DECODERS, **ENCODERS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS}[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -444,7 +508,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
     """
-    case = {**DECODERS, **ENCODERS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS}[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )

@@ -19,6 +19,12 @@ __all__ = ["command"]
 @click.argument("base", shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
+@click.option(
+    "--task",
+    metavar="TASK",
+    help="What the graph is for, as the Hub names it: text-classification, feature-extraction, fill-mask ...; by default "
+    "what BASE was saved for.",
+)
 @option.choice(
     "--target",
     values=("cuda", "cpu", "portable"),

@@ -54,7 +54,7 @@ def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Fo
     if not prompts:
         return ""
     no_embeddings = next((prompt for prompt in prompts if prompt.embeddings is None), None)
-    if model.kind == "encoder":
+    if not model.generates:
         if requested != "auto" or len(prompts) > 1 or no_embeddings is not None:
             what = "keys and values" if no_embeddings is not None else "rows or keys and values, or several prompts"
             raise FitError(f"an encoder takes one prompt of embeddings in front of its text, not {what}")

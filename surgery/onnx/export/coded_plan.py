@@ -41,12 +41,13 @@ QUANTISED = "quantised.safetensors"
 """File name of all weights of a graph of codes."""
 
 
-def coded_weights(binding: Binding, coding: WeightCoding, io: DType) -> MergedWeights:
+def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) -> MergedWeights:
     """Plan the weights of a graph of codes.
 
     Args:
         binding: Adapters bound to their base, a single model; none, if the base alone is coded.
         coding: How weights become codes.
+        task: Of the graph; empty for the configuration's.
         io: Type of the graph.
 
     Raises:
@@ -57,7 +58,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, io: DType) -> MergedWe
     side_files = tuple(side for side in merged.side_files if side.name != base.index_name)
     component = base.with_config(written_config(base, side_files))
     names = frozenset(component.parameters) | {tensor.weight for tensor in merged.tensors}
-    model = with_biases(model_of(component.config, names), names)
+    model = with_biases(model_of(component.config, names, task), names)
     coding.check(component)
     drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
     groups = packing_groups(component)

@@ -57,12 +57,13 @@ class MergedWeights:
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
 
 
-def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
+def merged_weights(binding: Binding, layout: Layout, task: str = "") -> MergedWeights:
     """Plan the weights of a graph with merged adapters.
 
     Args:
         binding: Adapters bound to their base, a single model.
         layout: ``delta``: only changed tensors are written; ``full``: all tensors, laid out for graphs.
+        task: What the graph is for; by default what the merged model is saved for.
 
     Raises:
         FitError: see `surgery.engine.merge.merge_plan.plan_merge`.
@@ -90,7 +91,7 @@ def merged_weights(binding: Binding, layout: Layout) -> MergedWeights:
             overrides[tensor.name] = replace(tensor.step.source, name=tensor.name)
     side_files = tuple(side for side in merge_plan.side_files if layout == "full" or side.name != component.index_name)
     changed = component.with_config(written_config(component, side_files))
-    model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides))
+    model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides), task)
     return MergedWeights(plan, changed, overrides, side_files, with_biases(model, overrides))
 
 

@@ -35,11 +35,11 @@ class RotaryValues(Protocol):
 
 
 def cached_attention(
-    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, *, alpha: float = 1.0
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, *, alpha: float = 1.0
 ) -> str:
-    """Attention of new tokens to past and new ones, times `alpha`."""
+    """Attention of new tokens to past and new ones, times `alpha`; without a `cache` there are no past ones."""
     at = module_of(module_of(record.output.weight))
-    if ctx.target.attention == "gqa":
+    if cache is not None and ctx.target.attention == "gqa":
         y = _grouped(ctx, record, x, frame, cache, at)
     else:
         y = _standard(ctx, record, x, frame, cache, at)
@@ -173,16 +173,18 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
     return gain(ctx, record, width)
 
 
-def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, at: str) -> str:
     q, k, v = _parts(ctx, record, x, frame, at)
     if record.sinks:
         return attention_with_sinks(ctx, record, (q, k, v), frame, cache, at)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
+    past = [cache.past_key, cache.past_value] if cache else []
+    present = [cache.present_key, cache.present_value] if cache else []
     return ctx.graph.several(
         "Attention",
-        [q, k, v, frame.visible(record.window, record.alibi), cache.past_key, cache.past_value],
+        [q, k, v, frame.visible(record.window, record.alibi), *past],
         at,
-        ("*", cache.present_key, cache.present_value),
+        ("*", *present),
         q_num_heads=record.heads,
         kv_num_heads=record.kv_heads,
         scale=float(record.scale),

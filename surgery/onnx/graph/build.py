@@ -14,6 +14,7 @@ from surgery.onnx.graph.coded import CodedTensor, by_format
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
+from surgery.onnx.graph.dims import BATCH
 from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.lower import check_opset, lower
@@ -31,10 +32,10 @@ from surgery_formats.models.families.recipe import (
     Attention,
     ClassifierHead,
     HiddenHead,
-    LanguageHead,
     Model,
     Rope,
 )
+from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
 __all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
@@ -112,12 +113,12 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     )
     if options.virtual.front:
         model = front_model(model)
-    if any(_needs_standard(layer.attention) for layer in model.layers):
+    if not model.generates or any(_needs_standard(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
     graphs: dict[str, onnx.ModelProto] = {}
     contract = _contract(component, model, options, length)
-    if model.kind == "decoder" and options.target.attention == "gqa":
+    if options.target.attention == "gqa":
         contract = replace(contract, prefill_batch=False)
         if options.prefill:
             contract = replace(contract, prefill="prefill.onnx")
@@ -166,6 +167,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         required=options.required,
         head=component.head,
         virtual=options.virtual,
+        batch=_batch(model),
         position_ids=options.position_ids,
     )
     if model.kind == "decoder":
@@ -199,13 +201,13 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
     first = model.layers[0].attention if model.layers else None
     grouped = options.target.attention == "gqa"
     contract = Contract(
-        kind=model.kind,
-        task=_task(model),
+        kind="decoder" if model.generates else "encoder",
+        task=task_of(model),
         target=options.target.name,
         dtype=_LABELS[options.io],
         padding="right" if _wants_right(model, options.target) else "any",
-        cache="none" if model.kind == "encoder" else ("shared" if grouped else "growing"),
-        layers=len(model.layers) if model.kind == "decoder" else 0,
+        cache="none" if not model.generates else ("shared" if grouped else "growing"),
+        layers=len(model.layers) if model.generates else 0,
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
@@ -233,14 +235,10 @@ def _wants_right(model: Model, target: OperatorSet) -> bool:
     return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
 
 
-def _task(model: Model) -> str:
-    match model.head:
-        case LanguageHead():
-            return "text-generation"
-        case ClassifierHead():
-            return "text-classification" if model.head.tokens == "first" else "token-classification"
-        case HiddenHead():
-            return "feature-extraction"
+def _batch(model: Model) -> str | int:
+    """Size of the batch: one row where rows of different length cannot be told apart, for want of a padding token."""
+    one = isinstance(model.head, ClassifierHead) and model.head.tokens == "last" and model.head.padding_token is None
+    return 1 if one else BATCH
 
 
 def weight_file(file: File | UnwrittenFile) -> WeightFile:

@@ -83,8 +83,9 @@ class Contract:
     """Everything a runner must know.
 
     Attributes:
-        kind: ``decoder`` or ``encoder``.
-        task: ``text-generation``, ``text-classification``, ``token-classification``, ``feature-extraction``.
+        kind: ``decoder``, which writes token by token over a cache, or ``encoder``, which runs once: also a causal model
+            with another head than a language model's.
+        task: As the Hub names it, see `surgery_formats.models.families.tasks.TASKS`.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Type of logits and cache: ``fp32``, ``fp16``, ``bf16``.
         padding: Side on which the rows of a batch are padded: ``right`` (GroupQueryAttention), ``left`` (Attention-23

@@ -7,9 +7,10 @@ every other name. optimum 0.1 computes shapes of outputs from the names of input
 
 from __future__ import annotations
 
-__all__ = ["BATCH", "PAST", "SEQUENCE", "TOTAL"]
+__all__ = ["BATCH", "CHOICES", "PAST", "SEQUENCE", "TOTAL"]
 
 BATCH = "batch_size"
+CHOICES = "num_choices"
 SEQUENCE = "sequence_length"
 PAST = "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"

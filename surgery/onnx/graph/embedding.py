@@ -7,7 +7,6 @@ import numpy as np
 
 from surgery.onnx.graph.coded import coded_rows
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.linear import linear, lora_slot
 from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
 from surgery_formats.dtypes import DType
@@ -122,7 +121,7 @@ def _type_rows(ctx: Context, model: Model) -> str:
     number = ctx.weights.rows(record.types)
     table = ctx.weights.value(record.types, (number, model.embedded[1]))
     if number > 1:
-        types = ctx.graph.input("token_type_ids", DType.I64, (BATCH, SEQUENCE))
+        types = ctx.per_token("token_type_ids")
         if ctx.virtual.front:
             types = types_in_front(ctx.graph, types, ctx.virtual.front)
         return _rows(ctx, table, types, at)

@@ -6,10 +6,9 @@ from __future__ import annotations
 from surgery.onnx.graph.attention import normed, project, rotated, split
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.convolution import convolved
-from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.disentangled import DistanceScores
 from surgery.onnx.graph.embedding import encoder_rows
-from surgery.onnx.graph.heads import classifier_head, hidden_head
+from surgery.onnx.graph.heads import add_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
@@ -18,8 +17,7 @@ from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.seen_keys import SeenKeys
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model
+from surgery_formats.models.families.recipe import Attention, ClassifierHead, Model
 
 __all__ = ["encoder"]
 
@@ -28,14 +26,15 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     """Build the graph, for at most `max_length` positions.
 
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
-    ``(B, S)``; outputs are those of the head.
+    ``(B, S)``, or ``(B, C, S)`` where choices are scored; outputs are those of the head.
 
     Raises:
         FitError: a tensor is missing or misshapen.
     """
     graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
-    mask = graph.input("attention_mask", DType.I64, (BATCH, SEQUENCE))
+    ctx.choices = isinstance(model.head, ClassifierHead) and model.head.choices
+    ctx.ids = ctx.per_token(ctx.ids)
+    mask = ctx.per_token("attention_mask")
     if ctx.virtual.front:
         ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
     ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
@@ -62,13 +61,7 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
     else:
         x = ctx.total(stream, "")
-    match model.head:
-        case ClassifierHead():
-            classifier_head(ctx, model.head, x)
-        case HiddenHead():
-            hidden_head(ctx, model.head, x, model.hidden)
-        case _:
-            raise FitError("this encoder has a language-modelling head", file="config.json")
+    add_head(ctx, model, x)
 
 
 def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, distances: DistanceScores) -> Body:

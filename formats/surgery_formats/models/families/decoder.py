@@ -14,6 +14,7 @@ from surgery_formats.models.families.recipe import (
     Branch,
     Embedding,
     Experts,
+    Head,
     LanguageHead,
     Layer,
     Model,
@@ -22,7 +23,7 @@ from surgery_formats.models.families.recipe import (
     Rope,
 )
 from surgery_formats.models.families.settings import ModelSettings, Sizes
-from surgery_formats.text import show
+from surgery_formats.models.families.tasks import DECODER_TASKS, asked_task, decoder_head, head_names, other_heads
 
 __all__ = [
     "attention",
@@ -186,7 +187,6 @@ def decoder(
     final_norm: Norm | None,
     embedding: Embedding,
     *,
-    classes: tuple[str, ...] = ("ForCausalLM",),
     tied: bool = False,
     head: str = "lm_head",
     before: Projection | None = None,
@@ -197,29 +197,33 @@ def decoder(
 ) -> Model:
     """Assemble the decoder, then check the settings that nobody read.
 
-    `layer` maps the module of a layer (below `stack`) and its index to its record. `classes` are the accepted endings of
-    the names in ``architectures``, `tied` is the family's default of ``tie_word_embeddings``, `head` the head's module;
-    `before`, `softcap` and `divisor` are those of `LanguageHead`; `head_bias` tells whether the head has a bias. Of the layers
-    after the last, files may have `further_layers`, which predict several tokens at once and are not used.
+    `layer` maps the module of a layer (below `stack`) and its index to its record. `tied` is the family's default of
+    ``tie_word_embeddings``, `head` the module of a language model's head; `before`, `softcap` and `divisor` are those of
+    `LanguageHead`; `head_bias` tells whether the head has a bias. Of the layers after the last, files may have
+    `further_layers`, which predict several tokens at once and are not used.
 
     Raises:
-        FitError: another task's head, bidirectional attention, attention to an encoder, or an
+        FitError: a task that decoders do not have, bidirectional attention, attention to an encoder, or an
             unread setting that may change the computation.
     """
-    architectures = settings.architectures()
-    if architectures and not any(name.endswith(classes) for name in architectures):
-        raise settings.fault(
-            f"architectures is {show(', '.join(architectures), 80)}; of decoders, only language models are supported"
-        )
     settings.only("use_bidirectional_attention", False)
     settings.only("is_causal", True)
     settings.only("add_cross_attention", False)
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
-    stored = f"{head}.weight" in settings.names
-    share = settings.flag("tie_word_embeddings", default=tied or not stored)
-    weight = embedding.tokens if share else f"{head}.weight"
+    task = asked_task(settings, DECODER_TASKS, "decoders")
     width = before.outputs if before else sizes.hidden
-    unused = {f"{head}.weight": "tied: the token embedding is used"} if share and stored else {}
+    reads: Head
+    unused: dict[str, str] = {}
+    if task in ("", "text-generation"):
+        stored = f"{head}.weight" in settings.names
+        share = settings.flag("tie_word_embeddings", default=tied or not stored)
+        weight = embedding.tokens if share else f"{head}.weight"
+        unused = {f"{head}.weight": "tied: the token embedding is used"} if share and stored else {}
+        bias = f"{head}.bias" if head_bias else ""
+        reads = LanguageHead(Projection(weight, width, sizes.vocabulary, bias), before, softcap, divisor)
+    else:
+        reads = decoder_head(settings, task, width, before)
+        unused = other_heads(settings, head_names(reads))
     further = tuple(f"{stack}.{sizes.layers + number}." for number in range(further_layers))
     unused |= dict.fromkeys((name for name in settings.names if name.startswith(further)), _FURTHER) if further else {}
     settings.finish()
@@ -230,9 +234,7 @@ def decoder(
         embedding=embedding,
         layers=tuple(layer(f"{stack}.{index}", index) for index in range(sizes.layers)),
         final_norm=final_norm,
-        head=LanguageHead(
-            Projection(weight, width, sizes.vocabulary, f"{head}.bias" if head_bias else ""), before, softcap, divisor
-        ),
+        head=reads,
         max_positions=sizes.max_positions,
         unused=unused,
     )
@@ -258,6 +260,8 @@ def llama_named(
     `final_name` is the final norm's module.
     """
     root = root_of(settings, "model.", "embed_tokens.weight")
+    if root and "transformer.embed_tokens.weight" in settings.names:
+        root = "transformer."  # of question answering
     embedding = Embedding(f"{root}embed_tokens.weight", scale=scale, scale_rounded=scale_rounded)
     final = norm(f"{root}{final_name}")
     return decoder(

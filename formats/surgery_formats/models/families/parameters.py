@@ -13,12 +13,14 @@ from surgery_formats.models.families.recipe import (
     ClassifierHead,
     Experts,
     HiddenHead,
+    LanguageHead,
     Model,
     Norm,
     Projection,
 )
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.tasks import task_of
 from surgery_formats.text import show
 
 __all__ = ["model_of", "parameters", "projections"]
@@ -26,11 +28,13 @@ __all__ = ["model_of", "parameters", "projections"]
 _XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
 
-def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
+def model_of(config: Mapping[str, Any], names: Collection[str], task: str = "") -> Model:
     """Return what the model of a config.json computes, given the checkpoint's tensor names.
 
+    `task` is what it is to be used for, as the Hub names it; by default what it was saved for.
+
     Raises:
-        FitError: there is no recipe for this ``model_type``, or it does not support a setting.
+        FitError: there is no recipe for this ``model_type``, or it does not support a setting or the task.
     """
     family = family_of(config)
     if family.recipe is None:
@@ -46,7 +50,14 @@ def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
             file="config.json",
             hint=f"supported are {', '.join(known)}",
         )
-    return family.recipe(ModelSettings(config, names))
+    model = family.recipe(ModelSettings(config, names, task))
+    if task and task_of(model) != task:
+        raise FitError(
+            f"the task '{show(task, 40)}' is not among those of model_type '{show(config.get('model_type'), 40)}'",
+            file="config.json",
+            hint=f"it is a model for {task_of(model)}",
+        )
+    return model
 
 
 def parameters(model: Model) -> dict[str, tuple[int, ...]]:
@@ -124,7 +135,10 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     elif isinstance(head, HiddenHead):
         project(head.pooler)
     else:
-        project(head.before, head.projection)
+        project(head.projection)
+    if isinstance(head, LanguageHead):
+        project(head.before)
+        normalise(head.projection.inputs, head.norm)
     return shapes
 
 

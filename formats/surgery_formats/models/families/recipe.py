@@ -52,6 +52,7 @@ __all__ = [
     "Projection",
     "RelativeBias",
     "Rope",
+    "SpanHead",
 ]
 
 
@@ -197,14 +198,16 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class LanguageHead:
-    """``logits (B, S, V)``.
+    """``logits (B, S, V)``, of the next token in a decoder, of a masked one in an encoder.
 
     Attributes:
         projection: Projection onto the vocabulary; if tied, its weight is the embedding's.
-        before: Projection before it (OPT-350m), or None.
+        before: Projection before it (OPT-350m, BERT), or None.
         softcap: ``c tanh(logits / c)`` (Gemma 2), or None.
         divisor: Divisor of the logits (Granite).
         inverted: Networks of adapters that are turned round in front of the projection, in order.
+        activation: Of the result of `before` (BERT), or None.
+        norm: Norm of it, or None.
     """
 
     projection: Projection
@@ -212,24 +215,41 @@ class LanguageHead:
     softcap: float | None = None
     divisor: float = 1.0
     inverted: tuple[Coupling, ...] = ()
+    activation: Activation | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierHead:
-    """``logits (B, labels)`` of the first token, or ``(B, S, labels)`` of every token.
+    """``logits (B, labels)`` of one token of each row, or ``(B, S, labels)`` of every token.
 
     Attributes:
-        tokens: ``first`` or ``every``.
+        tokens: ``first``, ``every``, or ``last``: the rightmost one whose id is not `padding_token`.
         steps: ``(projection, activation or None)`` in order. BERT's pooler is the first step.
+        padding_token: For ``last``; without one rows have no padding, so there is only one row.
+        choices: Whether rows are the choices of questions, ``(B, C, S)``, each with one score: ``logits (B, C)``.
     """
 
-    tokens: Literal["first", "every"]
+    tokens: Literal["first", "every", "last"]
     steps: tuple[tuple[Projection, Activation | None], ...]
+    padding_token: int | None = None
+    choices: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SpanHead:
+    """``start_logits (B, S)`` and ``end_logits (B, S)``: where an answer begins and where it ends.
+
+    Attributes:
+        projection: ``D`` to two values.
+    """
+
+    projection: Projection
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenHead:
-    """``last_hidden_state (B, S, D)``, and ``pooler_output (B, D)`` if there is a pooler: a sentence encoder.
+    """``last_hidden_state (B, S, D)``, and ``pooler_output (B, D)`` if there is a pooler: a model without a head.
 
     Attributes:
         pooler: Projection of the first token, then tanh; or None.
@@ -238,7 +258,7 @@ class HiddenHead:
     pooler: Projection | None = None
 
 
-Head = LanguageHead | ClassifierHead | HiddenHead
+Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +287,7 @@ class Model:
     """The computation of a whole model.
 
     Attributes:
-        kind: ``decoder``: causal, with a cache of keys and values; ``encoder``: every token sees every other.
+        kind: ``decoder``: causal; ``encoder``: every token sees every other.
         hidden: ``D``.
         vocabulary: ``V``, the rows of the token table.
         final_norm: Norm after the last layer, or None.
@@ -286,6 +306,11 @@ class Model:
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
     convolution: Convolution | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes token by token, so that keys and values are worth a cache."""
+        return self.kind == "decoder" and isinstance(self.head, LanguageHead)
 
     @property
     def embedded(self) -> tuple[int, int, int]:
