@@ -83,6 +83,7 @@ class Assembly:
         form: Form of the prompts.
         headed: Whether swapped adapters bring a head for which the base's configuration has no place.
         baked: Modules that adapters insert, a part of the graph.
+        companions: Whether what onnxruntime-genai reads comes along.
     """
 
     component: Component
@@ -94,6 +95,7 @@ class Assembly:
     form: Form = ""
     headed: bool = False
     baked: BakedModules | None = None
+    companions: bool = True
 
     @property
     def slot_names(self) -> frozenset[str]:
@@ -173,7 +175,7 @@ class Assembly:
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
-        if built.contract.kind != "decoder":
+        if built.contract.kind != "decoder" or not self.companions:
             return ""
         if self.form != "kv":
             return "model.onnx"
