@@ -161,7 +161,8 @@ def export_onnx(
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
-    warnings = _warnings(chosen, roles, checkpoint, binding) + _graph_warnings(assembly, draft)
+    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
+    warnings = _warnings(chosen, roles, checkpoint, told) + _graph_warnings(assembly, draft)
     built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
@@ -445,8 +446,8 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     return warnings
 
 
-def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
-    warnings = list(binding.warnings) if binding else []
+def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, told: Sequence[str]) -> list[str]:
+    warnings = list(told)
     if others := [named.adapter for named in (*roles.swap, *roles.prefix, *roles.insert)]:
         from surgery_formats.binding.bind import warn_of_other_base
 

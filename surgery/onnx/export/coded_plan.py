@@ -60,7 +60,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
     names = frozenset(component.parameters) | {tensor.weight for tensor in merged.tensors}
     model = with_biases(model_of(component.config, names, task), names)
     coding.check(component)
-    drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
+    drafts = {draft.name: draft for draft in _drafts(merged, base, model, coding, io)}
     groups = packing_groups(component)
     ordered = _ordered(drafts, groups)
     file = planned_file(QUANTISED, ordered, alignment=PAGE)
@@ -71,9 +71,9 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         Account(tensor, "source", f"its values are in {weight.name}")
         if weight.name in drafts
         else Account(tensor, "dropped", "the graph does not read it")
-        for name, tensor in component.tensors.items()
+        for name, tensor in base.tensors.items()
         if name not in written and name not in accounted
-        for weight in (component.owners[name],)
+        for weight in (base.owners[name],)
     ]
     facts = {**merged.facts, "coding": coding.facts}
     plan = replace(
@@ -83,7 +83,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         side_files=(),
         accounts=tuple(accounts),
         inputs=merged.inputs + (coding.calibration.files if coding.calibration is not None else ()),
-        warnings=binding.warnings + _rounded_again(drafts, component),
+        warnings=binding.warnings + _rounded_again(drafts, base),
         facts=facts,
         id=hashlib.sha256(json.dumps([merged.id, coding.facts, io.label], sort_keys=True).encode()).hexdigest(),
     )
@@ -147,7 +147,7 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
         form = coding.form(bits, io)
         projection = uses.linear.get(recipe)
         turned = projection is not None and projection.transposed
-        step, form = _coded_step(tensors[0].step, name, component, coding, form, turned)
+        step, form = _coded_step(tensors[0].step, name, component, coding, form, turned, io is DType.F32)
         if rows and step.target.shape[1] % form.block:
             if coding.embeddings not in ("auto", "keep"):
                 raise FitError(
@@ -182,7 +182,13 @@ def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool
 
 
 def _coded_step(
-    step: Copy | Compute, name: str, component: Component, coding: WeightCoding, form: BlockFormat, by_input: bool
+    step: Copy | Compute,
+    name: str,
+    component: Component,
+    coding: WeightCoding,
+    form: BlockFormat,
+    by_input: bool,
+    wide: bool,
 ) -> tuple[Compute, BlockFormat]:
     """The weight's step with codes as its target, and how these are stored. `by_input`: rows of the model's weight are inputs."""
     operations = step.operations if isinstance(step, Compute) else ()
@@ -190,7 +196,7 @@ def _coded_step(
     stored = component.parameters[name].storage if name in component.parameters else None
     if not operations and stored is not None and is_quantised(stored):
         turned = by_input != stored.transposed
-        own = fitting_format(stored, form, turned=turned)
+        own = fitting_format(stored, form, turned=turned, wide=wide)
         if own is not None:
             return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored)), own
     target = NBits(source.shape, form, by_input != source.transposed)
