@@ -69,6 +69,7 @@ def export_onnx(
     calibration: StrPath | None = None,
     embeddings: str = "auto",
     head: str = "auto",
+    budget: int | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
     opset: int | None = None,
@@ -99,7 +100,8 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
-        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits; ``mixed``: of both, and
+            none, where they help most within `budget`;
         block: Of codes: inputs that share a scale, 32, 64 or 128.
         symmetric: Of codes: no zero points are stored.
         scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
@@ -108,6 +110,7 @@ def export_onnx(
         calibration: Of codes: a file of inputs (docs/extraction.md).
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
+        budget: Of ``mixed``: most bytes of all weights.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
@@ -133,7 +136,9 @@ def export_onnx(
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
     coding = None
-    if weights_type != "stored" or _about_codes(block, symmetric, scales, rounding, calibration, embeddings, head):
+    if weights_type != "stored" or _about_codes(
+        block, symmetric, scales, rounding, calibration, embeddings, head, budget
+    ):
         from surgery.onnx.export.weight_coding import weight_coding
 
         coding = weight_coding(
@@ -145,6 +150,7 @@ def export_onnx(
             calibration=calibration,
             embeddings=embeddings,
             head=head,
+            budget=budget,
         )
     if coding is not None:
         merge_to = "full"  # all weights are written
@@ -208,7 +214,7 @@ def export_onnx(
 
 
 def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto")
+    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(

@@ -60,8 +60,10 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
     names = frozenset(component.parameters) | {tensor.weight for tensor in merged.tensors}
     model = with_biases(model_of(component.config, names, task), names)
     coding.check(component)
-    drafts = {draft.name: draft for draft in _drafts(merged, base, model, coding, io)}
     groups = packing_groups(component)
+    if coding.budget is not None:
+        coding = _within_budget(merged, base, model, coding, io, groups)
+    drafts = {draft.name: draft for draft in _drafts(merged, base, model, coding, io)}
     ordered = _ordered(drafts, groups)
     file = planned_file(QUANTISED, ordered, alignment=PAGE)
     written = {tensor.name for tensor in file.tensors}
@@ -164,6 +166,42 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
         )
 
 
+def _within_budget(
+    merged: Plan,
+    component: Component,
+    model: Model,
+    coding: WeightCoding,
+    io: DType,
+    groups: Mapping[str, Sequence[str]],
+) -> WeightCoding:
+    """The coding with bits chosen for every weight that nothing else is said of.
+
+    Raises:
+        FitError: the budget is too small.
+    """
+    from surgery.onnx.export.bit_budget import Candidate, allocated, choices_of
+
+    uses = uses_of(model)
+    free = set(uses.linear) | ({uses.head} if uses.head and coding.head == "auto" else set())
+    drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
+    file = planned_file(QUANTISED, _ordered(drafts, groups), alignment=PAGE)
+    fixed = PAGE + file.nbytes - sum(tensor.nbytes for tensor in file.tensors)
+    candidates = []
+    for draft in drafts.values():
+        recipe = next((name for name in free if _stored(component, name) == draft.name), None)
+        step = draft.codes[0].step if draft.codes else None
+        own = isinstance(step, Compute) and isinstance(step.target, NBits) and step.target.exact is not None
+        fixed += sum(tensor.nbytes for tensor in draft.kept)
+        if recipe is None or own or not isinstance(step, Compute):
+            fixed += sum(tensor.nbytes for tensor in draft.codes)
+            continue
+        assert isinstance(step.target, NBits)
+        unit = groups.get(draft.name, (draft.name,))[0]
+        candidates.append(Candidate(recipe, draft.name, step.source, step.target.turned, unit))
+    assert coding.budget is not None
+    return replace(coding, chosen=allocated(choices_of(candidates, coding, io), coding.budget, fixed))
+
+
 def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool, bool]:
     """Bits of a weight, whether its rows are looked up as codes, and whether it is kept as well or alone."""
     if name == uses.table:
@@ -178,7 +216,7 @@ def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool
         return max(table, head), table > 0, not table
     if name == uses.head:
         return coding.head_bits(uses), False, False
-    return (coding.bits if name in uses.linear else 0), False, False
+    return (coding.bits_of(name) if name in uses.linear else 0), False, False
 
 
 def _coded_step(
