@@ -38,7 +38,7 @@ from surgery_formats.models.families.recipe import (
 from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
-__all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
+__all__ = ["GraphOptions", "GraphSet", "build", "takes_grouped", "weight_file"]
 
 _HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -113,7 +113,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     )
     if options.virtual.front:
         model = front_model(model)
-    if not model.generates or any(_needs_standard(layer.attention) for layer in model.layers):
+    if not model.generates or not all(takes_grouped(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
     graphs: dict[str, onnx.ModelProto] = {}
@@ -133,9 +133,9 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
 
 
-def _needs_standard(attention: Attention) -> bool:
-    """Whether GroupQueryAttention does not take this: the size of its heads, or a bias on the scores."""
-    return bool(attention.head_dim % _HEAD_UNIT) or attention.alibi is not None
+def takes_grouped(attention: Attention) -> bool:
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
 
 
 def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
