@@ -132,6 +132,7 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         normalise(model.hidden, added.norm)
     if isinstance(head, ClassifierHead):
         project(*(step for step, _ in head.steps))
+        normalise(head.steps[-1][0].inputs, head.norm)
     elif isinstance(head, HiddenHead):
         project(head.pooler)
     else:
