@@ -12,6 +12,7 @@ import transformers
 
 from surgery.onnx.graph.build import takes_grouped
 from surgery_formats.models.families.parameters import model_of
+from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.registry import families
 from tests.oracles import recipes
 
@@ -116,7 +117,7 @@ def type_of(case: recipes.Case) -> str:
     return str(getattr(transformers, case.config).model_type)
 
 
-def _model(case: recipes.Case) -> Any:
+def _model(case: recipes.Case) -> Model:
     config = getattr(transformers, case.config)(**case.fields)
     config.architectures = [case.cls]
     return model_of(json.loads(config.to_json_string(use_diff=True)), {"lm_head.weight", "embed_out.weight"})
@@ -134,11 +135,11 @@ def exported() -> list[Exported]:
         for name in family.names if family.recipe else ():
             own = {key: case for key, case in _cases().items() if type_of(case) == name}
             models = [_model(case) for case in own.values()]
-            decoder = any(model.kind == "decoder" for model in models)
+            decoder = any(model.kind == "decoder" and model.encoder is None for model in models)
             rows.append(
                 Exported(
                     type=name,
-                    kind=", ".join(dict.fromkeys(model.kind for model in models)),
+                    kind=", ".join(dict.fromkeys(_class(model) for model in models)),
                     tasks=tuple(dict.fromkeys(_task(case) for case in own.values())),
                     cases=len(own),
                     lora=any(key in LORA for key in own),
@@ -149,6 +150,10 @@ def exported() -> list[Exported]:
                 )
             )
     return sorted(rows, key=lambda row: row.type)
+
+
+def _class(model: Model) -> str:
+    return model.kind if model.encoder is None else "encoder and decoder"
 
 
 def _note(recipe: Any) -> str:
