@@ -59,6 +59,7 @@ class GraphOptions:
         virtual: Soft prompts.
         contract: Further fields of the contract.
         position_ids: Whether a decoder takes positions as an input.
+        keep_logits: Whether it takes the number of last positions whose logits are computed as an optional input.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -73,6 +74,7 @@ class GraphOptions:
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
     position_ids: bool = False
+    keep_logits: bool = False
     opset: int | None = None
 
 
@@ -163,6 +165,7 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         virtual=options.virtual,
         batch=_batch(model),
         position_ids=options.position_ids,
+        keep_logits=options.keep_logits and model.generates,
     )
     if model.kind == "decoder":
         decoder(ctx, model, length)
