@@ -39,6 +39,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
     from surgery.onnx.export.slots import Swappable
+    from surgery.onnx.export.weight_coding import WeightCoding
     from surgery_formats.binding.bind import Binding
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -61,6 +62,14 @@ def export_onnx(
     target: str = "cpu",
     dtype: str = "auto",
     weights: str = "auto",
+    weights_type: str = "stored",
+    block: int = 32,
+    symmetric: bool = True,
+    scales: str = "minmax",
+    rounding: str | None = None,
+    calibration: StrPath | None = None,
+    embeddings: str = "auto",
+    head: str = "auto",
     max_length: int | None = None,
     position_ids: bool = False,
     logits: str = "auto",
@@ -92,6 +101,15 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+        block: Of codes: inputs that share a scale, 32, 64 or 128.
+        symmetric: Of codes: no zero points are stored.
+        scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
+        rounding: Of codes: ``feedback`` (the default) makes up for errors along the inputs of `calibration`, or those that a
+            merged adapter listens to; ``nearest``.
+        calibration: Of codes: a file of inputs (docs/extraction.md).
+        embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
+        head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
         logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
@@ -118,11 +136,30 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
+    coding = None
+    if weights_type != "stored" or _about_codes(block, symmetric, scales, rounding, calibration, embeddings, head):
+        from surgery.onnx.export.weight_coding import weight_coding
+
+        coding = weight_coding(
+            weights_type,
+            block=block,
+            symmetric=symmetric,
+            scales=scales,
+            rounding=rounding,
+            calibration=calibration,
+            embeddings=embeddings,
+            head=head,
+        )
+    if coding is not None:
+        merge_to = "full"  # all weights are written
     check_task(task)
-    binding, merged = _merged(checkpoint, roles, task or "", full=merge_to == "full")
+    full = merge_to == "full"
+    binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
     assembly = _with_required(assembly, required)
+    if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
+        assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = _with_logits(_with_positions(assembly, position_ids), logits)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
@@ -175,8 +212,18 @@ def export_onnx(
     )
 
 
+def _about_codes(*given: object) -> bool:
+    return given != (32, True, "minmax", None, None, "auto", "auto")
+
+
 def _merged(
-    checkpoint: Checkpoint, roles: AdapterRoles, task: str, *, full: bool
+    checkpoint: Checkpoint,
+    roles: AdapterRoles,
+    task: str,
+    *,
+    full: bool,
+    coding: WeightCoding | None,
+    io: tuple[str, str],
 ) -> tuple[Binding | None, MergedWeights | None]:
     """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
 
@@ -184,16 +231,20 @@ def _merged(
     """
     checkpoint.main.check_read()
     coded = checkpoint.is_quantised or any(shard.container == "gguf" for shard in checkpoint.main.shards)
-    if not roles.adapters and not coded:
+    if not roles.adapters and not coded and coding is None:
         return None, None
     from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 
     check_base_id(checkpoint, roles.adapters)
-    if not (pairs := roles.merged) and not coded:
+    if not (pairs := roles.merged) and not coded and coding is None:
         return None, None
     binding = bind(pairs, checkpoint, new_biases=True)
+    if coding is not None:
+        from surgery.onnx.export.coded_plan import coded_weights
+
+        return binding, coded_weights(binding, coding, task, io_type(*io, checkpoint.main.dtype))
     return binding, merged_weights(binding, "full" if full else "delta", task)
 
 
@@ -214,13 +265,18 @@ def _assembly(
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates:
-            raise FitError("a text has nothing to be read into: this model has no cache")
+        if not model.generates or model.encoder is not None:
+            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     slots, given = _slots(checkpoint, roles, model), component
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides)
+    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
+        raise FitError(
+            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
+        )
+    coded = merged.coded if merged else {}
+    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:
@@ -275,6 +331,10 @@ def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
     Raises:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
+    if asked and assembly.model.encoder is not None:
+        raise FitError(
+            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
+        )
     if asked and (not assembly.model.generates or assembly.prompts):
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
@@ -384,7 +444,7 @@ def _id(draft: GraphSet, assembly: Assembly) -> str:
 def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
     contract, warnings = draft.contract, []
-    if contract.kind != "decoder":
+    if contract.kind != "decoder" or contract.encoder:
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(
