@@ -64,6 +64,7 @@ class GraphOptions:
         virtual: Soft prompts.
         contract: Further fields of the contract.
         position_ids: Whether a decoder takes positions as an input.
+        keep_logits: Whether it takes the number of last positions whose logits are computed as an optional input.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -79,6 +80,7 @@ class GraphOptions:
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
     position_ids: bool = False
+    keep_logits: bool = False
     opset: int | None = None
 
 
@@ -206,6 +208,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         virtual=options.virtual,
         batch=_batch(model),
         position_ids=options.position_ids,
+        keep_logits=options.keep_logits and model.generates,
     )
 
 
