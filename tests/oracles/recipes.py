@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "PAIRS", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -82,6 +82,15 @@ _DEBERTA: dict[str, Any] = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
+_MODERN: dict[str, Any] = {
+    **_LM,
+    "num_labels": 3,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "local_attention": 4,
+}
+_JINA = {**_BERT, "pad_token_id": 1, "type_vocab_size": 1}
+_EURO = {**_GQA, "num_labels": 3}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -412,10 +421,98 @@ ENCODERS: dict[str, Case] = {
     "deberta_v2_absolute": Case(
         "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
     ),
+    "deberta_v2_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "embedding_size": 20}),
+    "deberta_v3_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "legacy": False}),
+    "modernbert_sequence": Case("ModernBertForSequenceClassification", "ModernBertConfig", _MODERN),
+    "modernbert_mean": Case(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**_MODERN, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True, "mlp_bias": True},
+    ),
+    "modernbert_token": Case(
+        "ModernBertForTokenClassification",
+        "ModernBertConfig",
+        {**_MODERN, "attention_bias": True, "local_attention": 7},
+    ),
+    "modernbert_sentence": Case(
+        "ModernBertModel",
+        "ModernBertConfig",
+        {
+            **_MODERN,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "modernbert_mask": Case("ModernBertForMaskedLM", "ModernBertConfig", _MODERN),
+    "modernbert_mask_untied": Case(
+        "ModernBertForMaskedLM", "ModernBertConfig", {**_MODERN, "tie_word_embeddings": False, "decoder_bias": False}
+    ),
+    "nomic_bert_sequence": Case("NomicBertForSequenceClassification", "NomicBertConfig", _BERT),
+    "nomic_bert_token": Case("NomicBertForTokenClassification", "NomicBertConfig", {**_BERT, "hidden_act": "gelu"}),
+    "nomic_bert_sentence": Case("NomicBertModel", "NomicBertConfig", {**_BERT, **_rope("linear", factor=2.5)}),
+    "nomic_bert_mask": Case("NomicBertForMaskedLM", "NomicBertConfig", _BERT),
+    "jina_v3_sequence": Case("JinaEmbeddingsV3ForSequenceClassification", "JinaEmbeddingsV3Config", _JINA),
+    "jina_v3_token": Case("JinaEmbeddingsV3ForTokenClassification", "JinaEmbeddingsV3Config", _JINA),
+    "jina_v3_sentence": Case("JinaEmbeddingsV3Model", "JinaEmbeddingsV3Config", {**_JINA, "type_vocab_size": 2}),
+    "jina_v3_mask": Case("JinaEmbeddingsV3ForMaskedLM", "JinaEmbeddingsV3Config", _JINA),
+    "eurobert_late": Case("EuroBertForSequenceClassification", "EuroBertConfig", _EURO),
+    "eurobert_mean": Case(
+        "EuroBertForSequenceClassification", "EuroBertConfig", {**_EURO, "classifier_pooling": "mean"}
+    ),
+    "eurobert_first": Case(
+        "EuroBertForSequenceClassification", "EuroBertConfig", {**_EURO, "classifier_pooling": "bos"}
+    ),
+    "eurobert_token": Case("EuroBertForTokenClassification", "EuroBertConfig", {**_EURO, "attention_bias": True}),
+    "eurobert_sentence": Case("EuroBertModel", "EuroBertConfig", {**_EURO, "head_dim": 12}),
+    "eurobert_mask": Case("EuroBertForMaskedLM", "EuroBertConfig", {**_EURO, "mlp_bias": True}),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
+    "mt5_encoder": Case("MT5EncoderModel", "MT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
+
+
+_BART: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_GATED = {**_T5, "feed_forward_proj": "gated-gelu"}
+_WHISPER = {
+    **{key: value for key, value in _BART.items() if key != "max_position_embeddings"},
+    "max_source_positions": 12,
+    "max_target_positions": 40,
+    "num_mel_bins": 5,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+PAIRS: dict[str, Case] = {
+    "t5": Case("T5ForConditionalGeneration", "T5Config", {**_T5, "num_layers": 3, "num_decoder_layers": 2}),
+    "t5_flan": Case("T5ForConditionalGeneration", "T5Config", {**_GATED, "d_kv": 12, "tie_word_embeddings": False}),
+    "mt5": Case("MT5ForConditionalGeneration", "MT5Config", _GATED),
+    "umt5": Case("UMT5ForConditionalGeneration", "UMT5Config", _GATED),
+    "bart": Case("BartForConditionalGeneration", "BartConfig", _BART),
+    "bart_scaled": Case(
+        "BartForConditionalGeneration", "BartConfig", {**_BART, "scale_embedding": True, "activation_function": "relu"}
+    ),
+    "mbart": Case("MBartForConditionalGeneration", "MBartConfig", {**_BART, "scale_embedding": True}),
+    "marian": Case("MarianMTModel", "MarianConfig", {**_BART, "scale_embedding": True, "activation_function": "swish"}),
+    "pegasus": Case("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "scale_embedding": True}),
+    "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
+}
+_OWN_HEAD = {"t5_flan"}
 
 
 def _for(name: str, fields: Mapping[str, Any], ending: str, **more: Any) -> Case:
@@ -477,6 +574,8 @@ HEADS: dict[str, Case] = {
     "mpnet_spans": Case("MPNetForQuestionAnswering", "MPNetConfig", {**_MPNET, "num_labels": 2}),
     "mpnet_masks": Case("MPNetForMaskedLM", "MPNetConfig", _MPNET),
     "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
+    "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
+    "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
     "distilbert_choices": Case("DistilBertForMultipleChoice", "DistilBertConfig", _DISTIL),
 }
 """Heads for tasks other than those above."""
@@ -484,7 +583,7 @@ HEADS: dict[str, Case] = {
 
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
-    case = {**DECODERS, **ENCODERS, **HEADS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -496,6 +595,10 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
         else:
             value = centred + 0.3 * noise
         parameter.data.copy_(value)
+    if name in _OWN_HEAD:
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(model.lm_head.weight.shape, generator=generator))
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator))
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
@@ -508,7 +611,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
     """
-    case = {**DECODERS, **ENCODERS, **HEADS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )

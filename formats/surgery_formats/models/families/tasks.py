@@ -52,6 +52,7 @@ _CLASSES = (
 _PRETRAINED = (
     *("lm_head", "cls", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
     *("predictions", "sop_classifier", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
+    *("lm_predictions", "mask_predictions"),
 )
 _TRAINED = ("classifier", "pre_classifier", "qa_outputs", "score")
 
@@ -85,6 +86,8 @@ def asked_task(settings: ModelSettings, known: Sequence[str], what: str) -> str:
 def task_of(model: Model) -> str:
     """The task of a recipe, by its head."""
     match model.head:
+        case LanguageHead() if model.encoder is not None:
+            return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
         case ClassifierHead():
@@ -147,7 +150,7 @@ def head_names(head: Head) -> set[str]:
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
-    norm = head.norm if isinstance(head, LanguageHead) else None
+    norm = head.norm if isinstance(head, LanguageHead | ClassifierHead) else None
     return (names | ({norm.weight, norm.bias} if norm else set())) - {""}
 
 
