@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import *  # noqa: F403
+
+# onnxruntime 1.29 and later sends data about its use, unless this is set before it is imported, and starts a thread for it,
+# after which no process can be forked. Nothing here sends anything (docs/guarantees.md); who wants it sets 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from surgery_formats.adapters.registry import read_adapter as read_adapter

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from surgery_formats.fast_casts import fast_cast
+
 if TYPE_CHECKING:
     import numpy
 
 __all__ = ["are_finite", "narrow", "widen"]
 
 _PIECE = 1 << 18  # elements; smaller pieces gain nothing, and threads wait for each other between their steps
-_LARGEST = 65504.0
 _INF = 0x7C00
 _SIGN = 0x8000
-_EXPONENT, _SMALLEST = 0x7F800000, 0x38800000  # of float32: the mask, and 2^-14
 _BIASES = 2.0**112  # the exponents of the two types differ by 112
 
 
@@ -39,6 +39,10 @@ def widen(values: numpy.ndarray, out: numpy.ndarray) -> None:
     if not are_finite(values):
         np.copyto(out, values)
         return
+    cast = fast_cast("widen", values.size)
+    if cast is not None:
+        cast(values, out)
+        return
     for start in range(0, values.size, _PIECE):
         piece = out[start : start + _PIECE]
         bits = piece.view(np.int32)
@@ -52,28 +56,9 @@ def narrow(values: numpy.ndarray, out: numpy.ndarray) -> None:
     """float32 into float16, rounded to nearest even; both flat and contiguous."""
     import numpy as np
 
-    if not float(np.dot(values, values)) < _LARGEST**2:  # some value may overflow, or be no number
-        np.copyto(out, values, casting="unsafe")
-        return
-    size = min(_PIECE, values.size)
-    power, rounded = np.empty(size, np.uint32), np.empty(size, np.float32)
-    sign, smallest = np.empty(size, np.uint16), np.full(size, _SMALLEST, np.uint32)
-    for start in range(0, values.size, _PIECE):
-        piece, target = values[start : start + _PIECE], out[start : start + _PIECE].view(np.uint16)
-        count = piece.size
-        bits, big, near = piece.view(np.uint32), power[:count], rounded[:count]
-        # Adding 1.5 * 2^(e + 13) to a number of exponent e pushes out the 13 bits that float16 lacks; the processor
-        # rounds to nearest even. Below 2^-14, where float16 is subnormal, e stays -14.
-        np.bitwise_and(bits, _EXPONENT, out=big)
-        np.maximum(big, smallest[:count], out=big)
-        big += (13 << 23) + (1 << 22)
-        np.add(piece, big.view(np.float32), out=near)
-        near -= big.view(np.float32)
-        near *= np.float32(1 / _BIASES)
-        exact = near.view(np.uint32)
-        exact >>= 13
-        np.copyto(target, exact, casting="unsafe")
-        np.right_shift(bits, 16, out=big)
-        np.copyto(sign[:count], big, casting="unsafe")
-        sign &= _SIGN
-        target |= sign[:count]
+    cast = fast_cast("narrow", values.size)
+    if cast is not None:
+        cast(values, out)
+        if are_finite(out):  # a NaN would have another payload
+            return
+    np.copyto(out, values, casting="unsafe")

@@ -67,7 +67,7 @@ def key_values(adapter: Adapter | None, text: str | None, base: Checkpoint, dtyp
     """
     component = base.main
     model = model_of(component.config, component.parameters.keys())
-    if model.kind != "decoder":
+    if not model.generates:
         raise FitError("an encoder has no cache", file=component.folder)
     if adapter is not None:
         if adapter.updates and adapter.prompt is not None:

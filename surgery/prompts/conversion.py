@@ -163,7 +163,7 @@ def _as_prefix(adapter: Adapter, prompt: SoftPrompt, known: tuple[Component, Mod
     base, model = known
     check_prompt(prompt, model)
     sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in model.layers}
-    if model.kind != "decoder" or len(sizes) != 1:
+    if not model.generates or len(sizes) != 1:
         raise FitError("only decoders whose layers have the same heads take a prefix", file=base.folder)
     ((heads, dim),) = sizes
     rows = Prompt("prompt", prompt.kind, prompt.virtual_tokens, adapter, table_of(prompt))

@@ -43,7 +43,7 @@ def effect_report(
     check_positions(adapter, prompt)
     reference = open_reference(component)
     check_prompt(prompt, reference.model)
-    if reference.model.kind != "decoder":
+    if not reference.model.generates:
         raise FitError("what a token does is seen in the next token, and an encoder has none", file=component.folder)
     vocabulary = None if prompt.prefix is not None else vocabulary_of(component, prompt)
     subject, nearest = _subject(prompt, reference, vocabulary)

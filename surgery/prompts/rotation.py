@@ -38,14 +38,19 @@ def turned_keys(table: np.ndarray, model: Model, positions: int) -> np.ndarray:
         if attention.window is not None:
             raise FitError("the model looks at a window, in which the two programs count a prefix differently")
         angles = frequencies(rope).usual.astype(np.float64) * positions
-        if rope.interleaved or attention.latent is not None:
+        if attention.latent is not None or attention.norm_after_rope or attention.query_scale is not None:
             raise FitError(
-                "keys of this model's kind of rotary positions cannot be turned: the pairs are not halves of a head"
+                "keys of this model cannot be turned: rotation is not all that their scores know of their position"
             )
         half = rope.dims // 2
         keys = pairs[:, number, 0]
-        one, two = keys[..., :half].copy(), keys[..., half : rope.dims].copy()
-        keys[..., :half] = one * np.cos(angles) - two * np.sin(angles)
-        keys[..., half : rope.dims] = two * np.cos(angles) + one * np.sin(angles)
+        low, high = (
+            (slice(0, rope.dims, 2), slice(1, rope.dims, 2))
+            if rope.interleaved
+            else (slice(half), slice(half, rope.dims))
+        )
+        one, two = keys[..., low].copy(), keys[..., high].copy()
+        keys[..., low] = one * np.cos(angles) - two * np.sin(angles)
+        keys[..., high] = two * np.cos(angles) + one * np.sin(angles)
     turned: np.ndarray = pairs.reshape(len(table), -1).astype(np.float32)
     return turned

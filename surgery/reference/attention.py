@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
-from surgery_formats.models.families.recipe import Attention, Latent, Rope
+from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Projection, Rope
 
-__all__ = ["Mask", "Watch", "attend"]
+__all__ = ["Mask", "Watch", "attend", "attend_to"]
 
 Watch = Callable[[torch.Tensor], None]
 
@@ -53,6 +54,14 @@ class Mask:
         return visible[:, None]
 
 
+def linear_bias(alibi: Alibi, places: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of each key, ``(B, heads, T)``, float64."""
+    slopes, keys = torch.tensor(alibi.slopes, dtype=torch.float64)[:, None], places[:, None].double()
+    if alibi.rounded:
+        return (slopes.bfloat16().double() * keys.bfloat16().double()).bfloat16().double() * alibi.scale
+    return slopes * keys * alibi.scale
+
+
 def attend(
     values: torch.Tensor,
     attention: Attention,
@@ -64,7 +73,6 @@ def attend(
 
     `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
-    batch, count = values.shape[:2]
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
         cos, sin = angles(attention.rope, mask.positions, values.dtype)
@@ -72,18 +80,64 @@ def attend(
             q, k = (rotate(part, attention.rope, cos, sin) for part in (q, k))
         else:
             q, k = (_rotate_last(part, attention.rope, cos, sin) for part in (q, k))
+    if attention.norm_after_rope:
+        q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
+    if attention.query_scale is not None:
+        periods = mask.positions // attention.query_scale.period
+        q = q * (1 + attention.query_scale.beta * torch.log1p(periods.to(q.dtype)))[:, None, :, None]
     if past is not None:
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    added = None
+    if attention.alibi is not None:
+        bias = linear_bias(attention.alibi, mask.places).to(q.dtype)
+        added = bias.reshape(len(bias), attention.kv_heads, attention.heads // attention.kv_heads, 1, -1)
+    return _mixed(q, k, v, attention, load, mask.allowed(attention.window), added, mask.watch), (k, v)
+
+
+def attend_to(
+    values: torch.Tensor, encoded: torch.Tensor, real: torch.Tensor, attention: Attention, load: Load
+) -> torch.Tensor:
+    """Attention of `values` ``(B, S, D)`` to an encoder's result ``(B, E, D)``, of which `real` ``(B, E)`` is no padding."""
+
+    def heads(source: torch.Tensor, projection: Projection, number: int) -> torch.Tensor:
+        flat = project(source, projection, load)
+        return flat.reshape(*source.shape[:2], number, attention.head_dim).transpose(1, 2)
+
+    q = heads(values, attention.inputs[0], attention.heads)
+    k, v = (heads(encoded, projection, attention.kv_heads) for projection in attention.inputs[1:])
+    visible = real[:, None, None].expand(-1, 1, values.shape[1], -1)
+    return _mixed(q, k, v, attention, load, visible)
+
+
+def _mixed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention: Attention,
+    load: Load,
+    visible: torch.Tensor,
+    added: torch.Tensor | None = None,
+    watch: Watch | None = None,
+) -> torch.Tensor:
+    """What queries ``(B, heads, S, head_dim)`` make of keys and values, projected; `visible` is ``(B, 1, S, T)``.
+
+    `added` is a bias of the scores ``(B, kv_heads, group, S, T)``.
+    """
+    batch, count = q.shape[0], q.shape[2]
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
-    scores = grouped @ k[:, :, None].transpose(-1, -2) * attention.scale
+    scores = grouped @ k[:, :, None].transpose(-1, -2)
+    if attention.disentangled is not None:
+        scores = scores + distance_scores(attention.disentangled, q, k, load)[:, :, None]
+    scores = scores * attention.scale
     if attention.bias is not None:
         bias = relative_bias(attention.bias, count, k.shape[2], load)
         scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    allowed = mask.allowed(attention.window)[:, :, None]
-    scores = torch.where(allowed, scores, -torch.inf)
+    if added is not None:
+        scores = scores + added
+    scores = torch.where(visible[:, :, None], scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     sinks = None
     if attention.sinks:
@@ -95,13 +149,13 @@ def attend(
     if sinks is not None:
         total = total + (sinks - top).exp()
     weights = weights / torch.where(total == 0, 1.0, total)  # padding that sees no key gets zeros
-    if mask.watch is not None:
-        mask.watch(weights)
+    if watch is not None:
+        watch(weights)
     mixed = weights @ v[:, :, None]
     mixed = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2)
     if attention.latent is not None:
         mixed = mixed[..., : attention.latent.values]
-    return project(mixed.reshape(batch, count, -1), attention.output, load), (k, v)
+    return project(mixed.reshape(batch, count, -1), attention.output, load)
 
 
 def _rotate_last(values: torch.Tensor, rope: Rope, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -135,17 +189,22 @@ def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torc
         return _latent_heads(values, attention, attention.latent, load)
     dim, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
     projected = [project(values, projection, load) for projection in attention.inputs]
+    if attention.clip is not None:
+        projected = [part.clamp(-attention.clip, attention.clip) for part in projected]
     if attention.layout == "separate":
         q, k, v = projected
     elif attention.layout == "concatenated":
         q, k, v = torch.split(projected[0], [heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    elif attention.layout == "by_group":
+        groups = projected[0].reshape(batch, count, kv_heads, heads // kv_heads + 2, dim)
+        q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
     else:
         q, k, v = projected[0].reshape(batch, count, heads, 3, dim).unbind(3)
     if attention.norm_over == "width":
         q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
     q = q.reshape(batch, count, heads, dim)
     k = k.reshape(batch, count, kv_heads, dim)
-    if attention.norm_over != "width":
+    if attention.norm_over != "width" and not attention.norm_after_rope:
         per_head = attention.norm_over == "heads"
         q = normalise(q, attention.q_norm, load, heads if per_head else 0)
         k = normalise(k, attention.k_norm, load, kv_heads if per_head else 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from surgery.reference.primitives import Load, activate, project
+from surgery.reference.primitives import Load, activate, project, xielu
 from surgery_formats.models.families.recipe import MLP, Experts
 
 __all__ = ["transform"]
@@ -18,6 +18,8 @@ def transform(values: torch.Tensor, record: MLP | Experts, load: Load) -> torch.
 
 def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
     projected = [project(values, projection, load) for projection in mlp.inputs]
+    if mlp.activation == "xielu":
+        return project(xielu(projected[0], mlp.shape, load), mlp.output, load)
     if not mlp.gated:
         return project(activate(projected[0], mlp.activation), mlp.output, load)
     if len(projected) == 1:

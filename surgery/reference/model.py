@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from surgery.engine.plan import Plan
-from surgery.reference.attention import Mask, Watch, attend
+from surgery.reference.attention import Mask, Watch, attend, attend_to
+from surgery.reference.disentangled import convolve
 from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
-from surgery.reference.primitives import Load, activate, normalise, project
+from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
@@ -25,9 +27,20 @@ from surgery_formats.models.families.recipe import (
     LanguageHead,
     Layer,
     Model,
+    SpanHead,
 )
 
-__all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
+__all__ = [
+    "Cache",
+    "Encoded",
+    "Output",
+    "Reference",
+    "encode",
+    "forward",
+    "open_reference",
+    "prefix_cache",
+    "prompt_cache",
+]
 
 _BLOCK = 1 << 24  # elements of the head's matrix per step
 
@@ -76,31 +89,48 @@ class Output:
     """The results of a call.
 
     Attributes:
-        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)``, depending on the head; for a bare encoder the last
-            hidden state ``(B, S, D)``.
+        logits: ``(B, S, V)``, ``(B, labels)`` or ``(B, S, labels)``, depending on the head; without a head the last hidden
+            state ``(B, S, D)``, of spans where they begin ``(B, S)``.
         cache: The cache of a decoder, including the tokens of this call.
-        pooled: ``(B, D)`` of an encoder with a pooler.
+        outputs: All outputs by the names that graphs have for them.
     """
 
     logits: torch.Tensor
     cache: Cache
-    pooled: torch.Tensor | None = None
+    outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def open_reference(component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32) -> Reference:
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder makes of its input.
+
+    Attributes:
+        values: ``(B, E, D)``.
+        real: ``(B, E)``: which of these are not padding.
+    """
+
+    values: torch.Tensor
+    real: torch.Tensor
+
+
+def open_reference(
+    component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32, task: str = ""
+) -> Reference:
     """Open the reference of a checkpoint's network, or of the network that `plan` would write.
+
+    `task` is what the model is used for; by default what it was saved for.
 
     Raises:
         FitError: no recipe for the model.
     """
     if plan is None:
         weights = stored_weights(component)
-        return Reference(model_of(component.config, weights.names), weights, dtype)
+        return Reference(model_of(component.config, weights.names, task), weights, dtype)
     weights = planned_weights(plan, component.name)
     name = f"{component.name}/config.json" if component.name else "config.json"
     rewritten = next((file.data for file in plan.side_files if file.name == name and file.data), b"")
     config = json.loads(rewritten) if rewritten else component.config
-    return Reference(model_of(config, weights.names), weights, dtype)
+    return Reference(model_of(config, weights.names, task), weights, dtype)
 
 
 @torch.no_grad()
@@ -114,6 +144,7 @@ def forward(
     types: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     watch: Watch | None = None,
+    encoded: Encoded | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -127,6 +158,7 @@ def forward(
         types: ``(B, S)``: token types; None for 0.
         hidden: ``(B, T)``: which past and new tokens nobody sees, although they keep their positions; None for none.
         watch: Called by every layer with its attention weights, see `Mask`.
+        encoded: What the layers of an encoder-decoder's decoder look at besides, see `encode`.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
@@ -145,13 +177,53 @@ def forward(
         reference, ids, virtual, types, _rows(model.embedding, ids, real_new, places[:, offset:], positions, front)
     )
     mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
+    values, caches = _run_layers(reference, values, mask, past, encoded)
+    logits, outputs = _head(reference, values, ids, real_new)
+    return Output(logits, Cache(caches, real_all), outputs)
+
+
+def _run_layers(
+    reference: Reference, values: torch.Tensor, mask: Mask, past: Cache | None, encoded: Encoded | None
+) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
     caches = []
-    for index, layer in enumerate(model.layers):
-        values, cache = run_layer(values, layer, reference.load, mask, None if past is None else past.layers[index])
+    for index, layer in enumerate(reference.model.layers):
+        before = None if past is None else past.layers[index]
+        first = values
+        values, cache = run_layer(values, layer, reference.load, mask, before, encoded)
+        if index == 0 and reference.model.convolution is not None:
+            real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
+            values = convolve(reference.model.convolution, first, values, real, reference.load)
         caches.append(cache)
-    values = normalise(values, model.final_norm, reference.load)
-    logits, pooled = _head(reference, values)
-    return Output(logits, Cache(tuple(caches), real_all), pooled)
+    return normalise(values, reference.model.final_norm, reference.load), tuple(caches)
+
+
+@torch.no_grad()
+def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None = None) -> Encoded:
+    """Run the encoder of an encoder-decoder, `reference`.
+
+    Args:
+        reference: The pair.
+        source: Token ids ``(B, E)``, or a spectrogram ``(B, bins, frames)``.
+        real: ``(B, E)``: which tokens are no padding; None for all.
+
+    Raises:
+        FitError: not a pair; see `forward`.
+    """
+    if reference.model.encoder is None:
+        raise FitError("not an encoder-decoder")
+    half = replace(reference, model=reference.model.encoder)
+    stem = half.model.embedding.stem
+    if stem is None:
+        output = forward(half, source, real=real).logits
+        return Encoded(output, torch.ones_like(source, dtype=torch.bool) if real is None else real.bool())
+    values = source.to(half.dtype)
+    for step in stem.convolutions:
+        values = convolve_time(values, step, half.load)
+    values = values.transpose(1, 2) + half.load(half.model.embedding.positions)
+    everything = torch.ones(values.shape[:2], dtype=torch.bool)
+    places = torch.arange(values.shape[1]).expand(len(values), -1)
+    values, _ = _run_layers(half, values, Mask(everything, places, places, causal=False), None, None)
+    return Encoded(values, everything)
 
 
 def _rows(
@@ -195,6 +267,8 @@ def _embed(
         values = values + _lookup(reference, embedding.types, zero)
     if embedding.positions:
         values = values + _lookup(reference, embedding.positions, rows)
+    if embedding.sinusoid:
+        values = values + _sinusoid(rows, values.shape[-1], values.dtype)
     values = _widened(reference, values, "sum")
     values = normalise(values, embedding.norm, reference.load)
     values = _widened(reference, values, "norm")
@@ -228,21 +302,62 @@ def _lookup(
     return table.to(reference.dtype)[index] * factor.to(reference.dtype)
 
 
-def _head(reference: Reference, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _sinusoid(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sines, then cosines, of the positions `rows`, slower from pair to pair (arXiv:1706.03762 section 3.5)."""
+    pairs = torch.arange(width, dtype=torch.float64)
+    turns = rows[..., None].double() / 10000 ** (2 * (pairs // 2) / width)
+    return torch.cat((turns[..., 0::2].sin(), turns[..., 1::2].cos()), dim=-1).to(dtype)
+
+
+def _head(
+    reference: Reference, values: torch.Tensor, ids: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The logits, and all outputs of a model that does not generate, by name; `real` are the tokens that are no padding."""
     head, load = reference.model.head, reference.load
     if isinstance(head, HiddenHead):
-        return values, None if head.pooler is None else torch.tanh(project(values[:, 0], head.pooler, load))
+        pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
+        return values, {"last_hidden_state": values, **pooled}
+    if isinstance(head, SpanHead):
+        start, end = project(values, head.projection, load).unbind(-1)
+        return start, {"start_logits": start, "end_logits": end}
     if isinstance(head, ClassifierHead):
-        values = values[:, 0] if head.tokens == "first" else values
-        for step, activation in head.steps:
+        if head.tokens in ("first", "last"):
+            values = values[torch.arange(len(values)), _places(head, ids, values)]
+        for index, (step, activation) in enumerate(head.steps):
+            if head.tokens == "mean" and index == head.early:
+                values = torch.stack([row[tokens].mean(0) for row, tokens in zip(values, real, strict=True)])
+            if step is head.steps[-1][0]:
+                values = normalise(values, head.norm, load)
             values = activate(project(values, step, load), activation)
-        return values, None
-    return _logits(reference, values, head), None
+        return values, {"logits": values}
+    logits = _logits(reference, values, head)
+    return logits, {"logits": logits}
+
+
+def _places(head: ClassifierHead, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The place in each row, virtual tokens counted, of the token whose state is classified.
+
+    Raises:
+        FitError: several rows without a padding token.
+    """
+    rows, width = values.shape[:2]
+    if head.tokens == "first":
+        return torch.zeros(rows, dtype=torch.long)
+    if head.padding_token is None:
+        if rows > 1:
+            raise FitError(
+                "several rows, but the model has no pad_token_id to tell where each ends", file="config.json"
+            )
+        return torch.full((rows,), width - 1)
+    front = width - ids.shape[1]
+    found = [[place for place, token in enumerate(row) if token != head.padding_token] for row in ids.tolist()]
+    return torch.tensor([front + row[-1] if row else max(0, front - 1) for row in found])
 
 
 def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> torch.Tensor:
     if head.before is not None:
-        values = project(values, head.before, reference.load)
+        values = activate(project(values, head.before, reference.load), head.activation)
+    values = normalise(values, head.norm, reference.load)
     for network in reversed(head.inverted):
         values = uncouple(values, network, reference.load)
     output = head.projection
@@ -257,6 +372,8 @@ def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> t
     if output.bias:
         logits = logits + reference.load(output.bias)
     logits = logits / head.divisor
+    if head.bias:
+        logits = logits + reference.load(head.bias)
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -302,6 +419,7 @@ def run_layer(
     load: Load,
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
+    encoded: Encoded | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """One layer of `values`, ``(B, S, D)``, and keys and values of all tokens so far.
 
@@ -316,5 +434,12 @@ def run_layer(
         added = normalise(transform(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
         return _residual(values, attended, first, load, real) + added, cache
     values = _residual(values, attended, first, load, real)
+    if layer.cross is not None:
+        if encoded is None:
+            raise FitError("the decoder of an encoder-decoder looks at an encoder's result")
+        branch = layer.cross.branch
+        seen = normalise(values, branch.before, load)
+        seen = attend_to(seen, encoded.values, encoded.real, layer.cross.attention, load)
+        values = _residual(values, seen, branch, load, real)
     transformed = transform(normalise(values, second.before, load), layer.mlp, load)
     return _residual(values, transformed, second, load, real), cache

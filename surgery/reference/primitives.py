@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Activation, Norm, Projection
+from surgery_formats.models.families.recipe import Activation, Norm, Projection, TimeConvolution
 
-__all__ = ["Load", "activate", "normalise", "project"]
+__all__ = ["Load", "activate", "convolve_time", "normalise", "project", "xielu"]
 
 Load = Callable[[str], torch.Tensor]
 """Loads a whole tensor by name, in the precision of the reference."""
@@ -30,6 +30,14 @@ def project(values: torch.Tensor, projection: Projection, load: Load) -> torch.T
     return result if bias is None else result + bias
 
 
+def convolve_time(values: torch.Tensor, step: TimeConvolution, load: Load) -> torch.Tensor:
+    """A convolution over time of ``(B, inputs, frames)``, window by window, then GELU."""
+    padded = torch.nn.functional.pad(values, (1, 1))
+    windows = padded.unfold(2, step.kernel, step.stride)
+    result = torch.einsum("bifk,oik->bof", windows, load(step.weight)) + load(step.bias)[:, None]
+    return activate(result, "gelu")
+
+
 def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 0) -> torch.Tensor:
     """Apply `norm` over the last axis; `values` are ``(..., heads, dim)`` if every head has its own parameters."""
     if norm is None:
@@ -44,7 +52,9 @@ def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 
 
 
 def _of_heads(name: str, heads: int, load: Load) -> torch.Tensor:
-    """The parameter `name`, or ``(heads, dim)`` with one per head."""
+    """The parameter `name`, or ``(heads, dim)`` with one per head, from as many tensors or from a table."""
+    if "{h}" not in name:
+        return load(name)
     return torch.stack([load(name.format(h=head)) for head in range(heads)]) if heads else load(name)
 
 
@@ -56,6 +66,8 @@ def activate(values: torch.Tensor, kind: Activation | None) -> torch.Tensor:
         return values / (1 + torch.exp(-values))
     if kind == "relu":
         return values.clamp(min=0)
+    if kind == "relu2":
+        return values.clamp(min=0) ** 2
     if kind == "tanh":
         return torch.tanh(values)
     if kind == "sigmoid":
@@ -67,3 +79,11 @@ def activate(values: torch.Tensor, kind: Activation | None) -> torch.Tensor:
     if kind == "gelu":
         return values * (1 + torch.erf(values / math.sqrt(2))) / 2
     return values * (1 + torch.tanh(math.sqrt(2 / math.pi) * (values + 0.044715 * values**3))) / 2
+
+
+def xielu(values: torch.Tensor, module: str, load: Load) -> torch.Tensor:
+    """The activation of arXiv:2411.13010, equation 8, with the numbers of `module`, each stored before its softplus."""
+    alpha_p, alpha_n, beta, eps = (load(f"{module}.{name}") for name in ("alpha_p", "alpha_n", "beta", "eps"))
+    positive, negative = torch.log1p(torch.exp(alpha_p)), beta + torch.log1p(torch.exp(alpha_n))
+    below = negative * (torch.expm1(torch.minimum(values, eps)) - values)
+    return torch.where(values > 0, positive * values * values, below) + beta * values

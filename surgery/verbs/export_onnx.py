@@ -33,10 +33,13 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.tasks import check_task
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
     from surgery.onnx.export.slots import Swappable
+    from surgery.onnx.export.weight_coding import WeightCoding
     from surgery_formats.binding.bind import Binding
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -48,6 +51,7 @@ def export_onnx(
     adapters: AdaptersLike = (),
     *,
     output: StrPath,
+    task: str | None = None,
     merge: AdaptersLike = (),
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
@@ -58,7 +62,17 @@ def export_onnx(
     target: str = "cpu",
     dtype: str = "auto",
     weights: str = "auto",
+    weights_type: str = "stored",
+    block: int = 32,
+    symmetric: bool = True,
+    scales: str = "minmax",
+    rounding: str | None = None,
+    calibration: StrPath | None = None,
+    embeddings: str = "auto",
+    head: str = "auto",
     max_length: int | None = None,
+    position_ids: bool = False,
+    logits: str = "auto",
     opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
@@ -71,6 +85,8 @@ def export_onnx(
         adapters: One or several, as `surgery.merge` takes them: soft prompts go in front, bottlenecks and invertible adapters
             are inserted, all others are merged.
         output: Folder to make, or the base's own, to which files are only added.
+        task: What the graph is for, as the Hub names it: ``text-classification``, ``feature-extraction`` ...; None for what
+            the model was saved for.
         merge: Adapters to merge, with or without weights.
         swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
             hold in full are inputs too.
@@ -85,7 +101,19 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+        block: Of codes: inputs that share a scale, 32, 64 or 128.
+        symmetric: Of codes: no zero points are stored.
+        scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
+        rounding: Of codes: ``feedback`` (the default) makes up for errors along the inputs of `calibration`, or those that a
+            merged adapter listens to; ``nearest``.
+        calibration: Of codes: a file of inputs (docs/extraction.md).
+        embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
+        head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         max_length: Longest sequence; None for as long as the model was made for.
+        position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
+        logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
+            ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
@@ -108,9 +136,31 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
-    binding, merged = _merged(checkpoint, roles, full=merge_to == "full")
-    assembly = _assembly(checkpoint, roles, merged, target, dtype, max_length, tuple(as_list(bake_prompt)), prompt_form)
+    coding = None
+    if weights_type != "stored" or _about_codes(block, symmetric, scales, rounding, calibration, embeddings, head):
+        from surgery.onnx.export.weight_coding import weight_coding
+
+        coding = weight_coding(
+            weights_type,
+            block=block,
+            symmetric=symmetric,
+            scales=scales,
+            rounding=rounding,
+            calibration=calibration,
+            embeddings=embeddings,
+            head=head,
+        )
+    if coding is not None:
+        merge_to = "full"  # all weights are written
+    check_task(task)
+    full = merge_to == "full"
+    binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
+    texts: tuple[str, ...] = tuple(as_list(bake_prompt))
+    assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
     assembly = _with_required(assembly, required)
+    if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
+        assembly = replace(assembly, options=replace(assembly.options, prefill=False))
+    assembly = _with_logits(_with_positions(assembly, position_ids), logits)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
@@ -162,30 +212,47 @@ def export_onnx(
     )
 
 
-def _merged(checkpoint: Checkpoint, roles: AdapterRoles, *, full: bool) -> tuple[Binding | None, MergedWeights | None]:
+def _about_codes(*given: object) -> bool:
+    return given != (32, True, "minmax", None, None, "auto", "auto")
+
+
+def _merged(
+    checkpoint: Checkpoint,
+    roles: AdapterRoles,
+    task: str,
+    *,
+    full: bool,
+    coding: WeightCoding | None,
+    io: tuple[str, str],
+) -> tuple[Binding | None, MergedWeights | None]:
     """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
 
     Imports only what is needed: adapters would cost a plain export as much as all the rest.
     """
     checkpoint.main.check_read()
     coded = checkpoint.is_quantised or any(shard.container == "gguf" for shard in checkpoint.main.shards)
-    if not roles.adapters and not coded:
+    if not roles.adapters and not coded and coding is None:
         return None, None
     from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 
     check_base_id(checkpoint, roles.adapters)
-    if not (pairs := roles.merged) and not coded:
+    if not (pairs := roles.merged) and not coded and coding is None:
         return None, None
     binding = bind(pairs, checkpoint, new_biases=True)
-    return binding, merged_weights(binding, "full" if full else "delta")
+    if coding is not None:
+        from surgery.onnx.export.coded_plan import coded_weights
+
+        return binding, coded_weights(binding, coding, task, io_type(*io, checkpoint.main.dtype))
+    return binding, merged_weights(binding, "full" if full else "delta", task)
 
 
 def _assembly(
     checkpoint: Checkpoint,
     roles: AdapterRoles,
     merged: MergedWeights | None,
+    task: str,
     target: str,
     dtype: str,
     max_length: int | None,
@@ -195,16 +262,21 @@ def _assembly(
     component = merged.component if merged else checkpoint.main
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
-    model = merged.model if merged else model_of(component.config, frozenset(component.parameters))
+    model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if model.kind != "decoder":
-            raise FitError("a text has nothing to be read into: this model has no cache")
+        if not model.generates or model.encoder is not None:
+            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     slots, given = _slots(checkpoint, roles, model), component
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides)
+    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
+        raise FitError(
+            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
+        )
+    coded = merged.coded if merged else {}
+    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:
@@ -214,7 +286,7 @@ def _assembly(
     if any(adapter.replaced for adapter in slots):
         from surgery.onnx.export.replaced import headed
 
-        component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots])
+        component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots], task)
     return Assembly(
         component, model, options, roles, slots, tuple(prompts), form, component.config != given.config, baked
     )
@@ -237,6 +309,36 @@ def _with_required(assembly: Assembly, required: bool) -> Assembly:
             hint="without `required=`, or merge it",
         )
     return replace(assembly, options=replace(assembly.options, required=True))
+
+
+def _with_logits(assembly: Assembly, asked: str) -> Assembly:
+    """The same with a choice of positions whose logits are computed, if that is asked for, or the default of the target.
+
+    Raises:
+        FitError: no such choice, or a model that does not generate.
+    """
+    if asked not in ("auto", "all", "input"):
+        raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
+    if asked == "input" and not assembly.model.generates:
+        raise FitError("only a model that generates has logits of the next token to choose from")
+    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
+    return replace(assembly, options=replace(assembly.options, keep_logits=keep))
+
+
+def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
+    """The same with positions as an input, if that is asked for.
+
+    Raises:
+        FitError: an encoder; a soft prompt, whose tokens clients do not count.
+    """
+    if asked and assembly.model.encoder is not None:
+        raise FitError(
+            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
+        )
+    if asked and (not assembly.model.generates or assembly.prompts):
+        what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
+        raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
+    return replace(assembly, options=replace(assembly.options, position_ids=asked))
 
 
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
@@ -342,7 +444,7 @@ def _id(draft: GraphSet, assembly: Assembly) -> str:
 def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
     contract, warnings = draft.contract, []
-    if contract.kind != "decoder":
+    if contract.kind != "decoder" or contract.encoder:
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ TOLERANCE = 1e-4
 SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 _GRAPH = "model.onnx"
+_RECORDED = 1e-3
+"""Share by which an error of codes may differ from what was written down."""
+_STORED = 2.0**-8
+"""What a merge adds to it that stores bf16 in between."""
 _PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
@@ -290,6 +295,9 @@ def _graphs(
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles))
+    if main.contract.quantised:
+        checks.append(_codes(where, main, base, roles))
+        notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
     else:
@@ -297,6 +305,61 @@ def _graphs(
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
         checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
+
+
+def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:
+    """What the codes of a graph stand for, against the base and what is merged into it.
+
+    Raises:
+        ProofError: they are farther from it than was written down.
+    """
+    from surgery.engine.merge.merge_plan import plan_merge
+    from surgery.reference.weights import planned_weights
+    from surgery.verification.coded_weights import coded_reference, stored_errors
+    from surgery_formats.binding.bind import bind
+
+    bits = sorted({entry["bits"] for entry in graph.contract.quantised})
+    number = sum(len(entry["weights"]) for entry in graph.contract.quantised)
+    said = f"{number} weights of {' and '.join(map(str, bits))} bits"
+    if base is None:
+        return Check("quantised weights", said)
+    errors = stored_errors(
+        coded_reference(graph), planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
+    )
+    recorded = _recorded_errors(where)
+    for found in errors:
+        limit = recorded.get(found.name)
+        allowed = math.hypot(limit or 0.0, _STORED if roles.merged else 0.0) * (1 + _RECORDED)
+        if limit is not None and not found.relative <= allowed + _RECORDED**2:
+            raise ProofError(
+                f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down",
+                file=graph.path,
+                tensor=found.name,
+                hint="`against=` names another base, or the adapters that were merged are not named",
+            )
+    total = math.sqrt(sum(e.error for e in errors) / max(sum(e.energy for e in errors), 1e-300))
+    worst = max(errors, key=lambda each: each.relative)
+    return Check(
+        "quantised weights", f"{said}: error {total:.3g} of the base, at most {worst.relative:.3g} ({worst.name})"
+    )
+
+
+def _recorded_errors(where: Path) -> dict[str, float]:
+    """Errors of weights as the manifest's ledger has them."""
+    source = where / MANIFEST
+    ledger = read_object(source, INDEX_LIMIT).get("ledger") if source.exists() else None
+    tensors = ledger.get("tensors") if isinstance(ledger, Mapping) else None
+    rows = tensors.values() if isinstance(tensors, Mapping) else ()
+    found = {}
+    for row in rows:
+        said = row.get("quantised") if isinstance(row, Mapping) else None
+        if (
+            isinstance(said, Mapping)
+            and isinstance(said.get("error"), float | int)
+            and isinstance(row.get("weight"), str)
+        ):
+            found[row["weight"]] = float(said["error"])
+    return found
 
 
 def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> list[str]:
@@ -319,26 +382,32 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
+    if contract.quantised and graph.weight_files:
+        from surgery.verification.coded_weights import coded_reference
+
+        return coded_reference(graph)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])
-        return open_reference(base.main, plan_merge(binding))
+        return open_reference(base.main, plan_merge(binding), task=contract.task)
     # of a quantised base, a graph has the values in 16 bits
     dequantised = plan_merge(bind([], base)) if base is not None and base.is_quantised else None
     if not graph.weight_files:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
-        return open_reference(base.main, dequantised)
+        return open_reference(base.main, dequantised, task=contract.task)
     in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
     if base is not None and (roles.insert or not in_files):
-        return open_reference(base.main, dequantised)
+        return open_reference(base.main, dequantised, task=contract.task)
     component = open_checkpoint(folder).main
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
     for file in graph.weight_files:
         if file.name not in known:  # what a merge changed lies in a file of its own
             tensors |= {tensor.name: tensor for tensor in open_shard(folder / file.name).tensors}
-    return Reference(model_of(component.config, tensors.keys()), tensor_weights(tensors, component.names))
+    return Reference(
+        model_of(component.config, tensors.keys(), contract.task), tensor_weights(tensors, component.names)
+    )
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
@@ -346,8 +415,9 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
     from surgery.verification.slots import random_slots
 
-    if graph.contract.kind != reference.model.kind:
-        raise ProofError(f"the graph is a {graph.contract.kind}, the model a {reference.model.kind}", file=graph.path)
+    kind = "decoder" if reference.model.generates else "encoder"
+    if graph.contract.kind != kind:
+        raise ProofError(f"the graph is a {graph.contract.kind}, the model a {kind}", file=graph.path)
     check_sizes(graph, reference.model)
     slots = random_slots(graph, reference)
     session, past, front = Session(graph), None, None

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.onnx.graph.contract import Contract
+from surgery.onnx.graph.contract import KEEP, Contract
 from surgery.reference import Cache, Reference, forward, prompt_cache
 from surgery.verification.inserted import is_gated
 from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.models.families.recipe import ClassifierHead, Model
+from surgery_formats.text import show
 
 __all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_prompt", "compare_slots"]
 
@@ -52,8 +54,8 @@ def _prompts(reference: Reference, contract: Contract, rows: int, steps: int) ->
     model = reference.model
     length = max(1, min(_PROMPT, contract.max_length - contract.virtual_tokens - steps))
     ids = np.random.default_rng(_SEED).integers(0, model.vocabulary, (rows, length))
-    if model.embedding.position_rule == "nonpad":
-        ids[ids == model.embedding.padding_token] = (model.embedding.padding_token + 1) % model.vocabulary
+    if (padding := _padding(model)) is not None:
+        ids[ids == padding] = (padding + 1) % model.vocabulary
     return ids, [max(1, length * (rows - row) // rows) for row in range(rows)]
 
 
@@ -78,6 +80,8 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
     yield from _generated(session, reference, ids[:1], np.ones((1, ids.shape[1]), bool), steps, default, "")
     if default is not None:  # several rows on top of a past are tested by the runner
         return
+    if KEEP in session.optional:
+        yield _last_positions(session, reference, ids[:1])
     for side in _sides(contract):
         real = _real(lengths, ids.shape[1], side)
         yield from _generated(session, reference, ids, real, steps, None, side)
@@ -158,6 +162,15 @@ def _in_two_parts(session: Session, reference: Reference, ids: Ids) -> LogitDiff
     return _measured(f"prefill of {len(ids)} rows on top of a past", outputs["logits"], expected)
 
 
+def _last_positions(session: Session, reference: Reference, ids: Ids) -> LogitDifference:
+    """Compare a prefill that computes the logits of its last positions alone."""
+    feed = {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64), **session.past(1)}
+    kept = min(2, ids.shape[1])
+    outputs = session.run({**feed, KEEP: np.array(kept)})
+    expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, -kept:]
+    return _measured(f"logits of the last {kept} positions", outputs["logits"], expected)
+
+
 def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:
     return session.run({"input_ids": ids, "attention_mask": mask, **past})
 
@@ -177,34 +190,49 @@ def compare_encoder(
 
     `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
     """
-    ids, lengths = _prompts(reference, session.contract, 3, 0)
-    embedding = reference.model.embedding
-    pad = embedding.padding_token if embedding.position_rule == "nonpad" else 0
-    for side in ("", *_sides(session.contract)):
+    head = reference.model.head
+    several = not (isinstance(head, ClassifierHead) and head.tokens == "last" and head.padding_token is None)
+    ids, lengths = _prompts(reference, session.contract, 3 if several else 1, 0)
+    choices = isinstance(head, ClassifierHead) and head.choices
+    for side in ("", *_sides(session.contract)) if several else ("",):
         real = _real(lengths, ids.shape[1], side) if side else np.ones(ids.shape, bool)
-        fed = np.where(real, ids, pad)
+        fed = np.where(real, ids, _padding(reference.model) or 0)
         feed = {"input_ids": fed, "attention_mask": real.astype(np.int64)}
         types = None
         if "token_type_ids" in session.inputs:
             types = (np.arange(ids.shape[1])[None] >= ids.shape[1] // 2).astype(np.int64).repeat(len(ids), 0)
             feed["token_type_ids"] = types
-        outputs = session.run(feed)
+        outputs = session.run({name: array[None] for name, array in feed.items()} if choices else feed)
         expected = forward(
             reference,
             torch.from_numpy(fed),
             real=torch.from_numpy(real),
             types=None if types is None else torch.from_numpy(types),
             virtual=front,
-        )
+        ).outputs
         padded = f", padded on the {side}" if side else ""
-        logits = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
-        expected_logits = expected.logits.numpy()
-        if logits.ndim == 3:
-            expected_logits = expected_logits if front is None else expected_logits[:, len(front) :]
-            logits, expected_logits = logits[real], expected_logits[real]
-        yield _measured(f"{len(ids)} rows{padded}", logits, expected_logits)
-        if expected.pooled is not None and "pooler_output" in outputs:
-            yield _measured(f"pooled output{padded}", outputs["pooler_output"], expected.pooled.numpy())
+        for name in outputs:
+            if name not in expected:
+                raise ProofError(f"the model has no output '{show(name, 60)}'")
+            computed, wanted = outputs[name], expected[name].numpy()
+            if choices:
+                computed = computed.T
+            if _PER_TOKEN.get(name, computed.ndim == 3):
+                wanted = wanted if front is None else wanted[:, len(front) :]
+                computed, wanted = computed[real], wanted[real]
+            said = _CALLED.get(name, f"{name.replace('_', ' ')} of ") + f"{len(ids)} rows"
+            yield _measured(f"{said}{padded}", computed, wanted)
+
+
+_PER_TOKEN = {"start_logits": True, "end_logits": True}
+_CALLED = {"logits": "", "last_hidden_state": "", "pooler_output": "pooled output of "}
+
+
+def _padding(model: Model) -> int | None:
+    """The token that the model itself takes for padding, if any."""
+    if isinstance(model.head, ClassifierHead) and model.head.tokens == "last":
+        return model.head.padding_token
+    return model.embedding.padding_token if model.embedding.position_rule == "nonpad" else None
 
 
 def _measured(name: str, computed: Ids, expected: Ids, wrong: int = 0) -> LogitDifference:

@@ -142,7 +142,7 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
     """
     contract = graph.contract
     expected: dict[str, Any] = {"vocabulary": model.vocabulary}
-    if model.kind == "decoder":
+    if model.generates:
         attention = [layer.attention for layer in model.layers]
         ropes = [layer.rope.parameters for layer in attention if layer.rope is not None]
         switches = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope["rope_type"] == "longrope"]
@@ -212,6 +212,7 @@ class Session:
             raise self._refused(error) from error
         ports = self._session.get_inputs()
         self.inputs = {port.name for port in ports}
+        self.optional = {port.name for port in self._session.get_overridable_initializers()}
         factors = {name for slot in self.contract.slots for name in (slot.A, slot.B)}
         empty = ([size if isinstance(size, int) else 0 for size in port.shape] for port in ports)
         self.slot_arrays = {
@@ -230,10 +231,19 @@ class Session:
         Raises:
             ProofError: onnxruntime fails.
         """
+        if "position_ids" in self.inputs:
+            feed = {**feed, "position_ids": self._positions(feed)}
         try:
             return dict(zip(self._outputs, self._session.run(None, {**self.slot_arrays, **feed}), strict=True))
         except Exception as error:
             raise self._refused(error) from error
+
+    def _positions(self, feed: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+        """Positions of new tokens, counted over the mask as clients do."""
+        mask, new = feed["attention_mask"], feed["input_ids"].shape[1]
+        if self.contract.padding == "right" and new == 1:
+            return np.asarray(mask.sum(1, keepdims=True) - 1)
+        return np.ascontiguousarray(np.maximum(mask.cumsum(1) - 1, 0)[:, -new:])
 
     def past(self, batch: int) -> Arrays:
         """An empty cache."""

@@ -6,8 +6,8 @@ The factors are random: a slot that is connected to another weight, scaled or mi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import onnx
 import torch
 
 from surgery.onnx.export.merged import with_biases
+from surgery.onnx.graph.contract import KEEP
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.inserted import random_modules
@@ -22,14 +23,14 @@ from surgery.verification.replaced_weights import ReplacedWeights
 from surgery.verification.session import Arrays, GraphFile
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.families.parameters import model_of, parameters
-from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
+from surgery_formats.models.families.parameters import model_of, parameters, projections
+from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.text import show
 
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask")
+_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:
@@ -109,7 +110,7 @@ def with_defaults(graph: GraphFile, reference: Reference) -> Reference:
         return reference
     values = {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).astype(np.float32)) for name in absent}
     weights = ReplacedWeights(reference.weights, values)
-    model = model_of(read_object(graph.path.parent / "config.json"), weights.names)
+    model = model_of(read_object(graph.path.parent / "config.json"), weights.names, graph.contract.task)
     return replace(reference, model=with_biases(model, weights.names), weights=weights)
 
 
@@ -140,22 +141,11 @@ def _matrices(model: Model) -> dict[str, tuple[int, int, bool]]:
     """Inputs, outputs, and whether rows are inputs, by name of the weight."""
     shapes = {
         projection.weight: (projection.inputs, projection.outputs, projection.transposed)
-        for projection in _projections(model)
+        for projection in projections(model)
     }
     table = model.embedding
     width = table.projection.inputs if table.projection else model.hidden
     return shapes | {table.tokens: (model.vocabulary, width, True)}
-
-
-def _projections(part: Any) -> Iterator[Projection]:
-    if isinstance(part, Projection):
-        yield part
-    elif isinstance(part, tuple):
-        for item in part:
-            yield from _projections(item)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for field in fields(part):
-            yield from _projections(getattr(part, field.name))
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,13 @@ from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.registry import families
 from tests.oracles.recipes import DECODERS, ENCODERS
+from tests.support.exported_types import exported
 
 KNOWN = sorted({name for family in families() if family.recipe for name in family.names})
 CASES = {**DECODERS, **ENCODERS}
 HEAD = {"lm_head.weight", "embed_out.weight"}
+BY_TYPE = ("gemma3", "olmo3")
+"""Cases with rotary parameters for each type of layer, which transformers 4 spelt in other ways."""
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -36,13 +39,17 @@ def _tables(name: str, **changes: Any) -> Model:
     return model_of({**_config(name), **changes}, HEAD)
 
 
+def test_every_recipe_is_compared_with_transformers() -> None:
+    assert set(KNOWN) <= {row.type for row in exported() if row.cases}
+
+
 @pytest.mark.parametrize("kind", KNOWN)
 def test_missing_keys_have_the_defaults_of_transformers(kind: str) -> None:
     full = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
     assert model_of({"model_type": kind}, HEAD) == model_of({**full, "architectures": None}, HEAD)
 
 
-@pytest.mark.parametrize("name", [n for n in DECODERS if "rope_parameters" in _config(n) and "gemma3" not in n])
+@pytest.mark.parametrize("name", [n for n in DECODERS if "rope_parameters" in _config(n) and not n.startswith(BY_TYPE)])
 def test_rotary_parameters_of_both_versions_give_the_same_recipe(name: str) -> None:
     config = _config(name)
     new = model_of(config, HEAD)
@@ -98,6 +105,16 @@ def test_the_head_is_tied_by_config_by_family_and_by_absence() -> None:
     assert list(tied.unused) == ["lm_head.weight"]
 
 
+def test_runs_of_layer_kinds_are_spelt_out() -> None:
+    config = {"model_type": "gpt_neo", "num_layers": 5, "num_heads": 4, "hidden_size": 32}
+    runs = [[["global", "local"], 2], [["local"], 1]]
+    layers = model_of({**config, "attention_types": runs}, HEAD).layers
+    assert [layer.attention.window for layer in layers] == [None, 256, None, 256, 256]
+    for wrong in ([["global"]], [[["global"], 4]], [[["other"], 5]], "global"):
+        with pytest.raises(FitError, match="attention_types"):
+            model_of({**config, "attention_types": wrong}, HEAD)
+
+
 def test_files_of_bare_models_and_of_tensorflow_keep_their_names() -> None:
     gpt2 = parameters(model_of({"model_type": "gpt2"}, {"wte.weight"}))
     assert "h.0.attn.c_attn.weight" in gpt2
@@ -112,7 +129,21 @@ SWITCHES = [
     ("bert_sequence", "is_decoder", True),
     ("bert_sequence", "position_embedding_type", "relative_key"),
     ("llama", "is_causal", False),
-    ("olmo", "clip_qkv", 8.0),
+    ("olmo2", "clip_qkv", 8.0),
+    ("falcon_7b", "apply_residual_connection_post_layernorm", True),
+    ("falcon_7b", "num_ln_in_parallel_attn", 2),
+    ("falcon_40b", "parallel_attn", False),
+    ("bloom", "apply_residual_connection_post_layernorm", True),
+    ("mpt", "attn_config", {"alibi_bias_max": 4}),
+    ("mpt", "attn_config", {"attn_type": "multiquery_attention"}),
+    ("mpt", "attn_config", {"rope": True}),
+    ("mpt", "expansion_ratio", 2),
+    ("mpt", "logit_scale", 0.5),
+    ("gptj", "scale_attn_weights", False),
+    ("cohere2", "use_qk_norm", True),
+    ("apertus", "hidden_act", "relu2"),
+    ("hunyuan", "use_qk_norm", False),
+    ("cwm", "mlp_bias", True),
     ("gemma3", "attn_logit_softcapping", 50.0),
     ("mistral", "layer_types", ["full_attention"] * 3),
     ("qwen2", "layer_types", ["chunked_attention"] * 3),
@@ -124,9 +155,9 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "key", "value"), SWITCHES, ids=[f"{n}-{k}" for n, k, _ in SWITCHES])
+@pytest.mark.parametrize(("name", "key", "value"), SWITCHES, ids=[f"{n}-{k}-{v}" for n, k, v in SWITCHES])
 def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: Any) -> None:
-    with pytest.raises(FitError, match=key):
+    with pytest.raises(FitError, match=next(iter(value)) if isinstance(value, dict) else key):
         _tables(name, **{key: value})
 
 
@@ -150,14 +181,28 @@ def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: A
         ("llama", "rope_parameters", [1], "object"),
         ("phi3_longrope_long", "rope_parameters", {"rope_type": "longrope", "short_factor": [1.0]}, "short_factor"),
         ("gemma3", "rope_parameters", {"rope_type": "default"}, "layer type"),
-        ("llama", "architectures", ["LlamaForSequenceClassification"], "SequenceClassification"),
-        ("bert_sequence", "architectures", ["BertForMaskedLM"], "BertForMaskedLM"),
+        ("llama", "architectures", ["LlamaForMultipleChoice"], "LlamaForMultipleChoice"),
+        ("bert_sequence", "architectures", ["BertForNextSentencePrediction"], "BertForNextSentencePrediction"),
         ("roberta_sequence", "max_position_embeddings", 2, "position"),
         ("smollm3", "no_rope_layers", [1, 2, 1], "no_rope_layers"),
         ("t5_encoder", "relative_attention_num_buckets", 6, "relative_attention_num_buckets"),
         ("t5_encoder", "relative_attention_max_distance", 4, "relative_attention_num_buckets"),
         ("t5_encoder", "feed_forward_proj", "gated-quick", "feed_forward_proj"),
         ("llama", "model_type", "mamba", "mamba"),
+        ("gptj", "rotary_dim", 6.0, "whole number"),
+        ("gptj", "rotary_dim", 10, "even"),
+        ("gpt_neo", "attention_layers", ["local", "global", "strided"], "strided"),
+        ("exaone4_global", "sliding_window", 0, "whole number"),
+        ("falcon_40b", "num_kv_heads", 3, "multiple"),
+        ("hunyuan", "rope_parameters", {"rope_type": "dynamic", "alpha": "2"}, "alpha"),
+        ("ministral3", "rope_parameters", {"rope_type": "yarn"}, "original_max_position_embeddings"),
+        (
+            "ministral3",
+            "rope_parameters",
+            {"rope_type": "yarn", "original_max_position_embeddings": 8},
+            "llama_4_scaling",
+        ),
+        ("olmo3", "rope_parameters", {"rope_type": "default"}, "layer type"),
         ("llama", "model_type", ["llama"], "no recipe"),
     ],
 )

@@ -27,12 +27,24 @@ FIELDS = {
 }
 CASES = {name: (name, FIELDS.get(name, {})) for name in recipes.DECODERS} | {
     f"{name} wide": (name, WIDE)
-    for name in ("llama", "llama_llama3", "llama_yarn", "mistral_short_window", "qwen2", "olmo2", "smollm3_windows")
+    for name in (
+        *("llama", "llama_llama3", "llama_yarn", "mistral_short_window", "qwen2", "olmo2", "smollm3_windows"),
+        *("cohere", "phi"),
+    )
 }
+CASES["glm wide"] = ("glm", {"head_dim": 32})
 
 
-# Heads of 12 values, which GroupQueryAttention does not take.
-STANDARD_ONLY = ("llama_mha_tied_biases",)
+# Heads of 12 values, and biases on the scores, which GroupQueryAttention does not take.
+STANDARD_ONLY = (
+    "llama_mha_tied_biases",
+    "falcon_rw",
+    "bloom",
+    "bloom_six_heads",
+    "mpt",
+    "mpt_clipped",
+    "mpt_six_heads",
+)
 
 
 class Exported:

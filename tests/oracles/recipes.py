@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "MIXTURES", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "PAIRS", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -55,8 +55,42 @@ _GPT2 = {
 }
 _GEMMA = {**_GQA, "head_dim": 16, "tie_word_embeddings": True}
 _OPT = {**_LM, "ffn_dim": 56, "word_embed_proj_dim": 32}
+_FALCON = {**_LM, "bos_token_id": 1}
+_BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4, "eos_token_id": None, "pad_token_id": 0}
+_NEO = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_layers": 3,
+    "num_heads": 4,
+    "max_position_embeddings": 64,
+    "intermediate_size": 56,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_MPT = {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "eos_token_id": None}
 _BERT = {**_LM, "type_vocab_size": 2, "num_labels": 3}
 _MPNET = {**_BERT, "pad_token_id": 1}
+_DEBERTA: dict[str, Any] = {
+    **_BERT,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 4,
+    "max_relative_positions": 8,
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+_MODERN: dict[str, Any] = {
+    **_LM,
+    "num_labels": 3,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "local_attention": 4,
+}
+_JINA = {**_BERT, "pad_token_id": 1, "type_vocab_size": 1}
+_EURO = {**_GQA, "num_labels": 3}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -100,14 +134,19 @@ def _of(name: str, fields: Mapping[str, Any], **more: Any) -> Case:
     return Case(f"{name}ForCausalLM", f"{name}Config", {**fields, **more})
 
 
+_LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+_EVERY_OTHER = ["sliding_attention", "full_attention", "sliding_attention"]
+_BY_TYPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
 DECODERS: dict[str, Case] = {
     "llama": _llama(),
     "llama_mha_tied_biases": _llama(
         num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, head_dim=12
     ),
-    "llama_llama3": _llama(
-        **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
-    ),
+    "llama_llama3": _llama(**_LLAMA3),
     "llama_linear": _llama(**_rope("linear", factor=2.5)),
     "llama_dynamic": _llama(max_position_embeddings=10, **_rope("dynamic", factor=2.0)),
     "llama_yarn": _llama(**_rope("yarn", factor=4.0, original_max_position_embeddings=16)),
@@ -147,10 +186,7 @@ DECODERS: dict[str, Case] = {
             **_GEMMA,
             "sliding_window": 5,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 3000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-            },
+            "rope_parameters": _BY_TYPE,
             "final_logit_softcapping": 2.0,
         },
     ),
@@ -192,6 +228,67 @@ DECODERS: dict[str, Case] = {
     "opt": _of("OPT", _OPT),
     "opt_350m": _of("OPT", _OPT, do_layer_norm_before=False, word_embed_proj_dim=20),
     "opt_bare": _of("OPT", _OPT, enable_bias=False, layer_norm_elementwise_affine=False),
+    "olmo_clipped": _of("Olmo", _GQA, clip_qkv=0.4),
+    "olmo3": _of("Olmo3", _GQA, sliding_window=5, layer_types=_EVERY_OTHER),
+    "olmo3_scaled": _of("Olmo3", _GQA, sliding_window=5, layer_types=_EVERY_OTHER, rope_parameters=_BY_TYPE),
+    "cwm": _of("Cwm", _GQA, head_dim=16, sliding_window=5, **_LLAMA3),
+    "ministral": _of("Ministral", _GQA, head_dim=8, sliding_window=5, layer_types=_EVERY_OTHER),
+    "ministral3": _of(
+        "Ministral3",
+        _GQA,
+        head_dim=16,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=4, llama_4_scaling_beta=0.3),
+    ),
+    "vaultgemma": _of("VaultGemma", _GEMMA, sliding_window=5, query_pre_attn_scalar=24, attn_logit_softcapping=5.0),
+    "hyperclovax": _of(
+        "HyperCLOVAX",
+        _GQA,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=0.4,
+    ),
+    "hyperclovax_plain": _of("HyperCLOVAX", _GQA, use_post_norm=False, attention_bias=True, mlp_bias=True),
+    "phi": _of("Phi", _GQA),
+    "phi_normed": _of("Phi", _LM, qk_layernorm=True, **_rope("default", partial_rotary_factor=0.25)),
+    "starcoder2": _of("Starcoder2", _GQA, sliding_window=5),
+    "starcoder2_plain": _of("Starcoder2", _GQA, use_bias=False),
+    "falcon_7b": _of("Falcon", _FALCON),
+    "falcon_40b": _of("Falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
+    "falcon_11b": _of(
+        "Falcon", _FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=40
+    ),
+    "falcon_rw": _of("Falcon", _FALCON, alibi=True, bias=True, multi_query=False, parallel_attn=False),
+    "bloom": _of("Bloom", _BLOOM),
+    "bloom_six_heads": _of("Bloom", _BLOOM, hidden_size=48, n_head=6),
+    "gptj": _of("GPTJ", _GPT2, rotary_dim=4),
+    "gpt_neo": _of("GPTNeo", _NEO, window_size=5, attention_types=[[["global", "local", "local"], 1]]),
+    "cohere": _of("Cohere", _GQA, tie_word_embeddings=True, logit_scale=0.7),
+    "cohere_normed": _of("Cohere", _GQA, use_qk_norm=True, attention_bias=True, logit_scale=0.4),
+    "cohere2": _of(
+        "Cohere2", _GQA, sliding_window=5, layer_types=_EVERY_OTHER, tie_word_embeddings=True, logit_scale=0.7
+    ),
+    "glm": _of("Glm", _GQA, head_dim=16),
+    "glm4": _of("Glm4", _GQA, head_dim=16, attention_bias=False),
+    "exaone4": _of("Exaone4", _GQA, sliding_window=5, sliding_window_pattern=2),
+    "exaone4_global": _of("Exaone4", _GQA, sliding_window=None, layer_types=["full_attention"] * 3),
+    "nemotron": _of("Nemotron", _GQA, head_dim=16),
+    "nemotron_biases": _of("Nemotron", _GQA, attention_bias=True, mlp_bias=True),
+    "jais2": _of("Jais2", _GQA),
+    "arcee": _of("Arcee", _GQA, mlp_bias=True, attention_bias=True),
+    "apertus": _of("Apertus", _GQA, **_LLAMA3),
+    "hunyuan": _of("HunYuanDenseV1", _GQA, head_dim=16),
+    "hunyuan_alpha": _of("HunYuanDenseV1", _GQA, head_dim=16, **_rope("dynamic", factor=1.0, alpha=50.0)),
+    "ernie4_5": _of("Ernie4_5", _GQA, head_dim=16, use_bias=True),
+    "helium": _of("Helium", _GQA, head_dim=8, attention_bias=True),
+    "seed_oss": _of("SeedOss", _GQA, head_dim=16, attention_out_bias=True),
+    "gpt_bigcode": _of("GPTBigCode", _GPT2),
+    "gpt_bigcode_heads": _of("GPTBigCode", _GPT2, multi_query=False, scale_attn_weights=False),
+    "mpt": _of("Mpt", _MPT),
+    "mpt_clipped": _of("Mpt", _MPT, n_heads=2, attn_config={"clip_qkv": 0.4, "softmax_scale": 0.3}),
+    "mpt_six_heads": _of("Mpt", _MPT, d_model=48, n_heads=6),
+    "persimmon": _of("Persimmon", _LM),
+    "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
 _MIXTURE = {**_GQA, "num_hidden_layers": 2, "num_experts_per_tok": 2}
@@ -290,19 +387,207 @@ ENCODERS: dict[str, Case] = {
     "mpnet_sequence": Case("MPNetForSequenceClassification", "MPNetConfig", _MPNET),
     "mpnet_token": Case("MPNetForTokenClassification", "MPNetConfig", _MPNET),
     "mpnet_sentence": Case("MPNetModel", "MPNetConfig", _MPNET),
+    "deberta_v2_sequence": Case("DebertaV2ForSequenceClassification", "DebertaV2Config", _DEBERTA),
+    "deberta_v2_token": Case(
+        "DebertaV2ForTokenClassification",
+        "DebertaV2Config",
+        {
+            **_DEBERTA,
+            "share_att_key": False,
+            "position_biased_input": True,
+            "embedding_size": 20,
+            "conv_kernel_size": 3,
+            "conv_act": "gelu",
+            "pos_att_type": "p2c|c2p",
+            "type_vocab_size": 2,
+        },
+    ),
+    "deberta_v2_sentence": Case(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {
+            **_DEBERTA,
+            "position_buckets": -1,
+            "max_relative_positions": 5,
+            "pos_att_type": ["c2p"],
+            "norm_rel_ebd": "none",
+        },
+    ),
+    "deberta_v2_positions_to_contents": Case(
+        "DebertaV2Model",
+        "DebertaV2Config",
+        {**_DEBERTA, "pos_att_type": ["p2c"], "share_att_key": False, "conv_kernel_size": 5, "conv_groups": 4},
+    ),
+    "deberta_v2_absolute": Case(
+        "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
+    ),
+    "deberta_v2_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "embedding_size": 20}),
+    "deberta_v3_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "legacy": False}),
+    "modernbert_sequence": Case("ModernBertForSequenceClassification", "ModernBertConfig", _MODERN),
+    "modernbert_mean": Case(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**_MODERN, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True, "mlp_bias": True},
+    ),
+    "modernbert_token": Case(
+        "ModernBertForTokenClassification",
+        "ModernBertConfig",
+        {**_MODERN, "attention_bias": True, "local_attention": 7},
+    ),
+    "modernbert_sentence": Case(
+        "ModernBertModel",
+        "ModernBertConfig",
+        {
+            **_MODERN,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "modernbert_mask": Case("ModernBertForMaskedLM", "ModernBertConfig", _MODERN),
+    "modernbert_mask_untied": Case(
+        "ModernBertForMaskedLM", "ModernBertConfig", {**_MODERN, "tie_word_embeddings": False, "decoder_bias": False}
+    ),
+    "nomic_bert_sequence": Case("NomicBertForSequenceClassification", "NomicBertConfig", _BERT),
+    "nomic_bert_token": Case("NomicBertForTokenClassification", "NomicBertConfig", {**_BERT, "hidden_act": "gelu"}),
+    "nomic_bert_sentence": Case("NomicBertModel", "NomicBertConfig", {**_BERT, **_rope("linear", factor=2.5)}),
+    "nomic_bert_mask": Case("NomicBertForMaskedLM", "NomicBertConfig", _BERT),
+    "jina_v3_sequence": Case("JinaEmbeddingsV3ForSequenceClassification", "JinaEmbeddingsV3Config", _JINA),
+    "jina_v3_token": Case("JinaEmbeddingsV3ForTokenClassification", "JinaEmbeddingsV3Config", _JINA),
+    "jina_v3_sentence": Case("JinaEmbeddingsV3Model", "JinaEmbeddingsV3Config", {**_JINA, "type_vocab_size": 2}),
+    "jina_v3_mask": Case("JinaEmbeddingsV3ForMaskedLM", "JinaEmbeddingsV3Config", _JINA),
+    "eurobert_late": Case("EuroBertForSequenceClassification", "EuroBertConfig", _EURO),
+    "eurobert_mean": Case(
+        "EuroBertForSequenceClassification", "EuroBertConfig", {**_EURO, "classifier_pooling": "mean"}
+    ),
+    "eurobert_first": Case(
+        "EuroBertForSequenceClassification", "EuroBertConfig", {**_EURO, "classifier_pooling": "bos"}
+    ),
+    "eurobert_token": Case("EuroBertForTokenClassification", "EuroBertConfig", {**_EURO, "attention_bias": True}),
+    "eurobert_sentence": Case("EuroBertModel", "EuroBertConfig", {**_EURO, "head_dim": 12}),
+    "eurobert_mask": Case("EuroBertForMaskedLM", "EuroBertConfig", {**_EURO, "mlp_bias": True}),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
+    "mt5_encoder": Case("MT5EncoderModel", "MT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
 
 
+_BART: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_GATED = {**_T5, "feed_forward_proj": "gated-gelu"}
+_WHISPER = {
+    **{key: value for key, value in _BART.items() if key != "max_position_embeddings"},
+    "max_source_positions": 12,
+    "max_target_positions": 40,
+    "num_mel_bins": 5,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+PAIRS: dict[str, Case] = {
+    "t5": Case("T5ForConditionalGeneration", "T5Config", {**_T5, "num_layers": 3, "num_decoder_layers": 2}),
+    "t5_flan": Case("T5ForConditionalGeneration", "T5Config", {**_GATED, "d_kv": 12, "tie_word_embeddings": False}),
+    "mt5": Case("MT5ForConditionalGeneration", "MT5Config", _GATED),
+    "umt5": Case("UMT5ForConditionalGeneration", "UMT5Config", _GATED),
+    "bart": Case("BartForConditionalGeneration", "BartConfig", _BART),
+    "bart_scaled": Case(
+        "BartForConditionalGeneration", "BartConfig", {**_BART, "scale_embedding": True, "activation_function": "relu"}
+    ),
+    "mbart": Case("MBartForConditionalGeneration", "MBartConfig", {**_BART, "scale_embedding": True}),
+    "marian": Case("MarianMTModel", "MarianConfig", {**_BART, "scale_embedding": True, "activation_function": "swish"}),
+    "pegasus": Case("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "scale_embedding": True}),
+    "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
+}
+_OWN_HEAD = {"t5_flan"}
+
+
+def _for(name: str, fields: Mapping[str, Any], ending: str, **more: Any) -> Case:
+    return Case(f"{name}{ending}", f"{name}Config", {**fields, **more})
+
+
+_NARROW = {"do_layer_norm_before": False, "word_embed_proj_dim": 20}
+_CLASSIFIED = {"num_labels": 3, "pad_token_id": 4}
+HEADS: dict[str, Case] = {
+    "llama_classifier": _for("Llama", {**_GQA, **_CLASSIFIED}, "ForSequenceClassification"),
+    "llama_tokens": _for("Llama", {**_GQA, **_CLASSIFIED}, "ForTokenClassification"),
+    "llama_spans": _for("Llama", _GQA, "ForQuestionAnswering"),
+    "llama_bare": _for("Llama", _GQA, "Model"),
+    "qwen3_classifier": _for("Qwen3", {**_GQA, **_CLASSIFIED, "head_dim": 16}, "ForSequenceClassification"),
+    "qwen3_spans": _for("Qwen3", {**_GQA, "head_dim": 16}, "ForQuestionAnswering"),
+    "mistral_classifier": _for(
+        "Mistral", {**_GQA, **_CLASSIFIED}, "ForSequenceClassification", sliding_window=5, num_labels=1
+    ),
+    "gemma2_classifier": _for("Gemma2", {**_GEMMA, **_CLASSIFIED}, "ForSequenceClassification", sliding_window=5),
+    "gemma3_classifier": Case(
+        "Gemma3TextForSequenceClassification",
+        "Gemma3TextConfig",
+        {**_GEMMA, **_CLASSIFIED, "sliding_window": 5, "sliding_window_pattern": 3},
+    ),
+    "gpt_oss_classifier": _for(
+        "GptOss",
+        {**_MIXTURE, **_CLASSIFIED, **_YARN},
+        "ForSequenceClassification",
+        num_local_experts=5,
+        head_dim=16,
+        sliding_window=5,
+    ),
+    "gpt2_classifier": Case("GPT2ForSequenceClassification", "GPT2Config", {**_GPT2, **_CLASSIFIED}),
+    "gpt2_tokens": Case("GPT2ForTokenClassification", "GPT2Config", {**_GPT2, **_CLASSIFIED}),
+    "gpt2_spans": Case("GPT2ForQuestionAnswering", "GPT2Config", _GPT2),
+    "gpt_neox_tokens": _for("GPTNeoX", {**_LM, **_CLASSIFIED}, "ForTokenClassification"),
+    "opt_classifier": _for("OPT", {**_OPT, **_CLASSIFIED}, "ForSequenceClassification"),
+    "opt_350m_classifier": _for("OPT", {**_OPT, **_CLASSIFIED, **_NARROW}, "ForSequenceClassification"),
+    "bert_spans": Case("BertForQuestionAnswering", "BertConfig", {**_BERT, "num_labels": 2}),
+    "bert_masks": Case("BertForMaskedLM", "BertConfig", _BERT),
+    "bert_masks_untied": Case("BertForMaskedLM", "BertConfig", {**_BERT, "tie_word_embeddings": False}),
+    "bert_choices": Case("BertForMultipleChoice", "BertConfig", _BERT),
+    "roberta_spans": Case(
+        "RobertaForQuestionAnswering", "RobertaConfig", {**_BERT, "pad_token_id": 1, "num_labels": 2}
+    ),
+    "roberta_masks": Case("RobertaForMaskedLM", "RobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "roberta_choices": Case("RobertaForMultipleChoice", "RobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "distilbert_spans": Case("DistilBertForQuestionAnswering", "DistilBertConfig", {**_DISTIL, "num_labels": 2}),
+    "distilbert_masks": Case("DistilBertForMaskedLM", "DistilBertConfig", _DISTIL),
+    "albert_spans": Case(
+        "AlbertForQuestionAnswering", "AlbertConfig", {**_BERT, "embedding_size": 20, "num_labels": 2}
+    ),
+    "albert_masks": Case("AlbertForMaskedLM", "AlbertConfig", {**_BERT, "embedding_size": 20}),
+    "albert_choices": Case("AlbertForMultipleChoice", "AlbertConfig", {**_BERT, "embedding_size": 20}),
+    "electra_spans": Case(
+        "ElectraForQuestionAnswering", "ElectraConfig", {**_BERT, "embedding_size": 20, "num_labels": 2}
+    ),
+    "electra_masks": Case("ElectraForMaskedLM", "ElectraConfig", {**_BERT, "embedding_size": 20}),
+    "mpnet_spans": Case("MPNetForQuestionAnswering", "MPNetConfig", {**_MPNET, "num_labels": 2}),
+    "mpnet_masks": Case("MPNetForMaskedLM", "MPNetConfig", _MPNET),
+    "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
+    "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
+    "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
+    "distilbert_choices": Case("DistilBertForMultipleChoice", "DistilBertConfig", _DISTIL),
+}
+"""Heads for tasks other than those above."""
+
+
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
-    case = {**DECODERS, **ENCODERS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
-    centred = 0.0 if "gemma" in name else 1.0  # Gemma's gain is 1 + g
+    centred = 0.0 if "gemma" in name or "nemotron" in name else 1.0  # the gain of these is 1 + g
     for key, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim >= 2 or key.endswith("bias"):
@@ -310,6 +595,10 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
         else:
             value = centred + 0.3 * noise
         parameter.data.copy_(value)
+    if name in _OWN_HEAD:
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(model.lm_head.weight.shape, generator=generator))
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator))
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
@@ -318,10 +607,13 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
 
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The model of `folder` as transformers loads it, strictly, with attention spelt out."""
-    case = {**DECODERS, **ENCODERS}[name]
+    """The model of `folder` as transformers loads it, strictly, with attention spelt out.
+
+    Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
+    """
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+        folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )
     wrong = {key: value for key, value in info.items() if value}
     if wrong:

@@ -19,6 +19,12 @@ __all__ = ["command"]
 @click.argument("base", shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
+@click.option(
+    "--task",
+    metavar="TASK",
+    help="What the graph is for, as the Hub names it: text-classification, feature-extraction, fill-mask ...; by default "
+    "what BASE was saved for.",
+)
 @option.choice(
     "--target",
     values=("cuda", "cpu", "portable"),
@@ -59,12 +65,40 @@ __all__ = ["command"]
     values=("delta", "full"),
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
+@option.choice(
+    "--weights-type",
+    values=("stored", "int4", "int8"),
+    help="int4, int8: codes in blocks, for MatMulNBits, in quantised.safetensors; stored: as BASE has them.",
+)
+@click.option(
+    "--block", type=click.IntRange(min=1), default=32, show_default=True, help="Of codes: inputs that share a scale."
+)
+@click.option("--symmetric/--asymmetric", default=True, help="Of codes: without zero points (default), or with them.")
+@option.choice("--scales", values=("minmax", "search"), help="Of codes: search: those of the least error.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["feedback", "nearest"]),
+    help="Of codes: feedback (default) makes up for errors along known inputs: a calibration's, a merged adapter's.",
+)
+@click.option("--calibration", metavar="FILE", help="Of codes: inputs to make up for errors along, as of extract-lora.")
+@option.choice(
+    "--embeddings",
+    values=("auto", "keep", "int8", "int4"),
+    help="Of codes: the token table; auto: as a head tied to it, else kept.",
+)
+@option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
 @click.option(
     "--opset",
     type=click.IntRange(17, 23),
     metavar="N",
     help="Operators of ONNX's set N, for older runtimes; default: the least that the graph needs.",
+)
+@option.choice(
+    "--logits",
+    values=("auto", "all", "input"),
+    help="input: num_logits_to_keep says of how many last positions logits are computed; auto: input, but for cuda.",
 )
 @option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
 @option.overwrite()
@@ -83,6 +117,7 @@ def command(
       surgery export-onnx llama/ -o out/ --target cuda
       surgery export-onnx llama/ style=0.7 my-prompt/ -o out/
       surgery export-onnx llama/ --swap sql/ --swap chat/ -o out/
+      surgery export-onnx llama/ style/ --weights-type int4 -o out/   merged, then 4 bits
     """
     from surgery.verbs.export_onnx import export_onnx
 

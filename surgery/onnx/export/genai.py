@@ -40,7 +40,13 @@ _TYPES = frozenset(
 
 
 def genai_config(
-    config: Mapping[str, Any], generation: Mapping[str, Any], contract: Contract, heads: int, graph: str
+    config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    contract: Contract,
+    heads: int,
+    graph: str,
+    *,
+    position_ids: bool = False,
 ) -> bytes:
     """Create the file for a decoder's graph; token ids of generation_config.json, if there is one, take precedence."""
     kind = config.get("model_type")
@@ -55,6 +61,7 @@ def genai_config(
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
+            **({"position_ids": "position_ids"} if position_ids else {}),
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },
@@ -95,7 +102,10 @@ def genai_config(
 def _session(contract: Contract) -> dict[str, Any]:
     """Use weights where they lie: onnxruntime would otherwise copy them to repack them."""
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
-    return {"log_id": "onnxruntime-genai", "session.disable_prepacking": "1", "provider_options": cuda}
+    mapped = (
+        {} if contract.quantised else {"session.disable_prepacking": "1"}
+    )  # codes are slow unless they are repacked
+    return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:

@@ -136,6 +136,8 @@ def computed_past(
                 max_length=max(p.tokens for p in prompts),  # keeps the rotary tables small
                 prefill=False,
                 slotted=frozenset(),
+                position_ids=False,
+                opset=None,
                 virtual=Virtual(embedded=embedded),
             )
             graph = build(component, plain, model).graphs["model.onnx"]

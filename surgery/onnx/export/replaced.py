@@ -71,29 +71,29 @@ def replaced_array(edit: Edit) -> Array:
 
 
 def headed(
-    component: Component, model: Model, adapters: Iterable[tuple[Adapter, Mapping[str, Edit]]]
+    component: Component, model: Model, adapters: Iterable[tuple[Adapter, Mapping[str, Edit]]], task: str = ""
 ) -> tuple[Component, Model]:
     """Add the head that the base lacks, with as many labels as the first adapter has, and the biases that it lacks.
 
-    The configuration then names the adapters' task.
+    The configuration then names the adapters' task, which the graph has unless it is made for another `task`.
     """
     from surgery.onnx.export.merged import with_biases
 
-    known, labels, task = parameters(model), 0, ""
+    known, labels, learned = parameters(model), 0, ""
     added: dict[str, Edit] = {}
     for adapter, edits in adapters:
         new = {name: edit for name, edit in edits.items() if name not in known}
         heads = [edit for name, edit in new.items() if edit.replaced is not None and name.endswith(".weight")]
         if heads and not labels:
-            labels, task = heads[0].source.sizes[0], adapter.task
+            labels, learned = heads[0].source.sizes[0], adapter.task
         added = {**new, **added}
     if not added:
         return component, model
     names = {*component.parameters, *added}
-    config = task_config(component.config, task, labels) if labels else component.config
+    config = task_config(component.config, learned, labels) if labels else component.config
     if config == component.config:
         return component, with_biases(model, names)
-    return component.with_config(config), with_biases(model_of(config, names), names)
+    return component.with_config(config), with_biases(model_of(config, names, task), names)
 
 
 def replaceable(model: Model, edits: Iterable[Mapping[str, Edit]]) -> Replaceable:

@@ -10,7 +10,7 @@ from surgery.onnx.graph.graph import MICROSOFT, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Activation
 
-__all__ = ["activate", "gelu_in_steps"]
+__all__ = ["activate", "gelu_in_steps", "xielu"]
 
 _GELU = 20  # the first operator set that has it
 
@@ -31,6 +31,9 @@ def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
         return ctx.graph.node("LeakyRelu", [x], at, alpha=0.01)
     if kind == "linear":
         return x
+    if kind == "relu2":
+        positive = ctx.graph.node("Relu", [x], at)
+        return ctx.graph.node("Mul", [positive, positive], at)
     if kind in ("gelu", "gelu_tanh") and ctx.opset < _GELU:
         return gelu_in_steps(ctx.graph, ctx.io, x, at, tanh=kind == "gelu_tanh")
     if kind == "gelu":
@@ -38,6 +41,34 @@ def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
     if kind == "gelu_tanh":
         return ctx.graph.node("Gelu", [x], at, approximate="tanh")
     return ctx.graph.node({"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}[kind], [x], at)
+
+
+def xielu(ctx: Context, at: str, x: str) -> str:
+    """Apply xIELU with the learned numbers of module `at`, see `MLP.shape`; runtimes fold what depends on them alone."""
+    graph = ctx.graph
+
+    def number(name: str, shape: tuple[int, ...]) -> str:
+        return ctx.weights.exact(f"{at}.{name}", shape)
+
+    def stored(value: str) -> str:
+        return value if ctx.io is DType.F32 else graph.cast(value, ctx.io, at)
+
+    beta, least = number("beta", ()), stored(number("eps", ()))
+    positive = stored(graph.node("Softplus", [number("alpha_p", (1,))], at))
+    negative = stored(graph.node("Add", [graph.node("Softplus", [number("alpha_n", (1,))], at), beta], at))
+    linear = graph.node("Mul", [x, stored(beta)], at)
+    above = graph.node("Mul", [graph.node("Mul", [x, x], at), positive], at)
+    below = _expm1(ctx, graph.node("Min", [x, least], at), at)
+    below = graph.node("Mul", [graph.node("Sub", [below, x], at), negative], at)
+    is_above = graph.node("Greater", [x, graph.number(0.0, ctx.io)], at)
+    return graph.node("Add", [graph.node("Where", [is_above, above, below], at), linear], at)
+
+
+def _expm1(ctx: Context, x: str, at: str) -> str:
+    """``exp(x) - 1`` without cancellation: ``t (exp(x) + 1)`` with ``t = tanh(x / 2)``."""
+    graph = ctx.graph
+    half = graph.node("Tanh", [graph.node("Mul", [x, graph.number(0.5, ctx.io)], at)], at)
+    return graph.node("Mul", [half, graph.node("Add", [graph.node("Exp", [x], at), graph.number(1.0, ctx.io)], at)], at)
 
 
 def gelu_in_steps(graph: Graph, io: DType, x: str, at: str, *, tanh: bool, out: str = "*") -> str:

@@ -35,11 +35,11 @@ class RotaryValues(Protocol):
 
 
 def cached_attention(
-    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, *, alpha: float = 1.0
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, *, alpha: float = 1.0
 ) -> str:
-    """Attention of new tokens to past and new ones, times `alpha`."""
+    """Attention of new tokens to past and new ones, times `alpha`; without a `cache` there are no past ones."""
     at = module_of(module_of(record.output.weight))
-    if ctx.target.attention == "gqa":
+    if cache is not None and ctx.target.attention == "gqa":
         y = _grouped(ctx, record, x, frame, cache, at)
     else:
         y = _standard(ctx, record, x, frame, cache, at)
@@ -54,8 +54,11 @@ def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]
     """Queries, keys and values as one value side by side, or as three; in the rank of the hidden states."""
     if record.layout == "separate":
         packed = joined(ctx, record.inputs, x)
-        return (packed,) if packed else tuple(linear(ctx, projection, x) for projection in record.inputs)
-    value = linear(ctx, record.inputs[0], x)
+        values = (packed,) if packed else tuple(linear(ctx, projection, x) for projection in record.inputs)
+        return tuple(_clipped(ctx, record, value, at) for value in values)
+    value = _clipped(ctx, record, linear(ctx, record.inputs[0], x), at)
+    if record.layout == "by_group":
+        return _ungrouped(ctx, record, value, at)
     if record.layout == "by_head":  # head by head q, k, v -> all q, all k, all v
         rows = (-1,) if ctx.flat else (0, 0)  # the last size stays explicit: shape inference would get it wrong
         last = len(rows)
@@ -63,6 +66,24 @@ def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]
         turned = ctx.graph.node("Transpose", [heads], at, perm=[*range(last), last + 1, last, last + 2])
         value = ctx.reshaped(turned, (*rows, 3 * record.heads * record.head_dim), at)
     return (value,)
+
+
+def _clipped(ctx: Context, record: Attention, value: str, at: str) -> str:
+    if record.clip is None:
+        return value
+    return ctx.graph.node("Clip", [value, *(ctx.graph.number(sign * record.clip, ctx.io) for sign in (-1, 1))], at)
+
+
+def _ungrouped(ctx: Context, record: Attention, value: str, at: str) -> tuple[str, ...]:
+    """Group by group its queries, its key and its value -> all q, all k, all v."""
+    rows = (-1,) if ctx.flat else (0, 0)
+    group = record.heads // record.kv_heads
+    groups = ctx.reshaped(value, (*rows, record.kv_heads, group + 2, record.head_dim), at)
+    parts = ctx.graph.several("Split", [groups, ctx.graph.ints(group, 1, 1)], at, ("*", "*", "*"), axis=-2)
+    counts = (record.heads, record.kv_heads, record.kv_heads)
+    return tuple(
+        ctx.reshaped(part, (*rows, count * record.head_dim), at) for part, count in zip(parts, counts, strict=True)
+    )
 
 
 def split(ctx: Context, record: Attention, parts: tuple[str, ...], at: str) -> tuple[str, str, str]:
@@ -82,15 +103,18 @@ def _grouped(ctx: Context, record: Attention, x: str, frame: Frame, cache: Cache
     parts = project(ctx, record, x, at)
     rows = frame.table(record.rope) if record.rope else None
     fused = rows is not None and record.rope is not None and record.rope.dims % _ROTATED == 0 and not rows.original
+    fused = fused and not record.norm_after_rope and not frame.places  # not every operator takes positions
     norms = ["", ""]
     options: dict[str, Any] = {}
-    if record.q_norm or record.k_norm:
+    if not record.norm_after_rope and (record.q_norm or record.k_norm):
         if _norms_inside(ctx, record) and (fused or record.rope is None):
             norms = [_fused_gain(ctx, head_norm, record.head_dim) for head_norm in (record.q_norm, record.k_norm)]
             assert record.q_norm is not None
             options = {"qk_norm_epsilon": record.q_norm.epsilon}
         else:
             parts = normed(ctx, record, split(ctx, record, parts, at), at)
+    if record.query_scale is not None:
+        parts = _position_scaled(ctx, record, split(ctx, record, parts, at), frame, at)
     if rows is not None and not fused:
         parts = rotated(ctx, record, split(ctx, record, parts, at), frame, at)
     elif ctx.flat:
@@ -120,6 +144,7 @@ def _group_query(
     if record.softcap is not None:
         options["softcap"] = float(record.softcap)
     query, key, value = parts if len(parts) == 3 else (parts[0], "", "")
+    query = frame.guarded(query, at)
     past = [cache.past_key, cache.past_value]
     sinks = ctx.weights.value(record.sinks, (record.heads,)) if record.sinks else ""
     inputs = [query, key, value, *past, *frame.lengths, *tables, "", "", sinks, "", "", *norms]
@@ -138,7 +163,7 @@ def _group_query(
 def _norms_inside(ctx: Context, record: Attention) -> bool:
     """Whether the operator supports these norms: RMS of every head, one gain for all heads, one epsilon."""
     q, k = record.q_norm, record.k_norm
-    if ctx.target.qk_norm != "fused" or q is None or k is None or record.norm_over != "head":
+    if ctx.target.qk_norm != "fused" or q is None or k is None or record.norm_over != "head" or record.query_scale:
         return False
     return q.kind == k.kind == "rms" and q.epsilon == k.epsilon and bool(q.weight and k.weight)
 
@@ -148,16 +173,18 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
     return gain(ctx, record, width)
 
 
-def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues, at: str) -> str:
+def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, at: str) -> str:
     q, k, v = _parts(ctx, record, x, frame, at)
     if record.sinks:
         return attention_with_sinks(ctx, record, (q, k, v), frame, cache, at)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
+    past = [cache.past_key, cache.past_value] if cache else []
+    present = [cache.present_key, cache.present_value] if cache else []
     return ctx.graph.several(
         "Attention",
-        [q, k, v, frame.allowed(record.window), cache.past_key, cache.past_value],
+        [q, k, v, frame.visible(record.window, record.alibi), *past],
         at,
-        ("*", cache.present_key, cache.present_value),
+        ("*", *present),
         q_num_heads=record.heads,
         kv_num_heads=record.kv_heads,
         scale=float(record.scale),
@@ -170,8 +197,10 @@ def _parts(ctx: Context, record: Attention, x: str, frame: Frame, at: str) -> tu
     if record.latent is not None:
         return latent_parts(ctx, record, record.latent, x, frame, at)
     parts = split(ctx, record, project(ctx, record, x, at), at)
-    if record.q_norm or record.k_norm:
+    if not record.norm_after_rope and (record.q_norm or record.k_norm):
         parts = normed(ctx, record, parts, at)
+    if record.query_scale is not None:
+        parts = _position_scaled(ctx, record, parts, frame, at)
     if record.rope is not None:
         return rotated(ctx, record, parts, frame, at)
     q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
@@ -192,7 +221,19 @@ def rotated(
     inputs = [rows.cos, rows.sin, positions]
     q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **partial)
     k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **partial)
+    if record.norm_after_rope:
+        q, k, v = normed(ctx, record, (q, k, v), at)
+        q, k = (ctx.batched(part, at) if ctx.flat else part for part in (q, k))
     return q, k, v
+
+
+def _position_scaled(
+    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, at: str
+) -> tuple[str, str, str]:
+    assert record.query_scale is not None
+    factor = frame.query_factor(record.query_scale)
+    shape = (-1, 1) if ctx.flat else (0, 0, 1)
+    return ctx.graph.node("Mul", [parts[0], ctx.reshaped(factor, shape, at)], at), parts[1], parts[2]
 
 
 def normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
@@ -216,8 +257,16 @@ def _head_norm(ctx: Context, record: Attention, head_norm: Norm, x: str, heads: 
         y = norm(
             ctx, replace(head_norm, weight=""), ctx.reshaped(x, (-1, heads, record.head_dim), at), record.head_dim, at
         )
-        gains = [ctx.weights.value(head_norm.weight.replace("{h}", str(h)), (record.head_dim,)) for h in range(heads)]
-        rows = [ctx.graph.node("Unsqueeze", [gain, ctx.graph.ints(0)], at) for gain in gains]
-        y = ctx.graph.node("Mul", [y, ctx.graph.node("Concat", rows, at, axis=0)], at)
+        if "{h}" not in head_norm.weight:
+            table = ctx.weights.value(head_norm.weight, (heads, record.head_dim))
+            y = ctx.graph.node("Mul", [y, table], at)
+        else:
+            y = _own_gains(ctx, record, head_norm, y, heads, at)
     flat = ctx.reshaped(y, (-1, width), at)
     return flat if ctx.flat else ctx.batched(flat, at)
+
+
+def _own_gains(ctx: Context, record: Attention, head_norm: Norm, y: str, heads: int, at: str) -> str:
+    gains = [ctx.weights.value(head_norm.weight.replace("{h}", str(h)), (record.head_dim,)) for h in range(heads)]
+    rows = [ctx.graph.node("Unsqueeze", [gain, ctx.graph.ints(0)], at) for gain in gains]
+    return ctx.graph.node("Mul", [y, ctx.graph.node("Concat", rows, at, axis=0)], at)

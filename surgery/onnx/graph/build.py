@@ -10,13 +10,17 @@ from typing import Any
 import onnx
 import xxhash
 
+from surgery.onnx.graph.coded import CodedTensor, by_format
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
+from surgery.onnx.graph.dims import BATCH
 from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.lower import check_opset, lower
 from surgery.onnx.graph.opset import least_opset
+from surgery.onnx.graph.pair import pair_contexts
+from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
@@ -26,10 +30,17 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import ClassifierHead, HiddenHead, LanguageHead, Model, Rope
+from surgery_formats.models.families.recipe import (
+    Attention,
+    ClassifierHead,
+    HiddenHead,
+    Model,
+    Rope,
+)
+from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
-__all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
+__all__ = ["GraphOptions", "GraphSet", "build", "takes_grouped", "weight_file"]
 
 _HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -43,13 +54,17 @@ class GraphOptions:
         target: The operators to use.
         io: Type of arithmetic, logits and cache.
         max_length: Number of positions; None for as many as the model supports.
-        prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them.
+        prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them; of
+            an encoder-decoder, whether to build the decoder's two runs apart too.
         overrides: Tensors that replace the checkpoint's, by stored name: those that a merge changed.
+        coded: Weights that are stored as codes in blocks, by stored name.
         slotted: Weights that get a slot for a LoRA, see `Context`.
         required: Whether slots are inputs without a default.
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
+        position_ids: Whether a decoder takes positions as an input.
+        keep_logits: Whether it takes the number of last positions whose logits are computed as an optional input.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -58,11 +73,14 @@ class GraphOptions:
     max_length: int | None = None
     prefill: bool = True
     overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
+    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     required: bool = False
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
+    position_ids: bool = False
+    keep_logits: bool = False
     opset: int | None = None
 
 
@@ -77,6 +95,7 @@ class GraphSet:
         nodes: Number of nodes of the main graph.
         files: Weight files that hold its initializers.
         inputs: Types of the inputs that replace parameters.
+        encoder: Contract of the encoder of an encoder-decoder, whose main graph is the decoder; else None.
     """
 
     graphs: Mapping[str, onnx.ModelProto]
@@ -85,6 +104,7 @@ class GraphSet:
     nodes: int
     files: tuple[File | UnwrittenFile, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Contract | None = None
 
 
 def build(component: Component, options: GraphOptions, model: Model | None = None) -> GraphSet:
@@ -95,15 +115,19 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     """
     if options.opset is not None:
         check_opset(options.opset)
-    model = model or model_of(component.config, frozenset(component.parameters) | frozenset(options.overrides))
+    model = model or model_of(
+        component.config, frozenset(component.parameters) | frozenset(options.overrides) | frozenset(options.coded)
+    )
     if options.virtual.front:
         model = front_model(model)
-    if any(layer.attention.head_dim % _HEAD_UNIT for layer in model.layers):
+    if not model.generates or not all(takes_grouped(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
+    if model.encoder is not None:
+        return _pair(component, model, replace(options, target=standard(options.target)), length)
     graphs: dict[str, onnx.ModelProto] = {}
     contract = _contract(component, model, options, length)
-    if model.kind == "decoder" and options.target.attention == "gqa":
+    if options.target.attention == "gqa":
         contract = replace(contract, prefill_batch=False)
         if options.prefill:
             contract = replace(contract, prefill="prefill.onnx")
@@ -116,6 +140,41 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
+
+
+def takes_grouped(attention: Attention) -> bool:
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
+
+
+def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
+    """The graphs of an encoder-decoder."""
+    assert model.encoder is not None
+    parts = pair_contexts(model, lambda: _new_context(component, model, options), length)
+    _check_slots(options, *parts)
+    if options.opset is not None:
+        for ctx in parts:
+            lower(ctx.graph, options.opset, ctx.io)
+    reach = _length(model.encoder, replace(options, max_length=None))
+    contract = _contract(component, model.encoder, options, reach)
+    encoder_contract = replace(contract, **_built_parts(parts.encoder))
+    contract = replace(
+        _contract(component, model, options, length),
+        padding=contract.padding,
+        encoder=ENCODER,
+        **_built_parts(parts.first),
+    )
+    graphs = {ENCODER: _finished(parts.encoder, encoder_contract, options)}
+    if options.prefill:
+        graphs[FIRST] = _finished(parts.first, contract, options)
+        graphs[BEGUN] = _finished(parts.begun, contract, options)
+    graph = parts.merged()
+    nodes = least_opset(graph.proto, options.io)
+    graphs[MERGED] = graph.model(contract.as_metadata(), options.opset or nodes)
+    inputs = {name: ctx.graph.numpy_type(dtype) for ctx in parts for name, dtype in ctx.weights.inputs.items()}
+    files = tuple(dict.fromkeys(file for ctx in parts for file in ctx.weights.files))
+    number = parts.first.graph.nodes + parts.begun.graph.nodes
+    return GraphSet(graphs, contract, model, number, files, inputs, encoder_contract)
 
 
 def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
@@ -131,13 +190,14 @@ def _built_parts(ctx: Context) -> dict[str, Any]:
         "slots": tuple(ctx.slots),
         "replaceable": tuple(ctx.weights.inputs),
         "weights": tuple(weight_file(file) for file in ctx.weights.files),
+        "quantised": by_format(ctx.weights.used_codes.values()),
     }
 
 
-def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
+def _new_context(component: Component, model: Model, options: GraphOptions) -> Context:
     graph = Graph()
-    weights = GraphWeights(graph, component, options.io, options.overrides, options.replaceable)
-    ctx = Context(
+    weights = GraphWeights(graph, component, options.io, options.overrides, options.replaceable, options.coded)
+    return Context(
         graph,
         weights,
         options.target,
@@ -146,28 +206,47 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         required=options.required,
         head=component.head,
         virtual=options.virtual,
+        batch=_batch(model),
+        position_ids=options.position_ids,
+        keep_logits=options.keep_logits and model.generates,
     )
+
+
+def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
+    ctx = _new_context(component, model, options)
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
         encoder(ctx, model, length)
-    weights.check(model.unused)
-    wanted = options.slotted | options.replaceable.names
-    if missing := wanted - {slot.weight for slot in ctx.slots} - weights.inputs.keys():
+    ctx.weights.check(model.unused)
+    _check_slots(options, ctx)
+    return ctx
+
+
+def _check_slots(options: GraphOptions, *contexts: Context) -> None:
+    """Refuse graphs of which none has a slot that is wanted.
+
+    Raises:
+        FitError: there is no such slot.
+    """
+    missing = options.slotted | options.replaceable.names
+    for ctx in contexts:
+        missing -= {slot.weight for slot in ctx.slots} | ctx.weights.inputs.keys()
+    if missing:
         raise FitError(
             "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"
         )
-    return ctx
 
 
 def _length(model: Model, options: GraphOptions) -> int:
     limit = model.max_positions
     if options.max_length is not None and options.max_length < 1:
         raise FitError(f"max_length is {options.max_length}", hint="it is at least 1")
-    if model.embedding.positions and options.max_length is not None and options.max_length > limit:
+    stated = model.embedding.positions or model.embedding.sinusoid
+    if stated and options.max_length is not None and options.max_length > limit:
         raise FitError(
             f"the model has {limit} positions, but {options.max_length} were requested",
-            tensor=model.embedding.positions,
+            tensor=model.embedding.positions or None,
             hint=f"`max_length={limit}` or less",
         )
     ropes = [layer.attention.rope for layer in model.layers if layer.attention.rope is not None]
@@ -178,13 +257,13 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
     first = model.layers[0].attention if model.layers else None
     grouped = options.target.attention == "gqa"
     contract = Contract(
-        kind=model.kind,
-        task=_task(model),
+        kind="decoder" if model.generates else "encoder",
+        task=task_of(model),
         target=options.target.name,
         dtype=_LABELS[options.io],
         padding="right" if _wants_right(model, options.target) else "any",
-        cache="none" if model.kind == "encoder" else ("shared" if grouped else "growing"),
-        layers=len(model.layers) if model.kind == "decoder" else 0,
+        cache="none" if not model.generates else ("shared" if grouped else "growing"),
+        layers=len(model.layers) if model.generates else 0,
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
@@ -209,17 +288,16 @@ def _wants_right(model: Model, target: OperatorSet) -> bool:
     head = model.head
     if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
         return True
-    return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
+    record = model.embedding
+    if record.stem is not None:  # a spectrogram has no padding that is told
+        return False
+    return bool(record.positions or record.sinusoid) and record.position_rule == "absolute"
 
 
-def _task(model: Model) -> str:
-    match model.head:
-        case LanguageHead():
-            return "text-generation"
-        case ClassifierHead():
-            return "text-classification" if model.head.tokens == "first" else "token-classification"
-        case HiddenHead():
-            return "feature-extraction"
+def _batch(model: Model) -> str | int:
+    """Size of the batch: one row where rows of different length cannot be told apart, for want of a padding token."""
+    one = isinstance(model.head, ClassifierHead) and model.head.tokens == "last" and model.head.padding_token is None
+    return 1 if one else BATCH
 
 
 def weight_file(file: File | UnwrittenFile) -> WeightFile:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from surgery.onnx.graph.contract import Slot
+from surgery.onnx.graph.dims import BATCH, CHOICES, SEQUENCE
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.opset import NEWEST
 from surgery.onnx.graph.target import OperatorSet
@@ -60,6 +61,10 @@ class Context:
         virtual: Soft prompts.
         slots: The slots made so far.
         real: Returns which new tokens are no padding ``(B, S)``, bool.
+        choices: Whether inputs are the choices of questions, ``(B, C, S)``, which are rows inside the graph.
+        batch: Size of the inputs' first axis: a name, or 1.
+        position_ids: Whether positions are an input of the graph.
+        keep_logits: Whether the number of positions whose logits are computed is an input.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -74,7 +79,20 @@ class Context:
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
+    position_ids: bool = False
+    keep_logits: bool = False
     opset: int = NEWEST
+    choices: bool = False
+    batch: str | int = BATCH
+
+    def per_token(self, name: str) -> str:
+        """Add an input with an integer for each token, as rows ``(B, S)``."""
+        if not self.choices:
+            return self.graph.input(name, DType.I64, (self.batch, SEQUENCE))
+        value = self.graph.input(name, DType.I64, (self.batch, CHOICES, SEQUENCE))
+        length = self.graph.node("Shape", [value], "", start=2, end=3)
+        shape = self.graph.node("Concat", [self.graph.ints(-1), length], "", axis=0)
+        return self.graph.node("Reshape", [value, shape], "")
 
     @property
     def flat(self) -> bool:

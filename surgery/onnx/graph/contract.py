@@ -24,7 +24,7 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
-__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
+__all__ = ["KEEP", "PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
 
 TEXT = "TEXT"
 """Kind of a prompt given as text: the input continues it and gets no beginning-of-sequence token."""
@@ -32,14 +32,23 @@ TEXT = "TEXT"
 PAD_SWITCH = "pad_attention_mask"
 """Optional input of graphs with a default past; an empty vector means that the mask already counts virtual tokens."""
 
+KEEP = "num_logits_to_keep"
+"""Optional input of decoders: of how many last positions logits are computed; 0 for all. transformers.js's name for it."""
+
 _KEY = "surgery.contract"
 _SCHEMA = 1
 _LARGEST = 1 << 48  # bound on numbers, including file sizes
 _LAYERS = 4096
 _PAIR = 2
+_CODE_BITS = (4, 8)
 _DTYPES = ("fp32", "fp16", "bf16")
-_LATER = ("replaceable", "inserted")  # fields that are left out where empty, so that runners of before take the graph
-_TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
+_LATER = (
+    "replaceable",
+    "inserted",
+    "quantised",
+    "encoder",
+)  # fields that are left out where empty, so that runners of before take the graph
+_TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +87,9 @@ class Contract:
     """Everything a runner must know.
 
     Attributes:
-        kind: ``decoder`` or ``encoder``.
-        task: ``text-generation``, ``text-classification``, ``token-classification``, ``feature-extraction``.
+        kind: ``decoder``, which writes token by token over a cache, or ``encoder``, which runs once: also a causal model
+            with another head than a language model's.
+        task: As the Hub names it, see `surgery_formats.models.families.tasks.TASKS`.
         target: ``cuda``, ``cpu`` or ``portable``.
         dtype: Type of logits and cache: ``fp32``, ``fp16``, ``bf16``.
         padding: Side on which the rows of a batch are padded: ``right`` (GroupQueryAttention), ``left`` (Attention-23
@@ -104,11 +114,14 @@ class Contract:
         replaceable: Parameters that are optional inputs under their own names, see `surgery.onnx.export.replaced`.
         inserted: Modules that adapters insert, see `surgery_formats.models.families.inserted.as_fields`; those whose rank is 0
             are optional inputs among the replaceable ones.
+        quantised: Weights that are codes in blocks, by how they are stored: ``{"bits", "block", "symmetric", "weights"}``, under
+            their stored names.
         weights: Files that hold the initializers.
         base: Content id of the base.
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
             mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number), ``id2label`` of a classifier
             of its own.
+        encoder: File of the graph whose result a decoder reads, or empty.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -131,9 +144,11 @@ class Contract:
     slots: tuple[Slot, ...] = ()
     replaceable: tuple[str, ...] = ()
     inserted: tuple[Mapping[str, Any], ...] = ()
+    quantised: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
+    encoder: str = ""
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
@@ -160,7 +175,7 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
             raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
         entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
         entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
-        for name in ("adapters", "replaceable", "inserted"):
+        for name in ("adapters", "replaceable", "inserted", "quantised"):
             entries[name] = tuple(entries.get(name, ()))
         rows = entries.get("vocabulary_rows")
         entries["vocabulary_rows"] = None if rows is None else tuple(rows)
@@ -205,6 +220,8 @@ def _fault(contract: Contract) -> str | None:
             from_fields(entry)
     except (ValueError, TypeError, AttributeError):
         return "inserted"
+    if not all(map(_is_quantised, contract.quantised)):
+        return "quantised"
     rows = contract.vocabulary_rows
     if rows is not None:
         first, count = (*rows, None, None)[:2]
@@ -213,6 +230,14 @@ def _fault(contract: Contract) -> str | None:
         if not (0 <= first < _LARGEST and 0 < count <= contract.max_length):
             return "vocabulary_rows"
     return None
+
+
+def _is_quantised(entry: Any) -> bool:
+    if not isinstance(entry, Mapping) or set(entry) != {"bits", "block", "symmetric", "weights"}:
+        return False
+    bits, block, symmetric, names = (entry[key] for key in ("bits", "block", "symmetric", "weights"))
+    known = bits in _CODE_BITS and type(block) is int and 0 < block < _LARGEST and type(symmetric) is bool
+    return known and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 _HEADER_LIMIT = 100 << 20  # bytes of a safetensors header: the reference's limit

@@ -3,49 +3,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.onnx.graph.attention import cached_attention
 from surgery.onnx.graph.context import CacheValues, Context, ResidualStream, module_of
 from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
-from surgery.onnx.graph.embedding import token_rows
+from surgery.onnx.graph.embedding import position_table, token_rows
 from surgery.onnx.graph.frame import Frame
-from surgery.onnx.graph.heads import language_head
+from surgery.onnx.graph.heads import add_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
-from surgery.onnx.graph.virtual_tokens import completed_mask
+from surgery.onnx.graph.virtual_tokens import completed_mask, in_front
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Attention, LanguageHead, Layer, Model
+from surgery_formats.models.families.recipe import Attention, Layer, Model
 
-__all__ = ["decoder"]
+__all__ = ["decoder", "embedded"]
 
 
 def decoder(ctx: Context, model: Model, max_length: int) -> None:
     """Build the graph, for at most `max_length` positions.
 
     Inputs are ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values ``(B, kv_heads, T - S,
-    head_dim)``; outputs are ``logits (B, S, V)`` and the present ``(B, kv_heads, T, head_dim)``.
+    head_dim)``; outputs are ``logits (B, S, V)`` and the present ``(B, kv_heads, T, head_dim)``. A model that does not
+    generate has no cache: T is S.
 
     Raises:
         FitError: a tensor is missing or misshapen.
     """
-    if not isinstance(model.head, LanguageHead):
-        raise FitError("this decoder has a head for a task other than language modelling", file="config.json")
-    graph = ctx.graph
+    graph, caches = ctx.graph, list[CacheValues | None]()
     if ctx.virtual.embedded:
         width = model.embedding.projection.inputs if model.embedding.projection else model.hidden
         ctx.ids = graph.input("inputs_embeds", ctx.io, (BATCH, SEQUENCE, width))
-    else:
+    elif model.generates:
         graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
-    own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
-    mask = graph.input("attention_mask", DType.I64, (BATCH, own))
-    caches = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
-    if ctx.virtual.past:
-        mask = completed_mask(graph, ctx.ids, mask, caches[0].past_key)
-    frame = Frame(ctx, mask, max_length)
+    else:
+        ctx.per_token(ctx.ids)
+    if model.generates:
+        own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
+        mask = given = graph.input("attention_mask", DType.I64, (BATCH, own))
+        places = graph.input("position_ids", DType.I64, (BATCH, SEQUENCE)) if ctx.position_ids else ""
+        kept = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
+        if ctx.virtual.past:
+            mask = completed_mask(graph, ctx.ids, mask, kept[0].past_key)
+        caches += kept
+    else:
+        mask, places, kept, caches = ctx.per_token("attention_mask"), "", [], [None] * len(model.layers)
+        if ctx.virtual.front:
+            ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
+        given = mask
+    frame = Frame(ctx, mask, max_length, given, places)
     ctx.real = lambda: frame.real
-    stream = ResidualStream(_embedded(ctx, model, frame, max_length))
+    stream = ResidualStream(embedded(ctx, model, lambda: frame.positions))
     for layer, cache in zip(model.layers, caches, strict=True):
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
     if model.final_norm is not None:
@@ -53,12 +63,11 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
     else:
         x = ctx.total(stream, "")
-    tied = model.head.projection.weight == model.embedding.tokens
-    language_head(ctx, model.head, x, ctx.head if tied else "")
-    for layer, cache in zip(model.layers, caches, strict=True):
+    add_head(ctx, model, x)
+    for layer, values in zip(model.layers, kept, strict=False):
         shape = (BATCH, layer.attention.kv_heads, TOTAL, layer.attention.head_dim)
-        graph.output(cache.present_key, ctx.io, shape)
-        graph.output(cache.present_value, ctx.io, shape)
+        graph.output(values.present_key, ctx.io, shape)
+        graph.output(values.present_value, ctx.io, shape)
 
 
 def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
@@ -70,15 +79,16 @@ def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
     return CacheValues(past[0], past[1], f"present.{number}.key", f"present.{number}.value")
 
 
-def _embedded(ctx: Context, model: Model, frame: Frame, max_length: int) -> str:
+def embedded(ctx: Context, model: Model, positions: Callable[[], str]) -> str:
+    """The first hidden states; `positions` gives those of new tokens ``(B, S)``, where the model looks them up."""
     record = model.embedding
     x = token_rows(ctx, model)
     if record.projection is not None:
         x = linear(ctx, record.projection, x)
-    if record.positions:
-        at = module_of(record.positions)
-        table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.hidden))
-        places = frame.positions
+    if record.positions or record.sinusoid:
+        at = module_of(record.positions) or "positions"
+        table = position_table(ctx, model)
+        places = positions()
         if record.position_offset:
             places = ctx.graph.node("Add", [places, ctx.graph.ints(record.position_offset)], at)
         if ctx.flat:
@@ -91,7 +101,7 @@ def _embedded(ctx: Context, model: Model, frame: Frame, max_length: int) -> str:
     return x
 
 
-def _attention(ctx: Context, record: Attention, frame: Frame, cache: CacheValues) -> Body:
+def _attention(ctx: Context, record: Attention, frame: Frame, cache: CacheValues | None) -> Body:
     def attend(x: str, alpha: float) -> str:
         return cached_attention(ctx, record, x, frame, cache, alpha=alpha)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from surgery.onnx.graph.coded import coded_rows
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.dims import BATCH, SEQUENCE
 from surgery.onnx.graph.linear import linear, lora_slot
 from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
 
-__all__ = ["encoder_rows", "token_rows"]
+__all__ = ["encoder_rows", "position_table", "token_rows"]
 
 
 def token_rows(ctx: Context, model: Model) -> str:
@@ -23,8 +23,12 @@ def token_rows(ctx: Context, model: Model) -> str:
     record = model.embedding
     at = module_of(record.tokens)
     width = model.embedded[0]
-    table = ctx.weights.value(record.tokens, (model.vocabulary, width))
+    shape = (model.vocabulary, width)
+    coded = ctx.weights.table(record.tokens, shape)
+    table = ctx.weights.value(record.tokens, shape) if not ctx.weights.has_codes else ""
     if ctx.virtual.embedded:
+        if ctx.weights.has_codes and coded is None:
+            ctx.weights.find(record.tokens, shape)  # it is read by a tied head alone
         x = ctx.reshaped(ctx.ids, (-1, width), at) if ctx.flat else ctx.ids
         return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
     ids = ctx.reshaped(ctx.ids, (-1,), at) if ctx.flat else ctx.ids
@@ -32,7 +36,12 @@ def token_rows(ctx: Context, model: Model) -> str:
     known = ids
     if rows is not None:
         known = ctx.graph.node("Min", [ids, ctx.graph.number(model.vocabulary - 1, DType.I64)], at)
-    x = ctx.graph.node("Gather", [table, known], at, axis=0)
+    if table:
+        x = ctx.graph.node("Gather", [table, known], at, axis=0)
+    elif coded is not None:
+        x = coded_rows(ctx.graph, coded, known, ctx.io, at)
+    else:
+        x = _converted_rows(ctx, record.tokens, shape, known, at)
     if record.tokens in ctx.slotted:
         x = lora_slot(ctx, record.tokens, known, x, model.vocabulary, width, rows=True)
     if record.scale_rounded:
@@ -40,6 +49,13 @@ def token_rows(ctx: Context, model: Model) -> str:
     if rows is not None:
         x = rows_after(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
     return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
+
+
+def _converted_rows(ctx: Context, name: str, shape: tuple[int, int], ids: str, at: str) -> str:
+    """Rows in the graph's type: only those that are read are converted, where a runtime would convert the table at load."""
+    table, stored = ctx.weights.as_stored(name, shape)
+    x = ctx.graph.node("Gather", [table, ids], at, axis=0)
+    return x if stored is ctx.io else ctx.graph.cast(x, ctx.io, at)
 
 
 def _scaled(ctx: Context, model: Model, x: str, width: int, at: str) -> str:
@@ -50,7 +66,7 @@ def _scaled(ctx: Context, model: Model, x: str, width: int, at: str) -> str:
 
 
 def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
-    stored = ctx.weights.find(record.tokens, shape).dtype
+    stored = ctx.weights.stored_type(record.tokens, shape)
     if not record.scale_rounded or stored not in (DType.F16, DType.BF16):
         return record.scale
     return float(np.array(record.scale, ctx.graph.numpy_type(stored)))
@@ -64,7 +80,7 @@ def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
     record = model.embedding
     x = token_rows(ctx, model)
     rows = []
-    if record.positions:
+    if record.positions or record.sinusoid:
         rows.append(_position_rows(ctx, model))
     if record.types:
         rows.append(_type_rows(ctx, model))
@@ -76,11 +92,22 @@ def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
     return ResidualStream(linear(ctx, record.projection, ctx.total(stream, module_of(record.projection.weight))))
 
 
+def position_table(ctx: Context, model: Model) -> str:
+    """The table of positions: stored, or sines and cosines that no file holds."""
+    record = model.embedding
+    if record.positions:
+        return ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.embedded[1]))
+    width = model.embedded[1]
+    turns = np.arange(record.sinusoid)[:, None] / 10000.0 ** (2 * (np.arange(width) // 2) / width)
+    rows = np.concatenate([np.sin(turns[:, 0::2]), np.cos(turns[:, 1::2])], axis=1)
+    return ctx.graph.constant(rows.astype(np.float32).astype(ctx.graph.numpy_type(ctx.io)), "positions")
+
+
 def _position_rows(ctx: Context, model: Model) -> str:
     """Rows of the position table, by index, or counted over non-padding tokens (padding keeps its own position)."""
     record, graph = model.embedding, ctx.graph
-    at = module_of(record.positions)
-    table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.embedded[1]))
+    at = module_of(record.positions) or "positions"
+    table = position_table(ctx, model)
     if record.position_rule == "nonpad":
         padding = graph.node("Equal", [ctx.ids, graph.number(record.padding_token, DType.I64)], at)
         tokens = graph.cast(graph.node("Not", [padding], at), DType.I64, at)
@@ -105,7 +132,7 @@ def _type_rows(ctx: Context, model: Model) -> str:
     number = ctx.weights.rows(record.types)
     table = ctx.weights.value(record.types, (number, model.embedded[1]))
     if number > 1:
-        types = ctx.graph.input("token_type_ids", DType.I64, (BATCH, SEQUENCE))
+        types = ctx.per_token("token_type_ids")
         if ctx.virtual.front:
             types = types_in_front(ctx.graph, types, ctx.virtual.front)
         return _rows(ctx, table, types, at)

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 from surgery.onnx.graph.attention import normed, project, rotated, split
+from surgery.onnx.graph.audio import heard
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
-from surgery.onnx.graph.dims import BATCH, SEQUENCE
+from surgery.onnx.graph.convolution import convolved
+from surgery.onnx.graph.disentangled import DistanceScores
 from surgery.onnx.graph.embedding import encoder_rows
-from surgery.onnx.graph.heads import classifier_head, hidden_head
+from surgery.onnx.graph.heads import add_head
 from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import residual_norm
+from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.seen_keys import SeenKeys
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Attention, ClassifierHead, HiddenHead, Model
+from surgery_formats.models.families.recipe import Attention, ClassifierHead, Model
 
 __all__ = ["encoder"]
 
@@ -25,19 +27,24 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     """Build the graph, for at most `max_length` positions.
 
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
-    ``(B, S)``; outputs are those of the head.
+    ``(B, S)``, or ``(B, C, S)`` where choices are scored, or ``input_features (B, bins, frames)``; outputs are those of
+    the head.
 
     Raises:
         FitError: a tensor is missing or misshapen.
     """
-    graph = ctx.graph
-    graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
-    mask = graph.input("attention_mask", DType.I64, (BATCH, SEQUENCE))
-    if ctx.virtual.front:
-        ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
-    ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
-    stream = encoder_rows(ctx, model)
-    record = model.embedding
+    graph, record = ctx.graph, model.embedding
+    mask = ""
+    if record.stem is not None:
+        stream = heard(ctx, model, record.stem)
+    else:
+        ctx.choices = isinstance(model.head, ClassifierHead) and model.head.choices
+        ctx.ids = ctx.per_token(ctx.ids)
+        mask = ctx.per_token("attention_mask")
+        if ctx.virtual.front:
+            ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
+        ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
+        stream = encoder_rows(ctx, model)
     if (first := record.norm) is not None:
         width = model.embedded[-1]
         stream = ResidualStream(residual_norm(ctx, first, stream, width, module_of(first.weight), keep=False)[0])
@@ -46,24 +53,24 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     for network in record.couplings:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
     seen = SeenKeys(ctx, mask, max_length)
-    seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
-    for layer in model.layers:
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, seen))
+    if mask:
+        seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
+    distances = DistanceScores(ctx, seen)
+    for index, layer in enumerate(model.layers):
+        before = stream
+        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, model, layer.attention, seen, distances))
+        if index == 0 and model.convolution is not None:
+            x, y = ctx.total(before, ""), ctx.total(stream, "")
+            stream = ResidualStream(convolved(ctx, model.convolution, x, y, model.hidden))
     if model.final_norm is not None:
         at = module_of(model.final_norm.weight)
         x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
     else:
         x = ctx.total(stream, "")
-    match model.head:
-        case ClassifierHead():
-            classifier_head(ctx, model.head, x)
-        case HiddenHead():
-            hidden_head(ctx, model.head, x, model.hidden)
-        case _:
-            raise FitError("this encoder has a language-modelling head", file="config.json")
+    add_head(ctx, model, x)
 
 
-def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
+def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, distances: DistanceScores) -> Body:
     at = module_of(module_of(record.output.weight))
 
     def attend(x: str, alpha: float) -> str:
@@ -74,9 +81,14 @@ def _attention(ctx: Context, record: Attention, seen: SeenKeys) -> Body:
             q, k, v = rotated(ctx, record, parts, seen, at)
         else:
             q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+        if record.disentangled is not None:
+            scores = distances.scores(record, q, k, model.hidden, at)
+            mask = masked_bias(ctx, scores, seen.allowed(record.window))
+        else:
+            mask = seen.mask(record)
         y = ctx.graph.node(
             "Attention",
-            [q, k, v, seen.mask(record)],
+            [q, k, v, mask],
             at,
             q_num_heads=record.heads,
             kv_num_heads=record.kv_heads,

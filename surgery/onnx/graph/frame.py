@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numpy as np
+
 from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.rotary import RotaryTable, table
 from surgery_formats.dtypes import DType
-from surgery_formats.models.families.recipe import Rope
+from surgery_formats.models.families.recipe import Alibi, PositionScale, Rope
 
 __all__ = ["Frame"]
 
@@ -27,15 +30,22 @@ class Frame:
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
         max_length: Positions of the rotary tables.
+        places: Input of positions ``(B, S)``, or empty.
     """
 
-    def __init__(self, ctx: Context, mask: str, max_length: int) -> None:
+    def __init__(self, ctx: Context, mask: str, max_length: int, own: str = "", places: str = "") -> None:
+        """`own` is the caller's part of the mask, where that is not all of it."""
         self._ctx = ctx
         self._graph = ctx.graph
         self.mask = mask
+        self._own = own or mask
+        self.places = places
+        self._is_guarded = False
         self.max_length = max_length
         self._tables: list[tuple[Rope, RotaryTable]] = []
         self._masks: dict[int | None, str] = {}
+        self._biased: dict[tuple[int | None, Alibi], str] = {}
+        self._factors: dict[PositionScale, str] = {}
 
     def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers with equal parameters share them."""
@@ -65,22 +75,46 @@ class Frame:
         scalar = self._graph.node("Squeeze", [total], "")
         return self._graph.cast(last, DType.I32, ""), self._graph.cast(scalar, DType.I32, "")
 
+    def guarded(self, value: str, at: str) -> str:
+        """``value (B, S, ...)``, but NaN in rows that are padded on the left, in the first layer that asks.
+
+        GroupQueryAttention would take their last tokens for padding, and give numbers that are wrong without a word.
+        A factor of 0 / 0 costs four operators on one number of each row, once per graph.
+        """
+        if self._is_guarded:
+            return value
+        self._is_guarded = True
+        graph = self._graph
+        first = graph.node("Gather", [self._own, graph.constant(np.zeros((1, 1), np.int64))], "", axis=1)
+        one = graph.cast(first, self._ctx.io, "")
+        return graph.node("Mul", [value, graph.node("Div", [one, one], "")], at)
+
     @cached_property
     def positions(self) -> str:
         """Position of every new token ``(B, S)``, int64."""
+        if self.places:
+            return self.places
         graph = self._graph
         if self._ctx.target.attention == "gqa":
-            # Rows are padded on the right: new tokens follow the past, whose length is what the mask has beyond S.
-            past = graph.node("Max", [graph.node("Sub", [self._tokens, self._new_tokens], ""), graph.ints(0)], "")
-            return graph.node("Add", [past, self._range(self._new_tokens)], "")
+            return self._counted
         return graph.node("Max", [self._new_positions, graph.ints(0)], "")
+
+    @cached_property
+    def _counted(self) -> str:
+        """Places of new tokens behind the past ``(B, S)``, where rows are padded on the right.
+
+        The length of the past is what the mask has beyond S.
+        """
+        graph = self._graph
+        past = graph.node("Max", [graph.node("Sub", [self._tokens, self._new_tokens], ""), graph.ints(0)], "")
+        return graph.node("Add", [past, self._range(self._new_tokens)], "")
 
     @cached_property
     def real(self) -> str:
         """Which new tokens are no padding ``(B, S)``, bool."""
         graph = self._graph
         if self._ctx.target.attention == "gqa":  # of a new token the mask may have its one elsewhere
-            return graph.node("Less", [self.positions, self._tokens], "")
+            return graph.node("Less", [self._counted, self._tokens], "")
         start = graph.node("Neg", [self._new_tokens], "")
         return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(_ALL), graph.ints(1)], ""), DType.BOOL, "")
 
@@ -93,6 +127,17 @@ class Frame:
         is_long = graph.node("Greater", [longest, graph.number(rows.original, DType.I64)], "")
         shift = graph.node("Mul", [graph.cast(is_long, DType.I64, ""), graph.number(rows.rows, DType.I64)], "")
         return graph.node("Add", [self.positions, shift], "")
+
+    def query_factor(self, scale: PositionScale) -> str:
+        """Factor on the queries of every new token ``(B, S)``; layers with equal parameters share it."""
+        if scale not in self._factors:
+            graph = self._graph
+            periods = graph.node("Div", [self.positions, graph.number(scale.period, DType.I64)], "")  # rounds down
+            counted = graph.cast(graph.node("Add", [periods, graph.number(1, DType.I64)], ""), DType.F32, "")
+            grown = graph.node("Mul", [graph.node("Log", [counted], ""), graph.number(scale.beta, DType.F32)], "")
+            factor = graph.node("Add", [grown, graph.number(1.0, DType.F32)], "")
+            self._factors[scale] = factor if self._ctx.io is DType.F32 else graph.cast(factor, self._ctx.io, "")
+        return self._factors[scale]
 
     def _range(self, length: str) -> str:
         """``0 ... length - 1`` for a length ``[n]``."""
@@ -120,6 +165,34 @@ class Frame:
         if window not in self._masks:
             self._masks[window] = self._allowed(window)
         return self._masks[window]
+
+    def visible(self, window: int | None, alibi: Alibi | None) -> str:
+        """The mask of the standard operator: `allowed`, or with `alibi` what is added to the scores ``(B, H, S, T)``."""
+        allowed = self.allowed(window)
+        if alibi is None:
+            return allowed
+        if (window, alibi) not in self._biased:
+            self._biased[window, alibi] = masked_bias(self._ctx, self._bias(alibi), allowed)
+        return self._biased[window, alibi]
+
+    def _bias(self, alibi: Alibi) -> str:
+        """``scale slope position`` of every key, less that of the query unless it is rounded: small numbers are exact."""
+        graph = self._graph
+        key, query = self._columns
+        slopes = np.array(alibi.slopes, np.float32)[None, :, None, None]
+        if alibi.rounded:
+            places = graph.node("Unsqueeze", [self._bfloat16(graph.cast(key, DType.F32, "")), graph.ints(1)], "")
+            product = graph.node("Mul", [places, self._bfloat16(graph.constant(slopes))], "")
+            bias = graph.node("Mul", [self._bfloat16(product), graph.number(alibi.scale, DType.F32)], "")
+        else:
+            distance = graph.cast(graph.node("Sub", [key, query], ""), DType.F32, "")
+            places = graph.node("Unsqueeze", [distance, graph.ints(1)], "")
+            bias = graph.node("Mul", [places, graph.constant(slopes * np.float32(alibi.scale))], "")
+        return bias if self._ctx.io is DType.F32 else graph.cast(bias, self._ctx.io, "")
+
+    def _bfloat16(self, value: str) -> str:
+        """Round a float32 value to bfloat16."""
+        return self._graph.cast(self._graph.cast(value, DType.BF16, ""), DType.F32, "")
 
     def _allowed(self, window: int | None) -> str:
         graph = self._graph

@@ -15,13 +15,15 @@ import numpy as np
 import onnx
 
 from surgery._version import __version__
-from surgery.onnx.graph.opset import ir_version
+from surgery.onnx.graph.opset import ir_version, nodes_of
 from surgery_formats.dtypes import DType
 
 __all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
 
 MICROSOFT = "com.microsoft"
-ONNX_TYPES = {DType.F32: 1, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16}
+ONNX_TYPES = {
+    DType.F32: 1, DType.U8: 2, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16
+}  # fmt: skip
 """``TensorProto.DataType`` of stored types."""
 
 _NUMPY = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
@@ -138,6 +140,10 @@ class Graph:
         for key, value in (("location", file), ("offset", offset), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
 
+    def is_initializer(self, name: str) -> bool:
+        """Whether there is an initializer of this name."""
+        return name in self._initializers
+
     def drop_unused(self) -> None:
         """Remove initializers that no node reads, of which onnxruntime would warn."""
         used = {name for node in self._proto.node for name in node.input}
@@ -171,7 +177,7 @@ class Graph:
             ir_version=ir_version(opset), producer_name="surgery", producer_version=__version__
         )
         model.opset_import.add(domain="", version=opset)
-        if any(node.domain == MICROSOFT for node in self._proto.node):
+        if any(node.domain == MICROSOFT for node in nodes_of(self._proto)):
             model.opset_import.add(domain=MICROSOFT, version=1)
         for key in sorted(metadata):
             model.metadata_props.add(key=key, value=metadata[key])

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from surgery.onnx.graph.coded import CodedTensor, coded_product
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import MICROSOFT
 from surgery_formats.models.families.recipe import Projection
 
-__all__ = ["joined", "linear", "lora_slot"]
+__all__ = ["declared_slot", "joined", "linear", "lora_slot"]
 
 
 def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, slot: str = "") -> str:
@@ -21,11 +22,15 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
-    stack = projection.stack
-    weight = ctx.weights.part(projection.weight, stored, stack)
-    bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
-    at = module_of(projection.weight)
-    y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
+    at, stack = module_of(projection.weight), projection.stack
+    coded = None if stack else ctx.weights.coded([projection.weight], [(projection.outputs, projection.inputs)])
+    if coded is not None:
+        bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+        y = _coded(ctx, coded, x, bias, at, alpha)
+    else:
+        weight = ctx.weights.part(projection.weight, stored, stack)
+        bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
+        y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
     slot = "" if stack else slot or projection.weight
     return lora_slot(ctx, slot, x, y, projection.inputs, projection.outputs, alpha) if slot in ctx.slotted else y
 
@@ -39,9 +44,11 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
         part.transposed or part.stack or part.weight in ctx.slotted for part in projections
     ):
         return None
-    weight = ctx.weights.adjacent(
-        [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
-    )
+    weights, sizes = [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
+    coded = ctx.weights.coded(weights, sizes)
+    if coded is None and ctx.weights.has_codes and any(map(ctx.weights.is_coded, weights)):
+        return None
+    weight = ctx.weights.adjacent(weights, sizes) if coded is None else coded.name
     if weight is None or len({bool(part.bias) for part in projections}) > 1:
         return None
     at = module_of(weight)
@@ -51,7 +58,13 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
         bias = ctx.weights.adjacent(names, shapes) or ctx.graph.node(
             "Concat", [ctx.weights.value(name, shape) for name, shape in zip(names, shapes, strict=True)], at, axis=0
         )
-    return _multiply(ctx, x, weight, bias, at)
+    return _multiply(ctx, x, weight, bias, at) if coded is None else _coded(ctx, coded, x, bias, at)
+
+
+def _coded(ctx: Context, weight: CodedTensor, x: str, bias: str, at: str, alpha: float = 1.0) -> str:
+    y = coded_product(ctx.graph, weight, x, ctx.io, at)
+    y = ctx.graph.node("Add", [y, bias], at) if bias else y
+    return ctx.graph.node("Mul", [y, ctx.graph.number(alpha, ctx.io)], at) if alpha != 1.0 else y
 
 
 def _multiply(
@@ -77,6 +90,16 @@ def lora_slot(
     With `rows` the weight is a table, and `x` the ids that select rows of A.
     """
     at = module_of(weight)
+    a, b = declared_slot(ctx, weight, inputs, outputs)
+    projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
+    if alpha != 1.0:
+        projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)
+    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [projected, b], at)], at)
+
+
+def declared_slot(ctx: Context, weight: str, inputs: int, outputs: int) -> tuple[str, str]:
+    """The inputs A and B of the slot of `weight`."""
+    at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
     dtype = ctx.graph.numpy_type(ctx.io)
     if not any(slot.weight == weight for slot in ctx.slots):  # layers may share a weight
@@ -88,7 +111,4 @@ def lora_slot(
             if not ctx.required:
                 ctx.graph.initializer(name, np.zeros(empty, dtype))
         ctx.slots.append(Slot(weight, a, b))
-    projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
-    if alpha != 1.0:
-        projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)
-    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [projected, b], at)], at)
+    return a, b

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from surgery.onnx.graph.activation import activate
+from surgery.onnx.graph.activation import activate, xielu
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.linear import joined, linear
 from surgery_formats.models.families.recipe import MLP
@@ -16,6 +16,8 @@ _ALL = 2**62  # an end of Slice beyond any length
 def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
     """``alpha down(act(gate x) * up x)``, or without a gate ``alpha down(act(up x))``."""
     at = module_of(module_of(record.output.weight))
+    if record.activation == "xielu":
+        return linear(ctx, record.output, xielu(ctx, record.shape, linear(ctx, record.inputs[0], x)), alpha=alpha)
     if not record.gated:
         inner = activate(ctx, record.activation, linear(ctx, record.inputs[0], x), at)
         return linear(ctx, record.output, inner, alpha=alpha)

@@ -25,7 +25,7 @@ class SeenKeys:
     """
 
     def __init__(self, ctx: Context, mask: str, max_length: int = 0) -> None:
-        """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for."""
+        """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for; an empty name for no padding."""
         self._ctx, self._graph, self._mask = ctx, ctx.graph, mask
         self.max_length = max_length
         self._tables: list[tuple[Rope, RotaryTable]] = []
@@ -34,11 +34,13 @@ class SeenKeys:
 
     def mask(self, record: Attention) -> str:
         """The mask of a layer's attention: `allowed`, or its bias ``(B, heads, S, S)`` with -inf for what is not."""
+        if not self._mask:
+            return ""
         if record.bias is None:
             return self.allowed(record.window)
         key = record.bias, record.window
         if key not in self._biased:
-            bias = relative_bias(self._ctx, record.bias, record.heads, self._places, self._places)
+            bias = relative_bias(self._ctx, record.bias, record.heads, self.places, self.places)
             self._biased[key] = masked_bias(self._ctx, bias, self.allowed(record.window))
         return self._biased[key]
 
@@ -50,8 +52,8 @@ class SeenKeys:
         if window not in self._allowed:
             graph, (keys, padding) = self._graph, self._tokens
             if window is not None:
-                column = graph.node("Unsqueeze", [self._places, graph.ints(1)], "")
-                away = graph.node("Abs", [graph.node("Sub", [self._places, column], "")], "")
+                column = graph.node("Unsqueeze", [self.places, graph.ints(1)], "")
+                away = graph.node("Abs", [graph.node("Sub", [self.places, column], "")], "")
                 near = graph.node("Less", [away, graph.number(window, DType.I64)], "")
                 keys = graph.node("And", [keys, near], "")
             self._allowed[window] = graph.node("Or", [keys, padding], "")
@@ -67,7 +69,7 @@ class SeenKeys:
         return keys, padding
 
     @cached_property
-    def _places(self) -> str:
+    def places(self) -> str:
         """``0 ... S - 1``."""
         graph = self._graph
         size = graph.node("Squeeze", [graph.node("Shape", [self._mask], "", start=1, end=2)], "")
@@ -76,7 +78,7 @@ class SeenKeys:
     @cached_property
     def _positions(self) -> str:
         """``(B, S)``."""
-        return self._graph.node("Expand", [self._places, self._graph.node("Shape", [self._mask], "")], "")
+        return self._graph.node("Expand", [self.places, self._graph.node("Shape", [self._mask], "")], "")
 
     def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers with equal parameters share them."""

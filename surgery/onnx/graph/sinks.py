@@ -16,7 +16,7 @@ __all__ = ["attention_with_sinks"]
 
 
 def attention_with_sinks(
-    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, cache: CacheValues, at: str
+    ctx: Context, record: Attention, parts: tuple[str, str, str], frame: Frame, cache: CacheValues | None, at: str
 ) -> str:
     """``softmax([scale q k^T + mask | sink])`` without its last column, times v ``(B, S, heads * head_dim)``."""
     graph, group = ctx.graph, record.heads // record.kv_heads
@@ -24,8 +24,10 @@ def attention_with_sinks(
         graph.node("Transpose", [ctx.reshaped(part, (0, 0, heads, record.head_dim), at)], at, perm=[0, 2, 1, 3])
         for part, heads in zip(parts, (record.heads, record.kv_heads, record.kv_heads), strict=True)
     )
-    keys = graph.node("Concat", [cache.past_key, k], at, out=cache.present_key, axis=2)
-    values = graph.node("Concat", [cache.past_value, v], at, out=cache.present_value, axis=2)
+    keys, values = k, v
+    if cache is not None:
+        keys = graph.node("Concat", [cache.past_key, k], at, out=cache.present_key, axis=2)
+        values = graph.node("Concat", [cache.past_value, v], at, out=cache.present_value, axis=2)
     q = ctx.reshaped(q, (0, record.kv_heads, group, -1, record.head_dim), at)
     keys, values = (graph.node("Unsqueeze", [every, graph.ints(2)], at) for every in (keys, values))
     turned = graph.node("Transpose", [keys], at, perm=[0, 1, 2, 4, 3])

@@ -15,6 +15,8 @@ from surgery_formats.text import show
 
 __all__ = ["Scatter", "not_the_base", "same_bits"]
 
+_WORD = 8  # bytes
+
 
 class Scatter:
     """Puts rows of a weight where they belong in some rows of a tensor."""
@@ -110,7 +112,16 @@ class Scatter:
 
 def same_bits(mine: numpy.ndarray, there: numpy.ndarray, dtype: DType) -> bool:
     """Whether bits are equal, but for what `differing` lets pass."""
-    return numpy.array_equal(mine, there) or not differing(mine, there, dtype).any()
+    return numpy.array_equal(*_words(mine, there)) or not differing(mine, there, dtype).any()
+
+
+def _words(mine: numpy.ndarray, there: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Eight bytes as one element, where the rows of both allow it: so many fewer comparisons."""
+    size = mine.dtype.itemsize
+    whole = mine.ndim == 2 and mine.shape == there.shape and not mine.shape[1] * size % _WORD
+    if whole and all(side.strides[1] == size for side in (mine, there)):
+        return mine.view("u8"), there.view("u8")
+    return mine, there
 
 
 def not_the_base(piece: LocatedPiece) -> FitError:

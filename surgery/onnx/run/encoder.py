@@ -128,6 +128,10 @@ def encode(
     contract = graph.contract
     if contract.kind != "encoder":
         raise FitError("this graph is a decoder", file=graph.path)
+    if len(rows) > 1 and graph.inputs["input_ids"].shape[0] == 1:  # the model has no token to pad them with
+        single = [encode(graph, [row], slots, problem) for row in rows]
+        joined = {name: np.concatenate([one.arrays[name] for one in single]) for name in single[0].arrays}
+        return EncoderOutput(joined, tuple(map(len, rows)), single[0].problem)
     ids, mask = pad(rows, "right", _padding_token(graph))
     if contract.max_length and ids.shape[1] > contract.max_length:
         raise FitError(

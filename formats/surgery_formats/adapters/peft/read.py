@@ -23,6 +23,7 @@ from surgery_formats.adapters.peft.keys import (
 )
 from surgery_formats.adapters.peft.kinds import kinds, switches
 from surgery_formats.adapters.peft.kinds.kind import Module
+from surgery_formats.adapters.peft.kinds.tokens import check_copies
 from surgery_formats.adapters.peft.known_issues import issues_by_value, torchtune_issues
 from surgery_formats.adapters.peft.parameters import wrappers_of
 from surgery_formats.adapters.peft.prompt import PROMPTS, read_prompt
@@ -125,6 +126,7 @@ def read_tensors(path: Path, config: PeftConfig, tensors: Sequence[StoredTensor]
         contents.ignored.extend(read.ignored)
         for site, chain in read.updates.items():
             updates[site] = (*updates.pop(site, ()), *chain)  # under the site that knows its kind of module
+    check_copies(updates, config)
     issues = (
         [] if contents.wrappers or around or _prefixed(tensors) else ["its keys lack PEFT's prefix 'base_model.model.'"]
     )

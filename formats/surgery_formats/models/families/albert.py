@@ -10,11 +10,13 @@ from surgery_formats.models.families.encoder import (
     LayerNames,
     bert_embedding,
     encoder,
+    encoder_norm,
+    language_head,
     post_norm_layer,
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Layer, Model
+from surgery_formats.models.families.recipe import Activation, LanguageHead, Layer, Model, Projection
 from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings
 
 __all__ = ["FAMILY"]
@@ -50,7 +52,14 @@ def recipe(settings: ModelSettings) -> Model:
     pooler = projection(f"{root}pooler", sizes.hidden, sizes.hidden, True)
     widening = projection(f"{root}encoder.embedding_hidden_mapping_in", narrow, sizes.hidden, True)
     embedding = bert_embedding(settings, root, epsilon, projection=widening, projected="norm")
-    return encoder(settings, sizes, embedding, layers(), before=(pooler, "tanh"), pooler=pooler)
+    step: tuple[Projection, Activation] = (pooler, "tanh")
+
+    def language() -> LanguageHead:
+        dense, norm = "predictions.dense", encoder_norm(settings, "predictions.LayerNorm", epsilon)
+        output = "predictions.decoder"
+        return language_head(settings, sizes, embedding.tokens, dense, norm, output, activation, width=narrow)
+
+    return encoder(settings, sizes, embedding, layers(), before=step, pooler=pooler, choice=step, language=language)
 
 
 FAMILY = Family(

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from surgery_formats.models.families.decoder import projection, root_of
 from surgery_formats.models.families.encoder import (
     BERT_NAMES,
     bert_embedding,
     encoder,
+    encoder_norm,
+    language_head,
     post_norm_layers,
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.settings import ModelSettings
 
-__all__ = ["DEBERTA", "FAMILY"]
+__all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -29,7 +29,23 @@ def recipe(settings: ModelSettings) -> Model:
     layers = post_norm_layers(settings, sizes, f"{root}encoder.layer", BERT_NAMES, activation, epsilon)
     pooler = projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True)
     embedding = bert_embedding(settings, root, epsilon)
-    return encoder(settings, sizes, embedding, layers, before=(pooler, "tanh"), pooler=pooler)
+
+    def language() -> LanguageHead:
+        at = "cls.predictions"
+        norm = encoder_norm(settings, f"{at}.transform.LayerNorm", epsilon)
+        dense, output = f"{at}.transform.dense", f"{at}.decoder"
+        return language_head(settings, sizes, embedding.tokens, dense, norm, output, activation)
+
+    return encoder(
+        settings,
+        sizes,
+        embedding,
+        layers,
+        before=(pooler, "tanh"),
+        pooler=pooler,
+        choice=(pooler, "tanh"),
+        language=language,
+    )
 
 
 FAMILY = Family(
@@ -41,4 +57,3 @@ FAMILY = Family(
     derivable=("embeddings.position_ids", "embeddings.token_type_ids"),
     recipe=recipe,
 )
-DEBERTA = replace(FAMILY, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings", recipe=None)

@@ -9,10 +9,12 @@ from typing import Literal
 from surgery_formats.models.families.recipe import (
     MLP,
     Activation,
+    Alibi,
     Attention,
     Branch,
     Embedding,
     Experts,
+    Head,
     LanguageHead,
     Layer,
     Model,
@@ -21,12 +23,13 @@ from surgery_formats.models.families.recipe import (
     Rope,
 )
 from surgery_formats.models.families.settings import ModelSettings, Sizes
-from surgery_formats.text import show
+from surgery_formats.models.families.tasks import DECODER_TASKS, asked_task, decoder_head, head_names, other_heads
 
 __all__ = [
     "attention",
     "decoder",
     "fused_attention",
+    "fused_gated_mlp",
     "gated_mlp",
     "layer_norm",
     "llama_layer",
@@ -77,6 +80,7 @@ def attention(
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
     norm_over: Literal["head", "heads", "width"] = "head",
+    clip: float | None = None,
     output: str = "o_proj",
 ) -> Attention:
     """Attention with ``q_proj``, ``k_proj``, ``v_proj`` in module `at`; `scale` defaults to ``1 / sqrt(head_dim)``."""
@@ -98,6 +102,7 @@ def attention(
         q_norm=q_norm,
         k_norm=k_norm,
         norm_over=norm_over,
+        clip=clip,
     )
 
 
@@ -106,12 +111,14 @@ def fused_attention(
     output: str,
     sizes: Sizes,
     *,
-    layout: Literal["concatenated", "by_head"] = "concatenated",
+    layout: Literal["concatenated", "by_head", "by_group"] = "concatenated",
     rope: Rope | None = None,
     bias: bool = False,
     scale: float | None = None,
     window: int | None = None,
     transposed: bool = False,
+    alibi: Alibi | None = None,
+    clip: float | None = None,
 ) -> Attention:
     """Attention with one projection for queries, keys and values, from the modules `qkv` and `output`."""
     queries = sizes.heads * sizes.head_dim
@@ -126,6 +133,8 @@ def fused_attention(
         scale=sizes.head_dim**-0.5 if scale is None else scale,
         rope=rope,
         window=window,
+        alibi=alibi,
+        clip=clip,
     )
 
 
@@ -133,6 +142,12 @@ def gated_mlp(at: str, sizes: Sizes, activation: Activation, *, bias: bool = Fal
     """A gated MLP: ``gate_proj``, ``up_proj`` and ``down_proj`` in module `at`."""
     gate, up = (projection(f"{at}.{name}_proj", sizes.hidden, sizes.inner, bias) for name in ("gate", "up"))
     return MLP((gate, up), projection(f"{at}.down_proj", sizes.inner, sizes.hidden, bias), activation, gated=True)
+
+
+def fused_gated_mlp(at: str, sizes: Sizes, activation: Activation) -> MLP:
+    """A gated MLP with gate and up in one projection: ``gate_up_proj`` and ``down_proj`` in module `at`."""
+    gate_up = projection(f"{at}.gate_up_proj", sizes.hidden, 2 * sizes.inner)
+    return MLP((gate_up,), projection(f"{at}.down_proj", sizes.inner, sizes.hidden), activation, gated=True)
 
 
 def plain_mlp(
@@ -172,39 +187,43 @@ def decoder(
     final_norm: Norm | None,
     embedding: Embedding,
     *,
-    classes: tuple[str, ...] = ("ForCausalLM",),
     tied: bool = False,
     head: str = "lm_head",
     before: Projection | None = None,
     softcap: float | None = None,
     divisor: float = 1.0,
+    head_bias: bool = False,
     further_layers: int = 0,
 ) -> Model:
     """Assemble the decoder, then check the settings that nobody read.
 
-    `layer` maps the module of a layer (below `stack`) and its index to its record. `classes` are the accepted endings of
-    the names in ``architectures``, `tied` is the family's default of ``tie_word_embeddings``, `head` the head's module;
-    `before`, `softcap` and `divisor` are those of `LanguageHead`. Of the layers after the last, files may have `further_layers`,
-    which predict several tokens at once and are not used.
+    `layer` maps the module of a layer (below `stack`) and its index to its record. `tied` is the family's default of
+    ``tie_word_embeddings``, `head` the module of a language model's head; `before`, `softcap` and `divisor` are those of
+    `LanguageHead`; `head_bias` tells whether the head has a bias. Of the layers after the last, files may have
+    `further_layers`, which predict several tokens at once and are not used.
 
     Raises:
-        FitError: another task's head, bidirectional attention, attention to an encoder, or an
+        FitError: a task that decoders do not have, bidirectional attention, attention to an encoder, or an
             unread setting that may change the computation.
     """
-    architectures = settings.architectures()
-    if architectures and not any(name.endswith(classes) for name in architectures):
-        raise settings.fault(
-            f"architectures is {show(', '.join(architectures), 80)}; of decoders, only language models are supported"
-        )
     settings.only("use_bidirectional_attention", False)
     settings.only("is_causal", True)
     settings.only("add_cross_attention", False)
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
-    stored = f"{head}.weight" in settings.names
-    share = settings.flag("tie_word_embeddings", default=tied or not stored)
-    weight = embedding.tokens if share else f"{head}.weight"
+    task = asked_task(settings, DECODER_TASKS, "decoders")
     width = before.outputs if before else sizes.hidden
-    unused = {f"{head}.weight": "tied: the token embedding is used"} if share and stored else {}
+    reads: Head
+    unused: dict[str, str] = {}
+    if task in ("", "text-generation"):
+        stored = f"{head}.weight" in settings.names
+        share = settings.flag("tie_word_embeddings", default=tied or not stored)
+        weight = embedding.tokens if share else f"{head}.weight"
+        unused = {f"{head}.weight": "tied: the token embedding is used"} if share and stored else {}
+        bias = f"{head}.bias" if head_bias else ""
+        reads = LanguageHead(Projection(weight, width, sizes.vocabulary, bias), before, softcap, divisor)
+    else:
+        reads = decoder_head(settings, task, width, before)
+        unused = other_heads(settings, head_names(reads))
     further = tuple(f"{stack}.{sizes.layers + number}." for number in range(further_layers))
     unused |= dict.fromkeys((name for name in settings.names if name.startswith(further)), _FURTHER) if further else {}
     settings.finish()
@@ -215,7 +234,7 @@ def decoder(
         embedding=embedding,
         layers=tuple(layer(f"{stack}.{index}", index) for index in range(sizes.layers)),
         final_norm=final_norm,
-        head=LanguageHead(Projection(weight, width, sizes.vocabulary), before, softcap, divisor),
+        head=reads,
         max_positions=sizes.max_positions,
         unused=unused,
     )
@@ -232,12 +251,19 @@ def llama_named(
     tied: bool = False,
     softcap: float | None = None,
     divisor: float = 1.0,
+    head_bias: bool = False,
+    final_name: str = "norm",
     further_layers: int = 0,
 ) -> Model:
-    """A decoder with Llama's names of embedding, layers and final norm; arguments as in `decoder` and `Embedding`."""
+    """A decoder with Llama's names of embedding, layers and final norm; arguments as in `decoder` and `Embedding`.
+
+    `final_name` is the final norm's module.
+    """
     root = root_of(settings, "model.", "embed_tokens.weight")
+    if root and "transformer.embed_tokens.weight" in settings.names:
+        root = "transformer."  # of question answering
     embedding = Embedding(f"{root}embed_tokens.weight", scale=scale, scale_rounded=scale_rounded)
-    final = norm(f"{root}norm")
+    final = norm(f"{root}{final_name}")
     return decoder(
         settings,
         sizes,
@@ -248,6 +274,7 @@ def llama_named(
         tied=tied,
         softcap=softcap,
         divisor=divisor,
+        head_bias=head_bias,
         further_layers=further_layers,
     )
 

@@ -8,11 +8,13 @@ from surgery_formats.models.families.encoder import (
     LayerNames,
     bert_embedding,
     encoder,
+    encoder_norm,
+    language_head,
     post_norm_layers,
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.recipe import Activation, LanguageHead, Model, Projection
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
@@ -45,9 +47,14 @@ def recipe(settings: ModelSettings) -> Model:
     root = root_of(settings, "distilbert.", "embeddings.word_embeddings.weight")
     layers = post_norm_layers(settings, sizes, f"{root}transformer.layer", _NAMES, activation, _EPSILON)
     before = projection("pre_classifier", sizes.hidden, sizes.hidden, True)
-    return encoder(
-        settings, sizes, bert_embedding(settings, root, _EPSILON, types=False), layers, before=(before, "relu")
-    )
+    embedding = bert_embedding(settings, root, _EPSILON, types=False)
+
+    def language() -> LanguageHead:
+        norm, dense = encoder_norm(settings, "vocab_layer_norm", _EPSILON), "vocab_transform"
+        return language_head(settings, sizes, embedding.tokens, dense, norm, "vocab_projector", activation)
+
+    first: tuple[Projection, Activation] = (before, "relu")
+    return encoder(settings, sizes, embedding, layers, before=first, choice=first, language=language)
 
 
 FAMILY = Family(

@@ -11,10 +11,12 @@ from surgery_formats.models.families.encoder import (
     BERT_NAMES,
     bert_embedding,
     encoder,
+    encoder_norm,
+    language_head,
     post_norm_layers,
     read_encoder_sizes,
 )
-from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["ELECTRA"]
@@ -28,13 +30,20 @@ def recipe(settings: ModelSettings) -> Model:
     narrow = settings.count("embedding_size", default=128)
     root = root_of(settings, "electra.", "embeddings.word_embeddings.weight")
     widening = projection(f"{root}embeddings_project", narrow, sizes.hidden, True) if narrow != sizes.hidden else None
+    embedding = bert_embedding(settings, root, epsilon, projection=widening, projected="norm")
+
+    def language() -> LanguageHead:
+        dense, norm = "generator_predictions.dense", encoder_norm(settings, "generator_predictions.LayerNorm", epsilon)
+        return language_head(settings, sizes, embedding.tokens, dense, norm, "generator_lm_head", "gelu", width=narrow)
+
     return encoder(
         settings,
         sizes,
-        bert_embedding(settings, root, epsilon, projection=widening, projected="norm"),
+        embedding,
         post_norm_layers(settings, sizes, f"{root}encoder.layer", BERT_NAMES, activation, epsilon),
         before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "gelu"),
         classifier="classifier.out_proj",
+        language=language,
     )
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from surgery_formats.models.families.decoder import plain_mlp, projection
@@ -16,19 +17,23 @@ from surgery_formats.models.families.recipe import (
     Embedding,
     Head,
     HiddenHead,
+    LanguageHead,
     Layer,
     Model,
     Norm,
     Projection,
+    SpanHead,
 )
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
-from surgery_formats.text import show
+from surgery_formats.models.families.tasks import ENCODER_TASKS, asked_task, head_names, labels, other_heads
 
 __all__ = [
     "BERT_NAMES",
     "LayerNames",
     "bert_embedding",
     "encoder",
+    "encoder_norm",
+    "language_head",
     "post_norm_layer",
     "post_norm_layers",
     "read_encoder_sizes",
@@ -66,7 +71,7 @@ read_encoder_sizes = partial(
 """`read_sizes` with BERT's defaults."""
 
 
-def _norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
+def encoder_norm(settings: ModelSettings, at: str, epsilon: float) -> Norm:
     """The layer norm of module `at`; files converted from TensorFlow name its parameters ``gamma`` and ``beta``."""
     old = f"{at}.weight" not in settings.names and f"{at}.gamma" in settings.names
     weight, bias = ("gamma", "beta") if old else ("weight", "bias")
@@ -82,7 +87,7 @@ def bert_embedding(
         f"{at}.word_embeddings.weight",
         positions=f"{at}.position_embeddings.weight",
         types=f"{at}.token_type_embeddings.weight" if types else "",
-        norm=_norm(settings, f"{at}.LayerNorm", epsilon),
+        norm=encoder_norm(settings, f"{at}.LayerNorm", epsilon),
         **others,
     )
 
@@ -116,9 +121,9 @@ def post_norm_layer(
     scale = sizes.head_dim**-0.5
     return Layer(
         Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, **{"scale": scale, **attention}),
-        Branch(on_sum=_norm(settings, at.attention_norm, epsilon)),
+        Branch(on_sum=encoder_norm(settings, at.attention_norm, epsilon)),
         plain_mlp(at.up, at.down, sizes, activation),
-        Branch(on_sum=_norm(settings, at.mlp_norm, epsilon)),
+        Branch(on_sum=encoder_norm(settings, at.mlp_norm, epsilon)),
     )
 
 
@@ -128,42 +133,60 @@ def encoder(
     embedding: Embedding,
     layers: Iterator[Layer],
     *,
-    before: tuple[Projection, Activation],
+    before: tuple[Projection, Activation] | None = None,
     classifier: str = "classifier",
     pooler: Projection | None = None,
+    choice: tuple[Projection, Activation] | None = None,
+    language: Callable[[], LanguageHead] | None = None,
+    heads: Mapping[str, Callable[[], Head] | None] = MappingProxyType({}),
+    final_norm: Norm | None = None,
 ) -> Model:
-    """Assemble the encoder, with the head chosen by ``architectures``, then check the settings that nobody read.
+    """Assemble the encoder, with the head chosen by the task, then check the settings that nobody read.
 
-    `before` is the first step of a sequence classifier, `classifier` the module of its last; `pooler` is the family's,
-    whether the file has it or not, None if the family has none.
+    `before` is the first step of a sequence classifier, `classifier` the module of its last; `choice` is the first step
+    where choices are scored. `pooler` is the family's, whether the file has it or not, None if the family
+    has none; `language` makes the head that fills masks. `heads` make those that are not BERT's, by task; None for a task
+    that the family lacks.
 
     Raises:
-        FitError: a decoder, another task's head, non-absolute positions, or an unread setting
+        FitError: a decoder, a task that encoders do not have, non-absolute positions, or an unread setting
             that may change the computation.
     """
     settings.only("is_decoder", False)
     settings.only("add_cross_attention", False)
     settings.only("position_embedding_type", "absolute")
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
-    classes = settings.architectures()
+    absent = {"fill-mask": language is None, "multiple-choice": choice is None, "text-classification": before is None}
+    absent |= {task: make is None for task, make in heads.items()}
+    known = tuple(task for task in ENCODER_TASKS if not absent.get(task))
+    task = asked_task(settings, known, "encoders")
     has_pooler = pooler is not None and pooler.weight in settings.names
     head: Head
-    if any(name.endswith("ForSequenceClassification") for name in classes):
-        head = ClassifierHead("first", (before, (projection(classifier, sizes.hidden, _labels(settings), True), None)))
-    elif any(name.endswith("ForTokenClassification") for name in classes):
-        head = ClassifierHead("every", ((projection("classifier", sizes.hidden, _labels(settings), True), None),))
-    elif any(name.endswith("Model") for name in classes) or (not classes and "classifier.weight" not in settings.names):
-        head = HiddenHead(pooler if has_pooler else None)
-    else:
-        raise settings.fault(
-            f"architectures is {show(', '.join(classes) or 'missing', 80)}; supported are sequence and token "
-            "classification, and the bare encoder"
-        )
-    used = {head.pooler} if isinstance(head, HiddenHead) else {step for step, _ in head.steps}
-    unused = {}
-    if pooler is not None and has_pooler and pooler not in used:
+    match task:
+        case _ if (own := heads.get(task)) is not None:
+            head = own()
+        case "text-classification" if before is not None:
+            head = ClassifierHead(
+                "first", (before, (projection(classifier, sizes.hidden, labels(settings), True), None))
+            )
+        case "multiple-choice" if choice is not None:
+            steps = (choice, (projection("classifier", sizes.hidden, 1, True), None))
+            head = ClassifierHead("first", steps, choices=True)
+        case "token-classification":
+            head = ClassifierHead("every", ((projection("classifier", sizes.hidden, labels(settings), True), None),))
+        case "question-answering":
+            head = SpanHead(projection("qa_outputs", sizes.hidden, 2, True))
+        case "fill-mask" if language is not None:
+            head = language()
+        case _:
+            if not task and "classifier.weight" in settings.names:
+                raise settings.fault(f"architectures is missing; the tasks of encoders are {', '.join(known)}")
+            head = HiddenHead(pooler if has_pooler else None)
+    used = head_names(head)
+    unused = other_heads(settings, used)
+    if pooler is not None and pooler.weight not in used:
         stored = (name for name in (pooler.weight, pooler.bias) if name in settings.names)
-        unused = dict.fromkeys(stored, "the head does not read the pooler")
+        unused |= dict.fromkeys(stored, "the head does not read the pooler")
     settings.finish()
     return Model(
         kind="encoder",
@@ -171,13 +194,37 @@ def encoder(
         vocabulary=sizes.vocabulary,
         embedding=embedding,
         layers=tuple(layers),
-        final_norm=None,
+        final_norm=final_norm,
         head=head,
         max_positions=sizes.max_positions - embedding.position_offset,
         unused=unused,
     )
 
 
-def _labels(settings: ModelSettings) -> int:
-    named = settings.mapping("id2label")
-    return len(named) if named else settings.count("num_labels", default=2)
+def language_head(
+    settings: ModelSettings,
+    sizes: Sizes,
+    tokens: str,
+    transform: str,
+    norm: Norm,
+    output: str,
+    activation: Activation,
+    *,
+    width: int | None = None,
+) -> LanguageHead:
+    """A head that fills masks: `transform`, `activation`, `norm`, then the table of `tokens` with a bias of its own.
+
+    `transform` is a module, and so is `output`, whose weight is used where it is not tied to the table. `width` is that of
+    the table's rows, if it is not the layers'.
+    """
+    tied = settings.flag("tie_word_embeddings", default=True)
+    root = output.rpartition(".")[0]
+    biases = [f"{root}.bias"] if root else []
+    biases.insert(len(biases) if tied else 0, f"{output}.bias")  # one parameter, unless untied: then the output's own
+    bias = next((name for name in biases if name in settings.names), biases[-1])
+    return LanguageHead(
+        Projection(tokens if tied else f"{output}.weight", width or sizes.hidden, sizes.vocabulary, bias),
+        projection(transform, sizes.hidden, width or sizes.hidden, True),
+        activation=activation,
+        norm=norm,
+    )

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 from surgery_formats.models.families.decoder import attention, gated_mlp, llama_layer, llama_named, rms_norms, windows
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Attention, Branch, Layer, Model, Norm, Rope
-from surgery_formats.models.families.rope import read_rope, rope_of
+from surgery_formats.models.families.recipe import Attention, Branch, Layer, Model, Norm
+from surgery_formats.models.families.rope import read_rope, ropes_of
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
 
-__all__ = ["GEMMA", "GEMMA2", "GEMMA3"]
+__all__ = ["GEMMA", "GEMMA2", "GEMMA3", "VAULTGEMMA"]
 
 _ACTIVATION = "gelu_pytorch_tanh"
 _sizes = partial(read_sizes, kv_heads=4, head_dim=256, hidden=2304, inner=9216, layers=26, heads=8)  # of Gemma 2 and 3
@@ -47,6 +47,15 @@ def gemma(settings: ModelSettings) -> Model:
 
 def gemma2(settings: ModelSettings) -> Model:
     """Gemma 2 (arXiv:2408.00118): every other layer is local; scores and logits are capped."""
+    return _capped(settings, after=True)
+
+
+def vaultgemma(settings: ModelSettings) -> Model:
+    """VaultGemma (arXiv:2510.15001): Gemma 2 without norms behind the branches."""
+    return _capped(settings, after=False)
+
+
+def _capped(settings: ModelSettings, *, after: bool) -> Model:
     sizes = _sizes(settings, vocabulary=256000, max_positions=8192)
     rope = read_rope(settings, sizes)
     local = settings.optional_count("sliding_window", 4096)
@@ -59,14 +68,23 @@ def gemma2(settings: ModelSettings) -> Model:
         return attention(at, sizes, rope, bias=bias, scale=scale, window=window[index], softcap=softcap)
 
     norm = rms_norms(settings, plus_one=True)
-    return _model(settings, sizes, attend, norm, settings.optional_positive("final_logit_softcapping", 30.0))
+    return _model(
+        settings, sizes, attend, norm, settings.optional_positive("final_logit_softcapping", 30.0), after=after
+    )
 
 
 def gemma3(settings: ModelSettings) -> Model:
     """Gemma 3 (arXiv:2503.19786): five local layers to one global, with separate rotations; query and key norms."""
     settings.only("attn_logit_softcapping")  # transformers reads it without using it
     sizes = _sizes(settings, vocabulary=262208, max_positions=131072)
-    local_rope, global_rope = _ropes(settings, sizes)
+    local_rope, global_rope = ropes_of(
+        settings,
+        sizes,
+        (
+            settings.positive("rope_local_base_freq", default=10_000.0),
+            settings.positive("rope_theta", default=1_000_000.0),
+        ),
+    )
     pattern = settings.count("sliding_window_pattern", "_sliding_window_pattern", default=6)
     local = settings.optional_count("sliding_window", 4096)
     window = windows(settings, sizes, local, ((i + 1) % pattern != 0 for i in range(sizes.layers)))
@@ -82,46 +100,27 @@ def gemma3(settings: ModelSettings) -> Model:
     return _model(settings, sizes, attend, norm, settings.optional_positive("final_logit_softcapping"))
 
 
-def _ropes(settings: ModelSettings, sizes: Sizes) -> tuple[Rope, Rope]:
-    """Rotations of local and global layers; in transformers 4, ``rope_scaling`` applies to the global ones."""
-    kinds = ("sliding_attention", "full_attention")
-    nested = settings.mapping("rope_parameters") or {}
-    if unknown := [key for key in nested if key not in kinds]:
-        raise settings.fault(f"rope_parameters must be by layer type, but has '{unknown[0]}'")
-    thetas = (
-        settings.positive("rope_local_base_freq", default=10_000.0),
-        settings.positive("rope_theta", default=1_000_000.0),
-    )
-    ropes = []
-    for kind, theta in zip(kinds, thetas, strict=True):
-        values = nested.get(kind) or {}
-        if not isinstance(values, Mapping):
-            raise settings.fault(f"rope_parameters of {kind} must be an object")
-        own = {"rope_theta": theta, **values}
-        if kind == "full_attention":
-            own |= settings.mapping("rope_scaling") or {}
-        if own.get("partial_rotary_factor", 1.0) not in (1, None):
-            raise settings.fault("partial_rotary_factor is set, but this family rotates whole heads")
-        ropes.append(rope_of(settings, own, sizes))
-    return ropes[0], ropes[1]
-
-
 def _model(
     settings: ModelSettings,
     sizes: Sizes,
     attend: Callable[[str, int], Attention],
     norm: Callable[[str], Norm],
     softcap: float | None,
+    *,
+    after: bool = True,
 ) -> Model:
-    """The part that Gemma 2 and 3 share: a norm before and after each branch."""
+    """The part that Gemma 2 and 3 share: a norm before and `after` each branch."""
     activation = settings.activation("hidden_activation", default=_ACTIVATION)
 
     def layer(at: str, index: int) -> Layer:
         return Layer(
             attend(f"{at}.self_attn", index),
-            Branch(before=norm(f"{at}.input_layernorm"), after=norm(f"{at}.post_attention_layernorm")),
+            Branch(norm(f"{at}.input_layernorm"), norm(f"{at}.post_attention_layernorm") if after else None),
             gated_mlp(f"{at}.mlp", sizes, activation),
-            Branch(before=norm(f"{at}.pre_feedforward_layernorm"), after=norm(f"{at}.post_feedforward_layernorm")),
+            Branch(
+                norm(f"{at}.pre_feedforward_layernorm"),
+                norm(f"{at}.post_feedforward_layernorm") if after else None,
+            ),
         )
 
     scale = sizes.hidden**0.5
@@ -131,3 +130,10 @@ def _model(
 GEMMA = Family(names=("gemma",), embedding="model.embed_tokens", head="lm_head", tied=True, recipe=gemma)
 GEMMA2 = Family(names=("gemma2",), embedding="model.embed_tokens", head="lm_head", tied=True, recipe=gemma2)
 GEMMA3 = Family(names=("gemma3_text",), embedding="model.embed_tokens", head="lm_head", tied=True, recipe=gemma3)
+VAULTGEMMA = Family(
+    names=("vaultgemma",),
+    embedding="model.embed_tokens",
+    head="lm_head",
+    tied=True,
+    recipe=vaultgemma,
+)

@@ -47,8 +47,7 @@ def recipe(settings: ModelSettings) -> Model:
         )
 
     final, embedding = layer_norm(f"{root}ln_f", epsilon), Embedding(f"{root}wte.weight", positions=f"{root}wpe.weight")
-    classes = ("LMHeadModel", "ForCausalLM")
-    return decoder(settings, sizes, f"{root}h", layer, final, embedding, classes=classes, tied=True)
+    return decoder(settings, sizes, f"{root}h", layer, final, embedding, tied=True)
 
 
 FAMILY = Family(

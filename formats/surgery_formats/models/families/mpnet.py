@@ -8,11 +8,13 @@ from surgery_formats.models.families.encoder import (
     LayerNames,
     bert_embedding,
     encoder,
+    encoder_norm,
+    language_head,
     post_norm_layers,
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Model, RelativeBias
+from surgery_formats.models.families.recipe import LanguageHead, Model, RelativeBias
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
@@ -41,22 +43,31 @@ def recipe(settings: ModelSettings) -> Model:
         raise settings.fault(f"max_position_embeddings {sizes.max_positions} leaves no position after padding's")
     root = root_of(settings, "mpnet.", "embeddings.word_embeddings.weight")
     bias = RelativeBias(f"{root}encoder.relative_attention_bias.weight")
+    embedding = bert_embedding(
+        settings,
+        root,
+        epsilon,
+        types=False,
+        position_rule="nonpad",
+        position_offset=_PADDING + 1,
+        padding_token=_PADDING,
+    )
+    pooler = projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True)
+
+    def language() -> LanguageHead:
+        norm = encoder_norm(settings, "lm_head.layer_norm", epsilon)
+        return language_head(settings, sizes, embedding.tokens, "lm_head.dense", norm, "lm_head.decoder", "gelu")
+
     return encoder(
         settings,
         sizes,
-        bert_embedding(
-            settings,
-            root,
-            epsilon,
-            types=False,
-            position_rule="nonpad",
-            position_offset=_PADDING + 1,
-            padding_token=_PADDING,
-        ),
+        embedding,
         post_norm_layers(settings, sizes, f"{root}encoder.layer", _NAMES, activation, epsilon, bias=bias),
         before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "tanh"),
         classifier="classifier.out_proj",
-        pooler=projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True),
+        pooler=pooler,
+        choice=(pooler, "tanh"),
+        language=language,
     )
 
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from surgery_formats.errors import FitError
@@ -13,22 +13,28 @@ from surgery_formats.models.families.recipe import (
     ClassifierHead,
     Experts,
     HiddenHead,
+    LanguageHead,
     Model,
     Norm,
     Projection,
 )
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.tasks import task_of
 from surgery_formats.text import show
 
-__all__ = ["model_of", "parameters"]
+__all__ = ["model_of", "parameters", "projections"]
+
+_XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
 
-def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
+def model_of(config: Mapping[str, Any], names: Collection[str], task: str = "") -> Model:
     """Return what the model of a config.json computes, given the checkpoint's tensor names.
 
+    `task` is what it is to be used for, as the Hub names it; by default what it was saved for.
+
     Raises:
-        FitError: there is no recipe for this ``model_type``, or it does not support a setting.
+        FitError: there is no recipe for this ``model_type``, or it does not support a setting or the task.
     """
     family = family_of(config)
     if family.recipe is None:
@@ -44,7 +50,14 @@ def model_of(config: Mapping[str, Any], names: Collection[str]) -> Model:
             file="config.json",
             hint=f"supported are {', '.join(known)}",
         )
-    return family.recipe(ModelSettings(config, names))
+    model = family.recipe(ModelSettings(config, names, task))
+    if task and task_of(model) != task:
+        raise FitError(
+            f"the task '{show(task, 40)}' is not among those of model_type '{show(config.get('model_type'), 40)}'",
+            file="config.json",
+            hint=f"it is a model for {task_of(model)}",
+        )
+    return model
 
 
 def parameters(model: Model) -> dict[str, tuple[int, ...]]:
@@ -54,7 +67,11 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     """
     embedding, head = model.embedding, model.head
     token_width, row_width, norm_width = model.embedded
-    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, token_width)}
+    shapes: dict[str, tuple[int, ...]] = {} if model.encoder is None else parameters(model.encoder)
+    if embedding.tokens:
+        shapes[embedding.tokens] = model.vocabulary, token_width
+    for step in embedding.stem.convolutions if embedding.stem else ():
+        shapes |= {step.weight: (step.outputs, step.inputs, step.kernel), step.bias: (step.outputs,)}
     shapes |= {table: (-1, row_width) for table in (embedding.positions, embedding.types) if table}
 
     def project(*projections: Projection | None) -> None:
@@ -71,6 +88,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
                 continue
             if isinstance(part, MLP):
                 project(*part.inputs, part.output)
+                if part.shape:
+                    numbers = {name: (1,) if name.startswith("alpha") else () for name in _XIELU}
+                    shapes.update((f"{part.shape}.{name}", shape) for name, shape in numbers.items())
                 continue
             project(part.router, part.shared_gate)
             transform(*part.experts, part.shared)
@@ -86,12 +106,18 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     normalise(model.hidden, model.final_norm)
     for layer in model.layers:
         attend, mlp = layer.attention, layer.mlp
-        for branch in (layer.attention_branch, layer.mlp_branch):
+        for branch in (layer.attention_branch, layer.mlp_branch, *((layer.cross.branch,) if layer.cross else ())):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
         project(*attend.inputs, attend.output)
         transform(mlp)
+        if layer.cross is not None:
+            project(*layer.cross.attention.inputs, layer.cross.attention.output)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        if (distances := attend.disentangled) is not None:
+            shapes[distances.table] = 2 * distances.span, model.hidden
+            normalise(model.hidden, distances.norm)
+            project(distances.keys, distances.queries)
         if attend.sinks:
             shapes[attend.sinks] = (attend.heads,)
         if (latent := attend.latent) is not None:
@@ -99,15 +125,39 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             normalise(latent.key_value.inputs, latent.norm)
             normalise(latent.query.inputs if latent.query else 0, latent.query_norm)
         for norm, heads in ((attend.q_norm, attend.heads), (attend.k_norm, attend.kv_heads)):
-            if norm is not None and attend.norm_over == "heads":
+            if norm is not None and attend.norm_over == "heads" and "{h}" not in norm.weight:
+                shapes.update((name, (heads, attend.head_dim)) for name in (norm.weight, norm.bias) if name)
+            elif norm is not None and attend.norm_over == "heads":
                 own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
                 normalise(attend.head_dim, *own)
             else:
                 normalise(attend.head_dim * (heads if attend.norm_over == "width" else 1), norm)
+    if (added := model.convolution) is not None:
+        shapes[added.weight] = model.hidden, model.hidden // added.groups, added.width
+        shapes[added.bias] = (model.hidden,)
+        normalise(model.hidden, added.norm)
     if isinstance(head, ClassifierHead):
         project(*(step for step, _ in head.steps))
+        normalise(head.steps[-1][0].inputs, head.norm)
     elif isinstance(head, HiddenHead):
         project(head.pooler)
     else:
-        project(head.before, head.projection)
+        project(head.projection)
+    if isinstance(head, LanguageHead):
+        project(head.before)
+        normalise(head.projection.inputs, head.norm)
+        if head.bias:
+            shapes[head.bias] = 1, head.projection.outputs
     return shapes
+
+
+def projections(part: Any) -> Iterator[Projection]:
+    """All linear maps in a part of a recipe."""
+    if isinstance(part, Projection):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from projections(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for field in fields(part):
+            yield from projections(getattr(part, field.name))

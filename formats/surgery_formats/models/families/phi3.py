@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from surgery_formats.models.families.decoder import fused_attention, llama_named, pre_norm, projection, rms_norms
+from surgery_formats.models.families.decoder import fused_attention, fused_gated_mlp, llama_named, pre_norm, rms_norms
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import MLP, Layer, Model
+from surgery_formats.models.families.recipe import Layer, Model
 from surgery_formats.models.families.rope import read_rope
 from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
@@ -24,12 +24,10 @@ def recipe(settings: ModelSettings) -> Model:
 
     def layer(at: str, index: int) -> Layer:
         qkv, output = f"{at}.self_attn.qkv_proj", f"{at}.self_attn.o_proj"
-        gate_up = projection(f"{at}.mlp.gate_up_proj", sizes.hidden, 2 * sizes.inner)
-        down = projection(f"{at}.mlp.down_proj", sizes.inner, sizes.hidden)
         return Layer(
             fused_attention(qkv, output, sizes, rope=rope, window=window),
             pre_norm(norm(f"{at}.input_layernorm")),
-            MLP((gate_up,), down, activation, gated=True),
+            fused_gated_mlp(f"{at}.mlp", sizes, activation),
             pre_norm(norm(f"{at}.post_attention_layernorm")),
         )
 

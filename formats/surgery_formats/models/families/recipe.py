@@ -13,20 +13,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from surgery_formats.models.families.recipe_attention import (
+    Alibi,
+    Attention,
+    Disentangled,
+    Latent,
+    PositionScale,
+    RelativeBias,
+    Rope,
+)
+from surgery_formats.models.families.recipe_audio import AudioStem, TimeConvolution
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
 
 __all__ = [
     "MLP",
     "Activation",
+    "Alibi",
     "Attention",
+    "AudioStem",
     "Bottleneck",
     "BottleneckForm",
     "Branch",
     "ClassifierHead",
+    "Convolution",
     "Coupling",
+    "Cross",
+    "Disentangled",
     "Embedding",
     "Experts",
     "Head",
@@ -36,115 +51,13 @@ __all__ = [
     "Layer",
     "Model",
     "Norm",
+    "PositionScale",
     "Projection",
     "RelativeBias",
     "Rope",
+    "SpanHead",
+    "TimeConvolution",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary positions (arXiv:2104.09864) on the first `dims` values of each head, in halves (``x[i], x[i + dims/2]``).
-
-    Attributes:
-        dims: Rotated values per head; fewer than ``head_dim`` if partial.
-        parameters: ``rope_type`` (``default``, ``linear``, ``dynamic``, ``yarn``, ``llama3``, ``longrope``),
-            ``rope_theta`` and the parameters of the type, as in transformers 5; older configs are converted.
-        max_positions: ``max_position_embeddings``.
-        interleaved: Whether neighbours ``x[2 i], x[2 i + 1]`` are a pair.
-    """
-
-    dims: int
-    parameters: Mapping[str, Any]
-    max_positions: int
-    interleaved: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Latent:
-    """Keys and values from a small vector per token (multi-head latent attention, arXiv:2405.04434).
-
-    The layer's inputs are maps to the queries, or to what `query` makes them of, and to ``[c | r]``. ``key_value(norm c)`` is
-    ``[k | v]`` for each head; ``r`` is rotated and shared by all heads. A head's query and key are ``[plain | rotated]``.
-
-    Attributes:
-        norm: Norm of ``c``.
-        key_value: ``c`` to keys and values.
-        plain: Values of a head's key that are not rotated.
-        values: Values of a head's ``v``.
-        query_norm: Norm before `query`.
-        query: The second map of the queries, or None.
-    """
-
-    norm: Norm
-    key_value: Projection
-    plain: int
-    values: int
-    query_norm: Norm | None = None
-    query: Projection | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RelativeBias:
-    """A number for every head and distance, added to the scores (T5, arXiv:1910.10683 section 2.1).
-
-    Distances are counted in indices, padding included, and fall into buckets: half of them hold one distance each, the others
-    grow logarithmically up to `max_distance`. Layers that name the same table share it.
-
-    Attributes:
-        table: Tensor ``(buckets, heads)``.
-        buckets: Number of buckets.
-        max_distance: Distance from which on all are one bucket.
-        both_ways: Whether half of the buckets are for keys after the query (encoders); otherwise these count as distance 0.
-    """
-
-    table: str
-    buckets: int = 32
-    max_distance: int = 128
-    both_ways: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
-
-    Attributes:
-        inputs: q, k and v, or one projection for all three.
-        layout: How one projection's output is laid out: ``separate`` for three; ``concatenated`` ``[q | k | v]``;
-            ``by_head`` ``[head 0: q k v | head 1: q k v ...]`` (GPT-NeoX); ``latent``, see `latent`.
-        output: Projection back to ``D``.
-        heads: Number of query heads.
-        kv_heads: Number of key and value heads.
-        head_dim: Values per head.
-        scale: Scale of the scores.
-        rope: Rotary positions, or None (GPT-2, some layers of SmolLM3).
-        window: Number of keys that a query sees, including its own; in an encoder as many on either side; None for all.
-        softcap: ``c tanh(scores / c)`` before the mask, or None.
-        q_norm: Norm of queries before rotation, or None.
-        k_norm: Norm of keys before rotation, or None.
-        norm_over: Extent of those norms: each ``head`` with one gain for all, each head with its own gain (``heads``:
-            the weight's name contains ``{h}``), or all heads at once (``width``, OLMo 2).
-        sinks: Tensor ``(heads,)``: the score of one more key, which has no value, per head (GPT-OSS); or empty.
-        latent: How queries, keys and values are made, or None.
-        bias: Relative positions (T5, MPNet), or None.
-    """
-
-    inputs: tuple[Projection, ...]
-    output: Projection
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    layout: Literal["separate", "concatenated", "by_head", "latent"] = "separate"
-    rope: Rope | None = None
-    window: int | None = None
-    softcap: float | None = None
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    norm_over: Literal["head", "heads", "width"] = "head"
-    sinks: str = ""
-    latent: Latent | None = None
-    bias: RelativeBias | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +72,9 @@ class MLP:
         interleaved: Whether gate and up alternate in the output of their one projection.
         limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
         up_plus: Added to ``up`` (GPT-OSS: 1).
+        shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
+            ``eps`` ``()``. With ``p = softplus(alpha_p)`` and ``n = beta + softplus(alpha_n)`` it is ``p x^2 + beta x``
+            above 0 and ``n (expm1(min(x, eps)) - x) + beta x`` elsewhere. Empty for other activations.
     """
 
     inputs: tuple[Projection, ...]
@@ -168,6 +84,7 @@ class MLP:
     interleaved: bool = False
     limit: float | None = None
     up_plus: float = 0.0
+    shape: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,10 +149,19 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class Cross:
+    """Attention to the encoder's result, in a branch of its own: queries are the decoder's, keys and values the encoder's."""
+
+    attention: Attention
+    branch: Branch
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """Attention and MLP, or a mixture of experts, each in its branch.
 
     Attributes:
+        cross: Attention to an encoder's result, between the two; or None.
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
             reads the attention's normalised input (StableLM).
     """
@@ -245,6 +171,7 @@ class Layer:
     mlp: MLP | Experts
     mlp_branch: Branch
     parallel: bool = False
+    cross: Cross | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +179,10 @@ class Embedding:
     """Maps token ids to the first hidden state ``(B, S, D)``.
 
     Attributes:
-        tokens: Tensor ``(V, D)``.
+        tokens: Tensor ``(V, D)``; empty for an encoder of sound, which has a `stem`.
         positions: Learned positions ``(P, D)``, or empty.
+        sinusoid: Rows of a table of positions that no file holds, sines in the first half of a row, cosines in the second
+            (arXiv:1706.03762, as Marian has them); 0 for none.
         position_rule: ``absolute``: past length plus index; ``mask``: ``cumsum(attention_mask) - 1`` (OPT); ``nonpad``:
             as ``mask``, over tokens other than `padding_token`, which has its own position (RoBERTa).
         position_offset: First row used (2 for OPT, ``padding_idx + 1`` for RoBERTa).
@@ -267,6 +196,7 @@ class Embedding:
         projected: What it projects: rows of ``tokens`` (OPT-350m), the ``sum`` of all rows (DeBERTa), or its ``norm``
             (ALBERT, ELECTRA).
         couplings: Networks of adapters on the first hidden state, in order.
+        stem: What makes the first hidden state of a spectrogram instead of tokens (Whisper), or None.
     """
 
     tokens: str
@@ -281,18 +211,23 @@ class Embedding:
     projection: Projection | None = None
     projected: Literal["tokens", "sum", "norm"] = "tokens"
     couplings: tuple[Coupling, ...] = ()
+    sinusoid: int = 0
+    stem: AudioStem | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LanguageHead:
-    """``logits (B, S, V)``.
+    """``logits (B, S, V)``, of the next token in a decoder, of a masked one in an encoder.
 
     Attributes:
         projection: Projection onto the vocabulary; if tied, its weight is the embedding's.
-        before: Projection before it (OPT-350m), or None.
+        before: Projection before it (OPT-350m, BERT), or None.
         softcap: ``c tanh(logits / c)`` (Gemma 2), or None.
         divisor: Divisor of the logits (Granite).
         inverted: Networks of adapters that are turned round in front of the projection, in order.
+        activation: Of the result of `before` (BERT), or None.
+        norm: Norm of it, or None.
+        bias: Tensor ``(1, V)`` added to the logits (BART), or empty.
     """
 
     projection: Projection
@@ -300,24 +235,47 @@ class LanguageHead:
     softcap: float | None = None
     divisor: float = 1.0
     inverted: tuple[Coupling, ...] = ()
+    activation: Activation | None = None
+    norm: Norm | None = None
+    bias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassifierHead:
-    """``logits (B, labels)`` of the first token, or ``(B, S, labels)`` of every token.
+    """``logits (B, labels)`` of one token of each row, or ``(B, S, labels)`` of every token.
 
     Attributes:
-        tokens: ``first`` or ``every``.
+        tokens: ``first``, ``every``, ``last``: the rightmost one whose id is not `padding_token`, or the ``mean`` of all that
+            are no padding.
         steps: ``(projection, activation or None)`` in order. BERT's pooler is the first step.
+        padding_token: For ``last``; without one rows have no padding, so there is only one row.
+        choices: Whether rows are the choices of questions, ``(B, C, S)``, each with one score: ``logits (B, C)``.
+        early: Number of steps that every token takes before their mean (EuroBERT).
+        norm: Norm in front of the last step (ModernBERT), or None.
     """
 
-    tokens: Literal["first", "every"]
+    tokens: Literal["first", "every", "last", "mean"]
     steps: tuple[tuple[Projection, Activation | None], ...]
+    padding_token: int | None = None
+    choices: bool = False
+    early: int = 0
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpanHead:
+    """``start_logits (B, S)`` and ``end_logits (B, S)``: where an answer begins and where it ends.
+
+    Attributes:
+        projection: ``D`` to two values.
+    """
+
+    projection: Projection
 
 
 @dataclass(frozen=True, slots=True)
 class HiddenHead:
-    """``last_hidden_state (B, S, D)``, and ``pooler_output (B, D)`` if there is a pooler: a sentence encoder.
+    """``last_hidden_state (B, S, D)``, and ``pooler_output (B, D)`` if there is a pooler: a model without a head.
 
     Attributes:
         pooler: Projection of the first token, then tanh; or None.
@@ -326,7 +284,28 @@ class HiddenHead:
     pooler: Projection | None = None
 
 
-Head = LanguageHead | ClassifierHead | HiddenHead
+Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """Behind the first layer: ``N(y + act(conv(x)))`` of its result ``y`` and its input ``x``, padding being zero (DeBERTa).
+
+    Attributes:
+        weight: Tensor ``(D, D / groups, width)``.
+        bias: Tensor ``(D,)``.
+        width: Tokens that it sees, an odd number.
+        groups: Parts of ``D`` that do not mix.
+        activation: Of its result.
+        norm: Norm of the sum.
+    """
+
+    weight: str
+    bias: str
+    width: int
+    groups: int
+    activation: Activation
+    norm: Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,12 +313,14 @@ class Model:
     """The computation of a whole model.
 
     Attributes:
-        kind: ``decoder``: causal, with a cache of keys and values; ``encoder``: every token sees every other.
+        kind: ``decoder``: causal; ``encoder``: every token sees every other.
         hidden: ``D``.
         vocabulary: ``V``, the rows of the token table.
         final_norm: Norm after the last layer, or None.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
+        encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
+        convolution: Convolution behind the first layer (DeBERTa), or None.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -351,6 +332,13 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    encoder: Model | None = None
+    convolution: Convolution | None = None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes token by token, so that keys and values are worth a cache."""
+        return self.kind == "decoder" and isinstance(self.head, LanguageHead)
 
     @property
     def embedded(self) -> tuple[int, int, int]:

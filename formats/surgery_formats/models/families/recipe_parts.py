@@ -8,9 +8,12 @@ from typing import Literal
 
 __all__ = ["Activation", "Norm", "Projection"]
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"]
-"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. The last four
-are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``."""
+Activation = Literal[
+    "silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear", "relu2", "xielu"
+]
+"""``gelu`` is exact (erf); ``gelu_tanh``, ``gelu_new`` in old configs, is the approximation of arXiv:1606.08415. ``sigmoid`` to
+``linear`` are those of inserted modules; ``leaky_relu`` has the slope 0.01, ``quick_gelu`` is ``x sigmoid(1.702 x)``.
+``relu2`` is ``relu(x)^2`` (arXiv:2109.08668), ``xielu`` has learned numbers (see `MLP`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,13 @@ from surgery_formats.models.families.encoder import (
     BERT_NAMES,
     bert_embedding,
     encoder,
+    encoder_norm,
+    language_head,
     post_norm_layers,
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
@@ -30,16 +32,25 @@ def recipe(settings: ModelSettings) -> Model:
             f"max_position_embeddings {sizes.max_positions} leaves no position after pad_token_id {padding}"
         )
     root = root_of(settings, "roberta.", "embeddings.word_embeddings.weight")
+    embedding = bert_embedding(
+        settings, root, epsilon, position_rule="nonpad", position_offset=padding + 1, padding_token=padding
+    )
+    pooler = projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True)
+
+    def language() -> LanguageHead:
+        norm = encoder_norm(settings, "lm_head.layer_norm", epsilon)
+        return language_head(settings, sizes, embedding.tokens, "lm_head.dense", norm, "lm_head.decoder", "gelu")
+
     return encoder(
         settings,
         sizes,
-        bert_embedding(
-            settings, root, epsilon, position_rule="nonpad", position_offset=padding + 1, padding_token=padding
-        ),
+        embedding,
         post_norm_layers(settings, sizes, f"{root}encoder.layer", BERT_NAMES, activation, epsilon),
         before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "tanh"),
         classifier="classifier.out_proj",
-        pooler=projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True),
+        pooler=pooler,
+        choice=(pooler, "tanh"),
+        language=language,
     )
 
 

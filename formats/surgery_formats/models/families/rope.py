@@ -8,13 +8,15 @@ transformers 4 writes ``rope_theta`` beside ``rope_scaling`` (with ``type`` or `
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from surgery_formats.models.families.recipe import Rope
 from surgery_formats.models.families.settings import ModelSettings, Sizes
 from surgery_formats.text import show
 
-__all__ = ["read_rope", "rope_of"]
+__all__ = ["read_rope", "rope_of", "ropes_of"]
 
 _NEEDS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -43,17 +45,20 @@ def read_rope(
     partial: float | None = None,
     original: int | None = None,
     longrope_names: tuple[str, ...] = (),
+    interleaved: bool = False,
+    missing: Mapping[str, Any] = MappingProxyType({}),
 ) -> Rope:
     """Read the rotary positions of a model with the same ones in every layer.
 
     The family's defaults are `theta` of ``rope_theta`` and `partial` of ``partial_rotary_factor``, None if it rotates
     whole heads. `original` is its ``original_max_position_embeddings`` if it stores one beside the rotary parameters,
-    `longrope_names` its former names for ``longrope``.
+    `longrope_names` its former names for ``longrope``; `interleaved` is that of `Rope`;
+    `missing` are its parameters if the file has none.
 
     Raises:
         FitError: parameters of an unknown kind, missing, or of a wrong type.
     """
-    parameters = settings.mapping("rope_scaling") or settings.mapping("rope_parameters") or {}
+    parameters = settings.mapping("rope_scaling") or settings.mapping("rope_parameters") or dict(missing)
     settings.mapping("rope_parameters")
     parameters.setdefault("rope_theta", settings.positive("rope_theta", default=theta))
     fraction = settings.raw("partial_rotary_factor")
@@ -70,7 +75,8 @@ def read_rope(
         )
     if _kind(parameters) in longrope_names:
         parameters["rope_type"] = "longrope"
-    return rope_of(settings, parameters, sizes)
+    rope = rope_of(settings, parameters, sizes)
+    return replace(rope, interleaved=True) if interleaved else rope
 
 
 def _kind(parameters: Mapping[str, Any]) -> Any:
@@ -125,6 +131,32 @@ def rope_of(settings: ModelSettings, parameters: Mapping[str, Any], sizes: Sizes
         if inner.raw(key) is not None:
             values[key] = inner.number(key, default=1.0)
     return Rope(dims, values, max_positions)
+
+
+def ropes_of(settings: ModelSettings, sizes: Sizes, thetas: tuple[float, float]) -> tuple[Rope, Rope]:
+    """Rotations of layers with and without a window, their bases `thetas` by default.
+
+    In transformers 4, ``rope_scaling`` applies to the latter.
+
+    Raises:
+        FitError: as `read_rope`.
+    """
+    kinds = ("sliding_attention", "full_attention")
+    nested = settings.mapping("rope_parameters") or {}
+    if unknown := [key for key in nested if key not in kinds]:
+        raise settings.fault(f"rope_parameters must be by layer type, but has '{unknown[0]}'")
+    ropes = []
+    for kind, theta in zip(kinds, thetas, strict=True):
+        values = nested.get(kind) or {}
+        if not isinstance(values, Mapping):
+            raise settings.fault(f"rope_parameters of {kind} must be an object")
+        own = {"rope_theta": theta, **values}
+        if kind == "full_attention":
+            own |= settings.mapping("rope_scaling") or {}
+        if own.get("partial_rotary_factor", 1.0) not in (1, None):
+            raise settings.fault("partial_rotary_factor is set, but this family rotates whole heads")
+        ropes.append(rope_of(settings, own, sizes))
+    return ropes[0], ropes[1]
 
 
 def _factors(settings: ModelSettings, value: Any, key: str, length: int) -> tuple[float, ...]:

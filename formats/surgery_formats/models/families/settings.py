@@ -34,6 +34,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
     "tanh": "tanh",
 }
 
@@ -56,9 +57,11 @@ class ModelSettings:
     method documents otherwise.
     """
 
-    def __init__(self, config: Mapping[str, Any], names: Collection[str] = ()) -> None:
+    def __init__(self, config: Mapping[str, Any], names: Collection[str] = (), task: str = "") -> None:
+        """`task` is the one that was asked for; empty for the one that the model was saved for."""
         self._config = config
         self.names = names
+        self.task = task
         self._read: set[str] = set()
 
     def raw(self, *keys: str) -> Any:
