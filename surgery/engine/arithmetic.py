@@ -10,16 +10,17 @@ import numpy
 import xxhash
 
 from surgery.engine.blocks import block_height
-from surgery.engine.ledger import CodeChange, Measurement
+from surgery.engine.ledger import CodeChange, CodeError, Measurement
 from surgery.engine.plan import Compute
 from surgery.engine.quantised.requantise import WeightRequantiser
-from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace
+from surgery_formats.arrays import Array, assign, cast, dtype_of, empty, energy, namespace, to_cpu
 from surgery_formats.binding.edits import prepared
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.aligned import release
 from surgery_formats.storage.base import PartBytes, Storage, read_block
+from surgery_formats.storage.nbits import is_nbits
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 
@@ -89,6 +90,8 @@ def compute(
         check_finite(block, target.dtype, label)
         encoded = target.put(start, block, rounded)
         tally.note_change(stored, rounded)
+        if is_nbits(target):
+            tally.note_codes(block, rounded)
         if before is not None:
             tally.note_update(before, block[::sampled], rounded[::sampled])
         if values is not None:
@@ -202,6 +205,13 @@ class _UpdateTally:
         self.changed = False
         self.sampled = self.moved = 0
         self.kept = Survival()
+        self.coded: CodeError | None = None
+
+    def note_codes(self, wanted: Array, rounded: Array) -> None:
+        """Values of a block, and the numbers that its codes stand for."""
+        difference = rounded - to_cpu(wanted)
+        found = CodeError(energy(wanted), energy(difference), float(abs(difference).max(initial=0.0)))
+        self.coded = found if self.coded is None else self.coded + found
 
     def note_change(self, stored: Array, rounded: Array) -> None:
         """Whether the values of a block on disk differ from those that will be stored.
@@ -224,4 +234,4 @@ class _UpdateTally:
 
     def result(self, xxh3: str, codes: CodeChange | None = None) -> Measurement:
         """The sums so far."""
-        return Measurement(xxh3, self.changed, self.sampled, self.moved, *self.kept, codes)
+        return Measurement(xxh3, self.changed, self.sampled, self.moved, *self.kept, codes, self.coded)

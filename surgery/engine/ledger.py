@@ -13,7 +13,7 @@ from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.tensors.tensor import StoredTensor, origin
 
-__all__ = ["CodeChange", "Ledger", "Measurement", "Row"]
+__all__ = ["CodeChange", "CodeError", "Ledger", "Measurement", "Row"]
 
 _RANGES = 16  # of a tensor that are listed
 
@@ -62,6 +62,33 @@ class CodeChange:
 
 
 @dataclass(frozen=True, slots=True)
+class CodeError:
+    """What became of the values of one weight that is written as codes anew, over all of it.
+
+    Attributes:
+        energy: ``sum(W * W)``.
+        error: ``sum((Q - W) ** 2)``.
+        worst: ``max(abs(Q - W))``.
+    """
+
+    energy: float
+    error: float
+    worst: float
+
+    @property
+    def relative(self) -> float:
+        """Relative to the values, in the norm of Frobenius."""
+        return math.sqrt(self.error / self.energy) if self.energy else 0.0
+
+    def __add__(self, other: CodeError) -> CodeError:
+        return CodeError(self.energy + other.energy, self.error + other.error, max(self.worst, other.worst))
+
+    def as_json(self) -> dict[str, float]:
+        """The account as plain values."""
+        return {"error": float(f"{self.relative:.6g}"), "worst": float(f"{self.worst:.6g}")}
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """What the executor found out about one computed tensor. The sums of a weight are with its first tensor.
 
@@ -77,6 +104,7 @@ class Measurement:
         stored: ``sum(D * T)``.
         noise: ``sum((D - T) ** 2)``.
         codes: What became of its codes, if it keeps its quantised format.
+        coded: What became of its values, if they are written as codes anew.
     """
 
     xxh3: str
@@ -87,17 +115,23 @@ class Measurement:
     stored: float = 0.0
     noise: float = 0.0
     codes: CodeChange | None = None
+    coded: CodeError | None = None
 
     def as_record(self) -> dict[str, Any]:
         """The record that a finished file keeps of it."""
-        record = {name: getattr(self, name) for name in self.__slots__ if name != "codes"}
-        return record if self.codes is None else record | {"codes": asdict(self.codes)}
+        record = {name: getattr(self, name) for name in self.__slots__ if name not in ("codes", "coded")}
+        record |= {} if self.codes is None else {"codes": asdict(self.codes)}
+        return record if self.coded is None else record | {"coded": asdict(self.coded)}
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Measurement:
         """The measurement that `as_record` recorded."""
-        codes = record.get("codes")
-        return cls(**{**record, "codes": None if codes is None else CodeChange(**codes)})
+        codes, coded = record.get("codes"), record.get("coded")
+        own = {
+            "codes": None if codes is None else CodeChange(**codes),
+            "coded": None if coded is None else CodeError(**coded),
+        }
+        return cls(**{**record, **own})
 
     @property
     def kept(self) -> Survival:
@@ -150,6 +184,8 @@ class Row:
             if self.measured.codes is not None:
                 correlation = round(self.measured.kept.correlation, 6)
                 row["codes"] = {"correlation": correlation} | self.measured.codes.as_json()
+            if self.measured.coded is not None:
+                row["quantised"] = self.measured.coded.as_json()
         return row
 
 
@@ -245,6 +281,12 @@ class Ledger:
                 found.append((tensor, measured, measured.codes))
         return tuple(found)
 
+    @property
+    def coded(self) -> tuple[tuple[PlannedTensor, CodeError], ...]:
+        """Every weight that is written as codes anew."""
+        found = ((tensor, self.measured.get(tensor.label)) for tensor in self.plan.weights)
+        return tuple((tensor, measured.coded) for tensor, measured in found if measured and measured.coded is not None)
+
     def unmoved(self) -> tuple[str, ...]:
         """Updated weights of which no stored value changed."""
         return tuple(
@@ -270,6 +312,7 @@ class Ledger:
             "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),
         }
+        account |= {"quantised": _coded(self)} if self.coded else {}
         return account | ({"requantised": _requantised(self)} if self.requantised else {})
 
 
@@ -290,3 +333,11 @@ def _requantised(ledger: Ledger) -> dict[str, Any]:
     if inside.update > 0:
         account["inside"] = {"correlation": round(inside.correlation, 6), "error": round(inside.rounding, 6)}
     return account
+
+
+def _coded(ledger: Ledger) -> dict[str, Any]:
+    """The account of all values that became codes."""
+    total = CodeError(0.0, 0.0, 0.0)
+    for _, found in ledger.coded:
+        total += found
+    return {"weights": len(ledger.coded), **total.as_json()}

@@ -55,9 +55,10 @@ TensorOutcome = Literal[
     "referenced",
     "restored",
     "moved",
+    "quantised",
     "dropped",
 ]
-"""What became of a tensor (law 1). Output tensors are copied, moved (copied from ranges of others), cast, updated, replaced,
+"""What became of a tensor (law 1). Output tensors are copied, moved (copied from ranges of others), cast, quantised, updated, replaced,
 added or (of an unmerge) restored; the others are inputs without an output."""
 
 

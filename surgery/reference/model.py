@@ -163,7 +163,7 @@ def forward(
             values = convolve(model.convolution, first, values, real_new, reference.load)
         caches.append(cache)
     values = normalise(values, model.final_norm, reference.load)
-    logits, outputs = _head(reference, values, ids)
+    logits, outputs = _head(reference, values, ids, real_new)
     return Output(logits, Cache(tuple(caches), real_all), outputs)
 
 
@@ -242,9 +242,9 @@ def _lookup(
 
 
 def _head(
-    reference: Reference, values: torch.Tensor, ids: torch.Tensor
+    reference: Reference, values: torch.Tensor, ids: torch.Tensor, real: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The logits, and all outputs of a model that does not generate, by name."""
+    """The logits, and all outputs of a model that does not generate, by name; `real` are the tokens that are no padding."""
     head, load = reference.model.head, reference.load
     if isinstance(head, HiddenHead):
         pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
@@ -253,8 +253,13 @@ def _head(
         start, end = project(values, head.projection, load).unbind(-1)
         return start, {"start_logits": start, "end_logits": end}
     if isinstance(head, ClassifierHead):
-        values = values if head.tokens == "every" else values[torch.arange(len(values)), _places(head, ids, values)]
-        for step, activation in head.steps:
+        if head.tokens in ("first", "last"):
+            values = values[torch.arange(len(values)), _places(head, ids, values)]
+        for index, (step, activation) in enumerate(head.steps):
+            if head.tokens == "mean" and index == head.early:
+                values = torch.stack([row[tokens].mean(0) for row, tokens in zip(values, real, strict=True)])
+            if step is head.steps[-1][0]:
+                values = normalise(values, head.norm, load)
             values = activate(project(values, step, load), activation)
         return values, {"logits": values}
     logits = _logits(reference, values, head)

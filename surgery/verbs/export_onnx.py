@@ -38,6 +38,7 @@ from surgery_formats.models.families.tasks import check_task
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
     from surgery.onnx.export.slots import Swappable
+    from surgery.onnx.export.weight_coding import WeightCoding
     from surgery_formats.binding.bind import Binding
 
 __all__ = ["ExportResult", "export_onnx"]
@@ -60,6 +61,14 @@ def export_onnx(
     target: str = "cpu",
     dtype: str = "auto",
     weights: str = "auto",
+    weights_type: str = "stored",
+    block: int = 32,
+    symmetric: bool = True,
+    scales: str = "minmax",
+    rounding: str | None = None,
+    calibration: StrPath | None = None,
+    embeddings: str = "auto",
+    head: str = "auto",
     max_length: int | None = None,
     position_ids: bool = False,
     opset: int | None = None,
@@ -90,6 +99,15 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+        block: Of codes: inputs that share a scale, 32, 64 or 128.
+        symmetric: Of codes: no zero points are stored.
+        scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
+        rounding: Of codes: ``feedback`` (the default) makes up for errors along the inputs of `calibration`, or those that a
+            merged adapter listens to; ``nearest``.
+        calibration: Of codes: a file of inputs (docs/extraction.md).
+        embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
+        head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
@@ -114,8 +132,25 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
+    coding = None
+    if weights_type != "stored" or _about_codes(block, symmetric, scales, rounding, calibration, embeddings, head):
+        from surgery.onnx.export.weight_coding import weight_coding
+
+        coding = weight_coding(
+            weights_type,
+            block=block,
+            symmetric=symmetric,
+            scales=scales,
+            rounding=rounding,
+            calibration=calibration,
+            embeddings=embeddings,
+            head=head,
+        )
+    if coding is not None:
+        merge_to = "full"  # all weights are written
     check_task(task)
-    binding, merged = _merged(checkpoint, roles, task or "", full=merge_to == "full")
+    full = merge_to == "full"
+    binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
     assembly = _with_required(assembly, required)
@@ -171,8 +206,18 @@ def export_onnx(
     )
 
 
+def _about_codes(*given: object) -> bool:
+    return given != (32, True, "minmax", None, None, "auto", "auto")
+
+
 def _merged(
-    checkpoint: Checkpoint, roles: AdapterRoles, task: str, *, full: bool
+    checkpoint: Checkpoint,
+    roles: AdapterRoles,
+    task: str,
+    *,
+    full: bool,
+    coding: WeightCoding | None,
+    io: tuple[str, str],
 ) -> tuple[Binding | None, MergedWeights | None]:
     """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
 
@@ -180,16 +225,20 @@ def _merged(
     """
     checkpoint.main.check_read()
     coded = checkpoint.is_quantised or any(shard.container == "gguf" for shard in checkpoint.main.shards)
-    if not roles.adapters and not coded:
+    if not roles.adapters and not coded and coding is None:
         return None, None
     from surgery.engine.input_checks import check_base_id
     from surgery.onnx.export.merged import merged_weights
     from surgery_formats.binding.bind import bind
 
     check_base_id(checkpoint, roles.adapters)
-    if not (pairs := roles.merged) and not coded:
+    if not (pairs := roles.merged) and not coded and coding is None:
         return None, None
     binding = bind(pairs, checkpoint, new_biases=True)
+    if coding is not None:
+        from surgery.onnx.export.coded_plan import coded_weights
+
+        return binding, coded_weights(binding, coding, task, io_type(*io, checkpoint.main.dtype))
     return binding, merged_weights(binding, "full" if full else "delta", task)
 
 
@@ -216,7 +265,8 @@ def _assembly(
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     slots, given = _slots(checkpoint, roles, model), component
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides)
+    coded = merged.coded if merged else {}
+    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:

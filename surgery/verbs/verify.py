@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ TOLERANCE = 1e-4
 SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 _GRAPH = "model.onnx"
+_RECORDED = 1e-3
+"""Share by which an error of codes may differ from what was written down."""
+_STORED = 2.0**-8
+"""What a merge adds to it that stores bf16 in between."""
 _PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
@@ -290,6 +295,9 @@ def _graphs(
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles))
+    if main.contract.quantised:
+        checks.append(_codes(where, main, base, roles))
+        notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
     else:
@@ -313,6 +321,61 @@ def _judged_graph(
         yield Check("range", fits_half(graph, seen, lambda: _measures(graph, reference, prompt)))
 
 
+def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:
+    """What the codes of a graph stand for, against the base and what is merged into it.
+
+    Raises:
+        ProofError: they are farther from it than was written down.
+    """
+    from surgery.engine.merge.merge_plan import plan_merge
+    from surgery.reference.weights import planned_weights
+    from surgery.verification.coded_weights import coded_reference, stored_errors
+    from surgery_formats.binding.bind import bind
+
+    bits = sorted({entry["bits"] for entry in graph.contract.quantised})
+    number = sum(len(entry["weights"]) for entry in graph.contract.quantised)
+    said = f"{number} weights of {' and '.join(map(str, bits))} bits"
+    if base is None:
+        return Check("quantised weights", said)
+    errors = stored_errors(
+        coded_reference(graph), planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
+    )
+    recorded = _recorded_errors(where)
+    for found in errors:
+        limit = recorded.get(found.name)
+        allowed = math.hypot(limit or 0.0, _STORED if roles.merged else 0.0) * (1 + _RECORDED)
+        if limit is not None and not found.relative <= allowed + _RECORDED**2:
+            raise ProofError(
+                f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down",
+                file=graph.path,
+                tensor=found.name,
+                hint="`against=` names another base, or the adapters that were merged are not named",
+            )
+    total = math.sqrt(sum(e.error for e in errors) / max(sum(e.energy for e in errors), 1e-300))
+    worst = max(errors, key=lambda each: each.relative)
+    return Check(
+        "quantised weights", f"{said}: error {total:.3g} of the base, at most {worst.relative:.3g} ({worst.name})"
+    )
+
+
+def _recorded_errors(where: Path) -> dict[str, float]:
+    """Errors of weights as the manifest's ledger has them."""
+    source = where / MANIFEST
+    ledger = read_object(source, INDEX_LIMIT).get("ledger") if source.exists() else None
+    tensors = ledger.get("tensors") if isinstance(ledger, Mapping) else None
+    rows = tensors.values() if isinstance(tensors, Mapping) else ()
+    found = {}
+    for row in rows:
+        said = row.get("quantised") if isinstance(row, Mapping) else None
+        if (
+            isinstance(said, Mapping)
+            and isinstance(said.get("error"), float | int)
+            and isinstance(row.get("weight"), str)
+        ):
+            found[row["weight"]] = float(said["error"])
+    return found
+
+
 def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> list[str]:
     """Files that may be the base's: one of a quantised base that was written in elements has another size."""
     if not base.is_quantised:
@@ -333,6 +396,10 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
+    if contract.quantised and graph.weight_files:
+        from surgery.verification.coded_weights import coded_reference
+
+        return coded_reference(graph)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])

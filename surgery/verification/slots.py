@@ -6,8 +6,8 @@ The factors are random: a slot that is connected to another weight, scaled or mi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from surgery.verification.replaced_weights import ReplacedWeights
 from surgery.verification.session import Arrays, GraphFile
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.models.families.parameters import model_of, parameters
-from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
+from surgery_formats.models.families.parameters import model_of, parameters, projections
+from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.text import show
 
 __all__ = ["random_slots", "with_defaults"]
@@ -140,22 +140,11 @@ def _matrices(model: Model) -> dict[str, tuple[int, int, bool]]:
     """Inputs, outputs, and whether rows are inputs, by name of the weight."""
     shapes = {
         projection.weight: (projection.inputs, projection.outputs, projection.transposed)
-        for projection in _projections(model)
+        for projection in projections(model)
     }
     table = model.embedding
     width = table.projection.inputs if table.projection else model.hidden
     return shapes | {table.tokens: (model.vocabulary, width, True)}
-
-
-def _projections(part: Any) -> Iterator[Projection]:
-    if isinstance(part, Projection):
-        yield part
-    elif isinstance(part, tuple):
-        for item in part:
-            yield from _projections(item)
-    elif is_dataclass(part) and not isinstance(part, type):
-        for field in fields(part):
-            yield from _projections(getattr(part, field.name))
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,15 @@ _DEBERTA: dict[str, Any] = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
+_MODERN: dict[str, Any] = {
+    **_LM,
+    "num_labels": 3,
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+    "local_attention": 4,
+}
+_JINA = {**_BERT, "pad_token_id": 1, "type_vocab_size": 1}
+_EURO = {**_GQA, "num_labels": 3}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -412,6 +421,50 @@ ENCODERS: dict[str, Case] = {
     "deberta_v2_absolute": Case(
         "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
     ),
+    "deberta_v2_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "embedding_size": 20}),
+    "deberta_v3_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "legacy": False}),
+    "modernbert_sequence": Case("ModernBertForSequenceClassification", "ModernBertConfig", _MODERN),
+    "modernbert_mean": Case(
+        "ModernBertForSequenceClassification",
+        "ModernBertConfig",
+        {**_MODERN, "classifier_pooling": "mean", "classifier_bias": True, "norm_bias": True, "mlp_bias": True},
+    ),
+    "modernbert_token": Case(
+        "ModernBertForTokenClassification",
+        "ModernBertConfig",
+        {**_MODERN, "attention_bias": True, "local_attention": 7},
+    ),
+    "modernbert_sentence": Case(
+        "ModernBertModel",
+        "ModernBertConfig",
+        {
+            **_MODERN,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "hidden_activation": "gelu_pytorch_tanh",
+        },
+    ),
+    "modernbert_mask": Case("ModernBertForMaskedLM", "ModernBertConfig", _MODERN),
+    "modernbert_mask_untied": Case(
+        "ModernBertForMaskedLM", "ModernBertConfig", {**_MODERN, "tie_word_embeddings": False, "decoder_bias": False}
+    ),
+    "nomic_bert_sequence": Case("NomicBertForSequenceClassification", "NomicBertConfig", _BERT),
+    "nomic_bert_token": Case("NomicBertForTokenClassification", "NomicBertConfig", {**_BERT, "hidden_act": "gelu"}),
+    "nomic_bert_sentence": Case("NomicBertModel", "NomicBertConfig", {**_BERT, **_rope("linear", factor=2.5)}),
+    "nomic_bert_mask": Case("NomicBertForMaskedLM", "NomicBertConfig", _BERT),
+    "jina_v3_sequence": Case("JinaEmbeddingsV3ForSequenceClassification", "JinaEmbeddingsV3Config", _JINA),
+    "jina_v3_token": Case("JinaEmbeddingsV3ForTokenClassification", "JinaEmbeddingsV3Config", _JINA),
+    "jina_v3_sentence": Case("JinaEmbeddingsV3Model", "JinaEmbeddingsV3Config", {**_JINA, "type_vocab_size": 2}),
+    "jina_v3_mask": Case("JinaEmbeddingsV3ForMaskedLM", "JinaEmbeddingsV3Config", _JINA),
+    "eurobert_late": Case("EuroBertForSequenceClassification", "EuroBertConfig", _EURO),
+    "eurobert_mean": Case(
+        "EuroBertForSequenceClassification", "EuroBertConfig", {**_EURO, "classifier_pooling": "mean"}
+    ),
+    "eurobert_first": Case(
+        "EuroBertForSequenceClassification", "EuroBertConfig", {**_EURO, "classifier_pooling": "bos"}
+    ),
+    "eurobert_token": Case("EuroBertForTokenClassification", "EuroBertConfig", {**_EURO, "attention_bias": True}),
+    "eurobert_sentence": Case("EuroBertModel", "EuroBertConfig", {**_EURO, "head_dim": 12}),
+    "eurobert_mask": Case("EuroBertForMaskedLM", "EuroBertConfig", {**_EURO, "mlp_bias": True}),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
     "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
@@ -477,6 +530,8 @@ HEADS: dict[str, Case] = {
     "mpnet_spans": Case("MPNetForQuestionAnswering", "MPNetConfig", {**_MPNET, "num_labels": 2}),
     "mpnet_masks": Case("MPNetForMaskedLM", "MPNetConfig", _MPNET),
     "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
+    "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
+    "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
     "distilbert_choices": Case("DistilBertForMultipleChoice", "DistilBertConfig", _DISTIL),
 }
 """Heads for tasks other than those above."""

@@ -65,6 +65,28 @@ __all__ = ["command"]
     values=("delta", "full"),
     help="delta: changed tensors beside BASE's file; full: all weights anew, laid out for graphs.",
 )
+@option.choice(
+    "--weights-type",
+    values=("stored", "int4", "int8"),
+    help="int4, int8: codes in blocks, for MatMulNBits, in quantised.safetensors; stored: as BASE has them.",
+)
+@click.option(
+    "--block", type=click.IntRange(min=1), default=32, show_default=True, help="Of codes: inputs that share a scale."
+)
+@click.option("--symmetric/--asymmetric", default=True, help="Of codes: without zero points (default), or with them.")
+@option.choice("--scales", values=("minmax", "search"), help="Of codes: search: those of the least error.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["feedback", "nearest"]),
+    help="Of codes: feedback (default) makes up for errors along known inputs: a calibration's, a merged adapter's.",
+)
+@click.option("--calibration", metavar="FILE", help="Of codes: inputs to make up for errors along, as of extract-lora.")
+@option.choice(
+    "--embeddings",
+    values=("auto", "keep", "int8", "int4"),
+    help="Of codes: the token table; auto: as a head tied to it, else kept.",
+)
+@option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
 @click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
 @click.option(
@@ -90,6 +112,7 @@ def command(
       surgery export-onnx llama/ -o out/ --target cuda
       surgery export-onnx llama/ style=0.7 my-prompt/ -o out/
       surgery export-onnx llama/ --swap sql/ --swap chat/ -o out/
+      surgery export-onnx llama/ style/ --weights-type int4 -o out/   merged, then 4 bits
     """
     from surgery.verbs.export_onnx import export_onnx
 

@@ -102,7 +102,10 @@ def genai_config(
 def _session(contract: Contract) -> dict[str, Any]:
     """Use weights where they lie: onnxruntime would otherwise copy them to repack them."""
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
-    return {"log_id": "onnxruntime-genai", "session.disable_prepacking": "1", "provider_options": cuda}
+    mapped = (
+        {} if contract.quantised else {"session.disable_prepacking": "1"}
+    )  # codes are slow unless they are repacked
+    return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:

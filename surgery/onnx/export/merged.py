@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from surgery.engine.layout import planned_file
 from surgery.engine.merge.merge_plan import plan_merge
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, SideFile, check_conservation
+from surgery.onnx.graph.coded import CodedTensor
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError
@@ -27,7 +28,7 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model, Projection
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 
-__all__ = ["DELTA", "Layout", "MergedWeights", "merged_weights", "with_biases"]
+__all__ = ["DELTA", "Layout", "MergedWeights", "merged_weights", "with_biases", "written_config"]
 
 DELTA = "delta.safetensors"
 """File name of the changed tensors."""
@@ -45,6 +46,7 @@ class MergedWeights:
         overrides: Tensors that replace the base's, by name.
         side_files: Side files of the output folder, except an index that it does not need.
         model: The recipe, with the biases that the merge added.
+        coded: Weights stored as codes in blocks, by name.
     """
 
     plan: Plan
@@ -52,6 +54,7 @@ class MergedWeights:
     overrides: Mapping[str, GraphTensor]
     side_files: tuple[SideFile, ...]
     model: Model
+    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
 
 
 def merged_weights(binding: Binding, layout: Layout, task: str = "") -> MergedWeights:
@@ -87,7 +90,7 @@ def merged_weights(binding: Binding, layout: Layout, task: str = "") -> MergedWe
         if isinstance(tensor.step, Copy) and tensor.name not in overrides and tensor.step.source.name != tensor.name:
             overrides[tensor.name] = replace(tensor.step.source, name=tensor.name)
     side_files = tuple(side for side in merge_plan.side_files if layout == "full" or side.name != component.index_name)
-    changed = component.with_config(_config(component, side_files))
+    changed = component.with_config(written_config(component, side_files))
     model = model_of(changed.config, frozenset(changed.parameters) | frozenset(overrides), task)
     return MergedWeights(plan, changed, overrides, side_files, with_biases(model, overrides))
 
@@ -104,7 +107,8 @@ def with_biases(part: Any, names: Collection[str]) -> Any:
     return replace(part, **{field.name: with_biases(getattr(part, field.name), names) for field in fields(part)})
 
 
-def _config(component: Component, side_files: Collection[SideFile]) -> Mapping[str, object]:
+def written_config(component: Component, side_files: Collection[SideFile]) -> Mapping[str, object]:
+    """The configuration among the side files, else the component's own."""
     written = next((side for side in side_files if side.name == "config.json" and side.data), None)
     return json.loads(written.data) if written else component.config
 

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import xxhash
 
+from surgery.onnx.graph.coded import CodedTensor, by_format
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
@@ -53,6 +54,7 @@ class GraphOptions:
         max_length: Number of positions; None for as many as the model supports.
         prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them.
         overrides: Tensors that replace the checkpoint's, by stored name: those that a merge changed.
+        coded: Weights that are stored as codes in blocks, by stored name.
         slotted: Weights that get a slot for a LoRA, see `Context`.
         required: Whether slots are inputs without a default.
         replaceable: Parameters that become optional inputs.
@@ -67,6 +69,7 @@ class GraphOptions:
     max_length: int | None = None
     prefill: bool = True
     overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
+    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     required: bool = False
     replaceable: Replaceable = field(default_factory=Replaceable)
@@ -105,7 +108,9 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     """
     if options.opset is not None:
         check_opset(options.opset)
-    model = model or model_of(component.config, frozenset(component.parameters) | frozenset(options.overrides))
+    model = model or model_of(
+        component.config, frozenset(component.parameters) | frozenset(options.overrides) | frozenset(options.coded)
+    )
     if options.virtual.front:
         model = front_model(model)
     if not model.generates or any(_needs_standard(layer.attention) for layer in model.layers):
@@ -146,12 +151,13 @@ def _built_parts(ctx: Context) -> dict[str, Any]:
         "slots": tuple(ctx.slots),
         "replaceable": tuple(ctx.weights.inputs),
         "weights": tuple(weight_file(file) for file in ctx.weights.files),
+        "quantised": by_format(ctx.weights.used_codes.values()),
     }
 
 
 def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
     graph = Graph()
-    weights = GraphWeights(graph, component, options.io, options.overrides, options.replaceable)
+    weights = GraphWeights(graph, component, options.io, options.overrides, options.replaceable, options.coded)
     ctx = Context(
         graph,
         weights,

@@ -37,8 +37,13 @@ _SCHEMA = 1
 _LARGEST = 1 << 48  # bound on numbers, including file sizes
 _LAYERS = 4096
 _PAIR = 2
+_CODE_BITS = (4, 8)
 _DTYPES = ("fp32", "fp16", "bf16")
-_LATER = ("replaceable", "inserted")  # fields that are left out where empty, so that runners of before take the graph
+_LATER = (
+    "replaceable",
+    "inserted",
+    "quantised",
+)  # fields that are left out where empty, so that runners of before take the graph
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
 
 
@@ -105,6 +110,8 @@ class Contract:
         replaceable: Parameters that are optional inputs under their own names, see `surgery.onnx.export.replaced`.
         inserted: Modules that adapters insert, see `surgery_formats.models.families.inserted.as_fields`; those whose rank is 0
             are optional inputs among the replaceable ones.
+        quantised: Weights that are codes in blocks, by how they are stored: ``{"bits", "block", "symmetric", "weights"}``, under
+            their stored names.
         weights: Files that hold the initializers.
         base: Content id of the base.
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
@@ -132,6 +139,7 @@ class Contract:
     slots: tuple[Slot, ...] = ()
     replaceable: tuple[str, ...] = ()
     inserted: tuple[Mapping[str, Any], ...] = ()
+    quantised: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
@@ -161,7 +169,7 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
             raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
         entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
         entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
-        for name in ("adapters", "replaceable", "inserted"):
+        for name in ("adapters", "replaceable", "inserted", "quantised"):
             entries[name] = tuple(entries.get(name, ()))
         rows = entries.get("vocabulary_rows")
         entries["vocabulary_rows"] = None if rows is None else tuple(rows)
@@ -206,6 +214,8 @@ def _fault(contract: Contract) -> str | None:
             from_fields(entry)
     except (ValueError, TypeError, AttributeError):
         return "inserted"
+    if not all(map(_is_quantised, contract.quantised)):
+        return "quantised"
     rows = contract.vocabulary_rows
     if rows is not None:
         first, count = (*rows, None, None)[:2]
@@ -214,6 +224,14 @@ def _fault(contract: Contract) -> str | None:
         if not (0 <= first < _LARGEST and 0 < count <= contract.max_length):
             return "vocabulary_rows"
     return None
+
+
+def _is_quantised(entry: Any) -> bool:
+    if not isinstance(entry, Mapping) or set(entry) != {"bits", "block", "symmetric", "weights"}:
+        return False
+    bits, block, symmetric, names = (entry[key] for key in ("bits", "block", "symmetric", "weights"))
+    known = bits in _CODE_BITS and type(block) is int and 0 < block < _LARGEST and type(symmetric) is bool
+    return known and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 _HEADER_LIMIT = 100 << 20  # bytes of a safetensors header: the reference's limit

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from surgery.onnx.graph.coded import coded_rows
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.linear import linear, lora_slot
 from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
@@ -22,8 +23,12 @@ def token_rows(ctx: Context, model: Model) -> str:
     record = model.embedding
     at = module_of(record.tokens)
     width = model.embedded[0]
-    table = ctx.weights.value(record.tokens, (model.vocabulary, width))
+    shape = (model.vocabulary, width)
+    coded = ctx.weights.table(record.tokens, shape)
+    table = ctx.weights.value(record.tokens, shape) if not ctx.weights.has_codes else ""
     if ctx.virtual.embedded:
+        if ctx.weights.has_codes and coded is None:
+            ctx.weights.find(record.tokens, shape)  # it is read by a tied head alone
         x = ctx.reshaped(ctx.ids, (-1, width), at) if ctx.flat else ctx.ids
         return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
     ids = ctx.reshaped(ctx.ids, (-1,), at) if ctx.flat else ctx.ids
@@ -31,7 +36,12 @@ def token_rows(ctx: Context, model: Model) -> str:
     known = ids
     if rows is not None:
         known = ctx.graph.node("Min", [ids, ctx.graph.number(model.vocabulary - 1, DType.I64)], at)
-    x = ctx.graph.node("Gather", [table, known], at, axis=0)
+    if table:
+        x = ctx.graph.node("Gather", [table, known], at, axis=0)
+    elif coded is not None:
+        x = coded_rows(ctx.graph, coded, known, ctx.io, at)
+    else:
+        x = _converted_rows(ctx, record.tokens, shape, known, at)
     if record.tokens in ctx.slotted:
         x = lora_slot(ctx, record.tokens, known, x, model.vocabulary, width, rows=True)
     if record.scale_rounded:
@@ -39,6 +49,13 @@ def token_rows(ctx: Context, model: Model) -> str:
     if rows is not None:
         x = rows_after(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
     return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
+
+
+def _converted_rows(ctx: Context, name: str, shape: tuple[int, int], ids: str, at: str) -> str:
+    """Rows in the graph's type: only those that are read are converted, where a runtime would convert the table at load."""
+    table, stored = ctx.weights.as_stored(name, shape)
+    x = ctx.graph.node("Gather", [table, ids], at, axis=0)
+    return x if stored is ctx.io else ctx.graph.cast(x, ctx.io, at)
 
 
 def _scaled(ctx: Context, model: Model, x: str, width: int, at: str) -> str:
@@ -49,7 +66,7 @@ def _scaled(ctx: Context, model: Model, x: str, width: int, at: str) -> str:
 
 
 def _scale(ctx: Context, record: Embedding, shape: tuple[int, int]) -> float:
-    stored = ctx.weights.find(record.tokens, shape).dtype
+    stored = ctx.weights.stored_type(record.tokens, shape)
     if not record.scale_rounded or stored not in (DType.F16, DType.BF16):
         return record.scale
     return float(np.array(record.scale, ctx.graph.numpy_type(stored)))

@@ -21,7 +21,9 @@ from surgery_formats.dtypes import DType
 __all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
 
 MICROSOFT = "com.microsoft"
-ONNX_TYPES = {DType.F32: 1, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16}
+ONNX_TYPES = {
+    DType.F32: 1, DType.U8: 2, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16
+}  # fmt: skip
 """``TensorProto.DataType`` of stored types."""
 
 _NUMPY = {"float32": 1, "int32": 6, "int64": 7, "bool": 9, "float16": 10, "bfloat16": 16}
@@ -137,6 +139,10 @@ class Graph:
         tensor.data_location = self._onnx.TensorProto.EXTERNAL
         for key, value in (("location", file), ("offset", offset), ("length", nbytes)):
             tensor.external_data.add(key=key, value=str(value))
+
+    def is_initializer(self, name: str) -> bool:
+        """Whether there is an initializer of this name."""
+        return name in self._initializers
 
     def drop_unused(self) -> None:
         """Remove initializers that no node reads, of which onnxruntime would warn."""

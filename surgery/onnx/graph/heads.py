@@ -63,8 +63,12 @@ def _classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
         x = _first_token(ctx, x, "classifier")
     elif record.tokens == "last":
         x = _last_token(ctx, record, x)
-    for projection, activation in record.steps:
+    for index, (projection, activation) in enumerate(record.steps):
         at = module_of(projection.weight)
+        if record.tokens == "mean" and index == record.early:
+            x = _mean(ctx, x, projection.inputs)
+        if record.norm is not None and projection is record.steps[-1][0]:
+            x = norm(ctx, record.norm, x, projection.inputs, module_of(record.norm.weight))
         x = linear(ctx, projection, x)
         if activation is not None:
             x = activate(ctx, activation, x, at)
@@ -105,6 +109,17 @@ def _hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
 def _first_token(ctx: Context, x: str, at: str) -> str:
     x = ctx.batched(x, at) if ctx.flat else x
     return ctx.graph.node("Gather", [x, ctx.graph.number(0, DType.I64)], at, axis=1)
+
+
+def _mean(ctx: Context, x: str, width: int) -> str:
+    """The mean ``(B, D)`` of the tokens of each row, padding left out; a product, so that no sum grows with the length."""
+    graph, at = ctx.graph, "classifier"
+    x = ctx.batched(x, at) if ctx.flat else x
+    real = graph.cast(graph.node("Unsqueeze", [ctx.real(), graph.ints(1)], at), DType.F32, at)
+    share = graph.node("Div", [real, graph.node("ReduceSum", [real, graph.ints(2)], at, keepdims=1)], at)
+    if ctx.io is not DType.F32:
+        share = graph.cast(share, ctx.io, at)
+    return ctx.reshaped(graph.node("MatMul", [share, x], at), (-1, width), at)
 
 
 def _last_token(ctx: Context, record: ClassifierHead, x: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.onnx.graph.coded import CodedTensor, coded_product
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import MICROSOFT
@@ -21,11 +22,15 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
     stored = (
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
-    stack = projection.stack
-    weight = ctx.weights.part(projection.weight, stored, stack)
-    bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
-    at = module_of(projection.weight)
-    y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
+    at, stack = module_of(projection.weight), projection.stack
+    coded = None if stack else ctx.weights.coded([projection.weight], [(projection.outputs, projection.inputs)])
+    if coded is not None:
+        bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+        y = _coded(ctx, coded, x, bias, at, alpha)
+    else:
+        weight = ctx.weights.part(projection.weight, stored, stack)
+        bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
+        y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
     slot = "" if stack else slot or projection.weight
     return lora_slot(ctx, slot, x, y, projection.inputs, projection.outputs, alpha) if slot in ctx.slotted else y
 
@@ -39,9 +44,11 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
         part.transposed or part.stack or part.weight in ctx.slotted for part in projections
     ):
         return None
-    weight = ctx.weights.adjacent(
-        [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
-    )
+    weights, sizes = [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
+    coded = ctx.weights.coded(weights, sizes)
+    if coded is None and ctx.weights.has_codes and any(map(ctx.weights.is_coded, weights)):
+        return None
+    weight = ctx.weights.adjacent(weights, sizes) if coded is None else coded.name
     if weight is None or len({bool(part.bias) for part in projections}) > 1:
         return None
     at = module_of(weight)
@@ -51,7 +58,13 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
         bias = ctx.weights.adjacent(names, shapes) or ctx.graph.node(
             "Concat", [ctx.weights.value(name, shape) for name, shape in zip(names, shapes, strict=True)], at, axis=0
         )
-    return _multiply(ctx, x, weight, bias, at)
+    return _multiply(ctx, x, weight, bias, at) if coded is None else _coded(ctx, coded, x, bias, at)
+
+
+def _coded(ctx: Context, weight: CodedTensor, x: str, bias: str, at: str, alpha: float = 1.0) -> str:
+    y = coded_product(ctx.graph, weight, x, ctx.io, at)
+    y = ctx.graph.node("Add", [y, bias], at) if bias else y
+    return ctx.graph.node("Mul", [y, ctx.graph.number(alpha, ctx.io)], at) if alpha != 1.0 else y
 
 
 def _multiply(

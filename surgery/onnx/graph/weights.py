@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from surgery.onnx.graph.coded import CodedTensor, together
 from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -55,6 +56,7 @@ class GraphWeights:
 
     Attributes:
         used: Stored names that some node reads.
+        used_codes: Those of them that are codes.
         files: Files that hold them, in order of use.
         inputs: Types of the optional inputs by name, which is the recipe's of their parameter, in order of use.
     """
@@ -66,16 +68,19 @@ class GraphWeights:
         io: DType,
         overrides: Mapping[str, GraphTensor] | None = None,
         replaceable: Replaceable | None = None,
+        coded: Mapping[str, CodedTensor] | None = None,
     ) -> None:
-        """Use tensors of `component`, unless `overrides` (by stored name) replaces them."""
+        """Use tensors of `component`, unless `overrides` or `coded` (by stored name) replaces them."""
         self._graph = graph
         self._component = component
         self._io = io
         self._overrides = overrides or {}
+        self._coded = coded or {}
         self.replaceable = replaceable or Replaceable()
         self._tensors: dict[str, GraphTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
+        self.used_codes: dict[str, CodedTensor] = {}
         self.files: list[File | UnwrittenFile] = []
         self.inputs: dict[str, DType] = {}
 
@@ -130,7 +135,7 @@ class GraphWeights:
         return tensor
 
     def _stored_name(self, name: str) -> str:
-        if name in self._component.parameters or name in self._overrides:
+        if name in self._component.parameters or name in self._overrides or name in self._coded:
             return name
         slices = self._component.names.resolve(name)
         if len(slices) != 1:
@@ -142,6 +147,66 @@ class GraphWeights:
                 hint=closest(name, self._component.parameters) or "is it complete?",
             )
         return slices[0].parameter.name
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any weight is stored as codes."""
+        return bool(self._coded)
+
+    def coded(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> CodedTensor | None:
+        """One or several weights of the same inputs as codes; None if they are not stored so, or not side by side.
+
+        Shapes are ``(out, in)``, however the checkpoint has them.
+
+        Raises:
+            FitError: one is missing, or has another shape.
+        """
+        if not self._coded or not self.replaceable.names.isdisjoint(names):
+            return None
+        found = [self._coded.get(self._stored_name(name)) for name in names]
+        tensors = [tensor for tensor in found if tensor is not None]
+        if len(tensors) < len(names):
+            return None
+        for tensor, shape in zip(tensors, shapes, strict=True):
+            if tensor.shape != tuple(shape):
+                raise FitError(
+                    f"has the shape {list(tensor.shape)}, but config.json implies {list(shape)}",
+                    file=self._component.folder,
+                    tensor=tensor.name,
+                )
+        joint = tensors[0]
+        if len(tensors) > 1:
+            side_by_side = together(tensors, _joint_name([tensor.name for tensor in tensors]))
+            if side_by_side is None:
+                return None
+            joint = side_by_side
+        self.used |= {tensor.name for tensor in tensors}
+        self.used_codes |= {tensor.name: tensor for tensor in tensors}
+        for part in joint.parts:
+            if part.file not in self.files:
+                self.files.append(part.file)
+        return joint
+
+    def table(self, name: str, shape: Sequence[int]) -> CodedTensor | None:
+        """A table whose rows are looked up by their codes, or None."""
+        coded = self.coded([name], [shape])
+        return coded if coded is not None and coded.rows else None
+
+    def is_coded(self, name: str) -> bool:
+        """Whether a weight is stored as codes."""
+        return bool(self._coded) and self._stored_name(name) in self._coded
+
+    def stored_type(self, name: str, shape: Sequence[int]) -> DType:
+        """Type of the values in the checkpoint."""
+        coded = self.table(name, shape)
+        return self.find(name, shape).dtype if coded is None else coded.dtype
+
+    def as_stored(self, name: str, shape: Sequence[int]) -> tuple[str, DType]:
+        """The tensor without a conversion, and its type."""
+        tensor = self.find(name, shape)
+        stored = f"{tensor.name}.{tensor.dtype.label.lower()}" if tensor.dtype is not self._io else tensor.name
+        self._graph.external(stored, tensor.dtype, tensor.offset, file_of(tensor), shape, tensor.nbytes)
+        return stored, tensor.dtype
 
     def value(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a value of the graph's type."""

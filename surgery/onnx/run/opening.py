@@ -249,7 +249,7 @@ def _session(
     options.log_severity_level = _QUIET
     if threads is not None:
         options.intra_op_num_threads = threads
-    if contract is not None and contract.target == "cpu":
+    if contract is not None and contract.target == "cpu" and not contract.quantised:
         # Prepacking copies all weights into process memory and gains nothing for Gemm(transB): they stay mapped.
         options.add_session_config_entry("session.disable_prepacking", "1")
     if profile is not None:

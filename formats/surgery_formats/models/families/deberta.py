@@ -13,10 +13,19 @@ from surgery_formats.models.families.encoder import (
     bert_embedding,
     encoder,
     encoder_norm,
+    language_head,
     post_norm_layer,
     read_encoder_sizes,
 )
-from surgery_formats.models.families.recipe import Convolution, Disentangled, Layer, Model
+from surgery_formats.models.families.recipe import (
+    Activation,
+    Convolution,
+    Disentangled,
+    LanguageHead,
+    Layer,
+    Model,
+    Projection,
+)
 from surgery_formats.models.families.settings import ModelSettings, Sizes
 from surgery_formats.text import show
 
@@ -72,7 +81,20 @@ def recipe(settings: ModelSettings) -> Model:
         raise settings.fault(f"pooler_hidden_size is not hidden_size, {sizes.hidden}")
     added = _convolution(settings, f"{root}encoder.conv", epsilon)
     pooler = projection("pooler.dense", sizes.hidden, sizes.hidden, True)
-    model = encoder(settings, sizes, embedding, layers(), before=(pooler, pooling))
+    step: tuple[Projection, Activation] = (pooler, pooling)
+
+    def language() -> LanguageHead:
+        if settings.flag("legacy", default=True):
+            dense, output = "cls.predictions.transform.dense", "cls.predictions.decoder"
+            norm = encoder_norm(settings, "cls.predictions.transform.LayerNorm", epsilon)
+            return language_head(settings, sizes, embedding.tokens, dense, norm, output, activation, width=narrow)
+        at = "lm_predictions.lm_head"
+        dense_step = projection(f"{at}.dense", sizes.hidden, sizes.hidden, True)
+        norm = encoder_norm(settings, f"{at}.LayerNorm", epsilon)
+        table = Projection(embedding.tokens, sizes.hidden, sizes.vocabulary, f"{at}.bias")
+        return LanguageHead(table, dense_step, activation=activation, norm=norm)
+
+    model = encoder(settings, sizes, embedding, layers(), before=step, choice=step, language=language)
     unread = {} if distances is not None and compared else _unread(settings, f"{root}encoder")
     return replace(model, convolution=added, unused={**model.unused, **unread})
 

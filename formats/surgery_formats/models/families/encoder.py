@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from surgery_formats.models.families.decoder import plain_mlp, projection
@@ -132,17 +133,20 @@ def encoder(
     embedding: Embedding,
     layers: Iterator[Layer],
     *,
-    before: tuple[Projection, Activation],
+    before: tuple[Projection, Activation] | None = None,
     classifier: str = "classifier",
     pooler: Projection | None = None,
     choice: tuple[Projection, Activation] | None = None,
     language: Callable[[], LanguageHead] | None = None,
+    heads: Mapping[str, Callable[[], Head] | None] = MappingProxyType({}),
+    final_norm: Norm | None = None,
 ) -> Model:
     """Assemble the encoder, with the head chosen by the task, then check the settings that nobody read.
 
     `before` is the first step of a sequence classifier, `classifier` the module of its last; `choice` is the first step
     where choices are scored. `pooler` is the family's, whether the file has it or not, None if the family
-    has none; `language` makes the head that fills masks.
+    has none; `language` makes the head that fills masks. `heads` make those that are not BERT's, by task; None for a task
+    that the family lacks.
 
     Raises:
         FitError: a decoder, a task that encoders do not have, non-absolute positions, or an unread setting
@@ -152,13 +156,16 @@ def encoder(
     settings.only("add_cross_attention", False)
     settings.only("position_embedding_type", "absolute")
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
-    absent = {"fill-mask": language is None, "multiple-choice": choice is None}
+    absent = {"fill-mask": language is None, "multiple-choice": choice is None, "text-classification": before is None}
+    absent |= {task: make is None for task, make in heads.items()}
     known = tuple(task for task in ENCODER_TASKS if not absent.get(task))
     task = asked_task(settings, known, "encoders")
     has_pooler = pooler is not None and pooler.weight in settings.names
     head: Head
     match task:
-        case "text-classification":
+        case _ if (own := heads.get(task)) is not None:
+            head = own()
+        case "text-classification" if before is not None:
             head = ClassifierHead(
                 "first", (before, (projection(classifier, sizes.hidden, labels(settings), True), None))
             )
@@ -187,7 +194,7 @@ def encoder(
         vocabulary=sizes.vocabulary,
         embedding=embedding,
         layers=tuple(layers),
-        final_norm=None,
+        final_norm=final_norm,
         head=head,
         max_positions=sizes.max_positions - embedding.position_offset,
         unused=unused,

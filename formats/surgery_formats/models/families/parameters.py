@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from surgery_formats.errors import FitError
@@ -23,7 +23,7 @@ from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.models.families.tasks import task_of
 from surgery_formats.text import show
 
-__all__ = ["model_of", "parameters"]
+__all__ = ["model_of", "parameters", "projections"]
 
 _XIELU = ("alpha_p", "alpha_n", "beta", "eps")
 
@@ -132,6 +132,7 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         normalise(model.hidden, added.norm)
     if isinstance(head, ClassifierHead):
         project(*(step for step, _ in head.steps))
+        normalise(head.steps[-1][0].inputs, head.norm)
     elif isinstance(head, HiddenHead):
         project(head.pooler)
     else:
@@ -140,3 +141,15 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         project(head.before)
         normalise(head.projection.inputs, head.norm)
     return shapes
+
+
+def projections(part: Any) -> Iterator[Projection]:
+    """All linear maps in a part of a recipe."""
+    if isinstance(part, Projection):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from projections(item)
+    elif is_dataclass(part) and not isinstance(part, type):
+        for field in fields(part):
+            yield from projections(getattr(part, field.name))

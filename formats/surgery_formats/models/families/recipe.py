@@ -224,16 +224,21 @@ class ClassifierHead:
     """``logits (B, labels)`` of one token of each row, or ``(B, S, labels)`` of every token.
 
     Attributes:
-        tokens: ``first``, ``every``, or ``last``: the rightmost one whose id is not `padding_token`.
+        tokens: ``first``, ``every``, ``last``: the rightmost one whose id is not `padding_token`, or the ``mean`` of all that
+            are no padding.
         steps: ``(projection, activation or None)`` in order. BERT's pooler is the first step.
         padding_token: For ``last``; without one rows have no padding, so there is only one row.
         choices: Whether rows are the choices of questions, ``(B, C, S)``, each with one score: ``logits (B, C)``.
+        early: Number of steps that every token takes before their mean (EuroBERT).
+        norm: Norm in front of the last step (ModernBERT), or None.
     """
 
-    tokens: Literal["first", "every", "last"]
+    tokens: Literal["first", "every", "last", "mean"]
     steps: tuple[tuple[Projection, Activation | None], ...]
     padding_token: int | None = None
     choices: bool = False
+    early: int = 0
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ _CLASSES = (
 _PRETRAINED = (
     *("lm_head", "cls", "vocab_transform", "vocab_layer_norm", "vocab_projector"),
     *("predictions", "sop_classifier", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
+    *("lm_predictions", "mask_predictions"),
 )
 _TRAINED = ("classifier", "pre_classifier", "qa_outputs", "score")
 
@@ -147,7 +148,7 @@ def head_names(head: Head) -> set[str]:
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
-    norm = head.norm if isinstance(head, LanguageHead) else None
+    norm = head.norm if isinstance(head, LanguageHead | ClassifierHead) else None
     return (names | ({norm.weight, norm.bias} if norm else set())) - {""}
 
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModernBERT: rotary positions, layers that see their neighbours between layers that see all, gated MLPs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from surgery_formats.models.families.decoder import fused_attention, layer_norm, projection, root_of, windows
+from surgery_formats.models.families.encoder import encoder
+from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.recipe import (
+    MLP,
+    Branch,
+    ClassifierHead,
+    Embedding,
+    LanguageHead,
+    Layer,
+    Model,
+    Norm,
+    Projection,
+    Rope,
+)
+from surgery_formats.models.families.rope import ropes_of
+from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
+from surgery_formats.models.families.tasks import labels
+
+__all__ = ["FAMILY"]
+
+
+def recipe(settings: ModelSettings) -> Model:
+    """Warner et al. 2024, arXiv:2412.13663."""
+    sizes = read_sizes(
+        settings,
+        vocabulary=50368,
+        max_positions=8192,
+        hidden=768,
+        inner=1152,
+        layers=22,
+        heads=12,
+        grouped=False,
+    )
+    epsilon = settings.positive("norm_eps", default=1e-5)
+    norm_bias, attention_bias, mlp_bias = (
+        settings.flag(key, default=False) for key in ("norm_bias", "attention_bias", "mlp_bias")
+    )
+    activation = settings.activation("hidden_activation", default="gelu")
+    places = _places(settings, sizes)
+    root = root_of(settings, "model.", "embeddings.tok_embeddings.weight")
+
+    def norm(name: str) -> Norm:
+        return layer_norm(name, epsilon, bias=norm_bias)
+
+    def layer(index: int) -> Layer:
+        at, (window, rope) = f"{root}layers.{index}", places[index]
+        wide = projection(f"{at}.mlp.Wi", sizes.hidden, 2 * sizes.inner, mlp_bias)
+        down = projection(f"{at}.mlp.Wo", sizes.inner, sizes.hidden, mlp_bias)
+        return Layer(
+            fused_attention(f"{at}.attn.Wqkv", f"{at}.attn.Wo", sizes, rope=rope, bias=attention_bias, window=window),
+            Branch(before=norm(f"{at}.attn_norm") if index else None),  # the first layer has the embedding's
+            MLP((wide,), down, activation, gated=True),
+            Branch(before=norm(f"{at}.mlp_norm")),
+        )
+
+    table = f"{root}embeddings.tok_embeddings.weight"
+    dense = projection("head.dense", sizes.hidden, sizes.hidden, settings.flag("classifier_bias", default=False))
+    step = (dense, settings.activation("classifier_activation", default="gelu"))
+    decoder_bias = settings.flag("decoder_bias", default=True)
+    pooling = settings.text("classifier_pooling", default="cls")
+    if pooling not in ("cls", "mean"):
+        raise settings.fault("classifier_pooling must be cls or mean")
+
+    def scores(*, every: bool) -> ClassifierHead:
+        last = projection("classifier", sizes.hidden, labels(settings), True)
+        tokens: Literal["every", "first", "mean"] = "every" if every else "first" if pooling == "cls" else "mean"
+        return ClassifierHead(tokens, (step, (last, None)), norm=norm("head.norm"))
+
+    def language() -> LanguageHead:
+        weight = table if settings.flag("tie_word_embeddings", default=True) else "decoder.weight"
+        output = Projection(weight, sizes.hidden, sizes.vocabulary, "decoder.bias" if decoder_bias else "")
+        return LanguageHead(output, step[0], activation=step[1], norm=norm("head.norm"))
+
+    return encoder(
+        settings,
+        sizes,
+        Embedding(table, norm=norm(f"{root}embeddings.norm")),
+        (layer(index) for index in range(sizes.layers)),
+        final_norm=norm(f"{root}final_norm"),
+        heads={
+            "text-classification": lambda: scores(every=False),
+            "token-classification": lambda: scores(every=True),
+            "fill-mask": language,
+            "question-answering": None,
+        },
+    )
+
+
+def _places(settings: ModelSettings, sizes: Sizes) -> list[tuple[int | None, Rope]]:
+    """Window and rotation of each layer; ``local_attention`` is the whole width of a window."""
+    every = settings.count("global_attn_every_n_layers", default=3)
+    near = settings.count("local_attention", default=128) // 2 + 1
+    window = windows(settings, sizes, near, (index % every > 0 for index in range(sizes.layers)))
+    whole = settings.positive("global_rope_theta", default=160_000.0)
+    local = settings.optional_positive("local_rope_theta", 10_000.0) or whole
+    settings.only("rope_scaling")  # which would hold for both kinds of layers
+    near_rope, whole_rope = ropes_of(settings, sizes, (local, whole))
+    return [(near, whole_rope if near is None else near_rope) for near in window]
+
+
+FAMILY = Family(
+    names=("modernbert",),
+    embedding="model.embeddings.tok_embeddings",
+    head="decoder",
+    tied=True,
+    recipe=recipe,
+)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scales and zero points for blocks of inputs, from the values alone: at once, or by looking for the least error.
+
+The search is that of llama.cpp's k-quants (`make_qx_quants`, ggml-quants.c): a few scales around the plain one, for each the
+codes, for these the scale of the least squares, and the best of all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from surgery_formats.arrays import Array, cast
+from surgery_formats.dtypes import DType
+from surgery_formats.storage.fitting import fit_minmax, stored_scales
+from surgery_formats.storage.grouped_grid import GroupedGrid
+
+__all__ = ["Blocks", "block_grid"]
+
+_TRIED = (1.0, 0.94, 0.88, 0.82, 1.06)
+"""Shares of the plain scale. More were no better: a scale of the least squares is taken for the codes of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What a grid has to be like: see `surgery_formats.storage.nbits.BlockFormat`."""
+
+    bits: int
+    size: int
+    symmetric: bool
+    search: bool
+    scale_type: DType
+
+    @property
+    def largest(self) -> int:
+        """The greatest code."""
+        return (1 << self.bits) - 1
+
+
+def block_grid(values: Array, blocks: Blocks, weights: Array | None = None) -> GroupedGrid:
+    """A grid for float32 ``(rows, inputs)``.
+
+    Args:
+        values: Finite.
+        blocks: What it is like.
+        weights: ``(inputs,)``, what a squared error weighs where scales are looked for; None for all the same.
+    """
+    import numpy as np
+
+    rows, inputs = values.shape
+    count = -(-inputs // blocks.size)
+    if missing := count * blocks.size - inputs:
+        values = np.pad(values, ((0, 0), (0, missing)))
+    parted = values.reshape(rows * count, blocks.size)
+    scales, zeros = _plain(parted, blocks)
+    if blocks.search:
+        weighted = None
+        if weights is not None:
+            weighted = np.tile(np.pad(weights, (0, missing)).reshape(count, blocks.size), (rows, 1))
+            weighted = cast(weighted, DType.F32)
+        scales = _searched(parted, scales, zeros, blocks.largest, weighted)
+    scales = np.where(scales < 0, np.float32(-1), np.float32(1)) * stored_scales(abs(scales), blocks.scale_type)
+    shape = (rows, count)
+    return GroupedGrid(scales.reshape(shape), zeros.reshape(shape), None, blocks.size, 1, blocks.largest, fitted=True)
+
+
+def _plain(parted: Array, blocks: Blocks) -> tuple[Array, Array]:
+    """Symmetric: the value farthest from 0 has the lowest code, of which there is one more than above the middle."""
+    import numpy as np
+
+    if not blocks.symmetric:
+        fitted = fit_minmax(parted[..., None], blocks.bits)
+        return fitted.scales[:, 0], fitted.offsets[:, 0]
+    middle = np.float32(1 << (blocks.bits - 1))
+    low, high = parted.min(1), parted.max(1)
+    edge = np.where(-low >= high, low, high)
+    scales = np.where(edge == 0, np.float32(1), -edge / middle)
+    return scales, np.full_like(scales, middle)
+
+
+def _searched(parted: Array, scales: Array, zeros: Array, largest: int, weights: Array | None) -> Array:
+    """Per block, the scale that leaves the least squared error."""
+    import numpy as np
+
+    best, least = scales.copy(), np.full(len(scales), np.float32(np.inf))
+    offsets = zeros[:, None]
+    for share in _TRIED:
+        tried = scales * np.float32(share)
+        for _ in range(2):  # the scale itself, and that of the least squares for its codes
+            steps = np.clip(np.rint(parted / tried[:, None]) + offsets, 0, largest) - offsets
+            heavy = steps if weights is None else steps * weights
+            error = parted - steps * tried[:, None]
+            error *= error
+            errors = error.sum(1) if weights is None else (error * weights).sum(1)
+            better = errors < least
+            best[better], least[better] = tried[better], errors[better]
+            moment = (heavy * steps).sum(1)
+            fits = (heavy * parted).sum(1) / np.where(moment > 0, moment, np.float32(1))
+            tried = np.where((moment > 0) & (fits != 0), fits, tried).astype(np.float32)
+    return best

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight as MatMulNBits and GatherBlockQuantized take it: codes of 4 or 8 bits, a scale for a block of inputs.
+
+``(code - zero point) * scale``; without zero points these are the middle code, 8 or 128. onnxruntime's operators
+(docs/ContribOperators.md, 1.31): codes ``(out, blocks, block * bits / 8)`` with the first in the low half of a byte, scales
+``(out, blocks)``, zero points ``(out, bytes of blocks * bits)``. The last block of a row is filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+from surgery_formats.arrays import Array, cast, to_cpu
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import ProofError
+from surgery_formats.linalg.feedback import ErrorFeedback, round_columns
+from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
+from surgery_formats.storage.block_grids import Blocks, block_grid
+from surgery_formats.storage.grouped_grid import GroupedGrid
+from surgery_formats.storage.own_codes import own_codes
+from surgery_formats.tensors.tensor import as_bytes
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from surgery_formats.storage.quantised import Quantised
+
+__all__ = ["BlockFormat", "NBits", "is_nbits", "joined_codes", "parted_codes"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """How codes are stored, and how scales are chosen.
+
+    Attributes:
+        bits: Of a code: 4 or 8.
+        block: Inputs that share a scale.
+        symmetric: Whether the zero point is the middle code, and not stored.
+        search: Whether scales are looked for that leave the least squared error.
+        scale_type: Type of the stored scales.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool = True
+    search: bool = False
+    scale_type: DType = DType.F16
+
+    @property
+    def middle(self) -> int:
+        """The zero point where none is stored."""
+        return 1 << (self.bits - 1)
+
+    def blocks(self, inputs: int) -> int:
+        """Blocks of a row."""
+        return -(-inputs // self.block)
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """Bytes of codes, scales and zero points of a weight."""
+        count = self.blocks(inputs)
+        zeros = 0 if self.symmetric else -(-count * self.bits // 8)
+        return outputs * (count * (self.block * self.bits // 8 + self.scale_type.bits // 8) + zeros)
+
+
+class _Held(Generic[T]):
+    """What is known of the inputs of the weight that is being written: made for its first block, given up with the last."""
+
+    def __init__(self, make: Callable[[], T | None] | None) -> None:
+        self._make, self._made = make, False
+        self._value: T | None = None
+
+    def get(self) -> T | None:
+        if not self._made and self._make is not None:
+            self._value, self._made = self._make(), True
+        return self._value
+
+    def release(self) -> None:
+        self._value, self._made = None, False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NBits:
+    """The encoding of a matrix of weights.
+
+    Attributes:
+        sizes: ``(out, in)``, or ``(in, out)`` if `turned`.
+        form: How codes are stored.
+        turned: Whether rows are inputs: codes are of outputs, so that all of it has to be put together.
+        inputs: Gives the inputs along which errors are made up for.
+        importance: Gives ``(in,)``, what a squared error of an input weighs where scales are looked for.
+        exact: A weight of codes whose grid this one holds: its codes and scales are taken as they are.
+    """
+
+    dtype: ClassVar[DType] = DType.F32
+    elements: ClassVar[None] = None
+
+    sizes: tuple[int, ...]
+    form: BlockFormat
+    turned: bool = False
+    inputs: Callable[[], ErrorFeedback | None] | None = None
+    importance: Callable[[], Array | None] | None = None
+    exact: Quantised | None = None
+    _feedback: _Held[ErrorFeedback] = field(init=False)
+    _weights: _Held[Array] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_feedback", _Held(self.inputs))
+        object.__setattr__(self, "_weights", _Held(self.importance))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As stored in the checkpoint."""
+        return self.sizes[0], self.sizes[1]
+
+    @property
+    def group(self) -> int:
+        """All rows where outputs are columns."""
+        return max(self.sizes[0], 1) if self.turned else 1
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        rows, columns = self.shape
+        return (columns, rows) if self.turned else (rows, columns)
+
+    def parts(self, name: str) -> tuple[StoredPart, ...]:
+        """Codes, scales, and zero points if they are stored."""
+        outputs, inputs = self.outputs
+        form, count = self.form, self.form.blocks(inputs)
+        codes = StoredPart(f"{name}.codes", DType.U8, (outputs, count, form.block * form.bits // 8))
+        scales = StoredPart(f"{name}.scales", form.scale_type, (outputs, count))
+        zeros = StoredPart(f"{name}.zero_points", DType.U8, (outputs, -(-count * form.bits // 8)))
+        return (codes, scales) if form.symmetric else (codes, scales, zeros)
+
+    def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
+        """See `Encoding.put`."""
+        import numpy as np
+
+        values = cast(to_cpu(block), DType.F32)
+        values = np.ascontiguousarray(values.T) if self.turned else values
+        if self.exact is not None:
+            codes, grid = own_codes(self.exact, start, len(block), self.form, turned=self.turned)
+            numbers = grid.values(codes)
+            if not np.array_equal(numbers, values):
+                raise ProofError("its codes do not give the values of the base", tensor=self.exact.name)
+        else:
+            codes, numbers, grid = self._coded(values)
+        rounded[...] = numbers.T if self.turned else numbers
+        if start + len(block) >= self.shape[0]:
+            self._feedback.release()
+            self._weights.release()
+        return self._packed(start, codes, grid)
+
+    def _coded(self, values: Array) -> tuple[Array, Array, GroupedGrid]:
+        grid = block_grid(values, self._blocks, self._weights.get() if self.form.search else None)
+        inputs = self._feedback.get()
+        if inputs is None:
+            codes = grid.nearest(values)
+            return codes, grid.values(codes), grid
+
+        def nearest(steps: Array, first: int) -> tuple[Array, Array]:
+            found = grid.nearest(steps, first)
+            return found, grid.values(found, first)
+
+        return *round_columns(values, inputs, nearest), grid
+
+    @property
+    def _blocks(self) -> Blocks:
+        form = self.form
+        return Blocks(form.bits, form.block, form.symmetric, form.search, form.scale_type)
+
+    def _packed(self, start: int, codes: Array, grid: GroupedGrid) -> tuple[PartBytes, ...]:
+        import numpy as np
+
+        outputs, inputs = codes.shape
+        form, count = self.form, self.form.blocks(inputs)
+        if missing := count * form.block - inputs:
+            codes = np.pad(codes, ((0, 0), (0, missing)), constant_values=form.middle)
+        raw = [joined_codes(codes, form.bits), cast(grid.scales, form.scale_type)]
+        if not form.symmetric:
+            assert grid.zeros is not None
+            raw.append(joined_codes(cast(grid.zeros, DType.U8), form.bits))
+        first = 0 if self.turned else start
+        return tuple(
+            PartBytes(part, first * (array.nbytes // max(outputs, 1)), as_bytes(np.ascontiguousarray(array)))
+            for part, array in enumerate(raw)
+        )
+
+
+def is_nbits(encoding: Encoding) -> TypeGuard[NBits]:
+    """Whether a weight becomes codes of a graph, on a grid of its own."""
+    return isinstance(encoding, NBits)
+
+
+def joined_codes(codes: Array, bits: int) -> Array:
+    """Bytes of the codes of every row, the first in the lowest bits; a row begins at a whole byte."""
+    import numpy as np
+
+    if bits == 8:
+        return codes
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    joined: Array = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return joined
+
+
+def parted_codes(raw: Array, bits: int, count: int) -> Array:
+    """The first `count` codes of the bytes of every row."""
+    import numpy as np
+
+    if bits == 8:
+        return raw[:, :count]
+    parted: Array = np.stack([raw & 15, raw >> 4], -1).reshape(len(raw), -1)[:, :count]
+    return parted

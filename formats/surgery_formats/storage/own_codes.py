@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes that a weight has already, as codes of blocks of inputs: the same numbers to the bit, or not at all.
+
+Any grid of even steps from a whole zero point fits, whatever program wrote it: GPTQ, AWQ, compressed-tensors, LLM.int8, GGUF's Q4_0,
+Q5_0 and Q8_0, HQQ with whole zero points. What a code stands for is asked of the codec, so no format is named here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from surgery_formats.arrays import Array, cast
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.storage.grouped_grid import GroupedGrid
+
+if TYPE_CHECKING:
+    from surgery_formats.storage.nbits import BlockFormat
+    from surgery_formats.storage.quantised import Quantised
+
+__all__ = ["fitting_format", "own_codes"]
+
+_BLOCKS = (128, 64, 32, 16)
+_PROBED = 128  # rows that are looked at: a whole block where rows are inputs
+
+
+def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool) -> BlockFormat | None:
+    """The format that holds a weight's own codes with no more bits than `wanted`; None if there is none.
+
+    The codes of some rows are read, and all scales where they are held as such.
+
+    Args:
+        source: The weight; a matrix.
+        wanted: Its blocks are kept where the weight's own are a multiple.
+        turned: Whether rows of its matrix are inputs.
+    """
+    bits = 4 if source.bits <= 4 else 8
+    if bits > wanted.bits or len(source.sizes) != 2:
+        return None
+    shared, inputs = (source.block[0], source.shape[0]) if turned else (source.block[1], source.shape[1])
+    block = next((size for size in (wanted.block, *_BLOCKS) if shared % size == 0 or shared >= inputs), None)
+    if block is None:
+        return None
+    rows = min(source.shape[0], max(_PROBED, source.group))
+    rows = rows // source.group * source.group or source.shape[0]
+    values = source.grid(0, rows).values(source.codes(0, rows))
+    for symmetric in (True, False):
+        form = replace(wanted, bits=bits, block=block, symmetric=symmetric)
+        if (symmetric and not _all_middle(source)) or not _gives(
+            source, rows, form, values.T if turned else values, turned
+        ):
+            continue
+        return form
+    return None
+
+
+def _gives(source: Quantised, rows: int, form: BlockFormat, values: Array, turned: bool) -> bool:
+    import numpy as np
+
+    try:
+        codes, grid = own_codes(source, 0, rows, form, turned=turned)
+    except FitError:
+        return False
+    return bool(np.array_equal(grid.values(codes), values))
+
+
+def _all_middle(source: Quantised) -> bool:
+    """Whether all zero points of a weight are the same, as far as they are held by group; others are probed alone."""
+    grid = source.grid(0, source.shape[0])
+    if not isinstance(grid, GroupedGrid) or grid.zeros is None:
+        return True
+    return bool((grid.zeros == grid.zeros.flat[0]).all())
+
+
+def own_codes(
+    source: Quantised, start: int, count: int, form: BlockFormat, *, turned: bool
+) -> tuple[Array, GroupedGrid]:
+    """Codes ``(out, in)`` and grid of rows of a weight.
+
+    Raises:
+        FitError: zero points are not whole, or codes do not fit.
+    """
+    import numpy as np
+
+    codes, grid = source.codes(start, start + count), source.grid(start, start + count)
+    first, second = (grid.values(np.full_like(codes, code)) for code in (0, 1))
+    if turned:
+        codes, first, second = codes.T, first.T, second.T
+    zero_values, steps = first[:, :: form.block], (second - first)[:, :: form.block]
+    safe = np.where(steps == 0, np.float32(1), steps)
+    zeros = np.rint(-zero_values / safe)
+    codes = codes.astype(np.int16)
+    shift = form.middle - zeros if form.symmetric else (form.middle if codes.min() < 0 or zeros.min() < 0 else 0)
+    zeros = zeros + shift
+    moved = codes + (np.repeat(shift, form.block, 1)[:, : codes.shape[1]] if form.symmetric else shift)
+    most = 2 * form.middle - 1
+    if not (zeros.min() >= 0 and zeros.max() <= most and moved.min() >= 0 and moved.max() <= most):
+        raise FitError("its codes and zero points do not fit", tensor=source.name)
+    scales = cast(cast(steps, form.scale_type), DType.F32)
+    return moved.astype(np.uint8), GroupedGrid(scales, zeros, None, form.block, 1, most, fitted=True)

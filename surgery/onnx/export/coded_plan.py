@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a merge, with the weights that a graph reads as codes: one file, straight from the checkpoint's orientation.
+
+A weight is merged, then coded, block by block; nothing of 16 bits is written in between. Weights that graphs read as one lie
+side by side: their codes, their scales, their zero points.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgery.engine.layout import planned_file
+from surgery.engine.merge.merge_plan import plan_merge
+from surgery.engine.packing import PAGE, packing_groups, packing_order
+from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, TensorOutcome, check_conservation
+from surgery.onnx.export.code_inputs import importance_of, inputs_of
+from surgery.onnx.export.merged import MergedWeights, with_biases, written_config
+from surgery.onnx.export.weight_coding import WeightCoding, WeightUses, uses_of
+from surgery.onnx.graph.coded import CodedTensor
+from surgery.onnx.graph.weights import GraphTensor
+from surgery_formats.binding.bind import Binding
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
+from surgery_formats.models.component import Component
+from surgery_formats.models.families.parameters import model_of, parameters
+from surgery_formats.models.families.recipe import Model
+from surgery_formats.storage.base import Storage
+from surgery_formats.storage.nbits import BlockFormat, NBits
+from surgery_formats.storage.own_codes import fitting_format
+from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
+from surgery_formats.text import count as counted
+
+__all__ = ["QUANTISED", "coded_weights"]
+
+QUANTISED = "quantised.safetensors"
+"""File name of all weights of a graph of codes."""
+
+
+def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) -> MergedWeights:
+    """Plan the weights of a graph of codes.
+
+    Args:
+        binding: Adapters bound to their base, a single model; none, if the base alone is coded.
+        coding: How weights become codes.
+        task: Of the graph; empty for the configuration's.
+        io: Type of the graph.
+
+    Raises:
+        FitError: a weight that cannot be coded as asked, a calibration of another model, or what a merge refuses.
+    """
+    base = binding.checkpoint.main
+    merged = plan_merge(binding, packed=True)
+    side_files = tuple(side for side in merged.side_files if side.name != base.index_name)
+    component = base.with_config(written_config(base, side_files))
+    names = frozenset(component.parameters) | {tensor.weight for tensor in merged.tensors}
+    model = with_biases(model_of(component.config, names, task), names)
+    coding.check(component)
+    drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
+    groups = packing_groups(component)
+    ordered = _ordered(drafts, groups)
+    file = planned_file(QUANTISED, ordered, alignment=PAGE)
+    written = {tensor.name for tensor in file.tensors}
+    accounts = [account for account in merged.accounts if account.tensor.name not in written]
+    accounted = {account.tensor.name for account in accounts}
+    accounts += [
+        Account(tensor, "source", f"its values are in {weight.name}")
+        if weight.name in drafts
+        else Account(tensor, "dropped", "the graph does not read it")
+        for name, tensor in component.tensors.items()
+        if name not in written and name not in accounted
+        for weight in (component.owners[name],)
+    ]
+    facts = {**merged.facts, "coding": coding.facts}
+    plan = replace(
+        merged,
+        verb="export-onnx",
+        files=(file,),
+        side_files=(),
+        accounts=tuple(accounts),
+        inputs=merged.inputs + (coding.calibration.files if coding.calibration is not None else ()),
+        warnings=binding.warnings + _rounded_again(drafts, component),
+        facts=facts,
+        id=hashlib.sha256(json.dumps([merged.id, coding.facts, io.label], sort_keys=True).encode()).hexdigest(),
+    )
+    check_conservation(binding, plan)
+    unwritten = UnwrittenFile(Path(file.name), file.nbytes, file.header)
+    placed = {tensor.name: tensor for tensor in file.tensors}
+    kept = [placed[tensor.name] for draft in drafts.values() for tensor in draft.kept]
+    overrides: dict[str, GraphTensor] = {
+        t.name: UnwrittenTensor(t.name, t.dtype, t.shape, unwritten, t.offset, t.nbytes) for t in kept
+    }
+    coded = {d.name: d.coded_tensor(placed, unwritten) for d in drafts.values() if d.form is not None}
+    return MergedWeights(plan, component, overrides, side_files, model, coded)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """One weight of the output: kept, coded, or (a table that a coded head shares) both.
+
+    Attributes:
+        name: Stored name.
+        kept: Its tensors as they are, if it is kept.
+        codes: Its tensors of codes, if it is coded.
+        form: How it is coded, or None.
+        dtype: Type of its values in the checkpoint.
+        rows: Whether rows of it are looked up by their codes.
+    """
+
+    name: str
+    kept: tuple[PlannedTensor, ...] = ()
+    codes: tuple[PlannedTensor, ...] = ()
+    form: BlockFormat | None = None
+    dtype: DType = DType.F32
+    rows: bool = False
+
+    def coded_tensor(self, placed: Mapping[str, PlannedTensor], file: UnwrittenFile) -> CodedTensor:
+        """Where the graph finds it."""
+        step = self.codes[0].step
+        assert isinstance(step, Compute)
+        target = step.target
+        assert isinstance(target, NBits)
+        assert self.form is not None
+        parts = [placed[part.name] for part in self.codes]
+        found = tuple(UnwrittenTensor(t.name, t.dtype, t.shape, file, t.offset, t.nbytes) for t in parts)
+        return CodedTensor(self.name, target.outputs, self.dtype, self.form, found, self.rows)
+
+
+def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCoding, io: DType) -> Iterator[_Draft]:
+    uses = uses_of(model)
+    needed = {_stored(component, name): name for name in parameters(model)}
+    weights: dict[str, list[PlannedTensor]] = {}
+    for tensor in merged.tensors:
+        weights.setdefault(tensor.weight, []).append(tensor)
+    for name, tensors in weights.items():
+        recipe = needed.get(name)
+        if recipe is None:
+            continue  # a graph reads what its recipe names
+        bits, rows, kept = _asked(recipe, uses, coding)
+        if not bits:
+            yield _Draft(name, kept=tuple(tensors))
+            continue
+        form = coding.form(bits, io)
+        projection = uses.linear.get(recipe)
+        turned = projection is not None and projection.transposed
+        step, form = _coded_step(tensors[0].step, name, component, coding, form, turned)
+        if rows and step.target.shape[1] % form.block:
+            if coding.embeddings not in ("auto", "keep"):
+                raise FitError(
+                    f"its rows of {step.target.shape[1]} values are no whole blocks of {form.block}", tensor=name
+                )
+            rows, kept = False, True
+        yield _Draft(
+            name,
+            tuple(tensors) if kept else (),
+            _tensors(name, component, step, tensors[0].outcome),
+            form,
+            _values_type(tensors[0]),
+            rows,
+        )
+
+
+def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool, bool]:
+    """Bits of a weight, whether its rows are looked up as codes, and whether it is kept as well or alone."""
+    if name == uses.table:
+        table = coding.table_bits(uses)
+        head = coding.head_bits(uses) if uses.tied else 0
+        if uses.tied and table and table != head:
+            raise FitError(
+                "the token table is the head, and has one type",
+                tensor=name,
+                hint="the same for `embeddings=` and `head=`, or keep one of them",
+            )
+        return max(table, head), table > 0, not table
+    if name == uses.head:
+        return coding.head_bits(uses), False, False
+    return (coding.bits if name in uses.linear else 0), False, False
+
+
+def _coded_step(
+    step: Copy | Compute, name: str, component: Component, coding: WeightCoding, form: BlockFormat, by_input: bool
+) -> tuple[Compute, BlockFormat]:
+    """The weight's step with codes as its target, and how these are stored. `by_input`: rows of the model's weight are inputs."""
+    operations = step.operations if isinstance(step, Compute) else ()
+    source: Storage = step.source if isinstance(step, Compute) else step.weight
+    stored = component.parameters[name].storage if name in component.parameters else None
+    if not operations and stored is not None and is_quantised(stored):
+        turned = by_input != stored.transposed
+        own = fitting_format(stored, form, turned=turned)
+        if own is not None:
+            return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored)), own
+    target = NBits(source.shape, form, by_input != source.transposed)
+    drafted = Compute(source, operations, target)
+    target = replace(
+        target,
+        inputs=inputs_of(drafted, name, coding),
+        importance=importance_of(name, coding),
+    )
+    return Compute(source, operations, target), form
+
+
+def _tensors(name: str, component: Component, step: Compute, outcome: TensorOutcome) -> tuple[PlannedTensor, ...]:
+    target = step.target
+    assert isinstance(target, NBits)
+    form = target.form
+    said = f"{form.bits} bits, blocks of {form.block}"
+    said += ", its own codes" if target.exact is not None else ""
+    become: TensorOutcome = outcome if step.operations or outcome in ("added", "replaced") else "quantised"
+    return tuple(
+        PlannedTensor(
+            part.name, component.name, name, part.dtype, part.shape, step, become, 0, part.nbytes, said, number
+        )
+        for number, part in enumerate(target.parts(name))
+    )
+
+
+def _values_type(tensor: PlannedTensor) -> DType:
+    """Type of a weight's values: of a merged one the type that it would be stored in."""
+    step = tensor.step
+    return step.weight.dtype if isinstance(step, Copy) else step.target.dtype
+
+
+def _ordered(drafts: Mapping[str, _Draft], groups: Mapping[str, Sequence[str]]) -> list[PlannedTensor]:
+    """Codes of all members of a group, their scales, their zero points; then what is kept, as any packed file has it."""
+    taken: dict[str, None] = {}
+    ordered: list[PlannedTensor] = []
+    for name, draft in drafts.items():
+        if draft.form is None or name in taken:
+            continue
+        group = [other for other in groups.get(name, ()) if other in drafts and drafts[other].form == draft.form]
+        members = group if len(group) == len(groups.get(name, ())) and group else [name]
+        taken |= dict.fromkeys(members)
+        for part in range(len(draft.codes)):
+            ordered += [drafts[member].codes[part] for member in members]
+    kept = [tensor for draft in drafts.values() for tensor in draft.kept]
+    return ordered + packing_order(kept, {name: tuple(group) for name, group in groups.items()})
+
+
+def _stored(component: Component, name: str) -> str:
+    if name in component.parameters:
+        return name
+    slices = component.names.resolve(name)
+    return slices[0].parameter.name if len(slices) == 1 else name
+
+
+def _rounded_again(drafts: Mapping[str, _Draft], component: Component) -> tuple[str, ...]:
+    """Say which formats of a quantised base no codes of a graph can hold."""
+    kinds: dict[str, int] = {}
+    for name, draft in drafts.items():
+        parameter = component.parameters.get(name) if draft.form is not None else None
+        step = draft.codes[0].step if draft.codes else None
+        if parameter is None or not is_quantised(parameter.storage) or not isinstance(step, Compute):
+            continue
+        if not step.operations and isinstance(step.target, NBits) and step.target.exact is None:
+            kinds[parameter.storage.kind] = kinds.get(parameter.storage.kind, 0) + 1
+    return tuple(
+        f"{counted(number)} weights of {kind} are rounded a second time: their numbers are on no grid of these codes"
+        for kind, number in sorted(kinds.items())
+    )

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the weights of an exported graph become codes, and which: the options, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.engine.calibration_file import Calibration, open_calibration
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError, UsageError
+from surgery_formats.models.component import Component
+from surgery_formats.models.families.parameters import projections
+from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
+from surgery_formats.storage.nbits import BlockFormat
+from surgery_formats.text import closest, show
+
+__all__ = ["WeightCoding", "WeightUses", "uses_of", "weight_coding"]
+
+_BITS = {"int4": 4, "int8": 8}
+_BLOCKS = (32, 64, 128)
+_TABLES = ("auto", "keep", "int8", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUses:
+    """The weights of a model that can be codes, by name in the recipe.
+
+    Attributes:
+        linear: Linear maps, but those of heads, and of experts that lie one after the other in one tensor.
+        head: The projection onto the vocabulary, or empty.
+        table: The token table; the head's name where they are tied.
+    """
+
+    linear: Mapping[str, Projection]
+    head: str
+    table: str
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and token table are one weight."""
+        return self.head == self.table
+
+
+def uses_of(model: Model) -> WeightUses:
+    """What each matrix of a recipe is used for."""
+    head = model.head.projection.weight if isinstance(model.head, LanguageHead) else ""
+    of_head = {each.weight for each in projections(model.head)}
+    if isinstance(model.head, LanguageHead) and model.head.before is not None:
+        of_head.discard(model.head.before.weight)
+    linear = {each.weight: each for each in projections(model) if each.stack is None and each.weight not in of_head}
+    return WeightUses(linear, head, model.embedding.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCoding:
+    """How weights become codes.
+
+    Attributes:
+        bits: Of the layers' weights.
+        block: Inputs that share a scale.
+        symmetric: Whether the zero point is the middle code.
+        scales: ``minmax`` or ``search``.
+        rounding: ``feedback`` or ``nearest``.
+        calibration: Inputs to make up for errors along.
+        embeddings: One of ``auto``, ``keep``, ``int8``, ``int4``: of the token table.
+        head: The same of the projection onto the vocabulary.
+    """
+
+    bits: int
+    block: int = 32
+    symmetric: bool = True
+    scales: str = "minmax"
+    rounding: str = "feedback"
+    calibration: Calibration | None = None
+    embeddings: str = "auto"
+    head: str = "auto"
+
+    def form(self, bits: int, io: DType) -> BlockFormat:
+        """How a weight is stored in a graph of a type: scales have 16 bits, which a graph of 32 converts at load."""
+        scale_type = io if io in (DType.F16, DType.BF16) else DType.F16
+        return BlockFormat(bits, self.block, self.symmetric, self.scales == "search", scale_type)
+
+    def head_bits(self, uses: WeightUses) -> int:
+        """Bits of the projection onto the vocabulary; 0 keeps it."""
+        return self.bits if self.head == "auto" else _BITS.get(self.head, 0)
+
+    def table_bits(self, uses: WeightUses) -> int:
+        """Bits of the token table; 0 keeps it. By default it is the tied head's own, or kept."""
+        if self.embeddings != "auto":
+            return _BITS.get(self.embeddings, 0)
+        return self.head_bits(uses) if uses.tied else 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        named = ("bits", "block", "symmetric", "scales", "rounding", "embeddings", "head")
+        facts = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
+        return facts | ({"calibration": self.calibration.id} if self.calibration is not None else {})
+
+    def check(self, component: Component) -> None:
+        """Check that the calibration is of this model.
+
+        Raises:
+            FitError: a module that it lacks, or other numbers of inputs.
+        """
+        if self.calibration is None:
+            return
+        modules = {name.removesuffix(".weight") for name in component.parameters if name.endswith(".weight")}
+        if unknown := sorted(set(self.calibration.modules) - modules):
+            raise FitError(
+                "inputs of a module that the model lacks",
+                file=self.calibration.path,
+                tensor=unknown[0],
+                hint=closest(unknown[0], modules),
+            )
+
+
+def weight_coding(
+    weights_type: str = "stored",
+    *,
+    block: int = 32,
+    symmetric: bool = True,
+    scales: str = "minmax",
+    rounding: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    embeddings: str = "auto",
+    head: str = "auto",
+) -> WeightCoding | None:
+    """The options of an export, checked; None if weights stay as they are stored.
+
+    Raises:
+        FitError: a value that there is not.
+        UsageError: options about codes without codes, or that contradict each other.
+    """
+    if weights_type not in ("stored", *_BITS):
+        raise FitError(f"'{show(weights_type)}' is no type of weights", hint="stored, int4 or int8")
+    if block not in _BLOCKS:
+        raise FitError(f"a block has 32, 64 or 128 inputs, not {block}")
+    for name, value, known in (
+        ("scales", scales, ("minmax", "search")),
+        ("rounding", rounding or "feedback", ("feedback", "nearest")),
+        ("embeddings", embeddings, _TABLES),
+        ("head", head, _TABLES),
+    ):
+        if value not in known:
+            raise FitError(f"{name} is one of {', '.join(known)}, not '{show(value)}'")
+    if weights_type == "stored":
+        given = {
+            "block": block != 32, "symmetric": not symmetric, "scales": scales != "minmax", "rounding": rounding is not None,
+            "calibration": calibration is not None, "embeddings": embeddings != "auto", "head": head != "auto",
+        }  # fmt: skip
+        if odd := [name for name, said in given.items() if said]:
+            raise UsageError(
+                f"`{odd[0]}=` is about weights that become codes, and these stay as they are stored",
+                hint='`weights_type="int4"`',
+            )
+        return None
+    if calibration is not None and rounding == "nearest" and scales == "minmax":
+        raise UsageError(
+            "rounding to nearest looks at no inputs", hint='leave `calibration=` away, or `rounding="nearest"`'
+        )
+    opened = None if calibration is None else open_calibration(calibration)
+    bits = _BITS.get(weights_type, 4)
+    return WeightCoding(bits, block, symmetric, scales, rounding or "feedback", opened, embeddings, head)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of a graph that are codes in blocks: MatMulNBits and GatherBlockQuantized over byte ranges of a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.onnx.graph.graph import MICROSOFT, ONNX_TYPES, Graph
+from surgery_formats.dtypes import DType
+from surgery_formats.tensors.unwritten import UnwrittenTensor
+
+if TYPE_CHECKING:
+    from surgery_formats.storage.nbits import BlockFormat
+
+__all__ = ["CodedTensor", "by_format", "coded_product", "coded_rows", "together"]
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor:
+    """One weight.
+
+    Attributes:
+        name: Stored name of the weight.
+        shape: ``(out, in)``; of a table ``(rows, columns)``.
+        dtype: Type of the checkpoint's values.
+        form: How codes are stored.
+        parts: Codes, scales, and zero points if there are any.
+        rows: Whether rows of it are looked up by their codes, too.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: DType
+    form: BlockFormat
+    parts: tuple[UnwrittenTensor, ...]
+    rows: bool = False
+
+
+def together(tensors: Sequence[CodedTensor], name: str) -> CodedTensor | None:
+    """Several weights of the same inputs as one, outputs below each other; None if their bytes do not lie side by side."""
+    first = tensors[0]
+    joint = []
+    for parts in zip(*(tensor.parts for tensor in tensors), strict=False):
+        end = parts[0].offset
+        for part in parts:
+            if part.file is not parts[0].file or part.offset != end:
+                return None
+            end += part.nbytes
+        rows = sum(part.shape[0] for part in parts)
+        part = parts[0]
+        nbytes = end - part.offset
+        joint.append(UnwrittenTensor(part.name, part.dtype, (rows, *part.shape[1:]), part.file, part.offset, nbytes))
+    if any(tensor.form != first.form or tensor.shape[1] != first.shape[1] for tensor in tensors):
+        return None
+    outputs = sum(tensor.shape[0] for tensor in tensors)
+    return CodedTensor(name, (outputs, first.shape[1]), first.dtype, first.form, tuple(joint))
+
+
+def coded_product(graph: Graph, tensor: CodedTensor, x: str, io: DType, at: str) -> str:
+    """``x W^T``."""
+    outputs, inputs = tensor.shape
+    codes, *rest = _values(graph, tensor, io, at)
+    form = tensor.form
+    sizes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block}
+    return graph.node("MatMulNBits", [x, codes, *rest], at, domain=MICROSOFT, **sizes)
+
+
+def coded_rows(graph: Graph, tensor: CodedTensor, ids: str, io: DType, at: str) -> str:
+    """Rows of a table; a head that is tied to it reads the same bytes."""
+    form = tensor.form
+    codes, scales, *zeros = _values(graph, tensor, io, at, flat=True)
+    how: dict[str, Any] = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
+    return graph.node("GatherBlockQuantized", [codes, ids, scales, *zeros], at, domain=MICROSOFT, **how)
+
+
+def by_format(tensors: Iterable[CodedTensor]) -> tuple[dict[str, Any], ...]:
+    """Weights by how they are stored, for the contract."""
+    forms: dict[tuple[int, int, bool], list[str]] = {}
+    for tensor in tensors:
+        form = tensor.form
+        forms.setdefault((form.bits, form.block, form.symmetric), []).append(tensor.name)
+    return tuple(
+        {"bits": bits, "block": block, "symmetric": symmetric, "weights": names}
+        for (bits, block, symmetric), names in forms.items()
+    )
+
+
+def _values(graph: Graph, tensor: CodedTensor, io: DType, at: str, *, flat: bool = False) -> list[str]:
+    """Codes, scales in the graph's type, zero points; with `flat` the codes of a row without blocks."""
+    names = []
+    for number, part in enumerate(tensor.parts):
+        ending = ("codes", "scales", "zero_points")[number]
+        name, shape = f"{tensor.name}.{ending}", part.shape
+        if flat and number == 0:
+            name, shape = f"{tensor.name}.rows", (part.shape[0], part.shape[1] * part.shape[2])
+        if part.dtype is not DType.U8 and part.dtype is not io:
+            stored = f"{name}.{part.dtype.label.lower()}"
+            known = graph.is_initializer(stored)
+            graph.external(stored, part.dtype, part.offset, part.path.name, shape, part.nbytes)
+            if not known:
+                graph.node("Cast", [stored], at, out=name, to=ONNX_TYPES[io])
+        else:
+            graph.external(name, part.dtype, part.offset, part.path.name, shape, part.nbytes)
+        names.append(name)
+    return names

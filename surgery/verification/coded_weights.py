@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that a graph has as codes: what they stand for, computed apart from what wrote them, and how far from the base's.
+
+The codes of a row follow each other, low bits first; the last block of a row may be longer than the row is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from surgery.onnx.export.merged import with_biases
+from surgery.reference.model import Reference
+from surgery.reference.weights import ReferenceWeights
+from surgery.verification.session import GraphFile
+from surgery_formats.containers.weight_files import open_shard
+from surgery_formats.errors import MalformedError, ProofError
+from surgery_formats.files.bounded_json import read_object
+from surgery_formats.models.families.parameters import model_of, projections
+from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
+from surgery_formats.models.families.registry import family_of
+from surgery_formats.models.names import Names
+from surgery_formats.storage.base import read_rows
+from surgery_formats.storage.parameter import Parameter
+from surgery_formats.storage.plain import Plain
+from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.text import show
+
+__all__ = ["StoredError", "coded_reference", "stored_errors"]
+
+_PARTS = ("codes", "scales", "zero_points")
+_HEAD = "of the head"  # behind the name of a table that its head has as codes, and lookups do not
+
+
+@dataclass(frozen=True)
+class _Codes:
+    """One weight.
+
+    Attributes:
+        parts: Codes, scales, and zero points if there are any.
+        bits: Of a code.
+        block: Inputs that share a scale.
+    """
+
+    parts: Mapping[str, StoredTensor]
+    bits: int
+    block: int
+
+    def values(self, inputs: int, start: int, stop: int) -> torch.Tensor:
+        """Rows ``[start, stop)`` of ``(out, in)``, float32."""
+        raw = self.parts["codes"].read(start, stop).reshape(stop - start, -1)
+        scales = self.parts["scales"].read(start, stop).astype(np.float32)
+        codes = self._integers(raw)[:, :inputs]
+        middle = np.full(scales.shape, float(1 << (self.bits - 1)))
+        stored = self.parts.get("zero_points")
+        zeros = middle if stored is None else self._integers(stored.read(start, stop))[:, : scales.shape[1]]
+        place = np.arange(inputs) // self.block
+        return torch.from_numpy(((codes - zeros[:, place]) * scales[:, place]).astype(np.float32))
+
+    def _integers(self, raw: Any) -> Any:
+        """As float64, which holds what comes next exactly."""
+        bits = np.unpackbits(raw, axis=1, bitorder="little").reshape(len(raw), -1, self.bits)
+        return bits @ (2.0 ** np.arange(self.bits))
+
+
+class _CodedWeights:
+    """Weights of a graph's files: codes by what they stand for, others as they are."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], codes: Mapping[str, _Codes], names: Names) -> None:
+        self._tensors, self._codes, self._resolver = tensors, codes, names
+        self.shapes: dict[str, tuple[int, int]] = {}
+        """``(out, in)`` of each weight of codes, by the recipe's name."""
+        self.turned: set[str] = set()
+
+    @property
+    def names(self) -> Collection[str]:
+        return {*self._tensors, *self._codes}
+
+    def stored(self, name: str) -> str:
+        if name in self._tensors or name in self._codes:
+            return name
+        slices = self._resolver.resolve(name)
+        return slices[0].parameter.name if len(slices) == 1 else name
+
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        stored, of_head = self.stored(name.removesuffix(f" {_HEAD}")), name.endswith(_HEAD)
+        if stored in self._tensors and not of_head:
+            return torch.from_numpy(read_rows(Plain.of(self._tensors[stored]), start, stop).astype(np.float32))
+        outputs, inputs = self.shapes[name.removesuffix(f" {_HEAD}")]
+        if name in self.turned:
+            return self._codes[stored].values(inputs, 0, outputs).T[start:stop]
+        return self._codes[stored].values(inputs, start, outputs if stop is None else min(stop, outputs))
+
+    def codes_of(self, stored: str) -> _Codes:
+        return self._codes[stored]
+
+    def parted(self, name: str) -> bool:
+        """Whether a weight is there as codes and as numbers."""
+        return self.stored(name) in self._tensors and self.stored(name) in self._codes
+
+
+def coded_reference(graph: GraphFile) -> Reference:
+    """The model that the files beside a graph of codes are.
+
+    Raises:
+        ProofError: the contract names a weight that the files lack.
+        MalformedError: codes and scales of other sizes than they must have.
+    """
+    folder = graph.path.parent
+    found = {t.name: t for file in graph.weight_files for t in open_shard(folder / file.name).tensors}
+    codes: dict[str, _Codes] = {}
+    for entry in graph.contract.quantised:
+        for name in entry["weights"]:
+            parts = {part: found.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in found}
+            if {"codes", "scales"} - set(parts) or ("zero_points" in parts) == entry["symmetric"]:
+                raise ProofError(f"the codes of '{show(name)}' are not in the graph's files", file=graph.path)
+            codes[name] = _Codes(parts, entry["bits"], entry["block"])
+    config = read_object(folder / "config.json")
+    kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
+    known = {name: Parameter.of(replace(t, name=name)) for name, t in kept.items()}
+    known |= {name: Parameter.of(replace(c.parts["scales"], name=name)) for name, c in codes.items()}
+    weights = _CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
+    model = with_biases(model_of(config, weights.names, graph.contract.task), weights.names)
+    model = with_head_of_codes(model, weights)
+    for name, (outputs, inputs), turned in _matrices(model):
+        if weights.stored(name.removesuffix(f" {_HEAD}")) not in codes:
+            continue
+        weights.shapes[name.removesuffix(f" {_HEAD}")] = outputs, inputs
+        weights.turned |= {name} if turned else set()
+        _check(weights.codes_of(weights.stored(name.removesuffix(f" {_HEAD}"))), outputs, inputs, graph)
+    return Reference(model, weights)
+
+
+def with_head_of_codes(model: Model, weights: _CodedWeights) -> Model:
+    """The model with a head of its own, where the head has the table as codes, and lookups as numbers."""
+    head, table = model.head, model.embedding.tokens
+    if not isinstance(head, LanguageHead) or head.projection.weight != table or not weights.parted(table):
+        return model
+    return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {_HEAD}")))
+
+
+def _check(codes: _Codes, outputs: int, inputs: int, graph: GraphFile) -> None:
+    count = -(-inputs // codes.block)
+    wanted = {
+        "codes": (outputs, count, codes.block * codes.bits // 8),
+        "scales": (outputs, count),
+        "zero_points": (outputs, -(-count * codes.bits // 8)),
+    }
+    for part, tensor in codes.parts.items():
+        if tensor.shape != wanted[part]:
+            raise MalformedError(
+                f"has the shape {list(tensor.shape)}, not {list(wanted[part])}", file=graph.path, tensor=tensor.name
+            )
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, int], bool]]:
+    """Name, ``(out, in)``, and whether the model has it the other way round, of every matrix that can be codes."""
+    for projection in projections(model):
+        yield projection.weight, (projection.outputs, projection.inputs), projection.transposed
+    table = model.embedding
+    width = table.projection.inputs if isinstance(table.projection, Projection) else model.hidden
+    yield table.tokens, (model.vocabulary, width), False
+
+
+@dataclass(frozen=True)
+class StoredError:
+    """How far the codes of a weight are from the base's values.
+
+    Attributes:
+        name: Stored name.
+        energy: ``sum(W * W)``.
+        error: ``sum((Q - W) ** 2)``.
+    """
+
+    name: str
+    energy: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        """In the norm of Frobenius, relative to the values."""
+        return math.sqrt(self.error / self.energy) if self.energy else 0.0
+
+
+def stored_errors(reference: Reference, wanted: ReferenceWeights) -> list[StoredError]:
+    """The error of every weight of codes against the values that it was made of."""
+    weights = reference.weights
+    assert isinstance(weights, _CodedWeights)
+    errors = []
+    for name, (outputs, _) in weights.shapes.items():
+        turned, energy, error = name in weights.turned, 0.0, 0.0
+        step = outputs if turned else max(1, (1 << 22) // max(weights.shapes[name][1], 1))
+        for start in range(0, weights.shapes[name][1] if turned else outputs, step):
+            stop = None if turned else start + step
+            own = weights.load(f"{name} {_HEAD}" if weights.parted(name) else name, start, stop).double()
+            values = wanted.load(name, start, stop).double()
+            energy += float(values.square().sum())
+            error += float((own - values).square().sum())
+            if turned:
+                break
+        errors.append(StoredError(weights.stored(name), energy, error))
+    return errors
