@@ -158,6 +158,8 @@ def export_onnx(
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
     assembly = _with_required(assembly, required)
+    if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
+        assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = _with_positions(assembly, position_ids)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
@@ -267,12 +269,16 @@ def _assembly(
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates:
-            raise FitError("a text has nothing to be read into: this model has no cache")
+        if not model.generates or model.encoder is not None:
+            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     slots, given = _slots(checkpoint, roles, model), component
+    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
+        raise FitError(
+            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
+        )
     coded = merged.coded if merged else {}
     options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
@@ -315,6 +321,10 @@ def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
     Raises:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
+    if asked and assembly.model.encoder is not None:
+        raise FitError(
+            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
+        )
     if asked and (not assembly.model.generates or assembly.prompts):
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
@@ -424,7 +434,7 @@ def _id(draft: GraphSet, assembly: Assembly) -> str:
 def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
     contract, warnings = draft.contract, []
-    if contract.kind != "decoder":
+    if contract.kind != "decoder" or contract.encoder:
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(

@@ -43,8 +43,9 @@ _LATER = (
     "replaceable",
     "inserted",
     "quantised",
+    "encoder",
 )  # fields that are left out where empty, so that runners of before take the graph
-_TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
+_TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ class Contract:
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
             mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number), ``id2label`` of a classifier
             of its own.
+        encoder: File of the graph whose result a decoder reads, or empty.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -143,6 +145,7 @@ class Contract:
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
+    encoder: str = ""
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""

@@ -50,6 +50,8 @@ def _language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -
     for network in reversed(record.inverted):
         x = uncouple(ctx, network, x)
     y = linear(ctx, record.projection, x, alpha=1.0 / record.divisor, slot=slot)
+    if record.bias:
+        y = ctx.graph.node("Add", [y, ctx.weights.value(record.bias, (1, record.projection.outputs))], at)
     if record.softcap is not None:
         cap = ctx.graph.number(record.softcap, ctx.io)
         y = ctx.graph.node("Tanh", [ctx.graph.node("Div", [y, cap], at)], at)
