@@ -35,6 +35,7 @@ from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.tasks import check_task
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
@@ -73,6 +74,7 @@ def export_onnx(
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
+    logits: str = "auto",
     opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
@@ -114,6 +116,8 @@ def export_onnx(
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
+        logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
+            ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
@@ -160,7 +164,7 @@ def export_onnx(
     assembly = _with_required(assembly, required)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
-    assembly = _with_positions(assembly, position_ids)
+    assembly = _with_logits(_with_positions(assembly, position_ids), logits)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
@@ -313,6 +317,20 @@ def _with_required(assembly: Assembly, required: bool) -> Assembly:
             hint="without `required=`, or merge it",
         )
     return replace(assembly, options=replace(assembly.options, required=True))
+
+
+def _with_logits(assembly: Assembly, asked: str) -> Assembly:
+    """The same with a choice of positions whose logits are computed, if that is asked for, or the default of the target.
+
+    Raises:
+        FitError: no such choice, or a model that does not generate.
+    """
+    if asked not in ("auto", "all", "input"):
+        raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
+    if asked == "input" and not assembly.model.generates:
+        raise FitError("only a model that generates has logits of the next token to choose from")
+    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
+    return replace(assembly, options=replace(assembly.options, keep_logits=keep))
 
 
 def _with_positions(assembly: Assembly, asked: bool) -> Assembly:

@@ -40,7 +40,7 @@ from surgery_formats.models.families.recipe import (
 from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
-__all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
+__all__ = ["GraphOptions", "GraphSet", "build", "takes_grouped", "weight_file"]
 
 _HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -64,6 +64,7 @@ class GraphOptions:
         virtual: Soft prompts.
         contract: Further fields of the contract.
         position_ids: Whether a decoder takes positions as an input.
+        keep_logits: Whether it takes the number of last positions whose logits are computed as an optional input.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -79,6 +80,7 @@ class GraphOptions:
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
     position_ids: bool = False
+    keep_logits: bool = False
     opset: int | None = None
 
 
@@ -118,7 +120,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     )
     if options.virtual.front:
         model = front_model(model)
-    if not model.generates or any(_needs_standard(layer.attention) for layer in model.layers):
+    if not model.generates or not all(takes_grouped(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
     if model.encoder is not None:
@@ -138,6 +140,11 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
+
+
+def takes_grouped(attention: Attention) -> bool:
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
 
 
 def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
@@ -168,11 +175,6 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
     files = tuple(dict.fromkeys(file for ctx in parts for file in ctx.weights.files))
     number = parts.first.graph.nodes + parts.begun.graph.nodes
     return GraphSet(graphs, contract, model, number, files, inputs, encoder_contract)
-
-
-def _needs_standard(attention: Attention) -> bool:
-    """Whether GroupQueryAttention does not take this: the size of its heads, or a bias on the scores."""
-    return bool(attention.head_dim % _HEAD_UNIT) or attention.alibi is not None
 
 
 def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
@@ -206,6 +208,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         virtual=options.virtual,
         batch=_batch(model),
         position_ids=options.position_ids,
+        keep_logits=options.keep_logits and model.generates,
     )
 
 

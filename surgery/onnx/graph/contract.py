@@ -24,13 +24,16 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
-__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
+__all__ = ["KEEP", "PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
 
 TEXT = "TEXT"
 """Kind of a prompt given as text: the input continues it and gets no beginning-of-sequence token."""
 
 PAD_SWITCH = "pad_attention_mask"
 """Optional input of graphs with a default past; an empty vector means that the mask already counts virtual tokens."""
+
+KEEP = "num_logits_to_keep"
+"""Optional input of decoders: of how many last positions logits are computed; 0 for all. transformers.js's name for it."""
 
 _KEY = "surgery.contract"
 _SCHEMA = 1
