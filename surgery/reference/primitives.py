@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 from surgery_formats.errors import FitError
-from surgery_formats.models.families.recipe import Activation, Norm, Projection
+from surgery_formats.models.families.recipe import Activation, Norm, Projection, TimeConvolution
 
-__all__ = ["Load", "activate", "normalise", "project", "xielu"]
+__all__ = ["Load", "activate", "convolve_time", "normalise", "project", "xielu"]
 
 Load = Callable[[str], torch.Tensor]
 """Loads a whole tensor by name, in the precision of the reference."""
@@ -28,6 +28,14 @@ def project(values: torch.Tensor, projection: Projection, load: Load) -> torch.T
         weight, bias = weight[number], None if bias is None else bias[number]
     result = values @ (weight if projection.transposed else weight.T)
     return result if bias is None else result + bias
+
+
+def convolve_time(values: torch.Tensor, step: TimeConvolution, load: Load) -> torch.Tensor:
+    """A convolution over time of ``(B, inputs, frames)``, window by window, then GELU."""
+    padded = torch.nn.functional.pad(values, (1, 1))
+    windows = padded.unfold(2, step.kernel, step.stride)
+    result = torch.einsum("bifk,oik->bof", windows, load(step.weight)) + load(step.bias)[:, None]
+    return activate(result, "gelu")
 
 
 def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 0) -> torch.Tensor:

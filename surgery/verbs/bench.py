@@ -241,6 +241,8 @@ def bind(
     )  # fmt: skip
     loaded = time.perf_counter() - began
     decoder, past = None, None
+    if opened.contract.encoder:
+        raise FitError("an encoder-decoder is not timed", file=opened.path, hint="time its encoder_model.onnx alone")
     if opened.contract.kind == "decoder":
         decoder, past = prepare_decoder(
             opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter

@@ -34,6 +34,7 @@ from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.tasks import check_task
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
@@ -71,6 +72,7 @@ def export_onnx(
     head: str = "auto",
     max_length: int | None = None,
     position_ids: bool = False,
+    logits: str = "auto",
     opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
@@ -110,6 +112,8 @@ def export_onnx(
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
+        logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
+            ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
@@ -154,7 +158,9 @@ def export_onnx(
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
     assembly = _with_required(assembly, required)
-    assembly = _with_positions(assembly, position_ids)
+    if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
+        assembly = replace(assembly, options=replace(assembly.options, prefill=False))
+    assembly = _with_logits(_with_positions(assembly, position_ids), logits)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
@@ -259,12 +265,16 @@ def _assembly(
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates:
-            raise FitError("a text has nothing to be read into: this model has no cache")
+        if not model.generates or model.encoder is not None:
+            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     slots, given = _slots(checkpoint, roles, model), component
+    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
+        raise FitError(
+            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
+        )
     coded = merged.coded if merged else {}
     options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
@@ -301,12 +311,30 @@ def _with_required(assembly: Assembly, required: bool) -> Assembly:
     return replace(assembly, options=replace(assembly.options, required=True))
 
 
+def _with_logits(assembly: Assembly, asked: str) -> Assembly:
+    """The same with a choice of positions whose logits are computed, if that is asked for, or the default of the target.
+
+    Raises:
+        FitError: no such choice, or a model that does not generate.
+    """
+    if asked not in ("auto", "all", "input"):
+        raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
+    if asked == "input" and not assembly.model.generates:
+        raise FitError("only a model that generates has logits of the next token to choose from")
+    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
+    return replace(assembly, options=replace(assembly.options, keep_logits=keep))
+
+
 def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
     """The same with positions as an input, if that is asked for.
 
     Raises:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
+    if asked and assembly.model.encoder is not None:
+        raise FitError(
+            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
+        )
     if asked and (not assembly.model.generates or assembly.prompts):
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
@@ -416,7 +444,7 @@ def _id(draft: GraphSet, assembly: Assembly) -> str:
 def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
     contract, warnings = draft.contract, []
-    if contract.kind != "decoder":
+    if contract.kind != "decoder" or contract.encoder:
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(

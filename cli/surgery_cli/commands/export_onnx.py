@@ -95,6 +95,11 @@ __all__ = ["command"]
     metavar="N",
     help="Operators of ONNX's set N, for older runtimes; default: the least that the graph needs.",
 )
+@option.choice(
+    "--logits",
+    values=("auto", "all", "input"),
+    help="input: num_logits_to_keep says of how many last positions logits are computed; auto: input, but for cuda.",
+)
 @option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
 @option.overwrite()
 def command(

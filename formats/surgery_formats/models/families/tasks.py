@@ -86,6 +86,8 @@ def asked_task(settings: ModelSettings, known: Sequence[str], what: str) -> str:
 def task_of(model: Model) -> str:
     """The task of a recipe, by its head."""
     match model.head:
+        case LanguageHead() if model.encoder is not None:
+            return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
         case ClassifierHead():
