@@ -78,3 +78,15 @@ def test_slots_equal_attached_adapters_and_verify(case: Any, tmp_path: Path) -> 
     assert np.abs(outputs(tmp_path / "out") - wanted["without"]).max() <= LIMIT
     assert np.abs(outputs(tmp_path / "out", "adapter") - wanted["with"]).max() <= LIMIT
     surgery.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["modernbert_mask", "modernbert_mean", "eurobert_late", "deberta_v2_sequence"])
+def test_a_head_can_be_left_out(name: str, tmp_path: Path) -> None:
+    base = recipes.build(name, tmp_path / "base")
+    surgery.export_onnx(base, output=tmp_path / "out", task="feature-extraction")
+    session, _ = open_session(tmp_path / "out" / "model.onnx")
+    feed = {"input_ids": IDS, "attention_mask": np.ones_like(IDS)}
+    (found,) = session.run(["last_hidden_state"], feed)
+    with torch.no_grad():
+        wanted = recipes.load(name, base).base_model(**{key: torch.from_numpy(value) for key, value in feed.items()})
+    assert np.abs(found - wanted.last_hidden_state.numpy()).max() <= LIMIT
