@@ -17,6 +17,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
+from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
@@ -70,6 +71,7 @@ def export_onnx(
     calibration: StrPath | None = None,
     embeddings: str = "auto",
     head: str = "auto",
+    range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
     logits: str = "auto",
@@ -110,6 +112,8 @@ def export_onnx(
         calibration: Of codes: a file of inputs (docs/extraction.md).
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
+        range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
+            all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
         logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
@@ -207,6 +211,10 @@ def export_onnx(
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     done = built[-1]
+    seen = None
+    if range_text is not None:
+        seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
+    warnings += issues_of_types(draft.graphs["model.onnx"], done.contract.dtype, where, sources, seen)
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )

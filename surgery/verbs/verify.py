@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -304,7 +304,21 @@ def _graphs(
         reference = with_baked_modules(reference, main)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
-        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
+        checks += _judged_graph(graph, reference, prompt, tolerance)
+
+
+def _judged_graph(
+    graph: GraphFile, reference: Reference, prompt: Adapter | None, tolerance: float | None
+) -> Iterator[Check]:
+    from surgery.reference.stored import watched
+    from surgery.verification.finite import check_finite, fits_half
+
+    with watched() as seen:
+        measures = _measures(graph, reference, prompt)
+    check_finite(graph, measures, seen)
+    yield from (_judged(measure, graph, tolerance) for measure in measures)
+    if graph.contract.dtype == "fp16" and graph.path.name == _GRAPH:
+        yield Check("range", fits_half(graph, seen, lambda: _measures(graph, reference, prompt)))
 
 
 def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:

@@ -87,6 +87,11 @@ __all__ = ["command"]
     help="Of codes: the token table; auto: as a head tied to it, else kept.",
 )
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
+@click.option(
+    "--range-text",
+    metavar="FILE",
+    help="Measure on this text what a graph of fp16 stores, against its largest number; words: on tokens of BASE's own.",
+)
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
 @click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
 @click.option(
