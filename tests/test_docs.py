@@ -23,6 +23,7 @@ from tests.oracles.cases import CASES
 from tests.support.base_merges import COMBINATIONS as BASES
 from tests.support.bases import KINDS as KINDS_OF_BASES
 from tests.support.bases import LAYOUTS
+from tests.support.exported_types import page as page_of_types
 from tests.support.fp8_bases import FP8_COMBINATIONS, STYLES, WAYS
 from tests.support.peft_kinds import COMBINATIONS, KINDS
 
@@ -100,6 +101,10 @@ def test_the_page_of_bases_is_of_the_combinations_that_are_tested():
         assert [int(count) for count in counts.split(" | ")] == [
             len([one for one in FP8_COMBINATIONS if (one.style, one.way) == (style, way)]) for way in WAYS
         ]
+
+
+def test_the_page_of_model_types_is_of_the_cases_that_are_tested():
+    assert (ROOT / "docs" / "models.md").read_text() == page_of_types(), "python tools/models_page.py"
 
 
 def test_the_container_in_the_guide_is_the_one_in_the_tests():

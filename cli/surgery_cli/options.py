@@ -31,6 +31,7 @@ __all__ = [
     "devices_option",
     "dry_run",
     "dtype",
+    "first_ids",
     "global_options",
     "number",
     "output",
@@ -201,6 +202,15 @@ def token_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
         return tuple(tuple(int(part) for part in value.replace(",", " ").split()) for value in values)
     except ValueError as error:
         raise click.BadParameter("token ids are whole numbers, as in 1,5,9") from error
+
+
+def first_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
+    """Token ids of one row; none if the option is not given.
+
+    Raises:
+        click.BadParameter: anything else.
+    """
+    return () if value is None else token_ids(ctx, param, (value,))[0]
 
 
 def _runtime_device(ctx: click.Context, param: click.Parameter, value: str) -> str:

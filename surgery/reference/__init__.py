@@ -7,15 +7,27 @@ never whole in memory.
 """
 
 from surgery.reference.generate import Greedy, greedy
-from surgery.reference.model import Cache, Output, Reference, forward, open_reference, prefix_cache, prompt_cache
+from surgery.reference.model import (
+    Cache,
+    Encoded,
+    Output,
+    Reference,
+    encode,
+    forward,
+    open_reference,
+    prefix_cache,
+    prompt_cache,
+)
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 
 __all__ = [
     "Cache",
+    "Encoded",
     "Greedy",
     "Output",
     "Reference",
     "ReferenceWeights",
+    "encode",
     "forward",
     "greedy",
     "open_reference",

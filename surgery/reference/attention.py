@@ -12,9 +12,9 @@ from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
-from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Rope
+from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Projection, Rope
 
-__all__ = ["Mask", "Watch", "attend"]
+__all__ = ["Mask", "Watch", "attend", "attend_to"]
 
 Watch = Callable[[torch.Tensor], None]
 
@@ -73,7 +73,6 @@ def attend(
 
     `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
-    batch, count = values.shape[:2]
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
         cos, sin = angles(attention.rope, mask.positions, values.dtype)
@@ -88,6 +87,43 @@ def attend(
         q = q * (1 + attention.query_scale.beta * torch.log1p(periods.to(q.dtype)))[:, None, :, None]
     if past is not None:
         k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    added = None
+    if attention.alibi is not None:
+        bias = linear_bias(attention.alibi, mask.places).to(q.dtype)
+        added = bias.reshape(len(bias), attention.kv_heads, attention.heads // attention.kv_heads, 1, -1)
+    return _mixed(q, k, v, attention, load, mask.allowed(attention.window), added, mask.watch), (k, v)
+
+
+def attend_to(
+    values: torch.Tensor, encoded: torch.Tensor, real: torch.Tensor, attention: Attention, load: Load
+) -> torch.Tensor:
+    """Attention of `values` ``(B, S, D)`` to an encoder's result ``(B, E, D)``, of which `real` ``(B, E)`` is no padding."""
+
+    def heads(source: torch.Tensor, projection: Projection, number: int) -> torch.Tensor:
+        flat = project(source, projection, load)
+        return flat.reshape(*source.shape[:2], number, attention.head_dim).transpose(1, 2)
+
+    q = heads(values, attention.inputs[0], attention.heads)
+    k, v = (heads(encoded, projection, attention.kv_heads) for projection in attention.inputs[1:])
+    visible = real[:, None, None].expand(-1, 1, values.shape[1], -1)
+    return _mixed(q, k, v, attention, load, visible)
+
+
+def _mixed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention: Attention,
+    load: Load,
+    visible: torch.Tensor,
+    added: torch.Tensor | None = None,
+    watch: Watch | None = None,
+) -> torch.Tensor:
+    """What queries ``(B, heads, S, head_dim)`` make of keys and values, projected; `visible` is ``(B, 1, S, T)``.
+
+    `added` is a bias of the scores ``(B, kv_heads, group, S, T)``.
+    """
+    batch, count = q.shape[0], q.shape[2]
     group = attention.heads // attention.kv_heads
     grouped = q.reshape(batch, attention.kv_heads, group, count, attention.head_dim)
     scores = grouped @ k[:, :, None].transpose(-1, -2)
@@ -99,11 +135,9 @@ def attend(
         scores = scores + bias.reshape(attention.kv_heads, group, count, -1)
     if attention.softcap is not None:
         scores = attention.softcap * torch.tanh(scores / attention.softcap)
-    if attention.alibi is not None:
-        bias = linear_bias(attention.alibi, mask.places).to(scores.dtype)
-        scores = scores + bias.reshape(len(bias), attention.kv_heads, group, 1, -1)
-    allowed = mask.allowed(attention.window)[:, :, None]
-    scores = torch.where(allowed, scores, -torch.inf)
+    if added is not None:
+        scores = scores + added
+    scores = torch.where(visible[:, :, None], scores, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     sinks = None
     if attention.sinks:
@@ -115,13 +149,13 @@ def attend(
     if sinks is not None:
         total = total + (sinks - top).exp()
     weights = weights / torch.where(total == 0, 1.0, total)  # padding that sees no key gets zeros
-    if mask.watch is not None:
-        mask.watch(weights)
+    if watch is not None:
+        watch(weights)
     mixed = weights @ v[:, :, None]
     mixed = mixed.reshape(batch, attention.heads, count, attention.head_dim).transpose(1, 2)
     if attention.latent is not None:
         mixed = mixed[..., : attention.latent.values]
-    return project(mixed.reshape(batch, count, -1), attention.output, load), (k, v)
+    return project(mixed.reshape(batch, count, -1), attention.output, load)
 
 
 def _rotate_last(values: torch.Tensor, rope: Rope, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.reference.model import Cache, Reference, forward
+from surgery.reference.model import Cache, Encoded, Reference, forward
 from surgery_formats.errors import FitError
 
 __all__ = ["Greedy", "greedy"]
@@ -33,6 +33,7 @@ def greedy(
     *,
     real: torch.Tensor | None = None,
     past: Cache | None = None,
+    encoded: Encoded | None = None,
 ) -> Greedy:
     """Generate the most likely token, `steps` times.
 
@@ -45,6 +46,7 @@ def greedy(
         steps: Number of tokens.
         real: ``(B, S)``: which tokens are not padding.
         past: Cache of a soft prompt.
+        encoded: What the decoder of an encoder-decoder looks at.
 
     Raises:
         FitError: not a decoder.
@@ -53,7 +55,7 @@ def greedy(
         raise FitError("this model has no head to generate with")
     real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
     prompt = past
-    output = forward(reference, ids, real=real, past=past)
+    output = forward(reference, ids, real=real, past=past, encoded=encoded)
     last = real.long().cumsum(1).argmax(1)  # the last real token of each row
     chosen = output.logits[torch.arange(len(ids)), last]
     tokens, logits = [chosen.argmax(-1)], [chosen]
@@ -64,9 +66,9 @@ def greedy(
         real = torch.cat((real, torch.ones_like(new, dtype=torch.bool)), dim=1)
         length = int(output.cache.real.sum(1).max()) + 1
         if trained is not None and length == trained + 1:
-            output = forward(reference, ids, real=real, past=prompt)
+            output = forward(reference, ids, real=real, past=prompt, encoded=encoded)
         else:
-            output = forward(reference, new, past=output.cache)
+            output = forward(reference, new, past=output.cache, encoded=encoded)
         tokens.append(output.logits[:, -1].argmax(-1))
         logits.append(output.logits[:, -1])
     return Greedy(torch.stack(tokens, dim=1), torch.stack(logits, dim=1))

@@ -5,24 +5,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from surgery.engine.plan import Plan
-from surgery.reference.attention import Mask, Watch, attend
+from surgery.reference.attention import Mask, Watch, attend, attend_to
 from surgery.reference.disentangled import convolve
 from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
-from surgery.reference.primitives import Load, activate, normalise, project
+from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
+from surgery.reference.stored import stored
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import (
+    MLP,
     Branch,
     ClassifierHead,
     Embedding,
+    Experts,
     HiddenHead,
     LanguageHead,
     Layer,
@@ -30,7 +33,17 @@ from surgery_formats.models.families.recipe import (
     SpanHead,
 )
 
-__all__ = ["Cache", "Output", "Reference", "forward", "open_reference", "prefix_cache", "prompt_cache"]
+__all__ = [
+    "Cache",
+    "Encoded",
+    "Output",
+    "Reference",
+    "encode",
+    "forward",
+    "open_reference",
+    "prefix_cache",
+    "prompt_cache",
+]
 
 _BLOCK = 1 << 24  # elements of the head's matrix per step
 
@@ -51,7 +64,7 @@ class Reference:
 
     def load(self, name: str) -> torch.Tensor:
         """Load a whole tensor in the reference's precision; exact for all stored types."""
-        return self.weights.load(name).to(self.dtype)
+        return stored(self.weights.load(name).to(self.dtype), name)
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,19 @@ class Output:
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What an encoder makes of its input.
+
+    Attributes:
+        values: ``(B, E, D)``.
+        real: ``(B, E)``: which of these are not padding.
+    """
+
+    values: torch.Tensor
+    real: torch.Tensor
+
+
 def open_reference(
     component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32, task: str = ""
 ) -> Reference:
@@ -121,6 +147,7 @@ def forward(
     types: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
     watch: Watch | None = None,
+    encoded: Encoded | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -134,6 +161,7 @@ def forward(
         types: ``(B, S)``: token types; None for 0.
         hidden: ``(B, T)``: which past and new tokens nobody sees, although they keep their positions; None for none.
         watch: Called by every layer with its attention weights, see `Mask`.
+        encoded: What the layers of an encoder-decoder's decoder look at besides, see `encode`.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
@@ -152,16 +180,53 @@ def forward(
         reference, ids, virtual, types, _rows(model.embedding, ids, real_new, places[:, offset:], positions, front)
     )
     mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
-    caches = []
-    for index, layer in enumerate(model.layers):
-        first = values
-        values, cache = run_layer(values, layer, reference.load, mask, None if past is None else past.layers[index])
-        if index == 0 and model.convolution is not None:
-            values = convolve(model.convolution, first, values, real_new, reference.load)
-        caches.append(cache)
-    values = normalise(values, model.final_norm, reference.load)
+    values, caches = _run_layers(reference, values, mask, past, encoded)
     logits, outputs = _head(reference, values, ids, real_new)
-    return Output(logits, Cache(tuple(caches), real_all), outputs)
+    return Output(logits, Cache(caches, real_all), outputs)
+
+
+def _run_layers(
+    reference: Reference, values: torch.Tensor, mask: Mask, past: Cache | None, encoded: Encoded | None
+) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
+    caches = []
+    for index, layer in enumerate(reference.model.layers):
+        before = None if past is None else past.layers[index]
+        first = values
+        values, cache = run_layer(values, layer, reference.load, mask, before, encoded)
+        if index == 0 and reference.model.convolution is not None:
+            real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
+            values = convolve(reference.model.convolution, first, values, real, reference.load)
+        caches.append(cache)
+    return normalise(values, reference.model.final_norm, reference.load), tuple(caches)
+
+
+@torch.no_grad()
+def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None = None) -> Encoded:
+    """Run the encoder of an encoder-decoder, `reference`.
+
+    Args:
+        reference: The pair.
+        source: Token ids ``(B, E)``, or a spectrogram ``(B, bins, frames)``.
+        real: ``(B, E)``: which tokens are no padding; None for all.
+
+    Raises:
+        FitError: not a pair; see `forward`.
+    """
+    if reference.model.encoder is None:
+        raise FitError("not an encoder-decoder")
+    half = replace(reference, model=reference.model.encoder)
+    stem = half.model.embedding.stem
+    if stem is None:
+        output = forward(half, source, real=real).logits
+        return Encoded(output, torch.ones_like(source, dtype=torch.bool) if real is None else real.bool())
+    values = source.to(half.dtype)
+    for step in stem.convolutions:
+        values = convolve_time(values, step, half.load)
+    values = values.transpose(1, 2) + half.load(half.model.embedding.positions)
+    everything = torch.ones(values.shape[:2], dtype=torch.bool)
+    places = torch.arange(values.shape[1]).expand(len(values), -1)
+    values, _ = _run_layers(half, values, Mask(everything, places, places, causal=False), None, None)
+    return Encoded(values, everything)
 
 
 def _rows(
@@ -205,6 +270,8 @@ def _embed(
         values = values + _lookup(reference, embedding.types, zero)
     if embedding.positions:
         values = values + _lookup(reference, embedding.positions, rows)
+    if embedding.sinusoid:
+        values = values + _sinusoid(rows, values.shape[-1], values.dtype)
     values = _widened(reference, values, "sum")
     values = normalise(values, embedding.norm, reference.load)
     values = _widened(reference, values, "norm")
@@ -235,7 +302,14 @@ def _lookup(
     table = torch.cat(rows)
     factor = torch.tensor(scale, dtype=torch.float64)
     factor = factor.to(table.dtype) if rounded else factor
-    return table.to(reference.dtype)[index] * factor.to(reference.dtype)
+    return stored(table.to(reference.dtype)[index] * factor.to(reference.dtype), f"rows of {name}")
+
+
+def _sinusoid(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sines, then cosines, of the positions `rows`, slower from pair to pair (arXiv:1706.03762 section 3.5)."""
+    pairs = torch.arange(width, dtype=torch.float64)
+    turns = rows[..., None].double() / 10000 ** (2 * (pairs // 2) / width)
+    return torch.cat((turns[..., 0::2].sin(), turns[..., 1::2].cos()), dim=-1).to(dtype)
 
 
 def _head(
@@ -301,6 +375,9 @@ def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> t
     if output.bias:
         logits = logits + reference.load(output.bias)
     logits = logits / head.divisor
+    if head.bias:
+        logits = logits + reference.load(head.bias)
+    logits = stored(logits, "the logits")
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -332,12 +409,17 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
 
 
 def _residual(
-    values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor
+    values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor, at: str
 ) -> torch.Tensor:
     added = normalise(added, branch.after, load) * branch.multiplier
     if branch.inserted:
         return run_inserted(values, added, real, branch, load)
-    return normalise(values + added, branch.on_sum, load)
+    return normalise(stored(values + added, f"the sum behind {at}"), branch.on_sum, load)
+
+
+def _end(mlp: MLP | Experts) -> str:
+    """The weight, or the last of several, that leads back to the hidden states."""
+    return mlp.output.weight if isinstance(mlp, MLP) else mlp.experts[-1].output.weight
 
 
 def run_layer(
@@ -346,19 +428,29 @@ def run_layer(
     load: Load,
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
+    encoded: Encoded | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """One layer of `values`, ``(B, S, D)``, and keys and values of all tokens so far.
 
     `past` are those of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
     first, second = layer.attention_branch, layer.mlp_branch
+    ends = (layer.attention.output.weight, _end(layer.mlp))
     real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
     normed = normalise(values, first.before, load)
     attended, cache = attend(normed, layer.attention, load, mask, past)
     if layer.parallel:
         mlp_input = normed if second == Branch() else normalise(values, second.before, load)
         added = normalise(transform(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
-        return _residual(values, attended, first, load, real) + added, cache
-    values = _residual(values, attended, first, load, real)
+        summed = _residual(values, attended, first, load, real, ends[0]) + added
+        return stored(summed, f"the sum behind {ends[1]}"), cache
+    values = _residual(values, attended, first, load, real, ends[0])
+    if layer.cross is not None:
+        if encoded is None:
+            raise FitError("the decoder of an encoder-decoder looks at an encoder's result")
+        branch = layer.cross.branch
+        seen = normalise(values, branch.before, load)
+        seen = attend_to(seen, encoded.values, encoded.real, layer.cross.attention, load)
+        values = _residual(values, seen, branch, load, real, layer.cross.attention.output.weight)
     transformed = transform(normalise(values, second.before, load), layer.mlp, load)
-    return _residual(values, transformed, second, load, real), cache
+    return _residual(values, transformed, second, load, real, ends[1]), cache

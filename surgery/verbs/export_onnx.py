@@ -18,6 +18,8 @@ from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import Assembly, prompt_form
 from surgery.onnx.export.cautions import graph_warnings, warnings_before
+from surgery.onnx.export.graph_inputs import with_logits, with_positions, with_required
+from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.layouts import (
     Arrangement,
@@ -79,8 +81,11 @@ def export_onnx(
     calibration: StrPath | None = None,
     embeddings: str = "auto",
     head: str = "auto",
+    budget: int | None = None,
+    range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
+    logits: str = "auto",
     opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
@@ -109,7 +114,8 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
-        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits; ``mixed``: of both, and
+            none, where they help most within `budget`;
         block: Of codes: inputs that share a scale, 32, 64 or 128.
         symmetric: Of codes: no zero points are stored.
         scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
@@ -120,8 +126,13 @@ def export_onnx(
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
             ``sentence-transformers``, ``genai``, ``triton``.
+        budget: Of ``mixed``: most bytes of all weights.
+        range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
+            all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
+        logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
+            ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
         overwrite: Replace an existing output, atomically.
@@ -145,7 +156,9 @@ def export_onnx(
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
     coding = None
-    if weights_type != "stored" or _about_codes(block, symmetric, scales, rounding, calibration, embeddings, head):
+    if weights_type != "stored" or _about_codes(
+        block, symmetric, scales, rounding, calibration, embeddings, head, budget
+    ):
         from surgery.onnx.export.weight_coding import weight_coding
 
         coding = weight_coding(
@@ -157,6 +170,7 @@ def export_onnx(
             calibration=calibration,
             embeddings=embeddings,
             head=head,
+            budget=budget,
         )
     if coding is not None:
         merge_to = "full"  # all weights are written
@@ -166,19 +180,22 @@ def export_onnx(
     binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
-    assembly = _with_required(assembly, required or (layout == "triton" and bool(assembly.slots)))
-    assembly = _with_positions(assembly, position_ids)
+    assembly = with_required(assembly, required or (layout == "triton" and bool(assembly.slots)))
+    if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
+        assembly = replace(assembly, options=replace(assembly.options, prefill=False))
+    assembly = with_logits(with_positions(assembly, position_ids), logits)
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
     assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
-    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)))
+    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
     kind = weights_type if coding is not None else draft.contract.dtype
     arrangement = _arrangement(shape, chosen, draft, kind)
-    warnings = warnings_before(chosen, roles, checkpoint, binding) + graph_warnings(assembly, draft)
+    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
+    warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
     warnings += layout_warnings(shape, draft.contract)
     built: list[GraphSet] = []
 
@@ -226,13 +243,17 @@ def export_onnx(
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     done = built[-1]
+    seen = None
+    if range_text is not None:
+        seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
+    warnings += issues_of_types(draft.graphs["model.onnx"], done.contract.dtype, where, sources, seen)
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
 
 
 def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto")
+    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(
@@ -284,12 +305,16 @@ def _assembly(
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates:
-            raise FitError("a text has nothing to be read into: this model has no cache")
+        if not model.generates or model.encoder is not None:
+            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
     slots, given = _slots(checkpoint, roles, model), component
+    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
+        raise FitError(
+            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
+        )
     coded = merged.coded if merged else {}
     options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
@@ -305,37 +330,6 @@ def _assembly(
     return Assembly(
         component, model, options, roles, slots, tuple(prompts), form, component.config != given.config, baked
     )
-
-
-def _with_required(assembly: Assembly, required: bool) -> Assembly:
-    """The same with slots that have no default, if that is asked for.
-
-    Raises:
-        FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
-    """
-    if not required:
-        return assembly
-    if not assembly.slots:
-        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
-    if named := next((one for one in assembly.slots if one.replaced), None):
-        raise FitError(
-            "it replaces parameters, whose inputs have the base's values as default",
-            file=named.adapter.path,
-            hint="without `required=`, or merge it",
-        )
-    return replace(assembly, options=replace(assembly.options, required=True))
-
-
-def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
-    """The same with positions as an input, if that is asked for.
-
-    Raises:
-        FitError: an encoder; a soft prompt, whose tokens clients do not count.
-    """
-    if asked and (not assembly.model.generates or assembly.prompts):
-        what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
-        raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
-    return replace(assembly, options=replace(assembly.options, position_ids=asked))
 
 
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,9 +18,10 @@ from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
+from surgery.onnx.run.answering import answer, heard, open_pair
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
 from surgery.onnx.run.encoder import EncoderOutput, adapter_labels, encode, labels
-from surgery.onnx.run.generate import generate
+from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.strengths import named_strengths, strength_arrays
@@ -32,6 +34,9 @@ from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 
 __all__ = ["RunResult", "RunText", "prepare_decoder", "run"]
+
+Generation = Callable[..., tuple[Continuation, ...]]
+"""A generation that is prepared; it takes `on_token`."""
 
 _BEST = 3  # labels of an encoder that are shown
 
@@ -180,8 +185,10 @@ def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[
 @checked
 def run(
     model: StrPath,
-    inputs: str | Sequence[int] | Sequence[str | Sequence[int]],
+    inputs: str | Sequence[int] | Sequence[str | Sequence[int]] = (),
     *,
+    audio: StrPath | Sequence[StrPath] = (),
+    start: Sequence[int] = (),
     device: str = "auto",
     max_new: int = 128,
     sampling: Sampling | None = None,
@@ -197,6 +204,9 @@ def run(
     Args:
         model: The graph, or its folder.
         inputs: A text or a row of token ids, or several of them.
+        audio: For a model of speech, instead of `inputs`: recordings of 16 kHz (.wav), or spectrograms (.npy).
+        start: For an encoder-decoder: the ids that its decoder begins with, instead of those of
+            ``generation_config.json``: of another language, or task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
         sampling: Greedy if None.
@@ -215,7 +225,11 @@ def run(
         FitError: something does not fit the graph or this machine.
         ProofError: the weights are not those the graph was made for.
     """
-    batch = _inputs(inputs)
+    sounds: list[StrPath] = as_list(audio)
+    recordings = [local_path(one, "audio") for one in sounds]
+    if recordings and inputs:
+        raise FitError("text and sound at once", hint="one or the other")
+    batch = [] if recordings else _inputs(inputs)
     check_counts(least=0, max_new=max_new)
     check_counts(threads=threads)
     if sampling is not None and not isinstance(sampling, Sampling):
@@ -224,6 +238,10 @@ def run(
     began = time.perf_counter()
     opened = open_graph(model, device=device, weights=weights, threads=threads)
     load = time.perf_counter() - began
+    if (recordings or start) and not opened.contract.encoder:
+        raise FitError(
+            f"`{'audio' if recordings else 'start'}=` is for encoder-decoders, which this is not", file=opened.path
+        )
     texts = any(isinstance(entry, str) for entry in batch)
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
@@ -243,10 +261,31 @@ def run(
         encoded = encode(opened, rows, slots, classifier.problem)
         names = classifier.names or labels(opened)
         result = _encoder_result(opened, rows, encoded, names, load, time.perf_counter() - began)
-    else:
-        result = _generated(
-            opened, rows, tokenizer, load, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt, on_text
+    elif opened.contract.encoder:
+        if prompt_adapter is not None:
+            raise FitError("an encoder-decoder takes no soft prompt", file=opened.path)
+        began = time.perf_counter()
+        pair = open_pair(opened, as_list(adapters))
+        source = heard(pair, recordings) if recordings else rows
+        rows = [[]] * len(source) if recordings else rows
+        load += time.perf_counter() - began
+        generation: Generation = partial(
+            answer,
+            pair,
+            source,
+            max_new=max_new,
+            sampling=sampling or Sampling(),
+            start=[int(token) for token in start],
+            stop=stop_tokens(opened.folder),
         )
+        result = _streamed(opened, rows, tokenizer, load, 0, on_text, generation)
+    else:
+        virtual, generation = _generated(
+            opened, rows, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt
+        )
+        result = _streamed(opened, rows, tokenizer, load, virtual, on_text, generation)
+    if recordings:
+        return replace(result, inputs=tuple(map(os.fspath, recordings)))
     return replace(result, inputs=tuple(entry if isinstance(entry, str) else tuple(map(int, entry)) for entry in batch))
 
 
@@ -280,15 +319,13 @@ def _is_row(item: Any) -> bool:
 def _generated(
     opened: GraphSession,
     rows: list[list[int]],
-    tokenizer: Tokenizer | None,
-    load: float,
     max_new: int,
     sampling: Sampling,
     adapters: StrPath | Sequence[StrPath],
     prompt_adapter: StrPath | None,
     prompt: bool,
-    on_text: Callable[[int, str], None] | None,
-) -> RunResult:
+) -> tuple[int, Generation]:
+    """The number of virtual tokens, and the generation."""
     first, virtual = opened.contract.vocabulary_rows or (0, 0)
     ahead = list(range(first, first + virtual)) if prompt and prompt_adapter is None else []
     longest = max(map(len, rows)) + len(ahead)
@@ -300,6 +337,27 @@ def _generated(
         prompt_adapter=prompt_adapter,
         prompt=prompt,
     )
+    generation = partial(
+        generate,
+        decoder,
+        [ahead + row for row in rows],
+        max_new=max_new,
+        sampling=sampling,
+        stop=stop_tokens(opened.folder),
+    )
+    return len(ahead) + (past.tokens if past else 0), generation
+
+
+def _streamed(
+    opened: GraphSession,
+    rows: list[list[int]],
+    tokenizer: Tokenizer | None,
+    load: float,
+    virtual: int,
+    on_text: Callable[[int, str], None] | None,
+    generation: Generation,
+) -> RunResult:
+    """The result of a generation, timed, its text given out as it comes."""
     streams = [TextStream(tokenizer.decode) for _ in rows] if tokenizer else []
     times: list[float] = []
 
@@ -309,14 +367,7 @@ def _generated(
             on_text(row, text)
 
     began = time.perf_counter()
-    generations = generate(
-        decoder,
-        [ahead + row for row in rows],
-        max_new=max_new,
-        sampling=sampling,
-        stop=stop_tokens(opened.folder),
-        on_token=on_token,
-    )
+    generations = generation(on_token=on_token)
     ended = time.perf_counter()
     if on_text is not None:
         for row, stream in enumerate(streams):
@@ -333,7 +384,7 @@ def _generated(
             for row, generation in zip(rows, generations, strict=True)
         ),
         opened.memory.device,
-        len(ahead) + (past.tokens if past else 0),
+        virtual,
         load,
         (times[0] if times else ended) - began,
         ended - began,

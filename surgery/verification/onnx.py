@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from surgery.onnx.graph.contract import Contract
+from surgery.onnx.graph.contract import KEEP, Contract
 from surgery.reference import Cache, Reference, forward, prompt_cache
 from surgery.verification.inserted import is_gated
 from surgery.verification.session import Arrays, Session
@@ -80,6 +80,8 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
     yield from _generated(session, reference, ids[:1], np.ones((1, ids.shape[1]), bool), steps, default, "")
     if default is not None:  # several rows on top of a past are tested by the runner
         return
+    if KEEP in session.optional:
+        yield _last_positions(session, reference, ids[:1])
     for side in _sides(contract):
         real = _real(lengths, ids.shape[1], side)
         yield from _generated(session, reference, ids, real, steps, None, side)
@@ -158,6 +160,15 @@ def _in_two_parts(session: Session, reference: Reference, ids: Ids) -> LogitDiff
     outputs = _step(session, ids[:, half:], np.ones(ids.shape, np.int64), _present(outputs))
     expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, half:]
     return _measured(f"prefill of {len(ids)} rows on top of a past", outputs["logits"], expected)
+
+
+def _last_positions(session: Session, reference: Reference, ids: Ids) -> LogitDifference:
+    """Compare a prefill that computes the logits of its last positions alone."""
+    feed = {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64), **session.past(1)}
+    kept = min(2, ids.shape[1])
+    outputs = session.run({**feed, KEEP: np.array(kept)})
+    expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, -kept:]
+    return _measured(f"logits of the last {kept} positions", outputs["logits"], expected)
 
 
 def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:

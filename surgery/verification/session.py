@@ -212,6 +212,7 @@ class Session:
             raise self._refused(error) from error
         ports = self._session.get_inputs()
         self.inputs = {port.name for port in ports}
+        self.optional = {port.name for port in self._session.get_overridable_initializers()}
         factors = {name for slot in self.contract.slots for name in (slot.A, slot.B)}
         empty = ([size if isinstance(size, int) else 0 for size in port.shape] for port in ports)
         self.slot_arrays = {

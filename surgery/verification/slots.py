@@ -15,6 +15,7 @@ import onnx
 import torch
 
 from surgery.onnx.export.merged import with_biases
+from surgery.onnx.graph.contract import KEEP
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.inserted import random_modules
@@ -29,7 +30,7 @@ from surgery_formats.text import show
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask")
+_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:

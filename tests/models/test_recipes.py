@@ -18,6 +18,7 @@ from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.registry import families
 from tests.oracles.recipes import DECODERS, ENCODERS
+from tests.support.exported_types import exported
 
 KNOWN = sorted({name for family in families() if family.recipe for name in family.names})
 CASES = {**DECODERS, **ENCODERS}
@@ -36,6 +37,10 @@ def _config(name: str) -> dict[str, Any]:
 
 def _tables(name: str, **changes: Any) -> Model:
     return model_of({**_config(name), **changes}, HEAD)
+
+
+def test_every_recipe_is_compared_with_transformers() -> None:
+    assert set(KNOWN) <= {row.type for row in exported() if row.cases}
 
 
 @pytest.mark.parametrize("kind", KNOWN)

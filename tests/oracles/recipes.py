@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "PAIRS", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -467,8 +467,52 @@ ENCODERS: dict[str, Case] = {
     "eurobert_mask": Case("EuroBertForMaskedLM", "EuroBertConfig", {**_EURO, "mlp_bias": True}),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
+    "mt5_encoder": Case("MT5EncoderModel", "MT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "umt5_encoder": Case("UMT5EncoderModel", "UMT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
 }
+
+
+_BART: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 48,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+_GATED = {**_T5, "feed_forward_proj": "gated-gelu"}
+_WHISPER = {
+    **{key: value for key, value in _BART.items() if key != "max_position_embeddings"},
+    "max_source_positions": 12,
+    "max_target_positions": 40,
+    "num_mel_bins": 5,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+PAIRS: dict[str, Case] = {
+    "t5": Case("T5ForConditionalGeneration", "T5Config", {**_T5, "num_layers": 3, "num_decoder_layers": 2}),
+    "t5_flan": Case("T5ForConditionalGeneration", "T5Config", {**_GATED, "d_kv": 12, "tie_word_embeddings": False}),
+    "mt5": Case("MT5ForConditionalGeneration", "MT5Config", _GATED),
+    "umt5": Case("UMT5ForConditionalGeneration", "UMT5Config", _GATED),
+    "bart": Case("BartForConditionalGeneration", "BartConfig", _BART),
+    "bart_scaled": Case(
+        "BartForConditionalGeneration", "BartConfig", {**_BART, "scale_embedding": True, "activation_function": "relu"}
+    ),
+    "mbart": Case("MBartForConditionalGeneration", "MBartConfig", {**_BART, "scale_embedding": True}),
+    "marian": Case("MarianMTModel", "MarianConfig", {**_BART, "scale_embedding": True, "activation_function": "swish"}),
+    "pegasus": Case("PegasusForConditionalGeneration", "PegasusConfig", {**_BART, "scale_embedding": True}),
+    "whisper": Case("WhisperForConditionalGeneration", "WhisperConfig", _WHISPER),
+}
+_OWN_HEAD = {"t5_flan"}
 
 
 def _for(name: str, fields: Mapping[str, Any], ending: str, **more: Any) -> Case:
@@ -539,7 +583,7 @@ HEADS: dict[str, Case] = {
 
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
-    case = {**DECODERS, **ENCODERS, **HEADS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -551,6 +595,10 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
         else:
             value = centred + 0.3 * noise
         parameter.data.copy_(value)
+    if name in _OWN_HEAD:
+        model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(model.lm_head.weight.shape, generator=generator))
+    if hasattr(model, "final_logits_bias"):
+        model.final_logits_bias.copy_(torch.randn(model.final_logits_bias.shape, generator=generator))
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
@@ -563,7 +611,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
     """
-    case = {**DECODERS, **ENCODERS, **HEADS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )

@@ -22,6 +22,19 @@ __all__ = ["command"]
     "-p", "--prompt", "texts", multiple=True, metavar="TEXT", help="Text to go on from; several make a batch."
 )
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
+@click.option(
+    "--audio",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
+)
+@click.option(
+    "--start",
+    metavar="1,5,9",
+    callback=option.first_ids,
+    help="First ids of an encoder-decoder's answer, instead of those of generation_config.json.",
+)
 @click.option("--max-new", type=click.IntRange(min=0), default=128, show_default=True, help="Most new tokens.")
 @click.option(
     "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
@@ -53,7 +66,7 @@ def command(
 ) -> None:
     """Run an exported model: generate text, or classify it.
 
-    MODEL is a folder with model.onnx, or the file. Text needs the package tokenizers (pip install tokenizers) and
+    MODEL is a folder with model.onnx, or an encoder-decoder's, or the file. Text needs the package tokenizers (pip install tokenizers) and
     the tokenizer.json beside the graph; --ids needs neither. The graph says itself which padding and cache it takes.
 
     \b
@@ -61,6 +74,7 @@ def command(
       surgery run out/ -p "Once upon a time"
       surgery run out/ -p "Dear" --temperature 0.8 --top-p 0.95 --seed 7
       surgery run out/ -p "SELECT" --adapter sql.onnx_adapter
+      surgery run whisper/ --audio talk.wav
     """
     from surgery.onnx.run.sampling import Sampling
     from surgery.reports.summary import Summary
@@ -68,11 +82,11 @@ def command(
     from surgery.verbs.run import run
 
     inputs: list[str | tuple[int, ...]] = [*texts, *ids]
-    if not inputs:
-        raise click.UsageError("nothing to run on; give -p TEXT or --ids", click.get_current_context())
+    if not inputs and not options["audio"]:
+        raise click.UsageError("nothing to run on; give -p TEXT, --ids or --audio", click.get_current_context())
     if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
-    single = len(inputs) == 1 and not settings.json
+    single = len(inputs or options["audio"]) == 1 and not settings.json
 
     def on_text(row: int, text: str) -> None:
         interruption.check()

@@ -24,6 +24,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.inserted import as_fields, with_inserted
+from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Fo
         raise FitError(f"'{requested}' is not a form of a prompt", hint="auto, kv or rows")
     if not prompts:
         return ""
+    if model.encoder is not None:
+        raise FitError("soft prompts of encoder-decoders go into no graph yet", hint="LoRAs and (IA)^3 do")
     no_embeddings = next((prompt for prompt in prompts if prompt.embeddings is None), None)
     if not model.generates:
         if requested != "auto" or len(prompts) > 1 or no_embeddings is not None:
@@ -132,7 +135,11 @@ class Assembly:
 
     def names(self, draft: GraphSet) -> tuple[str, ...]:
         """Names of all small files."""
-        names = [self._adapter_file(named_adapter.name) for named_adapter in self.roles.swap]
+        names = [
+            self._adapter_file(named.name, part)
+            for named, adapter in zip(self.roles.swap, self.slots, strict=True)
+            for part in self._parts(adapter)
+        ]
         if self.form == "kv":
             names += [self._prompt_file(prompt) for prompt in self.prompts]
         names += [INSERTED] if self.baked is not None else []
@@ -148,14 +155,16 @@ class Assembly:
         built = self._built(pasts[0] if pasts else {})
         kind = _numpy_type(self.options)
         files: dict[str, bytes] = {}
-        sizes = _slot_sizes(built)
         for named, adapter, places in zip(self.roles.swap, self.slots, self.module_slots.names, strict=True):
             from surgery.onnx.export.slots import slot_arrays
 
-            arrays = slot_arrays(adapter, built.contract.slots, sizes, kind, built.inputs)
             modules = values_at(adapter.modules, places)
-            arrays |= {name: values.astype(built.inputs[name]) for name, values in modules.items()}
-            files[self._adapter_file(named.name)] = adapter_bytes(arrays)
+            for part in self._parts(adapter):
+                contract = built.encoder if part and built.encoder else built.contract
+                inputs = {name: built.inputs[name] for name in contract.replaceable}
+                arrays = slot_arrays(adapter, contract.slots, _slot_sizes(built), kind, inputs)
+                arrays |= {name: values.astype(built.inputs[name]) for name, values in modules.items()}
+                files[self._adapter_file(named.name, part)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
         if self.baked is not None:
@@ -175,7 +184,7 @@ class Assembly:
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
-        if built.contract.kind != "decoder" or not self.companions:
+        if built.contract.kind != "decoder" or built.encoder is not None or not self.companions:
             return ""
         if self.form != "kv":
             return "model.onnx"
@@ -251,11 +260,19 @@ class Assembly:
             from surgery.onnx.export.replaced import label_facts
 
             facts = label_facts(adapter.adapter, adapter.replaced, self.model, self.component.config)
-        return entry(named, "swapped", file=self._adapter_file(named.name), **facts)
+        parts = {f"{part}_file": self._adapter_file(named.name, part) for part in self._parts(adapter) if part}
+        return entry(named, "swapped", file=self._adapter_file(named.name), **parts, **facts)
+
+    def _parts(self, adapter: Swappable) -> tuple[str, ...]:
+        """What an adapter's files are called besides its name: the decoder's has none, the encoder's is there if needed."""
+        encoder = self.model.encoder
+        if encoder is None or {*adapter.additions, *adapter.replaced}.isdisjoint(parameters(encoder)):
+            return ("",)
+        return ("", "encoder")
 
     @staticmethod
-    def _adapter_file(name: str) -> str:
-        return f"adapters/{name}.onnx_adapter"
+    def _adapter_file(name: str, part: str = "") -> str:
+        return f"adapters/{name}{f'.{part}' if part else ''}.onnx_adapter"
 
     @staticmethod
     def _prompt_file(prompt: Prompt) -> str:
@@ -272,6 +289,8 @@ def _slot_sizes(built: GraphSet) -> dict[str, tuple[int, int]]:
     """Rows of A and columns of B, by slot."""
     shapes = {
         port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
-        for port in built.graphs["model.onnx"].graph.input
+        for graph in built.graphs.values()
+        for port in graph.graph.input
     }
-    return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in built.contract.slots}
+    slots = (*built.contract.slots, *(built.encoder.slots if built.encoder else ()))
+    return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in slots}

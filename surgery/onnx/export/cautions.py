@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from surgery.onnx.export.adapters import AdapterRoles
 from surgery.onnx.export.assemble import ROWS, Assembly
@@ -12,16 +12,13 @@ from surgery.onnx.graph.build import GraphSet
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint
 
-if TYPE_CHECKING:
-    from surgery_formats.binding.bind import Binding
-
 __all__ = ["graph_warnings", "warnings_before"]
 
 
 def graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
     contract, warnings = draft.contract, []
-    if contract.kind != "decoder":
+    if contract.kind != "decoder" or contract.encoder:
         return []
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(
@@ -52,9 +49,9 @@ def graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     return warnings
 
 
-def warnings_before(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
+def warnings_before(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, told: Sequence[str]) -> list[str]:
     """Warn of adapters, of another base, and of weights that two files share."""
-    warnings = list(binding.warnings) if binding else []
+    warnings = list(told)
     if others := [named.adapter for named in (*roles.swap, *roles.prefix, *roles.insert)]:
         from surgery_formats.binding.bind import warn_of_other_base
 

@@ -85,7 +85,7 @@ def layout_named(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def check_layout(layout: Layout, contract: Contract, *, genai: bool) -> None:
+def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: bool) -> None:
     """Check that the program can run such a graph.
 
     Raises:
@@ -103,6 +103,8 @@ def check_layout(layout: Layout, contract: Contract, *, genai: bool) -> None:
         raise FitError("onnxruntime-genai runs decoders that generate", hint='`layout="plain"`')
     if layout.name == "sentence-transformers" and contract.task == "text-generation":
         raise FitError("sentence-transformers runs no graph that generates", hint='`task="feature-extraction"`')
+    if layout.numbered and contract.encoder and contract.weights and not embedded:
+        raise FitError(f"{layout.name} looks for weights of each graph of an encoder-decoder", hint='`weights="embed"`')
     if layout.by_type and contract.dtype not in _SUFFIXES:
         raise FitError(f"{layout.name} has no name for a graph in {contract.dtype}", hint='`dtype="fp16"`')
 

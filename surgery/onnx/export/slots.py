@@ -128,7 +128,7 @@ def slot_arrays(
         FitError: a factor is not finite.
     """
     arrays: dict[str, Array] = {
-        name: replaced_array(edit).astype(inputs[name]) for name, edit in adapter.replaced.items()
+        name: replaced_array(edit).astype(inputs[name]) for name, edit in adapter.replaced.items() if name in inputs
     }
     for slot in slots:
         size, table = sizes[slot.weight], slot.weight in adapter.tables

@@ -19,6 +19,8 @@ from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.lower import check_opset, lower
 from surgery.onnx.graph.opset import least_opset
+from surgery.onnx.graph.pair import pair_contexts
+from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
@@ -38,7 +40,7 @@ from surgery_formats.models.families.recipe import (
 from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
-__all__ = ["GraphOptions", "GraphSet", "build", "weight_file"]
+__all__ = ["GraphOptions", "GraphSet", "build", "takes_grouped", "weight_file"]
 
 _HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -52,7 +54,8 @@ class GraphOptions:
         target: The operators to use.
         io: Type of arithmetic, logits and cache.
         max_length: Number of positions; None for as many as the model supports.
-        prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them.
+        prefill: Whether to build a second graph for several rows on top of a past, if the first one does not take them; of
+            an encoder-decoder, whether to build the decoder's two runs apart too.
         overrides: Tensors that replace the checkpoint's, by stored name: those that a merge changed.
         coded: Weights that are stored as codes in blocks, by stored name.
         slotted: Weights that get a slot for a LoRA, see `Context`.
@@ -61,6 +64,7 @@ class GraphOptions:
         virtual: Soft prompts.
         contract: Further fields of the contract.
         position_ids: Whether a decoder takes positions as an input.
+        keep_logits: Whether it takes the number of last positions whose logits are computed as an optional input.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -76,6 +80,7 @@ class GraphOptions:
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
     position_ids: bool = False
+    keep_logits: bool = False
     opset: int | None = None
 
 
@@ -90,6 +95,7 @@ class GraphSet:
         nodes: Number of nodes of the main graph.
         files: Weight files that hold its initializers.
         inputs: Types of the inputs that replace parameters.
+        encoder: Contract of the encoder of an encoder-decoder, whose main graph is the decoder; else None.
     """
 
     graphs: Mapping[str, onnx.ModelProto]
@@ -98,6 +104,7 @@ class GraphSet:
     nodes: int
     files: tuple[File | UnwrittenFile, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Contract | None = None
 
 
 def build(component: Component, options: GraphOptions, model: Model | None = None) -> GraphSet:
@@ -113,9 +120,11 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     )
     if options.virtual.front:
         model = front_model(model)
-    if not model.generates or any(_needs_standard(layer.attention) for layer in model.layers):
+    if not model.generates or not all(takes_grouped(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
+    if model.encoder is not None:
+        return _pair(component, model, replace(options, target=standard(options.target)), length)
     graphs: dict[str, onnx.ModelProto] = {}
     contract = _contract(component, model, options, length)
     if options.target.attention == "gqa":
@@ -133,9 +142,39 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
 
 
-def _needs_standard(attention: Attention) -> bool:
-    """Whether GroupQueryAttention does not take this: the size of its heads, or a bias on the scores."""
-    return bool(attention.head_dim % _HEAD_UNIT) or attention.alibi is not None
+def takes_grouped(attention: Attention) -> bool:
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
+
+
+def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
+    """The graphs of an encoder-decoder."""
+    assert model.encoder is not None
+    parts = pair_contexts(model, lambda: _new_context(component, model, options), length)
+    _check_slots(options, *parts)
+    if options.opset is not None:
+        for ctx in parts:
+            lower(ctx.graph, options.opset, ctx.io)
+    reach = _length(model.encoder, replace(options, max_length=None))
+    contract = _contract(component, model.encoder, options, reach)
+    encoder_contract = replace(contract, **_built_parts(parts.encoder))
+    contract = replace(
+        _contract(component, model, options, length),
+        padding=contract.padding,
+        encoder=ENCODER,
+        **_built_parts(parts.first),
+    )
+    graphs = {ENCODER: _finished(parts.encoder, encoder_contract, options)}
+    if options.prefill:
+        graphs[FIRST] = _finished(parts.first, contract, options)
+        graphs[BEGUN] = _finished(parts.begun, contract, options)
+    graph = parts.merged()
+    nodes = least_opset(graph.proto, options.io)
+    graphs[MERGED] = graph.model(contract.as_metadata(), options.opset or nodes)
+    inputs = {name: ctx.graph.numpy_type(dtype) for ctx in parts for name, dtype in ctx.weights.inputs.items()}
+    files = tuple(dict.fromkeys(file for ctx in parts for file in ctx.weights.files))
+    number = parts.first.graph.nodes + parts.begun.graph.nodes
+    return GraphSet(graphs, contract, model, number, files, inputs, encoder_contract)
 
 
 def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
@@ -155,10 +194,10 @@ def _built_parts(ctx: Context) -> dict[str, Any]:
     }
 
 
-def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
+def _new_context(component: Component, model: Model, options: GraphOptions) -> Context:
     graph = Graph()
     weights = GraphWeights(graph, component, options.io, options.overrides, options.replaceable, options.coded)
-    ctx = Context(
+    return Context(
         graph,
         weights,
         options.target,
@@ -169,28 +208,45 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         virtual=options.virtual,
         batch=_batch(model),
         position_ids=options.position_ids,
+        keep_logits=options.keep_logits and model.generates and model.encoder is None,
     )
+
+
+def _context(component: Component, model: Model, options: GraphOptions, length: int) -> Context:
+    ctx = _new_context(component, model, options)
     if model.kind == "decoder":
         decoder(ctx, model, length)
     else:
         encoder(ctx, model, length)
-    weights.check(model.unused)
-    wanted = options.slotted | options.replaceable.names
-    if missing := wanted - {slot.weight for slot in ctx.slots} - weights.inputs.keys():
+    ctx.weights.check(model.unused)
+    _check_slots(options, ctx)
+    return ctx
+
+
+def _check_slots(options: GraphOptions, *contexts: Context) -> None:
+    """Refuse graphs of which none has a slot that is wanted.
+
+    Raises:
+        FitError: there is no such slot.
+    """
+    missing = options.slotted | options.replaceable.names
+    for ctx in contexts:
+        missing -= {slot.weight for slot in ctx.slots} | ctx.weights.inputs.keys()
+    if missing:
         raise FitError(
             "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"
         )
-    return ctx
 
 
 def _length(model: Model, options: GraphOptions) -> int:
     limit = model.max_positions
     if options.max_length is not None and options.max_length < 1:
         raise FitError(f"max_length is {options.max_length}", hint="it is at least 1")
-    if model.embedding.positions and options.max_length is not None and options.max_length > limit:
+    stated = model.embedding.positions or model.embedding.sinusoid
+    if stated and options.max_length is not None and options.max_length > limit:
         raise FitError(
             f"the model has {limit} positions, but {options.max_length} were requested",
-            tensor=model.embedding.positions,
+            tensor=model.embedding.positions or None,
             hint=f"`max_length={limit}` or less",
         )
     ropes = [layer.attention.rope for layer in model.layers if layer.attention.rope is not None]
@@ -232,7 +288,10 @@ def _wants_right(model: Model, target: OperatorSet) -> bool:
     head = model.head
     if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
         return True
-    return bool(model.embedding.positions) and model.embedding.position_rule == "absolute"
+    record = model.embedding
+    if record.stem is not None:  # a spectrogram has no padding that is told
+        return False
+    return bool(record.positions or record.sinusoid) and record.position_rule == "absolute"
 
 
 def _batch(model: Model) -> str | int:

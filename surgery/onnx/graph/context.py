@@ -64,6 +64,7 @@ class Context:
         choices: Whether inputs are the choices of questions, ``(B, C, S)``, which are rows inside the graph.
         batch: Size of the inputs' first axis: a name, or 1.
         position_ids: Whether positions are an input of the graph.
+        keep_logits: Whether the number of positions whose logits are computed is an input.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -79,6 +80,7 @@ class Context:
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
     position_ids: bool = False
+    keep_logits: bool = False
     opset: int = NEWEST
     choices: bool = False
     batch: str | int = BATCH

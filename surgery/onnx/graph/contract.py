@@ -24,13 +24,16 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
-__all__ = ["PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
+__all__ = ["KEEP", "PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
 
 TEXT = "TEXT"
 """Kind of a prompt given as text: the input continues it and gets no beginning-of-sequence token."""
 
 PAD_SWITCH = "pad_attention_mask"
 """Optional input of graphs with a default past; an empty vector means that the mask already counts virtual tokens."""
+
+KEEP = "num_logits_to_keep"
+"""Optional input of decoders: of how many last positions logits are computed; 0 for all. transformers.js's name for it."""
 
 _KEY = "surgery.contract"
 _SCHEMA = 1
@@ -43,8 +46,9 @@ _LATER = (
     "replaceable",
     "inserted",
     "quantised",
+    "encoder",
 )  # fields that are left out where empty, so that runners of before take the graph
-_TEXTS = ("task", "target", "prefill", "prompt_kind", "base")
+_TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ class Contract:
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
             mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number), ``id2label`` of a classifier
             of its own.
+        encoder: File of the graph whose result a decoder reads, or empty.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -143,6 +148,7 @@ class Contract:
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
+    encoder: str = ""
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from surgery.onnx.graph.attention import cached_attention
 from surgery.onnx.graph.context import CacheValues, Context, ResidualStream, module_of
 from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
-from surgery.onnx.graph.embedding import token_rows
+from surgery.onnx.graph.embedding import position_table, token_rows
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.heads import add_head
 from surgery.onnx.graph.layers import Body, layer_steps
@@ -17,7 +19,7 @@ from surgery.onnx.graph.virtual_tokens import completed_mask, in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, Layer, Model
 
-__all__ = ["decoder"]
+__all__ = ["decoder", "embedded"]
 
 
 def decoder(ctx: Context, model: Model, max_length: int) -> None:
@@ -53,7 +55,7 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         given = mask
     frame = Frame(ctx, mask, max_length, given, places)
     ctx.real = lambda: frame.real
-    stream = ResidualStream(_embedded(ctx, model, frame, max_length))
+    stream = ResidualStream(embedded(ctx, model, lambda: frame.positions))
     for layer, cache in zip(model.layers, caches, strict=True):
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
     if model.final_norm is not None:
@@ -77,15 +79,16 @@ def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
     return CacheValues(past[0], past[1], f"present.{number}.key", f"present.{number}.value")
 
 
-def _embedded(ctx: Context, model: Model, frame: Frame, max_length: int) -> str:
+def embedded(ctx: Context, model: Model, positions: Callable[[], str]) -> str:
+    """The first hidden states; `positions` gives those of new tokens ``(B, S)``, where the model looks them up."""
     record = model.embedding
     x = token_rows(ctx, model)
     if record.projection is not None:
         x = linear(ctx, record.projection, x)
-    if record.positions:
-        at = module_of(record.positions)
-        table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.hidden))
-        places = frame.positions
+    if record.positions or record.sinusoid:
+        at = module_of(record.positions) or "positions"
+        table = position_table(ctx, model)
+        places = positions()
         if record.position_offset:
             places = ctx.graph.node("Add", [places, ctx.graph.ints(record.position_offset)], at)
         if ctx.flat:

@@ -7,10 +7,11 @@ every other name. optimum 0.1 computes shapes of outputs from the names of input
 
 from __future__ import annotations
 
-__all__ = ["BATCH", "CHOICES", "PAST", "SEQUENCE", "TOTAL"]
+__all__ = ["BATCH", "CHOICES", "KEPT", "PAST", "SEQUENCE", "TOTAL"]
 
 BATCH = "batch_size"
 CHOICES = "num_choices"
+KEPT = "logits_length"
 SEQUENCE = "sequence_length"
 PAST = "past_sequence_length"
 TOTAL = f"{PAST} + {SEQUENCE}"

@@ -12,7 +12,7 @@ from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
 
-__all__ = ["encoder_rows", "token_rows"]
+__all__ = ["encoder_rows", "position_table", "token_rows"]
 
 
 def token_rows(ctx: Context, model: Model) -> str:
@@ -80,7 +80,7 @@ def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
     record = model.embedding
     x = token_rows(ctx, model)
     rows = []
-    if record.positions:
+    if record.positions or record.sinusoid:
         rows.append(_position_rows(ctx, model))
     if record.types:
         rows.append(_type_rows(ctx, model))
@@ -92,11 +92,22 @@ def encoder_rows(ctx: Context, model: Model) -> ResidualStream:
     return ResidualStream(linear(ctx, record.projection, ctx.total(stream, module_of(record.projection.weight))))
 
 
+def position_table(ctx: Context, model: Model) -> str:
+    """The table of positions: stored, or sines and cosines that no file holds."""
+    record = model.embedding
+    if record.positions:
+        return ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.embedded[1]))
+    width = model.embedded[1]
+    turns = np.arange(record.sinusoid)[:, None] / 10000.0 ** (2 * (np.arange(width) // 2) / width)
+    rows = np.concatenate([np.sin(turns[:, 0::2]), np.cos(turns[:, 1::2])], axis=1)
+    return ctx.graph.constant(rows.astype(np.float32).astype(ctx.graph.numpy_type(ctx.io)), "positions")
+
+
 def _position_rows(ctx: Context, model: Model) -> str:
     """Rows of the position table, by index, or counted over non-padding tokens (padding keeps its own position)."""
     record, graph = model.embedding, ctx.graph
-    at = module_of(record.positions)
-    table = ctx.weights.value(record.positions, (model.max_positions + record.position_offset, model.embedded[1]))
+    at = module_of(record.positions) or "positions"
+    table = position_table(ctx, model)
     if record.position_rule == "nonpad":
         padding = graph.node("Equal", [ctx.ids, graph.number(record.padding_token, DType.I64)], at)
         tokens = graph.cast(graph.node("Not", [padding], at), DType.I64, at)

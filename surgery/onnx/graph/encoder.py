@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from surgery.onnx.graph.attention import normed, project, rotated, split
+from surgery.onnx.graph.audio import heard
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.convolution import convolved
 from surgery.onnx.graph.disentangled import DistanceScores
@@ -26,20 +27,24 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     """Build the graph, for at most `max_length` positions.
 
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
-    ``(B, S)``, or ``(B, C, S)`` where choices are scored; outputs are those of the head.
+    ``(B, S)``, or ``(B, C, S)`` where choices are scored, or ``input_features (B, bins, frames)``; outputs are those of
+    the head.
 
     Raises:
         FitError: a tensor is missing or misshapen.
     """
-    graph = ctx.graph
-    ctx.choices = isinstance(model.head, ClassifierHead) and model.head.choices
-    ctx.ids = ctx.per_token(ctx.ids)
-    mask = ctx.per_token("attention_mask")
-    if ctx.virtual.front:
-        ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
-    ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
-    stream = encoder_rows(ctx, model)
-    record = model.embedding
+    graph, record = ctx.graph, model.embedding
+    mask = ""
+    if record.stem is not None:
+        stream = heard(ctx, model, record.stem)
+    else:
+        ctx.choices = isinstance(model.head, ClassifierHead) and model.head.choices
+        ctx.ids = ctx.per_token(ctx.ids)
+        mask = ctx.per_token("attention_mask")
+        if ctx.virtual.front:
+            ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
+        ctx.real = lambda: graph.cast(mask, DType.BOOL, "")
+        stream = encoder_rows(ctx, model)
     if (first := record.norm) is not None:
         width = model.embedded[-1]
         stream = ResidualStream(residual_norm(ctx, first, stream, width, module_of(first.weight), keep=False)[0])
@@ -48,7 +53,8 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     for network in record.couplings:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
     seen = SeenKeys(ctx, mask, max_length)
-    seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
+    if mask:
+        seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
     distances = DistanceScores(ctx, seen)
     for index, layer in enumerate(model.layers):
         before = stream

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from surgery._version import __version__
-from surgery.onnx.graph.opset import ir_version
+from surgery.onnx.graph.opset import ir_version, nodes_of
 from surgery_formats.dtypes import DType
 
 __all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
@@ -177,7 +177,7 @@ class Graph:
             ir_version=ir_version(opset), producer_name="surgery", producer_version=__version__
         )
         model.opset_import.add(domain="", version=opset)
-        if any(node.domain == MICROSOFT for node in self._proto.node):
+        if any(node.domain == MICROSOFT for node in nodes_of(self._proto)):
             model.opset_import.add(domain=MICROSOFT, version=1)
         for key in sorted(metadata):
             model.metadata_props.add(key=key, value=metadata[key])

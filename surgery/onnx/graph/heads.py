@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
-from surgery.onnx.graph.dims import CHOICES, SEQUENCE
+from surgery.onnx.graph.contract import KEEP
+from surgery.onnx.graph.dims import CHOICES, KEPT, SEQUENCE
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.norm import norm
@@ -28,6 +31,8 @@ def add_head(ctx: Context, model: Model, x: str) -> None:
     """Add the head of `model` on the last hidden states `x`, and the outputs."""
     match model.head:
         case LanguageHead():
+            if ctx.keep_logits:
+                x = _kept(ctx, x, model.hidden)
             tied = model.head.projection.weight == model.embedding.tokens
             _language_head(ctx, model.head, x, ctx.head if tied else "")
         case ClassifierHead():
@@ -50,11 +55,33 @@ def _language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -
     for network in reversed(record.inverted):
         x = uncouple(ctx, network, x)
     y = linear(ctx, record.projection, x, alpha=1.0 / record.divisor, slot=slot)
+    if record.bias:
+        y = ctx.graph.node("Add", [y, ctx.weights.value(record.bias, (1, record.projection.outputs))], at)
     if record.softcap is not None:
         cap = ctx.graph.number(record.softcap, ctx.io)
         y = ctx.graph.node("Tanh", [ctx.graph.node("Div", [y, cap], at)], at)
         y = ctx.graph.node("Mul", [y, cap], at)
-    _every_token(ctx, y, at, "logits", record.projection.outputs)
+    if not ctx.keep_logits:
+        _every_token(ctx, y, at, "logits", record.projection.outputs)
+        return
+    if ctx.flat:
+        rows = ctx.graph.node("Shape", [ctx.ids], at, start=0, end=1)
+        shape = ctx.graph.node("Concat", [rows, ctx.graph.ints(-1, record.projection.outputs)], at, axis=0)
+        y = ctx.graph.node("Reshape", [y, shape], at, out="logits")
+    else:
+        y = ctx.graph.rename(y, "logits")
+    ctx.graph.output(y, ctx.io, (ctx.batch, KEPT, record.projection.outputs))
+
+
+def _kept(ctx: Context, x: str, width: int) -> str:
+    """The hidden states of as many last positions as the optional input says; all if it is 0, the first place being -0."""
+    graph, at = ctx.graph, "logits"
+    keep = graph.input(KEEP, DType.I64, ())
+    graph.initializer(KEEP, np.array(0, np.int64))
+    start = graph.node("Unsqueeze", [graph.node("Neg", [keep], at), graph.ints(0)], at)
+    x = ctx.batched(x, at) if ctx.flat else x
+    x = graph.node("Slice", [x, start, graph.ints(_ALL), graph.ints(1)], at)
+    return ctx.reshaped(x, (-1, width), at) if ctx.flat else x
 
 
 def _classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:

@@ -18,8 +18,10 @@ Body = Callable[[str, float], str]
 """Maps hidden states and a factor to the body's result times the factor."""
 
 
-def layer_steps(ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body) -> ResidualStream:
-    """Attention and MLP of one layer; the last sum is left to the reader of the stream."""
+def layer_steps(
+    ctx: Context, model: Model, layer: Layer, stream: ResidualStream, attend: Body, cross: Body | None = None
+) -> ResidualStream:
+    """Attention and MLP of one layer, between them `cross`; the last sum is left to the reader of the stream."""
 
     def transform(x: str, alpha: float) -> str:
         if isinstance(layer.mlp, Experts):
@@ -30,6 +32,8 @@ def layer_steps(ctx: Context, model: Model, layer: Layer, stream: ResidualStream
     if layer.parallel:
         return _parallel(ctx, model, layer, stream, attend, transform, at)
     stream = _branch(ctx, model, layer.attention_branch, stream, attend, at)
+    if layer.cross is not None and cross is not None:
+        stream = _branch(ctx, model, layer.cross.branch, stream, cross, at)
     return _branch(ctx, model, layer.mlp_branch, stream, transform, at)
 
 

@@ -14,7 +14,7 @@ from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import MICROSOFT
 from surgery_formats.models.families.recipe import Projection
 
-__all__ = ["joined", "linear", "lora_slot"]
+__all__ = ["declared_slot", "joined", "linear", "lora_slot"]
 
 
 def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, slot: str = "") -> str:
@@ -90,6 +90,16 @@ def lora_slot(
     With `rows` the weight is a table, and `x` the ids that select rows of A.
     """
     at = module_of(weight)
+    a, b = declared_slot(ctx, weight, inputs, outputs)
+    projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
+    if alpha != 1.0:
+        projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)
+    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [projected, b], at)], at)
+
+
+def declared_slot(ctx: Context, weight: str, inputs: int, outputs: int) -> tuple[str, str]:
+    """The inputs A and B of the slot of `weight`."""
+    at = module_of(weight)
     a, b, rank = f"{at}.lora_A.weight", f"{at}.lora_B.weight", f"rank of {at}"
     dtype = ctx.graph.numpy_type(ctx.io)
     if not any(slot.weight == weight for slot in ctx.slots):  # layers may share a weight
@@ -101,7 +111,4 @@ def lora_slot(
             if not ctx.required:
                 ctx.graph.initializer(name, np.zeros(empty, dtype))
         ctx.slots.append(Slot(weight, a, b))
-    projected = ctx.graph.node("Gather", [a, x], at, axis=0) if rows else ctx.graph.node("MatMul", [x, a], at)
-    if alpha != 1.0:
-        projected = ctx.graph.node("Mul", [projected, ctx.graph.number(alpha, ctx.io)], at)
-    return ctx.graph.node("Add", [y, ctx.graph.node("MatMul", [projected, b], at)], at)
+    return a, b

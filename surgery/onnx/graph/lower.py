@@ -173,10 +173,12 @@ def _attention(steps: _Steps, node: onnx.NodeProto, attributes: Mapping[str, Any
     inputs = [*node.input, *[""] * (6 - len(node.input))]
     q, k, v, mask = inputs[:4]
     heads, kv_heads = int(attributes.get("q_num_heads", 0)), int(attributes.get("kv_num_heads", 0))
-    if attributes.get("is_causal") or not heads or "scale" not in attributes or len(node.output) > 3:
+    if attributes.get("is_causal") or "scale" not in attributes or len(node.output) > 3:
         raise FitError(f"this form of Attention needs opset {NEWEST}", tensor=at)
 
     def apart(value: str, number: int) -> str:
+        if not number:  # it has four axes
+            return value
         split = graph.node("Reshape", [value, graph.ints(0, 0, number, -1)], at)
         return graph.node("Transpose", [split], at, perm=[0, 2, 1, 3])
 
@@ -203,7 +205,11 @@ def _attention(steps: _Steps, node: onnx.NodeProto, attributes: Mapping[str, Any
         scores = graph.node("Where", [mask, scores, graph.number(least, steps.io)], at)
     elif mask:
         scores = graph.node("Add", [scores, mask], at)
-    y = graph.node("MatMul", [graph.node("Softmax", [scores], at, axis=-1), v], at)
+    shares = graph.node("Softmax", [scores], at, axis=-1)
+    if not heads:
+        graph.node("MatMul", [shares, v], at, out=node.output[0])
+        return
+    y = graph.node("MatMul", [shares, v], at)
     together = graph.node("Transpose", [y], at, perm=[0, 2, 1, 3])
     graph.node("Reshape", [together, graph.ints(0, 0, -1)], at, out=node.output[0])
 

@@ -16,7 +16,7 @@ import onnx.defs
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 
-__all__ = ["NEWEST", "OLDEST", "ir_version", "least_opset", "needs"]
+__all__ = ["NEWEST", "OLDEST", "ir_version", "least_opset", "needs", "nodes_of"]
 
 OLDEST = 17
 """The first set with LayerNormalization; every onnxruntime of the last four years has it."""
@@ -35,7 +35,7 @@ def ir_version(opset: int) -> int:
 
 def least_opset(graph: onnx.GraphProto, io: DType = DType.F32) -> int:
     """The least set in which every node of `graph` means what it does in the newest."""
-    return max((needs(node, io) for node in _nodes(graph)), default=OLDEST)
+    return max((needs(node, io) for node in nodes_of(graph)), default=OLDEST)
 
 
 def needs(node: onnx.NodeProto, io: DType = DType.F32) -> int:
@@ -91,9 +91,10 @@ def _types(schema: onnx.defs.OpSchema) -> set[str]:
     return {kind for constraint in schema.type_constraints for kind in constraint.allowed_type_strs}
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """All nodes of a graph, those of its branches behind the node that has them."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _nodes(attribute.g)
+                yield from nodes_of(attribute.g)

@@ -25,7 +25,7 @@ class SeenKeys:
     """
 
     def __init__(self, ctx: Context, mask: str, max_length: int = 0) -> None:
-        """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for."""
+        """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for; an empty name for no padding."""
         self._ctx, self._graph, self._mask = ctx, ctx.graph, mask
         self.max_length = max_length
         self._tables: list[tuple[Rope, RotaryTable]] = []
@@ -34,6 +34,8 @@ class SeenKeys:
 
     def mask(self, record: Attention) -> str:
         """The mask of a layer's attention: `allowed`, or its bias ``(B, heads, S, S)`` with -inf for what is not."""
+        if not self._mask:
+            return ""
         if record.bias is None:
             return self.allowed(record.window)
         key = record.bias, record.window

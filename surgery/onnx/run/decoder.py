@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.graph.contract import KEEP
 from surgery.onnx.graph.read_metadata import initializer_shapes
 from surgery.onnx.run.adapters import Past, fill_slots, past_names
 from surgery.onnx.run.growing import GrowingDecoder, RowByRow
 from surgery.onnx.run.opening import GraphSession, open_prefill
-from surgery.onnx.run.ports import as_array, execute, run_options
+from surgery.onnx.run.ports import as_array, bind_number, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.shared import SharedDecoder
 from surgery_formats.errors import FitError
@@ -136,6 +137,8 @@ def _present(graph: GraphSession, ids: Sequence[int], default: int | None) -> di
     binding = graph.session.io_binding()
     binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
     binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+    if KEEP in graph.inputs:
+        bind_number(binding, KEEP, 1)
     if "position_ids" in graph.inputs:
         binding.bind_cpu_input("position_ids", np.arange(before, total, dtype=np.int64)[None])
     where = (graph.memory.device, graph.memory.index)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.graph.contract import KEEP
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.opening import GraphSession
-from surgery.onnx.run.ports import as_array, execute, run_options
+from surgery.onnx.run.ports import as_array, bind_number, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
 
@@ -70,9 +71,9 @@ class GrowingDecoder:
         if self.room < 0:
             raise FitError(f"{self._mask.shape[1]} tokens do not fit into {self._max}")
         self.lengths[:] = self._mask.sum(1)
-        logits = self._run(ids)
-        ends = ids.shape[1] - 1 if self._side == "left" else new.sum(1) - 1
-        last_logits: Array = logits[np.arange(self._batch), ends]
+        ends = np.full(self._batch, ids.shape[1]) if self._side == "left" else new.sum(1)
+        logits = self._run(ids, keep=int(ids.shape[1] - ends.min()) + 1)
+        last_logits: Array = logits[np.arange(self._batch), ends - ids.shape[1] + logits.shape[1] - 1]
         return last_logits
 
     def step(self, tokens: npt.ArrayLike) -> Array:
@@ -94,12 +95,15 @@ class GrowingDecoder:
         self._cache = {}
         return arrays
 
-    def _run(self, ids: npt.NDArray[np.int64]) -> Array:
+    def _run(self, ids: npt.NDArray[np.int64], keep: int = 0) -> Array:
+        """Logits of the new tokens, at least of the last `keep`; 0 for all."""
         graph = self._graph
         where = (graph.memory.device, graph.memory.index)
         binding = graph.session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", np.ascontiguousarray(self._mask))
+        if KEEP in graph.inputs:
+            bind_number(binding, KEEP, keep)
         if "position_ids" in graph.inputs:
             positions = np.maximum(self._mask.cumsum(1) - 1, 0)
             if self._side == "right" and ids.shape[1] == 1:

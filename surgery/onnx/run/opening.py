@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
 from surgery.onnx.graph.inserted import inserted_in
+from surgery.onnx.graph.pair_names import graph_in, kept_names
 from surgery.onnx.graph.read_metadata import read_metadata
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract, named_slots
@@ -28,7 +29,7 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["GraphSession", "find_graph", "graph_in", "open_graph", "open_prefill", "side_folder"]
+__all__ = ["GraphSession", "find_graph", "open_encoder", "open_graph", "open_prefill", "placed_graph", "side_folder"]
 
 GRAPH = "model.onnx"
 _BELOW = ("onnx", "1")  # where transformers.js, sentence-transformers and Triton look for a graph
@@ -72,10 +73,11 @@ class GraphSession:
         return side_folder(self.path)
 
 
-def graph_in(folder: Path) -> Path | None:
-    """The graph of a folder, where one of the layouts of `surgery.onnx.export.layouts` has it."""
+def placed_graph(folder: Path) -> Path | None:
+    """The main graph of a folder, where one of the layouts of `surgery.onnx.export.layouts` has it."""
     below = (graph for name in _BELOW for graph in sorted((folder / name).glob("model*.onnx")))
-    return next((graph for graph in (folder / GRAPH, *below) if graph.exists()), None)
+    pairs = (graph_in(folder / name) for name in _BELOW)
+    return next((graph for graph in (graph_in(folder), *below, *pairs) if graph.exists()), None)
 
 
 def side_folder(graph: Path) -> Path:
@@ -94,7 +96,7 @@ def find_graph(model: str | os.PathLike[str]) -> Path:
     """
     path = Path(model)
     if path.is_dir():
-        if (found := graph_in(path)) is None:
+        if (found := placed_graph(path)) is None:
             raise NotFoundError(f"no {GRAPH} in this folder", file=model, hint="create one with surgery export-onnx")
         path = found
     elif not path.exists():
@@ -202,6 +204,23 @@ def open_prefill(graph: GraphSession) -> GraphSession | None:
     return prefill
 
 
+def open_encoder(graph: GraphSession) -> GraphSession:
+    """Open the encoder that a decoder looks at (`Contract.encoder`).
+
+    Raises:
+        MalformedError: the name points outside the folder, or the graph is none of an encoder.
+        NotFoundError, ProofError, FitError: see `open_graph`.
+    """
+    name = graph.contract.encoder
+    if not is_safe_name(name):
+        raise MalformedError(f"the graph refers to '{show(name)}' for its encoder", file=graph.path)
+    device = "cpu" if graph.memory.device == "cpu" else f"{graph.memory.device}:{graph.memory.index}"
+    encoder = open_graph(graph.folder / name, device=device, weights=graph.weights, threads=graph.threads)
+    if encoder.contract.kind != "encoder" or encoder.contract.dtype != graph.contract.dtype:
+        raise MalformedError("no encoder of this decoder", file=encoder.path, hint="export it again")
+    return encoder
+
+
 def _check_ports(contract: Contract, inputs: Mapping[str, Port], outputs: Mapping[str, Port], path: Path) -> None:
     """Check a decoder's inputs and outputs against its contract, by which buffers are allocated.
 
@@ -211,13 +230,16 @@ def _check_ports(contract: Contract, inputs: Mapping[str, Port], outputs: Mappin
     if contract.kind != "decoder":
         return
     checks: list[tuple[str, Port | None, int, int]] = [("vocabulary", outputs.get("logits"), -1, contract.vocabulary)]
-    for name in past_names(contract.layers):
+    names = kept_names(contract.layers, "decoder") + kept_names(contract.layers, "encoder")
+    names = names if contract.encoder else past_names(contract.layers)
+    begins = contract.encoder and not any(name in inputs for name in names)  # a decoder's first run
+    for name in () if begins else names:
         checks += [
             ("kv_heads", inputs.get(name), 1, contract.kv_heads),
             ("head_dim", inputs.get(name), 3, contract.head_dim),
         ]
     past = [name for name in inputs if name.startswith("past_key_values.")]
-    if any(port is None for _, port, _, _ in checks) or len(past) != 2 * contract.layers:
+    if any(port is None for _, port, _, _ in checks) or len(past) != (0 if begins else len(names)):
         raise MalformedError("the graph's inputs or outputs are not those of its contract", file=path, hint=_HINT)
     for field, port, axis, size in checks:
         actual = port.shape[axis] if port is not None and len(port.shape) > max(axis, 0) else None

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["Port", "as_array", "cpu_session", "element", "execute", "ports", "run_options"]
+__all__ = ["Port", "as_array", "bind_number", "cpu_session", "element", "execute", "ports", "run_options"]
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # onnx.proto3, TensorProto.DataType, under onnxruntime's names
@@ -89,6 +89,13 @@ def cpu_session(graph: bytes, folder: Path) -> Any:
         "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
     )
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def bind_number(binding: Any, name: str, number: int) -> None:
+    """Bind a scalar input, int64, of the host's memory; it may be one with a default, of which `bind_cpu_input` knows nothing."""
+    import onnxruntime
+
+    binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, np.int64)))
 
 
 def execute(session: Any, binding: Any, options: Any) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.graph.contract import PAD_SWITCH
+from surgery.onnx.graph.contract import KEEP, PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.growing import GrowingDecoder
 from surgery.onnx.run.memory import Buffer, DeviceScratch
 from surgery.onnx.run.opening import GraphSession
-from surgery.onnx.run.ports import execute, run_options
+from surgery.onnx.run.ports import bind_number, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError
 
@@ -164,18 +164,24 @@ class SharedDecoder:
             buffers.append(self._scratch.get(name, array.nbytes))
             memory.write(buffers[-1], array)
         size = contract.vocabulary * self._logits.dtype.itemsize
-        logits = self._scratch.get("logits", batch * width * size)
-        key = (rows_of_cache.start, *ids.shape, mask.shape[1], *(buffer.address for buffer in (*buffers, logits)))
+        ends = new.sum(1)
+        keep = width - int(ends.min()) + 1 if KEEP in self._graph.inputs else width
+        logits = self._scratch.get("logits", batch * keep * size)
+        key = (rows_of_cache.start, *ids.shape, keep, mask.shape[1], *(buffer.address for buffer in (*buffers, logits)))
         binding = self._bindings.get(key)
         if binding is None:
             if len(self._bindings) >= _KEPT_BINDINGS:
                 self._bindings.clear()
-            binding = self._bind(rows_of_cache, ids.shape, buffers[0], buffers[1], mask.shape[1], buffers[2], logits)
+            binding = self._bind(
+                rows_of_cache, ids.shape, buffers[0], buffers[1], mask.shape[1], buffers[2], logits, keep
+            )
             self._bindings[key] = binding
         execute(self._graph.session, binding, run_options())
-        ends = new.sum(1)
         self.lengths[rows_of_cache] += ends
-        last = [memory.read(logits.address + (r * width + int(end) - 1) * size, size) for r, end in enumerate(ends)]
+        first = width - keep  # the first position whose logits there are
+        last = [
+            memory.read(logits.address + (r * keep + int(end) - 1 - first) * size, size) for r, end in enumerate(ends)
+        ]
         return np.stack([raw.view(self._logits.dtype) for raw in last])
 
     def _take(self, decoder: GrowingDecoder) -> None:
@@ -208,6 +214,7 @@ class SharedDecoder:
         mask_width: int,
         positions: Buffer,
         logits: Buffer,
+        keep: int = 1,
     ) -> Any:
         graph, contract = self._graph, self._graph.contract
         where = (graph.memory.device, graph.memory.index)
@@ -227,6 +234,8 @@ class SharedDecoder:
             binding.bind_input(name, *where, self._kind.element, cache, address)
             output = name.replace("past_key_values", "present")
             binding.bind_output(output, *where, self._kind.element, cache, address)
-        result = (*shape, contract.vocabulary)
+        if KEEP in graph.inputs and (shape[1] > 1 or KEEP not in graph.optional):
+            bind_number(binding, KEEP, keep)
+        result = (batch, keep, contract.vocabulary)
         binding.bind_output("logits", *where, self._logits.element, result, logits.address)
         return binding

@@ -25,7 +25,7 @@ _APERTUS_ROPE = {
 
 
 def arcee(settings: ModelSettings) -> Model:
-    """AFM-4.5B."""
+    """AFM-4.5B: Llama with an MLP of squared ReLU."""
     sizes = read_sizes(settings, vocabulary=32000, max_positions=4096, hidden=2560, inner=18432)
     rope, norm = read_rope(settings, sizes), rms_norms(settings, 1e-5)
     bias = settings.flag("attention_bias", default=False)
@@ -42,7 +42,7 @@ def arcee(settings: ModelSettings) -> Model:
 
 
 def apertus(settings: ModelSettings) -> Model:
-    """arXiv:2509.14233: norms of queries and keys, an activation with two learned numbers."""
+    """Apertus (arXiv:2509.14233): norms of queries and keys, an activation with two learned numbers."""
     sizes = read_sizes(settings, vocabulary=131072, max_positions=65536, inner=14336)
     norm = rms_norms(settings, 1e-5)
     rope = read_rope(settings, sizes, theta=12_000_000.0, missing=_APERTUS_ROPE)

@@ -15,7 +15,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """arXiv:2211.05100; no length is built in: 2048 is that of its training."""
+    """BLOOM (arXiv:2211.05100): ALiBi, a norm behind the embedding; no length is built in: 2048 is that of its training."""
     sizes = read_sizes(
         settings,
         vocabulary=250880,

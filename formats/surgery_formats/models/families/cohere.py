@@ -18,7 +18,7 @@ _sizes = partial(read_sizes, vocabulary=256000, max_positions=8192, hidden=8192,
 
 
 def cohere(settings: ModelSettings) -> Model:
-    """Command-R; Command-R+ has norms of queries and keys with a gain for each head."""
+    """Command-R: parallel branches, neighbouring pairs rotated, scaled logits; Command-R+ has norms of queries and keys."""
     sizes, norm = _sizes(settings), _norms(settings)
     rope = read_rope(settings, sizes, theta=500_000.0, interleaved=True)
     bias = settings.flag("attention_bias", default=False)
@@ -32,7 +32,7 @@ def cohere(settings: ModelSettings) -> Model:
 
 
 def cohere2(settings: ModelSettings) -> Model:
-    """arXiv:2504.00698: three layers with a window and rotation, then one with neither."""
+    """Command-R7B and Command-A (arXiv:2504.00698): three layers with a window and rotation, then one with neither."""
     sizes, norm = _sizes(settings), _norms(settings)
     rope = read_rope(settings, sizes, interleaved=True)
     bias = settings.flag("attention_bias", default=False)

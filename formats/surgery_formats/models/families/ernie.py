@@ -13,7 +13,7 @@ __all__ = ["ERNIE", "HELIUM"]
 
 
 def ernie(settings: ModelSettings) -> Model:
-    """ERNIE 4.5, 0.3B."""
+    """ERNIE 4.5, 0.3B: neighbouring pairs rotated."""
     sizes = read_sizes(
         settings,
         vocabulary=103424,
@@ -36,7 +36,7 @@ def ernie(settings: ModelSettings) -> Model:
 
 
 def helium(settings: ModelSettings) -> Model:
-    """Helium 1, 2B."""
+    """Helium 1, 2B: neighbouring pairs rotated."""
     sizes = read_sizes(
         settings,
         vocabulary=48000,

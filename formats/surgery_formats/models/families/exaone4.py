@@ -13,7 +13,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """arXiv:2507.11407."""
+    """EXAONE 4 (arXiv:2507.11407): norms of queries, keys and branches; in the hybrid, layers with a window rotate."""
     sizes = read_sizes(settings, vocabulary=102400, max_positions=2048, kv_heads=32, inner=16384)
     rope, norm = read_rope(settings, sizes), rms_norms(settings, 1e-5)
     local = settings.optional_count("sliding_window", 4096)

@@ -20,7 +20,7 @@ Layout = Literal["concatenated", "by_head", "by_group"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """arXiv:2311.16867; the bias on the scores is scaled with them, and in bfloat16 whatever the model's type."""
+    """Falcon 7B, 40B, 11B and RW (arXiv:2311.16867); the bias of RW is scaled with the scores, and rounded to bfloat16 in every type."""
     sizes = read_sizes(
         settings,
         vocabulary=65024,

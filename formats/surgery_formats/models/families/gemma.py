@@ -45,11 +45,17 @@ def gemma(settings: ModelSettings) -> Model:
     return llama_named(settings, sizes, layer, norm, scale=sizes.hidden**0.5, scale_rounded=True, tied=True)
 
 
-def gemma2(settings: ModelSettings, *, after: bool = True) -> Model:
-    """Gemma 2 (arXiv:2408.00118): every other layer is local; scores and logits are capped.
+def gemma2(settings: ModelSettings) -> Model:
+    """Gemma 2 (arXiv:2408.00118): every other layer is local; scores and logits are capped."""
+    return _capped(settings, after=True)
 
-    VaultGemma (arXiv:2510.15001) has no norms `after` the branches.
-    """
+
+def vaultgemma(settings: ModelSettings) -> Model:
+    """VaultGemma (arXiv:2510.15001): Gemma 2 without norms behind the branches."""
+    return _capped(settings, after=False)
+
+
+def _capped(settings: ModelSettings, *, after: bool) -> Model:
     sizes = _sizes(settings, vocabulary=256000, max_positions=8192)
     rope = read_rope(settings, sizes)
     local = settings.optional_count("sliding_window", 4096)
@@ -129,5 +135,5 @@ VAULTGEMMA = Family(
     embedding="model.embed_tokens",
     head="lm_head",
     tied=True,
-    recipe=partial(gemma2, after=False),
+    recipe=vaultgemma,
 )

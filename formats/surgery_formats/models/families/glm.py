@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from surgery_formats.models.families.decoder import attention, fused_gated_mlp, llama_named, rms_norms
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Branch, Layer, Model
@@ -12,6 +10,16 @@ from surgery_formats.models.families.rope import read_rope
 from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
 __all__ = ["GLM", "GLM4"]
+
+
+def glm(settings: ModelSettings) -> Model:
+    """GLM-4-9B (arXiv:2406.12793): half of each head rotated in neighbouring pairs."""
+    return _recipe(settings, after=False)
+
+
+def glm4(settings: ModelSettings) -> Model:
+    """GLM-4-0414: as GLM-4-9B, with norms behind the branches."""
+    return _recipe(settings, after=True)
 
 
 def _recipe(settings: ModelSettings, *, after: bool) -> Model:
@@ -43,5 +51,5 @@ def _recipe(settings: ModelSettings, *, after: bool) -> Model:
     return llama_named(settings, sizes, layer, norm)
 
 
-GLM = Family(names=("glm",), embedding="model.embed_tokens", head="lm_head", recipe=partial(_recipe, after=False))
-GLM4 = Family(names=("glm4",), embedding="model.embed_tokens", head="lm_head", recipe=partial(_recipe, after=True))
+GLM = Family(names=("glm",), embedding="model.embed_tokens", head="lm_head", recipe=glm)
+GLM4 = Family(names=("glm4",), embedding="model.embed_tokens", head="lm_head", recipe=glm4)

@@ -14,7 +14,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """arXiv:2305.06161; without `multi_query`, q, k and v are interleaved by head."""
+    """StarCoder 1 (arXiv:2305.06161): one key head; without `multi_query`, q, k and v are interleaved by head."""
     sizes = read_sizes(
         settings,
         vocabulary=50257,

@@ -14,7 +14,7 @@ _KINDS = ("global", "local")
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """Black et al. 2021, *GPT-Neo*; learned positions."""
+    """Black et al. 2021, *GPT-Neo*: learned positions, windows in every other layer, scores that are not scaled."""
     sizes = read_sizes(
         settings,
         vocabulary=50257,

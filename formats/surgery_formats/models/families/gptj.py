@@ -12,7 +12,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """Wang and Komatsuzaki 2021, *GPT-J-6B*."""
+    """Wang and Komatsuzaki 2021, *GPT-J-6B*: parallel branches, neighbouring pairs rotated, a head with a bias."""
     sizes = read_sizes(
         settings,
         vocabulary=50400,

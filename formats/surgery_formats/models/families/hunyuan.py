@@ -15,7 +15,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """Its files say ``dynamic`` with an ``alpha``, which is a larger base of the rotation and nothing dynamic."""
+    """Norms of queries and keys behind the rotation; ``dynamic`` with an ``alpha`` is a larger base and nothing dynamic."""
     sizes = read_sizes(settings, vocabulary=290943, max_positions=2048)
     rope, norm = _rope(settings, sizes), rms_norms(settings, 1e-5)
     bias = settings.flag("attention_bias", default=False)

@@ -15,7 +15,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """MosaicML 2023, *MPT-7B*; transformers has no other attention than this."""
+    """MosaicML 2023, *MPT-7B*: ALiBi; transformers has no other attention than this."""
     sizes = read_sizes(
         settings,
         vocabulary=50368,

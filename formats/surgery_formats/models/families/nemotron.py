@@ -16,14 +16,14 @@ __all__ = ["JAIS2", "NEMOTRON"]
 
 
 def nemotron(settings: ModelSettings) -> Model:
-    """arXiv:2402.16819."""
+    """Nemotron 4 and Minitron (arXiv:2402.16819): layer norms with gains of ``1 + g``, half of each head rotated, squared ReLU."""
     sizes = read_sizes(settings, vocabulary=256000, max_positions=4096, hidden=6144, inner=24576, heads=48)
     rope = read_rope(settings, sizes, partial=0.5)
     return _recipe(settings, sizes, rope, epsilon_key="norm_eps", bias=False, plus_one=True)
 
 
 def jais2(settings: ModelSettings) -> Model:
-    """Jais 2: whole heads rotated, biases."""
+    """Jais 2: layer norms, whole heads rotated, biases, squared ReLU."""
     sizes = read_sizes(settings, vocabulary=150272, max_positions=8192, hidden=3328, inner=26624, heads=26)
     rope = read_rope(settings, sizes)
     return _recipe(settings, sizes, rope, epsilon_key="layer_norm_eps", bias=True, plus_one=False)

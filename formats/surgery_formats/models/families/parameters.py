@@ -67,7 +67,11 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     """
     embedding, head = model.embedding, model.head
     token_width, row_width, norm_width = model.embedded
-    shapes: dict[str, tuple[int, ...]] = {embedding.tokens: (model.vocabulary, token_width)}
+    shapes: dict[str, tuple[int, ...]] = {} if model.encoder is None else parameters(model.encoder)
+    if embedding.tokens:
+        shapes[embedding.tokens] = model.vocabulary, token_width
+    for step in embedding.stem.convolutions if embedding.stem else ():
+        shapes |= {step.weight: (step.outputs, step.inputs, step.kernel), step.bias: (step.outputs,)}
     shapes |= {table: (-1, row_width) for table in (embedding.positions, embedding.types) if table}
 
     def project(*projections: Projection | None) -> None:
@@ -102,10 +106,12 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     normalise(model.hidden, model.final_norm)
     for layer in model.layers:
         attend, mlp = layer.attention, layer.mlp
-        for branch in (layer.attention_branch, layer.mlp_branch):
+        for branch in (layer.attention_branch, layer.mlp_branch, *((layer.cross.branch,) if layer.cross else ())):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
         project(*attend.inputs, attend.output)
         transform(mlp)
+        if layer.cross is not None:
+            project(*layer.cross.attention.inputs, layer.cross.attention.output)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
         if (distances := attend.disentangled) is not None:
@@ -140,6 +146,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
     if isinstance(head, LanguageHead):
         project(head.before)
         normalise(head.projection.inputs, head.norm)
+        if head.bias:
+            shapes[head.bias] = 1, head.projection.outputs
     return shapes
 
 

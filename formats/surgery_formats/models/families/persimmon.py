@@ -16,7 +16,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """Adept 2023, *Persimmon-8B*."""
+    """Adept 2023, *Persimmon-8B*: q, k and v interleaved by head, half of each head rotated, squared ReLU."""
     sizes = read_sizes(
         settings,
         vocabulary=262144,

@@ -15,7 +15,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """arXiv:2309.05463."""
+    """Phi 1, 1.5 and 2 (arXiv:2309.05463): parallel branches, half of each head rotated, biases, the head's too."""
     sizes = read_sizes(settings, vocabulary=51200, max_positions=2048, hidden=2048, inner=8192, layers=24)
     rope = read_rope(settings, sizes, partial=0.5)
     norm = partial(layer_norm, epsilon=settings.positive("layer_norm_eps", default=1e-5))

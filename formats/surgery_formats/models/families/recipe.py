@@ -24,6 +24,7 @@ from surgery_formats.models.families.recipe_attention import (
     RelativeBias,
     Rope,
 )
+from surgery_formats.models.families.recipe_audio import AudioStem, TimeConvolution
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
 
@@ -32,12 +33,14 @@ __all__ = [
     "Activation",
     "Alibi",
     "Attention",
+    "AudioStem",
     "Bottleneck",
     "BottleneckForm",
     "Branch",
     "ClassifierHead",
     "Convolution",
     "Coupling",
+    "Cross",
     "Disentangled",
     "Embedding",
     "Experts",
@@ -53,6 +56,7 @@ __all__ = [
     "RelativeBias",
     "Rope",
     "SpanHead",
+    "TimeConvolution",
 ]
 
 
@@ -145,10 +149,19 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class Cross:
+    """Attention to the encoder's result, in a branch of its own: queries are the decoder's, keys and values the encoder's."""
+
+    attention: Attention
+    branch: Branch
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """Attention and MLP, or a mixture of experts, each in its branch.
 
     Attributes:
+        cross: Attention to an encoder's result, between the two; or None.
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
             reads the attention's normalised input (StableLM).
     """
@@ -158,6 +171,7 @@ class Layer:
     mlp: MLP | Experts
     mlp_branch: Branch
     parallel: bool = False
+    cross: Cross | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +179,10 @@ class Embedding:
     """Maps token ids to the first hidden state ``(B, S, D)``.
 
     Attributes:
-        tokens: Tensor ``(V, D)``.
+        tokens: Tensor ``(V, D)``; empty for an encoder of sound, which has a `stem`.
         positions: Learned positions ``(P, D)``, or empty.
+        sinusoid: Rows of a table of positions that no file holds, sines in the first half of a row, cosines in the second
+            (arXiv:1706.03762, as Marian has them); 0 for none.
         position_rule: ``absolute``: past length plus index; ``mask``: ``cumsum(attention_mask) - 1`` (OPT); ``nonpad``:
             as ``mask``, over tokens other than `padding_token`, which has its own position (RoBERTa).
         position_offset: First row used (2 for OPT, ``padding_idx + 1`` for RoBERTa).
@@ -180,6 +196,7 @@ class Embedding:
         projected: What it projects: rows of ``tokens`` (OPT-350m), the ``sum`` of all rows (DeBERTa), or its ``norm``
             (ALBERT, ELECTRA).
         couplings: Networks of adapters on the first hidden state, in order.
+        stem: What makes the first hidden state of a spectrogram instead of tokens (Whisper), or None.
     """
 
     tokens: str
@@ -194,6 +211,8 @@ class Embedding:
     projection: Projection | None = None
     projected: Literal["tokens", "sum", "norm"] = "tokens"
     couplings: tuple[Coupling, ...] = ()
+    sinusoid: int = 0
+    stem: AudioStem | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +227,7 @@ class LanguageHead:
         inverted: Networks of adapters that are turned round in front of the projection, in order.
         activation: Of the result of `before` (BERT), or None.
         norm: Norm of it, or None.
+        bias: Tensor ``(1, V)`` added to the logits (BART), or empty.
     """
 
     projection: Projection
@@ -217,6 +237,7 @@ class LanguageHead:
     inverted: tuple[Coupling, ...] = ()
     activation: Activation | None = None
     norm: Norm | None = None
+    bias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +319,7 @@ class Model:
         final_norm: Norm after the last layer, or None.
         max_positions: Longest sequence the model supports.
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
+        encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
         convolution: Convolution behind the first layer (DeBERTa), or None.
     """
 
@@ -310,6 +332,7 @@ class Model:
     head: Head
     max_positions: int
     unused: Mapping[str, str] = field(default_factory=dict)
+    encoder: Model | None = None
     convolution: Convolution | None = None
 
     @property

@@ -20,7 +20,7 @@ _MODULES = (
     *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon"),
     *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "deberta", "modernbert", "nomic_bert", "eurobert"),
     *("t5", "mixtral", "gpt_oss", "qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "clip"),
-    *("whisper", "diffusion", "retrieval"),
+    *("bart", "whisper", "diffusion", "retrieval"),
 )
 
 _UNKNOWN = Family(names=("unknown",))

@@ -13,7 +13,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """Seed-OSS-36B."""
+    """Seed-OSS-36B: biases on q, k and v."""
     sizes = read_sizes(
         settings,
         vocabulary=155136,

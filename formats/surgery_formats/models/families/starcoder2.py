@@ -15,7 +15,7 @@ __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
-    """arXiv:2402.19173."""
+    """StarCoder 2 (arXiv:2402.19173): layer norms, biases, an MLP without a gate."""
     sizes = read_sizes(
         settings,
         vocabulary=49152,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery_formats.models.families.decoder import pre_norm, projection
 from surgery_formats.models.families.family import Family
@@ -11,11 +11,14 @@ from surgery_formats.models.families.recipe import (
     MLP,
     Activation,
     Attention,
+    Cross,
     Embedding,
     HiddenHead,
+    LanguageHead,
     Layer,
     Model,
     Norm,
+    Projection,
     RelativeBias,
 )
 from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings
@@ -23,6 +26,8 @@ from surgery_formats.text import show
 
 __all__ = ["FAMILY"]
 
+_SHARED, _HEAD = "shared.weight", "lm_head.weight"
+_LEFT_OVER = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"}
 _ANY_LENGTH = 1 << 20  # distances have no end; graphs state one
 
 
@@ -93,32 +98,79 @@ def _bias(stack: str, index: int, sizes: _Sizes, *, both_ways: bool) -> Relative
     return RelativeBias(f"{at}.relative_attention_bias.weight", sizes.buckets, sizes.max_distance, both_ways)
 
 
-def _encoder(settings: ModelSettings, sizes: _Sizes) -> Model:
-    def layer(index: int) -> Layer:
-        at = f"encoder.block.{index}.layer"
-        bias = _bias("encoder", index, sizes, both_ways=True)
-        return Layer(
-            _attention(f"{at}.0.SelfAttention", sizes, bias),
-            pre_norm(_norm(f"{at}.0.layer_norm", sizes)),
-            _mlp(f"{at}.1.DenseReluDense", sizes),
-            pre_norm(_norm(f"{at}.1.layer_norm", sizes)),
-        )
+def _layer(at: str, sizes: _Sizes, bias: RelativeBias, *, crossed: bool) -> Layer:
+    cross = None
+    if crossed:
+        branch = pre_norm(_norm(f"{at}.1.layer_norm", sizes))
+        cross = Cross(_attention(f"{at}.1.EncDecAttention", sizes, None), branch)
+    last = 2 if crossed else 1
+    return Layer(
+        _attention(f"{at}.0.SelfAttention", sizes, bias),
+        pre_norm(_norm(f"{at}.0.layer_norm", sizes)),
+        _mlp(f"{at}.{last}.DenseReluDense", sizes),
+        pre_norm(_norm(f"{at}.{last}.layer_norm", sizes)),
+        cross=cross,
+    )
 
+
+def _stack(stack: str, layers: int, sizes: _Sizes) -> tuple[Layer, ...]:
+    """The layers below `stack`: those of a decoder look at an encoder's result too."""
+    crossed = stack == "decoder"
+    return tuple(
+        _layer(f"{stack}.block.{n}.layer", sizes, _bias(stack, n, sizes, both_ways=not crossed), crossed=crossed)
+        for n in range(layers)
+    )
+
+
+def _encoder(settings: ModelSettings, sizes: _Sizes) -> Model:
+    own = "encoder.embed_tokens.weight"
+    table = own if own in settings.names and _SHARED not in settings.names else _SHARED
     return Model(
         kind="encoder",
         hidden=sizes.hidden,
         vocabulary=sizes.vocabulary,
-        embedding=Embedding(_table(settings, "encoder")),
-        layers=tuple(layer(index) for index in range(sizes.layers)),
+        embedding=Embedding(table),
+        layers=_stack("encoder", sizes.layers, sizes),
         final_norm=_norm("encoder.final_layer_norm", sizes),
         head=HiddenHead(),
         max_positions=_ANY_LENGTH,
+        unused={
+            name: "an encoder reads no decoder"
+            for name in settings.names
+            if name.startswith("decoder.") or name == _HEAD
+        },
     )
 
 
-def _table(settings: ModelSettings, stack: str) -> str:
-    own = f"{stack}.embed_tokens.weight"
-    return own if own in settings.names and "shared.weight" not in settings.names else "shared.weight"
+def _scaled(settings: ModelSettings) -> bool:
+    """Whether the last hidden states are scaled in front of the head.
+
+    T5 1.0 does it, of which only older configurations say that the head is tied; mT5 never does. UMT5 does it where its
+    head is tied.
+    """
+    kind, tied = settings.text("model_type", default="t5"), settings.flag("tie_word_embeddings", default=True)
+    told = settings.flag("scale_decoder_outputs", default=tied)
+    return {"t5": told, "umt5": tied}.get(kind, False)
+
+
+def _pair(settings: ModelSettings, sizes: _Sizes) -> Model:
+    number = settings.raw("num_decoder_layers")
+    layers = sizes.layers if number is None else settings.count("num_decoder_layers", most=MOST_LAYERS)
+    encoder = replace(_encoder(settings, sizes), unused={})
+    divisor = sizes.hidden**0.5 if _scaled(settings) else 1.0
+    weight = _HEAD if _HEAD in settings.names else encoder.embedding.tokens
+    return Model(
+        kind="decoder",
+        hidden=sizes.hidden,
+        vocabulary=sizes.vocabulary,
+        embedding=Embedding(encoder.embedding.tokens),
+        layers=_stack("decoder", layers, sizes),
+        final_norm=_norm("decoder.final_layer_norm", sizes),
+        head=LanguageHead(Projection(weight, sizes.hidden, sizes.vocabulary), divisor=divisor),
+        max_positions=_ANY_LENGTH,
+        unused=dict.fromkeys(_LEFT_OVER & set(settings.names), "no program reads it"),
+        encoder=encoder,
+    )
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -126,10 +178,18 @@ def recipe(settings: ModelSettings) -> Model:
     sizes = _sizes(settings)
     classes = settings.architectures()
     settings.raw("quantization_config", "compression_config", "scale_decoder_outputs")
-    if classes and not any(name.endswith("EncoderModel") for name in classes):
-        raise settings.fault(f"architectures is {show(', '.join(classes) or 'missing', 80)}; supported is the encoder")
+    if settings.task not in ("", "feature-extraction"):
+        raise settings.fault(
+            f"the task '{show(settings.task, 40)}' is not among those of this family: feature-extraction"
+        )
+    alone = bool(settings.task) or any(name.endswith("EncoderModel") for name in classes)
+    if classes and not alone and not any(name.endswith("ForConditionalGeneration") for name in classes):
+        raise settings.fault(
+            f"architectures is {show(', '.join(classes), 80)}; supported are the encoder, and conditional generation"
+        )
+    model = _encoder(settings, sizes) if alone else _pair(settings, sizes)
     settings.finish()
-    return _encoder(settings, sizes)
+    return model
 
 
 FAMILY = Family(

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the files, inputs and outputs of an encoder-decoder's graphs: optimum's, which other programs look for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["BEGUN", "ENCODER", "FIRST", "MASK", "MERGED", "STATES", "SWITCH", "graph_in", "kept_names"]
+
+ENCODER = "encoder_model.onnx"
+FIRST, BEGUN, MERGED = "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"
+"""The decoder's first run, all others, and both in one file."""
+
+STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
+"""Inputs of decoders: the encoder's result, and which of its tokens are none of padding."""
+
+SWITCH = "use_cache_branch"
+"""Input ``(1,)``, bool: whether the branch with a past is meant."""
+
+
+def kept_names(layers: int, side: str, prefix: str = "past_key_values") -> list[str]:
+    """``past_key_values.0.decoder.key``, ``past_key_values.0.decoder.value``, ...; of the `side` ``encoder`` likewise."""
+    return [f"{prefix}.{layer}.{side}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+def graph_in(folder: Path, name: str = "model.onnx") -> Path:
+    """The main graph of a folder: `name`, or the decoder of a pair, which names its encoder."""
+    whole = folder / name
+    return whole if whole.exists() or not (folder / MERGED).exists() else folder / MERGED

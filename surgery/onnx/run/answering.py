@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One answer of an encoder-decoder: what was read, what the decoder begins with, and what it goes on with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from surgery.onnx.graph.adapter_names import check_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file
+from surgery.onnx.run.adapters import fill_slots
+from surgery.onnx.run.encoder import encode
+from surgery.onnx.run.generate import Continuation, generate
+from surgery.onnx.run.opening import GraphSession, open_encoder
+from surgery.onnx.run.pair import PairDecoder, Read
+from surgery.onnx.run.ports import as_array, execute, run_options
+from surgery.onnx.run.rows import Rows
+from surgery.onnx.run.sampling import Sampling
+from surgery.onnx.run.spectrogram import read_sound
+from surgery.onnx.run.starts import Starts, read_starts
+from surgery_formats.errors import FitError
+
+__all__ = ["FEATURES", "Pair", "answer", "heard", "open_pair", "sound_sizes"]
+
+Array = npt.NDArray[Any]
+
+FEATURES = "input_features"
+"""The input of an encoder of sound."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The sessions of an encoder-decoder, and the arrays of adapters for each."""
+
+    encoder: GraphSession
+    decoder: GraphSession
+    encoder_slots: Mapping[str, Array]
+    decoder_slots: Mapping[str, Array]
+
+    @property
+    def reads_sound(self) -> bool:
+        """Whether its encoder takes a spectrogram instead of tokens."""
+        return FEATURES in self.encoder.inputs
+
+
+def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] = ()) -> Pair:
+    """Open the encoder of `decoder`, and sort adapters: an export writes a file for each of the two.
+
+    That of the encoder lies beside the other, which the graph's contract names; or it is given by itself.
+
+    Raises:
+        FitError: an adapter that does not fit; see `surgery.onnx.run.opening`.
+    """
+    encoder = open_encoder(decoder)
+    theirs: list[tuple[str, Mapping[str, Array]]] = []
+    own: list[tuple[str, Mapping[str, Array]]] = []
+    for file in adapters:
+        check_adapter_file(file, decoder.path)
+        arrays = read_adapter_file(file)
+        known = {name for slot in encoder.contract.slots for name in (slot.A, slot.B)} | {*encoder.contract.replaceable}
+        of_encoder = bool(arrays) and {*arrays} <= known and not {*arrays} <= decoder.inputs.keys()
+        (theirs if of_encoder else own).append((os.fspath(file), arrays))
+        for entry in decoder.contract.adapters:
+            beside = entry.get("encoder_file")
+            if isinstance(beside, str) and _is_same(decoder.folder / str(entry.get("file")), file):
+                theirs.append((beside, read_adapter_file(decoder.folder / beside)))
+    slots = (
+        fill_slots(files, graph.contract, graph.inputs, graph.optional)
+        for files, graph in ((theirs, encoder), (own, decoder))
+    )
+    return Pair(encoder, decoder, *slots)
+
+
+def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
+    return one.exists() and os.path.samefile(one, other)
+
+
+def heard(pair: Pair, files: Sequence[Path]) -> Array:
+    """The spectrograms of recordings, ``(B, bins, frames)``.
+
+    Raises:
+        FitError: the model reads text; see `surgery.onnx.run.spectrogram.read_sound`.
+    """
+    bins, frames = sound_sizes(pair.encoder)
+    return np.stack([read_sound(Path(file), bins, frames) for file in files])
+
+
+def sound_sizes(encoder: GraphSession) -> tuple[int, int]:
+    """Values per frame, and frames, of the spectrogram that an encoder reads.
+
+    Raises:
+        FitError: it reads none, or of any size.
+    """
+    port = encoder.inputs.get(FEATURES)
+    if port is None:
+        raise FitError("this model reads text, not sound", file=encoder.path)
+    _, bins, frames = port.shape
+    if not isinstance(bins, int) or not isinstance(frames, int):
+        raise FitError("the graph does not say how large its spectrograms are", file=encoder.path)
+    return bins, frames
+
+
+def answer(
+    pair: Pair,
+    source: Rows | Array,
+    *,
+    max_new: int,
+    sampling: Sampling,
+    start: Sequence[int] = (),
+    stop: frozenset[int] = frozenset(),
+    on_token: Callable[[int, int], None] | None = None,
+) -> tuple[Continuation, ...]:
+    """Answer rows of token ids, or spectrograms ``(B, bins, frames)``.
+
+    Args:
+        pair: The model.
+        source: What the encoder reads.
+        max_new: Most new tokens of each row, behind those that its decoder begins with.
+        sampling: How tokens are chosen.
+        start: The decoder's first ids; by default those of the configuration beside the graph.
+        stop: Ids that end a row.
+        on_token: Called with row and token as they come.
+
+    Raises:
+        FitError: see `surgery.onnx.run.pair` and `surgery.onnx.run.starts`.
+    """
+    decoder = pair.decoder
+    read = _listened(pair, source) if isinstance(source, np.ndarray) else _read(pair, source)
+    starts = read_starts(decoder.folder) if not start else Starts(tuple(start))
+    if max(starts.tokens) >= decoder.contract.vocabulary:
+        raise FitError(f"the decoder would begin with {max(starts.tokens)}, beyond its vocabulary", file=decoder.folder)
+    length = min(decoder.contract.max_length, len(starts.tokens) + max_new)
+    asked = PairDecoder(decoder, read, decoder.contract.max_length, pair.decoder_slots, Starts(starts.tokens))
+    rows = starts.rows(len(read.values), asked.prefill)
+    answering = PairDecoder(decoder, read, length, pair.decoder_slots, starts)
+    return generate(answering, rows, max_new=max_new, sampling=sampling, stop=stop, on_token=on_token)
+
+
+def _read(pair: Pair, rows: Rows) -> Read:
+    if pair.reads_sound:
+        raise FitError("this model reads sound, not text", file=pair.decoder.path, hint="`audio=` names a recording")
+    encoded = encode(pair.encoder, rows, pair.encoder_slots)
+    width = max(encoded.lengths)
+    mask = (np.arange(width) < np.array(encoded.lengths)[:, None]).astype(np.int64)
+    return Read(encoded.arrays["last_hidden_state"], mask)
+
+
+def _listened(pair: Pair, features: Array) -> Read:
+    graph = pair.encoder
+    binding = graph.session.io_binding()
+    held = []
+    for name, array in {FEATURES: features.astype(graph.inputs[FEATURES].dtype), **pair.encoder_slots}.items():
+        held.append(graph.memory.allocate(max(1, array.nbytes)))
+        graph.memory.write(held[-1], np.ascontiguousarray(array))
+        where = (graph.memory.device, graph.memory.index)
+        binding.bind_input(name, *where, graph.inputs[name].element, array.shape, held[-1].address)
+    binding.bind_output("last_hidden_state", "cpu")
+    execute(graph.session, binding, run_options())
+    return Read(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))
