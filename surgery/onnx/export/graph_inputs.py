@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from surgery.onnx.export.assemble import Assembly
 from surgery_formats.errors import FitError
+from surgery_formats.text import show
 
 __all__ = ["with_logits", "with_positions", "with_required"]
 
