@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from surgery.reference.primitives import Load, activate, project, xielu
+from surgery.reference.stored import stored
 from surgery_formats.models.families.recipe import MLP, Experts
 
 __all__ = ["transform"]
@@ -21,14 +22,18 @@ def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
     if mlp.activation == "xielu":
         return project(xielu(projected[0], mlp.shape, load), mlp.output, load)
     if not mlp.gated:
-        return project(activate(projected[0], mlp.activation), mlp.output, load)
+        return project(_input_of(mlp, activate(projected[0], mlp.activation)), mlp.output, load)
     if len(projected) == 1:
         both = projected[0]
         projected = [both[..., ::2], both[..., 1::2]] if mlp.interleaved else list(both.chunk(2, dim=-1))
     gate, up = projected
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
-    return project(activate(gate, mlp.activation) * (up + mlp.up_plus), mlp.output, load)
+    return project(_input_of(mlp, activate(gate, mlp.activation) * (up + mlp.up_plus)), mlp.output, load)
+
+
+def _input_of(mlp: MLP, values: torch.Tensor) -> torch.Tensor:
+    return stored(values, f"the input of {mlp.output.weight}")
 
 
 def _mixture(values: torch.Tensor, record: Experts, load: Load) -> torch.Tensor:

@@ -15,14 +15,17 @@ from surgery.reference.disentangled import convolve
 from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
+from surgery.reference.stored import stored
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import (
+    MLP,
     Branch,
     ClassifierHead,
     Embedding,
+    Experts,
     HiddenHead,
     LanguageHead,
     Layer,
@@ -61,7 +64,7 @@ class Reference:
 
     def load(self, name: str) -> torch.Tensor:
         """Load a whole tensor in the reference's precision; exact for all stored types."""
-        return self.weights.load(name).to(self.dtype)
+        return stored(self.weights.load(name).to(self.dtype), name)
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,7 @@ def _lookup(
     table = torch.cat(rows)
     factor = torch.tensor(scale, dtype=torch.float64)
     factor = factor.to(table.dtype) if rounded else factor
-    return table.to(reference.dtype)[index] * factor.to(reference.dtype)
+    return stored(table.to(reference.dtype)[index] * factor.to(reference.dtype), f"rows of {name}")
 
 
 def _sinusoid(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -374,6 +377,7 @@ def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> t
     logits = logits / head.divisor
     if head.bias:
         logits = logits + reference.load(head.bias)
+    logits = stored(logits, "the logits")
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
@@ -405,12 +409,17 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
 
 
 def _residual(
-    values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor
+    values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor, at: str
 ) -> torch.Tensor:
     added = normalise(added, branch.after, load) * branch.multiplier
     if branch.inserted:
         return run_inserted(values, added, real, branch, load)
-    return normalise(values + added, branch.on_sum, load)
+    return normalise(stored(values + added, f"the sum behind {at}"), branch.on_sum, load)
+
+
+def _end(mlp: MLP | Experts) -> str:
+    """The weight, or the last of several, that leads back to the hidden states."""
+    return mlp.output.weight if isinstance(mlp, MLP) else mlp.experts[-1].output.weight
 
 
 def run_layer(
@@ -426,20 +435,22 @@ def run_layer(
     `past` are those of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
     first, second = layer.attention_branch, layer.mlp_branch
+    ends = (layer.attention.output.weight, _end(layer.mlp))
     real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
     normed = normalise(values, first.before, load)
     attended, cache = attend(normed, layer.attention, load, mask, past)
     if layer.parallel:
         mlp_input = normed if second == Branch() else normalise(values, second.before, load)
         added = normalise(transform(mlp_input, layer.mlp, load), second.after, load) * second.multiplier
-        return _residual(values, attended, first, load, real) + added, cache
-    values = _residual(values, attended, first, load, real)
+        summed = _residual(values, attended, first, load, real, ends[0]) + added
+        return stored(summed, f"the sum behind {ends[1]}"), cache
+    values = _residual(values, attended, first, load, real, ends[0])
     if layer.cross is not None:
         if encoded is None:
             raise FitError("the decoder of an encoder-decoder looks at an encoder's result")
         branch = layer.cross.branch
         seen = normalise(values, branch.before, load)
         seen = attend_to(seen, encoded.values, encoded.real, layer.cross.attention, load)
-        values = _residual(values, seen, branch, load, real)
+        values = _residual(values, seen, branch, load, real, layer.cross.attention.output.weight)
     transformed = transform(normalise(values, second.before, load), layer.mlp, load)
-    return _residual(values, transformed, second, load, real), cache
+    return _residual(values, transformed, second, load, real, ends[1]), cache

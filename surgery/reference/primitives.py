@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from surgery.reference.stored import stored
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation, Norm, Projection, TimeConvolution
 
@@ -27,7 +28,7 @@ def project(values: torch.Tensor, projection: Projection, load: Load) -> torch.T
             raise FitError(f"the stack does not have {count} entries", tensor=projection.weight)
         weight, bias = weight[number], None if bias is None else bias[number]
     result = values @ (weight if projection.transposed else weight.T)
-    return result if bias is None else result + bias
+    return stored(result if bias is None else result + bias, f"the result of {projection.weight}")
 
 
 def convolve_time(values: torch.Tensor, step: TimeConvolution, load: Load) -> torch.Tensor:
@@ -48,7 +49,8 @@ def normalise(values: torch.Tensor, norm: Norm | None, load: Load, heads: int = 
     if norm.weight:
         weight = _of_heads(norm.weight, heads, load)
         values = values * (1 + weight if norm.plus_one else weight)
-    return values + _of_heads(norm.bias, heads, load) if norm.bias else values
+    values = values + _of_heads(norm.bias, heads, load) if norm.bias else values
+    return stored(values, f"the result of {norm.weight or norm.bias or 'a norm'}")
 
 
 def _of_heads(name: str, heads: int, load: Load) -> torch.Tensor:

@@ -21,6 +21,7 @@ from surgery.engine.inputs import StrPath, check_counts, local_path
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import GraphSession, open_graph
+from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
@@ -30,7 +31,17 @@ from surgery.reports.values import Name, Phrase, Value
 from surgery.verbs.run import prepare_decoder
 from surgery_formats.errors import FitError
 
-__all__ = ["BenchResult", "BenchSide", "Bound", "bench", "bind", "floor_seconds", "measure_all", "step_nbytes"]
+__all__ = [
+    "BenchResult",
+    "BenchSide",
+    "Bound",
+    "bench",
+    "bind",
+    "floor_seconds",
+    "measure_all",
+    "peak_nbytes",
+    "step_nbytes",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,8 @@ class BenchSide:
         token_seconds: Median of a decoding step of the whole batch; None for an encoder.
         memory_nbytes: Taken by session and buffers: of the device on CUDA, else private memory of the process (mapped
             weights are not).
+        peak_nbytes: Most that was taken at any moment of loading, a prefill and a step: of the device on CUDA, else resident
+            memory of the process, mapped weights included.
         step_nbytes: Weights that a step reads.
         virtual_tokens: Of the soft prompt that every row begins with.
     """
@@ -53,6 +66,7 @@ class BenchSide:
     prefill_seconds: float
     token_seconds: float | None
     memory_nbytes: int
+    peak_nbytes: int
     step_nbytes: int
     virtual_tokens: int
 
@@ -106,6 +120,7 @@ class BenchResult:
                 token and self.batch / token,
                 floor and token and token / floor,
                 side.memory_nbytes,
+                side.peak_nbytes,
                 side.step_nbytes,
             )
             for side, floor in zip(self.sides, floors, strict=True)
@@ -128,6 +143,7 @@ _COLUMNS = (
     Column("model", "name"), Column("load s", "fixed", 2), Column("prefill ms", "fixed", 2),
     Column("ms/token", "fixed", 3),
     Column("tokens/s", "fixed", 1), Column("x floor", "fixed", 2), Column("memory", "bytes"),
+    Column("peak", "bytes"),
     Column("weights", "bytes"),
 )  # fmt: skip
 
@@ -143,6 +159,8 @@ class Bound:
         load_seconds: Until the session stood.
         memory_nbytes: It took.
         virtual_tokens: In front of every row.
+        peak: Counts what it takes.
+        held_nbytes: It took, mapped weights that were read included.
     """
 
     model: str
@@ -151,6 +169,8 @@ class Bound:
     load_seconds: float
     memory_nbytes: int
     virtual_tokens: int
+    peak: Peak
+    held_nbytes: int
 
 
 @timed
@@ -201,15 +221,16 @@ def bench(
     if sides[0].opened.memory.device == "cuda":
         floors = [floor_seconds(side) for side in sides]
         bandwidth = step_nbytes(sides[0].opened.path) / floors[0]
+    peaks = [peak_nbytes(side, rows, new_tokens) for side in sides]
     times = measure_all(sides, rows, new_tokens)
     ratios = compare(times[0], times[1]) if len(times) > 1 else (None, None)
     return BenchResult(
         tuple(
             BenchSide(
-                os.fspath(side.model), side.load_seconds, timing.prefill, timing.token, side.memory_nbytes,
+                os.fspath(side.model), side.load_seconds, timing.prefill, timing.token, side.memory_nbytes, peak,
                 step_nbytes(side.opened.path), side.virtual_tokens,
             )
-            for side, timing in zip(sides, times, strict=True)
+            for side, timing, peak in zip(sides, times, peaks, strict=True)
         ),
         sides[0].opened.memory.device, prompt_length, new_tokens, batch, bandwidth, tuple(floors), *ratios,
     )  # fmt: skip
@@ -233,7 +254,7 @@ def bind(
 
     See `open_graph` and `prepare_decoder`.
     """
-    used = _used(device)
+    used, peak = _used(device), Peak(device)
     began = time.perf_counter()
     opened = open_graph(
         model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options,
@@ -248,7 +269,7 @@ def bind(
             opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter
         )
     tokens = past.tokens if past else 0
-    return Bound(os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens)
+    return Bound(os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens, peak, peak.held())
 
 
 def measure_all(
@@ -263,6 +284,21 @@ def measure_all(
         return lambda: decoder.prefill(rows)
 
     return measure([begin(side) for side in sides], [side.decoder for side in sides], new_tokens, len(rows), repeats)
+
+
+def peak_nbytes(side: Bound, rows: list[list[int]], new_tokens: int) -> int:
+    """The most that a side takes for a prefill and a step, besides what others of the process hold."""
+    decoder = side.decoder
+
+    def work() -> None:
+        if decoder is None:
+            encode(side.opened, rows)
+            return
+        decoder.prefill(rows)
+        if new_tokens:
+            decoder.step(np.ones(len(rows), np.int64))
+
+    return side.held_nbytes + side.peak.during(work)
 
 
 def floor_seconds(side: Bound) -> float:
@@ -313,13 +349,4 @@ def _vocabulary(opened: GraphSession) -> int:
 
 def _used(device: str) -> int:
     """Bytes taken: on CUDA of the device, else private memory of this process; 0 where the system does not say."""
-    if device != "cpu":
-        from surgery.onnx.run.cudart import device_count, used
-
-        if device_count():
-            return used(int(device.partition(":")[2] or 0))
-    try:
-        with open("/proc/self/status") as status:
-            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")), 0)
-    except OSError:
-        return 0
+    return (device_nbytes(device) if device != "cpu" else 0) or resident_nbytes("RssAnon")

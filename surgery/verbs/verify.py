@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -304,7 +304,21 @@ def _graphs(
         reference = with_baked_modules(reference, main)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
-        checks += [_judged(measure, graph, tolerance) for measure in _measures(graph, reference, prompt)]
+        checks += _judged_graph(graph, reference, prompt, tolerance)
+
+
+def _judged_graph(
+    graph: GraphFile, reference: Reference, prompt: Adapter | None, tolerance: float | None
+) -> Iterator[Check]:
+    from surgery.reference.stored import watched
+    from surgery.verification.finite import check_finite, fits_half
+
+    with watched() as seen:
+        measures = _measures(graph, reference, prompt)
+    check_finite(graph, measures, seen)
+    yield from (_judged(measure, graph, tolerance) for measure in measures)
+    if graph.contract.dtype == "fp16" and graph.path.name == _GRAPH:
+        yield Check("range", fits_half(graph, seen, lambda: _measures(graph, reference, prompt)))
 
 
 def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:
@@ -314,7 +328,7 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
         ProofError: they are farther from it than was written down.
     """
     from surgery.engine.merge.merge_plan import plan_merge
-    from surgery.reference.weights import planned_weights
+    from surgery.reference.weights import planned_weights, stored_weights
     from surgery.verification.coded_weights import coded_reference, stored_errors
     from surgery_formats.binding.bind import bind
 
@@ -323,9 +337,11 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
     said = f"{number} weights of {' and '.join(map(str, bits))} bits"
     if base is None:
         return Check("quantised weights", said)
-    errors = stored_errors(
-        coded_reference(graph), planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
-    )
+    if roles.merged:
+        wanted = planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
+    else:
+        wanted = stored_weights(base.main)
+    errors = stored_errors(coded_reference(graph), wanted)
     recorded = _recorded_errors(where)
     for found in errors:
         limit = recorded.get(found.name)

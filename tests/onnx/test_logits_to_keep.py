@@ -69,3 +69,15 @@ def test_a_choice_that_is_none_is_refused(base, tmp_path):
     classifier = recipes.build("llama_classifier", tmp_path / "classifier")
     with pytest.raises(FitError, match="generates"):
         surgery.export_onnx(classifier, output=tmp_path / "out", logits="input")
+
+
+def test_bench_shows_the_memory_that_it_saves(tmp_path):
+    base = recipes.build("llama", tmp_path / "base", vocab_size=20_000, max_position_embeddings=512)
+    for logits in ("all", "input"):
+        surgery.export_onnx(base, output=tmp_path / logits, logits=logits)
+    result = surgery.bench(
+        tmp_path / "all", tmp_path / "input", prompt_length=400, new_tokens=1, device="cpu", threads=1
+    )
+    every, last = (side.peak_nbytes for side in result.sides)
+    assert every - last > 400 * 20_000 * 4 * 0.9
+    assert result.as_json()["sides"][0]["peak_nbytes"] == every

@@ -208,7 +208,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         virtual=options.virtual,
         batch=_batch(model),
         position_ids=options.position_ids,
-        keep_logits=options.keep_logits and model.generates,
+        keep_logits=options.keep_logits and model.generates and model.encoder is None,
     )
 
 

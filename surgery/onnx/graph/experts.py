@@ -8,6 +8,8 @@ an order that no checkpoint has, so they would be copied (docs/adr/0047).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from surgery.onnx.graph.context import Context, module_of
@@ -27,7 +29,8 @@ def experts(ctx: Context, record: Experts, x: str, width: int, *, alpha: float =
     rows = x if ctx.flat else ctx.reshaped(x, (-1, width), at)
     chosen, weights = _choice(ctx, record, rows, at)
     pieces, places = _sorted_pieces(ctx, record, rows, chosen, at)
-    done = [mlp(ctx, one, piece, alpha=alpha) for one, piece in zip(record.experts, pieces, strict=True)]
+    inside = replace(ctx, target=replace(ctx.target, linear="fused")) if ctx.target.name != "portable" else ctx
+    done = [mlp(inside, one, piece, alpha=alpha) for one, piece in zip(record.experts, pieces, strict=True)]
     joined = graph.node("Concat", done, at, axis=0) if len(done) > 1 else done[0]
     each = ctx.reshaped(graph.node("Gather", [joined, places], at, axis=0), (-1, record.top, width), at)
     weighted = graph.node("Mul", [each, graph.node("Unsqueeze", [weights, graph.ints(2)], at)], at)
@@ -103,7 +106,11 @@ def _sorted_pieces(ctx: Context, record: Experts, rows: str, chosen: str, at: st
     number = graph.node("Shape", [flat], at)
     order = _argsort(ctx, flat, number, at)
     tokens = graph.node("Div", [order, graph.number(record.top, DType.I64)], at)
-    gathered = graph.node("Gather", [rows, tokens], at, axis=0)
+    # onnxruntime's planner compares each value of known rank with all that were freed before: at thousands of pieces that takes
+    # minutes. A Squeeze of an axis that only the run tells (0, the least of a permutation) leaves the rank of the pieces open.
+    gathered = graph.node("Gather", [rows, graph.node("Unsqueeze", [tokens, graph.ints(0)], at)], at, axis=0)
+    first = graph.node("ReduceMin", [order], at, keepdims=1)
+    gathered = graph.node("Squeeze", [gathered, first], at)
     if len(record.experts) == 1:
         return [gathered], _argsort(ctx, order, number, at)
     numbers = graph.constant(np.arange(len(record.experts), dtype=np.int64))

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is converted when a graph is loaded, and whether it fits the type; values on the way are measured if asked for.
+
+A graph reads weights as they are stored and casts those of another type. In float16 a number beyond 65,504 becomes infinite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from surgery_formats.errors import FitError
+from surgery_formats.files.raw import File, open_file
+from surgery_formats.text import count, listing, nbytes, show
+
+if TYPE_CHECKING:
+    import numpy
+    import onnx
+
+    from surgery.engine.plan import Plan
+    from surgery.reference.stored import Stored
+    from surgery_formats.models.component import Component
+
+__all__ = ["Converted", "converted_weights", "issues_of_types", "load_cost", "measured_values", "too_large"]
+
+LARGEST_HALF = 65504.0
+_HALF, _BRAIN, _FLOAT = 10, 16, 1  # of TensorProto.DataType
+_BEYOND = {_BRAIN: ("u2", 0x4780, 0x7F80), _FLOAT: ("u4", 0x477FF000, 0x7F800000)}
+"""Bits of the first number that becomes infinite in float16, and of Inf, without their sign."""
+_BLOCK = 1 << 24  # bytes
+_WORTH_TELLING = 100 << 20  # bytes that are converted at each load
+_ROWS, _WIDTH = 8, 128  # tokens that are measured
+
+
+class Converted(NamedTuple):
+    """A weight that a graph casts.
+
+    Attributes:
+        name: Its name in the graph.
+        path: The file that holds it.
+        start: Its first byte there.
+        nbytes: How many it has.
+        source: Stored type, as ``TensorProto.DataType``.
+        target: The graph's.
+    """
+
+    name: str
+    path: Path
+    start: int
+    nbytes: int
+    source: int
+    target: int
+
+
+def issues_of_types(
+    graph: onnx.ModelProto, dtype: str, folder: Path, sources: Sequence[File], seen: Stored | None
+) -> list[str]:
+    """What a user is told of a graph's types: what does not fit, and what loading costs.
+
+    Args:
+        graph: The graph, by whose nodes weights are converted.
+        dtype: Its type.
+        folder: Where it was written.
+        sources: Files of the base that it reads.
+        seen: Values that were measured.
+    """
+    beside = {file.path.name: file.path for file in sources}
+    converted = list(converted_weights(graph, folder, beside))
+    issues = too_large(converted)
+    if seen is not None and seen.beyond:
+        issues.append(f"values are not finite, first those of {show(seen.beyond, 160)}: the weights are damaged")
+    elif seen is not None and dtype == "fp16" and seen.largest > LARGEST_HALF:
+        issues.append(
+            f"values reach {seen.largest:,.0f} ({show(seen.where, 160)}), where fp16 ends at 65,504: what is beyond "
+            "becomes infinite, and logits mostly NaN; --dtype bf16 or fp32 holds them"
+        )
+    if cost := load_cost(converted):
+        issues.append(cost)
+    return issues
+
+
+def converted_weights(graph: onnx.ModelProto, folder: Path, beside: Mapping[str, Path]) -> Iterator[Converted]:
+    """Weights in files that a graph casts to another type; what is not `beside` the base lies in `folder`."""
+    stored = {tensor.name: tensor for tensor in graph.graph.initializer if tensor.external_data}
+    for node in graph.graph.node:
+        if node.op_type != "Cast" or node.input[0] not in stored:
+            continue
+        tensor = stored[node.input[0]]
+        entry = {field.key: field.value for field in tensor.external_data}
+        target = next(field.i for field in node.attribute if field.name == "to")
+        yield Converted(
+            node.output[0].removesuffix("/Cast"),
+            beside.get(entry["location"], folder / entry["location"]),
+            int(entry["offset"]),
+            int(entry["length"]),
+            tensor.data_type,
+            target,
+        )
+
+
+def load_cost(converted: list[Converted]) -> str:
+    """What converting costs whoever loads the graph, or the empty string where it is little."""
+    size = sum(one.nbytes for one in converted)
+    if size < _WORTH_TELLING:
+        return ""
+    names = {_HALF: "fp16", _BRAIN: "bf16", _FLOAT: "fp32"}
+    pairs = sorted({(names.get(one.source, "others"), names.get(one.target, "others")) for one in converted})
+    what = listing([f"{source} for {target}" for source, target in pairs])
+    return (
+        f"{nbytes(size)} of {what} are converted at each load, which takes as much more memory of the host and several "
+        "times the time; surgery layers with --dtype writes them in that type, to be exported instead"
+    )
+
+
+def too_large(converted: list[Converted]) -> list[str]:
+    """Warnings of weights that float16 cannot hold, and of those that are no numbers; they are read for it."""
+    beyond: list[str] = []
+    damaged: list[str] = []
+    for one in converted:
+        if one.target != _HALF or one.source not in _BEYOND:
+            continue
+        kind, first, infinite = _BEYOND[one.source]
+        greatest = _greatest_bits(one, kind)
+        if greatest >= infinite:
+            damaged.append(one.name)
+        elif greatest >= first:
+            beyond.append(one.name)
+    warnings = []
+    if damaged:
+        warnings.append(f"{count(len(damaged))} weights hold NaN or Inf: {listing([show(name) for name in damaged])}")
+    if beyond:
+        warnings.append(
+            f"{count(len(beyond))} weights hold numbers beyond 65,504, which become infinite in fp16: "
+            f"{listing([show(name) for name in beyond])}; --dtype bf16 or fp32 keeps them"
+        )
+    return warnings
+
+
+def _greatest_bits(one: Converted, kind: str) -> int:
+    """The greatest bits without their sign: they are in the order of the magnitudes, NaN behind Inf."""
+    import numpy as np
+
+    file, greatest = open_file(one.path), 0
+    size = np.dtype(kind).itemsize
+    sign = 1 << (8 * size - 1)
+    buffer = np.empty(min(_BLOCK, one.nbytes), "u1")
+    for start in range(0, one.nbytes, _BLOCK):
+        part: numpy.ndarray = buffer[: min(_BLOCK, one.nbytes - start)]
+        file.read_into(memoryview(part), one.start + start)  # type: ignore[arg-type]  # its stubs do not declare the protocol
+        bits = part.view(kind)
+        largest = int(bits.max())
+        greatest = max(greatest, int(bits.view(f"i{size}").max()), largest - sign if largest >= sign else 0)
+    return greatest
+
+
+def measured_values(component: Component, plan: Plan | None, task: str, text: str | Path) -> Stored:
+    """How large the values get that a graph stores, on a text, computed in float32.
+
+    Args:
+        component: The network.
+        plan: What a merge would write of it, or None.
+        task: What the graph is for.
+        text: File of a text, or ``words``: tokens from all over the vocabulary.
+
+    Raises:
+        NotFoundError, MalformedError: no tokenizer, or it cannot be read.
+        FitError: an empty text, or a model without a reference.
+    """
+    import torch
+
+    from surgery.reference import forward, open_reference
+    from surgery.reference.stored import watched
+
+    reference = open_reference(component, plan, task=task)
+    ids = _ids(component, text, reference.model.vocabulary, min(_WIDTH, reference.model.max_positions or _WIDTH))
+    with watched() as seen:
+        for row in ids:
+            forward(reference, torch.tensor([row]))
+    return seen
+
+
+def _ids(component: Component, text: str | Path, vocabulary: int, width: int) -> list[list[int]]:
+    if text == "words":
+        chosen = min(vocabulary, _ROWS * width)
+        ids = [number * vocabulary // chosen for number in range(chosen)]
+        ids = [number for start in range(_ROWS) for number in ids[start::_ROWS]]  # each row from all over
+    else:
+        from surgery.onnx.run.tokenizer import open_tokenizer
+
+        raw = open_file(text)
+        ids = open_tokenizer(component.folder).encode(
+            bytes(raw.read(0, min(raw.size, 1 << 20))).decode(errors="replace")
+        )
+    if not ids:
+        raise FitError("the text to measure on has no tokens")
+    return [ids[start : start + width] for start in range(0, min(len(ids), _ROWS * width), width)]

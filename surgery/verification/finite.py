@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are the logits finite in the type that a graph computes in?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.reference.stored import LARGEST_HALF, Stored, watched
+from surgery_formats.errors import ProofError
+from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    from surgery.verification.onnx import LogitDifference
+    from surgery.verification.session import GraphFile
+
+__all__ = ["check_finite", "fits_half"]
+
+_NEAR = 0.5  # of the largest: rounding on the way may carry less of it beyond
+
+Measure = Callable[[], Sequence["LogitDifference"]]
+
+
+def check_finite(graph: GraphFile, measures: Sequence[LogitDifference], seen: Stored) -> None:
+    """Refuse logits that are not finite in float32: a weight is damaged.
+
+    Raises:
+        ProofError: a logit is NaN or Inf.
+    """
+    if not all(math.isfinite(measure.size) for measure in measures):
+        raise ProofError(
+            f"logits are not finite: the first values that are not are those of {show(seen.beyond, 200)}",
+            file=graph.path,
+            hint="the weights are damaged, or were before the export",
+        )
+
+
+def fits_half(graph: GraphFile, seen: Stored, again: Measure) -> str:
+    """What is said of a graph of float16 whose values fit.
+
+    Args:
+        graph: The graph.
+        seen: What the model computed in float32.
+        again: Computes all once more.
+
+    Raises:
+        ProofError: with every stored value rounded to float16 a logit is NaN or Inf.
+    """
+    if seen.largest > _NEAR * LARGEST_HALF:
+        with watched(torch.float16) as rounded:
+            measures = again()
+        if not all(math.isfinite(measure.size) for measure in measures):
+            raise ProofError(
+                f"logits are not finite in fp16: values of {show(rounded.beyond, 200)} are beyond {LARGEST_HALF:,.0f} "
+                f"(the largest of all is {seen.largest:,.0f}); where a runtime computes in fp32 inside, it does not show",
+                file=graph.path,
+                hint='export with `dtype="bf16"` or "fp32"',
+            )
+    return f"{seen.largest:,.4g} at most, {show(seen.where, 120)}; fp16 ends at {LARGEST_HALF:,.0f}"
