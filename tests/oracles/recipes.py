@@ -329,7 +329,8 @@ DECODERS |= {
     "qwen3_vl": _sees(
         "Qwen3VL",
         {
-            **{**_GQA, "head_dim": 16},
+            **_GQA,
+            "head_dim": 16,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 500.0,
