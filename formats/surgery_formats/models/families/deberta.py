@@ -94,7 +94,9 @@ def recipe(settings: ModelSettings) -> Model:
         table = Projection(embedding.tokens, sizes.hidden, sizes.vocabulary, f"{at}.bias")
         return LanguageHead(table, dense_step, activation=activation, norm=norm)
 
-    model = encoder(settings, sizes, embedding, layers(), before=step, choice=step, language=language)
+    model = encoder(
+        settings, sizes, embedding, layers(), before=step, choice=step, language=language, head_modules=("pooler",)
+    )
     unread = {} if distances is not None and compared else _unread(settings, f"{root}encoder")
     return replace(model, convolution=added, unused={**model.unused, **unread})
 

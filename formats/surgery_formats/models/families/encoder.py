@@ -139,6 +139,7 @@ def encoder(
     choice: tuple[Projection, Activation] | None = None,
     language: Callable[[], LanguageHead] | None = None,
     heads: Mapping[str, Callable[[], Head] | None] = MappingProxyType({}),
+    head_modules: tuple[str, ...] = (),
     final_norm: Norm | None = None,
 ) -> Model:
     """Assemble the encoder, with the head chosen by the task, then check the settings that nobody read.
@@ -146,7 +147,7 @@ def encoder(
     `before` is the first step of a sequence classifier, `classifier` the module of its last; `choice` is the first step
     where choices are scored. `pooler` is the family's, whether the file has it or not, None if the family
     has none; `language` makes the head that fills masks. `heads` make those that are not BERT's, by task; None for a task
-    that the family lacks.
+    that the family lacks; `head_modules` are the modules of heads that no other family has.
 
     Raises:
         FitError: a decoder, a task that encoders do not have, non-absolute positions, or an unread setting
@@ -183,7 +184,7 @@ def encoder(
                 raise settings.fault(f"architectures is missing; the tasks of encoders are {', '.join(known)}")
             head = HiddenHead(pooler if has_pooler else None)
     used = head_names(head)
-    unused = other_heads(settings, used)
+    unused = other_heads(settings, used, head_modules)
     if pooler is not None and pooler.weight not in used:
         stored = (name for name in (pooler.weight, pooler.bias) if name in settings.names)
         unused |= dict.fromkeys(stored, "the head does not read the pooler")

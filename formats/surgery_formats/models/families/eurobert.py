@@ -66,6 +66,7 @@ def recipe(settings: ModelSettings) -> Model:
         Embedding(table),
         (layer(f"{root}layers.{index}", index) for index in range(sizes.layers)),
         final_norm=norm(f"{root}norm"),
+        head_modules=("dense",),
         heads={
             "text-classification": scores,
             "fill-mask": language,

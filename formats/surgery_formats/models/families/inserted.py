@@ -121,6 +121,8 @@ def with_inserted(model: Model, modules: Iterable[PlacedModule]) -> Model:
                 head = replace(head, inverted=(*head.inverted, network))
         elif module.layer >= len(layers):
             raise FitError(f"for layer {module.layer}, but the model has {len(layers)}", tensor=network.module)
+        elif sum(layer.attention.output == layers[module.layer].attention.output for layer in layers) > 1:
+            raise FitError("no module can be inserted into layers that share their weights", tensor=network.module)
         else:
             layers[module.layer] = _inserted(layers[module.layer], module.behind, network)
     unused = {

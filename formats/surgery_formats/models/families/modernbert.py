@@ -85,6 +85,7 @@ def recipe(settings: ModelSettings) -> Model:
         Embedding(table, norm=norm(f"{root}embeddings.norm")),
         (layer(index) for index in range(sizes.layers)),
         final_norm=norm(f"{root}final_norm"),
+        head_modules=("head", "decoder"),
         heads={
             "text-classification": lambda: scores(every=False),
             "token-classification": lambda: scores(every=True),

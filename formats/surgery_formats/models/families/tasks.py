@@ -164,12 +164,12 @@ def head_names(head: Head) -> set[str]:
     return (names | ({norm.weight, norm.bias} if norm else set())) - {""}
 
 
-def other_heads(settings: ModelSettings, used: Collection[str]) -> dict[str, str]:
-    """The tensors of heads that the task does not read, with the reason.
+def other_heads(settings: ModelSettings, used: Collection[str], own: Sequence[str] = ()) -> dict[str, str]:
+    """The tensors of heads that the task does not read, with the reason; `own` are modules of this family's heads alone.
 
     A model that was given a head for a task may still have the one it was pretrained with; another task's only where a
     task was asked for.
     """
-    heads = _PRETRAINED + _TRAINED if settings.task else _PRETRAINED
+    heads = (*_PRETRAINED, *own, *(_TRAINED if settings.task else ()))
     unread = (name for name in settings.names if name.partition(".")[0] in heads and name not in used)
     return dict.fromkeys(unread, "a head that the task does not read")
