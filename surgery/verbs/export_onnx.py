@@ -18,8 +18,8 @@ from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import Assembly, prompt_form
 from surgery.onnx.export.cautions import graph_warnings, warnings_before
-from surgery.onnx.export.graph_inputs import with_logits, with_positions, with_required
 from surgery.onnx.export.half_range import issues_of_types, measured_values
+from surgery.onnx.export.input_options import with_logits, with_positions, with_required, with_sentence
 from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.layouts import (
     Arrangement,
@@ -33,6 +33,7 @@ from surgery.onnx.export.layouts import (
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
+from surgery.onnx.export.sentence import SENTENCE_FILE
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
@@ -44,7 +45,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
-from surgery_formats.models.families.tasks import check_task
+from surgery_formats.models.families.tasks import FEATURES, SENTENCE, check_task
 
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
@@ -177,10 +178,12 @@ def export_onnx(
     check_task(task)
     shape = layout_named(layout)
     full = merge_to == "full"
-    binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
+    own = FEATURES if task == SENTENCE else task or ""
+    binding, merged = _merged(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
-    assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
-    assembly = with_required(assembly, required or (layout == "triton" and bool(assembly.slots)))
+    assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
+    required = required or (layout == "triton" and bool(assembly.slots))
+    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(assembly, position_ids), logits)
@@ -201,7 +204,8 @@ def export_onnx(
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
         files, graph_set, graphs = assembly.files(here)
-        inside = {INSERTED: files.pop(INSERTED)} if chosen == "embed" and INSERTED in files else {}
+        small = (name for name in (INSERTED, SENTENCE_FILE) if chosen == "embed" and name in files)
+        inside = {name: files.pop(name) for name in [*small]}
         for name, graph in graphs.items():
             if chosen == "embed":
                 embed(graph, sources, inside)
@@ -413,6 +417,8 @@ def _side_files(
         data = json.dumps(dict(config or assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
         side_files = [side for side in side_files if side.name != "config.json"]
         side_files.append(SideFile("config.json", data=data))
+    if assembly.sentence is not None:
+        side_files += [SideFile(name, source=path) for name, path in assembly.sentence.modules.files.items()]
     return [side for side in side_files if side.name not in taken]
 
 

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
-from surgery.onnx.export.inserted import INSERTED
-from surgery.onnx.export.merged import DELTA
 from surgery.onnx.export.place import LEDGER
 from surgery.onnx.run.opening import placed_graph, side_folder
 from surgery.reports.result import elapsed, summarised, timed
@@ -24,7 +22,6 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError, Proo
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.models.component import Component
 from surgery_formats.text import count, listing, summed_up
 
 if TYPE_CHECKING:
@@ -284,6 +281,7 @@ def _graphs(
     notes: list[str],
 ) -> None:
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
+    from surgery.verification.sentence import own_task, with_sentence_modules
     from surgery.verification.session import check_weights, read_graph
     from surgery.verification.slots import with_defaults
 
@@ -306,6 +304,8 @@ def _graphs(
     elif base is None and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles, own))
+    if own_task(main.contract) != main.contract.task:
+        reference = with_sentence_modules(reference, where if base is None else base.main.folder)
     if main.contract.quantised:
         checks.append(_codes(where, main, base, roles))
         notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
@@ -404,10 +404,13 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles, o
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights
+    from surgery.verification.beside import model_beside
+    from surgery.verification.sentence import own_task
     from surgery_formats.binding.bind import bind
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
+    task = own_task(contract)
     if contract.quantised and graph.weight_files:
         from surgery.verification.coded_weights import coded_reference
 
@@ -415,38 +418,23 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles, o
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])
-        return open_reference(base.main, plan_merge(binding), task=contract.task)
+        return open_reference(base.main, plan_merge(binding), task=task)
     # of a quantised base, a graph has the values in 16 bits
     dequantised = plan_merge(bind([], base)) if base is not None and base.is_quantised else None
     if not graph.weight_files:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
-        return open_reference(base.main, dequantised, task=contract.task)
+        return open_reference(base.main, dequantised, task=task)
     in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
     if base is not None and (roles.insert or not in_files):
-        return open_reference(base.main, dequantised, task=contract.task)
-    component = _beside(graph, own)
+        return open_reference(base.main, dequantised, task=task)
+    component = model_beside(graph, own)
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
     for file in graph.weight_files:
         if file.name not in known:  # what a merge changed lies in a file of its own
             tensors |= {tensor.name: tensor for tensor in data_shard(folder / file.name).tensors}
-    return Reference(
-        model_of(component.config, tensors.keys(), contract.task), tensor_weights(tensors, component.names)
-    )
-
-
-def _beside(graph: GraphFile, own: Mapping[str, str]) -> Component:
-    """The model beside a graph, of which what a merge changed is no part; `own` names files that got another name."""
-    folder = graph.path.parent
-    if not own and side_folder(graph.path) == folder:
-        return open_checkpoint(folder).main
-    computed = (DELTA, INSERTED)
-    shards = [
-        data_shard(folder / file.name) for file in graph.weight_files if own.get(file.name, file.name) not in computed
-    ]
-    config = read_object(side_folder(graph.path) / "config.json")
-    return Component("", folder, tuple(shards), None, "", config)
+    return Reference(model_of(component.config, tensors.keys(), task), tensor_weights(tensors, component.names))
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which inputs a graph has besides tokens, mask and cache."""
+"""What a caller may ask of the inputs and outputs of graphs, checked against the model and its adapters."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from surgery.onnx.export.assemble import Assembly
+from surgery.onnx.export.sentence import sentence_file
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["with_logits", "with_positions", "with_required"]
+__all__ = ["with_logits", "with_positions", "with_required", "with_sentence"]
 
 
 def with_required(assembly: Assembly, required: bool) -> Assembly:
@@ -59,3 +60,15 @@ def with_positions(assembly: Assembly, asked: bool) -> Assembly:
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
     return replace(assembly, options=replace(assembly.options, position_ids=asked))
+
+
+def with_sentence(assembly: Assembly) -> Assembly:
+    """The same with the modules of sentence-transformers that lie beside the model.
+
+    Raises:
+        InputError: they cannot be read.
+        FitError: a module that is not known, or one soft prompt in front.
+    """
+    sentence = sentence_file(assembly.component.folder, assembly.model.hidden)
+    options = replace(assembly.options, overrides={**assembly.options.overrides, **sentence.overrides})
+    return replace(assembly, model=sentence.on(assembly.model), options=options, sentence=sentence)
