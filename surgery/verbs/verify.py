@@ -305,7 +305,7 @@ def _graphs(
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles, own))
     if own_task(main.contract) != main.contract.task:
-        reference = with_sentence_modules(reference, where if base is None else base.main.folder)
+        reference = with_sentence_modules(reference, side_folder(path) if base is None else base.main.folder)
     if main.contract.quantised:
         checks.append(_codes(where, main, base, roles))
         notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]

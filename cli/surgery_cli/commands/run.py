@@ -49,7 +49,7 @@ __all__ = ["command"]
     "adapters",
     multiple=True,
     metavar="FILE",
-    help=".onnx_adapter for the slots; several add up. Or NAME=0.5: one that is inside, at this strength.",
+    help=".onnx_adapter for the slots; several add up (onnxruntime alone takes the first). Or NAME=0.5: one that is inside.",
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
