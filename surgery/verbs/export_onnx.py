@@ -57,6 +57,7 @@ def export_onnx(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
     required: bool = False,
+    packed: bool = False,
     bake_prompt: str | Sequence[str] = (),
     prompt_form: str = "auto",
     merge_to: str = "delta",
@@ -95,6 +96,8 @@ def export_onnx(
             hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
+        packed: Whether slots of weights with the same input (queries, keys and values; gate and up) are one, whose factors an
+            ``.onnx_adapter`` of this export fills: fewer and larger products.
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
             behind the vocabulary.
@@ -167,7 +170,7 @@ def export_onnx(
     binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
-    assembly = _with_required(assembly, required)
+    assembly = _with_required(assembly, required, packed)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = _with_logits(_with_positions(assembly, position_ids), logits)
@@ -307,23 +310,24 @@ def _assembly(
     )
 
 
-def _with_required(assembly: Assembly, required: bool) -> Assembly:
-    """The same with slots that have no default, if that is asked for.
+def _with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
+    """The same with slots that have no default, or are packed, if that is asked for.
 
     Raises:
         FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
     """
-    if not required:
+    if not required and not packed:
         return assembly
     if not assembly.slots:
-        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
-    if named := next((one for one in assembly.slots if one.replaced), None):
+        what = "require" if required else "pack"
+        raise FitError(f"no adapter is swapped, so there are no slots to {what}", hint="`swap=` names one")
+    if required and (named := next((one for one in assembly.slots if one.replaced), None)):
         raise FitError(
             "it replaces parameters, whose inputs have the base's values as default",
             file=named.adapter.path,
             hint="without `required=`, or merge it",
         )
-    return replace(assembly, options=replace(assembly.options, required=True))
+    return replace(assembly, options=replace(assembly.options, required=required, packed=packed))
 
 
 def _with_logits(assembly: Assembly, asked: str) -> Assembly:
