@@ -22,6 +22,7 @@ from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
+from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
@@ -72,6 +73,7 @@ def export_onnx(
     embeddings: str = "auto",
     head: str = "auto",
     budget: int | None = None,
+    linear: str = "auto",
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
@@ -115,6 +117,8 @@ def export_onnx(
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
         budget: Of ``mixed``: most bytes of all weights.
+        linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
+            for; all weights are written, in the graph's type.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
@@ -143,23 +147,9 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
-    coding = None
-    if weights_type != "stored" or _about_codes(
-        block, symmetric, scales, rounding, calibration, embeddings, head, budget
-    ):
-        from surgery.onnx.export.weight_coding import weight_coding
-
-        coding = weight_coding(
-            weights_type,
-            block=block,
-            symmetric=symmetric,
-            scales=scales,
-            rounding=rounding,
-            calibration=calibration,
-            embeddings=embeddings,
-            head=head,
-            budget=budget,
-        )
+    coding = WeightOptions(
+        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear
+    ).coding()
     if coding is not None:
         merge_to = "full"  # all weights are written
     check_task(task)
@@ -171,13 +161,15 @@ def export_onnx(
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = _with_logits(_with_positions(assembly, position_ids), logits)
+    if opset is None and linear == "matmul":
+        opset = WITHOUT_ATTENTION
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
-    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
+    told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = _warnings(chosen, roles, checkpoint, told) + _graph_warnings(assembly, draft)
     built: list[GraphSet] = []
 
@@ -225,10 +217,6 @@ def export_onnx(
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
-
-
-def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(
@@ -291,7 +279,10 @@ def _assembly(
             "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
         )
     coded = merged.coded if merged else {}
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
+    operators = choose(target, io)
+    if merged is not None and merged.across:
+        operators = replace(operators, linear="matmul")
+    options = GraphOptions(operators, io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:

@@ -398,7 +398,9 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
-    if contract.quantised and graph.weight_files:
+    from surgery.onnx.export.coded_plan import QUANTISED, TRANSPOSED
+
+    if any(file.name in (QUANTISED, TRANSPOSED) for file in graph.weight_files):
         from surgery.verification.coded_weights import coded_reference
 
         return coded_reference(graph)
