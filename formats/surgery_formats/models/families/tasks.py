@@ -12,6 +12,7 @@ from surgery_formats.models.families.recipe import (
     HiddenHead,
     LanguageHead,
     Model,
+    PooledHead,
     Projection,
     SpanHead,
 )
@@ -21,6 +22,7 @@ from surgery_formats.text import show
 __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
+    "IMAGE_TASKS",
     "TASKS",
     "asked_task",
     "check_task",
@@ -35,7 +37,8 @@ __all__ = [
 _BOTH = ("text-classification", "token-classification", "question-answering", "feature-extraction")
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
-TASKS = ("text-generation", *ENCODER_TASKS)
+IMAGE_TASKS = ("image-classification", "image-feature-extraction")
+TASKS = ("text-generation", *ENCODER_TASKS, *IMAGE_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -90,6 +93,8 @@ def task_of(model: Model) -> str:
             return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
+        case ClassifierHead() if model.embedding.patches is not None:
+            return "image-classification"
         case ClassifierHead():
             if model.head.choices:
                 return "multiple-choice"
@@ -97,7 +102,7 @@ def task_of(model: Model) -> str:
         case SpanHead():
             return "question-answering"
         case _:
-            return "feature-extraction"
+            return "feature-extraction" if model.embedding.patches is None else "image-feature-extraction"
 
 
 def labels(settings: ModelSettings) -> int:
@@ -147,6 +152,8 @@ def head_names(head: Head) -> set[str]:
             projections = [head.projection]
         case HiddenHead():
             projections = [head.pooler]
+        case PooledHead():
+            projections = [head.projection]
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
