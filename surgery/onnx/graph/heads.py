@@ -14,6 +14,7 @@ from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.norm import norm
 from surgery.onnx.graph.patches import mean_of_patches
 from surgery.onnx.graph.pooled import pooled_head
+from surgery.onnx.graph.sentence import sentence_embedding
 from surgery.onnx.graph.weights import LABELS
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import (
@@ -24,6 +25,7 @@ from surgery_formats.models.families.recipe import (
     PooledHead,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = ["add_head"]
 
@@ -46,6 +48,9 @@ def add_head(ctx: Context, model: Model, x: str) -> None:
             _hidden_head(ctx, model.head, x, model.hidden)
         case PooledHead():
             pooled_head(ctx, model.head, x, model.hidden)
+        case SentenceHead():
+            _every_token(ctx, x, "", "last_hidden_state", model.hidden)
+            sentence_embedding(ctx, model.head, "last_hidden_state")
 
 
 def _language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -> None:

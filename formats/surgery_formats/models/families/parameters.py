@@ -19,6 +19,7 @@ from surgery_formats.models.families.recipe import (
     PooledHead,
     Projection,
 )
+from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.models.families.tasks import task_of
@@ -154,6 +155,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             project(head.probe.inputs, head.probe.output)
             normalise(model.hidden, head.probe.norm)
             transform(head.probe.mlp)
+    elif isinstance(head, SentenceHead):
+        project(*(step.projection for step in head.steps if isinstance(step, DenseStep)))
     else:
         project(head.projection)
     if isinstance(head, LanguageHead):

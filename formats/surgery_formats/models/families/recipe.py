@@ -27,6 +27,7 @@ from surgery_formats.models.families.recipe_attention import (
 from surgery_formats.models.families.recipe_audio import AudioStem, TimeConvolution
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+from surgery_formats.models.families.recipe_sentence import SentenceHead
 from surgery_formats.models.families.recipe_vision import Patches
 
 __all__ = [
@@ -335,7 +336,7 @@ class PooledHead:
     probe: Probe | None = None
 
 
-Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead | PooledHead
+Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead | SentenceHead | PooledHead
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,16 @@ from surgery_formats.models.families.recipe import (
     Projection,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
 __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
+    "FEATURES",
     "IMAGE_TASKS",
+    "SENTENCE",
     "TASKS",
     "asked_task",
     "check_task",
@@ -38,7 +41,10 @@ _BOTH = ("text-classification", "token-classification", "question-answering", "f
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
 IMAGE_TASKS = ("image-classification", "image-feature-extraction")
-TASKS = ("text-generation", *ENCODER_TASKS, *IMAGE_TASKS)
+FEATURES = "feature-extraction"
+SENTENCE = "sentence-similarity"
+"""Task of a model with the modules of sentence-transformers, which make one embedding of each text."""
+TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE, *IMAGE_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -101,6 +107,8 @@ def task_of(model: Model) -> str:
             return "token-classification" if model.head.tokens == "every" else "text-classification"
         case SpanHead():
             return "question-answering"
+        case SentenceHead():
+            return SENTENCE
         case _:
             return "feature-extraction" if model.embedding.patches is None else "image-feature-extraction"
 
@@ -154,6 +162,8 @@ def head_names(head: Head) -> set[str]:
             projections = [head.pooler]
         case PooledHead():
             projections = [head.projection]
+        case SentenceHead():
+            projections = [step.projection for step in head.steps if isinstance(step, DenseStep)]
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
