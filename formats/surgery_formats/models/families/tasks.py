@@ -21,6 +21,7 @@ from surgery_formats.text import show
 __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
+    "PAIR_TASKS",
     "TASKS",
     "asked_task",
     "check_task",
@@ -28,6 +29,7 @@ __all__ = [
     "decoder_head",
     "head_names",
     "labels",
+    "only_tasks",
     "other_heads",
     "task_of",
 ]
@@ -35,7 +37,8 @@ __all__ = [
 _BOTH = ("text-classification", "token-classification", "question-answering", "feature-extraction")
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
-TASKS = ("text-generation", *ENCODER_TASKS)
+PAIR_TASKS = ("text2text-generation", "automatic-speech-recognition")
+TASKS = ("text-generation", *ENCODER_TASKS, *PAIR_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -83,11 +86,19 @@ def asked_task(settings: ModelSettings, known: Sequence[str], what: str) -> str:
     raise settings.fault(f"architectures is {show(', '.join(classes), 80)}; the tasks of {what} are {', '.join(known)}")
 
 
+def only_tasks(settings: ModelSettings, *known: str) -> None:
+    """Refuse a task that was asked for and is none of those `known` to an encoder-decoder."""
+    if settings.task and settings.task not in known:
+        raise settings.fault(
+            f"the task '{show(settings.task, 40)}' is not among those of this model: {', '.join(known)}"
+        )
+
+
 def task_of(model: Model) -> str:
     """The task of a recipe, by its head."""
     match model.head:
         case LanguageHead() if model.encoder is not None:
-            return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
+            return PAIR_TASKS[model.encoder.embedding.stem is not None]
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
         case ClassifierHead():
