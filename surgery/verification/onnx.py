@@ -248,7 +248,7 @@ def _images(session: Session, reference: Reference, patches: Patches) -> Iterato
         if name not in expected:
             raise ProofError(f"the model has no output '{show(name, 60)}'")
         said = _CALLED.get(name, f"{name.replace('_', ' ')} of ")
-        yield _measured(f"{said}{len(pixels)} images", outputs[name], expected[name].numpy())
+        yield measured(f"{said}{len(pixels)} images", outputs[name], expected[name].numpy())
 
 
 _PER_TOKEN = {"start_logits": True, "end_logits": True}
