@@ -71,6 +71,7 @@ def export_onnx(
     calibration: StrPath | None = None,
     embeddings: str = "auto",
     head: str = "auto",
+    budget: int | None = None,
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
@@ -103,7 +104,8 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
-        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits; ``mixed``: of both, and
+            none, where they help most within `budget`;
         block: Of codes: inputs that share a scale, 32, 64 or 128.
         symmetric: Of codes: no zero points are stored.
         scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
@@ -112,6 +114,7 @@ def export_onnx(
         calibration: Of codes: a file of inputs (docs/extraction.md).
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
+        budget: Of ``mixed``: most bytes of all weights.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
@@ -141,7 +144,9 @@ def export_onnx(
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
     coding = None
-    if weights_type != "stored" or _about_codes(block, symmetric, scales, rounding, calibration, embeddings, head):
+    if weights_type != "stored" or _about_codes(
+        block, symmetric, scales, rounding, calibration, embeddings, head, budget
+    ):
         from surgery.onnx.export.weight_coding import weight_coding
 
         coding = weight_coding(
@@ -153,6 +158,7 @@ def export_onnx(
             calibration=calibration,
             embeddings=embeddings,
             head=head,
+            budget=budget,
         )
     if coding is not None:
         merge_to = "full"  # all weights are written
@@ -171,7 +177,8 @@ def export_onnx(
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
-    warnings = _warnings(chosen, roles, checkpoint, binding) + _graph_warnings(assembly, draft)
+    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
+    warnings = _warnings(chosen, roles, checkpoint, told) + _graph_warnings(assembly, draft)
     built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
@@ -221,7 +228,7 @@ def export_onnx(
 
 
 def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto")
+    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(
@@ -481,8 +488,8 @@ def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     return warnings
 
 
-def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, binding: Binding | None) -> list[str]:
-    warnings = list(binding.warnings) if binding else []
+def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, told: Sequence[str]) -> list[str]:
+    warnings = list(told)
     if others := [named.adapter for named in (*roles.swap, *roles.prefix, *roles.insert)]:
         from surgery_formats.binding.bind import warn_of_other_base
 

@@ -328,7 +328,7 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
         ProofError: they are farther from it than was written down.
     """
     from surgery.engine.merge.merge_plan import plan_merge
-    from surgery.reference.weights import planned_weights
+    from surgery.reference.weights import planned_weights, stored_weights
     from surgery.verification.coded_weights import coded_reference, stored_errors
     from surgery_formats.binding.bind import bind
 
@@ -337,9 +337,11 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
     said = f"{number} weights of {' and '.join(map(str, bits))} bits"
     if base is None:
         return Check("quantised weights", said)
-    errors = stored_errors(
-        coded_reference(graph), planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
-    )
+    if roles.merged:
+        wanted = planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
+    else:
+        wanted = stored_weights(base.main)
+    errors = stored_errors(coded_reference(graph), wanted)
     recorded = _recorded_errors(where)
     for found in errors:
         limit = recorded.get(found.name)

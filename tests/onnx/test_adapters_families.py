@@ -16,12 +16,15 @@ from tests.support.sessions import Plain
 
 IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
 TOLERANCE = 1e-4
+_LANGUAGE = r".*(language_model|text_model\.layers).*_proj"
+TARGETS = dict.fromkeys(("llava", "gemma3_images", "qwen2_5_vl", "smolvlm"), _LANGUAGE)
+"""Of the layers of a language model inside another."""
 
 
 @pytest.mark.parametrize("name", LORA)
 def test_lora_merged_and_in_slots_computes_what_peft_computes(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")
-    config = trained._lora(target_modules="all-linear")
+    config = trained._lora(target_modules=TARGETS.get(name, "all-linear"))
     adapter = trained.train(name, base, config, tmp_path / "adapter")
     expected = trained.logits(trained.attached(name, base, (adapter, 1.0)), IDS)
     plain = trained.logits(recipes.load(name, base), IDS)

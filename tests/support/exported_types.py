@@ -46,7 +46,7 @@ LORA = (
         "helium",
         "seed_oss",
     ),
-    *("gpt_bigcode", "mpt_clipped", "persimmon"),
+    *("gpt_bigcode", "mpt_clipped", "persimmon", "llava", "gemma3_images", "qwen2_5_vl", "smolvlm"),
 )
 """Cases whose LoRA, of every linear layer, is compared merged and in slots."""
 
@@ -60,6 +60,7 @@ _TASKS = {
     "ForMaskedLM": "masked tokens",
     "ForMultipleChoice": "multiple choice",
     "ForImageClassification": "image classification",
+    "MTModel": "text from text or audio",
     "Model": "hidden states",
     "ModelWithProjection": "embeddings",
 }

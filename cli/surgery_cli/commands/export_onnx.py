@@ -67,8 +67,8 @@ __all__ = ["command"]
 )
 @option.choice(
     "--weights-type",
-    values=("stored", "int4", "int8"),
-    help="int4, int8: codes in blocks, for MatMulNBits, in quantised.safetensors; stored: as BASE has them.",
+    values=("stored", "int4", "int8", "mixed"),
+    help="int4, int8: codes in blocks, for MatMulNBits; mixed: of both, within --budget; stored: as BASE has them.",
 )
 @click.option(
     "--block", type=click.IntRange(min=1), default=32, show_default=True, help="Of codes: inputs that share a scale."
@@ -86,6 +86,7 @@ __all__ = ["command"]
     values=("auto", "keep", "int8", "int4"),
     help="Of codes: the token table; auto: as a head tied to it, else kept.",
 )
+@click.option("--budget", type=option.size, metavar="SIZE", help="Of mixed: most bytes of all weights, e.g. 700MB.")
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(
     "--range-text",

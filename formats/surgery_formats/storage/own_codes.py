@@ -7,6 +7,7 @@ Q5_0 and Q8_0, HQQ with whole zero points. What a code stands for is asked of th
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ _BLOCKS = (128, 64, 32, 16)
 _PROBED = 128  # rows that are looked at: a whole block where rows are inputs
 
 
-def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool) -> BlockFormat | None:
+def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool, wide: bool) -> BlockFormat | None:
     """The format that holds a weight's own codes with no more bits than `wanted`; None if there is none.
 
     The codes of some rows are read, and all scales where they are held as such.
@@ -34,6 +35,7 @@ def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool) -> B
         source: The weight; a matrix.
         wanted: Its blocks are kept where the weight's own are a multiple.
         turned: Whether rows of its matrix are inputs.
+        wide: Whether scales may be float32 where 16 bits do not hold them.
     """
     bits = 4 if source.bits <= 4 else 8
     if bits > wanted.bits or len(source.sizes) != 2:
@@ -45,8 +47,9 @@ def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool) -> B
     rows = min(source.shape[0], max(_PROBED, source.group))
     rows = rows // source.group * source.group or source.shape[0]
     values = source.grid(0, rows).values(source.codes(0, rows))
-    for symmetric in (True, False):
-        form = replace(wanted, bits=bits, block=block, symmetric=symmetric)
+    scale_types = (wanted.scale_type, DType.F32) if wide else (wanted.scale_type,)
+    for scale_type, symmetric in itertools.product(scale_types, (True, False)):
+        form = replace(wanted, bits=bits, block=block, symmetric=symmetric, scale_type=scale_type)
         if (symmetric and not _all_middle(source)) or not _gives(
             source, rows, form, values.T if turned else values, turned
         ):

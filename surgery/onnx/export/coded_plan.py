@@ -60,8 +60,10 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
     names = frozenset(component.parameters) | {tensor.weight for tensor in merged.tensors}
     model = with_biases(model_of(component.config, names, task), names)
     coding.check(component)
-    drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
     groups = packing_groups(component)
+    if coding.budget is not None:
+        coding = _within_budget(merged, base, model, coding, io, groups)
+    drafts = {draft.name: draft for draft in _drafts(merged, base, model, coding, io)}
     ordered = _ordered(drafts, groups)
     file = planned_file(QUANTISED, ordered, alignment=PAGE)
     written = {tensor.name for tensor in file.tensors}
@@ -71,9 +73,9 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         Account(tensor, "source", f"its values are in {weight.name}")
         if weight.name in drafts
         else Account(tensor, "dropped", "the graph does not read it")
-        for name, tensor in component.tensors.items()
+        for name, tensor in base.tensors.items()
         if name not in written and name not in accounted
-        for weight in (component.owners[name],)
+        for weight in (base.owners[name],)
     ]
     facts = {**merged.facts, "coding": coding.facts}
     plan = replace(
@@ -83,7 +85,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         side_files=(),
         accounts=tuple(accounts),
         inputs=merged.inputs + (coding.calibration.files if coding.calibration is not None else ()),
-        warnings=binding.warnings + _rounded_again(drafts, component),
+        warnings=binding.warnings + _rounded_again(drafts, base),
         facts=facts,
         id=hashlib.sha256(json.dumps([merged.id, coding.facts, io.label], sort_keys=True).encode()).hexdigest(),
     )
@@ -147,7 +149,7 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
         form = coding.form(bits, io)
         projection = uses.linear.get(recipe)
         turned = projection is not None and projection.transposed
-        step, form = _coded_step(tensors[0].step, name, component, coding, form, turned)
+        step, form = _coded_step(tensors[0].step, name, component, coding, form, turned, io is DType.F32)
         if rows and step.target.shape[1] % form.block:
             if coding.embeddings not in ("auto", "keep"):
                 raise FitError(
@@ -164,6 +166,42 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
         )
 
 
+def _within_budget(
+    merged: Plan,
+    component: Component,
+    model: Model,
+    coding: WeightCoding,
+    io: DType,
+    groups: Mapping[str, Sequence[str]],
+) -> WeightCoding:
+    """The coding with bits chosen for every weight that nothing else is said of.
+
+    Raises:
+        FitError: the budget is too small.
+    """
+    from surgery.onnx.export.bit_budget import Candidate, allocated, choices_of
+
+    uses = uses_of(model)
+    free = set(uses.linear) | ({uses.head} if uses.head and coding.head == "auto" else set())
+    drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
+    file = planned_file(QUANTISED, _ordered(drafts, groups), alignment=PAGE)
+    fixed = PAGE + file.nbytes - sum(tensor.nbytes for tensor in file.tensors)
+    candidates = []
+    for draft in drafts.values():
+        recipe = next((name for name in free if _stored(component, name) == draft.name), None)
+        step = draft.codes[0].step if draft.codes else None
+        own = isinstance(step, Compute) and isinstance(step.target, NBits) and step.target.exact is not None
+        fixed += sum(tensor.nbytes for tensor in draft.kept)
+        if recipe is None or own or not isinstance(step, Compute):
+            fixed += sum(tensor.nbytes for tensor in draft.codes)
+            continue
+        assert isinstance(step.target, NBits)
+        unit = groups.get(draft.name, (draft.name,))[0]
+        candidates.append(Candidate(recipe, draft.name, step.source, step.target.turned, unit))
+    assert coding.budget is not None
+    return replace(coding, chosen=allocated(choices_of(candidates, coding, io), coding.budget, fixed))
+
+
 def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool, bool]:
     """Bits of a weight, whether its rows are looked up as codes, and whether it is kept as well or alone."""
     if name == uses.table:
@@ -178,11 +216,17 @@ def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool
         return max(table, head), table > 0, not table
     if name == uses.head:
         return coding.head_bits(uses), False, False
-    return (coding.bits if name in uses.linear else 0), False, False
+    return (coding.bits_of(name) if name in uses.linear else 0), False, False
 
 
 def _coded_step(
-    step: Copy | Compute, name: str, component: Component, coding: WeightCoding, form: BlockFormat, by_input: bool
+    step: Copy | Compute,
+    name: str,
+    component: Component,
+    coding: WeightCoding,
+    form: BlockFormat,
+    by_input: bool,
+    wide: bool,
 ) -> tuple[Compute, BlockFormat]:
     """The weight's step with codes as its target, and how these are stored. `by_input`: rows of the model's weight are inputs."""
     operations = step.operations if isinstance(step, Compute) else ()
@@ -190,7 +234,7 @@ def _coded_step(
     stored = component.parameters[name].storage if name in component.parameters else None
     if not operations and stored is not None and is_quantised(stored):
         turned = by_input != stored.transposed
-        own = fitting_format(stored, form, turned=turned)
+        own = fitting_format(stored, form, turned=turned, wide=wide)
         if own is not None:
             return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored)), own
     target = NBits(source.shape, form, by_input != source.transposed)

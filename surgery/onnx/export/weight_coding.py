@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.engine.calibration_file import Calibration, open_calibration
@@ -59,7 +59,7 @@ class WeightCoding:
     """How weights become codes.
 
     Attributes:
-        bits: Of the layers' weights.
+        bits: Of the layers' weights; with a `budget` the fewest.
         block: Inputs that share a scale.
         symmetric: Whether the zero point is the middle code.
         scales: ``minmax`` or ``search``.
@@ -67,6 +67,8 @@ class WeightCoding:
         calibration: Inputs to make up for errors along.
         embeddings: One of ``auto``, ``keep``, ``int8``, ``int4``: of the token table.
         head: The same of the projection onto the vocabulary.
+        budget: Most bytes of all weights; None for no bound.
+        chosen: Bits of weights within the budget, by name in the recipe; 0 keeps them.
     """
 
     bits: int
@@ -77,15 +79,21 @@ class WeightCoding:
     calibration: Calibration | None = None
     embeddings: str = "auto"
     head: str = "auto"
+    budget: int | None = None
+    chosen: Mapping[str, int] = field(default_factory=dict)
 
     def form(self, bits: int, io: DType) -> BlockFormat:
         """How a weight is stored in a graph of a type: scales have 16 bits, which a graph of 32 converts at load."""
         scale_type = io if io in (DType.F16, DType.BF16) else DType.F16
         return BlockFormat(bits, self.block, self.symmetric, self.scales == "search", scale_type)
 
+    def bits_of(self, name: str) -> int:
+        """Bits of a linear map that nothing else is said of; 0 keeps it."""
+        return self.chosen.get(name, self.bits)
+
     def head_bits(self, uses: WeightUses) -> int:
         """Bits of the projection onto the vocabulary; 0 keeps it."""
-        return self.bits if self.head == "auto" else _BITS.get(self.head, 0)
+        return self.bits_of(uses.head) if self.head == "auto" else _BITS.get(self.head, 0)
 
     def table_bits(self, uses: WeightUses) -> int:
         """Bits of the token table; 0 keeps it. By default it is the tied head's own, or kept."""
@@ -96,7 +104,7 @@ class WeightCoding:
     @property
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
-        named = ("bits", "block", "symmetric", "scales", "rounding", "embeddings", "head")
+        named = ("bits", "block", "symmetric", "scales", "rounding", "embeddings", "head", "budget")
         facts = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
         return facts | ({"calibration": self.calibration.id} if self.calibration is not None else {})
 
@@ -128,6 +136,7 @@ def weight_coding(
     calibration: str | os.PathLike[str] | None = None,
     embeddings: str = "auto",
     head: str = "auto",
+    budget: int | None = None,
 ) -> WeightCoding | None:
     """The options of an export, checked; None if weights stay as they are stored.
 
@@ -135,8 +144,8 @@ def weight_coding(
         FitError: a value that there is not.
         UsageError: options about codes without codes, or that contradict each other.
     """
-    if weights_type not in ("stored", *_BITS):
-        raise FitError(f"'{show(weights_type)}' is no type of weights", hint="stored, int4 or int8")
+    if weights_type not in ("stored", *_BITS, "mixed"):
+        raise FitError(f"'{show(weights_type)}' is no type of weights", hint="stored, int4, int8 or mixed")
     if block not in _BLOCKS:
         raise FitError(f"a block has 32, 64 or 128 inputs, not {block}")
     for name, value, known in (
@@ -151,6 +160,7 @@ def weight_coding(
         given = {
             "block": block != 32, "symmetric": not symmetric, "scales": scales != "minmax", "rounding": rounding is not None,
             "calibration": calibration is not None, "embeddings": embeddings != "auto", "head": head != "auto",
+            "budget": budget is not None,
         }  # fmt: skip
         if odd := [name for name, said in given.items() if said]:
             raise UsageError(
@@ -158,10 +168,15 @@ def weight_coding(
                 hint='`weights_type="int4"`',
             )
         return None
-    if calibration is not None and rounding == "nearest" and scales == "minmax":
+    if (budget is None) == (weights_type == "mixed"):
+        raise UsageError(
+            "mixed types have a budget, and nothing else has one",
+            hint='`weights_type="mixed"` with `budget=`, or neither',
+        )
+    if calibration is not None and budget is None and rounding == "nearest" and scales == "minmax":
         raise UsageError(
             "rounding to nearest looks at no inputs", hint='leave `calibration=` away, or `rounding="nearest"`'
         )
     opened = None if calibration is None else open_calibration(calibration)
     bits = _BITS.get(weights_type, 4)
-    return WeightCoding(bits, block, symmetric, scales, rounding or "feedback", opened, embeddings, head)
+    return WeightCoding(bits, block, symmetric, scales, rounding or "feedback", opened, embeddings, head, budget)

@@ -48,6 +48,8 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def root_of(settings: ModelSettings, prefix: str, probe: str) -> str:
     """Return `prefix`, or nothing if the file has `probe` without it: a checkpoint of the bare model."""
+    if settings.root:
+        return settings.root
     return "" if prefix + probe not in settings.names and probe in settings.names else prefix
 
 
@@ -211,7 +213,7 @@ def decoder(
     settings.only("add_cross_attention", False)
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
     task = asked_task(settings, DECODER_TASKS, "decoders")
-    width = before.outputs if before else sizes.hidden
+    width, head = before.outputs if before else sizes.hidden, settings.head or head
     reads: Head
     unused: dict[str, str] = {}
     if task in ("", "text-generation"):

@@ -20,7 +20,7 @@ _MODULES = (
     *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon"),
     *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "deberta", "modernbert", "nomic_bert", "eurobert"),
     *("t5", "mixtral", "gpt_oss", "qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "clip"),
-    *("bart", "whisper", "diffusion", "retrieval"),
+    *("bart", "whisper", "vision_language", "diffusion", "retrieval"),
 )
 
 _UNKNOWN = Family(names=("unknown",))
@@ -43,7 +43,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if kind is None:
         return _UNKNOWN
     found = next((family for family in families() if kind in family.names), None)
-    return found or _of_transformers(config)
+    if found is None or not (found.recipe and not found.embedding):
+        return found or _of_transformers(config)
+    return replace(_of_transformers(config), names=found.names, recipe=found.recipe)  # only the recipe is of our own
 
 
 def _of_transformers(config: Mapping[str, Any]) -> Family:

@@ -58,7 +58,12 @@ class ModelSettings:
     """
 
     def __init__(self, config: Mapping[str, Any], names: Collection[str] = (), task: str = "") -> None:
-        """`task` is the one that was asked for; empty for the one that the model was saved for."""
+        """`task` is the one that was asked for; empty for the one that the model was saved for.
+
+        `root` is what the names of a model inside another begin with, and `head` the module of its head; empty for a whole model.
+        """
+        self.root = ""
+        self.head = ""
         self._config = config
         self.names = names
         self.task = task
@@ -73,6 +78,11 @@ class ModelSettings:
         """Whether `key` is present, even if ``null``."""
         self._read.add(key)
         return key in self._config
+
+    def everything(self, *without: str) -> dict[str, Any]:
+        """All fields, which count as read, but for those `without`."""
+        self._read.update(self._config)
+        return {key: value for key, value in self._config.items() if key not in without}
 
     def count(self, *keys: str, default: Any = _REQUIRED, most: int = _LARGEST) -> int:
         """Read a size from 1 to `most`."""
