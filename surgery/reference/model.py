@@ -15,6 +15,7 @@ from surgery.reference.disentangled import convolve
 from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
+from surgery.reference.sentence import embed_text
 from surgery.reference.stored import stored
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
@@ -32,6 +33,7 @@ from surgery_formats.models.families.recipe import (
     Model,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = [
     "Cache",
@@ -320,6 +322,8 @@ def _head(
     if isinstance(head, HiddenHead):
         pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
         return values, {"last_hidden_state": values, **pooled}
+    if isinstance(head, SentenceHead):
+        return values, {"last_hidden_state": values, "sentence_embedding": embed_text(values, real, head, load)}
     if isinstance(head, SpanHead):
         start, end = project(values, head.projection, load).unbind(-1)
         return start, {"start_logits": start, "end_logits": end}

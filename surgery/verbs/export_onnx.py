@@ -18,10 +18,12 @@ from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
 from surgery.onnx.export.half_range import issues_of_types, measured_values
+from surgery.onnx.export.input_options import with_logits, with_positions, with_required, with_sentence
 from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
+from surgery.onnx.export.sentence import SENTENCE_FILE
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
@@ -34,8 +36,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import Model
-from surgery_formats.models.families.tasks import check_task
-from surgery_formats.text import show
+from surgery_formats.models.families.tasks import FEATURES, SENTENCE, check_task
 
 if TYPE_CHECKING:
     from surgery.onnx.export.merged import MergedWeights
@@ -164,13 +165,14 @@ def export_onnx(
         merge_to = "full"  # all weights are written
     check_task(task)
     full = merge_to == "full"
-    binding, merged = _merged(checkpoint, roles, task or "", full=full, coding=coding, io=(target, dtype))
+    own = FEATURES if task == SENTENCE else task or ""
+    binding, merged = _merged(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
-    assembly = _assembly(checkpoint, roles, merged, task or "", target, dtype, max_length, texts, prompt_form)
-    assembly = _with_required(assembly, required)
+    assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
+    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
-    assembly = _with_logits(_with_positions(assembly, position_ids), logits)
+    assembly = with_logits(with_positions(assembly, position_ids), logits)
     assembly = replace(assembly, options=replace(assembly.options, opset=opset))
     draft = assembly.draft()
     sources = tuple(file for file in draft.files if isinstance(file, File))
@@ -183,7 +185,8 @@ def export_onnx(
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
         files, graph_set, graphs = assembly.files(here)
-        inside = {INSERTED: files.pop(INSERTED)} if chosen == "embed" and INSERTED in files else {}
+        small = (name for name in (INSERTED, SENTENCE_FILE) if chosen == "embed" and name in files)
+        inside = {name: files.pop(name) for name in [*small]}
         for name, graph in graphs.items():
             if chosen == "embed":
                 embed(graph, sources, inside)
@@ -307,55 +310,6 @@ def _assembly(
     )
 
 
-def _with_required(assembly: Assembly, required: bool) -> Assembly:
-    """The same with slots that have no default, if that is asked for.
-
-    Raises:
-        FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
-    """
-    if not required:
-        return assembly
-    if not assembly.slots:
-        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
-    if named := next((one for one in assembly.slots if one.replaced), None):
-        raise FitError(
-            "it replaces parameters, whose inputs have the base's values as default",
-            file=named.adapter.path,
-            hint="without `required=`, or merge it",
-        )
-    return replace(assembly, options=replace(assembly.options, required=True))
-
-
-def _with_logits(assembly: Assembly, asked: str) -> Assembly:
-    """The same with a choice of positions whose logits are computed, if that is asked for, or the default of the target.
-
-    Raises:
-        FitError: no such choice, or a model that does not generate.
-    """
-    if asked not in ("auto", "all", "input"):
-        raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
-    if asked == "input" and not assembly.model.generates:
-        raise FitError("only a model that generates has logits of the next token to choose from")
-    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
-    return replace(assembly, options=replace(assembly.options, keep_logits=keep))
-
-
-def _with_positions(assembly: Assembly, asked: bool) -> Assembly:
-    """The same with positions as an input, if that is asked for.
-
-    Raises:
-        FitError: an encoder; a soft prompt, whose tokens clients do not count.
-    """
-    if asked and assembly.model.encoder is not None:
-        raise FitError(
-            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
-        )
-    if asked and (not assembly.model.generates or assembly.prompts):
-        what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
-        raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
-    return replace(assembly, options=replace(assembly.options, position_ids=asked))
-
-
 def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
     if not roles.swap:
         return ()
@@ -433,6 +387,8 @@ def _side_files(
         data = json.dumps(dict(assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
         side_files = [side for side in side_files if side.name != "config.json"]
         side_files.append(SideFile("config.json", data=data))
+    if assembly.sentence is not None:
+        side_files += [SideFile(name, source=path) for name, path in assembly.sentence.modules.files.items()]
     return [side for side in side_files if side.name not in taken]
 
 

@@ -276,6 +276,7 @@ def _graphs(
     notes: list[str],
 ) -> None:
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
+    from surgery.verification.sentence import own_task, with_sentence_modules
     from surgery.verification.session import check_weights, read_graph
     from surgery.verification.slots import with_defaults
 
@@ -295,6 +296,8 @@ def _graphs(
     elif base is None and not set(names) <= set(hashed):
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
     reference = with_defaults(main, _reference(main, base, roles))
+    if own_task(main.contract) != main.contract.task:
+        reference = with_sentence_modules(reference, where if base is None else base.main.folder)
     if main.contract.quantised:
         checks.append(_codes(where, main, base, roles))
         notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
@@ -393,11 +396,13 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights
+    from surgery.verification.sentence import own_task
     from surgery_formats.binding.bind import bind
     from surgery_formats.containers.weight_files import open_shard
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
+    task = own_task(contract)
     if contract.quantised and graph.weight_files:
         from surgery.verification.coded_weights import coded_reference
 
@@ -405,25 +410,23 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])
-        return open_reference(base.main, plan_merge(binding), task=contract.task)
+        return open_reference(base.main, plan_merge(binding), task=task)
     # of a quantised base, a graph has the values in 16 bits
     dequantised = plan_merge(bind([], base)) if base is not None and base.is_quantised else None
     if not graph.weight_files:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
-        return open_reference(base.main, dequantised, task=contract.task)
+        return open_reference(base.main, dequantised, task=task)
     in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
     if base is not None and (roles.insert or not in_files):
-        return open_reference(base.main, dequantised, task=contract.task)
+        return open_reference(base.main, dequantised, task=task)
     component = open_checkpoint(folder).main
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
     for file in graph.weight_files:
         if file.name not in known:  # what a merge changed lies in a file of its own
             tensors |= {tensor.name: tensor for tensor in open_shard(folder / file.name).tensors}
-    return Reference(
-        model_of(component.config, tensors.keys(), contract.task), tensor_weights(tensors, component.names)
-    )
+    return Reference(model_of(component.config, tensors.keys(), task), tensor_weights(tensors, component.names))
 
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:

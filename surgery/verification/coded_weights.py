@@ -17,6 +17,7 @@ import torch
 from surgery.onnx.export.merged import with_biases
 from surgery.reference.model import Reference
 from surgery.reference.weights import ReferenceWeights
+from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError, ProofError
@@ -125,7 +126,7 @@ def coded_reference(graph: GraphFile) -> Reference:
     known = {name: Parameter.of(replace(t, name=name)) for name, t in kept.items()}
     known |= {name: Parameter.of(replace(c.parts["scales"], name=name)) for name, c in codes.items()}
     weights = _CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
-    model = with_biases(model_of(config, weights.names, graph.contract.task), weights.names)
+    model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)
     model = with_head_of_codes(model, weights)
     for name, (outputs, inputs), turned in _matrices(model):
         if weights.stored(name.removesuffix(f" {_HEAD}")) not in codes:

@@ -12,6 +12,7 @@ from surgery.onnx.graph.dims import CHOICES, KEPT, SEQUENCE
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.norm import norm
+from surgery.onnx.graph.sentence import sentence_embedding
 from surgery.onnx.graph.weights import LABELS
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import (
@@ -21,6 +22,7 @@ from surgery_formats.models.families.recipe import (
     Model,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = ["add_head"]
 
@@ -41,6 +43,9 @@ def add_head(ctx: Context, model: Model, x: str) -> None:
             _span_head(ctx, model.head, x)
         case HiddenHead():
             _hidden_head(ctx, model.head, x, model.hidden)
+        case SentenceHead():
+            _every_token(ctx, x, "", "last_hidden_state", model.hidden)
+            sentence_embedding(ctx, model.head, "last_hidden_state")
 
 
 def _language_head(ctx: Context, record: LanguageHead, x: str, slot: str = "") -> None:

@@ -18,6 +18,7 @@ from surgery_formats.models.families.recipe import (
     Norm,
     Projection,
 )
+from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.registry import families, family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.models.families.tasks import task_of
@@ -142,6 +143,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         normalise(head.steps[-1][0].inputs, head.norm)
     elif isinstance(head, HiddenHead):
         project(head.pooler)
+    elif isinstance(head, SentenceHead):
+        project(*(step.projection for step in head.steps if isinstance(step, DenseStep)))
     else:
         project(head.projection)
     if isinstance(head, LanguageHead):

@@ -27,6 +27,7 @@ from surgery_formats.models.families.recipe_attention import (
 from surgery_formats.models.families.recipe_audio import AudioStem, TimeConvolution
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = [
     "MLP",
@@ -284,7 +285,7 @@ class HiddenHead:
     pooler: Projection | None = None
 
 
-Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead
+Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead | SentenceHead
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,15 @@ from surgery_formats.models.families.recipe import (
     Projection,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
 __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
+    "FEATURES",
+    "SENTENCE",
     "TASKS",
     "asked_task",
     "check_task",
@@ -35,7 +38,10 @@ __all__ = [
 _BOTH = ("text-classification", "token-classification", "question-answering", "feature-extraction")
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
-TASKS = ("text-generation", *ENCODER_TASKS)
+FEATURES = "feature-extraction"
+SENTENCE = "sentence-similarity"
+"""Task of a model with the modules of sentence-transformers, which make one embedding of each text."""
+TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -96,6 +102,8 @@ def task_of(model: Model) -> str:
             return "token-classification" if model.head.tokens == "every" else "text-classification"
         case SpanHead():
             return "question-answering"
+        case SentenceHead():
+            return SENTENCE
         case _:
             return "feature-extraction"
 
@@ -147,6 +155,8 @@ def head_names(head: Head) -> set[str]:
             projections = [head.projection]
         case HiddenHead():
             projections = [head.pooler]
+        case SentenceHead():
+            projections = [step.projection for step in head.steps if isinstance(step, DenseStep)]
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
