@@ -31,7 +31,7 @@ from surgery_formats.text import show
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
+_OTHERS = ("input_ids", "pixel_values", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:

@@ -41,6 +41,11 @@ __all__ = ["command"]
     values=("auto", "reference", "link", "copy", "embed"),
     help="auto: reference if OUT is BASE's folder, else copy (blocks are shared where the file system can).",
 )
+@option.choice(
+    "--layout",
+    values=("plain", "transformers.js", "optimum", "sentence-transformers", "genai", "triton"),
+    help="Names and places of files, as a program looks for them.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["merged", "swappable", "prefix"]),

@@ -12,6 +12,7 @@ from surgery_formats.models.families.recipe import (
     HiddenHead,
     LanguageHead,
     Model,
+    PooledHead,
     Projection,
     SpanHead,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
     "FEATURES",
+    "IMAGE_TASKS",
     "SENTENCE",
     "TASKS",
     "asked_task",
@@ -38,10 +40,11 @@ __all__ = [
 _BOTH = ("text-classification", "token-classification", "question-answering", "feature-extraction")
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
+IMAGE_TASKS = ("image-classification", "image-feature-extraction")
 FEATURES = "feature-extraction"
 SENTENCE = "sentence-similarity"
 """Task of a model with the modules of sentence-transformers, which make one embedding of each text."""
-TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE)
+TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE, *IMAGE_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -96,6 +99,8 @@ def task_of(model: Model) -> str:
             return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
+        case ClassifierHead() if model.embedding.patches is not None:
+            return "image-classification"
         case ClassifierHead():
             if model.head.choices:
                 return "multiple-choice"
@@ -105,7 +110,7 @@ def task_of(model: Model) -> str:
         case SentenceHead():
             return SENTENCE
         case _:
-            return "feature-extraction"
+            return "feature-extraction" if model.embedding.patches is None else "image-feature-extraction"
 
 
 def labels(settings: ModelSettings) -> int:
@@ -155,6 +160,8 @@ def head_names(head: Head) -> set[str]:
             projections = [head.projection]
         case HiddenHead():
             projections = [head.pooler]
+        case PooledHead():
+            projections = [head.projection]
         case SentenceHead():
             projections = [step.projection for step in head.steps if isinstance(step, DenseStep)]
         case _:
