@@ -34,6 +34,7 @@ from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.sentence import SENTENCE_FILE
+from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
@@ -83,6 +84,7 @@ def export_onnx(
     embeddings: str = "auto",
     head: str = "auto",
     budget: int | None = None,
+    linear: str = "auto",
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
@@ -128,6 +130,8 @@ def export_onnx(
         layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
             ``sentence-transformers``, ``genai``, ``triton``.
         budget: Of ``mixed``: most bytes of all weights.
+        linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
+            for; all weights are written, in the graph's type.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
@@ -156,23 +160,9 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
-    coding = None
-    if weights_type != "stored" or _about_codes(
-        block, symmetric, scales, rounding, calibration, embeddings, head, budget
-    ):
-        from surgery.onnx.export.weight_coding import weight_coding
-
-        coding = weight_coding(
-            weights_type,
-            block=block,
-            symmetric=symmetric,
-            scales=scales,
-            rounding=rounding,
-            calibration=calibration,
-            embeddings=embeddings,
-            head=head,
-            budget=budget,
-        )
+    coding = WeightOptions(
+        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear
+    ).coding()
     if coding is not None:
         merge_to = "full"  # all weights are written
     check_task(task)
@@ -187,6 +177,8 @@ def export_onnx(
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(assembly, position_ids), logits)
+    if opset is None and linear == "matmul":
+        opset = WITHOUT_ATTENTION
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
     assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
@@ -197,7 +189,7 @@ def export_onnx(
         raise _another_configuration(checkpoint.main)
     kind = weights_type if coding is not None else draft.contract.dtype
     arrangement = _arrangement(shape, chosen, draft, kind)
-    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
+    told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
     warnings += layout_warnings(shape, draft.contract)
     built: list[GraphSet] = []
@@ -254,10 +246,6 @@ def export_onnx(
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
-
-
-def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(
@@ -320,7 +308,10 @@ def _assembly(
             "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
         )
     coded = merged.coded if merged else {}
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
+    operators = choose(target, io)
+    if merged is not None and merged.across:
+        operators = replace(operators, linear="matmul")
+    options = GraphOptions(operators, io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:

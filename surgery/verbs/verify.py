@@ -411,7 +411,9 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles, o
 
     contract, folder = graph.contract, graph.path.parent
     task = own_task(contract)
-    if contract.quantised and graph.weight_files:
+    from surgery.onnx.export.coded_plan import QUANTISED, TRANSPOSED
+
+    if any(file.name in (QUANTISED, TRANSPOSED) for file in graph.weight_files):
         from surgery.verification.coded_weights import coded_reference
 
         return coded_reference(graph)

@@ -92,6 +92,11 @@ __all__ = ["command"]
     help="Of codes: the token table; auto: as a head tied to it, else kept.",
 )
 @click.option("--budget", type=option.size, metavar="SIZE", help="Of mixed: most bytes of all weights, e.g. 700MB.")
+@option.choice(
+    "--linear",
+    values=("auto", "matmul"),
+    help="matmul: MatMul with weights of inputs by outputs, which onnxruntime's quantisers look for.",
+)
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(
     "--range-text",

@@ -219,6 +219,8 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         decoder(ctx, model, length)
     else:
         encoder(ctx, model, length)
+    if options.target.linear == "matmul":
+        ctx.graph.describe(options.io)
     ctx.weights.check(model.unused)
     _check_slots(options, ctx)
     return ctx
