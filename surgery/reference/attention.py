@@ -206,6 +206,10 @@ def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torc
         q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
     else:
         q, k, v = projected[0].reshape(batch, count, heads, 3, dim).unbind(3)
+    if attention.q_bias:
+        q = q.reshape(batch, count, -1) + load(attention.q_bias)
+    if attention.v_bias:
+        v = v.reshape(batch, count, -1) + load(attention.v_bias)
     if attention.norm_over == "width":
         q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
     q = q.reshape(batch, count, heads, dim)
