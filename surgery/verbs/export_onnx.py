@@ -30,6 +30,7 @@ from surgery.onnx.export.layouts import (
     layout_warnings,
     triton_config,
 )
+from surgery.onnx.export.pairs import check_pair, whole_graphs
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
@@ -247,7 +248,7 @@ def export_onnx(
         seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
     lie = {file.path.name: file.path for file in sources}
     warnings += issues_of_types(
-        draft.graphs.values(),
+        whole_graphs(draft),
         done.contract.dtype,
         lambda name: lie.get(name) or where / arrangement.path(name),
         seen,
@@ -304,18 +305,15 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
+    slots, given = _slots(checkpoint, roles, model), component
+    check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates or model.encoder is not None:
-            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
+        if not model.generates:
+            raise FitError("a text has nothing to be read into: this model has no cache")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    slots, given = _slots(checkpoint, roles, model), component
-    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
-        raise FitError(
-            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
-        )
     coded = merged.coded if merged else {}
     operators = choose(target, io)
     if merged is not None and merged.across:
