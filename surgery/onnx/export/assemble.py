@@ -182,7 +182,7 @@ class Assembly:
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
-        if built.contract.kind != "decoder" or built.encoder is not None:
+        if built.contract.kind != "decoder" or built.encoder is not None or built.contract.convolutions:
             return ""
         if self.form != "kv":
             return "model.onnx"
