@@ -15,7 +15,9 @@ from surgery.reference.disentangled import convolve
 from surgery.reference.experts import transform
 from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
+from surgery.reference.sentence import embed_text
 from surgery.reference.stored import stored
+from surgery.reference.vision import cut_up, mean_of_patches, pool
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
@@ -30,8 +32,10 @@ from surgery_formats.models.families.recipe import (
     LanguageHead,
     Layer,
     Model,
+    PooledHead,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = [
     "Cache",
@@ -153,7 +157,7 @@ def forward(
 
     Args:
         reference: The model.
-        ids: ``(B, S)``; S may be 0 with `virtual`.
+        ids: ``(B, S)``; S may be 0 with `virtual`. For a model of images ``(B, channels, height, width)``, and nothing else.
         real: ``(B, S)``: which tokens are not padding, on either side; None for all.
         past: Cache of earlier calls, or of a soft prompt.
         virtual: ``(n, D)``, or ``(B, n, D)``: embeddings of a soft prompt, placed before the tokens of every row and part of
@@ -167,6 +171,8 @@ def forward(
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
     """
     model = reference.model
+    if model.embedding.patches is not None:
+        return _seen(reference, ids)
     batch = ids.shape[0]
     front = 0 if virtual is None else virtual.shape[-2]
     real_new = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
@@ -183,6 +189,19 @@ def forward(
     values, caches = _run_layers(reference, values, mask, past, encoded)
     logits, outputs = _head(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
+
+
+def _seen(reference: Reference, pixels: torch.Tensor) -> Output:
+    """Compute an encoder of images ``(B, channels, height, width)``."""
+    embedding = reference.model.embedding
+    assert embedding.patches is not None
+    values = cut_up(pixels.to(reference.dtype), embedding.patches, reference.load)
+    values = normalise(values, embedding.norm, reference.load)
+    everything = torch.ones(values.shape[:2], dtype=torch.bool)
+    places = torch.arange(values.shape[1]).expand(len(values), -1)
+    values, caches = _run_layers(reference, values, Mask(everything, places, places, causal=False), None, None)
+    logits, outputs = _head(reference, values, places, everything)
+    return Output(logits, Cache(caches, everything), outputs)
 
 
 def _run_layers(
@@ -320,12 +339,18 @@ def _head(
     if isinstance(head, HiddenHead):
         pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
         return values, {"last_hidden_state": values, **pooled}
+    if isinstance(head, PooledHead):
+        return values, {"last_hidden_state": values, head.output: pool(values, ids, head, load)}
+    if isinstance(head, SentenceHead):
+        return values, {"last_hidden_state": values, "sentence_embedding": embed_text(values, real, head, load)}
     if isinstance(head, SpanHead):
         start, end = project(values, head.projection, load).unbind(-1)
         return start, {"start_logits": start, "end_logits": end}
     if isinstance(head, ClassifierHead):
         if head.tokens in ("first", "last"):
             values = values[torch.arange(len(values)), _places(head, ids, values)]
+        if head.tokens in ("patches", "first_and_patches"):
+            values = mean_of_patches(values, reference.model, head.tokens == "first_and_patches")
         for index, (step, activation) in enumerate(head.steps):
             if head.tokens == "mean" and index == head.early:
                 values = torch.stack([row[tokens].mean(0) for row, tokens in zip(values, real, strict=True)])
@@ -412,6 +437,8 @@ def _residual(
     values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor, at: str
 ) -> torch.Tensor:
     added = normalise(added, branch.after, load) * branch.multiplier
+    if branch.gains:
+        added = added * load(branch.gains)
     if branch.inserted:
         return run_inserted(values, added, real, branch, load)
     return normalise(stored(values + added, f"the sum behind {at}"), branch.on_sum, load)

@@ -18,7 +18,7 @@ from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.models.families.recipe import ClassifierHead, Model
+from surgery_formats.models.families.recipe import ClassifierHead, Model, Patches
 from surgery_formats.text import show
 
 __all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_prompt", "compare_slots"]
@@ -95,10 +95,10 @@ def compare_slots(
     session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
 ) -> LogitDifference:
     """Compare a row through a session with filled slots with the reference plus the same factors."""
-    ids, _ = _prompts(reference, session.contract, 1, 0)
     if session.contract.kind == "encoder":
         name, measure = "encoder", next(compare_encoder(session, reference, front))
     else:
+        ids, _ = _prompts(reference, session.contract, 1, 0)
         real = np.ones((1, ids.shape[1]), bool)
         name, measure = "prefill of one row", next(_generated(session, reference, ids, real, 0, default, ""))
     return replace(measure, name=f"{name}, slots filled")
@@ -189,6 +189,9 @@ def compare_encoder(
 
     `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
     """
+    if reference.model.embedding.patches is not None:
+        yield from _images(session, reference, reference.model.embedding.patches)
+        return
     head = reference.model.head
     several = not (isinstance(head, ClassifierHead) and head.tokens == "last" and head.padding_token is None)
     ids, lengths = _prompts(reference, session.contract, 3 if several else 1, 0)
@@ -221,6 +224,18 @@ def compare_encoder(
                 computed, wanted = computed[real], wanted[real]
             said = _CALLED.get(name, f"{name.replace('_', ' ')} of ") + f"{len(ids)} rows"
             yield _measured(f"{said}{padded}", computed, wanted)
+
+
+def _images(session: Session, reference: Reference, patches: Patches) -> Iterator[LogitDifference]:
+    """Compare what the graph makes of random images."""
+    pixels = np.random.default_rng(_SEED).normal(size=(3, patches.channels, *patches.image)).astype(np.float32)
+    outputs = session.run({"pixel_values": pixels})
+    expected = forward(reference, torch.from_numpy(pixels)).outputs
+    for name in outputs:
+        if name not in expected:
+            raise ProofError(f"the model has no output '{show(name, 60)}'")
+        said = _CALLED.get(name, f"{name.replace('_', ' ')} of ")
+        yield _measured(f"{said}{len(pixels)} images", outputs[name], expected[name].numpy())
 
 
 _PER_TOKEN = {"start_logits": True, "end_logits": True}

@@ -20,6 +20,7 @@ from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.inserted import random_modules
 from surgery.verification.replaced_weights import ReplacedWeights
+from surgery.verification.sentence import own_task
 from surgery.verification.session import Arrays, GraphFile
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.bounded_json import read_object
@@ -30,7 +31,7 @@ from surgery_formats.text import show
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
+_OTHERS = ("input_ids", "pixel_values", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:
@@ -110,7 +111,7 @@ def with_defaults(graph: GraphFile, reference: Reference) -> Reference:
         return reference
     values = {name: torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).astype(np.float32)) for name in absent}
     weights = ReplacedWeights(reference.weights, values)
-    model = model_of(read_object(graph.path.parent / "config.json"), weights.names, graph.contract.task)
+    model = model_of(read_object(graph.path.parent / "config.json"), weights.names, own_task(graph.contract))
     return replace(reference, model=with_biases(model, weights.names), weights=weights)
 
 

@@ -15,6 +15,7 @@ from surgery.onnx.export.adapters import AdapterRoles, NamedAdapter, entry
 from surgery.onnx.export.genai import genai_config
 from surgery.onnx.export.inserted import INSERTED, BakedModules, ModuleSlots, values_at
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
+from surgery.onnx.export.sentence import SENTENCE_FILE, SentenceFile
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.virtual_tokens import Virtual
@@ -86,6 +87,8 @@ class Assembly:
         form: Form of the prompts.
         headed: Whether swapped adapters bring a head for which the base's configuration has no place.
         baked: Modules that adapters insert, a part of the graph.
+        companions: Whether what onnxruntime-genai reads comes along.
+        sentence: The modules of sentence-transformers behind the model.
     """
 
     component: Component
@@ -97,6 +100,8 @@ class Assembly:
     form: Form = ""
     headed: bool = False
     baked: BakedModules | None = None
+    companions: bool = True
+    sentence: SentenceFile | None = None
 
     @property
     def slot_names(self) -> frozenset[str]:
@@ -141,6 +146,7 @@ class Assembly:
         if self.form == "kv":
             names += [self._prompt_file(prompt) for prompt in self.prompts]
         names += [INSERTED] if self.baked is not None else []
+        names += [SENTENCE_FILE] if self.sentence is not None and self.sentence.layout is not None else []
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
     def files(self, location: WeightLocation) -> tuple[dict[str, bytes], GraphSet, dict[str, onnx.ModelProto]]:
@@ -167,6 +173,8 @@ class Assembly:
             files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
         if self.baked is not None:
             files[INSERTED] = self.baked.data()
+        if self.sentence is not None and self.sentence.layout is not None:
+            files[SENTENCE_FILE] = self.sentence.data()
         if genai := self.for_genai(built):
             folder = self.component.folder
             generation = folder / "generation_config.json"
@@ -182,7 +190,11 @@ class Assembly:
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
+<<<<<<< HEAD
         if built.contract.kind != "decoder" or built.encoder is not None or built.contract.convolutions:
+=======
+        if built.contract.kind != "decoder" or built.encoder is not None or not self.companions:
+>>>>>>> main
             return ""
         if self.form != "kv":
             return "model.onnx"

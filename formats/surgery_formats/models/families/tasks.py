@@ -12,15 +12,20 @@ from surgery_formats.models.families.recipe import (
     HiddenHead,
     LanguageHead,
     Model,
+    PooledHead,
     Projection,
     SpanHead,
 )
+from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
 __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
+    "FEATURES",
+    "IMAGE_TASKS",
+    "SENTENCE",
     "TASKS",
     "asked_task",
     "check_task",
@@ -35,7 +40,11 @@ __all__ = [
 _BOTH = ("text-classification", "token-classification", "question-answering", "feature-extraction")
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
-TASKS = ("text-generation", *ENCODER_TASKS)
+IMAGE_TASKS = ("image-classification", "image-feature-extraction")
+FEATURES = "feature-extraction"
+SENTENCE = "sentence-similarity"
+"""Task of a model with the modules of sentence-transformers, which make one embedding of each text."""
+TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE, *IMAGE_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -90,14 +99,18 @@ def task_of(model: Model) -> str:
             return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
+        case ClassifierHead() if model.embedding.patches is not None:
+            return "image-classification"
         case ClassifierHead():
             if model.head.choices:
                 return "multiple-choice"
             return "token-classification" if model.head.tokens == "every" else "text-classification"
         case SpanHead():
             return "question-answering"
+        case SentenceHead():
+            return SENTENCE
         case _:
-            return "feature-extraction"
+            return "feature-extraction" if model.embedding.patches is None else "image-feature-extraction"
 
 
 def labels(settings: ModelSettings) -> int:
@@ -147,6 +160,10 @@ def head_names(head: Head) -> set[str]:
             projections = [head.projection]
         case HiddenHead():
             projections = [head.pooler]
+        case PooledHead():
+            projections = [head.projection]
+        case SentenceHead():
+            projections = [step.projection for step in head.steps if isinstance(step, DenseStep)]
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}

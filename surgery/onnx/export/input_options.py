@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller may ask of the inputs and outputs of graphs, checked against the model and its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from surgery.onnx.export.assemble import Assembly
+from surgery.onnx.export.sentence import sentence_file
+from surgery_formats.errors import FitError
+from surgery_formats.text import show
+
+__all__ = ["with_logits", "with_positions", "with_required", "with_sentence"]
+
+
+def with_required(assembly: Assembly, required: bool) -> Assembly:
+    """The same with slots that have no default, if that is asked for.
+
+    Raises:
+        FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
+    """
+    if not required:
+        return assembly
+    if not assembly.slots:
+        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
+    if named := next((one for one in assembly.slots if one.replaced), None):
+        raise FitError(
+            "it replaces parameters, whose inputs have the base's values as default",
+            file=named.adapter.path,
+            hint="without `required=`, or merge it",
+        )
+    return replace(assembly, options=replace(assembly.options, required=True))
+
+
+def with_logits(assembly: Assembly, asked: str) -> Assembly:
+    """The same with a choice of positions whose logits are computed, if that is asked for, or the default of the target.
+
+    Raises:
+        FitError: no such choice, or a model that does not generate.
+    """
+    if asked not in ("auto", "all", "input"):
+        raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
+    if asked == "input" and not assembly.model.generates:
+        raise FitError("only a model that generates has logits of the next token to choose from")
+    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
+    return replace(assembly, options=replace(assembly.options, keep_logits=keep))
+
+
+def with_positions(assembly: Assembly, asked: bool) -> Assembly:
+    """The same with positions as an input, if that is asked for.
+
+    Raises:
+        FitError: an encoder; a soft prompt, whose tokens clients do not count.
+    """
+    if asked and assembly.model.encoder is not None:
+        raise FitError(
+            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
+        )
+    if asked and (not assembly.model.generates or assembly.prompts):
+        what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
+        raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
+    return replace(assembly, options=replace(assembly.options, position_ids=asked))
+
+
+def with_sentence(assembly: Assembly) -> Assembly:
+    """The same with the modules of sentence-transformers that lie beside the model.
+
+    Raises:
+        InputError: they cannot be read.
+        FitError: a module that is not known, or one soft prompt in front.
+    """
+    sentence = sentence_file(assembly.component.folder, assembly.model.hidden)
+    options = replace(assembly.options, overrides={**assembly.options.overrides, **sentence.overrides})
+    return replace(assembly, model=sentence.on(assembly.model), options=options, sentence=sentence)
