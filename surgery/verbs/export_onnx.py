@@ -30,6 +30,7 @@ from surgery.onnx.export.layouts import (
     layout_warnings,
     triton_config,
 )
+from surgery.onnx.export.pairs import check_pair, whole_graphs
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
@@ -242,7 +243,9 @@ def export_onnx(
     seen = None
     if range_text is not None:
         seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
-    warnings += issues_of_types(draft.graphs["model.onnx"], done.contract.dtype, where, sources, seen)
+    for graph in whole_graphs(draft):
+        issues = issues_of_types(graph, done.contract.dtype, where, sources, seen)
+        warnings += [issue for issue in issues if issue not in warnings]
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
@@ -295,18 +298,15 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
+    slots, given = _slots(checkpoint, roles, model), component
+    check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates or model.encoder is not None:
-            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
+        if not model.generates:
+            raise FitError("a text has nothing to be read into: this model has no cache")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    slots, given = _slots(checkpoint, roles, model), component
-    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
-        raise FitError(
-            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
-        )
     coded = merged.coded if merged else {}
     operators = choose(target, io)
     if merged is not None and merged.across:

@@ -120,6 +120,7 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             project(*layer.cross.attention.inputs, layer.cross.attention.output)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        shapes |= {name: (attend.heads * attend.head_dim,) for name in (attend.q_bias, attend.v_bias) if name}
         if (distances := attend.disentangled) is not None:
             shapes[distances.table] = 2 * distances.span, model.hidden
             normalise(model.hidden, distances.norm)

@@ -172,6 +172,8 @@ class Attention:
         bias: Relative positions (T5, MPNet), or None.
         disentangled: Scores with embeddings of distances (DeBERTa), or None.
         convolution: What takes the place of attention, or None; heads and values per head are then those of other layers.
+        q_bias: Tensor ``(heads * head_dim,)``, a bias of queries beside the projections (DeBERTa 1), or empty.
+        v_bias: The same of values.
         alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
@@ -196,6 +198,8 @@ class Attention:
     bias: RelativeBias | None = None
     disentangled: Disentangled | None = None
     convolution: ShortConvolution | None = None
+    q_bias: str = ""
+    v_bias: str = ""
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None
