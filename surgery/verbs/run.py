@@ -22,6 +22,7 @@ from surgery.onnx.run.answering import answer, heard, open_pair
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
 from surgery.onnx.run.encoder import EncoderOutput, adapter_labels, encode, labels
 from surgery.onnx.run.generate import Continuation, generate
+from surgery.onnx.run.images import look, read_images, reads_images
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.strengths import named_strengths, strength_arrays
@@ -188,6 +189,7 @@ def run(
     inputs: str | Sequence[int] | Sequence[str | Sequence[int]] = (),
     *,
     audio: StrPath | Sequence[StrPath] = (),
+    images: StrPath | Sequence[StrPath] = (),
     start: Sequence[int] = (),
     device: str = "auto",
     max_new: int = 128,
@@ -205,6 +207,8 @@ def run(
         model: The graph, or its folder.
         inputs: A text or a row of token ids, or several of them.
         audio: For a model of speech, instead of `inputs`: recordings of 16 kHz (.wav), or spectrograms (.npy).
+        images: For a model of images, instead of `inputs`: ``pixel_values`` (.npy) as its image processor makes them, of one
+            image or of several.
         start: For an encoder-decoder: the ids that its decoder begins with, instead of those of
             ``generation_config.json``: of another language, or task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -227,9 +231,11 @@ def run(
     """
     sounds: list[StrPath] = as_list(audio)
     recordings = [local_path(one, "audio") for one in sounds]
-    if recordings and inputs:
-        raise FitError("text and sound at once", hint="one or the other")
-    batch = [] if recordings else _inputs(inputs)
+    seen: list[StrPath] = as_list(images)
+    pictures = [local_path(one, "images") for one in seen]
+    if sum(map(bool, (recordings, pictures, inputs))) > 1:
+        raise FitError("text, sound or images at once", hint="one of them")
+    batch = [] if recordings or pictures else _inputs(inputs)
     check_counts(least=0, max_new=max_new)
     check_counts(threads=threads)
     if sampling is not None and not isinstance(sampling, Sampling):
@@ -242,6 +248,9 @@ def run(
         raise FitError(
             f"`{'audio' if recordings else 'start'}=` is for encoder-decoders, which this is not", file=opened.path
         )
+    if reads_images(opened) != bool(pictures):
+        what = "`images=` is for encoders of images, which this is not" if pictures else "this graph reads images"
+        raise FitError(what, file=opened.path, hint=None if pictures else "`images=` takes pixel_values (.npy)")
     texts = any(isinstance(entry, str) for entry in batch)
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
@@ -257,10 +266,17 @@ def run(
             raise FitError("this encoder takes no soft prompt", file=opened.path)
         slots = _slots(opened, adapters)
         classifier = adapter_labels(opened, as_list(adapters))
+        pixels, shown = read_images(opened, pictures) if pictures else (None, ())
+        rows = [[] for _ in shown] or rows
         began = time.perf_counter()
-        encoded = encode(opened, rows, slots, classifier.problem)
+        if pixels is None:
+            encoded = encode(opened, rows, slots, classifier.problem)
+        else:
+            encoded = look(opened, pixels, slots, classifier.problem)
         names = classifier.names or labels(opened)
         result = _encoder_result(opened, rows, encoded, names, load, time.perf_counter() - began)
+        if shown:
+            return replace(result, inputs=shown)
     elif opened.contract.encoder:
         if prompt_adapter is not None:
             raise FitError("an encoder-decoder takes no soft prompt", file=opened.path)

@@ -30,6 +30,14 @@ __all__ = ["command"]
     help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
 )
 @click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of text, for models of images: pixel_values (.npy).",
+)
+@click.option(
     "--start",
     metavar="1,5,9",
     callback=option.first_ids,
@@ -75,6 +83,7 @@ def command(
       surgery run out/ -p "Dear" --temperature 0.8 --top-p 0.95 --seed 7
       surgery run out/ -p "SELECT" --adapter sql.onnx_adapter
       surgery run whisper/ --audio talk.wav
+      surgery run vit/ --image cat.npy
     """
     from surgery.onnx.run.sampling import Sampling
     from surgery.reports.summary import Summary
@@ -82,11 +91,13 @@ def command(
     from surgery.verbs.run import run
 
     inputs: list[str | tuple[int, ...]] = [*texts, *ids]
-    if not inputs and not options["audio"]:
-        raise click.UsageError("nothing to run on; give -p TEXT, --ids or --audio", click.get_current_context())
+    if not inputs and not options["audio"] and not options["images"]:
+        raise click.UsageError(
+            "nothing to run on; give -p TEXT, --ids, --audio or --image", click.get_current_context()
+        )
     if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
-    single = len(inputs or options["audio"]) == 1 and not settings.json
+    single = len(inputs or options["audio"] or options["images"]) == 1 and not settings.json
 
     def on_text(row: int, text: str) -> None:
         interruption.check()
