@@ -30,8 +30,7 @@ __all__ = ["command"]
     help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
 )
 @click.option(
-    "--image",
-    "images",
+    "--images",
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="FILE",
@@ -83,7 +82,7 @@ def command(
       surgery run out/ -p "Dear" --temperature 0.8 --top-p 0.95 --seed 7
       surgery run out/ -p "SELECT" --adapter sql.onnx_adapter
       surgery run whisper/ --audio talk.wav
-      surgery run vit/ --image cat.npy
+      surgery run vit/ --images cat.npy
     """
     from surgery.onnx.run.sampling import Sampling
     from surgery.reports.summary import Summary
@@ -93,7 +92,7 @@ def command(
     inputs: list[str | tuple[int, ...]] = [*texts, *ids]
     if not inputs and not options["audio"] and not options["images"]:
         raise click.UsageError(
-            "nothing to run on; give -p TEXT, --ids, --audio or --image", click.get_current_context()
+            "nothing to run on; give -p TEXT, --ids, --audio or --images", click.get_current_context()
         )
     if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
