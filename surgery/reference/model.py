@@ -221,19 +221,19 @@ def _run_layers(
 
 @torch.no_grad()
 def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None = None) -> Encoded:
-    """Run the encoder of an encoder-decoder, `reference`.
+    """Run the encoder of an encoder-decoder.
 
     Args:
-        reference: The pair.
+        reference: The pair, or its encoder.
         source: Token ids ``(B, E)``, or a spectrogram ``(B, bins, frames)``.
         real: ``(B, E)``: which tokens are no padding; None for all.
 
     Raises:
-        FitError: not a pair; see `forward`.
+        FitError: a decoder alone; see `forward`.
     """
-    if reference.model.encoder is None:
+    if reference.model.encoder is None and reference.model.kind != "encoder":
         raise FitError("not an encoder-decoder")
-    half = replace(reference, model=reference.model.encoder)
+    half = replace(reference, model=reference.model.encoder or reference.model)
     stem = half.model.embedding.stem
     if stem is None:
         output = forward(half, source, real=real).logits

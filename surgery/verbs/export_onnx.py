@@ -30,6 +30,7 @@ from surgery.onnx.export.layouts import (
     layout_warnings,
     triton_config,
 )
+from surgery.onnx.export.pairs import check_pair, whole_graphs
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
@@ -68,6 +69,7 @@ def export_onnx(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
     required: bool = False,
+    packed: bool = False,
     bake_prompt: str | Sequence[str] = (),
     prompt_form: str = "auto",
     merge_to: str = "delta",
@@ -108,6 +110,8 @@ def export_onnx(
             hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
+        packed: Whether slots of weights with the same input (queries, keys and values; gate and up) are one, whose factors an
+            ``.onnx_adapter`` of this export fills: fewer and larger products.
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
             behind the vocabulary.
@@ -173,7 +177,7 @@ def export_onnx(
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
     required = required or (layout == "triton" and bool(assembly.slots))
-    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required)
+    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(assembly, position_ids), logits)
@@ -244,8 +248,14 @@ def export_onnx(
     done = built[-1]
     seen = None
     if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
-    warnings += issues_of_types(draft.graphs["model.onnx"], done.contract.dtype, where, sources, seen)
+        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
+    lie = {file.path.name: file.path for file in sources}
+    warnings += issues_of_types(
+        whole_graphs(draft),
+        done.contract.dtype,
+        lambda name: lie.get(name) or where / arrangement.path(name),
+        seen,
+    )
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
@@ -298,18 +308,15 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
+    slots, given = _slots(checkpoint, roles, model), component
+    check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates or model.encoder is not None:
-            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
+        if not model.generates:
+            raise FitError("a text has nothing to be read into: this model has no cache")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    slots, given = _slots(checkpoint, roles, model), component
-    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
-        raise FitError(
-            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
-        )
     coded = merged.coded if merged else {}
     operators = choose(target, io)
     if merged is not None and merged.across:

@@ -91,6 +91,7 @@ _MODERN: dict[str, Any] = {
 }
 _JINA = {**_BERT, "pad_token_id": 1, "type_vocab_size": 1}
 _EURO = {**_GQA, "num_labels": 3}
+_DEBERTA_1 = {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -291,6 +292,11 @@ DECODERS: dict[str, Case] = {
     "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
+_LFM2 = {**_GQA, "block_multiple_of": 8, "tie_word_embeddings": True}
+DECODERS |= {
+    "lfm2": _of("Lfm2", _LFM2, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2_wide": _of("Lfm2", _LFM2, full_attn_idxs=[0], conv_L_cache=4, block_auto_adjust_ff_dim=False),
+}
 _IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 20,
@@ -436,6 +442,11 @@ ENCODERS: dict[str, Case] = {
     "xlm_roberta_sequence": Case(
         "XLMRobertaForSequenceClassification", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}
     ),
+    "xlm_roberta_token": Case("XLMRobertaForTokenClassification", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "xlm_roberta_sentence": Case("XLMRobertaModel", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "xlm_roberta_mask": Case("XLMRobertaForMaskedLM", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "camembert_sequence": Case("CamembertForSequenceClassification", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
+    "camembert_mask": Case("CamembertForMaskedLM", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
     "camembert_token": Case("CamembertForTokenClassification", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
     "distilbert_sequence": Case("DistilBertForSequenceClassification", "DistilBertConfig", _DISTIL),
     "distilbert_token": Case("DistilBertForTokenClassification", "DistilBertConfig", _DISTIL),
@@ -487,6 +498,14 @@ ENCODERS: dict[str, Case] = {
     "deberta_v2_absolute": Case(
         "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
     ),
+    "deberta_sequence": Case("DebertaForSequenceClassification", "DebertaConfig", _DEBERTA_1),
+    "deberta_token": Case(
+        "DebertaForTokenClassification",
+        "DebertaConfig",
+        {**_DEBERTA_1, "pos_att_type": "c2p", "norm_rel_ebd": "layer_norm"},
+    ),
+    "deberta_sentence": Case("DebertaModel", "DebertaConfig", {**_DEBERTA_1, "max_relative_positions": 5}),
+    "deberta_mask": Case("DebertaForMaskedLM", "DebertaConfig", {**_DEBERTA_1, "pos_att_type": ["p2c"]}),
     "deberta_v2_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "embedding_size": 20}),
     "deberta_v3_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "legacy": False}),
     "modernbert_sequence": Case("ModernBertForSequenceClassification", "ModernBertConfig", _MODERN),

@@ -80,6 +80,8 @@ def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, di
 
     def attend(x: str, alpha: float) -> str:
         parts = split(ctx, record, project(ctx, record, x, at), at)
+        if record.q_bias or record.v_bias:
+            parts = _biased(ctx, record, parts, at)
         if record.q_norm or record.k_norm:
             parts = normed(ctx, record, parts, at)
         if record.rope is not None:
@@ -104,3 +106,14 @@ def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, di
         )
 
     return attend
+
+
+def _biased(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+    """Queries and values with the biases that they have beside one projection for all."""
+
+    def add(value: str, bias: str) -> str:
+        if not bias:
+            return value
+        return ctx.graph.node("Add", [value, ctx.weights.value(bias, (record.heads * record.head_dim,))], at)
+
+    return add(parts[0], record.q_bias), parts[1], add(parts[2], record.v_bias)

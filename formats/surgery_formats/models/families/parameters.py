@@ -120,10 +120,13 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             project(*layer.cross.attention.inputs, layer.cross.attention.output)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        shapes |= {name: (attend.heads * attend.head_dim,) for name in (attend.q_bias, attend.v_bias) if name}
         if (distances := attend.disentangled) is not None:
             shapes[distances.table] = 2 * distances.span, model.hidden
             normalise(model.hidden, distances.norm)
             project(distances.keys, distances.queries)
+        if attend.convolution is not None:
+            shapes[attend.convolution.weight] = (attend.output.inputs, 1, attend.convolution.kernel)
         if attend.sinks:
             shapes[attend.sinks] = (attend.heads,)
         if (latent := attend.latent) is not None:

@@ -25,6 +25,7 @@ __all__ = [
     "ENCODER_TASKS",
     "FEATURES",
     "IMAGE_TASKS",
+    "PAIR_TASKS",
     "SENTENCE",
     "TASKS",
     "asked_task",
@@ -33,6 +34,7 @@ __all__ = [
     "decoder_head",
     "head_names",
     "labels",
+    "only_tasks",
     "other_heads",
     "task_of",
 ]
@@ -44,7 +46,8 @@ IMAGE_TASKS = ("image-classification", "image-feature-extraction")
 FEATURES = "feature-extraction"
 SENTENCE = "sentence-similarity"
 """Task of a model with the modules of sentence-transformers, which make one embedding of each text."""
-TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE, *IMAGE_TASKS)
+PAIR_TASKS = ("text2text-generation", "automatic-speech-recognition")
+TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE, *PAIR_TASKS, *IMAGE_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -92,11 +95,19 @@ def asked_task(settings: ModelSettings, known: Sequence[str], what: str) -> str:
     raise settings.fault(f"architectures is {show(', '.join(classes), 80)}; the tasks of {what} are {', '.join(known)}")
 
 
+def only_tasks(settings: ModelSettings, *known: str) -> None:
+    """Refuse a task that was asked for and is none of those `known` to an encoder-decoder."""
+    if settings.task and settings.task not in known:
+        raise settings.fault(
+            f"the task '{show(settings.task, 40)}' is not among those of this model: {', '.join(known)}"
+        )
+
+
 def task_of(model: Model) -> str:
     """The task of a recipe, by its head."""
     match model.head:
         case LanguageHead() if model.encoder is not None:
-            return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
+            return PAIR_TASKS[model.encoder.embedding.stem is not None]
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
         case ClassifierHead() if model.embedding.patches is not None:
