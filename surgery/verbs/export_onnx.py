@@ -189,6 +189,11 @@ def export_onnx(
     check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
+    if chosen == "embed" and merged is not None and not full and assembly.prompts:
+        raise FitError(
+            "keys and values of a prompt are computed over files in one folder, and merged weights are not in the base's",
+            hint='`merge_to="full"`',
+        )
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
     kind = weights_type if coding is not None else draft.contract.dtype

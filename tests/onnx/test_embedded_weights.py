@@ -94,3 +94,16 @@ def test_what_exceeds_one_file_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FitError, match="that one file can hold"):
         export_onnx(base, output=tmp_path / "out", weights="embed", weights_type="int8")
     assert sorted(os.listdir(tmp_path)) == ["base"]
+
+
+def test_a_prompt_over_weights_that_are_inside(tmp_path):
+    base = recipes.build("llama", tmp_path / "base", **WIDE)
+    adapter = trained.train("llama", base, trained.MERGED["lora q v"], tmp_path / "adapter")
+    prompt = trained.train("llama", base, trained.PROMPTS["prompt"], tmp_path / "prompt")
+    out = tmp_path / "out"
+    with pytest.raises(FitError, match="keys and values of a prompt"):
+        export_onnx(base, [adapter, prompt], output=out, weights="embed")
+    export_onnx(base, [adapter, prompt], output=out, weights="embed", weights_type="int8")
+    export_onnx(base, [adapter, prompt], output=tmp_path / "beside", weights_type="int8")
+    checks = [surgery.verify(folder).difference for folder in (out, tmp_path / "beside")]
+    assert max(checks) < 1e-3
