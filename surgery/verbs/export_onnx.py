@@ -16,21 +16,32 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_chec
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
-from surgery.onnx.export.assemble import ROWS, Assembly, prompt_form
+from surgery.onnx.export.assemble import Assembly, prompt_form
+from surgery.onnx.export.cautions import graph_warnings, warnings_before
 from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.input_options import with_logits, with_positions, with_required, with_sentence
 from surgery.onnx.export.inserted import INSERTED, baked_modules
+from surgery.onnx.export.layouts import (
+    Arrangement,
+    Layout,
+    arrange,
+    check_layout,
+    layout_named,
+    layout_warnings,
+    triton_config,
+)
+from surgery.onnx.export.pairs import check_pair, whole_graphs
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.sentence import SENTENCE_FILE
+from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
@@ -64,6 +75,7 @@ def export_onnx(
     target: str = "cpu",
     dtype: str = "auto",
     weights: str = "auto",
+    layout: str = "plain",
     weights_type: str = "stored",
     block: int = 32,
     symmetric: bool = True,
@@ -73,6 +85,7 @@ def export_onnx(
     embeddings: str = "auto",
     head: str = "auto",
     budget: int | None = None,
+    linear: str = "auto",
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
@@ -115,7 +128,11 @@ def export_onnx(
         calibration: Of codes: a file of inputs (docs/extraction.md).
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
+        layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
+            ``sentence-transformers``, ``genai``, ``triton``.
         budget: Of ``mixed``: most bytes of all weights.
+        linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
+            for; all weights are written, in the graph's type.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
@@ -144,43 +161,38 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
-    coding = None
-    if weights_type != "stored" or _about_codes(
-        block, symmetric, scales, rounding, calibration, embeddings, head, budget
-    ):
-        from surgery.onnx.export.weight_coding import weight_coding
-
-        coding = weight_coding(
-            weights_type,
-            block=block,
-            symmetric=symmetric,
-            scales=scales,
-            rounding=rounding,
-            calibration=calibration,
-            embeddings=embeddings,
-            head=head,
-            budget=budget,
-        )
+    coding = WeightOptions(
+        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear
+    ).coding()
     if coding is not None:
         merge_to = "full"  # all weights are written
     check_task(task)
+    shape = layout_named(layout)
     full = merge_to == "full"
     own = FEATURES if task == SENTENCE else task or ""
     binding, merged = _merged(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
+    required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(assembly, position_ids), logits)
-    assembly = replace(assembly, options=replace(assembly.options, opset=opset))
+    if opset is None and linear == "matmul":
+        opset = WITHOUT_ATTENTION
+    options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
+    assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
+    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
-    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
-    warnings = _warnings(chosen, roles, checkpoint, told) + _graph_warnings(assembly, draft)
+    kind = weights_type if coding is not None else draft.contract.dtype
+    arrangement = _arrangement(shape, chosen, draft, kind)
+    told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
+    warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
+    warnings += layout_warnings(shape, draft.contract)
     built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
@@ -190,9 +202,12 @@ def export_onnx(
         for name, graph in graphs.items():
             if chosen == "embed":
                 embed(graph, sources, inside)
+            arrangement.apply(graph)
+            if layout == "triton":
+                files["config.pbtxt"] = triton_config(graph, where.resolve().name)
             files[name] = graph.SerializeToString(deterministic=True)
-        built.append(graph_set)
-        return files
+        built.append(replace(graph_set, contract=arrangement.contract(graph_set.contract)))
+        return {arrangement.path(name): data for name, data in files.items()}
 
     def check(ledger: Ledger) -> None:
         from surgery.engine.output_checks import check_output
@@ -206,17 +221,21 @@ def export_onnx(
             if assembly.baked is None:  # a head that came along with a module may be the base's own
                 raise
 
-    names = assembly.names(draft)
+    names = [arrangement.path(name) for name in assembly.names(draft)]
+    taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
     parcel = ExportJob(
         names=names,
         make=make,
         weights=() if chosen == "embed" else sources,
-        plan=merged.plan if merged else None,
+        plan=arrangement.plan(merged.plan) if merged else None,
         judge=check,
-        side_files=_side_files(checkpoint, merged, assembly, {*names, *(file.path.name for file in draft.files)}),
+        side_files=_side_files(
+            checkpoint, merged, assembly, arrangement.config(assembly.component.config, kind), taken
+        ),
         inputs=sorted({adapter.path for adapter in roles.adapters}),
-        facts=_facts(draft, chosen),
-        id=_id(draft, assembly),
+        facts=_facts(draft, chosen, arrangement),
+        id=_id(draft, assembly, arrangement),
+        placed=arrangement.files,
     )
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
@@ -224,14 +243,12 @@ def export_onnx(
     seen = None
     if range_text is not None:
         seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
-    warnings += issues_of_types(draft.graphs["model.onnx"], done.contract.dtype, where, sources, seen)
+    for graph in whole_graphs(draft):
+        issues = issues_of_types(graph, done.contract.dtype, where, sources, seen)
+        warnings += [issue for issue in issues if issue not in warnings]
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
-
-
-def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(
@@ -281,20 +298,20 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
+    slots, given = _slots(checkpoint, roles, model), component
+    check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates or model.encoder is not None:
-            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
+        if not model.generates:
+            raise FitError("a text has nothing to be read into: this model has no cache")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    slots, given = _slots(checkpoint, roles, model), component
-    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
-        raise FitError(
-            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
-        )
     coded = merged.coded if merged else {}
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
+    operators = choose(target, io)
+    if merged is not None and merged.across:
+        operators = replace(operators, linear="matmul")
+    options = GraphOptions(operators, io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:
@@ -374,17 +391,21 @@ def _another_configuration(base: Component) -> FitError:
 
 
 def _side_files(
-    checkpoint: Checkpoint, merged: MergedWeights | None, assembly: Assembly, taken: set[str]
+    checkpoint: Checkpoint,
+    merged: MergedWeights | None,
+    assembly: Assembly,
+    config: Mapping[str, Any] | None,
+    taken: set[str],
 ) -> list[SideFile]:
-    """Tokenizer, configuration and the like, but for names that the export itself takes."""
+    """Tokenizer, configuration and the like, but for names that the export itself takes; `config` replaces the base's."""
     if merged is not None:
         side_files = list(merged.side_files)
     else:
-        config = checkpoint.main.folder / "config.json"
+        source = checkpoint.main.folder / "config.json"
         side_files = [SideFile(name, source=path) for name, path in checkpoint.side_files]
-        side_files += [SideFile("config.json", source=config)] if config.exists() else []
-    if assembly.headed:
-        data = json.dumps(dict(assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
+        side_files += [SideFile("config.json", source=source)] if source.exists() else []
+    if assembly.headed or config is not None:
+        data = json.dumps(dict(config or assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
         side_files = [side for side in side_files if side.name != "config.json"]
         side_files.append(SideFile("config.json", data=data))
     if assembly.sentence is not None:
@@ -392,9 +413,28 @@ def _side_files(
     return [side for side in side_files if side.name not in taken]
 
 
-def _facts(draft: GraphSet, mode: Mode) -> dict[str, Any]:
+def _arrangement(layout: Layout, mode: Mode, draft: GraphSet, kind: str) -> Arrangement:
+    """The names of all files.
+
+    Raises:
+        FitError: the layout's are not those of the base's folder.
+    """
+    files = () if mode == "embed" else draft.files
+    base = [file.path.name for file in files if isinstance(file, File)]
+    computed = [file.path.name for file in files if not isinstance(file, File)]
+    if mode == "reference":
+        if layout.below:
+            raise FitError(f"the layout of {layout.name} needs a folder of its own", hint="write to another folder")
+        return Arrangement(layout)
+    return arrange(layout, base, computed, list(draft.graphs), kind)
+
+
+def _facts(draft: GraphSet, mode: Mode, arrangement: Arrangement) -> dict[str, Any]:
     contract = draft.contract
+    layout = arrangement.layout.name
     return {
+        **({"layout": layout} if layout != "plain" else {}),
+        **({"renamed": dict(arrangement.weights)} if arrangement.weights else {}),
         "target": contract.target,
         "dtype": contract.dtype,
         "weights": mode,
@@ -404,56 +444,11 @@ def _facts(draft: GraphSet, mode: Mode) -> dict[str, Any]:
     }
 
 
-def _id(draft: GraphSet, assembly: Assembly) -> str:
+def _id(draft: GraphSet, assembly: Assembly, arrangement: Arrangement) -> str:
     """Digest of everything that decides the files: the draft's graphs name weights and adapters by content."""
     state = hashlib.sha256(json.dumps([__version__, assembly.form]).encode())
     for name, graph in draft.graphs.items():
         state.update(name.encode() + graph.SerializeToString(deterministic=True))
+    if arrangement.files or arrangement.layout.name != "plain":
+        state.update(json.dumps([arrangement.layout.name, dict(arrangement.files)], sort_keys=True).encode())
     return state.hexdigest()
-
-
-def _graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
-    """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
-    contract, warnings = draft.contract, []
-    if contract.kind != "decoder" or contract.encoder:
-        return []
-    if contract.target == "cuda" and contract.dtype == "fp32":
-        warnings.append(
-            "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much "
-            "faster"
-        )
-    graph = assembly.for_genai(draft)
-    if graph and assembly.options.required:
-        warnings.append("onnxruntime-genai runs it with an adapter only: the slots have no default")
-    if not graph:
-        warnings.append(
-            "no genai_config.json: onnxruntime-genai always passes a past of its own, so it cannot stand on keys and "
-            "values of a prompt"
-        )
-        return warnings
-    if graph == ROWS or assembly.form == "rows":
-        first = assembly.model.vocabulary
-        warnings.append(
-            f"onnxruntime-genai gets {graph}: there the soft prompt is the token ids {first} to "
-            f"{first + assembly.prompts[0].tokens - 1}, to be put in front of a text"
-        )
-    generation = assembly.component.folder / "generation_config.json"
-    ends = [assembly.component.config, read_object(generation) if generation.exists() else {}]
-    if all(config.get("eos_token_id") is None for config in ends):
-        warnings.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
-    return warnings
-
-
-def _warnings(mode: Mode, roles: AdapterRoles, checkpoint: Checkpoint, told: Sequence[str]) -> list[str]:
-    warnings = list(told)
-    if others := [named.adapter for named in (*roles.swap, *roles.prefix, *roles.insert)]:
-        from surgery_formats.binding.bind import warn_of_other_base
-
-        texts = [f"{adapter.path.name}: {trap}" for adapter in others for trap in adapter.known_issues()]
-        warnings += [text for text in (*texts, *warn_of_other_base(others, checkpoint)) if text not in warnings]
-    if mode == "link":
-        warnings.append(
-            "the weights are hard links: onnxruntime loads them, onnx.load refuses them, and a program that writes "
-            "into one file changes both"
-        )
-    return warnings

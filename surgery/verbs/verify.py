@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
+from surgery.onnx.graph.pair_names import MERGED, graph_in
+from surgery.onnx.run.opening import placed_graph, side_folder
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts
 from surgery.reports.summary import Summary, warning_notes
-from surgery.verification.bytes import compare_copied, compare_files, recorded_tensors
+from surgery.verification.bytes import compare_copied, compare_files, data_shard, recorded_tensors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
@@ -144,7 +147,7 @@ def verify(
         if not adapters:
             return _by_manifest(graph)
     if where.name.endswith(".onnx") and where.is_file():
-        where = where.parent
+        where = side_folder(where)
     if where.is_file():
         raise FitError(
             "a file, not the folder of an output", file=where, hint="verify the folder that surgery has written"
@@ -154,7 +157,8 @@ def verify(
     if adapters and against is None:
         raise FitError("adapters were named without a base", hint="name the base they were merged into: `against=BASE`")
     base = None if against is None else as_checkpoint(against, "against")
-    has_manifest, has_graph = (where / MANIFEST).exists(), (where / _GRAPH).exists()
+    graph = placed_graph(where)
+    has_manifest, has_graph = (where / MANIFEST).exists(), graph is not None
     if not has_manifest and not has_graph:
         raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
     checks: list[Check] = []
@@ -170,13 +174,15 @@ def verify(
             checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
         else:
             notes.append("copied tensors were not compared with the base: --against BASE does")
-    if not has_graph:
+    if graph is None:
         return Verification(where, "folder", tuple(checks), tuple(notes))
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
         raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)
     hashed = _hashed({**manifest.get("files", {}), **recorded})
-    _graphs(where, base, roles, hashed, tolerance, checks, notes)
+    exported = manifest.get("export")
+    renamed = exported.get("renamed", {}) if isinstance(exported, Mapping) else {}
+    _graphs(graph, base, roles, hashed, renamed, tolerance, checks, notes)
     return Verification(where, "graph", tuple(checks), tuple(notes))
 
 
@@ -188,7 +194,7 @@ def _without_contract(where: Path) -> Path | None:
     found = where
     if where.is_dir():
         graphs = sorted(one for one in where.iterdir() if one.suffix == ".onnx" and one.is_file())
-        named = where / _GRAPH
+        named = graph_in(where, _GRAPH)
         if named not in graphs and len(graphs) != 1:
             return None
         found = named if named in graphs else graphs[0]
@@ -267,35 +273,42 @@ def _hashed(entries: Mapping[str, Any]) -> set[str]:
 
 
 def _graphs(
-    where: Path,
+    path: Path,
     base: Checkpoint | None,
     roles: AdapterRoles,
     hashed: Collection[str],
+    renamed: Mapping[str, str],
     tolerance: float | None,
     checks: list[Check],
     notes: list[str],
 ) -> None:
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
+    from surgery.verification.pair import halves, measure_half
     from surgery.verification.sentence import own_task, with_sentence_modules
     from surgery.verification.session import check_weights, read_graph
     from surgery.verification.slots import with_defaults
 
-    main = read_graph(where / _GRAPH)
-    graphs = [main]
+    where, main = path.parent, read_graph(path)
+    own = {new: old for old, new in renamed.items() if isinstance(new, str)}
+    graphs = [main, *halves(main)]
     if main.contract.prefill:
         graphs.append(read_graph(where / Path(main.contract.prefill).name))
     for graph in graphs:
         check_weights(graph)
-    names = [file.name for file in main.weight_files]
+    names = list(dict.fromkeys(file.name for graph in graphs for file in graph.weight_files))
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
     if base is not None and not roles.merged:  # a merge may have put them under the names of the base's files
-        same = compare_files(where, _not_dequantised(where, names, base), base)
+        same = compare_files(
+            where, _not_dequantised(where, names, base), base, {new: old for old, new in renamed.items()}
+        )
         if same:
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
-    elif base is None and not set(names) <= set(hashed):
+    elif base is None and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = with_defaults(main, _reference(main, base, roles))
+    reference = _reference(main, names, base, roles, own)
+    for graph in graphs if main.contract.encoder else (main,):
+        reference = with_defaults(graph, reference)
     if own_task(main.contract) != main.contract.task:
         reference = with_sentence_modules(reference, where if base is None else base.main.folder)
     if main.contract.quantised:
@@ -307,21 +320,24 @@ def _graphs(
         reference = with_baked_modules(reference, main)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
-        checks += _judged_graph(graph, reference, prompt, tolerance)
+        measure = partial(
+            measure_half if main.contract.encoder else partial(_measures, prompt=prompt), graph, reference
+        )
+        checks += _judged_graph(graph, measure, tolerance)
 
 
 def _judged_graph(
-    graph: GraphFile, reference: Reference, prompt: Adapter | None, tolerance: float | None
+    graph: GraphFile, measure: Callable[[], list[LogitDifference]], tolerance: float | None
 ) -> Iterator[Check]:
     from surgery.reference.stored import watched
     from surgery.verification.finite import check_finite, fits_half
 
     with watched() as seen:
-        measures = _measures(graph, reference, prompt)
+        measures = measure()
     check_finite(graph, measures, seen)
     yield from (_judged(measure, graph, tolerance) for measure in measures)
-    if graph.contract.dtype == "fp16" and graph.path.name == _GRAPH:
-        yield Check("range", fits_half(graph, seen, lambda: _measures(graph, reference, prompt)))
+    if graph.contract.dtype == "fp16" and graph.path.name in (_GRAPH, MERGED):
+        yield Check("range", fits_half(graph, seen, measure))
 
 
 def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:
@@ -389,21 +405,25 @@ def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> lis
     return [name for name in names if not (where / name).exists() or sizes.get(name) == (where / name).stat().st_size]
 
 
-def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Reference:
+def _reference(
+    graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles, own: Mapping[str, str]
+) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
     from surgery.engine.input_checks import check_base_id
     from surgery.engine.merge.merge_plan import plan_merge
     from surgery.reference import open_reference
     from surgery.reference.model import Reference
     from surgery.reference.weights import tensor_weights
+    from surgery.verification.beside import model_beside
     from surgery.verification.sentence import own_task
     from surgery_formats.binding.bind import bind
-    from surgery_formats.containers.weight_files import open_shard
     from surgery_formats.models.families.parameters import model_of
 
     contract, folder = graph.contract, graph.path.parent
     task = own_task(contract)
-    if contract.quantised and graph.weight_files:
+    from surgery.onnx.export.coded_plan import QUANTISED, TRANSPOSED
+
+    if any(file.name in (QUANTISED, TRANSPOSED) for file in graph.weight_files):
         from surgery.verification.coded_weights import coded_reference
 
         return coded_reference(graph)
@@ -413,19 +433,19 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -
         return open_reference(base.main, plan_merge(binding), task=task)
     # of a quantised base, a graph has the values in 16 bits
     dequantised = plan_merge(bind([], base)) if base is not None and base.is_quantised else None
-    if not graph.weight_files:
+    if not names:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
         return open_reference(base.main, dequantised, task=task)
     in_files = any(facts.get("mode") in ("merged", "inserted") for facts in contract.adapters)
     if base is not None and (roles.insert or not in_files):
         return open_reference(base.main, dequantised, task=task)
-    component = open_checkpoint(folder).main
+    component = model_beside(graph, own)
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
-    for file in graph.weight_files:
-        if file.name not in known:  # what a merge changed lies in a file of its own
-            tensors |= {tensor.name: tensor for tensor in open_shard(folder / file.name).tensors}
+    for name in names:
+        if name not in known:  # what a merge changed lies in a file of its own
+            tensors |= {tensor.name: tensor for tensor in data_shard(folder / name).tensors}
     return Reference(model_of(component.config, tensors.keys(), task), tensor_weights(tensors, component.names))
 
 
@@ -474,5 +494,5 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )
-    name = measure.name if graph.path.name == _GRAPH else f"{graph.path.name}: {measure.name}"
+    name = measure.name if graph.path.name in (_GRAPH, MERGED) else f"{graph.path.name}: {measure.name}"
     return Check(name, f"max |d| {measure.difference:.2g} of {measure.size:.3g}", measure.difference, limit)

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery_formats.containers.base import Shard
 from surgery_formats.containers.onnx import open_graph
+from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError
 from surgery_formats.files.raw import open_file
@@ -16,7 +18,7 @@ from surgery_formats.models.identity import tensor_digest
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["compare_copied", "compare_files", "recorded_tensors"]
+__all__ = ["compare_copied", "compare_files", "data_shard", "recorded_tensors"]
 
 
 def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
@@ -32,7 +34,7 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
         if not isinstance(tensors, Mapping) or not (graphs or is_weight_file(name)):
             continue
         component = name.rpartition("/")[0]  # a pipeline's tensors are recorded with the network that they are of
-        prefix = f"{component}:" if component else ""
+        prefix = f"{component}:" if any(key.startswith(f"{component}:") for key in tensors) else ""
         stored = {f"{prefix}{tensor.name}": tensor for tensor in _tensors_in(folder, name, graphs)}
         for key, facts in sorted(tensors.items()):
             expected = facts.get("xxh3") if isinstance(facts, Mapping) else None
@@ -50,6 +52,8 @@ def _tensors_in(folder: Path, name: str, graphs: Iterable[str]) -> Iterable[Stor
     """The tensors of a file of weights; of a graph's, inside or beside it, those of the graphs in the folder."""
     if is_weight_file(name):
         return open_shard(folder / name).tensors
+    if SAFETENSORS.detect(folder / name):  # under a name that another program looks for
+        return data_shard(folder / name).tensors
     return [tensor for graph in graphs for tensor in open_graph(folder / graph).tensors.values()]
 
 
@@ -92,8 +96,23 @@ def _labelled(checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     }
 
 
-def compare_files(folder: Path, names: list[str], base: Checkpoint) -> list[str]:
+def data_shard(path: Path) -> Shard:
+    """A file of safetensors, whatever its name is."""
+    if is_weight_file(path.name):
+        return open_shard(path)
+    return next(iter(SAFETENSORS.open(path).values())).shards[0]
+
+
+def compare_files(
+    folder: Path, names: list[str], base: Checkpoint, renamed: Mapping[str, str] | None = None
+) -> list[str]:
     """Compare weight files with the base's files of the same name, byte by byte; the base's own files are skipped.
+
+    Args:
+        folder: Where they lie.
+        names: Their names there.
+        base: The base.
+        renamed: Their names in the base, where those are others.
 
     Returns:
         Names of the files that the base has too.
@@ -101,7 +120,8 @@ def compare_files(folder: Path, names: list[str], base: Checkpoint) -> list[str]
     Raises:
         ProofError: a file differs.
     """
-    originals = {shard.path.name: shard.file for component in base.components.values() for shard in component.shards}
+    known = {shard.path.name: shard.file for component in base.components.values() for shard in component.shards}
+    originals = {name: known[old] for name in names if (old := (renamed or {}).get(name, name)) in known}
     shared = []
     for name in names:
         if name not in originals:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from surgery.onnx.export.merged import with_biases
+from surgery.onnx.graph.weights import ACROSS
 from surgery.reference.model import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.sentence import own_task
@@ -80,16 +81,20 @@ class _CodedWeights:
 
     @property
     def names(self) -> Collection[str]:
-        return {*self._tensors, *self._codes}
+        return {*(name.removesuffix(ACROSS) for name in self._tensors), *self._codes}
 
     def stored(self, name: str) -> str:
-        if name in self._tensors or name in self._codes:
+        if name in self._tensors or name in self._codes or f"{name}{ACROSS}" in self._tensors:
             return name
         slices = self._resolver.resolve(name)
         return slices[0].parameter.name if len(slices) == 1 else name
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stored, of_head = self.stored(name.removesuffix(f" {_HEAD}")), name.endswith(_HEAD)
+        if f"{stored}{ACROSS}" in self._tensors and stored not in self._tensors:
+            return torch.from_numpy(
+                np.ascontiguousarray(self._tensors[f"{stored}{ACROSS}"].read().astype(np.float32).T)[start:stop]
+            )
         if stored in self._tensors and not of_head:
             return torch.from_numpy(read_rows(Plain.of(self._tensors[stored]), start, stop).astype(np.float32))
         outputs, inputs = self.shapes[name.removesuffix(f" {_HEAD}")]
@@ -123,7 +128,8 @@ def coded_reference(graph: GraphFile) -> Reference:
             codes[name] = _Codes(parts, entry["bits"], entry["block"])
     config = read_object(folder / "config.json")
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
-    known = {name: Parameter.of(replace(t, name=name)) for name, t in kept.items()}
+    bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
+    known = {name: Parameter.of(replace(t, name=name)) for name, t in bare.items()}
     known |= {name: Parameter.of(replace(c.parts["scales"], name=name)) for name, c in codes.items()}
     weights = _CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
     model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)

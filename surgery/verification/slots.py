@@ -16,6 +16,7 @@ import torch
 
 from surgery.onnx.export.merged import with_biases
 from surgery.onnx.graph.contract import KEEP
+from surgery.onnx.graph.pair_names import MASK, STATES, SWITCH
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.inserted import random_modules
@@ -31,7 +32,11 @@ from surgery_formats.text import show
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
+_OTHERS = (
+    *("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", "input_features"),
+    "pixel_values",
+    *(STATES, MASK, SWITCH, KEEP),
+)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:

@@ -152,6 +152,16 @@ SWITCHES = [
     ("llama", "use_qk_norm", True),
     ("llama", "num_experts", 8),
     ("gpt_neox", "rope_theta", 5.0),
+    ("modernbert_mean", "classifier_pooling", "max"),
+    ("modernbert_mean", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("deberta_v2_sequence", "pos_att_type", "c2p|p2p"),
+    ("deberta_v2_sequence", "norm_rel_ebd", "rms_norm"),
+    ("deberta_v2_sequence", "conv_kernel_size", 4),
+    ("deberta_v2_sequence", "attention_head_size", 16),
+    ("deberta_v2_sequence", "position_buckets", 3),
+    ("deberta_sequence", "talking_head", True),
+    ("mpnet_sequence", "relative_attention_num_buckets", 16),
+    ("eurobert_late", "classifier_pooling", "cls"),
 ]
 
 
@@ -232,3 +242,71 @@ def test_recipes_of_the_examples_use_every_tensor() -> None:
 
     component = open_checkpoint(Path("examples/base")).main
     assert set(parameters(model_of(component.config, component.tensors))) == set(component.tensors)
+
+
+NOMIC_OF_THE_AUTHORS = {
+    "model_type": "nomic_bert",
+    "architectures": ["NomicBertModel"],
+    "n_embd": 768,
+    "n_inner": 3072,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 8192,
+    "vocab_size": 30528,
+    "activation_function": "swiglu",
+    "layer_norm_epsilon": 1e-12,
+    "rotary_emb_base": 1000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "rotary_scaling_factor": None,
+    "prenorm": False,
+    "parallel_block": False,
+    "use_rms_norm": False,
+    "causal": False,
+    "qkv_proj_bias": False,
+    "type_vocab_size": 2,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "use_flash_attn": True,
+    "fused_bias_fc": True,
+    "max_trained_positions": 2048,
+}
+
+
+def test_nomics_own_configuration_gives_the_recipe_of_transformers() -> None:
+    ours = transformers.NomicBertConfig(max_position_embeddings=8192, architectures=["NomicBertModel"])
+    own = model_of(NOMIC_OF_THE_AUTHORS, ())
+    assert own == model_of(json.loads(ours.to_json_string(use_diff=False)), ())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rotary_scaling_factor", 2),
+        ("rotary_emb_fraction", None),
+        ("rotary_emb_fraction", 0.5),
+        ("rotary_emb_interleaved", True),
+        ("activation_function", "gelu"),
+        ("prenorm", True),
+        ("num_experts", 8),
+        ("moe_every_n_layers", 2),
+    ],
+)
+def test_what_nomics_other_models_compute_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(FitError, match=key):
+        model_of({**NOMIC_OF_THE_AUTHORS, key: value}, ())
+
+
+def test_modernbert_configurations_of_transformers_4_are_read() -> None:
+    config = _config("modernbert_mean")
+    new = model_of(config, ())
+    del config["rope_parameters"], config["layer_types"]
+    old = {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    assert model_of({**config, **old, "position_embedding_type": "absolute", "rope_scaling": None}, ()) == new
+    one = model_of({**config, **old, "local_rope_theta": None}, ())
+    assert [layer.attention.rope.parameters["rope_theta"] for layer in one.layers] == [160000.0] * 3  # type: ignore[union-attr]
+    assert [layer.attention.window for layer in one.layers] == [None, 3, 3]

@@ -64,7 +64,7 @@ def test_every_merged_kind_gives_the_logits_of_peft(base, adapters, name, target
     plain = trained.logits(recipes.load("llama", base), IDS)
     assert np.abs(expected - plain).max() > 0.05  # the adapter does something
     assert np.abs(found(tmp_path / "out") - expected).max() <= TOLERANCE
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "base.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("layout", ["delta", "full"])
@@ -164,7 +164,7 @@ def test_a_packed_base_stays_packed_if_only_a_part_changes(base, adapters, tmp_p
     export_onnx(tmp_path / "packed", [adapters["lora q v"]], output=tmp_path / "out")
     joint = initializers(tmp_path / "out")
     assert joint["model.layers.0.self_attn.q_proj+k_proj+v_proj.weight"]["location"] == DELTA
-    assert joint["model.layers.0.mlp.gate_proj+up_proj.weight"]["location"] == "model.safetensors"
+    assert joint["model.layers.0.mlp.gate_proj+up_proj.weight"]["location"] == "base.safetensors"
     expected = trained.logits(trained.attached("llama", tmp_path / "packed", (adapters["lora q v"], 1.0)), IDS)
     assert np.abs(found(tmp_path / "out") - expected).max() <= TOLERANCE
 

@@ -26,6 +26,7 @@ TARGETS: dict[str, list[str] | str] = {  # PEFT's defaults where it has them, el
     "mpnet_sequence": "all-linear",
     "deberta_v2_sequence": ["query_proj", "value_proj"],
     "deberta_v2_all": "all-linear",
+    "deberta_sequence": ["in_proj"],
     "modernbert_sequence": ["attn.Wqkv", "attn.Wo"],
     "modernbert_mean": "all-linear",
     "nomic_bert_sequence": "all-linear",

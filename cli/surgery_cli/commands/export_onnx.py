@@ -41,6 +41,11 @@ __all__ = ["command"]
     values=("auto", "reference", "link", "copy", "embed"),
     help="auto: reference if OUT is BASE's folder, else copy (blocks are shared where the file system can).",
 )
+@option.choice(
+    "--layout",
+    values=("plain", "transformers.js", "optimum", "sentence-transformers", "genai", "triton"),
+    help="Names and places of files, as a program looks for them.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["merged", "swappable", "prefix"]),
@@ -87,6 +92,11 @@ __all__ = ["command"]
     help="Of codes: the token table; auto: as a head tied to it, else kept.",
 )
 @click.option("--budget", type=option.size, metavar="SIZE", help="Of mixed: most bytes of all weights, e.g. 700MB.")
+@option.choice(
+    "--linear",
+    values=("auto", "matmul"),
+    help="matmul: MatMul with weights of inputs by outputs, which onnxruntime's quantisers look for.",
+)
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(
     "--range-text",

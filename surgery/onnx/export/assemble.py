@@ -87,6 +87,7 @@ class Assembly:
         form: Form of the prompts.
         headed: Whether swapped adapters bring a head for which the base's configuration has no place.
         baked: Modules that adapters insert, a part of the graph.
+        companions: Whether what onnxruntime-genai reads comes along.
         sentence: The modules of sentence-transformers behind the model.
     """
 
@@ -99,6 +100,7 @@ class Assembly:
     form: Form = ""
     headed: bool = False
     baked: BakedModules | None = None
+    companions: bool = True
     sentence: SentenceFile | None = None
 
     @property
@@ -188,7 +190,7 @@ class Assembly:
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
-        if built.contract.kind != "decoder" or built.encoder is not None:
+        if built.contract.kind != "decoder" or built.encoder is not None or not self.companions:
             return ""
         if self.form != "kv":
             return "model.onnx"

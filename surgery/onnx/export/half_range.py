@@ -169,14 +169,18 @@ def measured_values(component: Component, plan: Plan | None, task: str, text: st
     """
     import torch
 
-    from surgery.reference import forward, open_reference
+    from surgery.reference import encode, forward, open_reference
     from surgery.reference.stored import watched
 
     reference = open_reference(component, plan, task=task)
     ids = _ids(component, text, reference.model.vocabulary, min(_WIDTH, reference.model.max_positions or _WIDTH))
+    encoder = reference.model.encoder
+    if encoder is not None and encoder.embedding.stem is not None:
+        raise FitError("values of a model of speech are not measured on a text", hint="without `range_text=`")
     with watched() as seen:
         for row in ids:
-            forward(reference, torch.tensor([row]))
+            tokens = torch.tensor([row])
+            forward(reference, tokens, encoded=encode(reference, tokens) if encoder is not None else None)
     return seen
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgery.onnx.export.assemble import Assembly
+from surgery.onnx.export.pairs import check_pair
 from surgery.onnx.export.sentence import sentence_file
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
@@ -42,7 +43,9 @@ def with_logits(assembly: Assembly, asked: str) -> Assembly:
         raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
     if asked == "input" and not assembly.model.generates:
         raise FitError("only a model that generates has logits of the next token to choose from")
-    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
+    # the decoder of an encoder-decoder begins with one token or a few
+    worth = assembly.options.target.name != "cuda" and assembly.model.encoder is None
+    keep = asked == "input" or (asked == "auto" and worth)
     return replace(assembly, options=replace(assembly.options, keep_logits=keep))
 
 
@@ -52,10 +55,7 @@ def with_positions(assembly: Assembly, asked: bool) -> Assembly:
     Raises:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
-    if asked and assembly.model.encoder is not None:
-        raise FitError(
-            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
-        )
+    check_pair(assembly.model, positions=asked)
     if asked and (not assembly.model.generates or assembly.prompts):
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")

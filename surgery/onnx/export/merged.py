@@ -47,6 +47,7 @@ class MergedWeights:
         side_files: Side files of the output folder, except an index that it does not need.
         model: The recipe, with the biases that the merge added.
         coded: Weights stored as codes in blocks, by name.
+        across: Whether linear maps are written ``(in, out)``.
     """
 
     plan: Plan
@@ -55,6 +56,7 @@ class MergedWeights:
     side_files: tuple[SideFile, ...]
     model: Model
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    across: bool = False
 
 
 def merged_weights(binding: Binding, layout: Layout, task: str = "") -> MergedWeights:

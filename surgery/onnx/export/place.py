@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,6 +64,7 @@ class ExportJob:
         inputs: Folders and files that are read beside the base; the output may not lie in them.
         facts: Facts for the manifest.
         id: Digest of the graphs and options; it covers headers of weight files, but not their values.
+        placed: Paths in the output of weight files that get another name.
     """
 
     names: Sequence[str]
@@ -75,6 +76,7 @@ class ExportJob:
     inputs: Sequence[Path]
     facts: Mapping[str, Any]
     id: str
+    placed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
         for side in job.side_files:
             write_side_file(side, folder)
             written += len(side.data) if side.source is None else side.source.stat().st_size
-        files = job.make(WeightLocation(home if mode == "embed" else folder.staged))
+        files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
         for name, data in files.items():
             folder.write_small(name, data)
         _check_unchanged(job)
@@ -172,10 +174,11 @@ def _bring_weights(folder: OutputFolder, job: ExportJob, mode: Mode, verify: boo
     if mode not in ("copy", "link"):
         return 0
     for file in job.weights:
+        name = job.placed.get(file.path.name, file.path.name)
         if mode == "link":
-            folder.link(file.path.name, file)
-        elif file.path.name not in folder.finished:
-            out = folder.create(file.path.name, file.size)
+            folder.link(name, file)
+        elif name not in folder.finished:
+            out = folder.create(name, file.size)
             out.copy_from(file, 0, 0, file.size)
             out.finish({"xxh3": _compared(out, file)} if verify else {})
     return sum(file.size for file in job.weights) if mode == "copy" else 0

@@ -8,8 +8,8 @@ for the CPU and with embeddings instead of ids as input, and run once. Those of 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,14 +103,17 @@ class WeightLocation:
         folder: Folder of the weight files.
         below: Folder in it with the files just written, or empty.
         written: Names of those files.
+        names: Paths of weight files that have another name there.
     """
 
     folder: Path
     below: str = ""
     written: frozenset[str] = frozenset()
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def location(self, name: str) -> str:
         """Path of a weight file relative to `folder`."""
+        name = self.names.get(name, name)
         return f"{self.below}/{name}" if self.below and name in self.written else name
 
 

@@ -89,7 +89,7 @@ class ExportResult:
         from surgery.reports.values import Value
 
         contract = self.contract
-        graphs = ", ".join(name for name in self.files if "/" not in name)
+        graphs = ", ".join(name for name in self.files if "/" not in name or name.endswith(".onnx"))
         facts: list[tuple[str, Phrase]] = [
             ("graph", f"{self.nodes} nodes for {contract.target} in {contract.dtype}: {graphs}")
         ]

@@ -35,6 +35,7 @@ from surgery_formats.models.families.recipe import (
     ClassifierHead,
     HiddenHead,
     Model,
+    PooledHead,
     Rope,
 )
 from surgery_formats.models.families.tasks import task_of
@@ -218,6 +219,8 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         decoder(ctx, model, length)
     else:
         encoder(ctx, model, length)
+    if options.target.linear == "matmul":
+        ctx.graph.describe(options.io)
     ctx.weights.check(model.unused)
     _check_slots(options, ctx)
     return ctx
@@ -283,14 +286,16 @@ def _switch(rope: Rope | None, length: int) -> int:
 
 def _wants_right(model: Model, target: OperatorSet) -> bool:
     """Whether padding must be on the right: for GroupQueryAttention, positions by index, first-token heads."""
-    if model.kind == "decoder":
-        return target.attention == "gqa"
     head = model.head
+    if model.kind == "decoder" and not isinstance(head, PooledHead):
+        return target.attention == "gqa"
     if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
         return True
     record = model.embedding
-    if record.stem is not None:  # a spectrogram has no padding that is told
+    if record.stem is not None or record.patches is not None:  # neither has padding that is told
         return False
+    if isinstance(head, PooledHead):
+        return True
     return bool(record.positions or record.sinusoid) and record.position_rule == "absolute"
 
 

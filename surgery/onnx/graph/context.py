@@ -65,6 +65,8 @@ class Context:
         batch: Size of the inputs' first axis: a name, or 1.
         position_ids: Whether positions are an input of the graph.
         keep_logits: Whether the number of positions whose logits are computed is an input.
+        sequence: Number of tokens, or the name of the axis.
+        in_front: Number of tokens in front of those of an image's patches.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -81,6 +83,8 @@ class Context:
     real: Callable[[], str] = str
     position_ids: bool = False
     keep_logits: bool = False
+    sequence: int | str = SEQUENCE
+    in_front: int = 0
     opset: int = NEWEST
     choices: bool = False
     batch: str | int = BATCH

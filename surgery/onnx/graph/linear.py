@@ -28,7 +28,8 @@ def linear(ctx: Context, projection: Projection, x: str, *, alpha: float = 1.0, 
         bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
         y = _coded(ctx, coded, x, bias, at, alpha)
     else:
-        weight = ctx.weights.part(projection.weight, stored, stack)
+        weight = _across(ctx, projection) if ctx.target.linear == "matmul" else ""
+        weight = weight or ctx.weights.part(projection.weight, stored, stack)
         bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
         y = _multiply(ctx, x, weight, bias, at, transposed=projection.transposed, alpha=alpha)
     slot = "" if stack else slot or projection.weight
@@ -40,8 +41,10 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
 
     Biases are joined by a Concat that runtimes fold.
     """
-    if ctx.target.packed == "none" or any(
-        part.transposed or part.stack or part.weight in ctx.slotted for part in projections
+    if (
+        ctx.target.packed == "none"
+        or ctx.target.linear == "matmul"
+        or any(part.transposed or part.stack or part.weight in ctx.slotted for part in projections)
     ):
         return None
     weights, sizes = [part.weight for part in projections], [(part.outputs, part.inputs) for part in projections]
@@ -61,6 +64,18 @@ def joined(ctx: Context, projections: Sequence[Projection], x: str) -> str | Non
     return _multiply(ctx, x, weight, bias, at) if coded is None else _coded(ctx, coded, x, bias, at)
 
 
+def _across(ctx: Context, projection: Projection) -> str:
+    """The weight ``(in, out)``; turned by a node where it was not written so."""
+    at, sizes = module_of(projection.weight), (projection.outputs, projection.inputs)
+    if projection.transposed:
+        return ctx.weights.part(projection.weight, sizes[::-1], projection.stack)
+    written = None if projection.stack else ctx.weights.across(projection.weight, sizes[::-1])
+    if written is not None:
+        return written
+    weight = ctx.weights.part(projection.weight, sizes, projection.stack)
+    return ctx.graph.node("Transpose", [weight], at, perm=[1, 0])
+
+
 def _coded(ctx: Context, weight: CodedTensor, x: str, bias: str, at: str, alpha: float = 1.0) -> str:
     y = coded_product(ctx.graph, weight, x, ctx.io, at)
     y = ctx.graph.node("Add", [y, bias], at) if bias else y
@@ -74,7 +89,11 @@ def _multiply(
     if ctx.flat:
         beta: dict[str, Any] = {} if alpha == 1.0 or not bias else {"beta": float(alpha)}
         return ctx.graph.node("Gemm", [x, weight, bias], at, transB=0 if transposed else 1, **factor, **beta)
-    y = ctx.graph.node("FusedMatMul", [x, weight], at, domain=MICROSOFT, transB=0 if transposed else 1, **factor)
+    if ctx.target.linear == "matmul":
+        y = ctx.graph.node("MatMul", [x, weight], at)
+        y = ctx.graph.node("Mul", [y, ctx.graph.number(alpha, ctx.io)], at) if alpha != 1.0 else y
+    else:
+        y = ctx.graph.node("FusedMatMul", [x, weight], at, domain=MICROSOFT, transB=0 if transposed else 1, **factor)
     if not bias:
         return y
     if alpha != 1.0:

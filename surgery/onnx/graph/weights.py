@@ -19,7 +19,10 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
 
-__all__ = ["LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of"]
+__all__ = ["ACROSS", "LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of"]
+
+ACROSS = ".transposed"
+"""What a matrix that was written with its axes exchanged is called behind the weight's name."""
 
 LABELS = "labels"
 """Name of the free axis of a classifier that adapters replace."""
@@ -207,6 +210,14 @@ class GraphWeights:
         stored = f"{tensor.name}.{tensor.dtype.label.lower()}" if tensor.dtype is not self._io else tensor.name
         self._graph.external(stored, tensor.dtype, tensor.offset, file_of(tensor), shape, tensor.nbytes)
         return stored, tensor.dtype
+
+    def across(self, name: str, shape: Sequence[int]) -> str | None:
+        """A matrix that was written with its axes exchanged; None if it was not, or is an input."""
+        stored = self._stored_name(name)
+        if name in self.replaceable.names or f"{stored}{ACROSS}" not in self._overrides:
+            return None
+        self.used.add(stored)
+        return self.value(f"{stored}{ACROSS}", shape)
 
     def value(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a value of the graph's type."""

@@ -29,9 +29,10 @@ from surgery_formats.text import show
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["GraphSession", "find_graph", "open_encoder", "open_graph", "open_prefill"]
+__all__ = ["GraphSession", "find_graph", "open_encoder", "open_graph", "open_prefill", "placed_graph", "side_folder"]
 
 GRAPH = "model.onnx"
+_BELOW = ("onnx", "1")  # where transformers.js, sentence-transformers and Triton look for a graph
 _HINT = "export it again"
 _QUIET = 4  # failures are raised as exceptions, so they need not be logged too
 
@@ -68,8 +69,23 @@ class GraphSession:
 
     @property
     def folder(self) -> Path:
-        """Folder of the tokenizer and configuration."""
-        return self.path.parent
+        """Folder of the tokenizer and configuration: the graph's, or that above ``onnx/`` or Triton's ``1/``."""
+        return side_folder(self.path)
+
+
+def placed_graph(folder: Path) -> Path | None:
+    """The main graph of a folder, where one of the layouts of `surgery.onnx.export.layouts` has it."""
+    below = (graph for name in _BELOW for graph in sorted((folder / name).glob("model*.onnx")))
+    pairs = (graph_in(folder / name) for name in _BELOW)
+    return next((graph for graph in (graph_in(folder), *below, *pairs) if graph.exists()), None)
+
+
+def side_folder(graph: Path) -> Path:
+    """The folder of what belongs to a graph: its own, or that above ``onnx/`` or Triton's ``1/``."""
+    here = graph.parent
+    if here.name in _BELOW and not (here / "config.json").exists() and (here.parent / "config.json").exists():
+        return here.parent
+    return here
 
 
 def find_graph(model: str | os.PathLike[str]) -> Path:
@@ -80,9 +96,9 @@ def find_graph(model: str | os.PathLike[str]) -> Path:
     """
     path = Path(model)
     if path.is_dir():
-        path = graph_in(path, GRAPH)
-        if not path.exists():
+        if (found := placed_graph(path)) is None:
             raise NotFoundError(f"no {GRAPH} in this folder", file=model, hint="create one with surgery export-onnx")
+        path = found
     elif not path.exists():
         raise NotFoundError("no such file or folder", file=model)
     return path
@@ -176,7 +192,7 @@ def open_prefill(graph: GraphSession) -> GraphSession | None:
         return None
     if not is_safe_name(contract.prefill):
         raise MalformedError(f"the graph refers to '{show(contract.prefill)}' for prefills", file=graph.path)
-    path = graph.folder / contract.prefill
+    path = graph.path.parent / contract.prefill
     if not path.exists():  # the main graph also works alone, row by row
         return None
     prefill = open_graph(path, device="cpu", weights=graph.weights, threads=graph.threads)

@@ -156,6 +156,8 @@ class Attention:
         latent: How queries, keys and values are made, or None.
         bias: Relative positions (T5, MPNet), or None.
         disentangled: Scores with embeddings of distances (DeBERTa), or None.
+        q_bias: Tensor ``(heads * head_dim,)``, a bias of queries beside the projections (DeBERTa 1), or empty.
+        v_bias: The same of values.
         alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
@@ -179,6 +181,8 @@ class Attention:
     latent: Latent | None = None
     bias: RelativeBias | None = None
     disentangled: Disentangled | None = None
+    q_bias: str = ""
+    v_bias: str = ""
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None

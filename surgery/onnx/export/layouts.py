@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where other programs look for a graph and its weights, and what they want beside them.
+
+A layout only names and places files: offsets into a weight file do not change when it gets another name. ``plain`` is
+what `surgery.export_onnx` writes by itself. What each program looks up was read in its source: transformers.js 4.3,
+optimum-onnx 0.1, sentence-transformers 5.1, onnxruntime-genai 0.18, Triton's onnxruntime backend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.onnx.graph.contract import Contract, from_metadata
+from surgery_formats.errors import FitError
+from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    import onnx
+
+    from surgery.engine.plan import Plan
+
+__all__ = [
+    "LAYOUTS",
+    "Arrangement",
+    "Layout",
+    "arrange",
+    "check_layout",
+    "layout_named",
+    "layout_warnings",
+    "triton_config",
+]
+
+GRAPH = "model.onnx"
+_TRITON_TYPES = {1: "FP32", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "FP16", 16: "BF16"}
+_SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What a program expects.
+
+    Attributes:
+        name: As in ``--layout``.
+        below: Folder of graphs and weights in the output; empty for the output itself.
+        numbered: Whether weight files are called ``model.onnx_data``, ``model.onnx_data_1``, ...
+        by_type: Whether the graph's name tells its type, ``model_fp16.onnx``.
+        companions: Whether graphs and settings for other runtimes come along.
+        defaults: Whether the program passes by inputs that have a default, so that keys and values of a prompt are used.
+        factors: Whether it can give factors to slots.
+    """
+
+    name: str
+    below: str = ""
+    numbered: bool = False
+    by_type: bool = False
+    companions: bool = False
+    defaults: bool = False
+    factors: bool = False
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("plain", companions=True, defaults=True, factors=True),
+        Layout("transformers.js", "onnx", numbered=True, by_type=True),
+        Layout("optimum"),
+        Layout("sentence-transformers", "onnx"),
+        Layout("genai", companions=True, factors=True),
+        Layout("triton", "1", factors=True),
+    )
+}
+
+
+def layout_named(name: str) -> Layout:
+    """The layout of this name.
+
+    Raises:
+        FitError: there is none.
+    """
+    if name not in LAYOUTS:
+        raise FitError(f"'{show(name, 40)}' is not a layout", hint=f"one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: bool) -> None:
+    """Check that the program can run such a graph.
+
+    Raises:
+        FitError: it cannot, or it would compute the base without a word.
+    """
+    swapped = any(facts["mode"] == "swapped" for facts in contract.adapters)
+    if swapped and not layout.factors:
+        raise FitError(f"{layout.name} gives no factors to slots: the graph would be the base", hint="`merge=`")
+    if contract.virtual_tokens and contract.cache != "none" and not layout.defaults and not genai:
+        raise FitError(
+            f"{layout.name} always gives a past of its own: the soft prompt would have no effect",
+            hint='`layout="plain"`, or `prompt_form="rows"`',
+        )
+    if layout.name == "genai" and not genai:
+        raise FitError("onnxruntime-genai runs decoders that generate", hint='`layout="plain"`')
+    if layout.name == "sentence-transformers" and contract.task == "text-generation":
+        raise FitError("sentence-transformers runs no graph that generates", hint='`task="feature-extraction"`')
+    if layout.numbered and contract.encoder and contract.weights and not embedded:
+        raise FitError(f"{layout.name} looks for weights of each graph of an encoder-decoder", hint='`weights="embed"`')
+    if layout.by_type and contract.dtype not in _SUFFIXES:
+        raise FitError(f"{layout.name} has no name for a graph in {contract.dtype}", hint='`dtype="fp16"`')
+
+
+def layout_warnings(layout: Layout, contract: Contract) -> list[str]:
+    """What the program does that the graph does not take."""
+    if contract.kind == "decoder" and contract.padding == "right" and layout.name in ("transformers.js", "optimum"):
+        return [
+            f"{layout.name} pads the rows of a batch on the left, for which this graph answers NaN: one row at a time, "
+            "or --target portable"
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The names of one export.
+
+    Attributes:
+        layout: The layout.
+        weights: New names of weight files, within the graph's folder.
+        graph: Name of the main graph there.
+        files: Paths in the output, by the names that the export itself has.
+    """
+
+    layout: Layout
+    weights: Mapping[str, str] = field(default_factory=dict)
+    graph: str = GRAPH
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def path(self, name: str) -> str:
+        """Where a file of the export lies in the output."""
+        return self.files.get(name, name)
+
+    def contract(self, contract: Contract) -> Contract:
+        """The same contract about files of other names."""
+        files = tuple(replace(file, name=self.weights.get(file.name, file.name)) for file in contract.weights)
+        return replace(contract, weights=files)
+
+    def apply(self, model: onnx.ModelProto) -> None:
+        """Rename the weight files that a graph refers to, in place."""
+        if not self.weights:
+            return
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = self.weights.get(entry.value, entry.value)
+        contract = from_metadata({entry.key: entry.value for entry in model.metadata_props})
+        assert contract is not None
+        stated = self.contract(contract).as_metadata()
+        for entry in model.metadata_props:
+            entry.value = stated.get(entry.key, entry.value)
+
+    def plan(self, plan: Plan) -> Plan:
+        """The same plan with files of other names."""
+        return replace(plan, files=tuple(replace(file, name=self.path(file.name)) for file in plan.files))
+
+    def config(self, config: Mapping[str, Any], dtype: str) -> dict[str, Any] | None:
+        """The configuration with what the program reads there; None if it reads nothing."""
+        if self.layout.name != "transformers.js":
+            return None
+        settings = {"dtype": {"int8": "int8", "int4": "q4"}.get(dtype, dtype)}
+        external = {"use_external_data_format": {self.graph: len(self.weights)}} if self.weights else {}
+        return {**config, "transformers.js_config": {**settings, **external}}
+
+
+def arrange(
+    layout: Layout, sources: Sequence[str], computed: Sequence[str], graphs: Sequence[str], graph_type: str
+) -> Arrangement:
+    """Name all files of an export into a folder of its own.
+
+    Where computed weights lie beside the base's, the base's get another name: under their own they would pass for the
+    merged model in any program that loads a folder of weights.
+
+    Args:
+        layout: The layout.
+        sources: Weight files of the base.
+        computed: Weight files that a merge writes.
+        graphs: The graphs.
+        graph_type: Type of weights that names the graph: ``fp32``, ``fp16``, ``int8``, ``int4``.
+    """
+    weights = (*sources, *computed)
+    graph = f"model{_SUFFIXES[graph_type]}.onnx" if layout.by_type else GRAPH
+    if layout.numbered:
+        names = {name: f"{graph}_data{f'_{number}' if number else ''}" for number, name in enumerate(weights)}
+    else:
+        names = {name: _as_base(name) for name in sources} if computed else {}
+    below = f"{layout.below}/" if layout.below else ""
+    placed = {name: f"{below}{names.get(name, name)}" for name in weights}
+    placed |= {name: f"{below}{graph if name == GRAPH else name}" for name in graphs}
+    moved = {name: path for name, path in placed.items() if path != name}
+    return Arrangement(layout, names, graph, moved)
+
+
+def _as_base(name: str) -> str:
+    """``model-00001-of-00002.safetensors`` -> ``base-00001-of-00002.safetensors``."""
+    return f"base{name.removeprefix('model')}" if name.startswith("model") else f"base-{name}"
+
+
+def triton_config(model: onnx.ModelProto, name: str) -> bytes:
+    """``config.pbtxt`` of Triton's onnxruntime backend, for the inputs that have no default."""
+    defaults = {tensor.name for tensor in model.graph.initializer}
+    lines = [f"name: {json.dumps(name)}", 'backend: "onnxruntime"', "max_batch_size: 0"]
+    inputs = [port for port in model.graph.input if port.name not in defaults]
+    for kind, ports in (("input", inputs), ("output", list(model.graph.output))):
+        entries = []
+        for port in ports:
+            tensor = port.type.tensor_type
+            dims = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in tensor.shape.dim)
+            entries.append(
+                f"  {{ name: {json.dumps(port.name)} data_type: TYPE_{_TRITON_TYPES[tensor.elem_type]} dims: [ {dims} ] }}"
+            )
+        lines.append(f"{kind} [\n" + ",\n".join(entries) + "\n]")
+    return ("\n".join(lines) + "\n").encode()
