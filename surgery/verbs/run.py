@@ -211,8 +211,8 @@ def run(
 
     Args:
         model: The graph, or its folder.
-        inputs: A text, a row of token ids, a conversation (a list of ``{"role": ...,
-            "content": ...}``), or several of these and of pairs of texts (tuples of two). Of a graph that scores choices, all are those of one question.
+        inputs: A text, a row of token ids, a conversation (a list of ``{"role": ..., "content": ...}``), or several of these
+            and of pairs of texts (tuples of two). Of a graph that scores choices, all are those of one question.
         chat: Whether a text is what a user says, to be put into the model's chat template.
         system: What the template is told besides, in front; of conversations only those that have no such message.
         stop: Texts that end a row, and are cut off.
