@@ -61,6 +61,7 @@ class GraphOptions:
         coded: Weights that are stored as codes in blocks, by stored name.
         slotted: Weights that get a slot for a LoRA, see `Context`.
         required: Whether slots are inputs without a default.
+        packed: Whether weights of the same input share a slot.
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
@@ -77,6 +78,7 @@ class GraphOptions:
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     required: bool = False
+    packed: bool = False
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
@@ -205,6 +207,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         options.io,
         slotted=options.slotted,
         required=options.required,
+        packed=options.packed,
         head=component.head,
         virtual=options.virtual,
         batch=_batch(model),
@@ -234,7 +237,7 @@ def _check_slots(options: GraphOptions, *contexts: Context) -> None:
     """
     missing = options.slotted | options.replaceable.names
     for ctx in contexts:
-        missing -= {slot.weight for slot in ctx.slots} | ctx.weights.inputs.keys()
+        missing -= {name for slot in ctx.slots for name in slot.weights} | ctx.weights.inputs.keys()
     if missing:
         raise FitError(
             "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"

@@ -72,14 +72,41 @@ class Slot:
     """Optional inputs, of rank 0 by default, through which an adapter can be swapped in.
 
     Attributes:
-        weight: Stored name of the weight that the slot adds to.
+        weight: Stored name of the weight that the slot adds to; of several with one input their joint name.
         A: Input ``(in, rank)``; ``(V, rank)`` for an embedding.
         B: Input ``(rank, out)``, with the scale folded in.
+        parts: Of several weights: the name of each and its columns of B, in order. Factors lie side by side in A, and as
+            blocks on the diagonal of B.
     """
 
     weight: str
     A: str
     B: str
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Stored names of the weights that it adds to."""
+        return tuple(name for name, _ in self.parts) or (self.weight,)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Slot:
+        """The slot that a graph states."""
+        parts = tuple((part[0], part[1]) for part in entry.get("parts", ()))
+        return cls(**{**entry, "parts": parts})
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all fields have their types."""
+        names = (self.weight, self.A, self.B, *(name for name, _ in self.parts))
+        return all(isinstance(name, str) for name in names) and all(
+            type(width) is int and 0 < width < _LARGEST for _, width in self.parts
+        )
+
+    def as_fields(self) -> dict[str, Any]:
+        """The slot as plain values; `parts` only where there are some, so that runners of before take the graph."""
+        stated = asdict(self)
+        return stated if self.parts else {key: value for key, value in stated.items() if key != "parts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +180,7 @@ class Contract:
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
         stated = {key: value for key, value in asdict(self).items() if value or key not in _LATER}
+        stated["slots"] = [slot.as_fields() for slot in self.slots]
         return {_KEY: json.dumps({"schema": _SCHEMA, **stated}, sort_keys=True, separators=(",", ":"))}
 
 
@@ -173,7 +201,7 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
         known = {field.name for field in fields(Contract)}
         if unknown := sorted(set(entries) - known):
             raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
-        entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
+        entries["slots"] = tuple(Slot.of(slot) for slot in entries.get("slots", ()))
         entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
         for name in ("adapters", "replaceable", "inserted", "quantised"):
             entries[name] = tuple(entries.get(name, ()))
@@ -207,7 +235,8 @@ def _fault(contract: Contract) -> str | None:
     ):
         return "cache"
     texts: dict[str, tuple[Any, ...]] = {name: (getattr(contract, name),) for name in _TEXTS}
-    texts["slots"] = tuple(text for slot in contract.slots for text in (slot.weight, slot.A, slot.B))
+    if not all(slot.is_sound for slot in contract.slots):
+        return "slots"
     texts["replaceable"] = contract.replaceable
     texts["weights"] = tuple(text for entry in contract.weights for text in (entry.name, entry.header))
     for name, values in texts.items():
