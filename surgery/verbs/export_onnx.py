@@ -69,6 +69,7 @@ def export_onnx(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
     required: bool = False,
+    packed: bool = False,
     bake_prompt: str | Sequence[str] = (),
     prompt_form: str = "auto",
     merge_to: str = "delta",
@@ -109,6 +110,8 @@ def export_onnx(
             hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
+        packed: Whether slots of weights with the same input (queries, keys and values; gate and up) are one, whose factors an
+            ``.onnx_adapter`` of this export fills: fewer and larger products.
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
             behind the vocabulary.
@@ -174,7 +177,7 @@ def export_onnx(
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
     required = required or (layout == "triton" and bool(assembly.slots))
-    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required)
+    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(assembly, position_ids), logits)
@@ -242,10 +245,14 @@ def export_onnx(
     done = built[-1]
     seen = None
     if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
-    for graph in whole_graphs(draft):
-        issues = issues_of_types(graph, done.contract.dtype, where, sources, seen)
-        warnings += [issue for issue in issues if issue not in warnings]
+        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
+    lie = {file.path.name: file.path for file in sources}
+    warnings += issues_of_types(
+        whole_graphs(draft),
+        done.contract.dtype,
+        lambda name: lie.get(name) or where / arrangement.path(name),
+        seen,
+    )
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )

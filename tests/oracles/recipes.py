@@ -292,6 +292,11 @@ DECODERS: dict[str, Case] = {
     "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
+_LFM2 = {**_GQA, "block_multiple_of": 8, "tie_word_embeddings": True}
+DECODERS |= {
+    "lfm2": _of("Lfm2", _LFM2, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2_wide": _of("Lfm2", _LFM2, full_attn_idxs=[0], conv_L_cache=4, block_auto_adjust_ff_dim=False),
+}
 _IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 20,

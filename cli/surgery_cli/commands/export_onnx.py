@@ -58,6 +58,11 @@ __all__ = ["command"]
     is_flag=True,
     help="Slots have no default, for runtimes that pass no optional inputs: JavaScript, Triton.",
 )
+@click.option(
+    "--packed",
+    is_flag=True,
+    help="One slot for weights of the same input (q, k, v; gate and up), which is faster; clients fill it as a whole.",
+)
 @click.option("--prefix", multiple=True, metavar="C", help="A soft prompt in front; the first one is the default.")
 @click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
 @option.choice(

@@ -14,23 +14,24 @@ from surgery_formats.text import show
 __all__ = ["with_logits", "with_positions", "with_required", "with_sentence"]
 
 
-def with_required(assembly: Assembly, required: bool) -> Assembly:
-    """The same with slots that have no default, if that is asked for.
+def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
+    """The same with slots that have no default, or are packed, if that is asked for.
 
     Raises:
         FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
     """
-    if not required:
+    if not required and not packed:
         return assembly
     if not assembly.slots:
-        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
-    if named := next((one for one in assembly.slots if one.replaced), None):
+        what = "require" if required else "pack"
+        raise FitError(f"no adapter is swapped, so there are no slots to {what}", hint="`swap=` names one")
+    if required and (named := next((one for one in assembly.slots if one.replaced), None)):
         raise FitError(
             "it replaces parameters, whose inputs have the base's values as default",
             file=named.adapter.path,
             hint="without `required=`, or merge it",
         )
-    return replace(assembly, options=replace(assembly.options, required=True))
+    return replace(assembly, options=replace(assembly.options, required=required, packed=packed))
 
 
 def with_logits(assembly: Assembly, asked: str) -> Assembly:

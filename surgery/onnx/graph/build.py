@@ -61,6 +61,7 @@ class GraphOptions:
         coded: Weights that are stored as codes in blocks, by stored name.
         slotted: Weights that get a slot for a LoRA, see `Context`.
         required: Whether slots are inputs without a default.
+        packed: Whether weights of the same input share a slot.
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
@@ -77,6 +78,7 @@ class GraphOptions:
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     required: bool = False
+    packed: bool = False
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
@@ -144,8 +146,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
 
 
 def takes_grouped(attention: Attention) -> bool:
-    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
-    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores, no state beside keys."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None and attention.convolution is None
 
 
 def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
@@ -205,6 +207,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         options.io,
         slotted=options.slotted,
         required=options.required,
+        packed=options.packed,
         head=component.head,
         virtual=options.virtual,
         batch=_batch(model),
@@ -234,7 +237,7 @@ def _check_slots(options: GraphOptions, *contexts: Context) -> None:
     """
     missing = options.slotted | options.replaceable.names
     for ctx in contexts:
-        missing -= {slot.weight for slot in ctx.slots} | ctx.weights.inputs.keys()
+        missing -= {name for slot in ctx.slots for name in slot.weights} | ctx.weights.inputs.keys()
     if missing:
         raise FitError(
             "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"
@@ -273,6 +276,13 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         max_length=length - options.virtual.front,
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
+    convolved = [layer.attention for layer in model.layers if layer.attention.convolution is not None]
+    if convolved and model.generates:
+        if options.virtual.past or options.virtual.embedded:
+            raise FitError("prompts in front of a model with short convolutions are not supported", file="config.json")
+        places = (n for n, layer in enumerate(model.layers) if layer.attention.convolution is not None)
+        width, kernel = convolved[0].output.inputs, max(one.convolution.kernel for one in convolved if one.convolution)
+        contract = replace(contract, convolutions=tuple(places), state=(width, kernel))
     return replace(contract, **options.contract)
 
 

@@ -57,6 +57,7 @@ class Context:
         ids: Input of token ids ``(B, S)``.
         slotted: Weights that get a slot for a LoRA, under the recipe's names, except that a tied head is called `head`.
         required: Whether slots are inputs without a default.
+        packed: Whether weights of the same input share a slot.
         head: Name of a tied head: it shares the embedding's weight but not its slot.
         virtual: Soft prompts.
         slots: The slots made so far.
@@ -77,6 +78,7 @@ class Context:
     ids: str = "input_ids"
     slotted: frozenset[str] = frozenset()
     required: bool = False
+    packed: bool = False
     head: str = ""
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)

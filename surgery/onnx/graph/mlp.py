@@ -24,7 +24,8 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
     if len(record.inputs) == 1:
         gate_up: str | None = linear(ctx, record.inputs[0], x)
     else:
-        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
+        slotted = ctx.packed and any(part.weight in ctx.slotted for part in record.inputs)
+        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" or slotted else None
     if gate_up is not None and record.interleaved:
         gate, up = (_every_second(ctx, gate_up, first, at) for first in (0, 1))
     elif gate_up is not None:

@@ -19,7 +19,7 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
 
-__all__ = ["ACROSS", "LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of"]
+__all__ = ["ACROSS", "LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of", "joint_name"]
 
 ACROSS = ".transposed"
 """What a matrix that was written with its axes exchanged is called behind the weight's name."""
@@ -179,7 +179,7 @@ class GraphWeights:
                 )
         joint = tensors[0]
         if len(tensors) > 1:
-            side_by_side = together(tensors, _joint_name([tensor.name for tensor in tensors]))
+            side_by_side = together(tensors, joint_name([tensor.name for tensor in tensors]))
             if side_by_side is None:
                 return None
             joint = side_by_side
@@ -258,7 +258,7 @@ class GraphWeights:
         if len(tensors) == 1:
             return self._ranged(first.name, first, shapes[0], first.nbytes)
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return self._ranged(_joint_name([tensor.name for tensor in tensors]), first, shape, end - first.offset)
+        return self._ranged(joint_name([tensor.name for tensor in tensors]), first, shape, end - first.offset)
 
     def exact(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a float32 value, whatever the graph's type."""
@@ -357,7 +357,7 @@ def _unsupported_type(kind: str, name: str, file: Path) -> FitError:
     )
 
 
-def _joint_name(names: Sequence[str]) -> str:
+def joint_name(names: Sequence[str]) -> str:
     """``a.q_proj.weight``, ``a.k_proj.weight`` -> ``a.q_proj+k_proj.weight``."""
     split = [name.split(".") for name in names]
     differing = [i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1]

@@ -23,6 +23,7 @@ from surgery_formats.models.families.recipe_attention import (
     PositionScale,
     RelativeBias,
     Rope,
+    ShortConvolution,
 )
 from surgery_formats.models.families.recipe_audio import AudioStem, TimeConvolution
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
@@ -60,6 +61,7 @@ __all__ = [
     "Projection",
     "RelativeBias",
     "Rope",
+    "ShortConvolution",
     "SpanHead",
     "TimeConvolution",
 ]
