@@ -7,7 +7,7 @@ The codes of a row follow each other, low bits first; the last block of a row ma
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,15 +110,16 @@ class _CodedWeights:
         return self.stored(name) in self._tensors and self.stored(name) in self._codes
 
 
-def coded_reference(graph: GraphFile) -> Reference:
-    """The model that the files beside a graph of codes are.
+def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
+    """The model that the files beside a graph of codes are; `names` are those of all its graphs, where it has several.
 
     Raises:
         ProofError: the contract names a weight that the files lack.
         MalformedError: codes and scales of other sizes than they must have.
     """
     folder = graph.path.parent
-    found = {t.name: t for file in graph.weight_files for t in open_shard(folder / file.name).tensors}
+    files = names or [file.name for file in graph.weight_files]
+    found = {t.name: t for name in files for t in open_shard(folder / name).tensors}
     codes: dict[str, _Codes] = {}
     for entry in graph.contract.quantised:
         for name in entry["weights"]:
