@@ -12,6 +12,7 @@ from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
+from surgery.reference.short_convolution import convolve
 from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Projection, Rope
 
 __all__ = ["Mask", "Watch", "attend", "attend_to", "kept_of"]
@@ -73,6 +74,8 @@ def attend(
 
     `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
+    if attention.convolution is not None:
+        return convolve(values, attention, attention.convolution, load, mask.real, past)
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
         cos, sin = angles(attention.rope, mask.positions, values.dtype)

@@ -188,11 +188,10 @@ def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:
 
 
 def _present(outputs: Arrays) -> Arrays:
-    return {
-        f"past_key_values.{name.removeprefix('present.')}": value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }
+    named = (
+        (name.replace("present_conv.", "past_conv.").replace("present.", "past_key_values."), name) for name in outputs
+    )
+    return {past: outputs[name] for past, name in named if past != name}
 
 
 def compare_encoder(

@@ -49,7 +49,7 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
     sizes = {
         port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
         for port in graph.model.graph.input
-        if port.name not in _OTHERS and not port.name.startswith("past_key_values.")
+        if port.name not in _OTHERS and not port.name.startswith(("past_key_values.", "past_conv."))
     }
     slot_inputs = [name for slot in slots for name in (slot.A, slot.B)] + [*graph.contract.replaceable]
     if sorted(slot_inputs) != sorted(sizes):

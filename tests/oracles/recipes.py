@@ -292,6 +292,11 @@ DECODERS: dict[str, Case] = {
     "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
+_LFM2 = {**_GQA, "block_multiple_of": 8, "tie_word_embeddings": True}
+DECODERS |= {
+    "lfm2": _of("Lfm2", _LFM2, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2_wide": _of("Lfm2", _LFM2, full_attn_idxs=[0], conv_L_cache=4, block_auto_adjust_ff_dim=False),
+}
 _IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 20,
@@ -545,6 +550,10 @@ ENCODERS: dict[str, Case] = {
     "eurobert_token": Case("EuroBertForTokenClassification", "EuroBertConfig", {**_EURO, "attention_bias": True}),
     "eurobert_sentence": Case("EuroBertModel", "EuroBertConfig", {**_EURO, "head_dim": 12}),
     "eurobert_mask": Case("EuroBertForMaskedLM", "EuroBertConfig", {**_EURO, "mlp_bias": True}),
+    "gte_sequence": Case("GteForSequenceClassification", "GteConfig", _BERT),
+    "gte_token": Case("GteForTokenClassification", "GteConfig", {**_BERT, "type_vocab_size": 0}),
+    "gte_sentence": Case("GteModel", "GteConfig", {**_BERT, "type_vocab_size": 1}),
+    "gte_mask": Case("GteForMaskedLM", "GteConfig", {**_BERT, "hidden_act": "gelu_new"}),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
     "mt5_encoder": Case("MT5EncoderModel", "MT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),

@@ -146,8 +146,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
 
 
 def takes_grouped(attention: Attention) -> bool:
-    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
-    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores, no state beside keys."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None and attention.convolution is None
 
 
 def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
@@ -278,6 +278,13 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         max_length=length - options.virtual.front,
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
+    convolved = [layer.attention for layer in model.layers if layer.attention.convolution is not None]
+    if convolved and model.generates:
+        if options.virtual.past or options.virtual.embedded:
+            raise FitError("prompts in front of a model with short convolutions are not supported", file="config.json")
+        places = (n for n, layer in enumerate(model.layers) if layer.attention.convolution is not None)
+        width, kernel = convolved[0].output.inputs, max(one.convolution.kernel for one in convolved if one.convolution)
+        contract = replace(contract, convolutions=tuple(places), state=(width, kernel))
     return replace(contract, **options.contract)
 
 

@@ -47,6 +47,8 @@ _LATER = (
     "inserted",
     "quantised",
     "encoder",
+    "convolutions",
+    "state",
 )  # fields that are left out where empty, so that runners of before take the graph
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder")
 
@@ -149,6 +151,9 @@ class Contract:
             mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number), ``id2label`` of a classifier
             of its own.
         encoder: File of the graph whose result a decoder reads, or empty.
+        convolutions: Layers with a short convolution instead of a cache: ``past_conv.N`` and ``present_conv.N`` ``(B, *state)``,
+            zero at first.
+        state: Channels and tokens of these, or nothing.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -176,6 +181,8 @@ class Contract:
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
     encoder: str = ""
+    convolutions: tuple[int, ...] = ()
+    state: tuple[int, ...] = ()
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
@@ -207,6 +214,8 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
             entries[name] = tuple(entries.get(name, ()))
         rows = entries.get("vocabulary_rows")
         entries["vocabulary_rows"] = None if rows is None else tuple(rows)
+        entries["convolutions"] = tuple(entries.get("convolutions", ()))
+        entries["state"] = tuple(entries.get("state", ()))
         contract = Contract(**entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise MalformedError("the graph's contract cannot be read", file=file, hint="export it again") from error
@@ -251,6 +260,12 @@ def _fault(contract: Contract) -> str | None:
         return "inserted"
     if not all(map(_is_quantised, contract.quantised)):
         return "quantised"
+    if not all(type(layer) is int and 0 <= layer < contract.layers for layer in contract.convolutions):
+        return "convolutions"
+    if len(contract.state) != (_PAIR if contract.convolutions else 0) or not all(
+        type(size) is int and 0 < size < _LARGEST for size in contract.state
+    ):
+        return "state"
     rows = contract.vocabulary_rows
     if rows is not None:
         first, count = (*rows, None, None)[:2]

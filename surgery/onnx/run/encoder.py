@@ -21,6 +21,9 @@ from surgery_formats.files.bounded_json import read_object
 __all__ = ["Classifier", "EncoderOutput", "adapter_labels", "encode", "labels", "vocabulary"]
 
 
+_OF_CHOICES = 3  # axes of an input of choices: all rows are those of one question
+
+
 @dataclass(frozen=True, slots=True)
 class Classifier:
     """What the contract says of the classifier of an adapter; nothing if it has none.
@@ -112,7 +115,11 @@ def vocabulary(graph: GraphSession) -> int:
 
 
 def encode(
-    graph: GraphSession, rows: Rows, slots: Mapping[str, npt.NDArray[Any]] | None = None, problem: str = ""
+    graph: GraphSession,
+    rows: Rows,
+    slots: Mapping[str, npt.NDArray[Any]] | None = None,
+    problem: str = "",
+    types: Rows | None = None,
 ) -> EncoderOutput:
     """Run an encoder on rows of token ids, which are padded on the right.
 
@@ -121,6 +128,7 @@ def encode(
         rows: Token ids.
         slots: Arrays of adapters, see `fill_slots`.
         problem: ``problem_type`` of the adapter's classifier; empty for the base's.
+        types: Types of the tokens; None for 0.
 
     Raises:
         FitError: not an encoder, an empty row, a row longer than the graph takes, or an unsupported input.
@@ -129,7 +137,8 @@ def encode(
     if contract.kind != "encoder":
         raise FitError("this graph is a decoder", file=graph.path)
     if len(rows) > 1 and graph.inputs["input_ids"].shape[0] == 1:  # the model has no token to pad them with
-        single = [encode(graph, [row], slots, problem) for row in rows]
+        kinds = types or [[0] * len(row) for row in rows]
+        single = [encode(graph, [row], slots, problem, [kind]) for row, kind in zip(rows, kinds, strict=True)]
         joined = {name: np.concatenate([one.arrays[name] for one in single]) for name in single[0].arrays}
         return EncoderOutput(joined, tuple(map(len, rows)), single[0].problem)
     ids, mask = pad(rows, "right", _padding_token(graph))
@@ -137,7 +146,13 @@ def encode(
         raise FitError(
             f"{ids.shape[1]} tokens, but the graph's positions end at {contract.max_length}", file=graph.path
         )
-    known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    known = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids) if types is None else pad(types, "right")[0],
+    }
+    if len(graph.inputs["input_ids"].shape) == _OF_CHOICES:
+        known = {name: array[None] for name, array in known.items()}
     binding, slots = graph.session.io_binding(), slots or {}
     buffers = []  # alive until the run is over
     for name, array in slots.items():

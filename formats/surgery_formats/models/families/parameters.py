@@ -125,6 +125,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
             shapes[distances.table] = 2 * distances.span, model.hidden
             normalise(model.hidden, distances.norm)
             project(distances.keys, distances.queries)
+        if attend.convolution is not None:
+            shapes[attend.convolution.weight] = (attend.output.inputs, 1, attend.convolution.kernel)
         if attend.sinks:
             shapes[attend.sinks] = (attend.heads,)
         if (latent := attend.latent) is not None:
