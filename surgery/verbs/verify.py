@@ -421,11 +421,9 @@ def _reference(
 
     contract, folder = graph.contract, graph.path.parent
     task = own_task(contract)
-    from surgery.onnx.export.coded_plan import QUANTISED, TRANSPOSED
+    from surgery.verification.coded_weights import coded_reference, is_written_anew
 
-    if any(file.name in (QUANTISED, TRANSPOSED) for file in graph.weight_files):
-        from surgery.verification.coded_weights import coded_reference
-
+    if is_written_anew(graph):
         return coded_reference(graph, names)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
