@@ -32,6 +32,7 @@ TARGETS: dict[str, list[str] | str] = {  # PEFT's defaults where it has them, el
     "nomic_bert_sequence": "all-linear",
     "jina_v3_sequence": ["q_proj", "v_proj"],
     "eurobert_late": "all-linear",
+    "gte_sequence": ["q_proj", "v_proj", "gate_proj", "up_proj"],
 }
 
 

@@ -30,6 +30,7 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
         gate, up = (_every_second(ctx, gate_up, first, at) for first in (0, 1))
     elif gate_up is not None:
         gate, up = ctx.graph.several("Split", [gate_up], at, ("*", "*"), axis=-1, num_outputs=2)
+        gate, up = (up, gate) if record.gate_last else (gate, up)
     else:
         gate, up = (linear(ctx, projection, x) for projection in record.inputs)
     if record.limit is not None:

@@ -77,6 +77,7 @@ class MLP:
         activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
         interleaved: Whether gate and up alternate in the output of their one projection.
+        gate_last: Whether their one projection has them as ``[up | gate]``.
         limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
         up_plus: Added to ``up`` (GPT-OSS: 1).
         shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
@@ -89,6 +90,7 @@ class MLP:
     activation: Activation
     gated: bool
     interleaved: bool = False
+    gate_last: bool = False
     limit: float | None = None
     up_plus: float = 0.0
     shape: str = ""

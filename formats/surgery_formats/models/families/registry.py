@@ -19,7 +19,7 @@ _MODULES = (
     *("phi", "starcoder2", "falcon", "bloom", "gptj", "gpt_neo", "cohere", "glm", "exaone4", "nemotron", "arcee"),
     *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon", "lfm2"),
     *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "deberta", "modernbert", "nomic_bert", "eurobert"),
-    *("t5", "mixtral", "gpt_oss", "qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "dinov2", "clip"),
+    *("gte", "t5", "mixtral", "gpt_oss", "qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "dinov2", "clip"),
     *("bart", "whisper", "vision_language", "diffusion", "retrieval"),
 )
 
