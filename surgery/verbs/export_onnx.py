@@ -42,7 +42,7 @@ from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.files.raw import File
+from surgery_formats.files.raw import File, open_file
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
@@ -189,6 +189,11 @@ def export_onnx(
     check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
+    if chosen == "embed" and merged is not None and not full and assembly.prompts:
+        raise FitError(
+            "keys and values of a prompt are computed over files in one folder, and merged weights are not in the base's",
+            hint='`merge_to="full"`',
+        )
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
     kind = weights_type if coding is not None else draft.contract.dtype
@@ -202,9 +207,12 @@ def export_onnx(
         files, graph_set, graphs = assembly.files(here)
         small = (name for name in (INSERTED, SENTENCE_FILE) if chosen == "embed" and name in files)
         inside = {name: files.pop(name) for name in [*small]}
+        held = {file.path.name: file for file in sources}
+        if chosen == "embed" and merged is not None:
+            held |= {file.name: open_file(here.folder / arrangement.path(file.name)) for file in merged.plan.files}
         for name, graph in graphs.items():
             if chosen == "embed":
-                embed(graph, sources, inside)
+                embed(graph, held, inside)
             arrangement.apply(graph)
             if layout == "triton":
                 files["config.pbtxt"] = triton_config(graph, where.resolve().name)
@@ -362,15 +370,11 @@ def _mode(
     if merged is None:
         return choose_mode(asked, output, base.folder, sources)
     if full:
-        if asked not in ("auto", "copy"):
+        if asked not in ("auto", "copy", "embed"):
             raise FitError("a full merge writes its weights itself", hint='`weights="auto"`, or `merge_to="delta"`')
         if choose_mode("auto", output, base.folder, ()) == "reference":
             raise FitError("a full merge needs a folder of its own", file=output, hint='`merge_to="delta"`')
-        return "copy"
-    if asked == "embed":
-        raise FitError(
-            "merged weights lie in a file of their own", hint='merge first, then `weights="embed"` of the result'
-        )
+        return "embed" if asked == "embed" else "copy"
     chosen = choose_mode(asked, output, base.folder, sources)
     if chosen == "reference":
         _check_same_sides(merged, base)

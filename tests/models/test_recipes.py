@@ -123,6 +123,42 @@ def test_files_of_bare_models_and_of_tensorflow_keep_their_names() -> None:
     assert {"embeddings.LayerNorm.beta", "pooler.dense.bias", "encoder.layer.0.output.LayerNorm.weight"} <= set(bert)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "starcoder2": {"layer_norm_epsilon": 1e-05, "scale_attn_weights": True, "attention_softmax_in_fp32": True},
+    "lfm2": {
+        "block_norm_eps": 1e-05,
+        "block_mlp_init_scale": 1.0,
+        "block_use_swiglu": True,
+        "conv_dim": 32,
+        "theta": 1e6,
+    },
+    "apertus": {"qk_norm": True, "post_norm": False, "mlp_bias": False, "hidden_dropout": 0.0},
+    "hunyuan": {"attention_head_dim": 16, "use_cla": False, "cla_share_factor": 2, "use_rotary_pos_emb": True},
+    "bloom": {
+        "offset_alibi": 100,
+        "skip_bias_add": True,
+        "attention_softmax_in_fp32": True,
+        "masked_softmax_fusion": True,
+    },
+    "gptj": {"rotary": True, "scale_attn_weights": True, "summary_first_dropout": 0.1, "gradient_checkpointing": False},
+    "gpt_bigcode": {"pre_allocate_kv_cache": False, "inference_runner": 0, "pad_key_length": True},
+    "cohere2": {
+        "layer_switch": 4,
+        "position_embedding_type": "rope_gptj",
+        "rotary_pct": 1.0,
+        "use_parallel_block": True,
+    },
+    "mpt": {"init_config": {"name": "kaiming_normal_"}, "learned_pos_emb": True, "verbose": 0, "emb_pdrop": 0},
+    "falcon_7b": {"apply_residual_connection_post_layernorm": False, "ff_factor": 4},
+}
+"""Keys that published files have beside those of transformers' own configurations, and that change nothing."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_files_that_change_nothing_are_read(name: str) -> None:
+    assert _tables(name, **PUBLISHED[name]) == _tables(name)
+
+
 SWITCHES = [
     ("gemma", "use_bidirectional_attention", True),
     ("gpt2", "add_cross_attention", True),

@@ -20,7 +20,7 @@ from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, Ten
 from surgery.onnx.export.code_inputs import importance_of, inputs_of
 from surgery.onnx.export.merged import MergedWeights, with_biases, written_config
 from surgery.onnx.export.weight_coding import WeightCoding, WeightUses, uses_of
-from surgery.onnx.graph.coded import CodedTensor
+from surgery.onnx.graph.coded import GraphCodes
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
@@ -124,7 +124,7 @@ class _Draft:
     dtype: DType = DType.F32
     rows: bool = False
 
-    def coded_tensor(self, placed: Mapping[str, PlannedTensor], file: UnwrittenFile) -> CodedTensor:
+    def coded_tensor(self, placed: Mapping[str, PlannedTensor], file: UnwrittenFile) -> GraphCodes:
         """Where the graph finds it."""
         step = self.codes[0].step
         assert isinstance(step, Compute)
@@ -133,7 +133,7 @@ class _Draft:
         assert self.form is not None
         parts = [placed[part.name] for part in self.codes]
         found = tuple(UnwrittenTensor(t.name, t.dtype, t.shape, file, t.offset, t.nbytes) for t in parts)
-        return CodedTensor(self.name, target.outputs, self.dtype, self.form, found, self.rows)
+        return GraphCodes(self.name, target.outputs, self.dtype, self.form, found, self.rows)
 
 
 def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCoding, io: DType) -> Iterator[_Draft]:

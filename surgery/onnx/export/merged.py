@@ -19,7 +19,7 @@ from surgery.engine.layout import planned_file
 from surgery.engine.merge.merge_plan import plan_merge
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, SideFile, check_conservation
-from surgery.onnx.graph.coded import CodedTensor
+from surgery.onnx.graph.coded import GraphCodes
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError
@@ -55,7 +55,7 @@ class MergedWeights:
     overrides: Mapping[str, GraphTensor]
     side_files: tuple[SideFile, ...]
     model: Model
-    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    coded: Mapping[str, GraphCodes] = field(default_factory=dict)
     across: bool = False
 
 

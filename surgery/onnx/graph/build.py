@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import xxhash
 
-from surgery.onnx.graph.coded import CodedTensor, by_format
+from surgery.onnx.graph.coded import GraphCodes, by_format
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
@@ -75,7 +75,7 @@ class GraphOptions:
     max_length: int | None = None
     prefill: bool = True
     overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
-    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    coded: Mapping[str, GraphCodes] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     required: bool = False
     packed: bool = False
@@ -167,6 +167,8 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
         encoder=ENCODER,
         **_built_parts(parts.first),
     )
+    codes = parts.encoder.weights.used_codes | parts.first.weights.used_codes
+    contract = replace(contract, quantised=by_format(codes.values()))  # of all graphs: the model is told by this one
     graphs = {ENCODER: _finished(parts.encoder, encoder_contract, options)}
     if options.prefill:
         graphs[FIRST] = _finished(parts.first, contract, options)

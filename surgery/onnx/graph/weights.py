@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.onnx.graph.coded import CodedTensor, together
+from surgery.onnx.graph.coded import GraphCodes, together
 from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -71,7 +71,7 @@ class GraphWeights:
         io: DType,
         overrides: Mapping[str, GraphTensor] | None = None,
         replaceable: Replaceable | None = None,
-        coded: Mapping[str, CodedTensor] | None = None,
+        coded: Mapping[str, GraphCodes] | None = None,
     ) -> None:
         """Use tensors of `component`, unless `overrides` or `coded` (by stored name) replaces them."""
         self._graph = graph
@@ -83,7 +83,7 @@ class GraphWeights:
         self._tensors: dict[str, GraphTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
-        self.used_codes: dict[str, CodedTensor] = {}
+        self.used_codes: dict[str, GraphCodes] = {}
         self.files: list[File | UnwrittenFile] = []
         self.inputs: dict[str, DType] = {}
 
@@ -156,7 +156,7 @@ class GraphWeights:
         """Whether any weight is stored as codes."""
         return bool(self._coded)
 
-    def coded(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> CodedTensor | None:
+    def coded(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> GraphCodes | None:
         """One or several weights of the same inputs as codes; None if they are not stored so, or not side by side.
 
         Shapes are ``(out, in)``, however the checkpoint has them.
@@ -190,7 +190,7 @@ class GraphWeights:
                 self.files.append(part.file)
         return joint
 
-    def table(self, name: str, shape: Sequence[int]) -> CodedTensor | None:
+    def table(self, name: str, shape: Sequence[int]) -> GraphCodes | None:
         """A table whose rows are looked up by their codes, or None."""
         coded = self.coded([name], [shape])
         return coded if coded is not None and coded.rows else None

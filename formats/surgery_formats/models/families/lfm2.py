@@ -26,6 +26,9 @@ def recipe(settings: ModelSettings) -> Model:
         inner_keys=("block_ff_dim", "intermediate_size"),
     )
     settings.only("conv_bias", False)
+    settings.raw(
+        "block_norm_eps", "block_mlp_init_scale", "block_out_init_scale"
+    )  # in its files, but nobody reads them
     kernel, inner = settings.count("conv_L_cache", default=3), _inner(settings, sizes)
     rope, epsilon = read_rope(settings, sizes, theta=1_000_000.0), settings.positive("norm_eps", default=1e-5)
     kinds = _kinds(settings, sizes.layers)
