@@ -102,6 +102,8 @@ def core(run: Run, dtype: str) -> None:
     merged_path, _ = export(run.work / f"{dtype}-merged", "model.onnx", run.target, dtype)
     slots_path, contract = export(folder, "slots.onnx", run.target, dtype, True, run.shape)
     write_slots(folder / "lora.onnx_adapter", contract, adapter, dtype)
+    packed_path, contract = export(folder, "packed.onnx", run.target, dtype, True, run.shape, packed=True)
+    write_slots(folder / "packed.onnx_adapter", contract, adapter, dtype)
     base = run.bind(base_path)
     write_adapter_file(folder / "prefix.onnx_adapter", text_past(base.opened, run.ahead).arrays)
     prefix, shipped = f"prefix of {VIRTUAL}", f"exported with a prefix of {VIRTUAL}"
@@ -117,6 +119,7 @@ def core(run: Run, dtype: str) -> None:
         shipped: run.bind(run.work / f"{dtype}-prefix" / "model.onnx", max_length=CACHE - VIRTUAL),
         "base once more": run.bind(base_path),
         "slots, LoRA r16 in": run.bind(slots_path, adapters=[folder / "lora.onnx_adapter"]),
+        "packed slots, LoRA r16 in": run.bind(packed_path, adapters=[folder / "packed.onnx_adapter"]),
     }
     if dtype == "bf16":
         half_path, _ = export(folder, "half.onnx", run.target, "fp16")

@@ -54,13 +54,21 @@ def write_model(shape: Shape, folder: Path, dtype: str, seed: int = 0) -> None:
 
 
 def export(
-    folder: Path, name: str, target: OperatorSet, dtype: str, slots: bool = False, shape: Shape | None = None
+    folder: Path,
+    name: str,
+    target: OperatorSet,
+    dtype: str,
+    slots: bool = False,
+    shape: Shape | None = None,
+    packed: bool = False,
 ) -> tuple[Path, Contract]:
     """A graph beside the weights."""
     slotted = frozenset(
         f"model.layers.{layer}.{module}.weight" for layer in range(shape.layers if shape else 0) for module in LINEAR
     )
-    options = GraphOptions(target, NUMPY[dtype][0], prefill=False, slotted=slotted if slots else frozenset())
+    options = GraphOptions(
+        target, NUMPY[dtype][0], prefill=False, slotted=slotted if slots else frozenset(), packed=packed
+    )
     built = build(open_checkpoint(folder).main, options)
     path = folder / name
     path.write_bytes(built.graphs["model.onnx"].SerializeToString())
@@ -76,9 +84,15 @@ def write_slots(path: Path, contract: Contract, adapter: Path, dtype: str) -> No
     found = load_file(adapter / "adapter_model.safetensors")
     kind, arrays = NUMPY[dtype][1], {}
     for slot in contract.slots:
-        stem = "base_model.model." + slot.weight.removesuffix(".weight")
-        arrays[slot.A] = found[f"{stem}.lora_A.weight"].T.astype(kind)
-        arrays[slot.B] = (scale * found[f"{stem}.lora_B.weight"].T).astype(kind)
+        stems = ["base_model.model." + name.removesuffix(".weight") for name in slot.weights]
+        A = [found[f"{stem}.lora_A.weight"].T for stem in stems]
+        B = [scale * found[f"{stem}.lora_B.weight"].T for stem in stems]
+        blocks = np.zeros([sum(one.shape[axis] for one in B) for axis in (0, 1)], np.float32)
+        row = column = 0
+        for one in B:
+            blocks[row : row + one.shape[0], column : column + one.shape[1]] = one
+            row, column = row + one.shape[0], column + one.shape[1]
+        arrays[slot.A], arrays[slot.B] = np.concatenate(A, 1).astype(kind), blocks.astype(kind)
     path.unlink(missing_ok=True)
     write_adapter_file(path, arrays)
 

@@ -12,9 +12,10 @@ from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
+from surgery.reference.short_convolution import convolve
 from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Projection, Rope
 
-__all__ = ["Mask", "Watch", "attend", "attend_to"]
+__all__ = ["Mask", "Watch", "attend", "attend_to", "kept_of"]
 
 Watch = Callable[[torch.Tensor], None]
 
@@ -73,6 +74,8 @@ def attend(
 
     `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``.
     """
+    if attention.convolution is not None:
+        return convolve(values, attention, attention.convolution, load, mask.real, past)
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
         cos, sin = angles(attention.rope, mask.positions, values.dtype)
@@ -98,15 +101,21 @@ def attend_to(
     values: torch.Tensor, encoded: torch.Tensor, real: torch.Tensor, attention: Attention, load: Load
 ) -> torch.Tensor:
     """Attention of `values` ``(B, S, D)`` to an encoder's result ``(B, E, D)``, of which `real` ``(B, E)`` is no padding."""
-
-    def heads(source: torch.Tensor, projection: Projection, number: int) -> torch.Tensor:
-        flat = project(source, projection, load)
-        return flat.reshape(*source.shape[:2], number, attention.head_dim).transpose(1, 2)
-
-    q = heads(values, attention.inputs[0], attention.heads)
-    k, v = (heads(encoded, projection, attention.kv_heads) for projection in attention.inputs[1:])
+    q = _apart(values, attention.inputs[0], attention.heads, attention, load)
+    k, v = kept_of(encoded, attention, load)
     visible = real[:, None, None].expand(-1, 1, values.shape[1], -1)
     return _mixed(q, k, v, attention, load, visible)
+
+
+def kept_of(encoded: torch.Tensor, attention: Attention, load: Load) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that a layer makes of an encoder's result, ``(B, kv_heads, E, head_dim)``."""
+    k, v = (_apart(encoded, part, attention.kv_heads, attention, load) for part in attention.inputs[1:])
+    return k, v
+
+
+def _apart(source: torch.Tensor, projection: Projection, number: int, attention: Attention, load: Load) -> torch.Tensor:
+    flat = project(source, projection, load)
+    return flat.reshape(*source.shape[:2], number, attention.head_dim).transpose(1, 2)
 
 
 def _mixed(
@@ -200,6 +209,10 @@ def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torc
         q, k, v = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
     else:
         q, k, v = projected[0].reshape(batch, count, heads, 3, dim).unbind(3)
+    if attention.q_bias:
+        q = q.reshape(batch, count, -1) + load(attention.q_bias)
+    if attention.v_bias:
+        v = v.reshape(batch, count, -1) + load(attention.v_bias)
     if attention.norm_over == "width":
         q, k = normalise(q, attention.q_norm, load), normalise(k, attention.k_norm, load)
     q = q.reshape(batch, count, heads, dim)

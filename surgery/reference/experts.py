@@ -26,7 +26,7 @@ def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
     if len(projected) == 1:
         both = projected[0]
         projected = [both[..., ::2], both[..., 1::2]] if mlp.interleaved else list(both.chunk(2, dim=-1))
-    gate, up = projected
+    gate, up = projected[::-1] if mlp.gate_last else projected
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
     return project(_input_of(mlp, activate(gate, mlp.activation) * (up + mlp.up_plus)), mlp.output, load)

@@ -17,6 +17,7 @@ from surgery.reference.inserted import couple, run_inserted, uncouple
 from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
 from surgery.reference.sentence import embed_text
 from surgery.reference.stored import stored
+from surgery.reference.vision import cut_up, mean_of_patches, pool
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
@@ -31,6 +32,7 @@ from surgery_formats.models.families.recipe import (
     LanguageHead,
     Layer,
     Model,
+    PooledHead,
     SpanHead,
 )
 from surgery_formats.models.families.recipe_sentence import SentenceHead
@@ -155,7 +157,7 @@ def forward(
 
     Args:
         reference: The model.
-        ids: ``(B, S)``; S may be 0 with `virtual`.
+        ids: ``(B, S)``; S may be 0 with `virtual`. For a model of images ``(B, channels, height, width)``, and nothing else.
         real: ``(B, S)``: which tokens are not padding, on either side; None for all.
         past: Cache of earlier calls, or of a soft prompt.
         virtual: ``(n, D)``, or ``(B, n, D)``: embeddings of a soft prompt, placed before the tokens of every row and part of
@@ -169,6 +171,8 @@ def forward(
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
     """
     model = reference.model
+    if model.embedding.patches is not None:
+        return _seen(reference, ids)
     batch = ids.shape[0]
     front = 0 if virtual is None else virtual.shape[-2]
     real_new = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
@@ -185,6 +189,19 @@ def forward(
     values, caches = _run_layers(reference, values, mask, past, encoded)
     logits, outputs = _head(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
+
+
+def _seen(reference: Reference, pixels: torch.Tensor) -> Output:
+    """Compute an encoder of images ``(B, channels, height, width)``."""
+    embedding = reference.model.embedding
+    assert embedding.patches is not None
+    values = cut_up(pixels.to(reference.dtype), embedding.patches, reference.load)
+    values = normalise(values, embedding.norm, reference.load)
+    everything = torch.ones(values.shape[:2], dtype=torch.bool)
+    places = torch.arange(values.shape[1]).expand(len(values), -1)
+    values, caches = _run_layers(reference, values, Mask(everything, places, places, causal=False), None, None)
+    logits, outputs = _head(reference, values, places, everything)
+    return Output(logits, Cache(caches, everything), outputs)
 
 
 def _run_layers(
@@ -204,19 +221,19 @@ def _run_layers(
 
 @torch.no_grad()
 def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None = None) -> Encoded:
-    """Run the encoder of an encoder-decoder, `reference`.
+    """Run the encoder of an encoder-decoder.
 
     Args:
-        reference: The pair.
+        reference: The pair, or its encoder.
         source: Token ids ``(B, E)``, or a spectrogram ``(B, bins, frames)``.
         real: ``(B, E)``: which tokens are no padding; None for all.
 
     Raises:
-        FitError: not a pair; see `forward`.
+        FitError: a decoder alone; see `forward`.
     """
-    if reference.model.encoder is None:
+    if reference.model.encoder is None and reference.model.kind != "encoder":
         raise FitError("not an encoder-decoder")
-    half = replace(reference, model=reference.model.encoder)
+    half = replace(reference, model=reference.model.encoder or reference.model)
     stem = half.model.embedding.stem
     if stem is None:
         output = forward(half, source, real=real).logits
@@ -322,14 +339,20 @@ def _head(
     if isinstance(head, HiddenHead):
         pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
         return values, {"last_hidden_state": values, **pooled}
+    if isinstance(head, PooledHead):
+        return values, {"last_hidden_state": values, head.output: pool(values, ids, head, load)}
     if isinstance(head, SentenceHead):
         return values, {"last_hidden_state": values, "sentence_embedding": embed_text(values, real, head, load)}
     if isinstance(head, SpanHead):
-        start, end = project(values, head.projection, load).unbind(-1)
+        if head.before is not None:
+            values = activate(project(values, head.before[0], load), head.before[1])
+        start, end = project(normalise(values, head.norm, load), head.projection, load).unbind(-1)
         return start, {"start_logits": start, "end_logits": end}
     if isinstance(head, ClassifierHead):
         if head.tokens in ("first", "last"):
             values = values[torch.arange(len(values)), _places(head, ids, values)]
+        if head.tokens in ("patches", "first_and_patches"):
+            values = mean_of_patches(values, reference.model, head.tokens == "first_and_patches")
         for index, (step, activation) in enumerate(head.steps):
             if head.tokens == "mean" and index == head.early:
                 values = torch.stack([row[tokens].mean(0) for row, tokens in zip(values, real, strict=True)])
@@ -416,6 +439,8 @@ def _residual(
     values: torch.Tensor, added: torch.Tensor, branch: Branch, load: Load, real: torch.Tensor, at: str
 ) -> torch.Tensor:
     added = normalise(added, branch.after, load) * branch.multiplier
+    if branch.gains:
+        added = added * load(branch.gains)
     if branch.inserted:
         return run_inserted(values, added, real, branch, load)
     return normalise(stored(values + added, f"the sum behind {at}"), branch.on_sum, load)

@@ -30,17 +30,19 @@ from surgery.onnx.export.layouts import (
     layout_warnings,
     triton_config,
 )
+from surgery.onnx.export.pairs import check_pair, whole_graphs
 from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.sentence import SENTENCE_FILE
+from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.target import choose, io_type
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.files.raw import File
+from surgery_formats.files.raw import File, open_file
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
@@ -67,6 +69,7 @@ def export_onnx(
     swap: AdaptersLike = (),
     prefix: AdaptersLike = (),
     required: bool = False,
+    packed: bool = False,
     bake_prompt: str | Sequence[str] = (),
     prompt_form: str = "auto",
     merge_to: str = "delta",
@@ -83,6 +86,7 @@ def export_onnx(
     embeddings: str = "auto",
     head: str = "auto",
     budget: int | None = None,
+    linear: str = "auto",
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
@@ -106,6 +110,8 @@ def export_onnx(
             hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
+        packed: Whether slots of weights with the same input (queries, keys and values; gate and up) are one, whose factors an
+            ``.onnx_adapter`` of this export fills: fewer and larger products.
         bake_prompt: Texts that stand in front, read once, now.
         prompt_form: Of soft prompts in a decoder: ``kv``: keys and values, the default past (``auto``); ``rows``:
             behind the vocabulary.
@@ -128,6 +134,8 @@ def export_onnx(
         layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
             ``sentence-transformers``, ``genai``, ``triton``.
         budget: Of ``mixed``: most bytes of all weights.
+        linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
+            for; all weights are written, in the graph's type.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
@@ -156,23 +164,9 @@ def export_onnx(
         raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
-    coding = None
-    if weights_type != "stored" or _about_codes(
-        block, symmetric, scales, rounding, calibration, embeddings, head, budget
-    ):
-        from surgery.onnx.export.weight_coding import weight_coding
-
-        coding = weight_coding(
-            weights_type,
-            block=block,
-            symmetric=symmetric,
-            scales=scales,
-            rounding=rounding,
-            calibration=calibration,
-            embeddings=embeddings,
-            head=head,
-            budget=budget,
-        )
+    coding = WeightOptions(
+        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear
+    ).coding()
     if coding is not None:
         merge_to = "full"  # all weights are written
     check_task(task)
@@ -183,21 +177,28 @@ def export_onnx(
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
     required = required or (layout == "triton" and bool(assembly.slots))
-    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required)
+    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(assembly, position_ids), logits)
+    if opset is None and linear == "matmul":
+        opset = WITHOUT_ATTENTION
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
     assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
     check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
+    if chosen == "embed" and merged is not None and not full and assembly.prompts:
+        raise FitError(
+            "keys and values of a prompt are computed over files in one folder, and merged weights are not in the base's",
+            hint='`merge_to="full"`',
+        )
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
     kind = weights_type if coding is not None else draft.contract.dtype
     arrangement = _arrangement(shape, chosen, draft, kind)
-    told = merged.plan.warnings if merged and merged.coded else binding.warnings if binding else ()
+    told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
     warnings += layout_warnings(shape, draft.contract)
     built: list[GraphSet] = []
@@ -206,9 +207,12 @@ def export_onnx(
         files, graph_set, graphs = assembly.files(here)
         small = (name for name in (INSERTED, SENTENCE_FILE) if chosen == "embed" and name in files)
         inside = {name: files.pop(name) for name in [*small]}
+        held = {file.path.name: file for file in sources}
+        if chosen == "embed" and merged is not None:
+            held |= {file.name: open_file(here.folder / arrangement.path(file.name)) for file in merged.plan.files}
         for name, graph in graphs.items():
             if chosen == "embed":
-                embed(graph, sources, inside)
+                embed(graph, held, inside)
             arrangement.apply(graph)
             if layout == "triton":
                 files["config.pbtxt"] = triton_config(graph, where.resolve().name)
@@ -249,15 +253,17 @@ def export_onnx(
     done = built[-1]
     seen = None
     if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, task or "", range_text)
-    warnings += issues_of_types(draft.graphs["model.onnx"], done.contract.dtype, where, sources, seen)
+        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
+    lie = {file.path.name: file.path for file in sources}
+    warnings += issues_of_types(
+        whole_graphs(draft),
+        done.contract.dtype,
+        lambda name: lie.get(name) or where / arrangement.path(name),
+        seen,
+    )
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
-
-
-def _about_codes(*given: object) -> bool:
-    return given != (32, True, "minmax", None, None, "auto", "auto", None)
 
 
 def _merged(
@@ -307,20 +313,20 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
+    slots, given = _slots(checkpoint, roles, model), component
+    check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
     for text in texts:
-        if not model.generates or model.encoder is not None:
-            raise FitError("a text has nothing to be read into: this model has no cache of its own text alone")
+        if not model.generates:
+            raise FitError("a text has nothing to be read into: this model has no cache")
         name = unique([prompt.name for prompt in prompts], "text")
         ids = _ids(checkpoint.main.folder, text)
         prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    slots, given = _slots(checkpoint, roles, model), component
-    if model.encoder is not None and (roles.insert or any(adapter.modules for adapter in slots)):
-        raise FitError(
-            "no module of an adapter is inserted into an encoder-decoder", hint="LoRAs and (IA)^3 are merged"
-        )
     coded = merged.coded if merged else {}
-    options = GraphOptions(choose(target, io), io, max_length, overrides=overrides, coded=coded)
+    operators = choose(target, io)
+    if merged is not None and merged.across:
+        operators = replace(operators, linear="matmul")
+    options = GraphOptions(operators, io, max_length, overrides=overrides, coded=coded)
     form = prompt_form(form, tuple(prompts), model)
     baked = baked_modules(roles.insert)
     if baked is not None:
@@ -364,15 +370,11 @@ def _mode(
     if merged is None:
         return choose_mode(asked, output, base.folder, sources)
     if full:
-        if asked not in ("auto", "copy"):
+        if asked not in ("auto", "copy", "embed"):
             raise FitError("a full merge writes its weights itself", hint='`weights="auto"`, or `merge_to="delta"`')
         if choose_mode("auto", output, base.folder, ()) == "reference":
             raise FitError("a full merge needs a folder of its own", file=output, hint='`merge_to="delta"`')
-        return "copy"
-    if asked == "embed":
-        raise FitError(
-            "merged weights lie in a file of their own", hint='merge first, then `weights="embed"` of the result'
-        )
+        return "embed" if asked == "embed" else "copy"
     chosen = choose_mode(asked, output, base.folder, sources)
     if chosen == "reference":
         _check_same_sides(merged, base)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,15 @@ from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
 from surgery.onnx.run.answering import answer, heard, open_pair
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
-from surgery.onnx.run.encoder import EncoderOutput, adapter_labels, encode, labels
+from surgery.onnx.run.encoder import adapter_labels, encode, labels
 from surgery.onnx.run.generate import Continuation, generate
+from surgery.onnx.run.images import look, read_images, reads_images
+from surgery.onnx.run.inputs import Given, InputRow, given_inputs, needs_text, row_of, said
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
-from surgery.onnx.run.strengths import named_strengths, strength_arrays
+from surgery.onnx.run.stop_words import CutText
+from surgery.onnx.run.strengths import named_strengths, strength_arrays, weighted_file, with_strength
+from surgery.onnx.run.task_scores import task_scores
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
 from surgery.reports.result import summarised
 from surgery.reports.sections import Note, Verbatim
@@ -177,7 +180,10 @@ def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[
         FitError: an adapter that does not fit the graph.
     """
     paths, strengths = named_strengths(as_list(adapters), opened.path, opened.contract, opened.inputs)
-    files = [(os.fspath(file), read_adapter_file(file)) for file in paths]
+    files = [
+        (os.fspath(file), with_strength(read_adapter_file(file), strength, opened.contract, file))
+        for file, strength in paths
+    ]
     gates = strength_arrays(strengths, opened.contract, opened.inputs, opened.optional)
     return fill_slots(files, opened.contract, opened.inputs, opened.optional) | gates
 
@@ -185,9 +191,13 @@ def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[
 @checked
 def run(
     model: StrPath,
-    inputs: str | Sequence[int] | Sequence[str | Sequence[int]] = (),
+    inputs: Given | Sequence[Given] = (),
     *,
+    chat: bool = False,
+    system: str = "",
+    stop: str | Sequence[str] = (),
     audio: StrPath | Sequence[StrPath] = (),
+    images: StrPath | Sequence[StrPath] = (),
     start: Sequence[int] = (),
     device: str = "auto",
     max_new: int = 128,
@@ -203,15 +213,21 @@ def run(
 
     Args:
         model: The graph, or its folder.
-        inputs: A text or a row of token ids, or several of them.
+        inputs: A text, a row of token ids, a conversation (a list of ``{"role": ..., "content": ...}``), or several of these
+            and of pairs of texts (tuples of two). Of a graph that scores choices, all are those of one question.
+        chat: Whether a text is what a user says, to be put into the model's chat template.
+        system: What the template is told besides, in front; of conversations only those that have no such message.
+        stop: Texts that end a row, and are cut off.
         audio: For a model of speech, instead of `inputs`: recordings of 16 kHz (.wav), or spectrograms (.npy).
+        images: For a model of images, instead of `inputs`: ``pixel_values`` (.npy) as its image processor makes them, of one
+            image or of several.
         start: For an encoder-decoder: the ids that its decoder begins with, instead of those of
             ``generation_config.json``: of another language, or task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
         sampling: Greedy if None.
         adapters: ``.onnx_adapter`` files for the graph's slots; several add up. Or the name of an adapter
-            inside the graph, as ``NAME=0.5``. A classifier has the labels that the
+            inside the graph. Either may have a strength: ``NAME=0.5``. A classifier has the labels that the
             graph's contract names for the file.
         prompt_adapter: ``.onnx_adapter`` file of a soft prompt.
         prompt: Whether the graph's own soft prompt is used.
@@ -227,9 +243,12 @@ def run(
     """
     sounds: list[StrPath] = as_list(audio)
     recordings = [local_path(one, "audio") for one in sounds]
-    if recordings and inputs:
-        raise FitError("text and sound at once", hint="one or the other")
-    batch = [] if recordings else _inputs(inputs)
+    seen: list[StrPath] = as_list(images)
+    pictures = [local_path(one, "images") for one in seen]
+    if sum(map(bool, (recordings, pictures, inputs))) > 1:
+        raise FitError("text, sound or images at once", hint="one of them")
+    batch = [] if recordings or pictures else given_inputs(inputs)
+    words: list[str] = as_list(stop)
     check_counts(least=0, max_new=max_new)
     check_counts(threads=threads)
     if sampling is not None and not isinstance(sampling, Sampling):
@@ -242,25 +261,43 @@ def run(
         raise FitError(
             f"`{'audio' if recordings else 'start'}=` is for encoder-decoders, which this is not", file=opened.path
         )
-    texts = any(isinstance(entry, str) for entry in batch)
+    if reads_images(opened) != bool(pictures):
+        what = "`images=` is for encoders of images, which this is not" if pictures else "this graph reads images"
+        raise FitError(what, file=opened.path, hint=None if pictures else "`images=` takes pixel_values (.npy)")
+    texts = bool(words) or any(map(needs_text, batch))
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
     )
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
-    rows = [
-        tokenizer.encode(entry, begins=begins) if isinstance(entry, str) and tokenizer else [int(i) for i in entry]
+    given = [
+        row_of(entry, tokenizer, opened.folder, begins=begins, chat=chat or bool(system), system=system)
         for entry in batch
     ]
+    rows = [row.ids for row in given]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
         if prompt_adapter is not None:
             raise FitError("this encoder takes no soft prompt", file=opened.path)
         slots = _slots(opened, adapters)
-        classifier = adapter_labels(opened, as_list(adapters))
+        files: list[StrPath] = as_list(adapters)
+        classifier = adapter_labels(opened, [weighted_file(one)[0] for one in files])
+        pixels, shown = read_images(opened, pictures) if pictures else (None, ())
+        given = [InputRow([], []) for _ in shown] or given
         began = time.perf_counter()
-        encoded = encode(opened, rows, slots, classifier.problem)
-        names = classifier.names or labels(opened)
-        result = _encoder_result(opened, rows, encoded, names, load, time.perf_counter() - began)
+        if pixels is None:
+            encoded = encode(opened, rows, slots, classifier.problem, [row.types for row in given])
+        else:
+            encoded = look(opened, pixels, slots, classifier.problem)
+        seconds, names = time.perf_counter() - began, classifier.names or labels(opened)
+        found = tuple(
+            RunText(tuple(row.ids), scores=task_scores(opened.contract.task, encoded, number, row, names, tokenizer))
+            for number, row in enumerate(given)
+        )
+        result = RunResult(
+            found, opened.memory.device, opened.contract.virtual_tokens, load, seconds, seconds, 0, {**encoded.arrays}
+        )
+        if shown:
+            return replace(result, inputs=shown)
     elif opened.contract.encoder:
         if prompt_adapter is not None:
             raise FitError("an encoder-decoder takes no soft prompt", file=opened.path)
@@ -278,42 +315,15 @@ def run(
             start=[int(token) for token in start],
             stop=stop_tokens(opened.folder),
         )
-        result = _streamed(opened, rows, tokenizer, load, 0, on_text, generation)
+        result = _streamed(opened, rows, tokenizer, load, 0, words, on_text, generation)
     else:
         virtual, generation = _generated(
             opened, rows, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt
         )
-        result = _streamed(opened, rows, tokenizer, load, virtual, on_text, generation)
+        result = _streamed(opened, rows, tokenizer, load, virtual, words, on_text, generation)
     if recordings:
         return replace(result, inputs=tuple(map(os.fspath, recordings)))
-    return replace(result, inputs=tuple(entry if isinstance(entry, str) else tuple(map(int, entry)) for entry in batch))
-
-
-def _inputs(inputs: str | Sequence[int] | Sequence[str | Sequence[int]]) -> list[str | Sequence[int]]:
-    """The batch; one text or row is a batch of one.
-
-    Raises:
-        UsageError: something other than texts and rows of ids.
-        FitError: none.
-    """
-    if not isinstance(inputs, Iterable):
-        raise UsageError(f"inputs are texts or rows of token ids, not {type(inputs).__name__}")
-    batch: list[Any] = as_list(inputs)
-    if not batch:
-        raise FitError("no text to run on")
-    if _is_row(batch):
-        return [batch]
-    for number, item in enumerate(batch):
-        if not isinstance(item, str) and not _is_row(item):
-            raise UsageError(f"inputs[{number}] is neither a text nor a row of token ids")
-    return batch
-
-
-def _is_row(item: Any) -> bool:
-    try:
-        return all(operator.index(token) is not None for token in item)
-    except TypeError:
-        return False
+    return replace(result, inputs=tuple(map(said, batch)))
 
 
 def _generated(
@@ -354,34 +364,39 @@ def _streamed(
     tokenizer: Tokenizer | None,
     load: float,
     virtual: int,
+    stop: Sequence[str],
     on_text: Callable[[int, str], None] | None,
     generation: Generation,
 ) -> RunResult:
     """The result of a generation, timed, its text given out as it comes."""
     streams = [TextStream(tokenizer.decode) for _ in rows] if tokenizer else []
+    cuts = [CutText(stop) for _ in rows]
     times: list[float] = []
 
-    def on_token(row: int, token: int) -> None:
+    def on_token(row: int, token: int) -> bool:
         times.append(time.perf_counter())
-        if streams and on_text is not None and (text := streams[row].push(token)):
+        if not streams or (on_text is None and not stop):
+            return False
+        text = cuts[row].push(streams[row].push(token))
+        if text and on_text is not None:
             on_text(row, text)
+        return cuts[row].ended
 
     began = time.perf_counter()
     generations = generation(on_token=on_token)
     ended = time.perf_counter()
-    if on_text is not None:
-        for row, stream in enumerate(streams):
-            if text := stream.close():
-                on_text(row, text)
+    for row, stream in enumerate(streams):
+        if (text := cuts[row].close(stream.close())) and on_text is not None:
+            on_text(row, text)
     return RunResult(
         tuple(
             RunText(
                 tuple(row),
                 generation.tokens,
-                tokenizer.decode(generation.tokens) if tokenizer else None,
+                (cut.text if cut.ended else tokenizer.decode(generation.tokens)) if tokenizer else None,
                 generation.reason,
             )
-            for row, generation in zip(rows, generations, strict=True)
+            for row, generation, cut in zip(rows, generations, cuts, strict=True)
         ),
         opened.memory.device,
         virtual,
@@ -389,20 +404,6 @@ def _streamed(
         (times[0] if times else ended) - began,
         ended - began,
         sum(len(generation.tokens) for generation in generations),
-    )
-
-
-def _encoder_result(
-    opened: GraphSession,
-    rows: list[list[int]],
-    encoded: EncoderOutput,
-    names: Sequence[str],
-    load: float,
-    seconds: float,
-) -> RunResult:
-    texts = tuple(RunText(tuple(row), scores=encoded.scores(number, names)) for number, row in enumerate(rows))
-    return RunResult(
-        texts, opened.memory.device, opened.contract.virtual_tokens, load, seconds, seconds, 0, dict(encoded.arrays)
     )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.place import LEDGER
+from surgery.onnx.graph.pair_names import MERGED, graph_in
 from surgery.onnx.run.opening import placed_graph, side_folder
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts
@@ -192,7 +194,7 @@ def _without_contract(where: Path) -> Path | None:
     found = where
     if where.is_dir():
         graphs = sorted(one for one in where.iterdir() if one.suffix == ".onnx" and one.is_file())
-        named = where / _GRAPH
+        named = graph_in(where, _GRAPH)
         if named not in graphs and len(graphs) != 1:
             return None
         found = named if named in graphs else graphs[0]
@@ -281,18 +283,19 @@ def _graphs(
     notes: list[str],
 ) -> None:
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
+    from surgery.verification.pair import halves, measure_half
     from surgery.verification.sentence import own_task, with_sentence_modules
     from surgery.verification.session import check_weights, read_graph
     from surgery.verification.slots import with_defaults
 
     where, main = path.parent, read_graph(path)
     own = {new: old for old, new in renamed.items() if isinstance(new, str)}
-    graphs = [main]
+    graphs = [main, *halves(main)]
     if main.contract.prefill:
         graphs.append(read_graph(where / Path(main.contract.prefill).name))
     for graph in graphs:
         check_weights(graph)
-    names = [file.name for file in main.weight_files]
+    names = list(dict.fromkeys(file.name for graph in graphs for file in graph.weight_files))
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
     if base is not None and not roles.merged:  # a merge may have put them under the names of the base's files
@@ -303,11 +306,13 @@ def _graphs(
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif base is None and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = with_defaults(main, _reference(main, base, roles, own))
+    reference = _reference(main, names, base, roles, own)
+    for graph in graphs if main.contract.encoder else (main,):
+        reference = with_defaults(graph, reference)
     if own_task(main.contract) != main.contract.task:
         reference = with_sentence_modules(reference, side_folder(path) if base is None else base.main.folder)
     if main.contract.quantised:
-        checks.append(_codes(where, main, base, roles))
+        checks.append(_codes(where, main, names, base, roles))
         notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
@@ -315,24 +320,27 @@ def _graphs(
         reference = with_baked_modules(reference, main)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
-        checks += _judged_graph(graph, reference, prompt, tolerance)
+        measure = partial(
+            measure_half if main.contract.encoder else partial(_measures, prompt=prompt), graph, reference
+        )
+        checks += _judged_graph(graph, measure, tolerance)
 
 
 def _judged_graph(
-    graph: GraphFile, reference: Reference, prompt: Adapter | None, tolerance: float | None
+    graph: GraphFile, measure: Callable[[], list[LogitDifference]], tolerance: float | None
 ) -> Iterator[Check]:
     from surgery.reference.stored import watched
     from surgery.verification.finite import check_finite, fits_half
 
     with watched() as seen:
-        measures = _measures(graph, reference, prompt)
+        measures = measure()
     check_finite(graph, measures, seen)
     yield from (_judged(measure, graph, tolerance) for measure in measures)
-    if graph.contract.dtype == "fp16" and graph.path.name == _GRAPH:
-        yield Check("range", fits_half(graph, seen, lambda: _measures(graph, reference, prompt)))
+    if graph.contract.dtype == "fp16" and graph.path.name in (_GRAPH, MERGED):
+        yield Check("range", fits_half(graph, seen, measure))
 
 
-def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:
+def _codes(where: Path, graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles) -> Check:
     """What the codes of a graph stand for, against the base and what is merged into it.
 
     Raises:
@@ -352,7 +360,7 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
         wanted = planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
     else:
         wanted = stored_weights(base.main)
-    errors = stored_errors(coded_reference(graph), wanted)
+    errors = stored_errors(coded_reference(graph, names), wanted)
     recorded = _recorded_errors(where)
     for found in errors:
         limit = recorded.get(found.name)
@@ -397,7 +405,9 @@ def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> lis
     return [name for name in names if not (where / name).exists() or sizes.get(name) == (where / name).stat().st_size]
 
 
-def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles, own: Mapping[str, str]) -> Reference:
+def _reference(
+    graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles, own: Mapping[str, str]
+) -> Reference:
     """The model that the graph should be: base and adapters where named, else what lies beside it."""
     from surgery.engine.input_checks import check_base_id
     from surgery.engine.merge.merge_plan import plan_merge
@@ -411,17 +421,17 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles, o
 
     contract, folder = graph.contract, graph.path.parent
     task = own_task(contract)
-    if contract.quantised and graph.weight_files:
-        from surgery.verification.coded_weights import coded_reference
+    from surgery.verification.coded_weights import coded_reference, is_written_anew
 
-        return coded_reference(graph)
+    if is_written_anew(graph):
+        return coded_reference(graph, names)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])
         return open_reference(base.main, plan_merge(binding), task=task)
     # of a quantised base, a graph has the values in 16 bits
     dequantised = plan_merge(bind([], base)) if base is not None and base.is_quantised else None
-    if not graph.weight_files:
+    if not names:
         if base is None:
             raise FitError("the weights are inside the graph", file=graph.path, hint="name the base: `against=BASE`")
         return open_reference(base.main, dequantised, task=task)
@@ -431,9 +441,9 @@ def _reference(graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles, o
     component = model_beside(graph, own)
     tensors = dict(component.tensors)
     known = {shard.path.name for shard in component.shards}
-    for file in graph.weight_files:
-        if file.name not in known:  # what a merge changed lies in a file of its own
-            tensors |= {tensor.name: tensor for tensor in data_shard(folder / file.name).tensors}
+    for name in names:
+        if name not in known:  # what a merge changed lies in a file of its own
+            tensors |= {tensor.name: tensor for tensor in data_shard(folder / name).tensors}
     return Reference(model_of(component.config, tensors.keys(), task), tensor_weights(tensors, component.names))
 
 
@@ -482,5 +492,5 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )
-    name = measure.name if graph.path.name == _GRAPH else f"{graph.path.name}: {measure.name}"
+    name = measure.name if graph.path.name in (_GRAPH, MERGED) else f"{graph.path.name}: {measure.name}"
     return Check(name, f"max |d| {measure.difference:.2g} of {measure.size:.3g}", measure.difference, limit)

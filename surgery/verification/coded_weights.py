@@ -7,7 +7,7 @@ The codes of a row follow each other, low bits first; the last block of a row ma
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,24 +15,25 @@ import numpy as np
 import torch
 
 from surgery.onnx.export.merged import with_biases
+from surgery.onnx.graph.weights import ACROSS
 from surgery.reference.model import Reference
 from surgery.reference.weights import ReferenceWeights
+from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile
 from surgery_formats.containers.weight_files import open_shard
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.families.parameters import model_of, projections
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
-from surgery_formats.storage.base import read_rows
 from surgery_formats.storage.parameter import Parameter
-from surgery_formats.storage.plain import Plain
-from surgery_formats.tensors.tensor import StoredTensor
+from surgery_formats.tensors.computed import zeros
 from surgery_formats.text import show
 
-__all__ = ["StoredError", "coded_reference", "stored_errors"]
+__all__ = ["StoredError", "coded_reference", "is_written_anew", "stored_errors"]
 
 _PARTS = ("codes", "scales", "zero_points")
 _HEAD = "of the head"  # behind the name of a table that its head has as codes, and lookups do not
@@ -48,7 +49,7 @@ class _Codes:
         block: Inputs that share a scale.
     """
 
-    parts: Mapping[str, StoredTensor]
+    parts: Mapping[str, ReadableTensor]
     bits: int
     block: int
 
@@ -72,7 +73,7 @@ class _Codes:
 class _CodedWeights:
     """Weights of a graph's files: codes by what they stand for, others as they are."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], codes: Mapping[str, _Codes], names: Names) -> None:
+    def __init__(self, tensors: Mapping[str, ReadableTensor], codes: Mapping[str, _Codes], names: Names) -> None:
         self._tensors, self._codes, self._resolver = tensors, codes, names
         self.shapes: dict[str, tuple[int, int]] = {}
         """``(out, in)`` of each weight of codes, by the recipe's name."""
@@ -80,18 +81,22 @@ class _CodedWeights:
 
     @property
     def names(self) -> Collection[str]:
-        return {*self._tensors, *self._codes}
+        return {*(name.removesuffix(ACROSS) for name in self._tensors), *self._codes}
 
     def stored(self, name: str) -> str:
-        if name in self._tensors or name in self._codes:
+        if name in self._tensors or name in self._codes or f"{name}{ACROSS}" in self._tensors:
             return name
         slices = self._resolver.resolve(name)
         return slices[0].parameter.name if len(slices) == 1 else name
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         stored, of_head = self.stored(name.removesuffix(f" {_HEAD}")), name.endswith(_HEAD)
+        if f"{stored}{ACROSS}" in self._tensors and stored not in self._tensors:
+            return torch.from_numpy(
+                np.ascontiguousarray(self._tensors[f"{stored}{ACROSS}"].read().astype(np.float32).T)[start:stop]
+            )
         if stored in self._tensors and not of_head:
-            return torch.from_numpy(read_rows(Plain.of(self._tensors[stored]), start, stop).astype(np.float32))
+            return torch.from_numpy(np.asarray(self._tensors[stored].read(start, stop)).astype(np.float32))
         outputs, inputs = self.shapes[name.removesuffix(f" {_HEAD}")]
         if name in self.turned:
             return self._codes[stored].values(inputs, 0, outputs).T[start:stop]
@@ -105,15 +110,16 @@ class _CodedWeights:
         return self.stored(name) in self._tensors and self.stored(name) in self._codes
 
 
-def coded_reference(graph: GraphFile) -> Reference:
-    """The model that the files beside a graph of codes are.
+def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
+    """The model that the files beside a graph of codes are; `names` are those of all its graphs, where it has several.
 
     Raises:
         ProofError: the contract names a weight that the files lack.
         MalformedError: codes and scales of other sizes than they must have.
     """
     folder = graph.path.parent
-    found = {t.name: t for file in graph.weight_files for t in open_shard(folder / file.name).tensors}
+    config = read_object(folder / "config.json")
+    found = _tensors(graph, names, config)
     codes: dict[str, _Codes] = {}
     for entry in graph.contract.quantised:
         for name in entry["weights"]:
@@ -121,10 +127,9 @@ def coded_reference(graph: GraphFile) -> Reference:
             if {"codes", "scales"} - set(parts) or ("zero_points" in parts) == entry["symmetric"]:
                 raise ProofError(f"the codes of '{show(name)}' are not in the graph's files", file=graph.path)
             codes[name] = _Codes(parts, entry["bits"], entry["block"])
-    config = read_object(folder / "config.json")
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
-    known = {name: Parameter.of(replace(t, name=name)) for name, t in kept.items()}
-    known |= {name: Parameter.of(replace(c.parts["scales"], name=name)) for name, c in codes.items()}
+    bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
+    known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
     weights = _CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
     model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)
     model = with_head_of_codes(model, weights)
@@ -135,6 +140,24 @@ def coded_reference(graph: GraphFile) -> Reference:
         weights.turned |= {name} if turned else set()
         _check(weights.codes_of(weights.stored(name.removesuffix(f" {_HEAD}"))), outputs, inputs, graph)
     return Reference(model, weights)
+
+
+def is_written_anew(graph: GraphFile) -> bool:
+    """Whether all weights of a graph were written for it, as codes or with their axes exchanged."""
+    across = any(ACROSS in tensor.name for tensor in graph.model.graph.initializer)
+    return bool(graph.contract.quantised) or across
+
+
+def _tensors(graph: GraphFile, names: Sequence[str], config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
+    """All weights of a graph, of its files or inside it, by name in the checkpoint."""
+    folder = graph.path.parent
+    if files := names or [file.name for file in graph.weight_files]:
+        return {t.name: t for name in files for t in open_shard(folder / name).tensors}
+    stated = {name for entry in graph.contract.quantised for name in entry["weights"]}
+    model = model_of(config, stated, own_task(graph.contract))
+    rows = {each.weight: each.outputs for each in projections(model)}
+    rows |= {each.bias: each.outputs for each in projections(model)}
+    return {**embedded_tensors(graph, rows)}
 
 
 def with_head_of_codes(model: Model, weights: _CodedWeights) -> Model:

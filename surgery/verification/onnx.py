@@ -18,10 +18,20 @@ from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.models.families.recipe import ClassifierHead, Model
+from surgery_formats.models.families.recipe import ClassifierHead, Model, Patches
 from surgery_formats.text import show
 
-__all__ = ["LogitDifference", "compare_decoder", "compare_encoder", "compare_prompt", "compare_slots"]
+__all__ = [
+    "LogitDifference",
+    "compare_decoder",
+    "compare_encoder",
+    "compare_prompt",
+    "compare_slots",
+    "measured",
+    "real_tokens",
+    "sides",
+    "wrong_tokens",
+]
 
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
@@ -59,13 +69,15 @@ def _prompts(reference: Reference, contract: Contract, rows: int, steps: int) ->
     return ids, [max(1, length * (rows - row) // rows) for row in range(rows)]
 
 
-def _real(lengths: list[int], width: int, side: str) -> Ids:
+def real_tokens(lengths: list[int], width: int, side: str) -> Ids:
+    """Which tokens are no padding ``(rows, width)``, of rows padded on this side."""
     indices = np.arange(width)[None]
     counts = np.array(lengths)[:, None]
     return (indices < counts) if side == "right" else (indices >= width - counts)
 
 
-def _sides(contract: Contract) -> tuple[str, ...]:
+def sides(contract: Contract) -> tuple[str, ...]:
+    """The sides on which rows may be padded."""
     return ("left", "right") if contract.padding == "any" else (contract.padding,)
 
 
@@ -82,8 +94,8 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
         return
     if KEEP in session.optional:
         yield _last_positions(session, reference, ids[:1])
-    for side in _sides(contract):
-        real = _real(lengths, ids.shape[1], side)
+    for side in sides(contract):
+        real = real_tokens(lengths, ids.shape[1], side)
         yield from _generated(session, reference, ids, real, steps, None, side)
     crosses = ids.shape[1] // 2 <= contract.rope_switch < ids.shape[1]  # keys of the first part would have other angles
     together = crosses or is_gated(reference.model)
@@ -95,10 +107,10 @@ def compare_slots(
     session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
 ) -> LogitDifference:
     """Compare a row through a session with filled slots with the reference plus the same factors."""
-    ids, _ = _prompts(reference, session.contract, 1, 0)
     if session.contract.kind == "encoder":
         name, measure = "encoder", next(compare_encoder(session, reference, front))
     else:
+        ids, _ = _prompts(reference, session.contract, 1, 0)
         real = np.ones((1, ids.shape[1]), bool)
         name, measure = "prefill of one row", next(_generated(session, reference, ids, real, 0, default, ""))
     return replace(measure, name=f"{name}, slots filled")
@@ -138,16 +150,16 @@ def _generated(
     expected = forward(reference, torch.from_numpy(all_ids), real=torch.from_numpy(real_all), past=past).logits.numpy()
     padded = f", padded on the {side}" if side else ""
     rows = "one row" if batch == 1 else f"{batch} rows"
-    yield _measured(f"prefill of {rows}{padded}", logits[0][real], expected[:, :width][real])
+    yield measured(f"prefill of {rows}{padded}", logits[0][real], expected[:, :width][real])
     if steps:
         computed, reference_logits = np.concatenate(logits[1:], 1), expected[:, width:]
         undecided = 2 * float(np.abs(computed - reference_logits).max(initial=0))
         before = np.concatenate([expected[np.arange(batch), last][:, None], reference_logits], 1)
-        wrong = _wrong_tokens(np.stack(chosen, 1), before, undecided)
-        yield _measured(f"{steps} decode steps of {rows}{padded}", computed, reference_logits, wrong)
+        wrong = wrong_tokens(np.stack(chosen, 1), before, undecided)
+        yield measured(f"{steps} decode steps of {rows}{padded}", computed, reference_logits, wrong)
 
 
-def _wrong_tokens(chosen: Ids, expected: Ids, undecided: float) -> int:
+def wrong_tokens(chosen: Ids, expected: Ids, undecided: float) -> int:
     """Count tokens that the reference does not choose, except near ties."""
     picked = np.take_along_axis(expected, chosen[..., None], -1)[..., 0]
     return int((expected.max(-1) - picked > undecided).sum())
@@ -159,7 +171,7 @@ def _in_two_parts(session: Session, reference: Reference, ids: Ids) -> LogitDiff
     outputs = _step(session, ids[:, :half], np.ones((len(ids), half), np.int64), session.past(len(ids)))
     outputs = _step(session, ids[:, half:], np.ones(ids.shape, np.int64), _present(outputs))
     expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, half:]
-    return _measured(f"prefill of {len(ids)} rows on top of a past", outputs["logits"], expected)
+    return measured(f"prefill of {len(ids)} rows on top of a past", outputs["logits"], expected)
 
 
 def _last_positions(session: Session, reference: Reference, ids: Ids) -> LogitDifference:
@@ -168,7 +180,7 @@ def _last_positions(session: Session, reference: Reference, ids: Ids) -> LogitDi
     kept = min(2, ids.shape[1])
     outputs = session.run({**feed, KEEP: np.array(kept)})
     expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, -kept:]
-    return _measured(f"logits of the last {kept} positions", outputs["logits"], expected)
+    return measured(f"logits of the last {kept} positions", outputs["logits"], expected)
 
 
 def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:
@@ -176,11 +188,10 @@ def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:
 
 
 def _present(outputs: Arrays) -> Arrays:
-    return {
-        f"past_key_values.{name.removeprefix('present.')}": value
-        for name, value in outputs.items()
-        if name.startswith("present.")
-    }
+    named = (
+        (name.replace("present_conv.", "past_conv.").replace("present.", "past_key_values."), name) for name in outputs
+    )
+    return {past: outputs[name] for past, name in named if past != name}
 
 
 def compare_encoder(
@@ -190,12 +201,15 @@ def compare_encoder(
 
     `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
     """
+    if reference.model.embedding.patches is not None:
+        yield from _images(session, reference, reference.model.embedding.patches)
+        return
     head = reference.model.head
     several = not (isinstance(head, ClassifierHead) and head.tokens == "last" and head.padding_token is None)
     ids, lengths = _prompts(reference, session.contract, 3 if several else 1, 0)
     choices = isinstance(head, ClassifierHead) and head.choices
-    for side in ("", *_sides(session.contract)) if several else ("",):
-        real = _real(lengths, ids.shape[1], side) if side else np.ones(ids.shape, bool)
+    for side in ("", *sides(session.contract)) if several else ("",):
+        real = real_tokens(lengths, ids.shape[1], side) if side else np.ones(ids.shape, bool)
         fed = np.where(real, ids, _padding(reference.model) or 0)
         feed = {"input_ids": fed, "attention_mask": real.astype(np.int64)}
         types = None
@@ -221,7 +235,19 @@ def compare_encoder(
                 wanted = wanted if front is None else wanted[:, len(front) :]
                 computed, wanted = computed[real], wanted[real]
             said = _CALLED.get(name, f"{name.replace('_', ' ')} of ") + f"{len(ids)} rows"
-            yield _measured(f"{said}{padded}", computed, wanted)
+            yield measured(f"{said}{padded}", computed, wanted)
+
+
+def _images(session: Session, reference: Reference, patches: Patches) -> Iterator[LogitDifference]:
+    """Compare what the graph makes of random images."""
+    pixels = np.random.default_rng(_SEED).normal(size=(3, patches.channels, *patches.image)).astype(np.float32)
+    outputs = session.run({"pixel_values": pixels})
+    expected = forward(reference, torch.from_numpy(pixels)).outputs
+    for name in outputs:
+        if name not in expected:
+            raise ProofError(f"the model has no output '{show(name, 60)}'")
+        said = _CALLED.get(name, f"{name.replace('_', ' ')} of ")
+        yield measured(f"{said}{len(pixels)} images", outputs[name], expected[name].numpy())
 
 
 _PER_TOKEN = {"start_logits": True, "end_logits": True}
@@ -235,7 +261,8 @@ def _padding(model: Model) -> int | None:
     return model.embedding.padding_token if model.embedding.position_rule == "nonpad" else None
 
 
-def _measured(name: str, computed: Ids, expected: Ids, wrong: int = 0) -> LogitDifference:
+def measured(name: str, computed: Ids, expected: Ids, wrong: int = 0) -> LogitDifference:
+    """The comparison of two arrays."""
     if computed.shape != expected.shape:
         return LogitDifference(f"{name}: shape {computed.shape} instead of {expected.shape}", float("inf"), 0.0, wrong)
     difference = np.abs(computed.astype(np.float64) - expected)

@@ -148,6 +148,7 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
         switches = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope["rope_type"] == "longrope"]
         expected |= {
             "layers": len(attention),
+            "convolutions": tuple(n for n, one in enumerate(attention) if one.convolution is not None),
             "rope_switch": max((n for n in switches if n < contract.max_length), default=0),
         }
         expected |= {"kv_heads": attention[0].kv_heads, "head_dim": attention[0].head_dim} if attention else {}
@@ -249,4 +250,6 @@ class Session:
         """An empty cache."""
         contract = self.contract
         empty = np.zeros((batch, contract.kv_heads, 0, contract.head_dim), np.float32)
-        return {name: empty for name in self.inputs if name.startswith("past_key_values.")}
+        begin = {name: empty for name in self.inputs if name.startswith("past_key_values.")}
+        state = np.zeros((batch, *contract.state), np.float32)
+        return begin | {f"past_conv.{layer}": state for layer in contract.convolutions}

@@ -15,7 +15,8 @@ import onnx
 import torch
 
 from surgery.onnx.export.merged import with_biases
-from surgery.onnx.graph.contract import KEEP
+from surgery.onnx.graph.contract import KEEP, Slot
+from surgery.onnx.graph.pair_names import MASK, STATES, SWITCH
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.inserted import random_modules
@@ -31,7 +32,11 @@ from surgery_formats.text import show
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", KEEP)
+_OTHERS = (
+    *("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", "input_features"),
+    "pixel_values",
+    *(STATES, MASK, SWITCH, KEEP),
+)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:
@@ -44,7 +49,7 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
     sizes = {
         port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
         for port in graph.model.graph.input
-        if port.name not in _OTHERS and not port.name.startswith("past_key_values.")
+        if port.name not in _OTHERS and not port.name.startswith(("past_key_values.", "past_conv."))
     }
     slot_inputs = [name for slot in slots for name in (slot.A, slot.B)] + [*graph.contract.replaceable]
     if sorted(slot_inputs) != sorted(sizes):
@@ -52,8 +57,9 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
         raise ProofError("inputs of the graph and slots of its contract differ", file=graph.path, tensor=differing)
     if not slot_inputs:
         return None
-    model, weights = _own_head(reference.model, {slot.weight for slot in slots}, reference.weights)
+    model, weights = _own_head(reference.model, {name for slot in slots for name in slot.weights}, reference.weights)
     shapes = _matrices(model)
+    shapes |= {slot.weight: _side_by_side(slot, shapes, graph) for slot in slots if slot.parts}
     draw = np.random.default_rng(_SEED)
     arrays: dict[str, Any] = {}
     added: dict[str, torch.Tensor] = {}
@@ -71,12 +77,35 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
         B = (draw.normal(size=(_RANK, outputs)) * _SIZE).astype(np.float32)
         arrays |= {slot.A: A, slot.B: B}
         product = torch.from_numpy(A @ B)
-        added[slot.weight] = product if stored_by_input else product.T
+        if slot.parts:
+            columns = torch.split(product, [width for _, width in slot.parts], dim=1)
+            added |= {name: part.T for (name, _), part in zip(slot.parts, columns, strict=True)}
+        else:
+            added[slot.weight] = product if stored_by_input else product.T
     modules, reference = random_modules(graph, replace(reference, model=model, weights=weights), draw)
     replaced = _replaced(graph, model, modules.keys(), draw)
     arrays |= modules | {name: values.astype(np.float32) for name, values in replaced.items()}
     changed = ReplacedWeights(reference.weights, {name: torch.from_numpy(values) for name, values in replaced.items()})
     return arrays, replace(reference, weights=_SummedWeights(changed, added))
+
+
+def _side_by_side(slot: Slot, shapes: Mapping[str, tuple[int, int, bool]], graph: GraphFile) -> tuple[int, int, bool]:
+    """Inputs and outputs of a packed slot.
+
+    Raises:
+        ProofError: the model lacks one of its weights, or has it in another size.
+    """
+    known = [shapes.get(name) for name, _ in slot.parts]
+    for (name, width), shape in zip(slot.parts, known, strict=True):
+        if shape is None or shape != (shape[0], width, False):
+            raise ProofError(
+                f"a packed slot of the graph is for '{show(name)}' with {width} outputs, which the model has not",
+                file=graph.path,
+            )
+    widths = {shape[0] for shape in known if shape is not None}
+    if len(widths) != 1:
+        raise ProofError("a packed slot is for weights of several inputs", file=graph.path, tensor=slot.A)
+    return widths.pop(), sum(width for _, width in slot.parts), False
 
 
 def _replaced(

@@ -28,6 +28,7 @@ def float32_twin(graph: onnx.ModelProto, head_dim: int) -> onnx.ModelProto:
     twin = onnx.ModelProto()
     twin.CopyFrom(graph)
     body = twin.graph
+    _widen_branches(body)
     nodes = [_unfuse_norms(node, head_dim) for node in body.node]
     wide = {tensor.name: f"{tensor.name}/float32" for tensor in body.initializer if tensor.data_type in SHORT_TYPES}
     defaults = {value.name for value in body.input} & set(wide)
@@ -43,6 +44,8 @@ def float32_twin(graph: onnx.ModelProto, head_dim: int) -> onnx.ModelProto:
     body.node.extend(casts)
     for parts in nodes:
         for node in parts:
+            for inner in (inner for branch in _branches(node) for inner in branch.node):
+                inner.input[:] = [wide.get(name, name) for name in inner.input]
             node.input[:] = [wide.get(name, name) for name in node.input]
             _retype(node)
             body.node.append(node)
@@ -51,6 +54,22 @@ def float32_twin(graph: onnx.ModelProto, head_dim: int) -> onnx.ModelProto:
             raise MalformedError("an output of the graph is a weight", tensor=output.name)
     del body.value_info[:]
     return twin
+
+
+def _branches(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+
+
+def _widen_branches(body: onnx.GraphProto) -> None:
+    """Make the branches of a graph float32 but for what they read from outside."""
+    for branch in (branch for node in body.node for branch in _branches(node)):
+        for value in branch.output:
+            if value.type.tensor_type.elem_type in SHORT_TYPES:
+                value.type.tensor_type.elem_type = _FLOAT
+        for tensor in branch.initializer:
+            _widen(tensor)
+        for node in branch.node:
+            _retype(node)
 
 
 def _retype(node: onnx.NodeProto) -> None:

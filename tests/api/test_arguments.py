@@ -130,7 +130,7 @@ WRONG: list[tuple[str, Callable[[Path, Path], Any], str]] = [
     ("device", lambda base, style: surgery.merge(base, style, device=0, dry_run=True), "device is a name such as 'cuda:0', not int"),
     ("graph", lambda base, style: surgery.run(5, "text"), "model is a path, not int"),
     ("graphs", lambda base, style: surgery.bench(base, 5), "against is a path, not int"),
-    ("token", lambda base, style: surgery.run(base, [1.5]), r"inputs\[0\] is neither a text nor a row of token ids"),
+    ("token", lambda base, style: surgery.run(base, [1.5]), r"inputs\[0\] is neither a text nor a pair, a row"),
     ("new tokens", lambda base, style: surgery.run(base, "text", max_new="5"), "max_new is a whole number, not str"),
     ("sampling", lambda base, style: surgery.run(base, "text", sampling=0.5), "sampling is a surgery.Sampling, not float"),
     ("device of run", lambda base, style: surgery.run(base, "text", device=0), "device is a name such as 'cuda:0', not int"),

@@ -123,6 +123,42 @@ def test_files_of_bare_models_and_of_tensorflow_keep_their_names() -> None:
     assert {"embeddings.LayerNorm.beta", "pooler.dense.bias", "encoder.layer.0.output.LayerNorm.weight"} <= set(bert)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "starcoder2": {"layer_norm_epsilon": 1e-05, "scale_attn_weights": True, "attention_softmax_in_fp32": True},
+    "lfm2": {
+        "block_norm_eps": 1e-05,
+        "block_mlp_init_scale": 1.0,
+        "block_use_swiglu": True,
+        "conv_dim": 32,
+        "theta": 1e6,
+    },
+    "apertus": {"qk_norm": True, "post_norm": False, "mlp_bias": False, "hidden_dropout": 0.0},
+    "hunyuan": {"attention_head_dim": 16, "use_cla": False, "cla_share_factor": 2, "use_rotary_pos_emb": True},
+    "bloom": {
+        "offset_alibi": 100,
+        "skip_bias_add": True,
+        "attention_softmax_in_fp32": True,
+        "masked_softmax_fusion": True,
+    },
+    "gptj": {"rotary": True, "scale_attn_weights": True, "summary_first_dropout": 0.1, "gradient_checkpointing": False},
+    "gpt_bigcode": {"pre_allocate_kv_cache": False, "inference_runner": 0, "pad_key_length": True},
+    "cohere2": {
+        "layer_switch": 4,
+        "position_embedding_type": "rope_gptj",
+        "rotary_pct": 1.0,
+        "use_parallel_block": True,
+    },
+    "mpt": {"init_config": {"name": "kaiming_normal_"}, "learned_pos_emb": True, "verbose": 0, "emb_pdrop": 0},
+    "falcon_7b": {"apply_residual_connection_post_layernorm": False, "ff_factor": 4},
+}
+"""Keys that published files have beside those of transformers' own configurations, and that change nothing."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_files_that_change_nothing_are_read(name: str) -> None:
+    assert _tables(name, **PUBLISHED[name]) == _tables(name)
+
+
 SWITCHES = [
     ("gemma", "use_bidirectional_attention", True),
     ("gpt2", "add_cross_attention", True),
@@ -144,6 +180,10 @@ SWITCHES = [
     ("apertus", "hidden_act", "relu2"),
     ("hunyuan", "use_qk_norm", False),
     ("cwm", "mlp_bias", True),
+    ("lfm2", "conv_bias", True),
+    ("lfm2", "tie_embedding", False),
+    ("llava", "architectures", ["LlavaForSequenceClassification"]),
+    ("llava", "text_config", {"model_type": "mamba"}),
     ("gemma3", "attn_logit_softcapping", 50.0),
     ("mistral", "layer_types", ["full_attention"] * 3),
     ("qwen2", "layer_types", ["chunked_attention"] * 3),
@@ -152,12 +192,22 @@ SWITCHES = [
     ("llama", "use_qk_norm", True),
     ("llama", "num_experts", 8),
     ("gpt_neox", "rope_theta", 5.0),
+    ("modernbert_mean", "classifier_pooling", "max"),
+    ("modernbert_mean", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
+    ("deberta_v2_sequence", "pos_att_type", "c2p|p2p"),
+    ("deberta_v2_sequence", "norm_rel_ebd", "rms_norm"),
+    ("deberta_v2_sequence", "conv_kernel_size", 4),
+    ("deberta_v2_sequence", "attention_head_size", 16),
+    ("deberta_v2_sequence", "position_buckets", 3),
+    ("deberta_sequence", "talking_head", True),
+    ("mpnet_sequence", "relative_attention_num_buckets", 16),
+    ("eurobert_late", "classifier_pooling", "cls"),
 ]
 
 
 @pytest.mark.parametrize(("name", "key", "value"), SWITCHES, ids=[f"{n}-{k}-{v}" for n, k, v in SWITCHES])
 def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: Any) -> None:
-    with pytest.raises(FitError, match=next(iter(value)) if isinstance(value, dict) else key):
+    with pytest.raises(FitError, match="|".join((key, *value)) if isinstance(value, dict) else key):
         _tables(name, **{key: value})
 
 
@@ -232,3 +282,71 @@ def test_recipes_of_the_examples_use_every_tensor() -> None:
 
     component = open_checkpoint(Path("examples/base")).main
     assert set(parameters(model_of(component.config, component.tensors))) == set(component.tensors)
+
+
+NOMIC_OF_THE_AUTHORS = {
+    "model_type": "nomic_bert",
+    "architectures": ["NomicBertModel"],
+    "n_embd": 768,
+    "n_inner": 3072,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 8192,
+    "vocab_size": 30528,
+    "activation_function": "swiglu",
+    "layer_norm_epsilon": 1e-12,
+    "rotary_emb_base": 1000,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_scale_base": None,
+    "rotary_scaling_factor": None,
+    "prenorm": False,
+    "parallel_block": False,
+    "use_rms_norm": False,
+    "causal": False,
+    "qkv_proj_bias": False,
+    "type_vocab_size": 2,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "use_flash_attn": True,
+    "fused_bias_fc": True,
+    "max_trained_positions": 2048,
+}
+
+
+def test_nomics_own_configuration_gives_the_recipe_of_transformers() -> None:
+    ours = transformers.NomicBertConfig(max_position_embeddings=8192, architectures=["NomicBertModel"])
+    own = model_of(NOMIC_OF_THE_AUTHORS, ())
+    assert own == model_of(json.loads(ours.to_json_string(use_diff=False)), ())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rotary_scaling_factor", 2),
+        ("rotary_emb_fraction", None),
+        ("rotary_emb_fraction", 0.5),
+        ("rotary_emb_interleaved", True),
+        ("activation_function", "gelu"),
+        ("prenorm", True),
+        ("num_experts", 8),
+        ("moe_every_n_layers", 2),
+    ],
+)
+def test_what_nomics_other_models_compute_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(FitError, match=key):
+        model_of({**NOMIC_OF_THE_AUTHORS, key: value}, ())
+
+
+def test_modernbert_configurations_of_transformers_4_are_read() -> None:
+    config = _config("modernbert_mean")
+    new = model_of(config, ())
+    del config["rope_parameters"], config["layer_types"]
+    old = {"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    assert model_of({**config, **old, "position_embedding_type": "absolute", "rope_scaling": None}, ()) == new
+    one = model_of({**config, **old, "local_rope_theta": None}, ())
+    assert [layer.attention.rope.parameters["rope_theta"] for layer in one.layers] == [160000.0] * 3  # type: ignore[union-attr]
+    assert [layer.attention.window for layer in one.layers] == [None, 3, 3]

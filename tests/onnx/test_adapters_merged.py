@@ -234,7 +234,6 @@ def test_a_new_bias_goes_into_a_graph_but_not_into_a_checkpoint(base, adapters, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"weights": "embed"}, "a file of their own"),
         ({"merge_to": "full", "weights": "link"}, "writes its weights itself"),
     ],
 )

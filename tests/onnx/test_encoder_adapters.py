@@ -26,11 +26,13 @@ TARGETS: dict[str, list[str] | str] = {  # PEFT's defaults where it has them, el
     "mpnet_sequence": "all-linear",
     "deberta_v2_sequence": ["query_proj", "value_proj"],
     "deberta_v2_all": "all-linear",
+    "deberta_sequence": ["in_proj"],
     "modernbert_sequence": ["attn.Wqkv", "attn.Wo"],
     "modernbert_mean": "all-linear",
     "nomic_bert_sequence": "all-linear",
     "jina_v3_sequence": ["q_proj", "v_proj"],
     "eurobert_late": "all-linear",
+    "gte_sequence": ["q_proj", "v_proj", "gate_proj", "up_proj"],
 }
 
 
@@ -76,6 +78,13 @@ def test_slots_equal_attached_adapters_and_verify(case: Any, tmp_path: Path) -> 
     base, adapter, wanted = case
     surgery.export_onnx(base, swap=[adapter], output=tmp_path / "out", target="portable")
     assert np.abs(outputs(tmp_path / "out") - wanted["without"]).max() <= LIMIT
+    assert np.abs(outputs(tmp_path / "out", "adapter") - wanted["with"]).max() <= LIMIT
+    surgery.verify(tmp_path / "out")
+
+
+def test_packed_slots_equal_attached_adapters_and_verify(case: Any, tmp_path: Path) -> None:
+    base, adapter, wanted = case
+    surgery.export_onnx(base, swap=[adapter], output=tmp_path / "out", packed=True)
     assert np.abs(outputs(tmp_path / "out", "adapter") - wanted["with"]).max() <= LIMIT
     surgery.verify(tmp_path / "out")
 

@@ -24,19 +24,23 @@ def test_outputs_match_transformers(tmp_path, name, target):
     session, contract = open_session(folder / "model.onnx")
     model = recipes.load(name, folder)
     pad = model.config.pad_token_id or 0
-    ids = np.array([[5, 17, 3, 88, 42], [29, 8, 77, pad, pad]])
-    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-    found = feed_encoder(session, ids, mask)
-    if any(one.name == "token_type_ids" for one in session.get_inputs()):
-        inputs["token_type_ids"] = torch.arange(ids.size).reshape(ids.shape) % 2
-    with torch.no_grad():
-        expected = model(**inputs)
-    assert set(found) == {key for key in expected if key != "loss"}
-    for key, value in found.items():
-        wanted = expected[key].numpy()
-        assert value.shape == wanted.shape
-        where = mask.astype(bool) if value.ndim == 3 else slice(None)
-        assert np.abs(value - wanted)[where].max() <= 1e-4
+    rows = [5, 17, 3, 88, 42, 9, 61, 30, 77, 12, 54], [29, 8, 77, 50, 33, 91, 14]
+    fill = len(rows[0]) - len(rows[1])
+    for side in ("right", "left") if contract.padding == "any" else ("right",):
+        ends = ([], [pad] * fill) if side == "right" else ([pad] * fill, [])
+        ids = np.array([rows[0], [*ends[0], *rows[1], *ends[1]]])
+        mask = np.array([[1] * len(rows[0]), [*([0] * len(ends[0])), *([1] * len(rows[1])), *([0] * len(ends[1]))]])
+        inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        found = feed_encoder(session, ids, mask)
+        if any(one.name == "token_type_ids" for one in session.get_inputs()):
+            inputs["token_type_ids"] = torch.arange(ids.size).reshape(ids.shape) % 2
+        with torch.no_grad():
+            expected = model(**inputs)
+        assert set(found) == {key for key in expected if key != "loss"}
+        for key, value in found.items():
+            wanted = expected[key].numpy()
+            assert value.shape == wanted.shape
+            where = mask.astype(bool) if value.ndim == 3 else slice(None)
+            assert np.abs(value - wanted)[where].max() <= 1e-4
     assert contract.kind == "encoder"
     assert contract.cache == "none"

@@ -181,7 +181,7 @@ def test_a_damaged_code_is_found_by_verify(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights_type": "int5"}, "is no type of weights"),
+        ({"weights_type": "int5"}, "weights_type is one of"),
         ({"weights_type": "int4", "block": 48}, "32, 64 or 128"),
         ({"weights_type": "int4", "embeddings": "int8", "head": "int4"}, "the token table is the head"),
         ({"weights_type": "int4", "embeddings": "int8", "head": "keep"}, "the token table is the head"),

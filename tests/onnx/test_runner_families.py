@@ -26,9 +26,12 @@ NEW = 10
         ("qwen2", {"hidden_size": 64}),
         ("gpt2", {}),
         ("gemma2", {}),
+        ("bloom", {}),
+        ("lfm2", {}),
+        ("qwen2_5_vl", {}),
         ("phi3_longrope_long", {"original_max_position_embeddings": 9}),
     ],
-    ids=["qwen2", "gpt2", "gemma2", "LongRoPE, growing into the long angles"],
+    ids=["qwen2", "gpt2", "gemma2", "bloom", "lfm2", "qwen2_5_vl", "LongRoPE, growing into the long angles"],
 )
 def test_batches_match_single_rows_in_transformers(tmp_path, name, fields, target):
     folder = recipes.build(name, tmp_path / "base", **fields)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "HEADS", "MIXTURES", "PAIRS", "VOCAB", "Case", "build", "load"]
+__all__ = ["DECODERS", "ENCODERS", "HEADS", "IMAGES", "MIXTURES", "PAIRS", "TOWERS", "VOCAB", "Case", "build", "load"]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -91,6 +91,7 @@ _MODERN: dict[str, Any] = {
 }
 _JINA = {**_BERT, "pad_token_id": 1, "type_vocab_size": 1}
 _EURO = {**_GQA, "num_labels": 3}
+_DEBERTA_1 = {**_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
 _DISTIL = {
     "vocab_size": VOCAB,
     "dim": 32,
@@ -291,6 +292,11 @@ DECODERS: dict[str, Case] = {
     "persimmon_plain": _of("Persimmon", _LM, qk_layernorm=False, hidden_act="gelu"),
 }
 
+_LFM2 = {**_GQA, "block_multiple_of": 8, "tie_word_embeddings": True}
+DECODERS |= {
+    "lfm2": _of("Lfm2", _LFM2, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2_wide": _of("Lfm2", _LFM2, full_attn_idxs=[0], conv_L_cache=4, block_auto_adjust_ff_dim=False),
+}
 _IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 20,
@@ -436,6 +442,11 @@ ENCODERS: dict[str, Case] = {
     "xlm_roberta_sequence": Case(
         "XLMRobertaForSequenceClassification", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}
     ),
+    "xlm_roberta_token": Case("XLMRobertaForTokenClassification", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "xlm_roberta_sentence": Case("XLMRobertaModel", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "xlm_roberta_mask": Case("XLMRobertaForMaskedLM", "XLMRobertaConfig", {**_BERT, "pad_token_id": 1}),
+    "camembert_sequence": Case("CamembertForSequenceClassification", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
+    "camembert_mask": Case("CamembertForMaskedLM", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
     "camembert_token": Case("CamembertForTokenClassification", "CamembertConfig", {**_BERT, "pad_token_id": 1}),
     "distilbert_sequence": Case("DistilBertForSequenceClassification", "DistilBertConfig", _DISTIL),
     "distilbert_token": Case("DistilBertForTokenClassification", "DistilBertConfig", _DISTIL),
@@ -487,6 +498,14 @@ ENCODERS: dict[str, Case] = {
     "deberta_v2_absolute": Case(
         "DebertaV2Model", "DebertaV2Config", {**_DEBERTA, "relative_attention": False, "position_biased_input": True}
     ),
+    "deberta_sequence": Case("DebertaForSequenceClassification", "DebertaConfig", _DEBERTA_1),
+    "deberta_token": Case(
+        "DebertaForTokenClassification",
+        "DebertaConfig",
+        {**_DEBERTA_1, "pos_att_type": "c2p", "norm_rel_ebd": "layer_norm"},
+    ),
+    "deberta_sentence": Case("DebertaModel", "DebertaConfig", {**_DEBERTA_1, "max_relative_positions": 5}),
+    "deberta_mask": Case("DebertaForMaskedLM", "DebertaConfig", {**_DEBERTA_1, "pos_att_type": ["p2c"]}),
     "deberta_v2_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "embedding_size": 20}),
     "deberta_v3_mask": Case("DebertaV2ForMaskedLM", "DebertaV2Config", {**_DEBERTA, "legacy": False}),
     "modernbert_sequence": Case("ModernBertForSequenceClassification", "ModernBertConfig", _MODERN),
@@ -531,6 +550,10 @@ ENCODERS: dict[str, Case] = {
     "eurobert_token": Case("EuroBertForTokenClassification", "EuroBertConfig", {**_EURO, "attention_bias": True}),
     "eurobert_sentence": Case("EuroBertModel", "EuroBertConfig", {**_EURO, "head_dim": 12}),
     "eurobert_mask": Case("EuroBertForMaskedLM", "EuroBertConfig", {**_EURO, "mlp_bias": True}),
+    "gte_sequence": Case("GteForSequenceClassification", "GteConfig", _BERT),
+    "gte_token": Case("GteForTokenClassification", "GteConfig", {**_BERT, "type_vocab_size": 0}),
+    "gte_sentence": Case("GteModel", "GteConfig", {**_BERT, "type_vocab_size": 1}),
+    "gte_mask": Case("GteForMaskedLM", "GteConfig", {**_BERT, "hidden_act": "gelu_new"}),
     "t5_encoder": Case("T5EncoderModel", "T5Config", _T5),
     "t5_encoder_gated": Case("T5EncoderModel", "T5Config", {**_T5, "feed_forward_proj": "gated-gelu", "d_kv": 12}),
     "mt5_encoder": Case("MT5EncoderModel", "MT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
@@ -642,14 +665,64 @@ HEADS: dict[str, Case] = {
     "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
     "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
     "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
+    "modernbert_choices": Case("ModernBertForMultipleChoice", "ModernBertConfig", _MODERN),
+    "modernbert_choices_mean": Case(
+        "ModernBertForMultipleChoice", "ModernBertConfig", {**_MODERN, "classifier_pooling": "mean"}
+    ),
+    "modernbert_span": Case("ModernBertForQuestionAnswering", "ModernBertConfig", {**_MODERN, "num_labels": 2}),
+    "jina_v3_span": Case("JinaEmbeddingsV3ForQuestionAnswering", "JinaEmbeddingsV3Config", {**_JINA, "num_labels": 2}),
     "distilbert_choices": Case("DistilBertForMultipleChoice", "DistilBertConfig", _DISTIL),
 }
 """Heads for tasks other than those above."""
 
 
+_IMAGE = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 3,
+}
+_TEXT_TOWER = {**{key: _IMAGE[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")}}
+_TEXT_TOWER |= {"num_attention_heads": 4, "vocab_size": VOCAB, "max_position_embeddings": 16, "projection_dim": 12}
+_SIGLIP_TEXT = {key: value for key, value in _TEXT_TOWER.items() if key != "projection_dim"}
+
+IMAGES: dict[str, Case] = {
+    "vit_classifier": Case("ViTForImageClassification", "ViTConfig", _IMAGE),
+    "vit_bare": Case("ViTModel", "ViTConfig", {**_IMAGE, "qkv_bias": False, "pooler_output_size": 20}),
+    "vit_wide": Case("ViTForImageClassification", "ViTConfig", {**_IMAGE, "image_size": [8, 16], "patch_size": [4, 8]}),
+    "dinov2_classifier": Case("Dinov2ForImageClassification", "Dinov2Config", {**_IMAGE, "mlp_ratio": 2}),
+    "dinov2_bare_swiglu": Case("Dinov2Model", "Dinov2Config", {**_IMAGE, "mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "dinov2_registers": Case(
+        "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", {**_IMAGE, "mlp_ratio": 2}
+    ),
+    "clip_vision": Case("CLIPVisionModel", "CLIPVisionConfig", _IMAGE),
+    "clip_vision_projected": Case(
+        "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**_IMAGE, "projection_dim": 12}
+    ),
+    "clip_classifier": Case(
+        "CLIPForImageClassification",
+        "CLIPConfig",
+        {"vision_config": _IMAGE, "text_config": _TEXT_TOWER, "num_labels": 5},
+    ),
+    "siglip_vision": Case("SiglipVisionModel", "SiglipVisionConfig", _IMAGE),
+    "siglip_classifier": Case(
+        "SiglipForImageClassification", "SiglipConfig", {"vision_config": _IMAGE, "text_config": _SIGLIP_TEXT}
+    ),
+}
+TOWERS: dict[str, Case] = {
+    "clip_text": Case("CLIPTextModel", "CLIPTextConfig", {**_TEXT_TOWER, "eos_token_id": 7}),
+    "clip_text_projected": Case("CLIPTextModelWithProjection", "CLIPTextConfig", {**_TEXT_TOWER, "eos_token_id": 7}),
+    "clip_text_old_end": Case("CLIPTextModelWithProjection", "CLIPTextConfig", {**_TEXT_TOWER, "eos_token_id": 2}),
+    "siglip_text": Case("SiglipTextModel", "SiglipTextConfig", {**_SIGLIP_TEXT, "projection_size": 20}),
+}
+
+
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
-    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS, **IMAGES, **TOWERS}[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -677,7 +750,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
     """
-    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS}[name]
+    case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS, **IMAGES, **TOWERS}[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )

@@ -46,7 +46,7 @@ LORA = (
         "helium",
         "seed_oss",
     ),
-    *("gpt_bigcode", "mpt_clipped", "persimmon", "llava", "gemma3_images", "qwen2_5_vl", "smolvlm"),
+    *("gpt_bigcode", "mpt_clipped", "persimmon", "llava", "gemma3_images", "qwen2_5_vl", "smolvlm", "lfm2"),
 )
 """Cases whose LoRA, of every linear layer, is compared merged and in slots."""
 

@@ -36,13 +36,18 @@ class Plain:
             for one in self.session.get_inputs()
             if one.name.startswith("past_key_values.")
         }
+        state = np.zeros((batch, *self.contract.state), np.float32)
+        self.past |= {f"past_conv.{layer}": state for layer in self.contract.convolutions}
 
     def step(self, ids: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Logits of new tokens `ids` (B, S); `mask` covers past and new tokens."""
         feed = {"input_ids": ids, "attention_mask": mask, **self.past}
         names = [one.name for one in self.session.get_outputs()]
         found = dict(zip(names, self.session.run(None, feed), strict=True))
-        self.past = {name: found[name.replace("past_key_values.", "present.")] for name in self.past}
+        present = {
+            name: name.replace("past_key_values.", "present.").replace("past_", "present_") for name in self.past
+        }
+        self.past = {name: found[output] for name, output in present.items()}
         return np.asarray(found["logits"])
 
 

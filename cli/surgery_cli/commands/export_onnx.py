@@ -58,6 +58,11 @@ __all__ = ["command"]
     is_flag=True,
     help="Slots have no default, for runtimes that pass no optional inputs: JavaScript, Triton.",
 )
+@click.option(
+    "--packed",
+    is_flag=True,
+    help="One slot for weights of the same input (q, k, v; gate and up), which is faster; clients fill it as a whole.",
+)
 @click.option("--prefix", multiple=True, metavar="C", help="A soft prompt in front; the first one is the default.")
 @click.option("--bake-prompt", multiple=True, metavar="TEXT", help="A text in front, read once, now.")
 @option.choice(
@@ -92,6 +97,11 @@ __all__ = ["command"]
     help="Of codes: the token table; auto: as a head tied to it, else kept.",
 )
 @click.option("--budget", type=option.size, metavar="SIZE", help="Of mixed: most bytes of all weights, e.g. 700MB.")
+@option.choice(
+    "--linear",
+    values=("auto", "matmul"),
+    help="matmul: MatMul with weights of inputs by outputs, which onnxruntime's quantisers look for.",
+)
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(
     "--range-text",

@@ -21,6 +21,23 @@ __all__ = ["command"]
 @click.option(
     "-p", "--prompt", "texts", multiple=True, metavar="TEXT", help="Text to go on from; several make a batch."
 )
+@click.option(
+    "--pair",
+    "pairs",
+    nargs=2,
+    multiple=True,
+    metavar="A B",
+    help="Two texts in one row: question and text, for example.",
+)
+@click.option(
+    "--batch",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prompts, one on each line; .jsonl: objects with prompt, pair, ids or messages.",
+)
+@click.option("--chat", is_flag=True, help="A text is what a user says: it goes into the model's chat template.")
+@click.option("--system", metavar="TEXT", default="", help="What the chat template is told besides; implies --chat.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends a row, and is cut off; repeatable.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
 @click.option(
     "--audio",
@@ -28,6 +45,13 @@ __all__ = ["command"]
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
+)
+@click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of text, for models of images: pixel_values (.npy).",
 )
 @click.option(
     "--start",
@@ -49,7 +73,7 @@ __all__ = ["command"]
     "adapters",
     multiple=True,
     metavar="FILE",
-    help=".onnx_adapter for the slots; several add up (onnxruntime alone takes the first). Or NAME=0.5: one that is inside.",
+    help=".onnx_adapter for the slots; several add up, unlike in onnxruntime. Or NAME: one inside. Either at a strength: FILE=0.5.",
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
@@ -60,6 +84,8 @@ def command(
     settings: Settings,
     model: str,
     texts: tuple[str, ...],
+    pairs: tuple[tuple[str, str], ...],
+    batch: Path | None,
     ids: tuple[tuple[int, ...], ...],
     no_prompt: bool,
     **options: Any,
@@ -73,20 +99,26 @@ def command(
     Examples:
       surgery run out/ -p "Once upon a time"
       surgery run out/ -p "Dear" --temperature 0.8 --top-p 0.95 --seed 7
-      surgery run out/ -p "SELECT" --adapter sql.onnx_adapter
+      surgery run out/ -p "SELECT" --adapter sql.onnx_adapter=0.7
+      surgery run out/ -p "Who wrote it?" --chat --stop "###"
+      surgery run qa/ --pair "Who wrote it?" "It was written by ..."
       surgery run whisper/ --audio talk.wav
+      surgery run vit/ --images cat.npy
     """
+    from surgery.onnx.run.batch_file import read_batch
     from surgery.onnx.run.sampling import Sampling
     from surgery.reports.summary import Summary
     from surgery.reports.text import verbatim
     from surgery.verbs.run import run
 
-    inputs: list[str | tuple[int, ...]] = [*texts, *ids]
-    if not inputs and not options["audio"]:
-        raise click.UsageError("nothing to run on; give -p TEXT, --ids or --audio", click.get_current_context())
+    inputs: list[Any] = [*texts, *pairs, *ids, *(read_batch(batch) if batch is not None else [])]
+    if not inputs and not options["audio"] and not options["images"]:
+        raise click.UsageError(
+            "nothing to run on; give -p TEXT, --pair, --batch, --ids, --audio or --images", click.get_current_context()
+        )
     if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
-    single = len(inputs or options["audio"]) == 1 and not settings.json
+    single = len(inputs or options["audio"] or options["images"]) == 1 and not settings.json
 
     def on_text(row: int, text: str) -> None:
         interruption.check()

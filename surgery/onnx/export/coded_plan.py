@@ -20,7 +20,7 @@ from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, Ten
 from surgery.onnx.export.code_inputs import importance_of, inputs_of
 from surgery.onnx.export.merged import MergedWeights, with_biases, written_config
 from surgery.onnx.export.weight_coding import WeightCoding, WeightUses, uses_of
-from surgery.onnx.graph.coded import CodedTensor
+from surgery.onnx.graph.coded import GraphCodes
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
@@ -31,14 +31,18 @@ from surgery_formats.models.families.recipe import Model
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.nbits import BlockFormat, NBits
 from surgery_formats.storage.own_codes import fitting_format
+from surgery_formats.storage.plain import Elements
 from surgery_formats.storage.quantised import is_quantised
+from surgery_formats.storage.turned_elements import TurnedElements
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import count as counted
 
-__all__ = ["QUANTISED", "coded_weights"]
+__all__ = ["QUANTISED", "TRANSPOSED", "coded_weights"]
 
 QUANTISED = "quantised.safetensors"
 """File name of all weights of a graph of codes."""
+TRANSPOSED = "transposed.safetensors"
+"""File name of all weights of a graph of MatMul."""
 
 
 def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) -> MergedWeights:
@@ -65,7 +69,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         coding = _within_budget(merged, base, model, coding, io, groups)
     drafts = {draft.name: draft for draft in _drafts(merged, base, model, coding, io)}
     ordered = _ordered(drafts, groups)
-    file = planned_file(QUANTISED, ordered, alignment=PAGE)
+    file = planned_file(TRANSPOSED if coding.matmul else QUANTISED, ordered, alignment=PAGE)
     written = {tensor.name for tensor in file.tensors}
     accounts = [account for account in merged.accounts if account.tensor.name not in written]
     accounted = {account.tensor.name for account in accounts}
@@ -97,7 +101,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         t.name: UnwrittenTensor(t.name, t.dtype, t.shape, unwritten, t.offset, t.nbytes) for t in kept
     }
     coded = {d.name: d.coded_tensor(placed, unwritten) for d in drafts.values() if d.form is not None}
-    return MergedWeights(plan, component, overrides, side_files, model, coded)
+    return MergedWeights(plan, component, overrides, side_files, model, coded, coding.matmul)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class _Draft:
     dtype: DType = DType.F32
     rows: bool = False
 
-    def coded_tensor(self, placed: Mapping[str, PlannedTensor], file: UnwrittenFile) -> CodedTensor:
+    def coded_tensor(self, placed: Mapping[str, PlannedTensor], file: UnwrittenFile) -> GraphCodes:
         """Where the graph finds it."""
         step = self.codes[0].step
         assert isinstance(step, Compute)
@@ -129,7 +133,7 @@ class _Draft:
         assert self.form is not None
         parts = [placed[part.name] for part in self.codes]
         found = tuple(UnwrittenTensor(t.name, t.dtype, t.shape, file, t.offset, t.nbytes) for t in parts)
-        return CodedTensor(self.name, target.outputs, self.dtype, self.form, found, self.rows)
+        return GraphCodes(self.name, target.outputs, self.dtype, self.form, found, self.rows)
 
 
 def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCoding, io: DType) -> Iterator[_Draft]:
@@ -142,6 +146,9 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
         recipe = needed.get(name)
         if recipe is None:
             continue  # a graph reads what its recipe names
+        if coding.matmul:
+            yield _turned_draft(name, recipe, tensors, uses, io)
+            continue
         bits, rows, kept = _asked(recipe, uses, coding)
         if not bits:
             yield _Draft(name, kept=tuple(tensors))
@@ -164,6 +171,29 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
             _values_type(tensors[0]),
             rows,
         )
+
+
+def _turned_draft(name: str, recipe: str, tensors: Sequence[PlannedTensor], uses: WeightUses, io: DType) -> _Draft:
+    """A linear map ``(in, out)``, or another weight as it lies; both in the graph's type, without a Cast in between."""
+    first = tensors[0]
+    step = first.step
+    operations = step.operations if isinstance(step, Compute) else ()
+    source: Storage = step.source if isinstance(step, Compute) else step.weight
+    projection = uses.every.get(recipe)
+    turned = projection is not None and not projection.transposed
+    kept = [] if turned and recipe != uses.table else [*tensors]
+    if kept and first.dtype is not io and first.dtype.is_float:
+        kept = _rewritten(first, Compute(source, operations, Elements(source.sizes, source.shape, io)))
+    turning = Compute(source, operations, TurnedElements(source.sizes, io)) if turned else None
+    return _Draft(name, tuple(kept + (_rewritten(first, turning) if turning else [])))
+
+
+def _rewritten(first: PlannedTensor, step: Compute) -> list[PlannedTensor]:
+    outcome: TensorOutcome = "cast" if first.outcome == "copied" else first.outcome
+    return [
+        PlannedTensor(part.name, first.component, first.weight, part.dtype, part.shape, step, outcome, 0, part.nbytes)
+        for part in step.target.parts(first.weight)
+    ]
 
 
 def _within_budget(

@@ -6,12 +6,12 @@ A graph reads weights as they are stored and casts those of another type. In flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from surgery_formats.errors import FitError
-from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.raw import open_file
 from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
@@ -54,19 +54,18 @@ class Converted(NamedTuple):
 
 
 def issues_of_types(
-    graph: onnx.ModelProto, dtype: str, folder: Path, sources: Sequence[File], seen: Stored | None
+    graphs: Iterable[onnx.ModelProto], dtype: str, place: Callable[[str], Path], seen: Stored | None
 ) -> list[str]:
-    """What a user is told of a graph's types: what does not fit, and what loading costs.
+    """What a user is told of the types of an export: what does not fit, and what loading costs.
 
     Args:
-        graph: The graph, by whose nodes weights are converted.
-        dtype: Its type.
-        folder: Where it was written.
-        sources: Files of the base that it reads.
+        graphs: The graphs, by whose nodes weights are converted.
+        dtype: Their type.
+        place: Where a file of weights lies, by its name in a graph.
         seen: Values that were measured.
     """
-    beside = {file.path.name: file.path for file in sources}
-    converted = list(converted_weights(graph, folder, beside))
+    every = (one for graph in graphs for one in converted_weights(graph, place))
+    converted = list({(one.path, one.start): one for one in every}.values())
     issues = too_large(converted)
     if seen is not None and seen.beyond:
         issues.append(f"values are not finite, first those of {show(seen.beyond, 160)}: the weights are damaged")
@@ -80,8 +79,8 @@ def issues_of_types(
     return issues
 
 
-def converted_weights(graph: onnx.ModelProto, folder: Path, beside: Mapping[str, Path]) -> Iterator[Converted]:
-    """Weights in files that a graph casts to another type; what is not `beside` the base lies in `folder`."""
+def converted_weights(graph: onnx.ModelProto, place: Callable[[str], Path]) -> Iterator[Converted]:
+    """Weights in files that a graph casts to another type."""
     stored = {tensor.name: tensor for tensor in graph.graph.initializer if tensor.external_data}
     for node in graph.graph.node:
         if node.op_type != "Cast" or node.input[0] not in stored:
@@ -91,7 +90,7 @@ def converted_weights(graph: onnx.ModelProto, folder: Path, beside: Mapping[str,
         target = next(field.i for field in node.attribute if field.name == "to")
         yield Converted(
             node.output[0].removesuffix("/Cast"),
-            beside.get(entry["location"], folder / entry["location"]),
+            place(entry["location"]),
             int(entry["offset"]),
             int(entry["length"]),
             tensor.data_type,
@@ -169,14 +168,20 @@ def measured_values(component: Component, plan: Plan | None, task: str, text: st
     """
     import torch
 
-    from surgery.reference import forward, open_reference
+    from surgery.reference import encode, forward, open_reference
     from surgery.reference.stored import watched
 
     reference = open_reference(component, plan, task=task)
+    if reference.model.encoder is not None:
+        raise FitError("values of an encoder-decoder are not measured at an export", hint="`surgery verify` does it")
     ids = _ids(component, text, reference.model.vocabulary, min(_WIDTH, reference.model.max_positions or _WIDTH))
+    encoder = reference.model.encoder
+    if encoder is not None and encoder.embedding.stem is not None:
+        raise FitError("values of a model of speech are not measured on a text", hint="without `range_text=`")
     with watched() as seen:
         for row in ids:
-            forward(reference, torch.tensor([row]))
+            tokens = torch.tensor([row])
+            forward(reference, tokens, encoded=encode(reference, tokens) if encoder is not None else None)
     return seen
 
 

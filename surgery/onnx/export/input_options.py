@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgery.onnx.export.assemble import Assembly
+from surgery.onnx.export.pairs import check_pair
 from surgery.onnx.export.sentence import sentence_file
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
@@ -13,23 +14,24 @@ from surgery_formats.text import show
 __all__ = ["with_logits", "with_positions", "with_required", "with_sentence"]
 
 
-def with_required(assembly: Assembly, required: bool) -> Assembly:
-    """The same with slots that have no default, if that is asked for.
+def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
+    """The same with slots that have no default, or are packed, if that is asked for.
 
     Raises:
         FitError: there are none, or adapters replace parameters, whose values every caller would have to pass.
     """
-    if not required:
+    if not required and not packed:
         return assembly
     if not assembly.slots:
-        raise FitError("no adapter is swapped, so there are no slots to require", hint="`swap=` names one")
-    if named := next((one for one in assembly.slots if one.replaced), None):
+        what = "require" if required else "pack"
+        raise FitError(f"no adapter is swapped, so there are no slots to {what}", hint="`swap=` names one")
+    if required and (named := next((one for one in assembly.slots if one.replaced), None)):
         raise FitError(
             "it replaces parameters, whose inputs have the base's values as default",
             file=named.adapter.path,
             hint="without `required=`, or merge it",
         )
-    return replace(assembly, options=replace(assembly.options, required=True))
+    return replace(assembly, options=replace(assembly.options, required=required, packed=packed))
 
 
 def with_logits(assembly: Assembly, asked: str) -> Assembly:
@@ -42,7 +44,9 @@ def with_logits(assembly: Assembly, asked: str) -> Assembly:
         raise FitError(f"logits is '{show(asked, 40)}'", hint="auto, all or input")
     if asked == "input" and not assembly.model.generates:
         raise FitError("only a model that generates has logits of the next token to choose from")
-    keep = asked == "input" or (asked == "auto" and assembly.options.target.name != "cuda")
+    # the decoder of an encoder-decoder begins with one token or a few
+    worth = assembly.options.target.name != "cuda" and assembly.model.encoder is None
+    keep = asked == "input" or (asked == "auto" and worth)
     return replace(assembly, options=replace(assembly.options, keep_logits=keep))
 
 
@@ -52,10 +56,7 @@ def with_positions(assembly: Assembly, asked: bool) -> Assembly:
     Raises:
         FitError: an encoder; a soft prompt, whose tokens clients do not count.
     """
-    if asked and assembly.model.encoder is not None:
-        raise FitError(
-            "a decoder that reads an encoder's result counts its positions itself", hint="without `position_ids=`"
-        )
+    check_pair(assembly.model, positions=asked)
     if asked and (not assembly.model.generates or assembly.prompts):
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")

@@ -19,7 +19,7 @@ from surgery.engine.layout import planned_file
 from surgery.engine.merge.merge_plan import plan_merge
 from surgery.engine.packing import PAGE, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, SideFile, check_conservation
-from surgery.onnx.graph.coded import CodedTensor
+from surgery.onnx.graph.coded import GraphCodes
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import FitError
@@ -47,6 +47,7 @@ class MergedWeights:
         side_files: Side files of the output folder, except an index that it does not need.
         model: The recipe, with the biases that the merge added.
         coded: Weights stored as codes in blocks, by name.
+        across: Whether linear maps are written ``(in, out)``.
     """
 
     plan: Plan
@@ -54,7 +55,8 @@ class MergedWeights:
     overrides: Mapping[str, GraphTensor]
     side_files: tuple[SideFile, ...]
     model: Model
-    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    coded: Mapping[str, GraphCodes] = field(default_factory=dict)
+    across: bool = False
 
 
 def merged_weights(binding: Binding, layout: Layout, task: str = "") -> MergedWeights:

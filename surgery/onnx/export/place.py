@@ -46,6 +46,7 @@ Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
 
 _COMPARED = 16 << 20  # bytes of a copy compared at a time
+_INT64 = 7
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes per message; readers refuse 2 GiB
 
 
@@ -139,22 +140,34 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
         output, _stage_id(job, mode), overwrite=run.overwrite, inputs=[home, *job.inputs], verify=still_good
     ) as folder:
         written = _bring_weights(folder, job, mode, run.verify_copies)
-        ledger = _compute(job, folder, run)
         for side in job.side_files:
             write_side_file(side, folder)
             written += len(side.data) if side.source is None else side.source.stat().st_size
-        files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
+        if mode == "embed" and job.plan is not None:
+            ledger, files = _inside(job, output, home, run)
+        else:
+            ledger = _compute(job, folder, run)
+            files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
         for name, data in files.items():
             folder.write_small(name, data)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
-    return _outcome(files, ledger, written)
+    return _outcome(files, ledger if mode != "embed" else None, written, ledger)
 
 
-def _outcome(files: Mapping[str, bytes], ledger: Ledger | None, written: int) -> ExportOutcome:
+def _outcome(files: Mapping[str, bytes], ledger: Ledger | None, written: int, account: Ledger | None) -> ExportOutcome:
+    """The outcome; `ledger` is that of weights in files of their own, `account` that of all."""
     sizes = {name: len(data) for name, data in files.items()}
-    return ExportOutcome(sizes, ledger, written + sum(sizes.values()) + (ledger.plan.nbytes if ledger else 0))
+    return ExportOutcome(sizes, account, written + sum(sizes.values()) + (ledger.plan.nbytes if ledger else 0))
+
+
+def _inside(job: ExportJob, output: Path, home: Path, run: Run) -> tuple[Ledger | None, Mapping[str, bytes]]:
+    """Compute weights into a folder that goes when the graphs hold them."""
+    beside = output.with_name(f"{output.name}.weights")
+    with output_folder(beside, _stage_id(job, "embed"), inputs=[home, *job.inputs], verify=still_good) as scratch:
+        ledger = _compute(job, scratch, run)
+        return ledger, job.make(WeightLocation(scratch.staged, names=job.placed))
 
 
 def _compute(job: ExportJob, folder: OutputFolder, run: Run) -> Ledger | None:
@@ -257,7 +270,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
         raise
     finally:
         os.close(fd)
-    return _outcome(files, ledger, 0)
+    return _outcome(files, ledger, 0, ledger)
 
 
 def _account(job: ExportJob, ledger: Ledger | None, files: Mapping[str, bytes]) -> bytes:
@@ -300,18 +313,26 @@ def _taken(path: Path) -> OutputExistsError:
     )
 
 
-def embed(model: onnx.ModelProto, files: Sequence[File], contents: Mapping[str, bytes]) -> None:
+def embed(model: onnx.ModelProto, files: Mapping[str, File], contents: Mapping[str, bytes]) -> None:
     """Move the bytes of a model's weights into it, from files and from the `contents` of others that are not written.
+
+    Files and contents are by the names that the graph has for them. A range that two initializers read is held once: the
+    other one becomes a Reshape, which runtimes fold.
 
     Raises:
         FitError: they exceed the limit of a protocol buffer.
     """
-    by_name = {file.path.name: file for file in files}
     total = 0
+    held: dict[tuple[str, int, int, int], onnx.TensorProto] = {}
+    twins: list[tuple[onnx.TensorProto, onnx.TensorProto]] = []
     for tensor in model.graph.initializer:
         if not tensor.external_data:
             continue
         entry = {field.key: field.value for field in tensor.external_data}
+        place = entry["location"], int(entry["offset"]), int(entry["length"]), tensor.data_type
+        if (first := held.setdefault(place, tensor)) is not tensor:
+            twins.append((tensor, first))
+            continue
         total += int(entry["length"])
         if total > _PROTOBUF_LIMIT:
             raise FitError(
@@ -319,7 +340,22 @@ def embed(model: onnx.ModelProto, files: Sequence[File], contents: Mapping[str, 
                 hint='`weights="copy"` or link',
             )
         start, length, name = int(entry["offset"]), int(entry["length"]), entry["location"]
-        data = contents[name][start : start + length] if name in contents else by_name[name].read(start, length)
+        data = contents[name][start : start + length] if name in contents else files[name].read(start, length)
         tensor.raw_data = bytes(data)
         del tensor.external_data[:]
         tensor.ClearField("data_location")
+    for tensor, first in twins:
+        _reshape(model.graph, tensor, first)
+
+
+def _reshape(graph: onnx.GraphProto, tensor: onnx.TensorProto, first: onnx.TensorProto) -> None:
+    """Make an initializer a Reshape of another one of the same bytes."""
+    sizes, name = list(tensor.dims), tensor.name
+    graph.initializer.remove(tensor)
+    shape = graph.initializer.add(name=f"{name}/shape", data_type=_INT64, dims=[len(sizes)])
+    shape.int64_data.extend(sizes)
+    node = graph.node.add(op_type="Reshape", name=f"{name}/Reshape", input=[first.name, shape.name], output=[name])
+    nodes = [node, *list(graph.node)[:-1]]
+    copies = [type(node).FromString(each.SerializeToString()) for each in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)

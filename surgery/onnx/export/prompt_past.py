@@ -66,6 +66,8 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
         FitError: it has none, or one for a model of other sizes.
     """
     prompt = adapter.prompt
+    if any(layer.attention.convolution is not None for layer in model.layers):
+        raise FitError("a model with short convolutions takes no virtual tokens", file=adapter.path)
     if prompt is None:
         raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="`merge=` or `swap=`")
     check_prompt(prompt, model)

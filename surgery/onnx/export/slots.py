@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.export.adapters import NamedAdapter
@@ -132,7 +133,26 @@ def slot_arrays(
     }
     for slot in slots:
         size, table = sizes[slot.weight], slot.weight in adapter.tables
-        if additions := adapter.additions.get(slot.weight):
+        if slot.parts:
+            if packed := _packed(adapter, slot, size):
+                arrays[slot.A], arrays[slot.B] = (factor.astype(dtype) for factor in packed)
+        elif additions := adapter.additions.get(slot.weight):
             A, B = factors_of(additions, size, table=table)
             arrays[slot.A], arrays[slot.B] = A.astype(dtype), B.astype(dtype)
     return arrays
+
+
+def _packed(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:
+    """Both factors of a packed slot: of each weight side by side in A, and as blocks on the diagonal of B; None without any."""
+    filled: list[tuple[Array, Array]] = []
+    first = 0
+    for name, width in slot.parts:
+        if additions := adapter.additions.get(name):
+            A, B = factors_of(additions, (size[0], width))
+            wide = np.zeros((len(B), size[1]), np.float32)
+            wide[:, first : first + width] = B
+            filled.append((A, wide))
+        first += width
+    if not filled:
+        return None
+    return np.concatenate([A for A, _ in filled], 1), np.concatenate([B for _, B in filled], 0)

@@ -1,27 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the weights of an exported graph become codes, and which: the options, checked."""
+"""How the weights of an exported graph are written, and which."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.engine.calibration_file import Calibration, open_calibration
+from surgery.engine.calibration_file import Calibration
+from surgery.onnx.export.weight_options import BITS
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, UsageError
+from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import projections
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
 from surgery_formats.storage.nbits import BlockFormat
-from surgery_formats.text import closest, show
+from surgery_formats.text import closest
 
-__all__ = ["WeightCoding", "WeightUses", "uses_of", "weight_coding"]
-
-_BITS = {"int4": 4, "int8": 8}
-_BLOCKS = (32, 64, 128)
-_TABLES = ("auto", "keep", "int8", "int4")
+__all__ = ["WeightCoding", "WeightUses", "uses_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +28,13 @@ class WeightUses:
         linear: Linear maps, but those of heads, and of experts that lie one after the other in one tensor.
         head: The projection onto the vocabulary, or empty.
         table: The token table; the head's name where they are tied.
+        every: All linear maps of a tensor of their own.
     """
 
     linear: Mapping[str, Projection]
     head: str
     table: str
+    every: Mapping[str, Projection]
 
     @property
     def tied(self) -> bool:
@@ -50,13 +48,14 @@ def uses_of(model: Model) -> WeightUses:
     of_head = {each.weight for each in projections(model.head)}
     if isinstance(model.head, LanguageHead) and model.head.before is not None:
         of_head.discard(model.head.before.weight)
-    linear = {each.weight: each for each in projections(model) if each.stack is None and each.weight not in of_head}
-    return WeightUses(linear, head, model.embedding.tokens)
+    every = {each.weight: each for each in projections(model) if each.stack is None}
+    linear = {name: each for name, each in every.items() if name not in of_head}
+    return WeightUses(linear, head, model.embedding.tokens, every)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightCoding:
-    """How weights become codes.
+    """How weights are written.
 
     Attributes:
         bits: Of the layers' weights; with a `budget` the fewest.
@@ -68,6 +67,7 @@ class WeightCoding:
         embeddings: One of ``auto``, ``keep``, ``int8``, ``int4``: of the token table.
         head: The same of the projection onto the vocabulary.
         budget: Most bytes of all weights; None for no bound.
+        matmul: Whether linear maps are written ``(in, out)`` instead, in the type of the graph.
         chosen: Bits of weights within the budget, by name in the recipe; 0 keeps them.
     """
 
@@ -80,6 +80,7 @@ class WeightCoding:
     embeddings: str = "auto"
     head: str = "auto"
     budget: int | None = None
+    matmul: bool = False
     chosen: Mapping[str, int] = field(default_factory=dict)
 
     def form(self, bits: int, io: DType) -> BlockFormat:
@@ -93,17 +94,19 @@ class WeightCoding:
 
     def head_bits(self, uses: WeightUses) -> int:
         """Bits of the projection onto the vocabulary; 0 keeps it."""
-        return self.bits_of(uses.head) if self.head == "auto" else _BITS.get(self.head, 0)
+        return self.bits_of(uses.head) if self.head == "auto" else BITS.get(self.head, 0)
 
     def table_bits(self, uses: WeightUses) -> int:
         """Bits of the token table; 0 keeps it. By default it is the tied head's own, or kept."""
         if self.embeddings != "auto":
-            return _BITS.get(self.embeddings, 0)
+            return BITS.get(self.embeddings, 0)
         return self.head_bits(uses) if uses.tied else 0
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
+        if self.matmul:
+            return {"linear": "matmul"}
         named = ("bits", "block", "symmetric", "scales", "rounding", "embeddings", "head", "budget")
         facts = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
         return facts | ({"calibration": self.calibration.id} if self.calibration is not None else {})
@@ -124,59 +127,3 @@ class WeightCoding:
                 tensor=unknown[0],
                 hint=closest(unknown[0], modules),
             )
-
-
-def weight_coding(
-    weights_type: str = "stored",
-    *,
-    block: int = 32,
-    symmetric: bool = True,
-    scales: str = "minmax",
-    rounding: str | None = None,
-    calibration: str | os.PathLike[str] | None = None,
-    embeddings: str = "auto",
-    head: str = "auto",
-    budget: int | None = None,
-) -> WeightCoding | None:
-    """The options of an export, checked; None if weights stay as they are stored.
-
-    Raises:
-        FitError: a value that there is not.
-        UsageError: options about codes without codes, or that contradict each other.
-    """
-    if weights_type not in ("stored", *_BITS, "mixed"):
-        raise FitError(f"'{show(weights_type)}' is no type of weights", hint="stored, int4, int8 or mixed")
-    if block not in _BLOCKS:
-        raise FitError(f"a block has 32, 64 or 128 inputs, not {block}")
-    for name, value, known in (
-        ("scales", scales, ("minmax", "search")),
-        ("rounding", rounding or "feedback", ("feedback", "nearest")),
-        ("embeddings", embeddings, _TABLES),
-        ("head", head, _TABLES),
-    ):
-        if value not in known:
-            raise FitError(f"{name} is one of {', '.join(known)}, not '{show(value)}'")
-    if weights_type == "stored":
-        given = {
-            "block": block != 32, "symmetric": not symmetric, "scales": scales != "minmax", "rounding": rounding is not None,
-            "calibration": calibration is not None, "embeddings": embeddings != "auto", "head": head != "auto",
-            "budget": budget is not None,
-        }  # fmt: skip
-        if odd := [name for name, said in given.items() if said]:
-            raise UsageError(
-                f"`{odd[0]}=` is about weights that become codes, and these stay as they are stored",
-                hint='`weights_type="int4"`',
-            )
-        return None
-    if (budget is None) == (weights_type == "mixed"):
-        raise UsageError(
-            "mixed types have a budget, and nothing else has one",
-            hint='`weights_type="mixed"` with `budget=`, or neither',
-        )
-    if calibration is not None and budget is None and rounding == "nearest" and scales == "minmax":
-        raise UsageError(
-            "rounding to nearest looks at no inputs", hint='leave `calibration=` away, or `rounding="nearest"`'
-        )
-    opened = None if calibration is None else open_calibration(calibration)
-    bits = _BITS.get(weights_type, 4)
-    return WeightCoding(bits, block, symmetric, scales, rounding or "feedback", opened, embeddings, head, budget)

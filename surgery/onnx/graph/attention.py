@@ -14,6 +14,7 @@ from surgery.onnx.graph.latent import latent_parts, without_padding
 from surgery.onnx.graph.linear import joined, linear
 from surgery.onnx.graph.norm import gain, norm
 from surgery.onnx.graph.rotary import RotaryTable
+from surgery.onnx.graph.short_convolution import short_convolution
 from surgery.onnx.graph.sinks import attention_with_sinks
 from surgery_formats.models.families.recipe import Attention, Norm, Rope
 
@@ -38,6 +39,8 @@ def cached_attention(
     ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, *, alpha: float = 1.0
 ) -> str:
     """Attention of new tokens to past and new ones, times `alpha`; without a `cache` there are no past ones."""
+    if record.convolution is not None:
+        return short_convolution(ctx, record, record.convolution, x, frame, cache, alpha)
     at = module_of(module_of(record.output.weight))
     if cache is not None and ctx.target.attention == "gqa":
         y = _grouped(ctx, record, x, frame, cache, at)
@@ -53,7 +56,9 @@ def cached_attention(
 def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]:
     """Queries, keys and values as one value side by side, or as three; in the rank of the hidden states."""
     if record.layout == "separate":
-        packed = joined(ctx, record.inputs, x)
+        also = record.disentangled  # projections that distances take too keep slots of their own
+        alone = also is not None and not {also.keys, also.queries}.isdisjoint(record.inputs)
+        packed = None if alone else joined(ctx, record.inputs, x)
         values = (packed,) if packed else tuple(linear(ctx, projection, x) for projection in record.inputs)
         return tuple(_clipped(ctx, record, value, at) for value in values)
     value = _clipped(ctx, record, linear(ctx, record.inputs[0], x), at)

@@ -24,7 +24,11 @@ def as_branches(first: Graph, begun: Graph) -> Graph:
     defaults = {tensor.name for body in bodies for tensor in body.initializer} & ports.keys()
     plain = [name for name in ports if name not in defaults and not _is_factor(name)]
     for name in plain:
-        merged.proto.input.append(ports[name])
+        port = merged.proto.input.add()
+        port.CopyFrom(ports[name])
+        if name.startswith("past_key_values."):  # optimum 0.1 begins with empty ones of a size that it guesses
+            dims = port.type.tensor_type.shape.dim
+            dims[1].dim_param, dims[3].dim_param = "heads", "head_size"
     merged.input(SWITCH, DType.BOOL, (1,))
     for name in ports:
         if name not in plain:

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import xxhash
 
-from surgery.onnx.graph.coded import CodedTensor, by_format
+from surgery.onnx.graph.coded import GraphCodes, by_format
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.contract import Contract, WeightFile
 from surgery.onnx.graph.decoder import decoder
@@ -35,6 +35,7 @@ from surgery_formats.models.families.recipe import (
     ClassifierHead,
     HiddenHead,
     Model,
+    PooledHead,
     Rope,
 )
 from surgery_formats.models.families.tasks import task_of
@@ -60,6 +61,7 @@ class GraphOptions:
         coded: Weights that are stored as codes in blocks, by stored name.
         slotted: Weights that get a slot for a LoRA, see `Context`.
         required: Whether slots are inputs without a default.
+        packed: Whether weights of the same input share a slot.
         replaceable: Parameters that become optional inputs.
         virtual: Soft prompts.
         contract: Further fields of the contract.
@@ -73,9 +75,10 @@ class GraphOptions:
     max_length: int | None = None
     prefill: bool = True
     overrides: Mapping[str, GraphTensor] = field(default_factory=dict)
-    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    coded: Mapping[str, GraphCodes] = field(default_factory=dict)
     slotted: frozenset[str] = frozenset()
     required: bool = False
+    packed: bool = False
     replaceable: Replaceable = field(default_factory=Replaceable)
     virtual: Virtual = field(default_factory=Virtual)
     contract: Mapping[str, Any] = field(default_factory=dict)
@@ -143,8 +146,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
 
 
 def takes_grouped(attention: Attention) -> bool:
-    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores."""
-    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores, no state beside keys."""
+    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None and attention.convolution is None
 
 
 def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
@@ -164,6 +167,8 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
         encoder=ENCODER,
         **_built_parts(parts.first),
     )
+    codes = parts.encoder.weights.used_codes | parts.first.weights.used_codes
+    contract = replace(contract, quantised=by_format(codes.values()))  # of all graphs: the model is told by this one
     graphs = {ENCODER: _finished(parts.encoder, encoder_contract, options)}
     if options.prefill:
         graphs[FIRST] = _finished(parts.first, contract, options)
@@ -204,6 +209,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         options.io,
         slotted=options.slotted,
         required=options.required,
+        packed=options.packed,
         head=component.head,
         virtual=options.virtual,
         batch=_batch(model),
@@ -218,6 +224,8 @@ def _context(component: Component, model: Model, options: GraphOptions, length: 
         decoder(ctx, model, length)
     else:
         encoder(ctx, model, length)
+    if options.target.linear == "matmul":
+        ctx.graph.describe(options.io)
     ctx.weights.check(model.unused)
     _check_slots(options, ctx)
     return ctx
@@ -231,7 +239,7 @@ def _check_slots(options: GraphOptions, *contexts: Context) -> None:
     """
     missing = options.slotted | options.replaceable.names
     for ctx in contexts:
-        missing -= {slot.weight for slot in ctx.slots} | ctx.weights.inputs.keys()
+        missing -= {name for slot in ctx.slots for name in slot.weights} | ctx.weights.inputs.keys()
     if missing:
         raise FitError(
             "the graph has no slot for this weight", tensor=min(missing), hint="merge the adapter instead: `merge=`"
@@ -270,6 +278,13 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         max_length=length - options.virtual.front,
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
+    convolved = [layer.attention for layer in model.layers if layer.attention.convolution is not None]
+    if convolved and model.generates:
+        if options.virtual.past or options.virtual.embedded:
+            raise FitError("prompts in front of a model with short convolutions are not supported", file="config.json")
+        places = (n for n, layer in enumerate(model.layers) if layer.attention.convolution is not None)
+        width, kernel = convolved[0].output.inputs, max(one.convolution.kernel for one in convolved if one.convolution)
+        contract = replace(contract, convolutions=tuple(places), state=(width, kernel))
     return replace(contract, **options.contract)
 
 
@@ -283,14 +298,16 @@ def _switch(rope: Rope | None, length: int) -> int:
 
 def _wants_right(model: Model, target: OperatorSet) -> bool:
     """Whether padding must be on the right: for GroupQueryAttention, positions by index, first-token heads."""
-    if model.kind == "decoder":
-        return target.attention == "gqa"
     head = model.head
+    if model.kind == "decoder" and not isinstance(head, PooledHead):
+        return target.attention == "gqa"
     if (isinstance(head, ClassifierHead) and head.tokens == "first") or (isinstance(head, HiddenHead) and head.pooler):
         return True
     record = model.embedding
-    if record.stem is not None:  # a spectrogram has no padding that is told
+    if record.stem is not None or record.patches is not None:  # neither has padding that is told
         return False
+    if isinstance(head, PooledHead):
+        return True
     return bool(record.positions or record.sinusoid) and record.position_rule == "absolute"
 
 

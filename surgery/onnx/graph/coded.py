@@ -14,11 +14,11 @@ from surgery_formats.tensors.unwritten import UnwrittenTensor
 if TYPE_CHECKING:
     from surgery_formats.storage.nbits import BlockFormat
 
-__all__ = ["CodedTensor", "by_format", "coded_product", "coded_rows", "together"]
+__all__ = ["GraphCodes", "by_format", "coded_product", "coded_rows", "together"]
 
 
 @dataclass(frozen=True, slots=True)
-class CodedTensor:
+class GraphCodes:
     """One weight.
 
     Attributes:
@@ -38,7 +38,7 @@ class CodedTensor:
     rows: bool = False
 
 
-def together(tensors: Sequence[CodedTensor], name: str) -> CodedTensor | None:
+def together(tensors: Sequence[GraphCodes], name: str) -> GraphCodes | None:
     """Several weights of the same inputs as one, outputs below each other; None if their bytes do not lie side by side."""
     first = tensors[0]
     joint = []
@@ -55,10 +55,10 @@ def together(tensors: Sequence[CodedTensor], name: str) -> CodedTensor | None:
     if any(tensor.form != first.form or tensor.shape[1] != first.shape[1] for tensor in tensors):
         return None
     outputs = sum(tensor.shape[0] for tensor in tensors)
-    return CodedTensor(name, (outputs, first.shape[1]), first.dtype, first.form, tuple(joint))
+    return GraphCodes(name, (outputs, first.shape[1]), first.dtype, first.form, tuple(joint))
 
 
-def coded_product(graph: Graph, tensor: CodedTensor, x: str, io: DType, at: str) -> str:
+def coded_product(graph: Graph, tensor: GraphCodes, x: str, io: DType, at: str) -> str:
     """``x W^T``."""
     outputs, inputs = tensor.shape
     codes, *rest = _values(graph, tensor, io, at)
@@ -67,7 +67,7 @@ def coded_product(graph: Graph, tensor: CodedTensor, x: str, io: DType, at: str)
     return graph.node("MatMulNBits", [x, codes, *rest], at, domain=MICROSOFT, **sizes)
 
 
-def coded_rows(graph: Graph, tensor: CodedTensor, ids: str, io: DType, at: str) -> str:
+def coded_rows(graph: Graph, tensor: GraphCodes, ids: str, io: DType, at: str) -> str:
     """Rows of a table; a head that is tied to it reads the same bytes."""
     form = tensor.form
     codes, scales, *zeros = _values(graph, tensor, io, at, flat=True)
@@ -75,7 +75,7 @@ def coded_rows(graph: Graph, tensor: CodedTensor, ids: str, io: DType, at: str) 
     return graph.node("GatherBlockQuantized", [codes, ids, scales, *zeros], at, domain=MICROSOFT, **how)
 
 
-def by_format(tensors: Iterable[CodedTensor]) -> tuple[dict[str, Any], ...]:
+def by_format(tensors: Iterable[GraphCodes]) -> tuple[dict[str, Any], ...]:
     """Weights by how they are stored, for the contract."""
     forms: dict[tuple[int, int, bool], list[str]] = {}
     for tensor in tensors:
@@ -87,7 +87,7 @@ def by_format(tensors: Iterable[CodedTensor]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _values(graph: Graph, tensor: CodedTensor, io: DType, at: str, *, flat: bool = False) -> list[str]:
+def _values(graph: Graph, tensor: GraphCodes, io: DType, at: str, *, flat: bool = False) -> list[str]:
     """Codes, scales in the graph's type, zero points; with `flat` the codes of a row without blocks."""
     names = []
     for number, part in enumerate(tensor.parts):

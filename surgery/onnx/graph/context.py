@@ -57,6 +57,7 @@ class Context:
         ids: Input of token ids ``(B, S)``.
         slotted: Weights that get a slot for a LoRA, under the recipe's names, except that a tied head is called `head`.
         required: Whether slots are inputs without a default.
+        packed: Whether weights of the same input share a slot.
         head: Name of a tied head: it shares the embedding's weight but not its slot.
         virtual: Soft prompts.
         slots: The slots made so far.
@@ -65,6 +66,8 @@ class Context:
         batch: Size of the inputs' first axis: a name, or 1.
         position_ids: Whether positions are an input of the graph.
         keep_logits: Whether the number of positions whose logits are computed is an input.
+        sequence: Number of tokens, or the name of the axis.
+        in_front: Number of tokens in front of those of an image's patches.
         opset: Of ONNX's own operators; an older one for nodes that are put into a graph of another exporter.
     """
 
@@ -75,12 +78,15 @@ class Context:
     ids: str = "input_ids"
     slotted: frozenset[str] = frozenset()
     required: bool = False
+    packed: bool = False
     head: str = ""
     virtual: Virtual = field(default_factory=Virtual)
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
     position_ids: bool = False
     keep_logits: bool = False
+    sequence: int | str = SEQUENCE
+    in_front: int = 0
     opset: int = NEWEST
     choices: bool = False
     batch: str | int = BATCH

@@ -47,6 +47,8 @@ _LATER = (
     "inserted",
     "quantised",
     "encoder",
+    "convolutions",
+    "state",
 )  # fields that are left out where empty, so that runners of before take the graph
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder")
 
@@ -72,14 +74,41 @@ class Slot:
     """Optional inputs, of rank 0 by default, through which an adapter can be swapped in.
 
     Attributes:
-        weight: Stored name of the weight that the slot adds to.
+        weight: Stored name of the weight that the slot adds to; of several with one input their joint name.
         A: Input ``(in, rank)``; ``(V, rank)`` for an embedding.
         B: Input ``(rank, out)``, with the scale folded in.
+        parts: Of several weights: the name of each and its columns of B, in order. Factors lie side by side in A, and as
+            blocks on the diagonal of B.
     """
 
     weight: str
     A: str
     B: str
+    parts: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Stored names of the weights that it adds to."""
+        return tuple(name for name, _ in self.parts) or (self.weight,)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Slot:
+        """The slot that a graph states."""
+        parts = tuple((part[0], part[1]) for part in entry.get("parts", ()))
+        return cls(**{**entry, "parts": parts})
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all fields have their types."""
+        names = (self.weight, self.A, self.B, *(name for name, _ in self.parts))
+        return all(isinstance(name, str) for name in names) and all(
+            type(width) is int and 0 < width < _LARGEST for _, width in self.parts
+        )
+
+    def as_fields(self) -> dict[str, Any]:
+        """The slot as plain values; `parts` only where there are some, so that runners of before take the graph."""
+        stated = asdict(self)
+        return stated if self.parts else {key: value for key, value in stated.items() if key != "parts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +151,9 @@ class Contract:
             mode, ``weight``, ``file``, ``virtual_tokens``, ``rows`` (first id and number), ``id2label`` of a classifier
             of its own.
         encoder: File of the graph whose result a decoder reads, or empty.
+        convolutions: Layers with a short convolution instead of a cache: ``past_conv.N`` and ``present_conv.N`` ``(B, *state)``,
+            zero at first.
+        state: Channels and tokens of these, or nothing.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -149,10 +181,13 @@ class Contract:
     base: str = ""
     adapters: tuple[Mapping[str, Any], ...] = ()
     encoder: str = ""
+    convolutions: tuple[int, ...] = ()
+    state: tuple[int, ...] = ()
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
         stated = {key: value for key, value in asdict(self).items() if value or key not in _LATER}
+        stated["slots"] = [slot.as_fields() for slot in self.slots]
         return {_KEY: json.dumps({"schema": _SCHEMA, **stated}, sort_keys=True, separators=(",", ":"))}
 
 
@@ -173,12 +208,14 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
         known = {field.name for field in fields(Contract)}
         if unknown := sorted(set(entries) - known):
             raise MalformedError(f"the graph's contract has an unknown field '{show(unknown[0], 60)}'", file=file)
-        entries["slots"] = tuple(Slot(**slot) for slot in entries.get("slots", ()))
+        entries["slots"] = tuple(Slot.of(slot) for slot in entries.get("slots", ()))
         entries["weights"] = tuple(WeightFile(**weight_file) for weight_file in entries.get("weights", ()))
         for name in ("adapters", "replaceable", "inserted", "quantised"):
             entries[name] = tuple(entries.get(name, ()))
         rows = entries.get("vocabulary_rows")
         entries["vocabulary_rows"] = None if rows is None else tuple(rows)
+        entries["convolutions"] = tuple(entries.get("convolutions", ()))
+        entries["state"] = tuple(entries.get("state", ()))
         contract = Contract(**entries)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise MalformedError("the graph's contract cannot be read", file=file, hint="export it again") from error
@@ -207,7 +244,8 @@ def _fault(contract: Contract) -> str | None:
     ):
         return "cache"
     texts: dict[str, tuple[Any, ...]] = {name: (getattr(contract, name),) for name in _TEXTS}
-    texts["slots"] = tuple(text for slot in contract.slots for text in (slot.weight, slot.A, slot.B))
+    if not all(slot.is_sound for slot in contract.slots):
+        return "slots"
     texts["replaceable"] = contract.replaceable
     texts["weights"] = tuple(text for entry in contract.weights for text in (entry.name, entry.header))
     for name, values in texts.items():
@@ -222,6 +260,12 @@ def _fault(contract: Contract) -> str | None:
         return "inserted"
     if not all(map(_is_quantised, contract.quantised)):
         return "quantised"
+    if not all(type(layer) is int and 0 <= layer < contract.layers for layer in contract.convolutions):
+        return "convolutions"
+    if len(contract.state) != (_PAIR if contract.convolutions else 0) or not all(
+        type(size) is int and 0 < size < _LARGEST for size in contract.state
+    ):
+        return "state"
     rows = contract.vocabulary_rows
     if rows is not None:
         first, count = (*rows, None, None)[:2]

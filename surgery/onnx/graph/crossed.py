@@ -74,7 +74,8 @@ def crossed_decoder(ctx: Context, model: Model, *, begun: bool) -> None:
     else:
         x = ctx.total(stream, "")
     add_head(ctx, model, x)
-    graph.proto.output[0].type.tensor_type.shape.dim[1].dim_param = OWN
+    if not ctx.keep_logits:
+        graph.proto.output[0].type.tensor_type.shape.dim[1].dim_param = OWN
     for number, layer in enumerate(model.layers):
         for side in _SIDES[:1] if begun else _SIDES:
             tokens = READ if side == "encoder" else f"{PAST_OWN} + {OWN}" if begun else OWN

@@ -15,6 +15,7 @@ from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import norm, residual_norm
+from surgery.onnx.graph.short_convolution import state_names
 from surgery.onnx.graph.virtual_tokens import completed_mask, in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, Layer, Model
@@ -65,18 +66,30 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         x = ctx.total(stream, "")
     add_head(ctx, model, x)
     for layer, values in zip(model.layers, kept, strict=False):
+        if layer.attention.convolution is not None:
+            graph.output(values.present_key, ctx.io, _state(layer))
+            continue
         shape = (BATCH, layer.attention.kv_heads, TOTAL, layer.attention.head_dim)
         graph.output(values.present_key, ctx.io, shape)
         graph.output(values.present_value, ctx.io, shape)
 
 
 def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
+    if layer.attention.convolution is not None:
+        state, next_state = state_names(number)
+        ctx.graph.input(state, ctx.io, _state(layer))
+        return CacheValues(state, "", next_state, "")
     shape = (BATCH, layer.attention.kv_heads, PAST, layer.attention.head_dim)
     past = [ctx.graph.input(f"past_key_values.{number}.{part}", ctx.io, shape) for part in ("key", "value")]
     for name in past:
         if name in ctx.virtual.past:
             ctx.graph.initializer(name, ctx.virtual.past[name].astype(ctx.graph.numpy_type(ctx.io)))
     return CacheValues(past[0], past[1], f"present.{number}.key", f"present.{number}.value")
+
+
+def _state(layer: Layer) -> tuple[int | str, ...]:
+    own = layer.attention.convolution
+    return BATCH, layer.attention.output.inputs, own.kernel if own else 0
 
 
 def embedded(ctx: Context, model: Model, positions: Callable[[], str]) -> str:

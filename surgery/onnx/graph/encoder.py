@@ -14,11 +14,12 @@ from surgery.onnx.graph.layers import Body, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import residual_norm
+from surgery.onnx.graph.patches import looked_at
 from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.seen_keys import SeenKeys
 from surgery.onnx.graph.virtual_tokens import in_front
 from surgery_formats.dtypes import DType
-from surgery_formats.models.families.recipe import Attention, ClassifierHead, Model
+from surgery_formats.models.families.recipe import Attention, ClassifierHead, Model, PooledHead
 
 __all__ = ["encoder"]
 
@@ -27,7 +28,8 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     """Build the graph, for at most `max_length` positions.
 
     Inputs are ``input_ids``, ``attention_mask`` and, if the model has several token types, ``token_type_ids``, each
-    ``(B, S)``, or ``(B, C, S)`` where choices are scored, or ``input_features (B, bins, frames)``; outputs are those of
+    ``(B, S)``, or ``(B, C, S)`` where choices are scored, ``input_features (B, bins, frames)``,
+    or ``pixel_values (B, channels, height, width)``; outputs are those of
     the head.
 
     Raises:
@@ -37,6 +39,8 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     mask = ""
     if record.stem is not None:
         stream = heard(ctx, model, record.stem)
+    elif record.patches is not None:
+        stream = looked_at(ctx, model, record.patches)
     else:
         ctx.choices = isinstance(model.head, ClassifierHead) and model.head.choices
         ctx.ids = ctx.per_token(ctx.ids)
@@ -52,7 +56,8 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
         stream = ResidualStream(linear(ctx, record.projection, ctx.total(stream, module_of(record.projection.weight))))
     for network in record.couplings:
         stream = ResidualStream(couple(ctx, network, ctx.total(stream, network.module)))
-    seen = SeenKeys(ctx, mask, max_length)
+    reads_padding = isinstance(model.head, PooledHead) and model.head.token == "last"
+    seen = SeenKeys(ctx, mask, max_length, reads_padding=reads_padding)
     if mask:
         seen.allowed(model.layers[0].attention.window)  # in front of the layers, where graphs have always had it
     distances = DistanceScores(ctx, seen)
@@ -75,6 +80,8 @@ def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, di
 
     def attend(x: str, alpha: float) -> str:
         parts = split(ctx, record, project(ctx, record, x, at), at)
+        if record.q_bias or record.v_bias:
+            parts = _biased(ctx, record, parts, at)
         if record.q_norm or record.k_norm:
             parts = normed(ctx, record, parts, at)
         if record.rope is not None:
@@ -99,3 +106,14 @@ def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, di
         )
 
     return attend
+
+
+def _biased(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
+    """Queries and values with the biases that they have beside one projection for all."""
+
+    def add(value: str, bias: str) -> str:
+        if not bias:
+            return value
+        return ctx.graph.node("Add", [value, ctx.weights.value(bias, (record.heads * record.head_dim,))], at)
+
+    return add(parts[0], record.q_bias), parts[1], add(parts[2], record.v_bias)

@@ -118,6 +118,14 @@ class Frame:
         start = graph.node("Neg", [self._new_tokens], "")
         return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(_ALL), graph.ints(1)], ""), DType.BOOL, "")
 
+    @cached_property
+    def last_new(self) -> str:
+        """Number of new tokens of every row up to its last that is no padding ``(B, 1)``, int64."""
+        graph = self._graph
+        ends = graph.node("Add", [self._range(self._new_tokens), graph.ints(1)], "")
+        ends = graph.node("Mul", [graph.cast(self.real, DType.I64, ""), ends], "")
+        return graph.node("ReduceMax", [ends, graph.ints(1)], "", keepdims=1)
+
     def shifted_positions(self, rows: RotaryTable) -> str:
         """Row indices into a rotary table: positions, or the second half of the table for long sequences."""
         if not rows.original:

@@ -171,6 +171,14 @@ class Graph:
         """Add an output."""
         _describe(self._proto.output.add(name=name), dtype, shape)
 
+    def describe(self, dtype: DType) -> None:
+        """State the type of what operators give that onnx does not know, of which all that this package uses give `dtype`."""
+        known = {port.name for port in self._proto.output}
+        for node in self._proto.node:
+            for name in () if self._onnx.defs.has(node.op_type, node.domain) else node.output:
+                if name and name not in known:
+                    self._proto.value_info.add(name=name).type.tensor_type.elem_type = ONNX_TYPES[dtype]
+
     def model(self, metadata: Mapping[str, str], opset: int) -> onnx.ModelProto:
         """Return the complete model, stamped with a set of operators."""
         model = self._onnx.ModelProto(

@@ -12,6 +12,8 @@ from surgery.onnx.graph.dims import CHOICES, KEPT, SEQUENCE
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.norm import norm
+from surgery.onnx.graph.patches import mean_of_patches
+from surgery.onnx.graph.pooled import pooled_head
 from surgery.onnx.graph.sentence import sentence_embedding
 from surgery.onnx.graph.weights import LABELS
 from surgery_formats.dtypes import DType
@@ -20,6 +22,7 @@ from surgery_formats.models.families.recipe import (
     HiddenHead,
     LanguageHead,
     Model,
+    PooledHead,
     SpanHead,
 )
 from surgery_formats.models.families.recipe_sentence import SentenceHead
@@ -43,6 +46,8 @@ def add_head(ctx: Context, model: Model, x: str) -> None:
             _span_head(ctx, model.head, x)
         case HiddenHead():
             _hidden_head(ctx, model.head, x, model.hidden)
+        case PooledHead():
+            pooled_head(ctx, model.head, x, model.hidden)
         case SentenceHead():
             _every_token(ctx, x, "", "last_hidden_state", model.hidden)
             sentence_embedding(ctx, model.head, "last_hidden_state")
@@ -95,6 +100,8 @@ def _classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
         x = _first_token(ctx, x, "classifier")
     elif record.tokens == "last":
         x = _last_token(ctx, record, x)
+    elif record.tokens in ("patches", "first_and_patches"):
+        x = mean_of_patches(ctx, x, with_first=record.tokens == "first_and_patches")
     for index, (projection, activation) in enumerate(record.steps):
         at = module_of(projection.weight)
         if record.tokens == "mean" and index == record.early:
@@ -119,6 +126,11 @@ def _classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
 def _span_head(ctx: Context, record: SpanHead, x: str) -> None:
     """Add the outputs ``start_logits (B, S)`` and ``end_logits (B, S)``."""
     at = module_of(record.projection.weight)
+    if record.before is not None:
+        projection, activation = record.before
+        x = activate(ctx, activation, linear(ctx, projection, x), module_of(projection.weight))
+    if record.norm is not None:
+        x = norm(ctx, record.norm, x, record.projection.inputs, module_of(record.norm.weight))
     both = _tokens(ctx, linear(ctx, record.projection, x), at)
     for index, name in enumerate(("start_logits", "end_logits")):
         ctx.graph.node("Gather", [both, ctx.graph.number(index, DType.I64)], at, out=name, axis=2)
@@ -170,7 +182,7 @@ def _last_token(ctx: Context, record: ClassifierHead, x: str) -> str:
 
 
 def _every_token(ctx: Context, x: str, at: str, name: str, width: int | str) -> None:
-    ctx.graph.output(_tokens(ctx, x, at, name), ctx.io, (ctx.batch, SEQUENCE, width))
+    ctx.graph.output(_tokens(ctx, x, at, name), ctx.io, (ctx.batch, ctx.sequence, width))
 
 
 def _tokens(ctx: Context, x: str, at: str, name: str = "") -> str:

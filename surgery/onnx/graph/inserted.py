@@ -44,6 +44,7 @@ class Inserted:
     def as_metadata(self) -> dict[str, str]:
         """As ``metadata_props`` of a graph."""
         stated = {key: value for key, value in asdict(self).items() if value or key in ("slots", "adapters")}
+        stated["slots"] = [slot.as_fields() for slot in self.slots]
         return {INSERTED: json.dumps({"schema": _SCHEMA, **stated}, sort_keys=True, separators=(",", ":"))}
 
 
@@ -59,15 +60,18 @@ def inserted_in(props: Mapping[str, str], file: str | os.PathLike[str] = "model.
     try:
         if entries.pop("schema") != _SCHEMA:
             raise MalformedError("what was inserted into it has another version", file=file, hint="insert it again")
-        slots = tuple(Slot(**slot) for slot in entries.pop("slots", ()))
+        slots = tuple(Slot.of(slot) for slot in entries.pop("slots", ()))
         found = Inserted(slots, *(tuple(entries.pop(name, ())) for name in ("adapters", "replaceable", "modules")))
         for module in found.modules:
             from_fields(module)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise MalformedError("what was inserted into it cannot be read", file=file, hint="insert it again") from error
-    texts = [text for slot in found.slots for text in (slot.weight, slot.A, slot.B)] + [*found.replaceable]
     named = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found.adapters)
-    if entries or not named or not all(isinstance(text, str) for text in texts):
+    if (
+        entries
+        or not named
+        or not all((*(slot.is_sound for slot in found.slots), *(isinstance(name, str) for name in found.replaceable)))
+    ):
         raise MalformedError("what was inserted into it cannot be read", file=file, hint="insert it again")
     return found
 

@@ -57,6 +57,9 @@ def _before(ctx: Context, model: Model, branch: Branch, stream: ResidualStream, 
 
 
 def _after(ctx: Context, model: Model, branch: Branch, body: Body, x: str, at: str) -> str:
+    if branch.gains:
+        gains = ctx.weights.value(branch.gains, (model.hidden,))
+        return ctx.graph.node("Mul", [body(x, branch.multiplier), gains], at)
     if branch.after is None:
         return body(x, branch.multiplier)
     y = norm(ctx, branch.after, body(x, 1.0), model.hidden, module_of(branch.after.weight) or at)

@@ -24,11 +24,13 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
     if len(record.inputs) == 1:
         gate_up: str | None = linear(ctx, record.inputs[0], x)
     else:
-        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" else None
+        slotted = ctx.packed and any(part.weight in ctx.slotted for part in record.inputs)
+        gate_up = joined(ctx, record.inputs, x) if ctx.target.packed == "all" or slotted else None
     if gate_up is not None and record.interleaved:
         gate, up = (_every_second(ctx, gate_up, first, at) for first in (0, 1))
     elif gate_up is not None:
         gate, up = ctx.graph.several("Split", [gate_up], at, ("*", "*"), axis=-1, num_outputs=2)
+        gate, up = (up, gate) if record.gate_last else (gate, up)
     else:
         gate, up = (linear(ctx, projection, x) for projection in record.inputs)
     if record.limit is not None:

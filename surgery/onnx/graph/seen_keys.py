@@ -24,8 +24,12 @@ class SeenKeys:
         max_length: Positions of the rotary tables.
     """
 
-    def __init__(self, ctx: Context, mask: str, max_length: int = 0) -> None:
-        """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for; an empty name for no padding."""
+    def __init__(self, ctx: Context, mask: str, max_length: int = 0, *, reads_padding: bool = False) -> None:
+        """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for; an empty name for no padding.
+
+        With `reads_padding`, results at padding are read; it sees the tokens of its row.
+        """
+        self._reads_padding = reads_padding
         self._ctx, self._graph, self._mask = ctx, ctx.graph, mask
         self.max_length = max_length
         self._tables: list[tuple[Rope, RotaryTable]] = []
@@ -56,6 +60,8 @@ class SeenKeys:
                 away = graph.node("Abs", [graph.node("Sub", [self.places, column], "")], "")
                 near = graph.node("Less", [away, graph.number(window, DType.I64)], "")
                 keys = graph.node("And", [keys, near], "")
+            if self._reads_padding:  # nothing besides, in the shape of the operator's mask
+                padding = graph.node("Xor", [padding, padding], "")
             self._allowed[window] = graph.node("Or", [keys, padding], "")
         return self._allowed[window]
 

@@ -20,7 +20,8 @@ class OperatorSet:
     Attributes:
         name: As in ``--target``.
         linear: ``gemm``: Gemm over rows ``(B*S, D)``, which every runtime has; ``fused``: com.microsoft.FusedMatMul
-            over ``(B, S, D)``, without a Reshape. Both read weights as they are stored.
+            over ``(B, S, D)``, without a Reshape. Both read weights as they are stored. ``matmul``: MatMul over weights
+            that were written ``(in, out)``.
         attention: ``gqa``: com.microsoft.GroupQueryAttention, with its cache in one buffer and padding on the right;
             ``standard``: Attention of opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of
@@ -33,7 +34,7 @@ class OperatorSet:
     """
 
     name: str
-    linear: Literal["gemm", "fused"]
+    linear: Literal["gemm", "fused", "matmul"]
     attention: Literal["gqa", "standard"]
     norm: Literal["fused", "standard"]
     activation: Literal["fused", "standard"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from surgery.onnx.graph.coded import CodedTensor, together
+from surgery.onnx.graph.coded import GraphCodes, together
 from surgery.onnx.graph.graph import ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -19,7 +19,10 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
 
-__all__ = ["LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of"]
+__all__ = ["ACROSS", "LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of", "joint_name"]
+
+ACROSS = ".transposed"
+"""What a matrix that was written with its axes exchanged is called behind the weight's name."""
 
 LABELS = "labels"
 """Name of the free axis of a classifier that adapters replace."""
@@ -68,7 +71,7 @@ class GraphWeights:
         io: DType,
         overrides: Mapping[str, GraphTensor] | None = None,
         replaceable: Replaceable | None = None,
-        coded: Mapping[str, CodedTensor] | None = None,
+        coded: Mapping[str, GraphCodes] | None = None,
     ) -> None:
         """Use tensors of `component`, unless `overrides` or `coded` (by stored name) replaces them."""
         self._graph = graph
@@ -80,7 +83,7 @@ class GraphWeights:
         self._tensors: dict[str, GraphTensor] = {}
         self._values: dict[tuple[str, DType], str] = {}
         self.used: set[str] = set()
-        self.used_codes: dict[str, CodedTensor] = {}
+        self.used_codes: dict[str, GraphCodes] = {}
         self.files: list[File | UnwrittenFile] = []
         self.inputs: dict[str, DType] = {}
 
@@ -153,7 +156,7 @@ class GraphWeights:
         """Whether any weight is stored as codes."""
         return bool(self._coded)
 
-    def coded(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> CodedTensor | None:
+    def coded(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> GraphCodes | None:
         """One or several weights of the same inputs as codes; None if they are not stored so, or not side by side.
 
         Shapes are ``(out, in)``, however the checkpoint has them.
@@ -176,7 +179,7 @@ class GraphWeights:
                 )
         joint = tensors[0]
         if len(tensors) > 1:
-            side_by_side = together(tensors, _joint_name([tensor.name for tensor in tensors]))
+            side_by_side = together(tensors, joint_name([tensor.name for tensor in tensors]))
             if side_by_side is None:
                 return None
             joint = side_by_side
@@ -187,7 +190,7 @@ class GraphWeights:
                 self.files.append(part.file)
         return joint
 
-    def table(self, name: str, shape: Sequence[int]) -> CodedTensor | None:
+    def table(self, name: str, shape: Sequence[int]) -> GraphCodes | None:
         """A table whose rows are looked up by their codes, or None."""
         coded = self.coded([name], [shape])
         return coded if coded is not None and coded.rows else None
@@ -207,6 +210,14 @@ class GraphWeights:
         stored = f"{tensor.name}.{tensor.dtype.label.lower()}" if tensor.dtype is not self._io else tensor.name
         self._graph.external(stored, tensor.dtype, tensor.offset, file_of(tensor), shape, tensor.nbytes)
         return stored, tensor.dtype
+
+    def across(self, name: str, shape: Sequence[int]) -> str | None:
+        """A matrix that was written with its axes exchanged; None if it was not, or is an input."""
+        stored = self._stored_name(name)
+        if name in self.replaceable.names or f"{stored}{ACROSS}" not in self._overrides:
+            return None
+        self.used.add(stored)
+        return self.value(f"{stored}{ACROSS}", shape)
 
     def value(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a value of the graph's type."""
@@ -247,7 +258,7 @@ class GraphWeights:
         if len(tensors) == 1:
             return self._ranged(first.name, first, shapes[0], first.nbytes)
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        return self._ranged(_joint_name([tensor.name for tensor in tensors]), first, shape, end - first.offset)
+        return self._ranged(joint_name([tensor.name for tensor in tensors]), first, shape, end - first.offset)
 
     def exact(self, name: str, shape: Sequence[int]) -> str:
         """The tensor as a float32 value, whatever the graph's type."""
@@ -346,7 +357,7 @@ def _unsupported_type(kind: str, name: str, file: Path) -> FitError:
     )
 
 
-def _joint_name(names: Sequence[str]) -> str:
+def joint_name(names: Sequence[str]) -> str:
     """``a.q_proj.weight``, ``a.k_proj.weight`` -> ``a.q_proj+k_proj.weight``."""
     split = [name.split(".") for name in names]
     differing = [i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1]

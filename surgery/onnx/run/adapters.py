@@ -38,9 +38,10 @@ class Past:
     arrays: Mapping[str, Array]
 
 
-def past_names(layers: int) -> list[str]:
-    """``past_key_values.0.key``, ``past_key_values.0.value``, ..."""
-    return [f"past_key_values.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+def past_names(contract: Contract) -> list[str]:
+    """``past_key_values.0.key``, ``past_key_values.0.value``, ...; of layers with keys and values."""
+    layers = (layer for layer in range(contract.layers) if layer not in contract.convolutions)
+    return [f"past_key_values.{layer}.{kind}" for layer in layers for kind in ("key", "value")]
 
 
 def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -> Past:
@@ -49,7 +50,7 @@ def prompt_past(arrays: Mapping[str, Array], contract: Contract, *, file: str) -
     Raises:
         FitError: an extra or missing array, or a shape or type that differs from the cache's.
     """
-    names = past_names(contract.layers)
+    names = past_names(contract)
     if extra := sorted(set(arrays) - set(names)):
         raise FitError("not part of a soft prompt for this graph", file=file, tensor=extra[0])
     lengths = set()

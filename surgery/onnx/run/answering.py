@@ -24,6 +24,7 @@ from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.spectrogram import read_sound
 from surgery.onnx.run.starts import Starts, read_starts
+from surgery.onnx.run.strengths import weighted_file, with_strength
 from surgery_formats.errors import FitError
 
 __all__ = ["FEATURES", "Pair", "answer", "heard", "open_pair", "sound_sizes"]
@@ -61,15 +62,19 @@ def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] 
     theirs: list[tuple[str, Mapping[str, Array]]] = []
     own: list[tuple[str, Mapping[str, Array]]] = []
     for file in adapters:
-        check_adapter_file(file, decoder.path)
-        arrays = read_adapter_file(file)
+        path, strength = weighted_file(file)
+        check_adapter_file(path, decoder.path)
+        arrays = read_adapter_file(path)
         known = {name for slot in encoder.contract.slots for name in (slot.A, slot.B)} | {*encoder.contract.replaceable}
         of_encoder = bool(arrays) and {*arrays} <= known and not {*arrays} <= decoder.inputs.keys()
-        (theirs if of_encoder else own).append((os.fspath(file), arrays))
+        graph = encoder if of_encoder else decoder
+        scaled = with_strength(arrays, strength, graph.contract, path)
+        (theirs if of_encoder else own).append((os.fspath(path), scaled))
         for entry in decoder.contract.adapters:
             beside = entry.get("encoder_file")
-            if isinstance(beside, str) and _is_same(decoder.folder / str(entry.get("file")), file):
-                theirs.append((beside, read_adapter_file(decoder.folder / beside)))
+            if isinstance(beside, str) and _is_same(decoder.folder / str(entry.get("file")), path):
+                other = read_adapter_file(decoder.folder / beside)
+                theirs.append((beside, with_strength(other, strength, encoder.contract, beside)))
     slots = (
         fill_slots(files, graph.contract, graph.inputs, graph.optional)
         for files, graph in ((theirs, encoder), (own, decoder))
@@ -114,7 +119,7 @@ def answer(
     sampling: Sampling,
     start: Sequence[int] = (),
     stop: frozenset[int] = frozenset(),
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> tuple[Continuation, ...]:
     """Answer rows of token ids, or spectrograms ``(B, bins, frames)``.
 

@@ -78,7 +78,7 @@ def make_decoder(
         length = min(length, contract.rope_switch)  # the prompt's keys have the angles of short sequences
     if tokens >= length:
         raise FitError(f"{tokens} virtual tokens leave no room in {length}", file=graph.path)
-    missing = [name for name in past_names(contract.layers) if name not in graph.inputs]
+    missing = [name for name in past_names(contract) if name not in graph.inputs]
     if missing:
         raise FitError(f"the graph has no input {missing[0]}", file=graph.path)
     if contract.cache == "shared":
@@ -105,11 +105,11 @@ def default_past(graph: GraphSession) -> Past | None:
     count = graph.contract.virtual_tokens
     if not count:
         return None
-    if missing := [name for name in past_names(graph.contract.layers) if name not in graph.optional]:
+    if missing := [name for name in past_names(graph.contract) if name not in graph.optional]:
         raise FitError(f"the contract has {count} virtual tokens, but {missing[0]} has no default", file=graph.path)
     shapes = initializer_shapes(graph.path)
     expected = (1, graph.contract.kv_heads, count, graph.contract.head_dim)
-    for name in past_names(graph.contract.layers):
+    for name in past_names(graph.contract):
         if (shape := shapes.get(name)) != expected:  # onnxruntime would silently read too much or too little
             text = f"has the shape {list(shape or ())}, but the graph's contract implies {list(expected)}"
             raise FitError(text, file=graph.path, tensor=name, hint="export it again")
@@ -131,7 +131,11 @@ def text_past(graph: GraphSession, ids: Sequence[int]) -> Past:
 def _present(graph: GraphSession, ids: Sequence[int], default: int | None) -> dict[str, Array]:
     """The cache after `ids`, by name of the past input, starting from the graph's `default` tokens or from none."""
     contract = graph.contract
-    names = past_names(contract.layers)
+    names = past_names(contract)
+    if contract.convolutions:
+        raise FitError(
+            "short convolutions carry more than keys and values from a prompt: it cannot be kept", file=graph.path
+        )
     before = default or 0
     total = before + len(ids)
     binding = graph.session.io_binding()

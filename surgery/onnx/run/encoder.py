@@ -18,7 +18,19 @@ from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
-__all__ = ["Classifier", "EncoderOutput", "adapter_labels", "encode", "labels", "vocabulary"]
+__all__ = [
+    "Classifier",
+    "EncoderOutput",
+    "adapter_labels",
+    "encode",
+    "labels",
+    "problem_of",
+    "run_encoder",
+    "vocabulary",
+]
+
+
+_OF_CHOICES = 3  # axes of an input of choices: all rows are those of one question
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +124,11 @@ def vocabulary(graph: GraphSession) -> int:
 
 
 def encode(
-    graph: GraphSession, rows: Rows, slots: Mapping[str, npt.NDArray[Any]] | None = None, problem: str = ""
+    graph: GraphSession,
+    rows: Rows,
+    slots: Mapping[str, npt.NDArray[Any]] | None = None,
+    problem: str = "",
+    types: Rows | None = None,
 ) -> EncoderOutput:
     """Run an encoder on rows of token ids, which are padded on the right.
 
@@ -121,6 +137,7 @@ def encode(
         rows: Token ids.
         slots: Arrays of adapters, see `fill_slots`.
         problem: ``problem_type`` of the adapter's classifier; empty for the base's.
+        types: Types of the tokens; None for 0.
 
     Raises:
         FitError: not an encoder, an empty row, a row longer than the graph takes, or an unsupported input.
@@ -129,7 +146,8 @@ def encode(
     if contract.kind != "encoder":
         raise FitError("this graph is a decoder", file=graph.path)
     if len(rows) > 1 and graph.inputs["input_ids"].shape[0] == 1:  # the model has no token to pad them with
-        single = [encode(graph, [row], slots, problem) for row in rows]
+        kinds = types or [[0] * len(row) for row in rows]
+        single = [encode(graph, [row], slots, problem, [kind]) for row, kind in zip(rows, kinds, strict=True)]
         joined = {name: np.concatenate([one.arrays[name] for one in single]) for name in single[0].arrays}
         return EncoderOutput(joined, tuple(map(len, rows)), single[0].problem)
     ids, mask = pad(rows, "right", _padding_token(graph))
@@ -137,8 +155,26 @@ def encode(
         raise FitError(
             f"{ids.shape[1]} tokens, but the graph's positions end at {contract.max_length}", file=graph.path
         )
-    known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    binding, slots = graph.session.io_binding(), slots or {}
+    known = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "token_type_ids": np.zeros_like(ids) if types is None else pad(types, "right")[0],
+    }
+    if len(graph.inputs["input_ids"].shape) == _OF_CHOICES:
+        known = {name: array[None] for name, array in known.items()}
+    arrays = run_encoder(graph, known, slots or {})
+    return EncoderOutput(arrays, tuple(len(row) for row in rows), problem or problem_of(graph))
+
+
+def run_encoder(
+    graph: GraphSession, known: Mapping[str, npt.NDArray[Any]], slots: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """All outputs for the inputs `known`, of which the graph takes those that it has, and `slots`.
+
+    Raises:
+        FitError: an input that is none of these.
+    """
+    binding = graph.session.io_binding()
     buffers = []  # alive until the run is over
     for name, array in slots.items():
         buffers.append(graph.memory.allocate(array.nbytes))
@@ -158,8 +194,7 @@ def encode(
         binding.bind_output(name, "cpu")
     execute(graph.session, binding, run_options())
     values = dict(zip(graph.outputs, binding.get_outputs(), strict=True))
-    arrays = {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
-    return EncoderOutput(arrays, tuple(len(row) for row in rows), problem or _problem(graph))
+    return {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
 
 
 def _setting(graph: GraphSession, key: str) -> object:
@@ -170,7 +205,8 @@ def _setting(graph: GraphSession, key: str) -> object:
         return None
 
 
-def _problem(graph: GraphSession) -> str:
+def problem_of(graph: GraphSession) -> str:
+    """``problem_type`` of config.json, or empty."""
     value = _setting(graph, "problem_type")
     return value if isinstance(value, str) else ""
 

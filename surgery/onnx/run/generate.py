@@ -39,11 +39,12 @@ def generate(
     max_new: int,
     sampling: Sampling,
     stop: Collection[int] = (),
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], object] | None = None,
 ) -> tuple[Continuation, ...]:
     """Continue `rows` by at most `max_new` tokens each; ids in `stop` end a row.
 
-    One generator draws for all rows, in order. `on_token` is called with row and token as they are generated.
+    One generator draws for all rows, in order. `on_token` is called with row and token as they are generated; if it
+    returns True, the row ends.
 
     Raises:
         FitError: an empty row, more tokens than the cache holds, or logits that are not finite.
@@ -64,9 +65,9 @@ def generate(
                 reasons[row] = "stop"
                 continue
             generated[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if len(generated[row]) == max_new:
+            if on_token is not None and on_token(row, token) is True:
+                reasons[row] = "stop"
+            elif len(generated[row]) == max_new:
                 reasons[row] = "length"
         if all(reasons):
             break

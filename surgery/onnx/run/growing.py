@@ -37,7 +37,7 @@ class GrowingDecoder:
             buffer = graph.memory.allocate(array.nbytes)
             graph.memory.write(buffer, array)
             self._slots[name] = buffer, array.shape
-        self._names = past_names(graph.contract.layers)
+        self._names = past_names(graph.contract)
         kind = graph.inputs[self._names[0]]
         tokens = past.tokens if past else 0
         shape = (batch, graph.contract.kv_heads, tokens, graph.contract.head_dim)
@@ -49,7 +49,14 @@ class GrowingDecoder:
             buffer = graph.memory.allocate(array.nbytes)
             graph.memory.write(buffer, array)
             self._begin[name] = buffer
-        self._shape, self._kind, self._tokens = shape, kind, tokens
+        self._shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._names, shape)
+        for layer in graph.contract.convolutions:
+            name, state = f"past_conv.{layer}", (batch, *graph.contract.state)
+            zeros = np.zeros(state, kind.dtype)
+            self._begin[name], self._shapes[name] = graph.memory.allocate(zeros.nbytes), state
+            graph.memory.write(self._begin[name], zeros)
+        self._names = list(self._shapes)
+        self._kind, self._tokens = kind, tokens
         self._side = graph.contract.padding
         self._cache: dict[str, Any] = {}  # values of onnxruntime, after the first run
         self._mask = np.zeros((batch, 0), np.int64)
@@ -91,7 +98,7 @@ class GrowingDecoder:
         """Return the cache of all rows, by name of the past input, and drop it here."""
         arrays = {}
         for name, value in self._cache.items():
-            arrays[name] = as_array(value, self._graph.outputs[name.replace("past_key_values", "present")])
+            arrays[name] = as_array(value, self._graph.outputs[_present(name)])
         self._cache = {}
         return arrays
 
@@ -115,14 +122,19 @@ class GrowingDecoder:
             if self._cache:
                 binding.bind_ortvalue_input(name, self._cache[name])
             else:
-                binding.bind_input(name, *where, self._kind.element, self._shape, self._begin[name].address)
+                binding.bind_input(name, *where, self._kind.element, self._shapes[name], self._begin[name].address)
         binding.bind_output("logits", "cpu")
         for name in self._names:
-            binding.bind_output(name.replace("past_key_values", "present"), *where)
+            binding.bind_output(_present(name), *where)
         execute(graph.session, binding, run_options())
         logits, *present = binding.get_outputs()
         self._cache = dict(zip(self._names, present, strict=True))
         return as_array(logits, graph.outputs["logits"])
+
+
+def _present(name: str) -> str:
+    """The output that the input `name` becomes."""
+    return name.replace("past_key_values", "present").replace("past_conv", "present_conv")
 
 
 class RowByRow:

@@ -231,13 +231,15 @@ def _check_ports(contract: Contract, inputs: Mapping[str, Port], outputs: Mappin
         return
     checks: list[tuple[str, Port | None, int, int]] = [("vocabulary", outputs.get("logits"), -1, contract.vocabulary)]
     names = kept_names(contract.layers, "decoder") + kept_names(contract.layers, "encoder")
-    names = names if contract.encoder else past_names(contract.layers)
+    names = names if contract.encoder else past_names(contract)
     begins = contract.encoder and not any(name in inputs for name in names)  # a decoder's first run
     for name in () if begins else names:
         checks += [
             ("kv_heads", inputs.get(name), 1, contract.kv_heads),
             ("head_dim", inputs.get(name), 3, contract.head_dim),
         ]
+    for name in (f"past_conv.{layer}" for layer in contract.convolutions):
+        checks += [("state", inputs.get(name), axis, size) for axis, size in enumerate(contract.state, 1)]
     past = [name for name in inputs if name.startswith("past_key_values.")]
     if any(port is None for _, port, _, _ in checks) or len(past) != (0 if begins else len(names)):
         raise MalformedError("the graph's inputs or outputs are not those of its contract", file=path, hint=_HINT)

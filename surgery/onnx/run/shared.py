@@ -51,7 +51,7 @@ class SharedDecoder:
         self._batch_prefill = batch_prefill
         self._graph, self._batch, self._max = graph, batch, max_length
         memory, contract = graph.memory, graph.contract
-        self._names = past_names(contract.layers)
+        self._names = past_names(contract)
         self._kind = graph.inputs[self._names[0]]
         self._row = contract.kv_heads * max_length * contract.head_dim * self._kind.dtype.itemsize  # bytes
         self._cache = {name: memory.allocate(batch * self._row) for name in self._names}

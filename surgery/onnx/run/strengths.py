@@ -18,7 +18,7 @@ from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["named_strengths", "strength_arrays"]
+__all__ = ["named_strengths", "strength_arrays", "weighted_file", "with_strength"]
 
 Array = npt.NDArray[Any]
 Paths = Sequence[str | os.PathLike[str]]
@@ -30,29 +30,66 @@ def _gated(contract: Contract, inputs: Collection[str]) -> dict[str, Mapping[str
 
 def named_strengths(
     adapters: Paths, graph: Path, contract: Contract, inputs: Collection[str]
-) -> tuple[list[str | os.PathLike[str]], dict[str, float]]:
-    """The files among `adapters`, and the strengths of those that are names of adapters inside; a file always wins.
+) -> tuple[list[tuple[str | os.PathLike[str], float]], dict[str, float]]:
+    """The files among `adapters` with their strengths, and those of names of adapters inside; a file always wins.
 
     Raises:
         NotFoundError: neither a file nor an adapter of this name.
         FitError: a strength that is no number, or a folder.
     """
     inside = _gated(contract, inputs)
-    files: list[str | os.PathLike[str]] = []
+    files: list[tuple[str | os.PathLike[str], float]] = []
     strengths: dict[str, float] = {}
     for adapter in adapters:
         name, equals, number = os.fspath(adapter).partition("=")
         if name not in inside or os.path.exists(adapter):
-            check_adapter_file(adapter, graph, inside)
-            files.append(adapter)
+            file, strength = weighted_file(adapter)
+            check_adapter_file(file, graph, inside)
+            files.append((file, strength))
             continue
-        try:
-            strengths[name] = float(number) if equals else 1.0
-        except ValueError:
-            strengths[name] = math.nan
-        if not math.isfinite(strengths[name]):
-            raise FitError(f"'{show(number, 40)}' is no strength of '{show(name)}'")
+        strengths[name] = _strength(name, number) if equals else 1.0
     return files, strengths
+
+
+def _strength(name: str, number: str) -> float:
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise FitError(f"'{show(number, 40)}' is no strength of '{show(name)}'")
+    return strength
+
+
+def weighted_file(adapter: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], float]:
+    """The file and the strength of ``FILE=0.7``; what is a file as it stands has the strength 1.
+
+    Raises:
+        FitError: a strength that is no number.
+    """
+    name, equals, number = os.fspath(adapter).rpartition("=")
+    if not equals or os.path.exists(adapter) or not os.path.exists(name):
+        return adapter, 1.0
+    return name, _strength(name, number)
+
+
+def with_strength(
+    arrays: Mapping[str, Array], strength: float, contract: Contract, file: str | os.PathLike[str]
+) -> Mapping[str, Array]:
+    """The arrays of an adapter at a strength, which multiplies the second factor of every slot.
+
+    Raises:
+        FitError: another strength than 1 of an adapter that gives parameters in full, or keys and values.
+    """
+    if strength == 1.0:
+        return arrays
+    second = {slot.B for slot in contract.slots}
+    if whole := sorted(set(arrays) - second - {slot.A for slot in contract.slots}):
+        raise FitError("is not a factor, so it has no strength", file=file, tensor=whole[0], hint="without =NUMBER")
+    return {
+        name: (array * np.float32(strength)).astype(array.dtype) if name in second else array
+        for name, array in arrays.items()
+    }
 
 
 def strength_arrays(

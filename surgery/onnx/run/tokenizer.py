@@ -26,8 +26,10 @@ _PENDING = 64  # tokens held back at most: bounds the work per token if a model 
 class Tokenizer:
     """Encodes text and decodes ids."""
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, mask: int | None = None) -> None:
+        """`mask` is the id of the token that stands for a word to be filled in."""
         self._inner = inner
+        self.mask = mask
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """Ids of `text`; if it `begins` a sequence, with the begin and end tokens of the model's template.
@@ -41,6 +43,20 @@ class Tokenizer:
             raise FitError("a text has half of a surrogate pair, which is no character") from error
         result: list[int] = self._inner.encode(text, add_special_tokens=begins).ids
         return result
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int], tuple[tuple[int, int] | None, ...]]:
+        """Ids of two texts in one sequence, their types, and of the second one's tokens where they stand in it.
+
+        Raises:
+            FitError: not texts that UTF-8 can hold.
+        """
+        try:
+            (first + second).encode()
+        except UnicodeEncodeError as error:
+            raise FitError("a text has half of a surrogate pair, which is no character") from error
+        found = self._inner.encode(first, second)
+        places = (place if text == 1 else None for place, text in zip(found.offsets, found.sequence_ids, strict=True))
+        return found.ids, found.type_ids, tuple(places)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, without special tokens."""
@@ -72,7 +88,21 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         raise MalformedError(f"not a tokenizer ({show(error, 300)})", file=file) from error
     inner.no_padding()  # both may remain from training
     inner.no_truncation()
-    return Tokenizer(inner)
+    return Tokenizer(inner, _mask(folder, inner))
+
+
+def _mask(folder: Path, inner: Any) -> int | None:
+    """The id of ``mask_token`` of the tokenizer's configuration."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            value = read_object(folder / name, CONFIG_LIMIT).get("mask_token")
+        except NotFoundError:
+            continue
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            number: int | None = inner.token_to_id(value)
+            return number
+    return None
 
 
 def stop_tokens(folder: Path) -> frozenset[int]:

@@ -48,6 +48,8 @@ def apertus(settings: ModelSettings) -> Model:
     rope = read_rope(settings, sizes, theta=12_000_000.0, missing=_APERTUS_ROPE)
     bias = settings.flag("attention_bias", default=False)
     settings.only("hidden_act", "xielu")
+    settings.only("qk_norm", True)
+    settings.only("post_norm", False)
 
     def attend(at: str) -> Attention:
         return attention(at, sizes, rope, bias=bias, q_norm=norm(f"{at}.q_norm"), k_norm=norm(f"{at}.k_norm"))

@@ -20,6 +20,7 @@ from surgery_formats.models.families.recipe import (
     Projection,
 )
 from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings, Sizes
+from surgery_formats.models.families.tasks import only_tasks
 from surgery_formats.text import show
 
 __all__ = ["BART", "MARIAN", "MBART", "PEGASUS", "seq2seq_layer", "stack_sizes"]
@@ -109,8 +110,7 @@ def recipe(settings: ModelSettings) -> Model:
     kind = settings.text("model_type", default="bart")
     form = _FORMS[kind]
     classes = settings.architectures()
-    if settings.task:
-        raise settings.fault(f"the task '{show(settings.task, 40)}' is not among those of this family, which has one")
+    only_tasks(settings, "text2text-generation")
     if classes and not any(name.endswith(("ForConditionalGeneration", "MTModel")) for name in classes):
         raise settings.fault(
             f"architectures is {show(', '.join(classes), 80)}; of this family, only conditional generation is supported"

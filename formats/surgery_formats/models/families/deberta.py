@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeBERTa v2 and v3: attention to contents and to distances apart, and sometimes a convolution behind the first layer."""
+"""DeBERTa: attention to contents and to distances apart, and in v2 sometimes a convolution behind the first layer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ _NAMES = LayerNames(
 
 def recipe(settings: ModelSettings) -> Model:
     """He et al. 2020, arXiv:2006.03654, and 2021, arXiv:2111.09543."""
-    sizes = read_encoder_sizes(settings, vocabulary=128100, hidden=1536, inner=6144, layers=24, heads=24)
+    first = settings.text("model_type", default="") == "deberta"
+    if first:
+        sizes = read_encoder_sizes(settings, vocabulary=50265)
+        settings.only("talking_head", False)
+    else:
+        sizes = read_encoder_sizes(settings, vocabulary=128100, hidden=1536, inner=6144, layers=24, heads=24)
     if settings.count("attention_head_size", default=sizes.head_dim) != sizes.head_dim:
         raise settings.fault(f"attention_head_size must be hidden_size / num_attention_heads, {sizes.head_dim}")
     epsilon = settings.positive("layer_norm_eps", default=1e-7)
@@ -59,22 +64,19 @@ def recipe(settings: ModelSettings) -> Model:
     if not settings.flag("position_biased_input", default=True):
         embedding = replace(embedding, positions="")
     compared = _compared(settings)
-    distances = _distances(settings, sizes, f"{root}encoder", epsilon)
-    shared = settings.flag("share_att_key", default=False)
+    distances = _distances(settings, sizes, f"{root}encoder", epsilon, first=first)
+    names = ("pos_proj", "pos_q_proj") if first else ("pos_key_proj", "pos_query_proj")
+    if not first and settings.flag("share_att_key", default=False):
+        names = ("key_proj", "query_proj")
     scale = (sizes.head_dim * (1 + len(compared))) ** -0.5
 
     def layers() -> Iterator[Layer]:
         for index in range(sizes.layers):
             at, own = f"{root}encoder.layer.{index}", None
             if distances is not None and compared:
-                module = f"{at}.attention.self"
-                names = ("key_proj", "query_proj") if shared else ("pos_key_proj", "pos_query_proj")
-                keys, queries = (
-                    projection(f"{module}.{name}", sizes.hidden, sizes.hidden, True) if kind in compared else None
-                    for name, kind in zip(names, _KINDS, strict=True)
-                )
-                own = replace(distances, keys=keys, queries=queries)
-            yield post_norm_layer(settings, sizes, at, _NAMES, activation, epsilon, scale=scale, disentangled=own)
+                own = _compared_by(distances, f"{at}.attention.self", names, compared, sizes)
+            layer = post_norm_layer(settings, sizes, at, _NAMES, activation, epsilon, scale=scale, disentangled=own)
+            yield _of_the_first(layer, f"{at}.attention.self", sizes) if first else layer
 
     pooling = settings.activation("pooler_hidden_act", default="gelu")
     if settings.count("pooler_hidden_size", default=sizes.hidden) != sizes.hidden:
@@ -101,6 +103,24 @@ def recipe(settings: ModelSettings) -> Model:
     return replace(model, convolution=added, unused={**model.unused, **unread})
 
 
+def _compared_by(
+    distances: Disentangled, at: str, names: tuple[str, str], compared: tuple[str, ...], sizes: Sizes
+) -> Disentangled:
+    """`distances` with a layer's projections of its rows, those of v1's keys without a bias."""
+    keys, queries = (
+        projection(f"{at}.{name}", sizes.hidden, sizes.hidden, name != "pos_proj") if kind in compared else None
+        for name, kind in zip(names, _KINDS, strict=True)
+    )
+    return replace(distances, keys=keys, queries=queries)
+
+
+def _of_the_first(layer: Layer, at: str, sizes: Sizes) -> Layer:
+    """DeBERTa 1 has queries, keys and values of each head in one projection, and biases of two of them beside it."""
+    whole = projection(f"{at}.in_proj", sizes.hidden, 3 * sizes.hidden)
+    own = replace(layer.attention, inputs=(whole,), layout="by_head", q_bias=f"{at}.q_bias", v_bias=f"{at}.v_bias")
+    return replace(layer, attention=own)
+
+
 def _compared(settings: ModelSettings) -> tuple[str, ...]:
     """What is compared with what: ``c2p``, ``p2c`` or both; a list, or words with ``|`` between them."""
     value = settings.raw("pos_att_type")
@@ -110,10 +130,11 @@ def _compared(settings: ModelSettings) -> tuple[str, ...]:
     return tuple(kind for kind in _KINDS if kind in kinds)
 
 
-def _distances(settings: ModelSettings, sizes: Sizes, at: str, epsilon: float) -> Disentangled | None:
-    """The embeddings of distances, or None."""
+def _distances(settings: ModelSettings, sizes: Sizes, at: str, epsilon: float, *, first: bool) -> Disentangled | None:
+    """The embeddings of distances, or None; those of v1 have neither buckets nor a norm."""
     relative = settings.flag("relative_attention", default=False)
-    most, buckets = (_or_none(settings, key) for key in ("max_relative_positions", "position_buckets"))
+    most = _or_none(settings, "max_relative_positions")
+    buckets = 0 if first else _or_none(settings, "position_buckets")
     normed = settings.text("norm_rel_ebd", default="none").lower()
     if unknown := {word.strip() for word in normed.split("|")} - {"none", "layer_norm"}:
         raise settings.fault(f"norm_rel_ebd has '{show(min(unknown), 40)}', supported are none and layer_norm")
@@ -122,7 +143,8 @@ def _distances(settings: ModelSettings, sizes: Sizes, at: str, epsilon: float) -
     most = most or sizes.max_positions
     if buckets % 2 or buckets // 2 >= max(most - 1, 1):
         raise settings.fault(f"position_buckets is {buckets}, for distances up to {most}")
-    norm = encoder_norm(settings, f"{at}.LayerNorm", epsilon) if "layer_norm" in normed else None
+    has_norm = "layer_norm" in normed and not first
+    norm = encoder_norm(settings, f"{at}.LayerNorm", epsilon) if has_norm else None
     return Disentangled(f"{at}.rel_embeddings.weight", buckets or most, norm, buckets, most)
 
 
@@ -151,4 +173,4 @@ def _convolution(settings: ModelSettings, at: str, epsilon: float) -> Convolutio
     return Convolution(f"{at}.conv.weight", f"{at}.conv.bias", width, groups, activation, norm)
 
 
-DEBERTA = replace(BERT, names=("deberta-v2",), embedding="deberta.embeddings.word_embeddings", recipe=recipe)
+DEBERTA = replace(BERT, names=("deberta-v2", "deberta"), embedding="deberta.embeddings.word_embeddings", recipe=recipe)

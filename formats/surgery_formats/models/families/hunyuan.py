@@ -20,6 +20,10 @@ def recipe(settings: ModelSettings) -> Model:
     rope, norm = _rope(settings, sizes), rms_norms(settings, 1e-5)
     bias = settings.flag("attention_bias", default=False)
     settings.only("use_qk_norm", True)
+    settings.only("attention_head_dim", sizes.head_dim)
+    settings.only("use_cla", False)
+    settings.only("use_rotary_pos_emb", True)
+    settings.only("mlp_bias", False)
 
     def attend(at: str, index: int) -> Attention:
         q_norm, k_norm = norm(f"{at}.query_layernorm"), norm(f"{at}.key_layernorm")

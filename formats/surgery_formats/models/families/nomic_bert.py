@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from surgery_formats.models.families.decoder import fused_attention, layer_norm, plain_mlp, projection
 from surgery_formats.models.families.encoder import encoder, encoder_norm, language_head
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import (
     MLP,
+    Activation,
     Branch,
     Embedding,
     LanguageHead,
@@ -20,10 +21,11 @@ from surgery_formats.models.families.recipe import (
 )
 from surgery_formats.models.families.rope import read_rope
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
+from surgery_formats.text import show
 
 __all__ = ["JINA", "NOMIC"]
 
-_GATES = {"swiglu": "silu", "geglu": "gelu"}
+_GATES: Mapping[str, Activation] = {"swiglu": "silu", "geglu": "gelu"}
 """Activations of gates, by what the configuration of the authors' own code calls the MLP."""
 
 
@@ -46,20 +48,8 @@ def nomic(settings: ModelSettings) -> Model:
     )
     if settings.count("head_dim", default=sizes.head_dim) != sizes.head_dim:
         raise settings.fault(f"head_dim is not hidden_size / num_attention_heads, {sizes.head_dim}")
-    for key in ("prenorm", "parallel_block", "use_rms_norm", "causal", "rotary_emb_interleaved"):
-        settings.only(key, False)
-    settings.only("rotary_emb_fraction", 1, 1.0)
-    settings.only("rotary_emb_scale_base")
-    settings.only("rotary_scaling_factor")
-    settings.only("scale_attn_weights", True)
-    settings.only("scale_attn_by_inverse_layer_idx", False)
-    settings.only("num_experts", 0)
-    settings.only("moe_every_n_layers", 0, -1)
-    settings.raw("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias")  # the file tells
-    name = settings.text("hidden_act", "activation_function", default="silu")
-    activation = settings.activation_named(_GATES.get(name, name), "hidden_act")
-    epsilon = settings.positive("layer_norm_eps", "layer_norm_epsilon", default=1e-12)
-    rope = read_rope(settings, sizes, theta=settings.positive("rotary_emb_base", default=1000.0))
+    activation, epsilon, theta = _own(settings) if settings.has("n_embd") else _of_transformers(settings)
+    rope = read_rope(settings, sizes, theta=theta)
     root = _root(settings, ("nomic_bert.", "bert."))
 
     def mlp(at: str) -> MLP:
@@ -85,6 +75,32 @@ def nomic(settings: ModelSettings) -> Model:
         language=language,
         heads={"question-answering": None},
     )
+
+
+def _of_transformers(settings: ModelSettings) -> tuple[Activation, float, float]:
+    """Activation, epsilon, and base of the rotation."""
+    activation = settings.activation("hidden_act", default="silu")
+    return activation, settings.positive("layer_norm_eps", default=1e-12), 1000.0
+
+
+def _own(settings: ModelSettings) -> tuple[Activation, float, float]:
+    """The same of a configuration of the authors' own code, which is GPT-2's and more."""
+    for key in ("prenorm", "parallel_block", "use_rms_norm", "causal", "rotary_emb_interleaved"):
+        settings.only(key, False)
+    for key in ("rotary_emb_scale_base", "rotary_scaling_factor"):
+        settings.only(key)
+    for key in ("num_experts", "moe_every_n_layers"):
+        settings.only(key, 0, -1)
+    settings.only("scale_attn_weights", True)
+    settings.only("scale_attn_by_inverse_layer_idx", False)
+    settings.raw("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias")  # the file tells
+    if settings.number("rotary_emb_fraction", default=0.0) != 1:
+        raise settings.fault("rotary_emb_fraction must be 1: whole heads are rotated")
+    name = settings.text("activation_function", default="gelu_new")
+    if name not in _GATES:
+        raise settings.fault(f"activation_function is '{show(name, 40)}', supported are {', '.join(sorted(_GATES))}")
+    epsilon = settings.positive("layer_norm_epsilon", default=1e-5)
+    return _GATES[name], epsilon, settings.positive("rotary_emb_base", default=10000.0)
 
 
 def jina(settings: ModelSettings) -> Model:

@@ -16,7 +16,9 @@ from surgery_formats.models.families.recipe import (
     LanguageHead,
     Model,
     Norm,
+    PooledHead,
     Projection,
+    SpanHead,
 )
 from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.registry import families, family_of
@@ -73,6 +75,8 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         shapes[embedding.tokens] = model.vocabulary, token_width
     for step in embedding.stem.convolutions if embedding.stem else ():
         shapes |= {step.weight: (step.outputs, step.inputs, step.kernel), step.bias: (step.outputs,)}
+    if embedding.patches is not None:
+        shapes |= embedding.patches.shapes(model.hidden)
     shapes |= {table: (-1, row_width) for table in (embedding.positions, embedding.types) if table}
 
     def project(*projections: Projection | None) -> None:
@@ -109,16 +113,21 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         attend, mlp = layer.attention, layer.mlp
         for branch in (layer.attention_branch, layer.mlp_branch, *((layer.cross.branch,) if layer.cross else ())):
             normalise(model.hidden, branch.before, branch.after, branch.on_sum)
+            if branch.gains:
+                shapes[branch.gains] = (model.hidden,)
         project(*attend.inputs, attend.output)
         transform(mlp)
         if layer.cross is not None:
             project(*layer.cross.attention.inputs, layer.cross.attention.output)
         if attend.bias is not None:
             shapes[attend.bias.table] = attend.bias.buckets, attend.heads
+        shapes |= {name: (attend.heads * attend.head_dim,) for name in (attend.q_bias, attend.v_bias) if name}
         if (distances := attend.disentangled) is not None:
             shapes[distances.table] = 2 * distances.span, model.hidden
             normalise(model.hidden, distances.norm)
             project(distances.keys, distances.queries)
+        if attend.convolution is not None:
+            shapes[attend.convolution.weight] = (attend.output.inputs, 1, attend.convolution.kernel)
         if attend.sinks:
             shapes[attend.sinks] = (attend.heads,)
         if (latent := attend.latent) is not None:
@@ -142,10 +151,21 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         normalise(head.steps[-1][0].inputs, head.norm)
     elif isinstance(head, HiddenHead):
         project(head.pooler)
+    elif isinstance(head, PooledHead):
+        project(head.projection)
+        normalise(model.hidden, head.norm)
+        if head.probe is not None:
+            shapes[head.probe.query] = 1, 1, model.hidden
+            project(head.probe.inputs, head.probe.output)
+            normalise(model.hidden, head.probe.norm)
+            transform(head.probe.mlp)
     elif isinstance(head, SentenceHead):
         project(*(step.projection for step in head.steps if isinstance(step, DenseStep)))
     else:
         project(head.projection)
+    if isinstance(head, SpanHead):
+        project(head.before[0] if head.before else None)
+        normalise(head.projection.inputs, head.norm)
     if isinstance(head, LanguageHead):
         project(head.before)
         normalise(head.projection.inputs, head.norm)

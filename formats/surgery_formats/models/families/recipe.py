@@ -23,11 +23,13 @@ from surgery_formats.models.families.recipe_attention import (
     PositionScale,
     RelativeBias,
     Rope,
+    ShortConvolution,
 )
 from surgery_formats.models.families.recipe_audio import AudioStem, TimeConvolution
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
 from surgery_formats.models.families.recipe_sentence import SentenceHead
+from surgery_formats.models.families.recipe_vision import Patches
 
 __all__ = [
     "MLP",
@@ -52,10 +54,14 @@ __all__ = [
     "Layer",
     "Model",
     "Norm",
+    "Patches",
+    "PooledHead",
     "PositionScale",
+    "Probe",
     "Projection",
     "RelativeBias",
     "Rope",
+    "ShortConvolution",
     "SpanHead",
     "TimeConvolution",
 ]
@@ -71,6 +77,7 @@ class MLP:
         activation: Activation of the gate, or of the only input.
         gated: Whether there is a gate.
         interleaved: Whether gate and up alternate in the output of their one projection.
+        gate_last: Whether their one projection has them as ``[up | gate]``.
         limit: The gate is at most this before its activation, and ``up`` at most this in size; None for no limit.
         up_plus: Added to ``up`` (GPT-OSS: 1).
         shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
@@ -83,6 +90,7 @@ class MLP:
     activation: Activation
     gated: bool
     interleaved: bool = False
+    gate_last: bool = False
     limit: float | None = None
     up_plus: float = 0.0
     shape: str = ""
@@ -139,6 +147,7 @@ class Branch:
         after: Norm of the branch's output, before it is added (Gemma 2, OLMo 2).
         on_sum: Norm of the sum (post-norm models: BERT).
         multiplier: Factor on the branch (Granite).
+        gains: Tensor ``(D,)`` of factors on the branch, one for each value (DINOv2), or empty.
         inserted: Networks of adapters between body and sum, in order.
     """
 
@@ -146,6 +155,7 @@ class Branch:
     after: Norm | None = None
     on_sum: Norm | None = None
     multiplier: float = 1.0
+    gains: str = ""
     inserted: tuple[Bottleneck, ...] = ()
 
 
@@ -180,7 +190,7 @@ class Embedding:
     """Maps token ids to the first hidden state ``(B, S, D)``.
 
     Attributes:
-        tokens: Tensor ``(V, D)``; empty for an encoder of sound, which has a `stem`.
+        tokens: Tensor ``(V, D)``; empty for an encoder of sound or of images.
         positions: Learned positions ``(P, D)``, or empty.
         sinusoid: Rows of a table of positions that no file holds, sines in the first half of a row, cosines in the second
             (arXiv:1706.03762, as Marian has them); 0 for none.
@@ -198,6 +208,7 @@ class Embedding:
             (ALBERT, ELECTRA).
         couplings: Networks of adapters on the first hidden state, in order.
         stem: What makes the first hidden state of a spectrogram instead of tokens (Whisper), or None.
+        patches: What makes the first hidden state of an image instead of tokens (ViT), or None.
     """
 
     tokens: str
@@ -214,6 +225,7 @@ class Embedding:
     couplings: tuple[Coupling, ...] = ()
     sinusoid: int = 0
     stem: AudioStem | None = None
+    patches: Patches | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +259,7 @@ class ClassifierHead:
 
     Attributes:
         tokens: ``first``, ``every``, ``last``: the rightmost one whose id is not `padding_token`, or the ``mean`` of all that
-            are no padding.
+            are no padding; of an image the mean of its ``patches``, or ``[first | that mean]`` (``first_and_patches``).
         steps: ``(projection, activation or None)`` in order. BERT's pooler is the first step.
         padding_token: For ``last``; without one rows have no padding, so there is only one row.
         choices: Whether rows are the choices of questions, ``(B, C, S)``, each with one score: ``logits (B, C)``.
@@ -255,7 +267,7 @@ class ClassifierHead:
         norm: Norm in front of the last step (ModernBERT), or None.
     """
 
-    tokens: Literal["first", "every", "last", "mean"]
+    tokens: Literal["first", "every", "last", "mean", "patches", "first_and_patches"]
     steps: tuple[tuple[Projection, Activation | None], ...]
     padding_token: int | None = None
     choices: bool = False
@@ -269,9 +281,13 @@ class SpanHead:
 
     Attributes:
         projection: ``D`` to two values.
+        before: Projection in front of it, and its activation (ModernBERT), or None.
+        norm: Norm of their result, or None.
     """
 
     projection: Projection
+    before: tuple[Projection, Activation] | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +301,50 @@ class HiddenHead:
     pooler: Projection | None = None
 
 
-Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead | SentenceHead
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Attention of one learned query to all tokens, with a residual MLP behind it (SigLIP, arXiv:2303.15343).
+
+    Attributes:
+        query: Tensor ``(1, 1, D)``.
+        inputs: ``[q | k | v]`` of all.
+        output: Projection of the result.
+        heads: Number of heads.
+        norm: Norm before the MLP.
+        mlp: Its result is added to what it reads the norm of.
+    """
+
+    query: str
+    inputs: Projection
+    output: Projection
+    heads: int
+    norm: Norm
+    mlp: MLP
+
+
+@dataclass(frozen=True, slots=True)
+class PooledHead:
+    """``last_hidden_state (B, S, D)``, and one vector of each row: an encoder of images, or of texts about them.
+
+    Attributes:
+        output: Name of the vector's output: ``pooler_output``, ``image_embeds`` or ``text_embeds``.
+        token: Whose state it is: the ``first``, the ``last``, padding or not, the first with the id `end` (``end``), or that
+            with the greatest id (``greatest``: CLIP before its configuration named the right id).
+        end: See `token`.
+        norm: Norm of that state, or None.
+        projection: Projection of it, or None.
+        probe: What makes the vector instead of one token's state, or None.
+    """
+
+    output: str
+    token: Literal["first", "last", "end", "greatest"] = "first"
+    end: int = 0
+    norm: Norm | None = None
+    projection: Projection | None = None
+    probe: Probe | None = None
+
+
+Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead | SentenceHead | PooledHead
 
 
 @dataclass(frozen=True, slots=True)

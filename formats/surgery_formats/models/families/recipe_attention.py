@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from surgery_formats.models.families.recipe_parts import Norm, Projection
 
-__all__ = ["Alibi", "Attention", "Disentangled", "Latent", "PositionScale", "RelativeBias", "Rope"]
+__all__ = ["Alibi", "Attention", "Disentangled", "Latent", "PositionScale", "RelativeBias", "Rope", "ShortConvolution"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +130,21 @@ class Disentangled:
 
 
 @dataclass(frozen=True, slots=True)
+class ShortConvolution:
+    """A convolution over the last tokens, each channel by itself, in the place of attention (LFM2, arXiv:2511.23404).
+
+    The layer's one input is a map to ``[b | c | x]``, and ``c * convolution(b * x)`` goes through its output.
+
+    Attributes:
+        weight: Tensor ``(D, 1, kernel)``; its last column is for the token itself.
+        kernel: Number of tokens.
+    """
+
+    weight: str
+    kernel: int
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention ``softmax(scale q k^T + mask) v`` (arXiv:2305.13245), causal in decoders.
 
@@ -156,6 +171,9 @@ class Attention:
         latent: How queries, keys and values are made, or None.
         bias: Relative positions (T5, MPNet), or None.
         disentangled: Scores with embeddings of distances (DeBERTa), or None.
+        convolution: What takes the place of attention, or None; heads and values per head are then those of other layers.
+        q_bias: Tensor ``(heads * head_dim,)``, a bias of queries beside the projections (DeBERTa 1), or empty.
+        v_bias: The same of values.
         alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
@@ -179,6 +197,9 @@ class Attention:
     latent: Latent | None = None
     bias: RelativeBias | None = None
     disentangled: Disentangled | None = None
+    convolution: ShortConvolution | None = None
+    q_bias: str = ""
+    v_bias: str = ""
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None

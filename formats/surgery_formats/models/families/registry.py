@@ -17,9 +17,9 @@ __all__ = ["families", "family_of", "modules"]
 _MODULES = (
     *("llama", "mistral", "qwen", "gemma", "olmo", "granite", "smollm3", "stablelm", "gpt2", "gpt_neox", "opt", "phi3"),
     *("phi", "starcoder2", "falcon", "bloom", "gptj", "gpt_neo", "cohere", "glm", "exaone4", "nemotron", "arcee"),
-    *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon"),
+    *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon", "lfm2"),
     *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "deberta", "modernbert", "nomic_bert", "eurobert"),
-    *("t5", "mixtral", "gpt_oss", "qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "clip"),
+    *("gte", "t5", "mixtral", "gpt_oss", "qwen_moe", "deepseek", "ernie_moe", "glm_moe", "vit", "dinov2", "clip"),
     *("bart", "whisper", "vision_language", "diffusion", "retrieval"),
 )
 

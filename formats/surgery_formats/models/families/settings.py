@@ -36,6 +36,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
     "relu2": "relu2",
     "tanh": "tanh",
+    "quick_gelu": "quick_gelu",
 }
 
 _ARITHMETIC = re.compile(

@@ -29,6 +29,8 @@ def recipe(settings: ModelSettings) -> Model:
     rope, window = read_rope(settings, sizes), settings.optional_count("sliding_window")
     norm = partial(layer_norm, epsilon=settings.positive("norm_epsilon", default=1e-5))
     bias = settings.flag("use_bias", default=True)
+    # of StarCoder 1, and still in its files: nobody reads them
+    settings.raw("layer_norm_epsilon", "scale_attn_weights", "scale_attention_softmax_in_fp32")
     activation = settings.activation("hidden_act", default="gelu_pytorch_tanh")
 
     def layer(at: str, index: int) -> Layer:

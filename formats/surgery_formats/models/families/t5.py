@@ -22,6 +22,7 @@ from surgery_formats.models.families.recipe import (
     RelativeBias,
 )
 from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings
+from surgery_formats.models.families.tasks import only_tasks
 from surgery_formats.text import show
 
 __all__ = ["FAMILY"]
@@ -178,11 +179,8 @@ def recipe(settings: ModelSettings) -> Model:
     sizes = _sizes(settings)
     classes = settings.architectures()
     settings.raw("quantization_config", "compression_config", "scale_decoder_outputs")
-    if settings.task not in ("", "feature-extraction"):
-        raise settings.fault(
-            f"the task '{show(settings.task, 40)}' is not among those of this family: feature-extraction"
-        )
-    alone = bool(settings.task) or any(name.endswith("EncoderModel") for name in classes)
+    only_tasks(settings, "text2text-generation", "feature-extraction")
+    alone = settings.task == "feature-extraction" or any(name.endswith("EncoderModel") for name in classes)
     if classes and not alone and not any(name.endswith("ForConditionalGeneration") for name in classes):
         raise settings.fault(
             f"architectures is {show(', '.join(classes), 80)}; supported are the encoder, and conditional generation"

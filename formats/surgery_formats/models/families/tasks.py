@@ -12,6 +12,7 @@ from surgery_formats.models.families.recipe import (
     HiddenHead,
     LanguageHead,
     Model,
+    PooledHead,
     Projection,
     SpanHead,
 )
@@ -23,6 +24,8 @@ __all__ = [
     "DECODER_TASKS",
     "ENCODER_TASKS",
     "FEATURES",
+    "IMAGE_TASKS",
+    "PAIR_TASKS",
     "SENTENCE",
     "TASKS",
     "asked_task",
@@ -31,6 +34,7 @@ __all__ = [
     "decoder_head",
     "head_names",
     "labels",
+    "only_tasks",
     "other_heads",
     "task_of",
 ]
@@ -38,10 +42,12 @@ __all__ = [
 _BOTH = ("text-classification", "token-classification", "question-answering", "feature-extraction")
 DECODER_TASKS = ("text-generation", *_BOTH)
 ENCODER_TASKS = ("fill-mask", "multiple-choice", *_BOTH)
+IMAGE_TASKS = ("image-classification", "image-feature-extraction")
 FEATURES = "feature-extraction"
 SENTENCE = "sentence-similarity"
 """Task of a model with the modules of sentence-transformers, which make one embedding of each text."""
-TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE)
+PAIR_TASKS = ("text2text-generation", "automatic-speech-recognition")
+TASKS = ("text-generation", *ENCODER_TASKS, SENTENCE, *PAIR_TASKS, *IMAGE_TASKS)
 
 _CLASSES = (
     ("ForCausalLM", "text-generation"),
@@ -89,13 +95,23 @@ def asked_task(settings: ModelSettings, known: Sequence[str], what: str) -> str:
     raise settings.fault(f"architectures is {show(', '.join(classes), 80)}; the tasks of {what} are {', '.join(known)}")
 
 
+def only_tasks(settings: ModelSettings, *known: str) -> None:
+    """Refuse a task that was asked for and is none of those `known` to an encoder-decoder."""
+    if settings.task and settings.task not in known:
+        raise settings.fault(
+            f"the task '{show(settings.task, 40)}' is not among those of this model: {', '.join(known)}"
+        )
+
+
 def task_of(model: Model) -> str:
     """The task of a recipe, by its head."""
     match model.head:
         case LanguageHead() if model.encoder is not None:
-            return "automatic-speech-recognition" if model.encoder.embedding.stem else "text2text-generation"
+            return PAIR_TASKS[model.encoder.embedding.stem is not None]
         case LanguageHead():
             return "text-generation" if model.kind == "decoder" else "fill-mask"
+        case ClassifierHead() if model.embedding.patches is not None:
+            return "image-classification"
         case ClassifierHead():
             if model.head.choices:
                 return "multiple-choice"
@@ -105,7 +121,7 @@ def task_of(model: Model) -> str:
         case SentenceHead():
             return SENTENCE
         case _:
-            return "feature-extraction"
+            return "feature-extraction" if model.embedding.patches is None else "image-feature-extraction"
 
 
 def labels(settings: ModelSettings) -> int:
@@ -152,15 +168,17 @@ def head_names(head: Head) -> set[str]:
         case ClassifierHead():
             projections: list[Projection | None] = [step for step, _ in head.steps]
         case SpanHead():
-            projections = [head.projection]
+            projections = [head.projection, head.before[0] if head.before else None]
         case HiddenHead():
             projections = [head.pooler]
+        case PooledHead():
+            projections = [head.projection]
         case SentenceHead():
             projections = [step.projection for step in head.steps if isinstance(step, DenseStep)]
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
-    norm = head.norm if isinstance(head, LanguageHead | ClassifierHead) else None
+    norm = head.norm if isinstance(head, LanguageHead | ClassifierHead | SpanHead) else None
     return (names | ({norm.weight, norm.bias} if norm else set())) - {""}
 
 

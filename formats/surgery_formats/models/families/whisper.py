@@ -17,6 +17,7 @@ from surgery_formats.models.families.recipe import (
     TimeConvolution,
 )
 from surgery_formats.models.families.settings import ModelSettings, Sizes
+from surgery_formats.models.families.tasks import only_tasks
 from surgery_formats.text import show
 
 __all__ = ["FAMILY"]
@@ -27,8 +28,7 @@ _TOKENS = "model.decoder.embed_tokens.weight"
 def recipe(settings: ModelSettings) -> Model:
     """Pre-norm layers, a stem of two convolutions, no bias of keys (arXiv:2212.04356)."""
     classes = settings.architectures()
-    if settings.task:
-        raise settings.fault(f"the task '{show(settings.task, 40)}' is not among those of this family, which has one")
+    only_tasks(settings, "automatic-speech-recognition")
     if classes and not any(name.endswith("ForConditionalGeneration") for name in classes):
         raise settings.fault(
             f"architectures is {show(', '.join(classes), 80)}; of this family, only conditional generation is supported"

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that lie inside a graph that this toolkit exported, by their names in the checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+
+from surgery.verification.session import GraphFile
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import MalformedError
+
+__all__ = ["HeldTensor", "ReadableTensor", "embedded_tensors"]
+
+_TYPED = re.compile(r"\.(f16|bf16|f32)$")  # behind the name of one of another type than the graph's
+_CODED = re.compile(r"\.(codes|scales|zero_points)$")
+_TYPES = {1: DType.F32, 2: DType.U8, 10: DType.F16, 16: DType.BF16}
+
+
+class ReadableTensor(Protocol):
+    """A tensor of a file, or one that is held."""
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+
+    @property
+    def dtype(self) -> DType:
+        """Element type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> Any:
+        """Rows ``[start, stop)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTensor:
+    """Values in memory.
+
+    Attributes:
+        name: In the checkpoint.
+        dtype: Element type.
+        values: The array.
+    """
+
+    name: str
+    dtype: DType
+    values: np.ndarray[Any, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        shape: tuple[int, ...] = self.values.shape
+        return shape
+
+    def read(self, start: int = 0, stop: int | None = None) -> Any:
+        """Rows ``[start, stop)``."""
+        return self.values[start:stop]
+
+
+def embedded_tensors(graph: GraphFile, rows: Mapping[str, int]) -> dict[str, HeldTensor]:
+    """The weights inside a graph; several that it reads as one are parted by the `rows` of each.
+
+    Raises:
+        MalformedError: one has fewer rows than the weights that it is made of.
+    """
+    found: dict[str, HeldTensor] = {}
+    for tensor in graph.model.graph.initializer:
+        if tensor.data_type not in _TYPES or not tensor.dims or tensor.external_data:
+            continue
+        values = onnx.numpy_helper.to_array(tensor)
+        name = re.sub(r"\.rows$", ".codes", _TYPED.sub("", tensor.name))  # of a table that a head reads, too
+        coded = _CODED.search(name)
+        ending = coded.group() if coded else ""
+        members = list(_members(name.removesuffix(ending)))
+        start = 0
+        for member in members:
+            count = len(values) if len(members) == 1 else rows.get(member, 0)
+            if start + count > len(values):
+                raise MalformedError("has fewer rows than what it is made of", file=graph.path, tensor=tensor.name)
+            full = f"{member}{ending}"
+            found[full] = HeldTensor(full, _TYPES[tensor.data_type], values[start : start + count])
+            start += count
+    for name, codes in found.items():
+        scales = found.get(name.removesuffix("codes") + "scales")
+        if name.endswith(".codes") and codes.values.ndim == 2 and scales is not None:
+            blocks = codes.values.reshape(len(codes.values), scales.shape[1], -1)
+            found[name] = replace(codes, values=blocks)
+    return found
+
+
+def _members(name: str) -> Iterator[str]:
+    """``a.q_proj+k_proj.weight`` -> ``a.q_proj.weight``, ``a.k_proj.weight``; see `surgery.onnx.graph.weights`."""
+    parts = name.split(".")
+    joint = next((number for number, part in enumerate(parts) if "+" in part), None)
+    if joint is None:
+        yield name
+        return
+    for each in parts[joint].split("+"):
+        yield ".".join([*parts[:joint], each, *parts[joint + 1 :]])
