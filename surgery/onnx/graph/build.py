@@ -185,6 +185,8 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
         encoder=ENCODER,
         **_built_parts(parts.first),
     )
+    codes = parts.encoder.weights.used_codes | parts.first.weights.used_codes
+    contract = replace(contract, quantised=by_format(codes.values()))  # of all graphs: the model is told by this one
     graphs = {ENCODER: _finished(parts.encoder, encoder_contract, options)}
     if options.prefill:
         graphs[FIRST] = _finished(parts.first, contract, options)
