@@ -281,9 +281,13 @@ class SpanHead:
 
     Attributes:
         projection: ``D`` to two values.
+        before: Projection in front of it, and its activation (ModernBERT), or None.
+        norm: Norm of their result, or None.
     """
 
     projection: Projection
+    before: tuple[Projection, Activation] | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
