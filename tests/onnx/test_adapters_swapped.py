@@ -219,6 +219,13 @@ def test_onnxruntime_takes_the_first_of_two_adapters_and_run_adds_them(base, ada
     assert np.abs(added - both).max() > 0.01
 
 
+def test_a_weight_is_what_the_slots_hold(base, adapters, tmp_path):
+    export_onnx(base, swap=[(adapters["all"], 0.5)], output=tmp_path / "out")
+    attached = trained.logits(trained.attached("llama", base, (adapters["all"], 0.5)), IDS)
+    found = swapped(Plain(tmp_path / "out" / "model.onnx"), tmp_path / "out" / "adapters" / "all.onnx_adapter")
+    assert np.abs(found - attached).max() <= TOLERANCE
+
+
 def test_a_swapped_adapter_keeps_its_own_template(tmp_path):
     folders = {name: tmp_path / name for name in ("base", "chat", "plain")}
     shutil.copytree("examples/base", folders["base"])

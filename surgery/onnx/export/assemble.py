@@ -306,6 +306,8 @@ class Assembly:
 
             facts = label_facts(adapter.adapter, adapter.replaced, self.model, self.component.config)
         parts = {f"{part}_file": self._adapter_file(named.name, part) for part in self._parts(adapter) if part}
+        if named.weight != 1.0:
+            facts = {**facts, "weight": named.weight}
         if any(name.startswith(f"{_tokenizer(named)}/") for name in self._brought):
             facts = {**facts, "tokenizer": _tokenizer(named)}
         return entry(named, "swapped", file=self._adapter_file(named.name), **parts, **facts)
