@@ -191,7 +191,9 @@ class Assembly:
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""
         contract = built.contract
-        if contract.kind != "decoder" or built.encoder is not None or contract.convolutions or not self.companions:
+        if contract.kind != "decoder" or built.encoder is not None or not self.companions:
+            return ""
+        if contract.convolutions or contract.embedder:
             return ""
         if self.form != "kv":
             return "model.onnx"
