@@ -381,6 +381,7 @@ class Model:
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
         encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
         convolution: Convolution behind the first layer (DeBERTa), or None.
+        only_text: Why embeddings of anything but text cannot take the place of tokens; empty if they can.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -394,6 +395,7 @@ class Model:
     unused: Mapping[str, str] = field(default_factory=dict)
     encoder: Model | None = None
     convolution: Convolution | None = None
+    only_text: str = ""
 
     @property
     def generates(self) -> bool:
