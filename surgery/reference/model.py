@@ -344,7 +344,9 @@ def _head(
     if isinstance(head, SentenceHead):
         return values, {"last_hidden_state": values, "sentence_embedding": embed_text(values, real, head, load)}
     if isinstance(head, SpanHead):
-        start, end = project(values, head.projection, load).unbind(-1)
+        if head.before is not None:
+            values = activate(project(values, head.before[0], load), head.before[1])
+        start, end = project(normalise(values, head.norm, load), head.projection, load).unbind(-1)
         return start, {"start_logits": start, "end_logits": end}
     if isinstance(head, ClassifierHead):
         if head.tokens in ("first", "last"):

@@ -19,7 +19,13 @@ from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import Assembly, prompt_form
 from surgery.onnx.export.cautions import graph_warnings, warnings_before
 from surgery.onnx.export.half_range import issues_of_types, measured_values
-from surgery.onnx.export.input_options import with_logits, with_positions, with_required, with_sentence
+from surgery.onnx.export.input_options import (
+    with_embeddings,
+    with_logits,
+    with_positions,
+    with_required,
+    with_sentence,
+)
 from surgery.onnx.export.inserted import INSERTED, baked_modules
 from surgery.onnx.export.layouts import (
     Arrangement,
@@ -90,6 +96,7 @@ def export_onnx(
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
+    inputs_embeds: bool = False,
     logits: str = "auto",
     opset: int | None = None,
     verify_copies: bool = False,
@@ -140,6 +147,8 @@ def export_onnx(
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
         position_ids: Whether positions are an input of a decoder, as clients of other exporters give them.
+        inputs_embeds: Whether a decoder takes embeddings instead of token ids, as from an encoder of images; ``embed_tokens.onnx``
+            makes those of a text.
         logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
             ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
@@ -180,7 +189,7 @@ def export_onnx(
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
-    assembly = with_logits(with_positions(assembly, position_ids), logits)
+    assembly = with_logits(with_positions(with_embeddings(assembly, inputs_embeds, layout), position_ids), logits)
     if opset is None and linear == "matmul":
         opset = WITHOUT_ATTENTION
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)

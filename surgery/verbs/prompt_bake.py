@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from surgery.engine.execute import Run
@@ -27,8 +28,8 @@ __all__ = ["BakeResult", "prompt_bake"]
 
 @timed
 def prompt_bake(
-    base: CheckpointLike,
     prompt: AdapterLike | None = None,
+    base: CheckpointLike | None = None,
     *,
     output: StrPath | None = None,
     form: str = "tokens",
@@ -44,8 +45,8 @@ def prompt_bake(
     """Bake a soft prompt, so that programs that know nothing of it serve it.
 
     Args:
+        prompt: File or folder of an adapter with virtual tokens, or an opened Adapter; None for a text.
         base: The model it was trained on, as a folder.
-        prompt: File or folder of an adapter with virtual tokens, or an opened Adapter.
         output: Folder to make. Its parent must exist.
         form: ``tokens``: a copy of the model whose vocabulary has the virtual tokens, and whose tokenizer puts them before every
             text; or ``kv``: keys and values alone, as a cache for transformers and an ``.onnx_adapter``.
@@ -75,6 +76,9 @@ def prompt_bake(
         raise UsageError("keys and values have neither a head nor names", hint="leave out `keep_tie=` and `name=`")
     if not str(name).isidentifier():
         raise FitError(f"'{show(name, 40)}' is no name for tokens", hint="letters, digits and underscores: `name=p`")
+    if base is None:
+        raise UsageError("no model was named", hint="it stands behind the prompt: `base=`")
+    _check_order(prompt, base)
     stored = float_type(dtype)
     folder = output_path(output, dry_run=dry_run)
     checkpoint = as_checkpoint(base)
@@ -95,3 +99,20 @@ def prompt_bake(
         return found.result
     inputs: tuple[Path, ...] = (checkpoint.path, *(() if adapter is None else (adapter.path,)))
     return write_key_values(found, folder, overwrite=overwrite, inputs=inputs)
+
+
+def _check_order(prompt: AdapterLike | None, base: CheckpointLike) -> None:
+    """Refuse an adapter and a model in the place of each other.
+
+    Raises:
+        UsageError: they are.
+    """
+    from surgery_formats.adapters.registry import format_at
+
+    if not isinstance(base, (str, os.PathLike)) or not isinstance(prompt, (str, os.PathLike)):
+        return
+    if format_at(Path(base)) is not None and format_at(Path(prompt)) is None:
+        raise UsageError(
+            f"'{show(os.fspath(base), 200)}' is an adapter, and stands where the model does",
+            hint="the prompt is named first, then the model, as for `prompt nearest`",
+        )

@@ -21,7 +21,8 @@ from surgery.onnx.run.answering import answer, heard, open_pair
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
 from surgery.onnx.run.encoder import adapter_labels, encode, labels
 from surgery.onnx.run.generate import Continuation, generate
-from surgery.onnx.run.inputs import Given, given_inputs, needs_text, row_of, said
+from surgery.onnx.run.images import look, read_images, reads_images
+from surgery.onnx.run.inputs import Given, InputRow, given_inputs, needs_text, row_of, said
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.stop_words import CutText
@@ -196,6 +197,7 @@ def run(
     system: str = "",
     stop: str | Sequence[str] = (),
     audio: StrPath | Sequence[StrPath] = (),
+    images: StrPath | Sequence[StrPath] = (),
     start: Sequence[int] = (),
     device: str = "auto",
     max_new: int = 128,
@@ -217,6 +219,8 @@ def run(
         system: What the template is told besides, in front; of conversations only those that have no such message.
         stop: Texts that end a row, and are cut off.
         audio: For a model of speech, instead of `inputs`: recordings of 16 kHz (.wav), or spectrograms (.npy).
+        images: For a model of images, instead of `inputs`: ``pixel_values`` (.npy) as its image processor makes them, of one
+            image or of several.
         start: For an encoder-decoder: the ids that its decoder begins with, instead of those of
             ``generation_config.json``: of another language, or task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -239,9 +243,11 @@ def run(
     """
     sounds: list[StrPath] = as_list(audio)
     recordings = [local_path(one, "audio") for one in sounds]
-    if recordings and inputs:
-        raise FitError("text and sound at once", hint="one or the other")
-    batch = [] if recordings else given_inputs(inputs)
+    seen: list[StrPath] = as_list(images)
+    pictures = [local_path(one, "images") for one in seen]
+    if sum(map(bool, (recordings, pictures, inputs))) > 1:
+        raise FitError("text, sound or images at once", hint="one of them")
+    batch = [] if recordings or pictures else given_inputs(inputs)
     words: list[str] = as_list(stop)
     check_counts(least=0, max_new=max_new)
     check_counts(threads=threads)
@@ -255,6 +261,9 @@ def run(
         raise FitError(
             f"`{'audio' if recordings else 'start'}=` is for encoder-decoders, which this is not", file=opened.path
         )
+    if reads_images(opened) != bool(pictures):
+        what = "`images=` is for encoders of images, which this is not" if pictures else "this graph reads images"
+        raise FitError(what, file=opened.path, hint=None if pictures else "`images=` takes pixel_values (.npy)")
     texts = bool(words) or any(map(needs_text, batch))
     tokenizer = (
         open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
@@ -272,8 +281,13 @@ def run(
         slots = _slots(opened, adapters)
         files: list[StrPath] = as_list(adapters)
         classifier = adapter_labels(opened, [weighted_file(one)[0] for one in files])
+        pixels, shown = read_images(opened, pictures) if pictures else (None, ())
+        given = [InputRow([], []) for _ in shown] or given
         began = time.perf_counter()
-        encoded = encode(opened, rows, slots, classifier.problem, [row.types for row in given])
+        if pixels is None:
+            encoded = encode(opened, rows, slots, classifier.problem, [row.types for row in given])
+        else:
+            encoded = look(opened, pixels, slots, classifier.problem)
         seconds, names = time.perf_counter() - began, classifier.names or labels(opened)
         found = tuple(
             RunText(tuple(row.ids), scores=task_scores(opened.contract.task, encoded, number, row, names, tokenizer))
@@ -282,6 +296,8 @@ def run(
         result = RunResult(
             found, opened.memory.device, opened.contract.virtual_tokens, load, seconds, seconds, 0, {**encoded.arrays}
         )
+        if shown:
+            return replace(result, inputs=shown)
     elif opened.contract.encoder:
         if prompt_adapter is not None:
             raise FitError("an encoder-decoder takes no soft prompt", file=opened.path)

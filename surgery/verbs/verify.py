@@ -310,9 +310,9 @@ def _graphs(
     for graph in graphs if main.contract.encoder else (main,):
         reference = with_defaults(graph, reference)
     if own_task(main.contract) != main.contract.task:
-        reference = with_sentence_modules(reference, where if base is None else base.main.folder)
+        reference = with_sentence_modules(reference, side_folder(path) if base is None else base.main.folder)
     if main.contract.quantised:
-        checks.append(_codes(where, main, base, roles))
+        checks.append(_codes(where, main, names, base, roles))
         notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
@@ -340,7 +340,7 @@ def _judged_graph(
         yield Check("range", fits_half(graph, seen, measure))
 
 
-def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: AdapterRoles) -> Check:
+def _codes(where: Path, graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles) -> Check:
     """What the codes of a graph stand for, against the base and what is merged into it.
 
     Raises:
@@ -360,7 +360,7 @@ def _codes(where: Path, graph: GraphFile, base: Checkpoint | None, roles: Adapte
         wanted = planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
     else:
         wanted = stored_weights(base.main)
-    errors = stored_errors(coded_reference(graph), wanted)
+    errors = stored_errors(coded_reference(graph, names), wanted)
     recorded = _recorded_errors(where)
     for found in errors:
         limit = recorded.get(found.name)
@@ -424,7 +424,7 @@ def _reference(
     from surgery.verification.coded_weights import coded_reference, is_written_anew
 
     if is_written_anew(graph):
-        return coded_reference(graph)
+        return coded_reference(graph, names)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])

@@ -49,12 +49,16 @@ def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
 
 
 def _tensors_in(folder: Path, name: str, graphs: Iterable[str]) -> Iterable[StoredTensor]:
-    """The tensors of a file of weights; of a graph's, inside or beside it, those of the graphs in the folder."""
+    """The tensors of a file of weights, and of a graph's, inside or beside it, those of the graphs in the folder.
+
+    A merge into a graph records them as the graph calls them, even those of a file of safetensors.
+    """
+    inside = [tensor for graph in graphs for tensor in open_graph(folder / graph).tensors.values()]
     if is_weight_file(name):
-        return open_shard(folder / name).tensors
+        return [*inside, *open_shard(folder / name).tensors]
     if SAFETENSORS.detect(folder / name):  # under a name that another program looks for
-        return data_shard(folder / name).tensors
-    return [tensor for graph in graphs for tensor in open_graph(folder / graph).tensors.values()]
+        return [*inside, *data_shard(folder / name).tensors]
+    return inside
 
 
 def compare_copied(folder: Checkpoint, base: Checkpoint, manifest: Mapping[str, Any]) -> int:

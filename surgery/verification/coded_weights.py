@@ -7,7 +7,7 @@ The codes of a row follow each other, low bits first; the last block of a row ma
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,8 +110,8 @@ class _CodedWeights:
         return self.stored(name) in self._tensors and self.stored(name) in self._codes
 
 
-def coded_reference(graph: GraphFile) -> Reference:
-    """The model that the files beside a graph of codes are.
+def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
+    """The model that the files beside a graph of codes are; `names` are those of all its graphs, where it has several.
 
     Raises:
         ProofError: the contract names a weight that the files lack.
@@ -119,7 +119,7 @@ def coded_reference(graph: GraphFile) -> Reference:
     """
     folder = graph.path.parent
     config = read_object(folder / "config.json")
-    found = _tensors(graph, config)
+    found = _tensors(graph, names, config)
     codes: dict[str, _Codes] = {}
     for entry in graph.contract.quantised:
         for name in entry["weights"]:
@@ -148,11 +148,11 @@ def is_written_anew(graph: GraphFile) -> bool:
     return bool(graph.contract.quantised) or across
 
 
-def _tensors(graph: GraphFile, config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
+def _tensors(graph: GraphFile, names: Sequence[str], config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
     """All weights of a graph, of its files or inside it, by name in the checkpoint."""
     folder = graph.path.parent
-    if graph.weight_files:
-        return {t.name: t for file in graph.weight_files for t in open_shard(folder / file.name).tensors}
+    if files := names or [file.name for file in graph.weight_files]:
+        return {t.name: t for name in files for t in open_shard(folder / name).tensors}
     stated = {name for entry in graph.contract.quantised for name in entry["weights"]}
     model = model_of(config, stated, own_task(graph.contract))
     rows = {each.weight: each.outputs for each in projections(model)}

@@ -19,6 +19,7 @@ from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
@@ -211,6 +212,13 @@ class Session:
             self._session = cpu_session(model.SerializeToString(), graph.path.parent)
         except Exception as error:  # onnxruntime has a dozen types without a common base
             raise self._refused(error) from error
+        name = graph.contract.embedder
+        if name and (not is_safe_name(name) or "/" in name or name == graph.path.name):
+            raise MalformedError(f"the graph refers to '{show(name)}' for its embeddings", file=graph.path)
+        own = read_graph(graph.path.parent / name) if name else None
+        if own is not None and own.contract.embedder:
+            raise MalformedError("the graph of embeddings takes embeddings itself", file=own.path)
+        self._embedder = Session(own) if own is not None else None
         ports = self._session.get_inputs()
         self.inputs = {port.name for port in ports}
         self.optional = {port.name for port in self._session.get_overridable_initializers()}
@@ -234,6 +242,9 @@ class Session:
         """
         if "position_ids" in self.inputs:
             feed = {**feed, "position_ids": self._positions(feed)}
+        if self._embedder is not None:
+            ids = {"input_ids": feed["input_ids"]}
+            feed = {name: value for name, value in feed.items() if name not in ids} | self._embedder.run(ids)
         try:
             return dict(zip(self._outputs, self._session.run(None, {**self.slot_arrays, **feed}), strict=True))
         except Exception as error:

@@ -33,7 +33,15 @@ __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
 _OTHERS = (
-    *("input_ids", "attention_mask", "position_ids", "token_type_ids", "pad_attention_mask", "input_features"),
+    *(
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "pad_attention_mask",
+        "input_features",
+    ),
     "pixel_values",
     *(STATES, MASK, SWITCH, KEEP),
 )

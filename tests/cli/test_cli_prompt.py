@@ -17,8 +17,8 @@ LOOKS = {
     "effect": ["nearest", PROMPT, BASE, "--by", "effect", "--ids", "0,54,585,294,755"],
 }
 WRITES = {
-    "bake": ["bake", BASE, PROMPT],
-    "bake kv": ["bake", BASE, PROMPT, "--as", "kv"],
+    "bake": ["bake", PROMPT, BASE],
+    "bake kv": ["bake", PROMPT, BASE, "--as", "kv"],
     "bake a text": ["bake", BASE, "--as", "kv", "--text", "The following"],
     "combine": ["combine", PROMPT, PROMPT],
     "average": ["combine", f"{PROMPT}=0.5", f"{PROMPT}=0.5", "--method", "average"],

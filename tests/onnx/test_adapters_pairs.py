@@ -157,3 +157,12 @@ def test_what_no_graph_of_a_pair_takes_is_refused(tmp_path):
     surgery.export_onnx(folder, output=tmp_path / "out")
     with pytest.raises(FitError, match="not timed"):
         surgery.bench(tmp_path / "out")
+
+
+@pytest.mark.parametrize("target", ["shared", "lm_head"])
+def test_a_merge_that_parts_head_and_embedding_is_refused(target, tmp_path):
+    """transformers 5 would load the result without the embeddings of encoder and decoder."""
+    folder = recipes.build("marian", tmp_path / "base")
+    adapter = trained.train("marian", folder, _lora(["q_proj", target]), tmp_path / "lora", task="SEQ_2_SEQ_LM")
+    with pytest.raises(FitError, match="by the same switch as the head"):
+        surgery.merge(folder, adapter, output=tmp_path / "out")

@@ -82,6 +82,13 @@ def test_slots_equal_attached_adapters_and_verify(case: Any, tmp_path: Path) -> 
     surgery.verify(tmp_path / "out")
 
 
+def test_packed_slots_equal_attached_adapters_and_verify(case: Any, tmp_path: Path) -> None:
+    base, adapter, wanted = case
+    surgery.export_onnx(base, swap=[adapter], output=tmp_path / "out", packed=True)
+    assert np.abs(outputs(tmp_path / "out", "adapter") - wanted["with"]).max() <= LIMIT
+    surgery.verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["modernbert_mask", "modernbert_mean", "eurobert_late", "deberta_v2_sequence"])
 def test_a_head_can_be_left_out(name: str, tmp_path: Path) -> None:
     base = recipes.build(name, tmp_path / "base")

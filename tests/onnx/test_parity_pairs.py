@@ -16,6 +16,7 @@ from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
 from surgery.onnx.graph.target import TARGETS
 from surgery.reference import encode, forward, open_reference
 from surgery_formats.dtypes import DType
+from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
 
@@ -140,3 +141,29 @@ def test_a_folder_has_all_graphs_and_one_file_of_weights(made, tmp_path):
     surgery.export_onnx(folder, output=tmp_path / "whole", weights="embed")
     names = {path.name for path in (tmp_path / "whole").iterdir() if path.suffix in (".onnx", ".safetensors")}
     assert names == {ENCODER, MERGED}
+
+
+@pytest.mark.parametrize("name", ["t5_flan", "whisper"])
+def test_codes_of_both_halves_are_verified(made, name, tmp_path):
+    folder, _ = made(name)
+    result = surgery.export_onnx(folder, output=tmp_path / "out", weights_type="int8")
+    coded = {weight for entry in result.contract.quantised for weight in entry["weights"]}
+    assert any("encoder." in weight for weight in coded)
+    assert any("decoder." in weight for weight in coded)
+    surgery.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["genai", "triton", "sentence-transformers", "transformers.js"])
+def test_layouts_of_programs_that_run_no_such_files_are_refused(made, layout, tmp_path):
+    folder, _ = made("bart")
+    with pytest.raises(FitError):
+        surgery.export_onnx(folder, output=tmp_path / "out", layout=layout)
+
+
+def test_an_encoder_can_be_exported_alone(made, tmp_path):
+    folder, _ = made("t5")
+    result = surgery.export_onnx(folder, output=tmp_path / "out", task="feature-extraction")
+    assert result.contract.kind == "encoder"
+    surgery.verify(tmp_path / "out")
+    with pytest.raises(FitError, match="text-classification"):
+        surgery.export_onnx(folder, output=tmp_path / "other", task="text-classification")

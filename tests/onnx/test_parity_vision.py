@@ -14,6 +14,7 @@ from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS
 from surgery.reference import forward, open_reference
 from surgery.verbs.export_onnx import export_onnx
+from surgery.verbs.run import run
 from surgery.verbs.verify import verify
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -125,3 +126,37 @@ def test_what_no_recipe_covers_is_refused(name, fields, fault, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(FitError, match=fault):
         export_onnx(base, output=tmp_path / "out")
+
+
+def test_the_runner_takes_pixel_values(tmp_path):
+    base = recipes.build("vit_classifier", tmp_path / "base")
+    export_onnx(base, output=tmp_path / "out", target="cpu")
+    pixels = np.random.default_rng(3).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "two.npy", pixels[:2])
+    np.save(tmp_path / "one.npy", pixels[2])
+    found = run(tmp_path / "out", images=[tmp_path / "two.npy", tmp_path / "one.npy"])
+    expected = _expected(recipes.load("vit_classifier", base), {"pixel_values": pixels})["logits"]
+    assert np.abs(found.arrays["logits"] - expected).max() <= TOLERANCE
+    shares = [text.scores[0] for text in found.texts]
+    assert [max(one, key=one.get) for one in shares] == [f"LABEL_{label}" for label in expected.argmax(-1)]
+    assert found.inputs == (f"{tmp_path}/two.npy[0]", f"{tmp_path}/two.npy[1]", f"{tmp_path}/one.npy")
+    assert "one.npy" in str(found.summary())
+
+
+def test_what_is_no_image_of_the_graph_is_refused(tmp_path):
+    images = tmp_path / "images"
+    export_onnx(recipes.build("vit_classifier", tmp_path / "base"), output=images, target="cpu")
+    texts = tmp_path / "texts"
+    export_onnx(recipes.build("clip_text", tmp_path / "text"), output=texts, target="cpu")
+    np.save(tmp_path / "wide.npy", np.zeros((3, 16, 20), np.float32))
+    np.save(tmp_path / "bytes.npy", np.zeros((3, 16, 16), np.uint8))
+    np.save(tmp_path / "right.npy", np.zeros((3, 16, 16), np.float32))
+    for file in ("wide", "bytes"):
+        with pytest.raises(FitError, match=r"the graph takes numbers \[3, 16, 16\]"):
+            run(images, images=tmp_path / f"{file}.npy")
+    with pytest.raises(FitError, match="this graph reads images"):
+        run(images, [[5, 6]])
+    with pytest.raises(FitError, match="is for encoders of images"):
+        run(texts, images=tmp_path / "right.npy")
+    with pytest.raises(FitError, match="text, sound or images at once"):
+        run(images, [[5, 6]], images=tmp_path / "right.npy")

@@ -665,6 +665,12 @@ HEADS: dict[str, Case] = {
     "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
     "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
     "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
+    "modernbert_choices": Case("ModernBertForMultipleChoice", "ModernBertConfig", _MODERN),
+    "modernbert_choices_mean": Case(
+        "ModernBertForMultipleChoice", "ModernBertConfig", {**_MODERN, "classifier_pooling": "mean"}
+    ),
+    "modernbert_span": Case("ModernBertForQuestionAnswering", "ModernBertConfig", {**_MODERN, "num_labels": 2}),
+    "jina_v3_span": Case("JinaEmbeddingsV3ForQuestionAnswering", "JinaEmbeddingsV3Config", {**_JINA, "num_labels": 2}),
     "distilbert_choices": Case("DistilBertForMultipleChoice", "DistilBertConfig", _DISTIL),
 }
 """Heads for tasks other than those above."""

@@ -64,7 +64,7 @@ def attached(name: str, kind: str, folder: Path, **fields: Any) -> Any:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_give_pefts_logits(name: str, kind: str, tmp_path: Path) -> None:
     model = attached(name, kind, tmp_path)
-    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    result = surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
     assert result.ids == tuple(range(recipes.VOCAB, recipes.VOCAB + result.tokens))
     baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_tokens_give_pefts_logits(name: str, kind: str, tmp_path: Path) -> None:
 def test_virtual_tokens_are_never_said(name: str, tmp_path: Path) -> None:
     """Their logit is the mean of all others: below the greatest at every position; transformers removes them altogether."""
     model = attached(name, "prompt", tmp_path)
-    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    result = surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
     baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.randint(3, recipes.VOCAB, (4, 12), generator=torch.Generator().manual_seed(2))
     ids = torch.cat([torch.tensor([result.ids]).expand(4, -1), ids], 1)
@@ -104,7 +104,7 @@ def test_virtual_tokens_are_never_said(name: str, tmp_path: Path) -> None:
 def test_a_tie_can_be_kept(name: str, tmp_path: Path) -> None:
     fields = {"tie_word_embeddings": True} if name == "qwen2_tied" else {}
     model = attached(name.partition("_")[0], "prompt", tmp_path, **fields)
-    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out", keep_tie=True)
+    result = surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out", keep_tie=True)
     baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert baked.get_output_embeddings().weight is baked.get_input_embeddings().weight
     assert "only generation_config.json" in result.head
@@ -119,7 +119,7 @@ def test_a_tie_can_be_kept(name: str, tmp_path: Path) -> None:
 
 def test_a_bf16_base_rounds_as_peft_does(tmp_path: Path) -> None:
     attached("llama", "prompt", tmp_path, dtype=torch.bfloat16)
-    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    result = surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
     with peft_oracle.quiet():
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
         model = peft.PeftModel.from_pretrained(plain, tmp_path / "prompt").eval()
@@ -136,7 +136,7 @@ def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Pa
     template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     (tmp_path / "base" / "other.jinja").write_text("{{ bos_token }}")
-    result = surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "out", name="soft")
+    result = surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "out", name="soft")
     assert result.words.startswith("<soft_0><soft_1>")
     assert not [text for text in result.warnings if "template" in text]
     before = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -156,7 +156,7 @@ def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Pa
     named = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
     named["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(named))
-    surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "several", name="soft")
+    surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "several", name="soft")
     several = json.loads((tmp_path / "several" / "tokenizer_config.json").read_text())["chat_template"]
     assert [entry["template"] for entry in several] == [result.words + template, result.words + "x"]
     pair = after("a", "b").input_ids
@@ -164,7 +164,7 @@ def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Pa
 
 
 def test_the_shipped_prompt_is_served_by_text_alone(tmp_path: Path) -> None:
-    surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "out")
+    surgery.prompt_bake(PROMPT, BASE, output=tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
     with peft_oracle.quiet():
@@ -193,7 +193,7 @@ def test_rows_that_no_token_has_are_taken_first(tmp_path: Path) -> None:
     vocabulary = {token: row for token, row in whole["model"]["vocab"].items() if row < 90}
     whole["model"] |= {"vocab": vocabulary, "merges": []}
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
-    result = surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+    result = surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
     assert result.ids == (90, 91, 92, 93, 94)
     before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
     name = "model.embed_tokens.weight"
@@ -208,7 +208,7 @@ def test_rows_that_no_token_has_are_taken_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_keys_and_values_give_pefts_logits(name: str, kind: str, tmp_path: Path) -> None:
     model = attached(name, kind, tmp_path)
-    surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out", form="kv")
+    surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out", form="kv")
     plain = recipes.load(name, tmp_path / "base")
     past = load_file(tmp_path / "out" / "past.safetensors")
     cache = transformers.DynamicCache([(past[f"key.{i}"], past[f"value.{i}"]) for i in range(len(past) // 2)])
@@ -219,7 +219,9 @@ def test_keys_and_values_give_pefts_logits(name: str, kind: str, tmp_path: Path)
 
 
 def test_a_text_is_baked_as_keys_and_values(tmp_path: Path) -> None:
-    result = surgery.prompt_bake(BASE, text="The following methods", output=tmp_path / "out", form="kv", dtype="fp32")
+    result = surgery.prompt_bake(
+        None, BASE, text="The following methods", output=tmp_path / "out", form="kv", dtype="fp32"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     first, rest = tokenizer("The following methods", return_tensors="pt").input_ids, torch.tensor([[40, 50, 60]])
@@ -241,7 +243,7 @@ def test_the_lines_that_are_shown_load_it(tmp_path: Path) -> None:
     given = {name: getattr(transformers, name) for name in names}
     given |= {"load_file": load_file, "model": model, "inputs": inputs}
     for form in ("kv", "tokens"):
-        result = surgery.prompt_bake(BASE, PROMPT, output=tmp_path / form, form=form)
+        result = surgery.prompt_bake(PROMPT, BASE, output=tmp_path / form, form=form)
         assert len(result.loading.splitlines()) <= 3
         exec(result.loading, dict(given))
 
@@ -268,7 +270,7 @@ def test_every_post_processor_gets_them_in_front(before: str, tmp_path: Path) ->
         "sequence": {"type": "Sequence", "processors": [bytes_, own]},
     }[before]
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
-    result = surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "out")
+    result = surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "out")
     old, new = (tokenizers.Tokenizer.from_file(str(tmp_path / where / "tokenizer.json")) for where in ("base", "out"))
     assert new.encode("a text").ids == [*result.ids, *old.encode("a text").ids]
     assert new.encode("a text", "b").ids == [*result.ids, *old.encode("a text", "b").ids]
@@ -280,7 +282,7 @@ def test_a_post_processor_that_is_not_understood_is_refused(tmp_path: Path) -> N
     for broken in ({"type": "Sequence"}, {"type": "Sequence", "processors": [3]}, 5, {"type": "TemplateProcessing"}):
         (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": broken}))
         with pytest.raises(MalformedError, match="not understood"):
-            surgery.prompt_bake(tmp_path / "base", PROMPT, output=tmp_path / "out")
+            surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "out")
 
 
 def test_rows_of_tokens_are_never_taken(tmp_path: Path) -> None:
@@ -292,7 +294,7 @@ def test_rows_of_tokens_are_never_taken(tmp_path: Path) -> None:
     (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
     assert tokenizers.Tokenizer.from_str(json.dumps(whole)).add_tokens(["<p_0>"]) == 1  # and gets id 68
     with pytest.raises(FitError, match="68 to 72, and 72 is 'f'"):
-        surgery.prompt_bake(tmp_path / "base", tmp_path / "prompt", output=tmp_path / "out")
+        surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
 
 
 def test_an_opened_model_is_as_it_was(tmp_path: Path) -> None:
@@ -302,7 +304,7 @@ def test_an_opened_model_is_as_it_was(tmp_path: Path) -> None:
     nested = {key: value for key, value in config.items() if key != "tie_word_embeddings"} | {"text_config": config}
     (tmp_path / "base" / "config.json").write_text(json.dumps(nested))
     base = open_checkpoint(tmp_path / "base")
-    surgery.prompt_bake(base, tmp_path / "prompt", output=tmp_path / "out")
+    surgery.prompt_bake(tmp_path / "prompt", base, output=tmp_path / "out")
     assert base.main.config == nested
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["text_config"]["vocab_size"] == written["vocab_size"] == recipes.VOCAB + TOKENS
@@ -313,7 +315,7 @@ def test_an_opened_model_is_as_it_was(tmp_path: Path) -> None:
 def test_a_quantised_model_keeps_its_codes(format_name: str, tmp_path: Path) -> None:
     """All other bytes are copied: nothing becomes numbers behind a configuration that says codes."""
     base = quantise_folder(BASE, tmp_path / "base", format_name)
-    surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
+    surgery.prompt_bake(PROMPT, base, output=tmp_path / "out")
     before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
     assert before.keys() <= after.keys()
     changed = {
@@ -333,7 +335,7 @@ def test_a_vocabulary_of_codes_is_refused(tmp_path: Path) -> None:
     for format_name in ("nf4", "int8", "mlx", "fp8", "packed"):
         base = quantise_folder(BASE, tmp_path / format_name, format_name, ("_proj", "embed_tokens"))
         with pytest.raises(FitError, match="stored as codes"):
-            surgery.prompt_bake(base, PROMPT, output=tmp_path / "out")
+            surgery.prompt_bake(PROMPT, base, output=tmp_path / "out")
 
 
 def test_of_a_gguf_keys_and_values_are_taken_and_not_computed(tmp_path: Path) -> None:
@@ -343,19 +345,19 @@ def test_of_a_gguf_keys_and_values_are_taken_and_not_computed(tmp_path: Path) ->
     heads, dim = attention.kv_heads, attention.head_dim
     table = np.random.default_rng(0).standard_normal((3, 2 * layers * heads * dim)).astype(np.float32)
     prefix = write_prompt(tmp_path / "prefix", table, prefix=(layers, heads, dim))
-    surgery.prompt_bake(base, prefix, output=tmp_path / "out", form="kv", dtype="fp32")
+    surgery.prompt_bake(prefix, base, output=tmp_path / "out", form="kv", dtype="fp32")
     past = load_file(tmp_path / "out" / "past.safetensors")
     wanted = table.reshape(3, layers, 2, heads, dim).transpose(1, 2, 3, 0, 4)
     assert all(np.array_equal(past[f"value.{n}"][0].numpy(), wanted[n, 1]) for n in range(layers))
     rows = write_prompt(tmp_path / "rows", np.ones((3, 32), np.float32))
     with pytest.raises(FitError, match="only to safetensors files"):
-        surgery.prompt_bake(base, rows, output=tmp_path / "other", form="kv")
+        surgery.prompt_bake(rows, base, output=tmp_path / "other", form="kv")
     with pytest.raises(FitError, match="configuration lies in the weight file"):
-        surgery.prompt_bake(base, rows, output=tmp_path / "other")
+        surgery.prompt_bake(rows, base, output=tmp_path / "other")
 
 
 def test_the_onnx_adapter_is_a_past_of_an_exported_graph(tmp_path: Path) -> None:
-    surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "kv", form="kv", dtype="fp32")
+    surgery.prompt_bake(PROMPT, BASE, output=tmp_path / "kv", form="kv", dtype="fp32")
     surgery.export_onnx(BASE, prefix=PROMPT, output=tmp_path / "own", dtype="fp32")
     wanted = surgery.run(tmp_path / "own", [0, 40, 50], device="cpu", max_new=8).texts[0]
     got = surgery.run(
@@ -368,30 +370,37 @@ def test_what_cannot_be_baked_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     prefix = write_prompt(tmp_path / "prefix", np.ones((3, 12 * 64), np.float32), prefix=(6, 2, 32))
     out = tmp_path / "out"
     with pytest.raises(FitError, match="no token of a vocabulary has"):
-        surgery.prompt_bake(BASE, prefix, output=out)
+        surgery.prompt_bake(prefix, BASE, output=out)
     with pytest.raises(UsageError, match="made of tokens that the vocabulary has"):
-        surgery.prompt_bake(BASE, text="a", output=out)
+        surgery.prompt_bake(None, BASE, text="a", output=out)
     with pytest.raises(UsageError, match="a prompt or a text is baked"):
-        surgery.prompt_bake(BASE, output=out)
+        surgery.prompt_bake(None, BASE, output=out)
     with pytest.raises(FitError, match="no name for tokens"):
-        surgery.prompt_bake(BASE, PROMPT, output=out, name="a b")
+        surgery.prompt_bake(PROMPT, BASE, output=out, name="a b")
     for options in ({"keep_tie": True}, {"name": "q"}):
         with pytest.raises(UsageError, match="neither a head nor names"):
-            surgery.prompt_bake(BASE, PROMPT, output=out, form="kv", **options)
+            surgery.prompt_bake(PROMPT, BASE, output=out, form="kv", **options)
     with pytest.raises(FitError, match="LORA has no virtual tokens"):
-        surgery.prompt_bake(BASE, ROOT / "examples" / "lora", output=out)
+        surgery.prompt_bake(ROOT / "examples" / "lora", BASE, output=out)
     recipes.build("bert_sentence", tmp_path / "bert")
     with pytest.raises(FitError, match="baked for decoders"):
-        surgery.prompt_bake(tmp_path / "bert", write_prompt(tmp_path / "p", np.ones((2, 32), np.float32)), output=out)
-    surgery.prompt_bake(BASE, PROMPT, output=out)
+        surgery.prompt_bake(write_prompt(tmp_path / "p", np.ones((2, 32), np.float32)), tmp_path / "bert", output=out)
+    surgery.prompt_bake(PROMPT, BASE, output=out)
     with pytest.raises(FitError, match="has a token '<p_0>'"):
-        surgery.prompt_bake(out, PROMPT, output=tmp_path / "twice")
-    assert surgery.prompt_bake(out, PROMPT, output=tmp_path / "twice", name="q").ids[0] == 1552
-    assert surgery.prompt_bake(BASE, PROMPT, dry_run=True).output is None
+        surgery.prompt_bake(PROMPT, out, output=tmp_path / "twice")
+    assert surgery.prompt_bake(PROMPT, out, output=tmp_path / "twice", name="q").ids[0] == 1552
+    assert surgery.prompt_bake(PROMPT, BASE, dry_run=True).output is None
 
     from surgery.prompts import bake_tokens
 
     monkeypatch.setattr(bake_tokens, "read_rows", lambda *_: np.zeros((16, 128), np.float32))
     with pytest.raises(ProofError, match="not those of the prompt"):
-        surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "wrong")
+        surgery.prompt_bake(PROMPT, BASE, output=tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_the_model_stands_behind_the_prompt(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is an adapter, and stands where the model does"):
+        surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "out")
+    with pytest.raises(UsageError, match="no model was named"):
+        surgery.prompt_bake(PROMPT, output=tmp_path / "out")

@@ -216,7 +216,7 @@ def test_adapterhubs_own_are_shown_and_not_taken_for_pefts(tmp_path: Path) -> No
     with pytest.raises(FitError, match="counts positions otherwise"):
         surgery.prompt_nearest(HUB / "prefix", HUB / "base", by="effect", texts=[[1, 2, 3]])
     with pytest.raises(FitError, match="counts positions otherwise"):
-        surgery.prompt_bake(HUB / "base", HUB / "prefix", form="kv", output=tmp_path / "out")
+        surgery.prompt_bake(HUB / "prefix", HUB / "base", form="kv", output=tmp_path / "out")
     with pytest.raises(FitError, match="no tokens"):
         surgery.prompt_nearest(HUB / "prefix", HUB / "base")
     with pytest.raises(FitError, match="behind the embeddings"):

@@ -204,7 +204,7 @@ def test_texts_are_cut_and_begun_as_the_tokenizer_begins_them(tmp_path: Path) ->
 
 def test_pieces_have_room_for_the_text_behind_what_begins_it(tmp_path: Path) -> None:
     """A baked tokenizer begins every text with its virtual tokens: shorter pieces would have none of the text, or too much."""
-    surgery.prompt_bake(BASE, PROMPT, output=tmp_path / "baked")
+    surgery.prompt_bake(PROMPT, BASE, output=tmp_path / "baked")
     text = "The following methods can be defined to emulate numeric objects."
     for length in (2, 10, 17):
         with pytest.raises(FitError, match="begins a text with 17 tokens"):

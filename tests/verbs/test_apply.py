@@ -181,7 +181,7 @@ MANIFESTS: Mapping[str, Any] = {
     ),
     "fresh": lambda out: surgery.insert("examples/base", new="lora", rank=2, seed=5, output=out),
     "unmerged": lambda out: surgery.insert("examples/base", "examples/lora", unmerged=True, output=out),
-    "prompt": lambda out: surgery.prompt_bake("examples/base", "examples/prompt", output=out),
+    "prompt": lambda out: surgery.prompt_bake("examples/prompt", "examples/base", output=out),
     "convert": lambda out: surgery.convert("examples/lora", "mlx", output=out),
     "export": lambda out: surgery.export_onnx("examples/base", merge="examples/lora", output=out, target="cpu"),
     "recipe": lambda out: surgery.apply(write(CHAIN), output=out),

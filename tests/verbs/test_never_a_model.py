@@ -74,7 +74,7 @@ def _in_the_place_of_a_model(path: str, out: str) -> Mapping[str, list[str]]:
         "fold": [path, "-o", out],
         "strip": [path, "-o", out],
         "prompt nearest": [PROMPT, path],
-        "prompt bake": [path, PROMPT, "--as", "tokens", "-o", out],
+        "prompt bake": [PROMPT, path, "--as", "tokens", "-o", out],
         "run": [path, "--prompt", "x"],
         "bench": [path],
     }

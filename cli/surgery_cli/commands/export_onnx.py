@@ -109,6 +109,7 @@ __all__ = ["command"]
     help="Measure on this text what a graph of fp16 stores, against its largest number; words: on tokens of BASE's own.",
 )
 @click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option("--inputs-embeds", is_flag=True, help="A decoder takes embeddings; embed_tokens.onnx makes them of ids.")
 @click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
 @click.option(
     "--opset",

@@ -96,8 +96,8 @@ def nearest(
 
 
 @subcommand("bake")
-@click.argument("base", shell_complete=complete_files)
-@click.argument("prompt", required=False, shell_complete=complete_files)
+@click.argument("prompt", metavar="[PROMPT]", shell_complete=complete_files)
+@click.argument("base", required=False, metavar="BASE", shell_complete=complete_files)
 @option.output("Folder to make; it must not exist yet.")
 @option.choice("--as", "form", values=("tokens", "kv"), help="Tokens of the vocabulary, or keys and values.")
 @click.option("--text", metavar="TEXT", help="A text in place of PROMPT, as keys and values.")
@@ -112,7 +112,7 @@ def nearest(
 @click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
 @option.dry_run("Show what would be written; write nothing.")
 @option.overwrite()
-def bake(settings: Settings, base: str, prompt: str | None, output: Path | None, **options: Any) -> None:
+def bake(settings: Settings, prompt: str | None, base: str | None, output: Path | None, **options: Any) -> None:
     """Bake PROMPT into the files of BASE.
 
     Programs that know nothing of soft prompts serve the result.
@@ -123,14 +123,16 @@ def bake(settings: Settings, base: str, prompt: str | None, output: Path | None,
 
     \b
     Examples:
-      surgery prompt bake llama/ my-prompt/ -o llama-prompted/
-      surgery prompt bake llama/ my-prefix/ -o prefix/ --as kv
+      surgery prompt bake my-prompt/ llama/ -o llama-prompted/
+      surgery prompt bake my-prefix/ llama/ -o prefix/ --as kv
       surgery prompt bake llama/ -o system/ --as kv --text "You are a pirate."
     """
     from surgery.verbs.prompt_bake import prompt_bake
 
+    if base is None:  # of one operand it is the model
+        prompt, base = None, prompt
     with bar(settings, "baking") as progress:
-        result = prompt_bake(base, prompt, output=output, progress=progress, **options)
+        result = prompt_bake(prompt, base, output=output, progress=progress, **options)
     show_output("prompt bake", result, settings, output)
 
 

@@ -47,6 +47,13 @@ __all__ = ["command"]
     help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
 )
 @click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of text, for models of images: pixel_values (.npy).",
+)
+@click.option(
     "--start",
     metavar="1,5,9",
     callback=option.first_ids,
@@ -66,7 +73,7 @@ __all__ = ["command"]
     "adapters",
     multiple=True,
     metavar="FILE",
-    help=".onnx_adapter for the slots; several add up. Or NAME: one that is inside. Either at a strength: FILE=0.5.",
+    help=".onnx_adapter for the slots; several add up, unlike in onnxruntime. Or NAME: one inside. Either at a strength: FILE=0.5.",
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
@@ -96,6 +103,7 @@ def command(
       surgery run out/ -p "Who wrote it?" --chat --stop "###"
       surgery run qa/ --pair "Who wrote it?" "It was written by ..."
       surgery run whisper/ --audio talk.wav
+      surgery run vit/ --images cat.npy
     """
     from surgery.onnx.run.batch_file import read_batch
     from surgery.onnx.run.sampling import Sampling
@@ -104,13 +112,13 @@ def command(
     from surgery.verbs.run import run
 
     inputs: list[Any] = [*texts, *pairs, *ids, *(read_batch(batch) if batch is not None else [])]
-    if not inputs and not options["audio"]:
+    if not inputs and not options["audio"] and not options["images"]:
         raise click.UsageError(
-            "nothing to run on; give -p TEXT, --pair, --batch, --ids or --audio", click.get_current_context()
+            "nothing to run on; give -p TEXT, --pair, --batch, --ids, --audio or --images", click.get_current_context()
         )
     if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
-    single = len(inputs or options["audio"]) == 1 and not settings.json
+    single = len(inputs or options["audio"] or options["images"]) == 1 and not settings.json
 
     def on_text(row: int, text: str) -> None:
         interruption.check()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
+from surgery.onnx.graph.contract import from_metadata
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.weight_files import holds_weights
@@ -95,6 +97,7 @@ def write_edited(
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     changed = changed or {}
+    _forget_companion(model, graph.path)
     inside = [name for name in changed if name not in graph.tensors or graph.tensors[name].file is graph.file]
     _change_inside(model, {name: changed[name] for name in inside})
     data = model.SerializeToString(deterministic=True)
@@ -126,6 +129,17 @@ def write_edited(
         account = {"plan": job, "inputs": {name: fingerprint(graph.file)}, **facts}
         folder.commit(account | recorded_recipe())
     return len(data) + sum(file.size for file in graph.external) + sum(map(len, files.values()))
+
+
+def _forget_companion(model: onnx.ModelProto, path: Path) -> None:
+    """A second graph for several rows on top of a past is not edited with the first: rows then go one by one."""
+    props = {prop.key: prop.value for prop in model.metadata_props}
+    contract = from_metadata(props, path)
+    if contract is None or not contract.prefill:
+        return
+    props |= replace(contract, prefill="").as_metadata()
+    for prop in model.metadata_props:
+        prop.value = props[prop.key]
 
 
 def _location(graph: OnnxGraph, path: Path) -> str:

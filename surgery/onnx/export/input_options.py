@@ -11,7 +11,7 @@ from surgery.onnx.export.sentence import sentence_file
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["with_logits", "with_positions", "with_required", "with_sentence"]
+__all__ = ["with_embeddings", "with_logits", "with_positions", "with_required", "with_sentence"]
 
 
 def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
@@ -61,6 +61,29 @@ def with_positions(assembly: Assembly, asked: bool) -> Assembly:
         what = "with a soft prompt, its positions" if assembly.prompts else "without a cache, its positions"
         raise FitError(f"{what} are counted by the graph", hint="without `position_ids=`")
     return replace(assembly, options=replace(assembly.options, position_ids=asked))
+
+
+def with_embeddings(assembly: Assembly, asked: bool, layout: str) -> Assembly:
+    """The same with embeddings as input instead of token ids, if that is asked for.
+
+    Raises:
+        FitError: a model that does not generate, or in which more than an embedding tells an image from a text; a soft prompt;
+            a layout in which nobody looks for the graph that makes embeddings.
+    """
+    if not asked:
+        return assembly
+    model = assembly.model
+    if not model.generates or model.encoder is not None:
+        raise FitError("only decoders that generate take embeddings", hint="without `inputs_embeds=`")
+    if model.only_text:
+        raise FitError(
+            f"embeddings of images would be read as a text's: {model.only_text}", hint="without `inputs_embeds=`"
+        )
+    if assembly.prompts:
+        raise FitError("a soft prompt stands before tokens, not before embeddings", hint="without `inputs_embeds=`")
+    if layout != "plain":
+        raise FitError(f"the layout {layout} has no place for the graph of embeddings", hint='`layout="plain"`')
+    return replace(assembly, options=replace(assembly.options, inputs_embeds=True))
 
 
 def with_sentence(assembly: Assembly) -> Assembly:

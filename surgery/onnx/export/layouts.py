@@ -101,7 +101,11 @@ def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: b
         )
     if layout.name == "genai" and not genai:
         raise FitError("onnxruntime-genai runs decoders that generate", hint='`layout="plain"`')
-    if layout.name == "sentence-transformers" and contract.task == "text-generation":
+    if layout.name == "triton" and contract.encoder:
+        raise FitError(
+            "one model of Triton is one graph, and this has an encoder's and a decoder's", hint='`layout="plain"`'
+        )
+    if layout.name == "sentence-transformers" and contract.kind == "decoder":
         raise FitError("sentence-transformers runs no graph that generates", hint='`task="feature-extraction"`')
     if layout.numbered and contract.encoder and contract.weights and not embedded:
         raise FitError(f"{layout.name} looks for weights of each graph of an encoder-decoder", hint='`weights="embed"`')
@@ -111,7 +115,8 @@ def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: b
 
 def layout_warnings(layout: Layout, contract: Contract) -> list[str]:
     """What the program does that the graph does not take."""
-    if contract.kind == "decoder" and contract.padding == "right" and layout.name in ("transformers.js", "optimum"):
+    pads = layout.name in ("transformers.js", "optimum") and not contract.encoder
+    if contract.kind == "decoder" and contract.padding == "right" and pads:
         return [
             f"{layout.name} pads the rows of a batch on the left, for which this graph answers NaN: one row at a time, "
             "or --target portable"

@@ -114,7 +114,10 @@ class ExportResult:
     def _command(self) -> Iterator[Piece]:
         yield "surgery run "
         yield _quoted(self.output)
-        yield ' -p "..."' if (self.output / "tokenizer.json").exists() else " --ids 1,2,3"
+        if self.contract.task == "automatic-speech-recognition":
+            yield " --audio talk.wav"
+        else:
+            yield ' -p "..."' if (self.output / "tokenizer.json").exists() else " --ids 1,2,3"
         for adapter in self.contract.adapters:
             if adapter["mode"] == "swapped":
                 yield " --adapter "

@@ -56,7 +56,9 @@ def cached_attention(
 def project(ctx: Context, record: Attention, x: str, at: str) -> tuple[str, ...]:
     """Queries, keys and values as one value side by side, or as three; in the rank of the hidden states."""
     if record.layout == "separate":
-        packed = joined(ctx, record.inputs, x)
+        also = record.disentangled  # projections that distances take too keep slots of their own
+        alone = also is not None and not {also.keys, also.queries}.isdisjoint(record.inputs)
+        packed = None if alone else joined(ctx, record.inputs, x)
         values = (packed,) if packed else tuple(linear(ctx, projection, x) for projection in record.inputs)
         return tuple(_clipped(ctx, record, value, at) for value in values)
     value = _clipped(ctx, record, linear(ctx, record.inputs[0], x), at)

@@ -13,7 +13,7 @@ import xxhash
 from surgery.onnx.graph.coded import GraphCodes, by_format
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.contract import Contract, WeightFile
-from surgery.onnx.graph.decoder import decoder
+from surgery.onnx.graph.decoder import decoder, embedding_graph
 from surgery.onnx.graph.dims import BATCH
 from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
@@ -41,7 +41,10 @@ from surgery_formats.models.families.recipe import (
 from surgery_formats.models.families.tasks import task_of
 from surgery_formats.tensors.unwritten import UnwrittenFile
 
-__all__ = ["GraphOptions", "GraphSet", "build", "takes_grouped", "weight_file"]
+__all__ = ["EMBEDDER", "GraphOptions", "GraphSet", "build", "takes_grouped", "weight_file"]
+
+EMBEDDER = "embed_tokens.onnx"
+"""The graph that makes embeddings of token ids, as transformers.js and optimum name it."""
 
 _HEAD_UNIT = 8  # GroupQueryAttention needs heads of a multiple of this many values
 _LABELS = {DType.F32: "fp32", DType.F16: "fp16", DType.BF16: "bf16"}
@@ -67,6 +70,7 @@ class GraphOptions:
         contract: Further fields of the contract.
         position_ids: Whether a decoder takes positions as an input.
         keep_logits: Whether it takes the number of last positions whose logits are computed as an optional input.
+        inputs_embeds: Whether a decoder takes embeddings instead of ids, and a graph of its own makes them of ids.
         opset: Set of operators; None for the least that the graph needs.
     """
 
@@ -84,6 +88,7 @@ class GraphOptions:
     contract: Mapping[str, Any] = field(default_factory=dict)
     position_ids: bool = False
     keep_logits: bool = False
+    inputs_embeds: bool = False
     opset: int | None = None
 
 
@@ -130,6 +135,18 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
         return _pair(component, model, replace(options, target=standard(options.target)), length)
     graphs: dict[str, onnx.ModelProto] = {}
     contract = _contract(component, model, options, length)
+    embedding_files: list[File | UnwrittenFile] = []
+    if options.inputs_embeds:
+        ctx = _new_context(component, model, replace(options, slotted=frozenset(), keep_logits=False))
+        embedding_graph(ctx, model)
+        embedding_files += ctx.weights.files
+        own = replace(
+            contract, kind="encoder", task="feature-extraction", padding="any", cache="none", layers=0, state=()
+        )
+        own = replace(own, convolutions=(), **_built_parts(ctx))
+        graphs[EMBEDDER] = _finished(ctx, own, options)
+        contract = replace(contract, embedder=EMBEDDER)
+        options = replace(options, virtual=replace(options.virtual, embedded=True))
     if options.target.attention == "gqa":
         contract = replace(contract, prefill_batch=False)
         if options.prefill:
@@ -142,7 +159,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     contract = replace(contract, **_built_parts(ctx))
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
-    return GraphSet(graphs, contract, model, ctx.graph.nodes, tuple(ctx.weights.files), inputs)
+    files = tuple(dict.fromkeys([*ctx.weights.files, *embedding_files]))
+    return GraphSet(graphs, contract, model, ctx.graph.nodes, files, inputs)
 
 
 def takes_grouped(attention: Attention) -> bool:
@@ -167,6 +185,8 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
         encoder=ENCODER,
         **_built_parts(parts.first),
     )
+    codes = parts.encoder.weights.used_codes | parts.first.weights.used_codes
+    contract = replace(contract, quantised=by_format(codes.values()))  # of all graphs: the model is told by this one
     graphs = {ENCODER: _finished(parts.encoder, encoder_contract, options)}
     if options.prefill:
         graphs[FIRST] = _finished(parts.first, contract, options)
@@ -278,7 +298,7 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
     )
     convolved = [layer.attention for layer in model.layers if layer.attention.convolution is not None]
     if convolved and model.generates:
-        if options.virtual.past or options.virtual.embedded:
+        if options.virtual.past:
             raise FitError("prompts in front of a model with short convolutions are not supported", file="config.json")
         places = (n for n, layer in enumerate(model.layers) if layer.attention.convolution is not None)
         width, kernel = convolved[0].output.inputs, max(one.convolution.kernel for one in convolved if one.convolution)

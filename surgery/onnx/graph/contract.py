@@ -49,8 +49,9 @@ _LATER = (
     "encoder",
     "convolutions",
     "state",
+    "embedder",
 )  # fields that are left out where empty, so that runners of before take the graph
-_TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder")
+_TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder", "embedder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ class Contract:
         convolutions: Layers with a short convolution instead of a cache: ``past_conv.N`` and ``present_conv.N`` ``(B, *state)``,
             zero at first.
         state: Channels and tokens of these, or nothing.
+        embedder: File of the graph that makes a decoder's ``inputs_embeds`` of token ids, or empty if it takes the ids.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -183,6 +185,7 @@ class Contract:
     encoder: str = ""
     convolutions: tuple[int, ...] = ()
     state: tuple[int, ...] = ()
+    embedder: str = ""
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""

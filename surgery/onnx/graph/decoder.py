@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from surgery.onnx.graph.attention import cached_attention
 from surgery.onnx.graph.context import CacheValues, Context, ResidualStream, module_of
@@ -20,7 +21,7 @@ from surgery.onnx.graph.virtual_tokens import completed_mask, in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, Layer, Model
 
-__all__ = ["decoder", "embedded"]
+__all__ = ["decoder", "embedded", "embedding_graph"]
 
 
 def decoder(ctx: Context, model: Model, max_length: int) -> None:
@@ -72,6 +73,16 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         shape = (BATCH, layer.attention.kv_heads, TOTAL, layer.attention.head_dim)
         graph.output(values.present_key, ctx.io, shape)
         graph.output(values.present_value, ctx.io, shape)
+
+
+def embedding_graph(ctx: Context, model: Model) -> None:
+    """Build the graph that makes ``inputs_embeds (B, S, width)`` of ``input_ids (B, S)``: what the decoder takes instead."""
+    record = model.embedding
+    ctx.graph.input(ctx.ids, DType.I64, (BATCH, SEQUENCE))
+    own = record if record.scale_rounded else replace(record, scale=1.0)  # other scales belong to the decoder
+    x = token_rows(ctx, replace(model, embedding=own))
+    x = ctx.batched(x, "", out="inputs_embeds") if ctx.flat else ctx.graph.rename(x, "inputs_embeds")
+    ctx.graph.output(x, ctx.io, (BATCH, SEQUENCE, model.embedded[0]))
 
 
 def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:

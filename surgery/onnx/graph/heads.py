@@ -126,6 +126,11 @@ def _classifier_head(ctx: Context, record: ClassifierHead, x: str) -> None:
 def _span_head(ctx: Context, record: SpanHead, x: str) -> None:
     """Add the outputs ``start_logits (B, S)`` and ``end_logits (B, S)``."""
     at = module_of(record.projection.weight)
+    if record.before is not None:
+        projection, activation = record.before
+        x = activate(ctx, activation, linear(ctx, projection, x), module_of(projection.weight))
+    if record.norm is not None:
+        x = norm(ctx, record.norm, x, record.projection.inputs, module_of(record.norm.weight))
     both = _tokens(ctx, linear(ctx, record.projection, x), at)
     for index, name in enumerate(("start_logits", "end_logits")):
         ctx.graph.node("Gather", [both, ctx.graph.number(index, DType.I64)], at, out=name, axis=2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,6 +21,7 @@ from surgery.engine.ledger import Measurement
 from surgery.engine.merge.merge_plan import merge_facts
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile, TensorOutcome
 from surgery.onnx.edit.ranges import warning_of_ranges
+from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.locate.matrix import Matrix
 from surgery.onnx.merge.changes import TensorChange
 from surgery.onnx.merge.coded_weight import CodedWeight
@@ -29,6 +30,7 @@ from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import FileRecord
+from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import File, open_file, stays_inside
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.plain import Elements, Plain
@@ -125,6 +127,7 @@ def plan_graph(graph: OnnxGraph, changes: Sequence[TensorChange], binding: Bindi
     folder = graph.path.parent
     files = [_file(file, _name(file, folder), graph, computed) for file in graph.files]
     side = _beside(folder, {file.name for file in files}) if files else []
+    side += _companion(graph, {file.name for file in files})
     facts = merge_facts(binding)
     facts["graph"] = {file.name: fingerprint(opened) for file, opened in zip(files, graph.files, strict=True)}
     checkpoint = binding.checkpoint
@@ -219,6 +222,20 @@ def _beside(folder: Path, written: set[str]) -> list[SideFile]:
         if known and path.name not in written and path.is_file() and stays_inside(path):
             found.append(SideFile(path.name, path))
     return found
+
+
+def _companion(graph: OnnxGraph, files: Collection[str]) -> list[SideFile]:
+    """The second graph of an export, for several rows on top of a past, where it has its weights in the same files."""
+    from surgery_formats.containers.onnx import open_graph
+
+    contract = from_metadata({prop.key: prop.value for prop in graph.proto.metadata_props}, graph.path)
+    if contract is None or not contract.prefill or not is_safe_name(contract.prefill):
+        return []
+    path = graph.path.parent / contract.prefill
+    if not path.is_file() or not stays_inside(path):
+        return []
+    weights = {file.path.relative_to(path.parent).as_posix() for file in open_graph(path).external}
+    return [SideFile(contract.prefill, path)] if weights <= set(files) else []
 
 
 def prove_structure(path: Path, graph: OnnxGraph) -> None:

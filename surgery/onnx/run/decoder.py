@@ -70,6 +70,9 @@ def make_decoder(
     contract = graph.contract
     if contract.kind != "decoder":
         raise FitError("this graph is an encoder and cannot generate", file=graph.path)
+    if contract.embedder:
+        text = f"this graph takes embeddings: {contract.embedder} makes them of token ids"
+        raise FitError(text, file=graph.path, hint="export it without `inputs_embeds=`")
     length = contract.max_length if max_length is None else max_length
     tokens = past.tokens if past else 0
     if length > contract.max_length:

@@ -18,7 +18,16 @@ from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
-__all__ = ["Classifier", "EncoderOutput", "adapter_labels", "encode", "labels", "vocabulary"]
+__all__ = [
+    "Classifier",
+    "EncoderOutput",
+    "adapter_labels",
+    "encode",
+    "labels",
+    "problem_of",
+    "run_encoder",
+    "vocabulary",
+]
 
 
 _OF_CHOICES = 3  # axes of an input of choices: all rows are those of one question
@@ -153,7 +162,19 @@ def encode(
     }
     if len(graph.inputs["input_ids"].shape) == _OF_CHOICES:
         known = {name: array[None] for name, array in known.items()}
-    binding, slots = graph.session.io_binding(), slots or {}
+    arrays = run_encoder(graph, known, slots or {})
+    return EncoderOutput(arrays, tuple(len(row) for row in rows), problem or problem_of(graph))
+
+
+def run_encoder(
+    graph: GraphSession, known: Mapping[str, npt.NDArray[Any]], slots: Mapping[str, npt.NDArray[Any]]
+) -> dict[str, npt.NDArray[Any]]:
+    """All outputs for the inputs `known`, of which the graph takes those that it has, and `slots`.
+
+    Raises:
+        FitError: an input that is none of these.
+    """
+    binding = graph.session.io_binding()
     buffers = []  # alive until the run is over
     for name, array in slots.items():
         buffers.append(graph.memory.allocate(array.nbytes))
@@ -173,8 +194,7 @@ def encode(
         binding.bind_output(name, "cpu")
     execute(graph.session, binding, run_options())
     values = dict(zip(graph.outputs, binding.get_outputs(), strict=True))
-    arrays = {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
-    return EncoderOutput(arrays, tuple(len(row) for row in rows), problem or _problem(graph))
+    return {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
 
 
 def _setting(graph: GraphSession, key: str) -> object:
@@ -185,7 +205,8 @@ def _setting(graph: GraphSession, key: str) -> object:
         return None
 
 
-def _problem(graph: GraphSession) -> str:
+def problem_of(graph: GraphSession) -> str:
+    """``problem_type`` of config.json, or empty."""
     value = _setting(graph, "problem_type")
     return value if isinstance(value, str) else ""
 

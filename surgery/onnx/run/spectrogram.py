@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery.onnx.run.arrays import check_file, read_array
+from surgery_formats.errors import FitError, MalformedError
 
 __all__ = ["log_mel", "read_sound"]
 
@@ -21,7 +22,6 @@ Array = npt.NDArray[Any]
 
 _RATE, _WINDOW, _STEP = 16000, 400, 160
 _LINEAR, _KNEE = 200 / 3, 1000.0  # hertz per mel below the knee, and the knee; a factor of 6.4 every 27 mels above
-_LARGEST = 1 << 30  # bytes of a file
 
 
 def read_sound(file: Path, bins: int, frames: int) -> Array:
@@ -32,15 +32,9 @@ def read_sound(file: Path, bins: int, frames: int) -> Array:
         MalformedError: it cannot be read.
         FitError: another kind, rate or size.
     """
-    if not file.is_file():
-        raise NotFoundError("no such file", file=file)
-    if file.stat().st_size > _LARGEST:
-        raise FitError(f"has {file.stat().st_size} bytes (at most {_LARGEST} are read)", file=file)
+    check_file(file)
     if file.suffix == ".npy":
-        try:
-            values = np.load(file, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise MalformedError("not an array", file=file) from error
+        values = read_array(file)
         values = values[0] if values.ndim == 3 and len(values) == 1 else values
         if values.shape != (bins, frames) or values.dtype.kind != "f":
             raise FitError(

@@ -189,6 +189,7 @@ def _family(name: str) -> Family:
         embedding="model.shared",
         head="lm_head",
         tied=True,
+        inseparable="transformers 5 ties the embeddings of encoder and decoder by the same switch as the head",
         ties=tuple((f"model.{side}.embed_tokens.weight", "model.shared.weight") for side in ("encoder", "decoder")),
         recipe=recipe,
     )

@@ -19,10 +19,11 @@ from surgery_formats.models.families.recipe import (
     Norm,
     Projection,
     Rope,
+    SpanHead,
 )
 from surgery_formats.models.families.rope import ropes_of
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
-from surgery_formats.models.families.tasks import labels
+from surgery_formats.models.families.tasks import labels as labels_of
 
 __all__ = ["FAMILY"]
 
@@ -69,10 +70,13 @@ def recipe(settings: ModelSettings) -> Model:
     if pooling not in ("cls", "mean"):
         raise settings.fault("classifier_pooling must be cls or mean")
 
-    def scores(*, every: bool) -> ClassifierHead:
-        last = projection("classifier", sizes.hidden, labels(settings), True)
+    def scores(labels: int, *, every: bool = False, choices: bool = False) -> ClassifierHead:
         tokens: Literal["every", "first", "mean"] = "every" if every else "first" if pooling == "cls" else "mean"
-        return ClassifierHead(tokens, (step, (last, None)), norm=norm("head.norm"))
+        last = projection("classifier", sizes.hidden, labels, True)
+        return ClassifierHead(tokens, (step, (last, None)), choices=choices, norm=norm("head.norm"))
+
+    def spans() -> SpanHead:
+        return SpanHead(projection("classifier", sizes.hidden, 2, True), step, norm("head.norm"))
 
     def language() -> LanguageHead:
         weight = table if settings.flag("tie_word_embeddings", default=True) else "decoder.weight"
@@ -87,10 +91,11 @@ def recipe(settings: ModelSettings) -> Model:
         final_norm=norm(f"{root}final_norm"),
         head_modules=("head", "decoder"),
         heads={
-            "text-classification": lambda: scores(every=False),
-            "token-classification": lambda: scores(every=True),
+            "text-classification": lambda: scores(labels_of(settings)),
+            "token-classification": lambda: scores(labels_of(settings), every=True),
+            "multiple-choice": lambda: scores(1, choices=True),
             "fill-mask": language,
-            "question-answering": None,
+            "question-answering": spans,
         },
     )
 

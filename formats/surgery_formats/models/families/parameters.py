@@ -18,6 +18,7 @@ from surgery_formats.models.families.recipe import (
     Norm,
     PooledHead,
     Projection,
+    SpanHead,
 )
 from surgery_formats.models.families.recipe_sentence import DenseStep, SentenceHead
 from surgery_formats.models.families.registry import families, family_of
@@ -162,6 +163,9 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         project(*(step.projection for step in head.steps if isinstance(step, DenseStep)))
     else:
         project(head.projection)
+    if isinstance(head, SpanHead):
+        project(head.before[0] if head.before else None)
+        normalise(head.projection.inputs, head.norm)
     if isinstance(head, LanguageHead):
         project(head.before)
         normalise(head.projection.inputs, head.norm)

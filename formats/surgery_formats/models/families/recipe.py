@@ -281,9 +281,13 @@ class SpanHead:
 
     Attributes:
         projection: ``D`` to two values.
+        before: Projection in front of it, and its activation (ModernBERT), or None.
+        norm: Norm of their result, or None.
     """
 
     projection: Projection
+    before: tuple[Projection, Activation] | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +381,7 @@ class Model:
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
         encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
         convolution: Convolution behind the first layer (DeBERTa), or None.
+        only_text: Why embeddings of anything but text cannot take the place of tokens; empty if they can.
     """
 
     kind: Literal["decoder", "encoder"]
@@ -390,6 +395,7 @@ class Model:
     unused: Mapping[str, str] = field(default_factory=dict)
     encoder: Model | None = None
     convolution: Convolution | None = None
+    only_text: str = ""
 
     @property
     def generates(self) -> bool:

@@ -168,7 +168,7 @@ def head_names(head: Head) -> set[str]:
         case ClassifierHead():
             projections: list[Projection | None] = [step for step, _ in head.steps]
         case SpanHead():
-            projections = [head.projection]
+            projections = [head.projection, head.before[0] if head.before else None]
         case HiddenHead():
             projections = [head.pooler]
         case PooledHead():
@@ -178,7 +178,7 @@ def head_names(head: Head) -> set[str]:
         case _:
             projections = [head.before, head.projection]
     names = {name for one in projections if one is not None for name in (one.weight, one.bias)}
-    norm = head.norm if isinstance(head, LanguageHead | ClassifierHead) else None
+    norm = head.norm if isinstance(head, LanguageHead | ClassifierHead | SpanHead) else None
     return (names | ({norm.weight, norm.bias} if norm else set())) - {""}
 
 

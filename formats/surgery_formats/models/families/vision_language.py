@@ -62,6 +62,11 @@ _TEXT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 _TIED = ("gemma3", "mistral3", "internvl")
 
+_ONLY_TEXT = {
+    "gemma3": "the tokens of an image see each other in both directions",
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "images have positions in height and width"),
+}
+
 _PLAIN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", _QWEN2_VL),
     "qwen2_5_vl_text": ("qwen2", _QWEN2_VL),
@@ -90,9 +95,8 @@ def recipe(settings: ModelSettings) -> Model:
         raise settings.fault(f"text_config is of model_type '{show(text.get('model_type'), 40)}', which has no recipe")
     model = family.recipe(inner)
     own = (inner.root, f"{inner.head}.")
-    return replace(
-        model, unused={**dict.fromkeys((n for n in settings.names if not n.startswith(own)), _UNUSED), **model.unused}
-    )
+    unused = dict.fromkeys((name for name in settings.names if not name.startswith(own)), _UNUSED)
+    return replace(model, unused={**unused, **model.unused}, only_text=_ONLY_TEXT.get(outer, ""))
 
 
 def _plain(settings: ModelSettings, text: dict[str, Any]) -> dict[str, Any]:
