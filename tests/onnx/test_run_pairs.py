@@ -173,7 +173,7 @@ def test_sound_that_is_not_read_is_refused(tmp_path, whisper):
         surgery.run(out, audio=tmp_path / "e.mp3")
     with pytest.raises(FitError, match="reads sound"):
         surgery.run(out, [[3, 4]])
-    with pytest.raises(FitError, match="text and sound"):
+    with pytest.raises(FitError, match="at once"):
         surgery.run(out, [[3, 4]], audio=whisper / "0.npy")
     with pytest.raises(FitError, match="beyond its vocabulary"):
         surgery.run(out, audio=whisper / "0.npy", start=[99])
