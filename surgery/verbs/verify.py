@@ -310,7 +310,7 @@ def _graphs(
     for graph in graphs if main.contract.encoder else (main,):
         reference = with_defaults(graph, reference)
     if own_task(main.contract) != main.contract.task:
-        reference = with_sentence_modules(reference, where if base is None else base.main.folder)
+        reference = with_sentence_modules(reference, side_folder(path) if base is None else base.main.folder)
     if main.contract.quantised:
         checks.append(_codes(where, main, names, base, roles))
         notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]

@@ -43,7 +43,15 @@ def test_every_recipe_is_compared_with_transformers() -> None:
     assert set(KNOWN) <= {row.type for row in exported() if row.cases}
 
 
-@pytest.mark.parametrize("kind", KNOWN)
+@pytest.mark.parametrize(
+    ("kind", "words"), [("glm4_moe", "not a multiple"), ("clip", "two towers"), ("siglip", "two towers")]
+)
+def test_what_the_defaults_of_transformers_make_no_one_model_of_is_refused(kind: str, words: str) -> None:
+    with pytest.raises(FitError, match=words):
+        model_of({"model_type": kind}, HEAD)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KNOWN if kind not in ("glm4_moe", "clip", "siglip")])
 def test_missing_keys_have_the_defaults_of_transformers(kind: str) -> None:
     full = json.loads(transformers.CONFIG_MAPPING[kind]().to_json_string(use_diff=False))
     assert model_of({"model_type": kind}, HEAD) == model_of({**full, "architectures": None}, HEAD)
@@ -220,7 +228,7 @@ def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: A
         ("llama", "num_key_value_heads", 3, "multiple"),
         ("llama", "num_hidden_layers", 1 << 30, "whole number"),
         ("bert_sequence", "num_attention_heads", 5, "multiple"),
-        ("llama", "hidden_act", "quick_gelu", "quick_gelu"),
+        ("llama", "hidden_act", "mish", "mish"),
         ("llama", "rms_norm_eps", "1e-5", "number"),
         ("llama", "rms_norm_eps", 0, "above 0"),
         ("llama", "attention_bias", 1, "true or false"),

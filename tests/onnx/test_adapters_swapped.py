@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from surgery import combine
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.run import run
@@ -182,3 +183,35 @@ def test_required_slots_are_inputs_that_every_runtime_passes(base, adapters, tar
 def test_slots_that_are_not_there_or_hold_the_bases_values_cannot_be_required(base, adapters, tmp_path):
     with pytest.raises(FitError, match="no slots to require"):
         export_onnx(base, adapters["qv"], output=tmp_path / "out", required=True)
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_the_adapter_that_does_nothing_switches_slots_off(base, adapters, required, tmp_path):
+    export_onnx(base, swap=[adapters["qv"]], output=tmp_path / "out", required=required)
+    expected = trained.logits(recipes.load("llama", base), IDS)
+    plain = Plain(tmp_path / "out" / "model.onnx")
+    nothing = tmp_path / "out" / "none.onnx_adapter"
+    if required:  # onnxruntime's Python checks inputs before it looks at adapters
+        plain.past = {**plain.past, **read_adapter_file(nothing)}
+    found = swapped(plain, *([] if required else [nothing]))
+    assert np.abs(found - expected).max() <= TOLERANCE
+    none = run(tmp_path / "out", IDS.tolist(), max_new=3, adapters=tmp_path / "out" / "none.onnx_adapter")
+    assert none.texts[0].tokens == run(tmp_path / "out", IDS.tolist(), max_new=3).texts[0].tokens
+
+
+def test_onnxruntime_takes_the_first_of_two_adapters_and_run_adds_them(base, adapters, tmp_path):
+    """Why `run` and docs/deploying.md do not leave it to onnxruntime; `combine` makes one adapter of two."""
+    out = tmp_path / "out"
+    export_onnx(base, swap=[adapters["all"], adapters["rs"]], output=out)
+    plain = Plain(out / "model.onnx")
+    files = [out / "adapters" / f"{name}.onnx_adapter" for name in ("all", "rs")]
+    both = swapped(plain, *files)
+    assert np.array_equal(both, swapped(plain, files[0]))
+    combined = combine([adapters["all"], adapters["rs"]], output=tmp_path / "one")
+    export_onnx(base, swap=[combined.output], output=tmp_path / "combined")
+    added = swapped(
+        Plain(tmp_path / "combined" / "model.onnx"), tmp_path / "combined" / "adapters" / "one.onnx_adapter"
+    )
+    attached = trained.logits(trained.attached("llama", base, (adapters["all"], 1.0), (adapters["rs"], 1.0)), IDS)
+    assert np.abs(added - attached).max() <= TOLERANCE
+    assert np.abs(added - both).max() > 0.01

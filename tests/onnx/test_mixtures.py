@@ -168,3 +168,14 @@ def test_what_no_recipe_covers_is_refused(name, fields, fault, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(FitError, match=fault):
         export_onnx(base, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "coded"), [("mixtral", True), ("granitemoe", False)])
+def test_codes_of_experts(name, coded, tmp_path):
+    base = recipes.build(name, tmp_path / "base", hidden_size=64, intermediate_size=64)
+    result = export_onnx(base, output=tmp_path / "out", target="cpu", weights_type="int4")
+    graph = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph
+    operators = {node.op_type for node in graph.node if ".experts." in node.name or "_linear" in node.name}
+    assert ("MatMulNBits" in operators) is coded
+    assert any("stacked experts keep their type" in text for text in result.warnings) is not coded
+    verify(tmp_path / "out")

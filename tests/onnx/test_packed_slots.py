@@ -150,3 +150,11 @@ def test_parts_of_a_slot_are_checked(parts: Any) -> None:
     stated["slots"][0]["parts"] = parts
     with pytest.raises(MalformedError):
         from_metadata({"surgery.contract": json.dumps(stated)})
+
+
+def test_a_packed_slot_is_not_filled_module_by_module(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], packed=True)
+    with pytest.raises(FitError, match="for several weights at once"):
+        surgery.convert(
+            adapters["some"], to="onnx-adapter", graph=tmp_path / "out" / "model.onnx", output=tmp_path / "a", base=base
+        )

@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
     from surgery.onnx.export.slots import Swappable
 
-__all__ = ["ROWS", "Assembly", "Form", "prompt_form"]
+__all__ = ["NONE", "ROWS", "Assembly", "Form", "prompt_form"]
+
+NONE = "none.onnx_adapter"
+"""The adapter that does nothing: for slots that are required, and against a default past."""
 
 ROWS = "rows.onnx"
 """A second graph beside one with keys and values: same weights, rows after the vocabulary, for onnxruntime-genai."""
@@ -145,6 +148,7 @@ class Assembly:
         ]
         if self.form == "kv":
             names += [self._prompt_file(prompt) for prompt in self.prompts]
+        names += [NONE] if self._nothing(draft) else []
         names += [INSERTED] if self.baked is not None else []
         names += [SENTENCE_FILE] if self.sentence is not None and self.sentence.layout is not None else []
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
@@ -171,6 +175,8 @@ class Assembly:
                 files[self._adapter_file(named.name, part)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
+        if nothing := self._nothing(built):
+            files[NONE] = adapter_bytes({name: np.zeros(shape, kind) for name, shape in nothing.items()})
         if self.baked is not None:
             files[INSERTED] = self.baked.data()
         if self.sentence is not None and self.sentence.layout is not None:
@@ -187,6 +193,16 @@ class Assembly:
                 position_ids=self.options.position_ids,
             )
         return files, built, dict(built.graphs)
+
+    def _nothing(self, built: GraphSet) -> dict[str, tuple[int, ...]]:
+        """Shapes of factors of rank 0, and of a past without tokens: what switches everything off."""
+        sizes = _slot_sizes(built)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for slot in built.contract.slots:
+            rows, columns = sizes[slot.weight]
+            shapes |= {slot.A: (rows, 0), slot.B: (0, columns)}
+        past = empty_past(self.model) if self.form == "kv" else {}
+        return shapes | {name: array.shape for name, array in past.items()}
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""

@@ -26,7 +26,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
-from surgery_formats.models.families.parameters import model_of, parameters
+from surgery_formats.models.families.parameters import model_of, parameters, projections
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.nbits import BlockFormat, NBits
@@ -89,7 +89,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         side_files=(),
         accounts=tuple(accounts),
         inputs=merged.inputs + (coding.calibration.files if coding.calibration is not None else ()),
-        warnings=binding.warnings + _rounded_again(drafts, base),
+        warnings=binding.warnings + _rounded_again(drafts, base) + _left_stacks(model, coding),
         facts=facts,
         id=hashlib.sha256(json.dumps([merged.id, coding.facts, io.label], sort_keys=True).encode()).hexdigest(),
     )
@@ -319,6 +319,16 @@ def _stored(component: Component, name: str) -> str:
         return name
     slices = component.names.resolve(name)
     return slices[0].parameter.name if len(slices) == 1 else name
+
+
+def _left_stacks(model: Model, coding: WeightCoding) -> tuple[str, ...]:
+    """Say that experts stored in one tensor are not coded."""
+    stacks = {each.weight for each in projections(model) if each.stack is not None}
+    if not stacks or coding.matmul:
+        return ()
+    return (
+        f"{counted(len(stacks))} tensors of stacked experts keep their type: codes are made of matrices by themselves",
+    )
 
 
 def _rounded_again(drafts: Mapping[str, _Draft], component: Component) -> tuple[str, ...]:

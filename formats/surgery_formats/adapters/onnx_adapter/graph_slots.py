@@ -16,6 +16,7 @@ from surgery_formats.errors import FitError
 
 __all__ = ["FactorInput", "GraphSlot", "GraphSlots", "slots_in"]
 
+_JOINT = "+"  # between weights that share a slot: q_proj+k_proj+v_proj
 _TYPES = {number: dtype for dtype, number in ELEMENTS.items()}
 
 
@@ -89,7 +90,7 @@ def slots_in(path: Path) -> GraphSlots:
 
     Raises:
         InputError: it cannot be read.
-        FitError: it has none, of several types, or as codes.
+        FitError: it has none, of several types, for several weights at once, or as codes.
     """
     graph = open_graph(path)
     proto = graph.proto.graph
@@ -111,6 +112,13 @@ def slots_in(path: Path) -> GraphSlots:
     for A, B in factor_pairs(inputs):
         found = factor_name(A)
         assert found is not None
+        if _JOINT in found.module:
+            raise FitError(
+                "the slot is for several weights at once, which are filled when the graph is exported",
+                file=path,
+                tensor=A,
+                hint="name the adapter at the export: `swap=`",
+            )
         if found.module in by_module:
             raise FitError("two slots are of one module", file=path, tensor=A)
         by_module[found.module] = GraphSlot(found.module, inputs[A], inputs[B])

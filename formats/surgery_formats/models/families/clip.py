@@ -38,7 +38,7 @@ def clip_text(settings: ModelSettings) -> Model:
         head = replace(head, output="text_embeds", projection=projection("text_projection", sizes.hidden, size))
     else:
         settings.raw("projection_dim")
-    return _text_model(settings, root, sizes, layers, head, "decoder")
+    return _text_model(settings, root, sizes, layers, head, "decoder", 1e-5)
 
 
 def siglip_text(settings: ModelSettings) -> Model:
@@ -46,7 +46,7 @@ def siglip_text(settings: ModelSettings) -> Model:
     root, sizes, layers = _text(settings, 64, "gelu_tanh", 1e-6)
     size = settings.count("projection_size", default=sizes.hidden)
     head = PooledHead("pooler_output", "last", projection=projection(f"{root}head", sizes.hidden, size, True))
-    return _text_model(settings, root, sizes, layers, head, "encoder")
+    return _text_model(settings, root, sizes, layers, head, "encoder", 1e-6)
 
 
 def clip_vision(settings: ModelSettings) -> Model:
@@ -152,11 +152,17 @@ def _text(
 
 
 def _text_model(
-    settings: ModelSettings, root: str, sizes: Sizes, layers: tuple[Layer, ...], head: PooledHead, kind: str
+    settings: ModelSettings,
+    root: str,
+    sizes: Sizes,
+    layers: tuple[Layer, ...],
+    head: PooledHead,
+    kind: str,
+    epsilon: float,
 ) -> Model:
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
     at = f"{root}embeddings"
-    final = layer_norm(f"{root}final_layer_norm", settings.positive("layer_norm_eps", default=1e-5))
+    final = layer_norm(f"{root}final_layer_norm", settings.positive("layer_norm_eps", default=epsilon))
     settings.finish()
     return Model(
         kind="decoder" if kind == "decoder" else "encoder",

@@ -14,6 +14,15 @@ from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
 __all__ = ["FAMILY"]
 
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def recipe(settings: ModelSettings) -> Model:
     """Windows in every second layer, a sink per head, biases everywhere, clamped experts (arXiv:2508.10925)."""
@@ -28,9 +37,7 @@ def recipe(settings: ModelSettings) -> Model:
         kv_heads=8,
         head_dim=64,
     )
-    if not (settings.mapping("rope_parameters") or settings.mapping("rope_scaling")):
-        raise settings.fault("rope_parameters is missing")
-    rope, norm = read_rope(settings, sizes, theta=150000.0), rms_norms(settings, 1e-5)
+    rope, norm = read_rope(settings, sizes, theta=150000.0, missing=_ROPE), rms_norms(settings, 1e-5)
     bias = settings.flag("attention_bias", default=True)
     slide = (index % 2 == 0 for index in range(sizes.layers))
     window = windows(settings, sizes, settings.optional_count("sliding_window", 128), slide)

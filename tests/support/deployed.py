@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of docs/deploying.md, and what each must answer by PEFT and transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+__all__ = ["IDS", "NEW", "PAD", "PAIR", "ROWS", "TEXT", "make_models"]
+
+IDS = [5, 17, 33, 9, 101, 44]
+ROWS = [IDS, [8, 61, 12]]
+NEW, PAD, END = 8, 0, 255
+TEXT, PAIR = "w9 w17 w44", ("w9 w10", "w17")
+
+
+def spread(model: Any) -> Any:
+    """Random weights of which none is 0 or 1."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, 0.5 if parameter.dim() == 1 else 0.0, 0.15)
+    return model.eval()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of words, with a beginning and an end as BERT has them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *(f"w{i}" for i in range(5, 255)), "[END]"]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    special = {
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+    }
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    config = folder / "tokenizer_config.json"  # whose class transformers 4 does not know
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def make_models(work: Path) -> dict[str, Any]:
+    """Write the models; returns what each must answer, by kind."""
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "pad_token_id": PAD}
+    llama = transformers.LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=1, eos_token_id=END)
+    spread(transformers.LlamaForCausalLM(llama)).save_pretrained(work / "decoder")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(work / "decoder"), config)
+    for name, parameter in tuned.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter.data, 0.0, 0.1)
+    tuned.save_pretrained(work / "lora")
+    write_tokenizer(work / "decoder")
+    tuned.eval()
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD, "eos_token_id": END}
+    rows = []
+    for row in ROWS:
+        ids = torch.tensor([row])
+        rows.append(
+            tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(row) :].tolist()
+        )
+    bert = transformers.BertConfig(**sizes)
+    wanted: dict[str, Any] = {"generate": rows[0], "batch": rows}
+    ids = torch.tensor([IDS])
+    for kind, model in (
+        ("embed", transformers.BertModel(bert)),
+        ("classify", transformers.BertForSequenceClassification(bert)),
+    ):
+        spread(model).save_pretrained(work / kind)
+        write_tokenizer(work / kind)
+        with torch.no_grad():
+            found = model(input_ids=ids)
+            wanted[kind] = (found.last_hidden_state if kind == "embed" else found.logits).ravel().tolist()
+            text = transformers.AutoTokenizer.from_pretrained(work / kind)
+            given = dict(text(TEXT, return_tensors="pt") if kind == "embed" else text(*PAIR, return_tensors="pt"))
+            second = given["input_ids"][0].tolist().index(2) + 1  # where the pair's other text begins
+            types = (torch.arange(given["input_ids"].shape[1]) >= second).long()[None]
+            found = model(**given | {"token_type_ids": types if kind == "classify" else types * 0})
+            from_text = found.last_hidden_state.mean(1) if kind == "embed" else found.logits
+            wanted[f"{kind} text"] = from_text.ravel().tolist()
+    return wanted
