@@ -19,7 +19,7 @@ from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
 from surgery.onnx.run.answering import answer, heard, open_pair
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
-from surgery.onnx.run.encoder import adapter_labels, encode, labels, own_tokenizer
+from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels, own_tokenizer
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.images import look, read_images, reads_images
 from surgery.onnx.run.inputs import Given, InputRow, given_inputs, needs_text, row_of, said
@@ -202,6 +202,7 @@ def run(
     start: Sequence[int] = (),
     device: str = "auto",
     max_new: int = 128,
+    batch_size: int | None = None,
     sampling: Sampling | None = None,
     adapters: StrPath | Sequence[StrPath] = (),
     prompt_adapter: StrPath | None = None,
@@ -226,6 +227,7 @@ def run(
             ``generation_config.json``: of another language, or task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
+        batch_size: Most texts or rows that run together; None for all.
         sampling: Greedy if None.
         adapters: ``.onnx_adapter`` files for the graph's slots; several add up. Or the name of an adapter
             inside the graph. Either may have a strength: ``NAME=0.5``. A classifier has the labels that the
@@ -251,7 +253,7 @@ def run(
     batch = [] if recordings or pictures else given_inputs(inputs)
     words: list[str] = as_list(stop)
     check_counts(least=0, max_new=max_new)
-    check_counts(threads=threads)
+    check_counts(threads=threads, batch_size=batch_size)
     if sampling is not None and not isinstance(sampling, Sampling):
         raise UsageError(f"sampling is a surgery.Sampling, not {type(sampling).__name__}")
     model = local_path(model, "model")
@@ -286,7 +288,8 @@ def run(
         given = [InputRow([], []) for _ in shown] or given
         began = time.perf_counter()
         if pixels is None:
-            encoded = encode(opened, rows, slots, classifier.problem, [row.types for row in given])
+            kinds = [row.types for row in given]
+            encoded = encode_groups(opened, rows, slots, classifier.problem, kinds, batch_size or len(rows))
         else:
             encoded = look(opened, pixels, slots, classifier.problem)
         seconds, names = time.perf_counter() - began, classifier.names or labels(opened)
@@ -318,13 +321,33 @@ def run(
         )
         result = _streamed(opened, rows, tokenizer, load, 0, words, on_text, generation)
     else:
-        virtual, generation = _generated(
-            opened, rows, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt
-        )
-        result = _streamed(opened, rows, tokenizer, load, virtual, words, on_text, generation)
+        size, results = batch_size or len(rows), list[RunResult]()
+        for first in range(0, len(rows), size):
+            some = rows[first : first + size]
+            virtual, generation = _generated(
+                opened, some, max_new, sampling or Sampling(), adapters, prompt_adapter, prompt
+            )
+            heard_at = None if on_text is None else _shifted(on_text, first)
+            results.append(_streamed(opened, some, tokenizer, load, virtual, words, heard_at, generation))
+        result = _joined(results)
     if recordings:
         return replace(result, inputs=tuple(map(os.fspath, recordings)))
     return replace(result, inputs=tuple(map(said, batch)))
+
+
+def _shifted(on_text: Callable[[int, str], None], first: int) -> Callable[[int, str], None]:
+    """`on_text` for rows that are counted from `first`."""
+    return lambda row, text: on_text(first + row, text)
+
+
+def _joined(results: Sequence[RunResult]) -> RunResult:
+    """The results of groups of rows, one after the other."""
+    return replace(
+        results[0],
+        texts=tuple(text for result in results for text in result.texts),
+        seconds=sum(result.seconds for result in results),
+        new_tokens=sum(result.new_tokens for result in results),
+    )
 
 
 def _generated(

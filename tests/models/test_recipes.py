@@ -17,11 +17,11 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import LanguageHead, Model
 from surgery_formats.models.families.registry import families
-from tests.oracles.recipes import DECODERS, ENCODERS
+from tests.oracles.recipes import DECODERS, ENCODERS, PAIRS
 from tests.support.exported_types import exported
 
 KNOWN = sorted({name for family in families() if family.recipe for name in family.names})
-CASES = {**DECODERS, **ENCODERS}
+CASES = {**DECODERS, **ENCODERS, **PAIRS}
 HEAD = {"lm_head.weight", "embed_out.weight"}
 BY_TYPE = ("gemma3", "olmo3")
 """Cases with rotary parameters for each type of layer, which transformers 4 spelt in other ways."""
@@ -246,6 +246,10 @@ def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: A
         ("t5_encoder", "relative_attention_num_buckets", 6, "relative_attention_num_buckets"),
         ("t5_encoder", "relative_attention_max_distance", 4, "relative_attention_num_buckets"),
         ("t5_encoder", "feed_forward_proj", "gated-quick", "feed_forward_proj"),
+        ("bart", "decoder_attention_heads", 5, "decoder_attention_heads"),
+        ("whisper", "num_mel_bins", 0, "whole number"),
+        ("t5", "architectures", ["T5ForTokenClassification"], "TokenClassification"),
+        ("t5", "num_decoder_layers", 1 << 30, "whole number"),
         ("llama", "model_type", "mamba", "mamba"),
         ("gptj", "rotary_dim", 6.0, "whole number"),
         ("gptj", "rotary_dim", 10, "even"),

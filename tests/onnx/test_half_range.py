@@ -81,6 +81,13 @@ def test_verify_says_how_large_the_values_of_a_graph_of_float16_get(tmp_path: Pa
     assert checks["range"].endswith("fp16 ends at 65,504")
 
 
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    base = write_gemma(tmp_path / "base", {})
+    (warning,) = surgery.export_onnx(base, output=tmp_path / "out", target="portable", dtype="fp16").warnings
+    assert "may not fit fp16" in warning
+    assert surgery.export_onnx(base, output=tmp_path / "other", target="portable", dtype="bf16").warnings == ()
+
+
 def test_values_are_measured_on_a_text(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("The following methods are")
     result = surgery.export_onnx(

@@ -109,6 +109,12 @@ def test_first_ids_come_from_the_configuration(tmp_path, values, wanted):
     assert read_starts(tmp_path).tokens == wanted
 
 
+def test_bad_words_of_one_token_are_never_said(tmp_path):
+    """Marian's padding token, with which its decoder begins."""
+    settings(tmp_path, decoder_start_token_id=9, bad_words_ids=[[9], [3, 4]], suppress_tokens=[5, -1])
+    assert read_starts(tmp_path).never == {5, 9}
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -167,7 +173,7 @@ def test_sound_that_is_not_read_is_refused(tmp_path, whisper):
         surgery.run(out, audio=tmp_path / "e.mp3")
     with pytest.raises(FitError, match="reads sound"):
         surgery.run(out, [[3, 4]])
-    with pytest.raises(FitError, match="text and sound"):
+    with pytest.raises(FitError, match="at once"):
         surgery.run(out, [[3, 4]], audio=whisper / "0.npy")
     with pytest.raises(FitError, match="beyond its vocabulary"):
         surgery.run(out, audio=whisper / "0.npy", start=[99])

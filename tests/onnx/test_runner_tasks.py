@@ -117,3 +117,17 @@ def test_inputs_from_files(tmp_path):
         surgery.run(out, ["w5", {"role": "user"}])
     with pytest.raises(FitError, match="no text"):
         surgery.run(out, [])
+
+
+def test_groups_of_rows_give_what_all_give_together(tmp_path):
+    rows = [[5, 17, 3], [29, 8, 77, 50, 9], [61], [42, 88], [7, 7, 7, 7, 7, 7]]
+    for name in ("llama", "bert_token", "bert_sequence"):
+        base = recipes.build(name, tmp_path / name)
+        surgery.export_onnx(base, output=base)
+        together, apart = (surgery.run(base, rows, device="cpu", max_new=4, batch_size=size) for size in (None, 2))
+        for one, other in zip(together.texts, apart.texts, strict=True):
+            assert (one.tokens, one.reason) == (other.tokens, other.reason)
+            for mine, theirs in zip(one.scores, other.scores, strict=True):
+                assert np.allclose([*mine.values()], [*theirs.values()], atol=1e-5)
+        assert together.new_tokens == apart.new_tokens == (20 if name == "llama" else 0)
+        assert [value.shape for value in together.arrays.values()] == [value.shape for value in apart.arrays.values()]

@@ -173,6 +173,13 @@ def test_without_the_task_a_graph_is_what_it_was(tmp_path):
     assert set(found) == {"last_hidden_state", "pooler_output"}
 
 
+def test_a_language_model_with_modules_is_told_apart(tmp_path):
+    base = modules(recipes.build("qwen3", tmp_path / "base"), ["lasttoken"], "Normalize")
+    warnings = surgery.export_onnx(base, output=tmp_path / "out").warnings
+    assert any("--task sentence-similarity" in text for text in warnings)
+    assert not surgery.export_onnx(base, output=tmp_path / "graph", task="sentence-similarity").warnings
+
+
 REFUSED = {
     "a module of its own": (
         ["mean_tokens"],

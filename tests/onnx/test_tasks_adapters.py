@@ -116,3 +116,22 @@ def test_another_task_is_asked_for(tmp_path):
         surgery.export_onnx(base, output=tmp_path / "no", task="poetry")
     with pytest.raises(FitError, match="multiple-choice"):
         surgery.export_onnx(base, output=tmp_path / "no", task="multiple-choice")
+
+
+@pytest.mark.parametrize("name", ["gpt2_classifier", "gemma2_classifier"])
+def test_a_soft_prompt_in_front_of_a_text_that_is_classified(tmp_path, name):
+    """PEFT takes the last place of a padded row for its last token, so it is asked for each row alone."""
+    base = recipes.build(name, tmp_path / "base")
+    with peft_oracle.quiet():
+        config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5)
+        wrapped = peft.get_peft_model(recipes.load(name, base), config)
+        peft_oracle.randomise(wrapped, torch.Generator().manual_seed(3))
+        wrapped.save_pretrained(tmp_path / "prompt")
+    surgery.export_onnx(base, tmp_path / "prompt", output=tmp_path / "out")
+    found = outputs(tmp_path / "out" / "model.onnx")["logits"]
+    for row, mask, logits in zip(IDS, MASK, found, strict=True):
+        own = torch.from_numpy(row[mask.astype(bool)])[None]
+        with torch.no_grad():
+            wanted = wrapped.eval()(own, attention_mask=torch.ones_like(own)).logits.numpy()[0]
+        assert np.abs(logits - wanted).max() <= LIMIT
+    surgery.verify(tmp_path / "out", against=base, adapters=tmp_path / "prompt")

@@ -634,6 +634,12 @@ HEADS: dict[str, Case] = {
         head_dim=16,
         sliding_window=5,
     ),
+    "bloom_classifier": Case("BloomForSequenceClassification", "BloomConfig", {**_BLOOM, **_CLASSIFIED}),
+    "falcon_tokens": Case("FalconForTokenClassification", "FalconConfig", {**_FALCON, **_CLASSIFIED}),
+    "gptj_spans": Case("GPTJForQuestionAnswering", "GPTJConfig", {**_GPT2, "rotary_dim": 4}),
+    "phi_classifier": _for("Phi", {**_GQA, **_CLASSIFIED}, "ForSequenceClassification"),
+    "nemotron_tokens": _for("Nemotron", {**_GQA, **_CLASSIFIED}, "ForTokenClassification", head_dim=16),
+    "lfm2_bare": _for("Lfm2", {**_LFM2, "layer_types": ["conv", "full_attention", "conv"]}, "Model"),
     "gpt2_classifier": Case("GPT2ForSequenceClassification", "GPT2Config", {**_GPT2, **_CLASSIFIED}),
     "gpt2_tokens": Case("GPT2ForTokenClassification", "GPT2Config", {**_GPT2, **_CLASSIFIED}),
     "gpt2_spans": Case("GPT2ForQuestionAnswering", "GPT2Config", _GPT2),
@@ -665,6 +671,7 @@ HEADS: dict[str, Case] = {
     "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
     "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
     "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
+    "electra_choices": Case("ElectraForMultipleChoice", "ElectraConfig", {**_BERT, "embedding_size": 20}),
     "modernbert_choices": Case("ModernBertForMultipleChoice", "ModernBertConfig", _MODERN),
     "modernbert_choices_mean": Case(
         "ModernBertForMultipleChoice", "ModernBertConfig", {**_MODERN, "classifier_pooling": "mean"}

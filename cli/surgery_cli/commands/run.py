@@ -15,6 +15,8 @@ from surgery_cli.output import show_result
 
 __all__ = ["command"]
 
+_TOGETHER = 8  # rows of a file, which may have thousands
+
 
 @subcommand("run")
 @click.argument("model", shell_complete=complete_files)
@@ -34,6 +36,12 @@ __all__ = ["command"]
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Prompts, one on each line; .jsonl: objects with prompt, pair, ids or messages.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help=f"Most rows that run together; by default all, of a file {_TOGETHER}.",
 )
 @click.option("--chat", is_flag=True, help="A text is what a user says: it goes into the model's chat template.")
 @click.option("--system", metavar="TEXT", default="", help="What the chat template is told besides; implies --chat.")
@@ -118,6 +126,8 @@ def command(
         )
     if options["prompt_adapter"] is not None and no_prompt:
         raise click.UsageError("--prompt-adapter and --no-prompt exclude each other", click.get_current_context())
+    if batch is not None and options["batch_size"] is None:
+        options["batch_size"] = _TOGETHER
     single = len(inputs or options["audio"] or options["images"]) == 1 and not settings.json
 
     def on_text(row: int, text: str) -> None:

@@ -25,6 +25,11 @@ def graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
             "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much "
             "faster"
         )
+    if (assembly.component.folder / "modules.json").exists() and contract.task == "text-generation":
+        warnings.append(
+            "the model has modules of sentence-transformers, and this graph generates text: --task sentence-similarity "
+            "makes an embedder of it"
+        )
     graph = assembly.for_genai(draft)
     if graph and assembly.options.required:
         warnings.append("onnxruntime-genai runs it with an adapter only: the slots have no default")

@@ -74,6 +74,11 @@ def issues_of_types(
             f"values reach {seen.largest:,.0f} ({show(seen.where, 160)}), where fp16 ends at 65,504: what is beyond "
             "becomes infinite, and logits mostly NaN; --dtype bf16 or fp32 holds them"
         )
+    if seen is None and dtype == "fp16" and any(one.source == _BRAIN for one in converted):
+        issues.append(
+            "what bf16 holds may not fit fp16, which ends at 65,504: --range-text words measures what the graph stores, and so "
+            "does surgery verify"
+        )
     if cost := load_cost(converted):
         issues.append(cost)
     return issues

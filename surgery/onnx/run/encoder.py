@@ -24,6 +24,7 @@ __all__ = [
     "EncoderOutput",
     "adapter_labels",
     "encode",
+    "encode_groups",
     "labels",
     "own_tokenizer",
     "problem_of",
@@ -209,6 +210,36 @@ def run_encoder(
     execute(graph.session, binding, run_options())
     values = dict(zip(graph.outputs, binding.get_outputs(), strict=True))
     return {name: as_array(value, graph.outputs[name]) for name, value in values.items()}
+
+
+def encode_groups(
+    graph: GraphSession,
+    rows: Rows,
+    slots: Mapping[str, npt.NDArray[Any]] | None,
+    problem: str,
+    types: Rows,
+    size: int,
+) -> EncoderOutput:
+    """`encode`, at most `size` rows at a time, unless they are choices of one question; arrays are padded with zeros.
+
+    Raises:
+        FitError: see `encode`.
+    """
+    if size >= len(rows) or len(graph.inputs["input_ids"].shape) == _OF_CHOICES:
+        return encode(graph, rows, slots, problem, types)
+    starts = range(0, len(rows), size)
+    groups = [encode(graph, rows[at : at + size], slots, problem, types[at : at + size]) for at in starts]
+    arrays = {name: _stacked([group.arrays[name] for group in groups]) for name in groups[0].arrays}
+    return EncoderOutput(arrays, tuple(map(len, rows)), groups[0].problem)
+
+
+def _stacked(arrays: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Arrays one below the other; those of fewer tokens get zeros behind them."""
+    if arrays[0].ndim < 2:
+        return np.concatenate(arrays)
+    width = max(array.shape[1] for array in arrays)
+    rest = ((0, 0),) * (arrays[0].ndim - 2)
+    return np.concatenate([np.pad(array, ((0, 0), (0, width - array.shape[1]), *rest)) for array in arrays])
 
 
 def _setting(graph: GraphSession, key: str) -> object:

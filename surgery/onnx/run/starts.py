@@ -67,6 +67,8 @@ def read_starts(folder: Path) -> Starts:
     if first is None:
         raise FitError("no decoder_start_token_id beside the graph", file=folder, hint="`start=` names the first ids")
     never, never_first = (frozenset(_ids(settings.get(key))) for key in ("suppress_tokens", "begin_suppress_tokens"))
+    bad = settings.get("bad_words_ids")
+    never |= frozenset(ids[0] for ids in map(_ids, bad if isinstance(bad, list) else ()) if len(ids) == 1)
     tokens: list[int | None] = [int(first), *_forced(settings)]
     languages: tuple[int, ...] = ()
     if isinstance(settings.get("lang_to_id"), dict) or _is_id(settings.get("no_timestamps_token_id")):
