@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch  # isort: skip  # before onnxruntime, which then uses the CUDA libraries that torch brings
 import numpy as np
@@ -191,6 +192,37 @@ def eight_b(run: Run, dtype: str) -> None:
     run.measured(f"{dtype} 8B", {"base": run.bind(path)}, [run.tokens], 40)
 
 
+CODES: dict[str, dict[str, Any]] = {
+    "int4, blocks of 32": {"weights_type": "int4"},
+    "int4, blocks of 128": {"weights_type": "int4", "block": 128},
+    "int8, blocks of 128": {"weights_type": "int8", "block": 128},
+}
+LIMITS = {"": 0.72, "8b": 0.55}
+"""What a token of 4 bits may take of one of 16."""
+
+
+def codes(run: Run, dtype: str, folder: str = "") -> None:
+    """Graphs of codes beside the base's, in turns; of the 8 B shape if its folder is named."""
+    source = run.work / (folder or dtype)
+    sides = {"base": run.bind(source / "model.onnx")}
+    for name, options in CODES.items():
+        out = run.work / f"{folder}{dtype}-{name.replace(' ', '')}"
+        kind = dtype if run.device == "cuda" else "auto"
+        export_onnx(source, output=out, target=run.target.name, dtype=kind, **options)
+        sides[name] = run.bind(out / "model.onnx")
+    label = f"{dtype} codes {folder}".strip()
+    run.measured(label, sides, [run.tokens], 40 if folder else 200)
+    reference = None
+    for name, side in sides.items():
+        assert side.decoder is not None
+        logits = side.decoder.prefill([run.tokens]).astype(np.float32)
+        reference = logits if reference is None else reference
+        error = float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
+        run.check(f"{label} {name}: error of logits", error, 0.05 if "int8" in name else 0.6)
+    run.ratio(label, "int4, blocks of 128", "decode", LIMITS[folder])
+    run.ratio(label, "int4, blocks of 128", "first token", 1.15)
+
+
 def compiled(run: Run, dtype: str) -> None:
     """torch.compile with a static cache, as transformers documents it."""
     from transformers import AutoModelForCausalLM, StaticCache
@@ -266,7 +298,9 @@ def main() -> int:
         "bf16": lambda run: core(run, "bf16"),
         "variants": lambda run: variants(run, "fp16"),
         "batch8": lambda run: batches(run, "fp16"),
+        "codes": lambda run: codes(run, "fp16"),
         "8b": lambda run: eight_b(run, "fp16"),
+        "8b codes": lambda run: codes(run, "fp16", "8b"),
         "genai": lambda run: genai(run, "fp16", options.genai),
         "compile": lambda run: compiled(run, "fp16"),
         "profile": lambda run: profiled(run, "fp16"),  # last: what watches kernels may slow down what comes after it

@@ -133,7 +133,7 @@ def export_onnx(
         block: Of codes: inputs that share a scale, 32, 64 or 128.
         symmetric: Of codes: no zero points are stored.
         scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
-        rounding: Of codes: ``feedback`` (the default) makes up for errors along the inputs of `calibration`, or those that a
+        rounding: Of codes: ``feedback``, the default with a `calibration`, makes up for errors along its inputs and those that a
             merged adapter listens to; ``nearest``.
         calibration: Of codes: a file of inputs (docs/extraction.md).
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.

@@ -179,3 +179,14 @@ def test_codes_of_experts(name, coded, tmp_path):
     assert ("MatMulNBits" in operators) is coded
     assert any("stacked experts keep their type" in text for text in result.warnings) is not coded
     verify(tmp_path / "out")
+
+
+def test_the_contract_says_that_no_cuda_graph_can_be_recorded(tmp_path):
+    graphs = {}
+    for name in ("mixtral", "llama"):
+        base = recipes.build(name, tmp_path / name)
+        graphs[name] = export_onnx(base, output=tmp_path / f"{name}-out", target="cuda", dtype="fp16").contract
+    assert graphs["mixtral"].sized_late
+    assert not graphs["llama"].sized_late
+    assert "sized_late" in graphs["mixtral"].as_metadata()["surgery.contract"]
+    assert "sized_late" not in graphs["llama"].as_metadata()["surgery.contract"]  # runners of before take it

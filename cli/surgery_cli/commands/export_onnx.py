@@ -88,7 +88,7 @@ __all__ = ["command"]
 @click.option(
     "--rounding",
     type=click.Choice(["feedback", "nearest"]),
-    help="Of codes: feedback (default) makes up for errors along known inputs: a calibration's, a merged adapter's.",
+    help="Of codes: feedback (default with --calibration) makes up for errors along its inputs and a merged adapter's.",
 )
 @click.option("--calibration", metavar="FILE", help="Of codes: inputs to make up for errors along, as of extract-lora.")
 @option.choice(

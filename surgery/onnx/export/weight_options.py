@@ -57,7 +57,7 @@ class WeightOptions:
         from surgery.engine.calibration_file import open_calibration
 
         opened = None if self.calibration is None else open_calibration(self.calibration)
-        bits, rounding = BITS.get(self.weights_type, 4), self.rounding or "feedback"
+        bits, rounding = BITS.get(self.weights_type, 4), self.rounding or ("nearest" if opened is None else "feedback")
         return WeightCoding(
             bits, self.block, self.symmetric, self.scales, rounding, opened, self.embeddings, self.head, self.budget
         )

@@ -33,6 +33,7 @@ from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import (
     Attention,
     ClassifierHead,
+    Experts,
     HiddenHead,
     Model,
     PooledHead,
@@ -294,6 +295,7 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
         max_length=length - options.virtual.front,
+        sized_late=any(isinstance(layer.mlp, Experts) for layer in model.layers),
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
     convolved = [layer.attention for layer in model.layers if layer.attention.convolution is not None]

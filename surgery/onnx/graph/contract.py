@@ -50,6 +50,7 @@ _LATER = (
     "convolutions",
     "state",
     "embedder",
+    "sized_late",
 )  # fields that are left out where empty, so that runners of before take the graph
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder", "embedder")
 
@@ -133,6 +134,8 @@ class Contract:
         max_length: Number of positions of the rotary tables (or learned positions).
         rope_switch: Number of tokens beyond which rotary angles change (LongRoPE), or 0. A sequence that grows past it
             must be prefilled again, because cached keys keep the old angles.
+        sized_late: Whether sizes inside a step are known at run time alone, so that no CUDA graph can be recorded of it
+            (mixtures of experts).
         prefill_batch: Whether several rows may be prefilled at once on top of a past; otherwise rows go one by one, or
             through `prefill`.
         prefill: File of a graph over the same weights that takes several rows with a past, or empty.
@@ -181,6 +184,7 @@ class Contract:
     quantised: tuple[Mapping[str, Any], ...] = ()
     weights: tuple[WeightFile, ...] = ()
     base: str = ""
+    sized_late: bool = False
     adapters: tuple[Mapping[str, Any], ...] = ()
     encoder: str = ""
     convolutions: tuple[int, ...] = ()
@@ -240,8 +244,9 @@ def _fault(contract: Contract) -> str | None:
             return name
     if contract.dtype not in _DTYPES:
         return "dtype"
-    if type(contract.prefill_batch) is not bool:
-        return "prefill_batch"
+    for name in ("prefill_batch", "sized_late"):
+        if type(getattr(contract, name)) is not bool:
+            return name
     if contract.kind == "decoder" and (
         contract.cache == "none" or not all((contract.kv_heads, contract.head_dim, contract.vocabulary))
     ):

@@ -143,7 +143,8 @@ def open_graph(
     if contract is not None:
         check_weight_files(contract.weights, folder)
     memory = _memory(device, contract)
-    cuda_graph_on = cuda_graph and memory.device == "cuda" and (contract is None or contract.cache == "shared")
+    recordable = contract is None or (contract.cache == "shared" and not contract.sized_late)
+    cuda_graph_on = cuda_graph and memory.device == "cuda" and recordable
     session = _session(
         path, folder, contract, memory, threads, cuda_graph_on, provider_options or {}, session_config or {}, profile
     )
