@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on every linear layer of each dense decoder: merged, and in slots, it computes what PEFT computes; `verify` agrees."""
+"""LoRA on every linear layer of each decoder: merged, and in slots, it computes what PEFT computes; `verify` agrees."""
 
 from __future__ import annotations
 

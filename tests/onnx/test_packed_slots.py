@@ -152,9 +152,32 @@ def test_parts_of_a_slot_are_checked(parts: Any) -> None:
         from_metadata({"surgery.contract": json.dumps(stated)})
 
 
-def test_a_packed_slot_is_not_filled_module_by_module(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], packed=True)
-    with pytest.raises(FitError, match="for several weights at once"):
-        surgery.convert(
-            adapters["some"], to="onnx-adapter", graph=tmp_path / "out" / "model.onnx", output=tmp_path / "a", base=base
+def test_an_adapter_is_converted_for_packed_slots(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    surgery.export_onnx(base, output=tmp_path / "out", swap=list(adapters.values()), packed=True)
+    graph = tmp_path / "out" / "model.onnx"
+    for name, path in adapters.items():
+        made = tmp_path / f"{name}.onnx_adapter"
+        surgery.convert(path, to="onnx-adapter", graph=graph, output=made, base=base)
+        exported = read_adapter_file(tmp_path / "out" / "adapters" / f"{name}.onnx_adapter")
+        converted = read_adapter_file(made)
+        assert converted.keys() == exported.keys()
+        assert (
+            np.abs(logits(graph, made) - trained.logits(trained.attached("llama", base, (path, 1.0)), IDS)).max()
+            <= TOLERANCE
         )
+
+
+def test_parts_that_are_not_the_columns_of_a_factor_are_refused(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], packed=True)
+    path = tmp_path / "out" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for prop in model.metadata_props:
+        if prop.key == "surgery.contract":
+            stated = json.loads(prop.value)
+            next(one for one in stated["slots"] if "parts" in one)["parts"].pop()
+            prop.value = json.dumps(stated)
+    onnx.save(model, path)
+    with pytest.raises(MalformedError, match="not the columns of its factor"):
+        surgery.convert(adapters["all"], to="onnx-adapter", graph=path, output=tmp_path / "a", base=base)

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
+import surgery
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS
 from surgery_formats.dtypes import DType
@@ -44,3 +48,28 @@ def test_outputs_match_transformers(tmp_path, name, target):
             assert np.abs(value - wanted)[where].max() <= 1e-4
     assert contract.kind == "encoder"
     assert contract.cache == "none"
+
+
+def test_checkpoints_of_nomics_own_code_are_read(tmp_path):
+    """Other names of the configuration's keys, another prefix of the tensors: the same numbers."""
+    folder = recipes.build("nomic_bert_mask", tmp_path)
+    model = recipes.load("nomic_bert_mask", folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name.replace("nomic_bert.", "bert."): value for name, value in tensors.items()}, folder / "model.safetensors"
+    )
+    own = {"model_type": "nomic_bert", "architectures": ["NomicBertForPreTraining"], "vocab_size": recipes.VOCAB}
+    own |= {"n_embd": 32, "n_inner": 56, "n_layer": 3, "n_head": 4, "n_positions": 64, "type_vocab_size": 2}
+    own |= {
+        "activation_function": "swiglu",
+        "layer_norm_epsilon": 1e-12,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_base": 1000,
+    }
+    (folder / "config.json").write_text(json.dumps(own))
+    surgery.export_onnx(folder, output=folder, task="fill-mask")
+    session, _ = open_session(folder / "model.onnx")
+    ids = np.array([[5, 17, 3, 88, 42, 9, 61]])
+    with torch.no_grad():
+        expected = model(torch.from_numpy(ids), token_type_ids=torch.from_numpy(np.arange(7)[None] % 2)).logits.numpy()
+    assert np.abs(feed_encoder(session, ids, np.ones_like(ids))["logits"] - expected).max() <= 1e-4

@@ -671,6 +671,7 @@ HEADS: dict[str, Case] = {
     "mpnet_choices": Case("MPNetForMultipleChoice", "MPNetConfig", _MPNET),
     "deberta_choices": Case("DebertaV2ForMultipleChoice", "DebertaV2Config", _DEBERTA),
     "deberta_span": Case("DebertaV2ForQuestionAnswering", "DebertaV2Config", {**_DEBERTA, "num_labels": 2}),
+    "electra_choices": Case("ElectraForMultipleChoice", "ElectraConfig", {**_BERT, "embedding_size": 20}),
     "modernbert_choices": Case("ModernBertForMultipleChoice", "ModernBertConfig", _MODERN),
     "modernbert_choices_mean": Case(
         "ModernBertForMultipleChoice", "ModernBertConfig", {**_MODERN, "classifier_pooling": "mean"}

@@ -47,6 +47,8 @@ LORA = (
         "seed_oss",
     ),
     *("gpt_bigcode", "mpt_clipped", "persimmon", "llava", "gemma3_images", "qwen2_5_vl", "smolvlm", "lfm2"),
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "gpt_oss", "deepseek_v2"),
+    *("deepseek_v3", "glm4_moe", "ernie4_5_moe"),
 )
 """Cases whose LoRA, of every linear layer, is compared merged and in slots."""
 

@@ -37,6 +37,8 @@ class GraphFilling:
         self._matched = match_modules(slots.by_module, modules)
         self.filled: dict[str, FilledSlot] = {}
         self._tensors: dict[str, NewTensor] = {}
+        self._shared: dict[str, list[LoRA]] = {}
+        self._modules: set[str] = set()
 
     def slot_of(self, module: str) -> GraphSlot | None:
         """The slot for a module; None if the graph has none."""
@@ -49,6 +51,10 @@ class GraphFilling:
         Raises:
             FitError: sizes that the slot does not take, or a rank above its own.
         """
+        self._modules.add(slot.module)
+        if slot.columns is not None:
+            self._share(slot, slot.columns, site, lora)
+            return
         embedding = is_embedding(module, base, site)
         down, up = (lora.B, lora.A) if embedding else (lora.A, lora.B)
         inputs, outputs = (lora.shape[0], lora.shape[1]) if embedding else (lora.shape[1], lora.shape[0])
@@ -72,6 +78,40 @@ class GraphFilling:
         self._put(slot.A.name, down, A, tall, rank, axis == 0, 1.0)
         self._put(slot.B.name, up, B, wide, rank, axis == 1, lora.scale)
         self.filled[slot.A.name] = FilledSlot(_kind(site, embedding=embedding, dims=len(A)), rank_first=axis == 0)
+
+    def _share(self, slot: GraphSlot, columns: tuple[int, int], site: Site, lora: LoRA) -> None:
+        """Put a LoRA beside those of other weights in one slot: its A behind theirs, its B as a block of its own."""
+        width = columns[1] - columns[0]
+        if lora.shape != (width, slot.A.dims[0]):
+            raise FitError(
+                f"is for a weight of {list(lora.shape)}, and the graph's '{show(slot.A.name)}' has [{width}, {slot.A.dims[0]}] for it",
+                tensor=lora.tensors[0].name,
+                hint="the graph was made of another model",
+            )
+        loras = self._shared.setdefault(slot.A.name, [])
+        known = self.filled.get(slot.A.name)
+        parts = () if known is None else known.shared
+        first = parts[-1][1][1] if parts else 0
+        loras.append(lora)
+        parts = (*parts, (_kind(site, embedding=False, dims=2), (first, first + lora.rank), columns))
+        self.filled[slot.A.name] = FilledSlot(parts[0][0], shared=parts)
+        rank, (inputs, outputs) = first + lora.rank, (slot.A.dims[0] or 0, slot.B.dims[1] or 0)
+
+        def wide() -> Array:
+            A = empty((inputs, rank), DType.F64)
+            for one, (_, (low, high), _) in zip(loras, parts, strict=True):
+                A[:, low:high] = one.A.load(DType.F64).T
+            return A
+
+        def blocks() -> Array:
+            B = empty((rank, outputs), DType.F64)
+            B[...] = 0
+            for one, (_, (low, high), (begin, end)) in zip(loras, parts, strict=True):
+                B[low:high, begin:end] = one.B.load(DType.F64).T * one.scale
+            return B
+
+        self._tensors[slot.A.name] = NewTensor(slot.A.name, self._slots.dtype, (inputs, rank), wide)
+        self._tensors[slot.B.name] = NewTensor(slot.B.name, self._slots.dtype, (rank, outputs), blocks)
 
     def _put(
         self,
@@ -115,7 +155,7 @@ class GraphFilling:
     def tensors(self) -> tuple[NewTensor, ...]:
         """The arrays in the order of the graph's inputs; zeros for slots that would otherwise keep a default, or miss one."""
         made = []
-        for slot in self._slots.by_module.values():
+        for slot in {one.A.name: one for one in self._slots.by_module.values()}.values():
             axis = slot.rank_axis(0)
             rank = slot.fixed_rank(axis)
             for one in (slot.A, slot.B):
@@ -128,7 +168,7 @@ class GraphFilling:
 
     def notes(self) -> tuple[str, ...]:
         """Which slots stay empty."""
-        empty = [module for module, slot in self._slots.by_module.items() if slot.A.name not in self.filled]
+        empty = [module for module in self._slots.by_module if module not in self._modules]
         if not empty:
             return ()
         return (

@@ -12,11 +12,12 @@ from surgery_formats.adapters.onnx_adapter.names import factor_name, factor_pair
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx_adapter import ELEMENTS
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.files.bounded_json import parse_object
 
 __all__ = ["FactorInput", "GraphSlot", "GraphSlots", "slots_in"]
 
-_JOINT = "+"  # between weights that share a slot: q_proj+k_proj+v_proj
+_CONTRACT = "surgery.contract"  # under which graphs of this toolkit say which slots several weights share
 _TYPES = {number: dtype for dtype, number in ELEMENTS.items()}
 
 
@@ -50,11 +51,14 @@ class GraphSlot:
         module: The module, as the names call it.
         A: The first factor's.
         B: The second's.
+        columns: The first column of B that is the module's, and the one behind its last, where several modules share the
+            slot.
     """
 
     module: str
     A: FactorInput
     B: FactorInput
+    columns: tuple[int, int] | None = None
 
     def rank_axis(self, inputs: int) -> int:
         """Where A has its rank: at the free size, or at the one that is not the number of inputs; else behind."""
@@ -90,7 +94,7 @@ def slots_in(path: Path) -> GraphSlots:
 
     Raises:
         InputError: it cannot be read.
-        FitError: it has none, of several types, for several weights at once, or as codes.
+        FitError: it has none, of several types, or as codes.
     """
     graph = open_graph(path)
     proto = graph.proto.graph
@@ -108,20 +112,15 @@ def slots_in(path: Path) -> GraphSlots:
             raise FitError("the input has no shape, or a type that no factor has", file=path, tensor=one.name)
         dims = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
         inputs[one.name] = FactorInput(one.name, dims, _TYPES[kind.elem_type], defaults.get(one.name))
+    packed = _packed({one.key: one.value for one in graph.proto.metadata_props}, inputs, path)
     by_module: dict[str, GraphSlot] = {}
     for A, B in factor_pairs(inputs):
         found = factor_name(A)
         assert found is not None
-        if _JOINT in found.module:
-            raise FitError(
-                "the slot is for several weights at once, which are filled when the graph is exported",
-                file=path,
-                tensor=A,
-                hint="name the adapter at the export: `swap=`",
-            )
-        if found.module in by_module:
-            raise FitError("two slots are of one module", file=path, tensor=A)
-        by_module[found.module] = GraphSlot(found.module, inputs[A], inputs[B])
+        for module, columns in packed.get(A, {found.module: None}).items():
+            if module in by_module:
+                raise FitError("two slots are of one module", file=path, tensor=A)
+            by_module[module] = GraphSlot(module, inputs[A], inputs[B], columns)
     if not by_module:
         inside = any(factor_name(one.name) is not None for one in proto.initializer)
         raise FitError(
@@ -134,3 +133,32 @@ def slots_in(path: Path) -> GraphSlots:
         raise FitError("its slots are of several types", file=path)
     dtype = types.pop()
     return GraphSlots(path, by_module, dtype, {name: one for name, one in parameters.items() if one.dtype is dtype})
+
+
+def _packed(
+    props: Mapping[str, str], inputs: Mapping[str, FactorInput], path: Path
+) -> dict[str, dict[str, tuple[int, int] | None]]:
+    """The modules that share a slot, with their columns of B, by the name of A.
+
+    Raises:
+        MalformedError: what the graph says of its slots is no such thing, or does not fit its inputs.
+    """
+    found: dict[str, dict[str, tuple[int, int] | None]] = {}
+    widths: dict[str, tuple[tuple[int | None, ...], int]] = {}
+    if '"parts"' not in (text := props.get(_CONTRACT, "")):
+        return found
+    try:
+        for slot in parse_object(text.encode("utf-8", "surrogatepass"), file=path)["slots"]:
+            if not (parts := slot.get("parts")):
+                continue
+            first, modules = 0, found.setdefault(slot["A"], {})
+            for name, width in parts:
+                modules[str(name).removesuffix(".weight")] = (first, first + int(width))
+                first += int(width)
+            widths[slot["B"]] = (inputs[slot["B"]].dims, first)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MalformedError("what the graph says of its slots cannot be read", file=path) from error
+    for name, (dims, width) in widths.items():
+        if dims != (None, width):
+            raise MalformedError("its parts are not the columns of its factor", file=path, tensor=name)
+    return found

@@ -40,10 +40,12 @@ class FilledSlot:
     Attributes:
         site: The weight.
         rank_first: Whether A is ``(rank, in ...)`` and B ``(out, rank ...)``, as PEFT has them.
+        shared: Of a pair that several weights share: each with its ranks and its columns of B, ends excluded.
     """
 
     site: Site
     rank_first: bool = False
+    shared: tuple[tuple[Site, tuple[int, int], tuple[int, int]], ...] = ()
 
 
 _NO_FACTORS = "neither lora_A nor lora_B of a module: what the graph makes of this input is not known here"
@@ -93,6 +95,10 @@ def read_onnx_adapter(path: Path, filled: Mapping[str, FilledSlot] | None = None
             continue
         if not down.numel or not up.numel:
             ignored += [Ignored(tensor, "of rank 0: the graph adds nothing there") for tensor in (down, up)]
+            continue
+        for site, ranks, columns in slot.shared:
+            updates[site] = (_part(down, up, ranks, columns),)
+        if slot.shared:
             continue
         if slot.site in updates:
             raise MalformedError("two pairs of factors are of one module", file=path, tensor=down.name)
@@ -147,6 +153,14 @@ def _lora(down: StoredTensor, up: StoredTensor, slot: FilledSlot) -> LoRA:
     return LoRA(
         Factor((down,), (rank, down.shape[0]), lambda t: t.T), Factor((up,), (up.shape[1], rank), lambda t: t.T), 1.0
     )
+
+
+def _part(down: StoredTensor, up: StoredTensor, ranks: tuple[int, int], columns: tuple[int, int]) -> LoRA:
+    """Of one weight, from the factors of several: side by side in A, blocks on the diagonal of B."""
+    mine, own = slice(*ranks), slice(*columns)
+    rank, out = ranks[1] - ranks[0], columns[1] - columns[0]
+    A = Factor((down,), (rank, down.shape[0]), lambda t: t[:, mine].T)
+    return LoRA(A, Factor((up,), (out, rank), lambda t: t[mine, own].T), 1.0)
 
 
 def _unread(tensor: StoredTensor) -> FitError:

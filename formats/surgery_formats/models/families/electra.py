@@ -16,7 +16,7 @@ from surgery_formats.models.families.encoder import (
     post_norm_layers,
     read_encoder_sizes,
 )
-from surgery_formats.models.families.recipe import LanguageHead, Model
+from surgery_formats.models.families.recipe import ClassifierHead, LanguageHead, Model
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["ELECTRA"]
@@ -36,6 +36,14 @@ def recipe(settings: ModelSettings) -> Model:
         dense, norm = "generator_predictions.dense", encoder_norm(settings, "generator_predictions.LayerNorm", epsilon)
         return language_head(settings, sizes, embedding.tokens, dense, norm, "generator_lm_head", "gelu", width=narrow)
 
+    def choices() -> ClassifierHead:
+        """The summary of a row, then its score."""
+        settings.only("summary_type", "first")
+        settings.only("summary_use_proj", True)
+        summary = projection("sequence_summary.summary", sizes.hidden, sizes.hidden, True)
+        step = (summary, settings.activation("summary_activation", default="gelu"))
+        return ClassifierHead("first", (step, (projection("classifier", sizes.hidden, 1, True), None)), choices=True)
+
     return encoder(
         settings,
         sizes,
@@ -44,6 +52,8 @@ def recipe(settings: ModelSettings) -> Model:
         before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "gelu"),
         classifier="classifier.out_proj",
         language=language,
+        heads={"multiple-choice": choices},
+        head_modules=("sequence_summary",),
     )
 
 

@@ -45,7 +45,7 @@ def recipe(settings: ModelSettings) -> Model:
 
     layer = llama_layer(settings, sizes, attend, norm, mlp_bias=mlp_bias)
     table = f"{root}embed_tokens.weight"
-    pooling = settings.text("classifier_pooling", default="late")
+    pooling = settings.text("classifier_pooling", "clf_pooling", default="late")  # the second in the authors' own code
     if pooling not in _POOLINGS:
         raise settings.fault(f"classifier_pooling is '{show(pooling, 40)}', supported are {', '.join(_POOLINGS)}")
     last = projection("classifier", sizes.hidden, labels(settings), True)

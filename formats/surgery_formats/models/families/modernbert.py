@@ -41,6 +41,7 @@ def recipe(settings: ModelSettings) -> Model:
         grouped=False,
     )
     epsilon = settings.positive("norm_eps", default=1e-5)
+    settings.raw("layer_norm_eps")  # published beside it, and read by nothing
     norm_bias, attention_bias, mlp_bias = (
         settings.flag(key, default=False) for key in ("norm_bias", "attention_bias", "mlp_bias")
     )

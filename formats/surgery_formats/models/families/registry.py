@@ -45,7 +45,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     found = next((family for family in families() if kind in family.names), None)
     if found is None or not (found.recipe and not found.embedding):
         return found or _of_transformers(config)
-    return replace(_of_transformers(config), names=found.names, recipe=found.recipe)  # only the recipe is of our own
+    return replace(_of_transformers(config), recipe=found.recipe)  # names are as for types without a file here
 
 
 def _of_transformers(config: Mapping[str, Any]) -> Family:
