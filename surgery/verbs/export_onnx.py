@@ -205,7 +205,7 @@ def export_onnx(
         )
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
-    kind = weights_type if coding is not None else draft.contract.dtype
+    kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
     arrangement = _arrangement(shape, chosen, draft, kind)
     told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)

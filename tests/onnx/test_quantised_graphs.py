@@ -205,3 +205,12 @@ def test_codes_do_not_go_into_the_folder_of_the_weights(tmp_path):
     base = recipes.build("llama", tmp_path / "base")
     with pytest.raises(FitError, match="a folder of its own"):
         export_onnx(base, output=base, weights_type="int4")
+
+
+@pytest.mark.parametrize("options", [{"weights_type": "int4"}, {"linear": "matmul"}])
+@pytest.mark.parametrize("layout", ["transformers.js", "optimum", "triton"])
+def test_layouts_of_other_programs_hold_and_verify_them(layout, options, tmp_path):
+    base = recipes.build("llama", tmp_path / "base", **WIDE)
+    export_onnx(base, output=tmp_path / "out", layout=layout, **options)
+    checks = {check.name for check in surgery.verify(tmp_path / "out", against=base).checks}
+    assert ("quantised weights" in checks) == ("weights_type" in options)
