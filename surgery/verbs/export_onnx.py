@@ -113,8 +113,8 @@ def export_onnx(
         task: What the graph is for, as the Hub names it: ``text-classification``, ``feature-extraction`` ...; None for what
             the model was saved for.
         merge: Adapters to merge, with or without weights.
-        swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
-            hold in full are inputs too.
+        swap: Adapters for slots, with or without weights: the graph is the base until one is given to a run. Heads,
+            biases and norms that they hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
         packed: Whether slots of weights with the same input (queries, keys and values; gate and up) are one, whose factors an

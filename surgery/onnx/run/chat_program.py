@@ -31,7 +31,7 @@ class _RefusedError(Exception):
 class _Generation(Extension):
     """``{% generation %}``, around what an assistant says: transformers marks it for training; here it is text."""
 
-    tags: set[str] = {"generation"}  # noqa: RUF012: as jinja2 declares it
+    tags: set[str] = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
     def parse(self, parser: Parser) -> CallBlock:
         line = next(parser.stream).lineno
