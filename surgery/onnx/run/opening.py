@@ -141,8 +141,7 @@ def open_graph(
     contract = from_metadata(props, path)
     folder = path.parent if weights is None else Path(weights)
     if contract is not None:
-        outside = external_files(path)  # the contract names weights that are inside the graph, too
-        check_weight_files((file for file in contract.weights if file.name in outside), folder)
+        check_weight_files(contract.weights, folder, external_files(path))
     memory = _memory(device, contract)
     recordable = contract is None or (contract.cache == "shared" and not contract.sized_late)
     cuda_graph_on = cuda_graph and memory.device == "cuda" and recordable
