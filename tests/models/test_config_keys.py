@@ -20,6 +20,7 @@ SAMPLE = 3
 FOUND: list[tuple[str, Change]] = [
     ("t5", (("dense_act_fn",), "silu")),
     ("t5", (("dense_act_fn",), "mish")),
+    ("deberta_v2_sequence", (("position_buckets",), 2)),
     ("deepseek_v2", (("rms_norm_eps",), 0.3)),
     ("deepseek_v3", (("rms_norm_eps",), 0.3)),
     ("deepseek_v3", (("head_dim",), 2)),
