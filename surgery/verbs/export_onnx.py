@@ -114,8 +114,8 @@ def export_onnx(
         task: What the graph is for, as the Hub names it: ``text-classification``, ``feature-extraction`` ...; None for what
             the model was saved for.
         merge: Adapters to merge, with or without weights.
-        swap: Adapters for slots: the graph is the base until one is given to a run. Heads, biases and norms that they
-            hold in full are inputs too.
+        swap: Adapters for slots, with or without weights: the graph is the base until one is given to a run. Heads,
+            biases and norms that they hold in full are inputs too.
         prefix: Soft prompts; the first one is the default.
         required: Whether slots are inputs without a default, for runtimes that pass no optional ones (JavaScript, Triton).
         packed: Whether slots of weights with the same input (queries, keys and values; gate and up) are one, whose factors an
@@ -206,7 +206,7 @@ def export_onnx(
         )
     if chosen == "reference" and assembly.headed:
         raise _another_configuration(checkpoint.main)
-    kind = weights_type if coding is not None else draft.contract.dtype
+    kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
     arrangement = _arrangement(shape, chosen, draft, kind)
     told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)

@@ -19,10 +19,10 @@ from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
 from surgery.onnx.run.answering import answer, heard, open_pair
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
-from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels
+from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels, own_tokenizer
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.images import look, read_images, reads_images
-from surgery.onnx.run.inputs import Given, InputRow, given_inputs, needs_text, row_of, said
+from surgery.onnx.run.inputs import Given, InputRow, given_inputs, input_rows, needs_text, said
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.stop_words import CutText
@@ -41,6 +41,7 @@ __all__ = ["RunResult", "RunText", "prepare_decoder", "run"]
 Generation = Callable[..., tuple[Continuation, ...]]
 """A generation that is prepared; it takes `on_token`."""
 
+_TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
 _BEST = 3  # labels of an encoder that are shown
 
 
@@ -267,21 +268,19 @@ def run(
         what = "`images=` is for encoders of images, which this is not" if pictures else "this graph reads images"
         raise FitError(what, file=opened.path, hint=None if pictures else "`images=` takes pixel_values (.npy)")
     texts = bool(words) or any(map(needs_text, batch))
-    tokenizer = (
-        open_tokenizer(opened.folder) if texts or ((opened.folder / "tokenizer.json").exists() and _can()) else None
-    )
+    files: list[StrPath] = as_list(adapters)
+    brought = own_tokenizer(opened, [weighted_file(one)[0] for one in files])
+    words_of = brought if (brought / "tokenizer.json").exists() else opened.folder
+    tokenizer = open_tokenizer(words_of) if texts or ((words_of / "tokenizer.json").exists() and _can()) else None
+    template = brought if any((brought / name).exists() for name in _TEMPLATES) else opened.folder
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
-    given = [
-        row_of(entry, tokenizer, opened.folder, begins=begins, chat=chat or bool(system), system=system)
-        for entry in batch
-    ]
+    given = input_rows(batch, tokenizer, template, begins=begins, chat=chat or bool(system), system=system)
     rows = [row.ids for row in given]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
         if prompt_adapter is not None:
             raise FitError("this encoder takes no soft prompt", file=opened.path)
         slots = _slots(opened, adapters)
-        files: list[StrPath] = as_list(adapters)
         classifier = adapter_labels(opened, [weighted_file(one)[0] for one in files])
         pixels, shown = read_images(opened, pictures) if pictures else (None, ())
         given = [InputRow([], []) for _ in shown] or given

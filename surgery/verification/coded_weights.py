@@ -16,12 +16,13 @@ import torch
 
 from surgery.onnx.export.merged import with_biases
 from surgery.onnx.graph.weights import ACROSS
+from surgery.onnx.run.opening import side_folder
 from surgery.reference.model import Reference
 from surgery.reference.weights import ReferenceWeights
+from surgery.verification.bytes import data_shard
 from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile
-from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import read_object
@@ -117,8 +118,7 @@ def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
         ProofError: the contract names a weight that the files lack.
         MalformedError: codes and scales of other sizes than they must have.
     """
-    folder = graph.path.parent
-    config = read_object(folder / "config.json")
+    config = read_object(side_folder(graph.path) / "config.json")
     found = _tensors(graph, names, config)
     codes: dict[str, _Codes] = {}
     for entry in graph.contract.quantised:
@@ -152,7 +152,7 @@ def _tensors(graph: GraphFile, names: Sequence[str], config: Mapping[str, Any]) 
     """All weights of a graph, of its files or inside it, by name in the checkpoint."""
     folder = graph.path.parent
     if files := names or [file.name for file in graph.weight_files]:
-        return {t.name: t for name in files for t in open_shard(folder / name).tensors}
+        return {t.name: t for name in files for t in data_shard(folder / name).tensors}
     stated = {name for entry in graph.contract.quantised for name in entry["weights"]}
     model = model_of(config, stated, own_task(graph.contract))
     rows = {each.weight: each.outputs for each in projections(model)}

@@ -58,7 +58,7 @@ def test_the_words_decide_whether_an_adapter_is_merged_swapped_or_a_prefix(run, 
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        ((f"{LORA}=0.5", "--mode", "swappable"), 4, "has the weight 0.5 but is not merged"),
+        ((f"{PROMPT}=0.5", "--mode", "prefix"), 4, "has the weight 0.5 but is neither merged nor in slots"),
         ((PROMPT, "--mode", "merged"), 4, "virtual tokens"),
         ((LORA, "--mode", "prefix"), 4, "has no virtual tokens"),
         (("--target", "cpu", "--dtype", "bf16"), 4, "cannot run bf16"),

@@ -138,7 +138,9 @@ def test_run_gives_each_graph_its_part_of_an_adapter(tmp_path):
     found = surgery.run(out, rows, max_new=8, adapters=out / "adapters" / "style.onnx_adapter")
     for text, row in zip(found.texts, wanted[:, 1:].tolist(), strict=True):
         assert list(text.tokens) == row[: row.index(1) if 1 in row else None]
-    assert found.texts != surgery.run(out, rows, max_new=8).texts
+    alone, file = surgery.run(out, rows, max_new=8), out / "adapters" / "style.onnx_adapter"
+    assert found.texts != alone.texts
+    assert surgery.run(out, rows, max_new=8, adapters=f"{file}=0").texts == alone.texts
 
 
 def test_what_no_graph_of_a_pair_takes_is_refused(tmp_path):

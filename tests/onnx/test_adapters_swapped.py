@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -215,3 +217,33 @@ def test_onnxruntime_takes_the_first_of_two_adapters_and_run_adds_them(base, ada
     attached = trained.logits(trained.attached("llama", base, (adapters["all"], 1.0), (adapters["rs"], 1.0)), IDS)
     assert np.abs(added - attached).max() <= TOLERANCE
     assert np.abs(added - both).max() > 0.01
+
+
+def test_a_weight_is_what_the_slots_hold(base, adapters, tmp_path):
+    export_onnx(base, swap=[(adapters["all"], 0.5)], output=tmp_path / "out")
+    attached = trained.logits(trained.attached("llama", base, (adapters["all"], 0.5)), IDS)
+    found = swapped(Plain(tmp_path / "out" / "model.onnx"), tmp_path / "out" / "adapters" / "all.onnx_adapter")
+    assert np.abs(found - attached).max() <= TOLERANCE
+
+
+def test_a_swapped_adapter_keeps_its_own_template(tmp_path):
+    folders = {name: tmp_path / name for name in ("base", "chat", "plain")}
+    shutil.copytree("examples/base", folders["base"])
+    for name in ("chat", "plain"):
+        shutil.copytree("examples/lora", folders[name])
+        shutil.copy("examples/base/tokenizer.json", folders[name])
+    (folders["base"] / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folders["chat"] / "chat_template.jinja").write_text("def {{ messages[0].content }}(")
+    out = tmp_path / "out"
+    result = export_onnx(folders["base"], swap=[folders["chat"], folders["plain"]], output=out)
+    assert [entry.get("tokenizer") for entry in result.contract.adapters] == ["tokenizer-chat", None]
+    assert (out / "tokenizer-chat" / "chat_template.jinja").read_text().startswith("def ")
+    assert (out / "chat_template.jinja").read_bytes() == (folders["base"] / "chat_template.jinja").read_bytes()
+    asked = [run(out, "main", max_new=1, chat=True, adapters=a).texts[0].prompt for a in ([], _files(out, "chat"))]
+    asked += [run(out, "main", max_new=1, chat=True, adapters=_files(out, "plain")).texts[0].prompt]
+    assert asked[0] == asked[2]
+    assert len(asked[1]) > len(asked[0])
+
+
+def _files(out, name):
+    return [out / "adapters" / f"{name}.onnx_adapter"]

@@ -263,4 +263,5 @@ def test_graphs_of_16_bits_take_modules(case, dtype, tmp_path):
     surgery.export_onnx(base, GOLDEN / case, output=tmp_path / "baked", target="cuda", dtype=dtype)
     assert surgery.verify(tmp_path / "baked", against=base, adapters=GOLDEN / case).difference <= 1e-4
     surgery.export_onnx(base, swap=GOLDEN / case, output=tmp_path / "slots", target="cuda", dtype=dtype)
-    assert surgery.verify(tmp_path / "slots", against=base).checks[-1].name.endswith("slots filled")
+    checks = surgery.verify(tmp_path / "slots", against=base).checks
+    assert any(check.name.endswith("slots filled") for check in checks)

@@ -52,7 +52,13 @@ __all__ = ["command"]
     help="Where every ADAPTER goes; by default a soft prompt goes in front, all else is merged.",
 )
 @click.option("--merge", multiple=True, type=option.weighted, metavar="A[=W]", help="Merge an adapter; repeatable.")
-@click.option("--swap", multiple=True, metavar="B", help="An adapter for slots: the graph is the base without it.")
+@click.option(
+    "--swap",
+    multiple=True,
+    type=option.weighted,
+    metavar="B[=W]",
+    help="An adapter for slots: the graph is the base without it.",
+)
 @click.option(
     "--required",
     is_flag=True,

@@ -18,7 +18,7 @@ from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file, stays_inside
 
-__all__ = ["CODE", "SetName", "is_whole_set", "sets_beside"]
+__all__ = ["CODE", "SetName", "is_whole_set", "same_bytes", "sets_beside"]
 
 SetName = str
 """``tokenizer``, ``processor`` or ``sentence-transformers``."""
@@ -59,6 +59,12 @@ def sets_beside(folder: Path) -> dict[SetName, dict[str, Path]]:
 def is_whole_set(what: SetName, names: Iterable[str]) -> bool:
     """Whether these files are a set by themselves: a tokenizer has a vocabulary, and is no template alone."""
     return what != "tokenizer" or any(_VOCABULARY.fullmatch(name) for name in names)
+
+
+def same_bytes(path: Path, other: Path) -> bool:
+    """Whether two files hold the same."""
+    one, two = open_file(path), open_file(other)
+    return one.identity == two.identity or (one.size == two.size and one.read(0, one.size) == two.read(0, two.size))
 
 
 def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:

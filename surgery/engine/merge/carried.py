@@ -17,7 +17,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.identity import fingerprint
-from surgery_formats.models.sets_beside import CODE, is_whole_set, sets_beside
+from surgery_formats.models.sets_beside import CODE, is_whole_set, same_bytes, sets_beside
 from surgery_formats.text import listing, show
 
 __all__ = ["CarriedFiles", "carried_files"]
@@ -101,9 +101,4 @@ def _sets(adapter: Adapter) -> Iterator[tuple[str, dict[str, Path]]]:
 
 def _differs(names: Mapping[str, Path], own: Mapping[str, Path]) -> bool:
     """Whether some of these files are not among `own` with the same content."""
-    return any(name not in own or not _same(path, own[name]) for name, path in names.items())
-
-
-def _same(path: Path, other: Path) -> bool:
-    one, two = open_file(path), open_file(other)
-    return one.identity == two.identity or (one.size == two.size and one.read(0, one.size) == two.read(0, two.size))
+    return any(name not in own or not same_bytes(path, own[name]) for name, path in names.items())

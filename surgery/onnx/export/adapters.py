@@ -29,7 +29,7 @@ class NamedAdapter:
     Attributes:
         name: From its file, and unique.
         adapter: The adapter.
-        weight: The weight it is merged with.
+        weight: The weight it is merged with, or that its slots hold.
         modules: The modules that it inserts, unless it is merged.
     """
 
@@ -89,12 +89,12 @@ def sort_adapters(
     Args:
         adapters: Adapters whose kind decides: soft prompts go in front, bottlenecks are inserted, all others are merged.
         merge: Adapters to merge, with weights.
-        swap: Adapters for slots.
+        swap: Adapters for slots, with weights.
         prefix: Adapters in front of the text.
 
     Raises:
         InputError: an adapter cannot be read.
-        FitError: a weight for an adapter that is not merged.
+        FitError: a weight for an adapter that is neither merged nor in slots.
     """
     from surgery_formats.adapters.registry import inserted_modules
 
@@ -110,8 +110,12 @@ def sort_adapters(
         adapter, weight = weighted.adapter, weighted.weight
         modules = () if role == "merged" else inserted_modules(adapter)
         chosen = role or ("prefix" if adapter.prompt is not None else "inserted" if modules else "merged")
-        if chosen != "merged" and weight != 1.0:
-            raise FitError(f"has the weight {weight:g} but is not merged", file=adapter.path, hint="merge it: `merge=`")
+        if chosen not in ("merged", "swappable") and weight != 1.0:
+            raise FitError(
+                f"has the weight {weight:g} but is neither merged nor in slots",
+                file=adapter.path,
+                hint="`merge=` or `swap=`",
+            )
         name = unique(names, _name(adapter.path))
         names.add(name)
         roles[chosen].append(NamedAdapter(name, adapter, weight, modules))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,10 +24,12 @@ from surgery.onnx.graph.weights import Replaceable
 from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.raw import open_file
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.inserted import as_fields, with_inserted
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.sets_beside import same_bytes, sets_beside
 
 if TYPE_CHECKING:
     import onnx
@@ -148,6 +151,7 @@ class Assembly:
         ]
         if self.form == "kv":
             names += [self._prompt_file(prompt) for prompt in self.prompts]
+        names += self._brought
         names += [NONE] if self._nothing(draft) else []
         names += [INSERTED] if self.baked is not None else []
         names += [SENTENCE_FILE] if self.sentence is not None and self.sentence.layout is not None else []
@@ -175,6 +179,9 @@ class Assembly:
                 files[self._adapter_file(named.name, part)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
+        for name, path in self._brought.items():
+            source = open_file(path)
+            files[name] = bytes(source.read(0, source.size))
         if nothing := self._nothing(built):
             files[NONE] = adapter_bytes({name: np.zeros(shape, kind) for name, shape in nothing.items()})
         if self.baked is not None:
@@ -193,6 +200,19 @@ class Assembly:
                 position_ids=self.options.position_ids,
             )
         return files, built, dict(built.graphs)
+
+    @cached_property
+    def _brought(self) -> dict[str, Path]:
+        """Tokenizers and templates that swapped adapters were trained with, where the base has others."""
+        if not self.roles.swap:
+            return {}
+        own = sets_beside(self.component.folder).get("tokenizer", {})
+        found: dict[str, Path] = {}
+        for named in self.roles.swap:
+            theirs = sets_beside(named.adapter.path).get("tokenizer", {})
+            if any(name not in own or not same_bytes(path, own[name]) for name, path in theirs.items()):
+                found |= {f"{_tokenizer(named)}/{name}": path for name, path in theirs.items() if "/" not in name}
+        return found
 
     def _nothing(self, built: GraphSet) -> dict[str, tuple[int, ...]]:
         """Shapes of factors of rank 0, and of a past without tokens: what switches everything off."""
@@ -286,6 +306,10 @@ class Assembly:
 
             facts = label_facts(adapter.adapter, adapter.replaced, self.model, self.component.config)
         parts = {f"{part}_file": self._adapter_file(named.name, part) for part in self._parts(adapter) if part}
+        if named.weight != 1.0:
+            facts = {**facts, "weight": named.weight}
+        if any(name.startswith(f"{_tokenizer(named)}/") for name in self._brought):
+            facts = {**facts, "tokenizer": _tokenizer(named)}
         return entry(named, "swapped", file=self._adapter_file(named.name), **parts, **facts)
 
     def _parts(self, adapter: Swappable) -> tuple[str, ...]:
@@ -302,6 +326,10 @@ class Assembly:
     @staticmethod
     def _prompt_file(prompt: Prompt) -> str:
         return f"prompts/{prompt.name}.onnx_adapter"
+
+
+def _tokenizer(named: NamedAdapter) -> str:
+    return f"tokenizer-{named.name}"
 
 
 def _numpy_type(options: GraphOptions) -> np.dtype[Any]:

@@ -43,6 +43,7 @@ class Swappable:
         tables: Slots whose weight is a table of rows.
         replaced: Edits of the small parameters that it replaces, under the recipe's names.
         modules: The modules that it inserts.
+        weight: Factor of all additions.
     """
 
     adapter: Adapter
@@ -50,6 +51,7 @@ class Swappable:
     tables: frozenset[str]
     replaced: Mapping[str, Edit]
     modules: tuple[InsertedModule, ...] = ()
+    weight: float = 1.0
 
 
 def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swappable:
@@ -91,7 +93,10 @@ def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swap
                 additions[component.head] = loras
     if not additions and not replaced and not named.modules:
         raise FitError("the adapter changes nothing", file=adapter.path)
-    return Swappable(adapter, additions, frozenset(tables), replaced, named.modules)
+    if named.weight != 1.0 and (replaced or named.modules):
+        what = "parameters in full" if replaced else "modules"
+        raise FitError(f"has the weight {named.weight:g}, but {what}, which are there or not", file=adapter.path)
+    return Swappable(adapter, additions, frozenset(tables), replaced, named.modules, named.weight)
 
 
 def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
@@ -116,7 +121,7 @@ def slot_arrays(
     dtype: Any,
     inputs: Mapping[str, Any],
 ) -> dict[str, Array]:
-    """The arrays of an adapter's inputs: its slots, with the scale folded into B, and the parameters that it replaces.
+    """The arrays of an adapter's inputs: its slots, with scale and weight folded into B, and the parameters that it replaces.
 
     Args:
         adapter: The adapter.
@@ -138,7 +143,7 @@ def slot_arrays(
                 arrays[slot.A], arrays[slot.B] = (factor.astype(dtype) for factor in packed)
         elif additions := adapter.additions.get(slot.weight):
             A, B = factors_of(additions, size, table=table)
-            arrays[slot.A], arrays[slot.B] = A.astype(dtype), B.astype(dtype)
+            arrays[slot.A], arrays[slot.B] = A.astype(dtype), (B * np.float32(adapter.weight)).astype(dtype)
     return arrays
 
 

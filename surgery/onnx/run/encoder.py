@@ -17,6 +17,7 @@ from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.output.manifest import is_safe_name
 
 __all__ = [
     "Classifier",
@@ -25,6 +26,7 @@ __all__ = [
     "encode",
     "encode_groups",
     "labels",
+    "own_tokenizer",
     "problem_of",
     "run_encoder",
     "vocabulary",
@@ -102,6 +104,18 @@ def adapter_labels(graph: GraphSession, files: Sequence[str | os.PathLike[str]])
                 problem = entry.get("problem_type")
                 return Classifier(tuple(_ordered(entry["id2label"])), problem if isinstance(problem, str) else "")
     return Classifier()
+
+
+def own_tokenizer(graph: GraphSession, files: Sequence[str | os.PathLike[str]]) -> Path:
+    """The folder of the tokenizer and template that the first of these adapters brought along, else the graph's."""
+    for file in files:
+        for entry in graph.contract.adapters:
+            known, folder = entry.get("file"), entry.get("tokenizer")
+            if not isinstance(known, str) or not isinstance(folder, str) or not is_safe_name(folder):
+                continue
+            if _is_same(graph.folder / known, file) and (graph.folder / folder).is_dir():
+                return graph.folder / folder
+    return graph.folder
 
 
 def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
