@@ -22,7 +22,7 @@ from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
 from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels, own_tokenizer
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.images import look, read_images, reads_images
-from surgery.onnx.run.inputs import Given, InputRow, given_inputs, needs_text, row_of, said
+from surgery.onnx.run.inputs import Given, InputRow, given_inputs, input_rows, needs_text, said
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.stop_words import CutText
@@ -274,9 +274,7 @@ def run(
     tokenizer = open_tokenizer(words_of) if texts or ((words_of / "tokenizer.json").exists() and _can()) else None
     template = brought if any((brought / name).exists() for name in _TEMPLATES) else opened.folder
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
-    given = [
-        row_of(entry, tokenizer, template, begins=begins, chat=chat or bool(system), system=system) for entry in batch
-    ]
+    given = input_rows(batch, tokenizer, template, begins=begins, chat=chat or bool(system), system=system)
     rows = [row.ids for row in given]
     _check(rows, opened)
     if opened.contract.kind == "encoder":

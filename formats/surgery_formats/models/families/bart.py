@@ -136,7 +136,7 @@ def recipe(settings: ModelSettings) -> Model:
         )
         at = f"model.{side}"
         table = f"{at}.embed_positions.weight"
-        stored = form.learned or table in settings.names
+        stored = form.learned or not {table, table.removeprefix("model.")}.isdisjoint(settings.names)
         embedding = Embedding(
             "model.shared.weight",
             positions=table if stored else "",
