@@ -18,7 +18,7 @@ from surgery.onnx.run.adapters import fill_slots
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.opening import GraphSession, open_encoder
-from surgery.onnx.run.pair import PairDecoder, Read
+from surgery.onnx.run.pair import EncoderStates, PairDecoder
 from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.sampling import Sampling
@@ -29,7 +29,7 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.text import show
 
-__all__ = ["FEATURES", "Pair", "answer", "heard", "open_pair", "sound_sizes"]
+__all__ = ["FEATURES", "PairSessions", "answer", "heard", "open_pair", "sound_sizes"]
 
 Array = npt.NDArray[Any]
 
@@ -38,7 +38,7 @@ FEATURES = "input_features"
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class PairSessions:
     """The sessions of an encoder-decoder, and the arrays of adapters for each."""
 
     encoder: GraphSession
@@ -52,7 +52,7 @@ class Pair:
         return FEATURES in self.encoder.inputs
 
 
-def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] = ()) -> Pair:
+def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] = ()) -> PairSessions:
     """Open the encoder of `decoder`, and sort adapters: an export writes a file for each of the two.
 
     That of the encoder lies beside the other, which the graph's contract names; or it is given by itself.
@@ -80,7 +80,7 @@ def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] 
         fill_slots(files, graph.contract, graph.inputs, graph.optional)
         for files, graph in ((theirs, encoder), (own, decoder))
     )
-    return Pair(encoder, decoder, *slots)
+    return PairSessions(encoder, decoder, *slots)
 
 
 def _encoders_part(decoder: GraphSession, file: Path) -> Path | None:
@@ -108,7 +108,7 @@ def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
     return one.exists() and os.path.samefile(one, other)
 
 
-def heard(pair: Pair, files: Sequence[Path]) -> Array:
+def heard(pair: PairSessions, files: Sequence[Path]) -> Array:
     """The spectrograms of recordings, ``(B, bins, frames)``.
 
     Raises:
@@ -134,7 +134,7 @@ def sound_sizes(encoder: GraphSession) -> tuple[int, int]:
 
 
 def answer(
-    pair: Pair,
+    pair: PairSessions,
     source: Rows | Array,
     *,
     max_new: int,
@@ -167,16 +167,16 @@ def answer(
     return generate(answering, rows, max_new=max_new, sampling=sampling, stop=stop, on_token=on_token)
 
 
-def _read(pair: Pair, rows: Rows) -> Read:
+def _read(pair: PairSessions, rows: Rows) -> EncoderStates:
     if pair.reads_sound:
         raise FitError("this model reads sound, not text", file=pair.decoder.path, hint="`audio=` names a recording")
     encoded = encode(pair.encoder, rows, pair.encoder_slots)
     width = max(encoded.lengths)
     mask = (np.arange(width) < np.array(encoded.lengths)[:, None]).astype(np.int64)
-    return Read(encoded.arrays["last_hidden_state"], mask)
+    return EncoderStates(encoded.arrays["last_hidden_state"], mask)
 
 
-def _listened(pair: Pair, features: Array) -> Read:
+def _listened(pair: PairSessions, features: Array) -> EncoderStates:
     graph = pair.encoder
     binding = graph.session.io_binding()
     held = []
@@ -187,4 +187,4 @@ def _listened(pair: Pair, features: Array) -> Read:
         binding.bind_input(name, *where, graph.inputs[name].element, array.shape, held[-1].address)
     binding.bind_output("last_hidden_state", "cpu")
     execute(graph.session, binding, run_options())
-    return Read(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))
+    return EncoderStates(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))
