@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError, UsageError
+from surgery_formats.storage.block_format import BITS
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
@@ -14,9 +15,10 @@ if TYPE_CHECKING:
 
     from surgery.onnx.export.weight_coding import WeightCoding
 
-__all__ = ["BITS", "WITHOUT_ATTENTION", "WeightOptions"]
+__all__ = ["OWN", "WITHOUT_ATTENTION", "WeightOptions"]
 
-BITS = {"int4": 4, "int8": 8}
+OWN = ", its own codes"
+"""What the ledger says of a weight whose codes were taken as they are."""
 WITHOUT_ATTENTION = 22
 """Set of operators for graphs of MatMul: quantize_dynamic takes ONNX's Attention for com.microsoft's (onnxruntime 1.31)."""
 _BLOCKS = (32, 64, 128)
