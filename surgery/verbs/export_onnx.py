@@ -17,7 +17,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import Assembly, prompt_form
-from surgery.onnx.export.cautions import graph_warnings, warnings_before
+from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
 from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.input_options import (
     with_embeddings,
@@ -260,6 +260,8 @@ def export_onnx(
     )
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
+    if coding is not None and placed.ledger is not None:
+        warnings += code_warnings(placed.ledger)
     done = built[-1]
     seen = None
     if range_text is not None:
