@@ -308,16 +308,20 @@ def run(
         source = heard(pair, recordings) if recordings else rows
         rows = [[]] * len(source) if recordings else rows
         load += time.perf_counter() - began
-        generation: Generation = partial(
-            answer,
-            pair,
-            source,
-            max_new=max_new,
-            sampling=sampling or Sampling(),
-            start=[int(token) for token in start],
-            stop=stop_tokens(opened.folder),
-        )
-        result = _streamed(opened, rows, tokenizer, load, 0, words, on_text, generation)
+        size, results = batch_size or len(rows), list[RunResult]()
+        for at in range(0, len(rows), size):
+            asked: Generation = partial(
+                answer,
+                pair,
+                source[at : at + size],
+                max_new=max_new,
+                sampling=sampling or Sampling(),
+                start=[int(token) for token in start],
+                stop=stop_tokens(opened.folder),
+            )
+            heard_at = None if on_text is None else _shifted(on_text, at)
+            results.append(_streamed(opened, rows[at : at + size], tokenizer, load, 0, words, heard_at, asked))
+        result = _joined(results)
     else:
         size, results = batch_size or len(rows), list[RunResult]()
         for first in range(0, len(rows), size):

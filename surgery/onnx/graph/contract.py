@@ -52,6 +52,7 @@ _LATER = (
     "embedder",
     "sized_late",
 )  # fields that are left out where empty, so that runners of before take the graph
+_ADAPTER_TEXTS = ("name", "mode", "kind", "id", "file", "encoder_file", "strength", "tokenizer", "problem_type")
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder", "embedder")
 
 
@@ -259,7 +260,7 @@ def _fault(contract: Contract) -> str | None:
     for name, values in texts.items():
         if not all(isinstance(text, str) for text in values):
             return name
-    if not all(isinstance(entry, Mapping) for entry in contract.adapters):
+    if not all(isinstance(entry, Mapping) and _names_texts(entry) for entry in contract.adapters):
         return "adapters"
     try:
         for entry in contract.inserted:
@@ -282,6 +283,11 @@ def _fault(contract: Contract) -> str | None:
         if not (0 <= first < _LARGEST and 0 < count <= contract.max_length):
             return "vocabulary_rows"
     return None
+
+
+def _names_texts(adapter: Mapping[str, Any]) -> bool:
+    """Whether all names in the entry of an adapter are texts."""
+    return all(isinstance(adapter.get(name, ""), str) for name in _ADAPTER_TEXTS)
 
 
 def _is_quantised(entry: Any) -> bool:
