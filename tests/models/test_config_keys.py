@@ -70,6 +70,13 @@ def test_a_flag_of_null_is_refused_where_the_default_is_true() -> None:
         model_of({"model_type": "falcon", "multi_query": None}, {"lm_head.weight"})
 
 
+def test_longrope_of_an_encoder_is_refused() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.1] * 4, "long_factor": [2.0] * 4}
+    outcome, said = compared("eurobert_mask", (("rope_parameters",), rope))
+    assert outcome == "refused"
+    assert "longrope" in said
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path, other: bool) -> None:
     folder = recipes.build("gemma", tmp_path / "base")
