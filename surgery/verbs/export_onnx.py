@@ -258,14 +258,14 @@ def export_onnx(
         id=_id(draft, assembly, arrangement),
         placed=arrangement.files,
     )
+    seen = None
+    if range_text is not None:
+        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     if coding is not None and placed.ledger is not None:
         warnings += code_warnings(placed.ledger)
     done = built[-1]
-    seen = None
-    if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
     lie = {file.path.name: file.path for file in sources}
     warnings += issues_of_types(
         whole_graphs(draft),
