@@ -210,7 +210,7 @@ def export_onnx(
     arrangement = _arrangement(shape, chosen, draft, kind)
     told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
-    warnings += layout_warnings(shape, draft.contract)
+    warnings += layout_warnings(shape, draft.contract, pooled=(assembly.component.folder / "modules.json").exists())
     built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
@@ -258,14 +258,14 @@ def export_onnx(
         id=_id(draft, assembly, arrangement),
         placed=arrangement.files,
     )
+    seen = None
+    if range_text is not None:
+        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     if coding is not None and placed.ledger is not None:
         warnings += code_warnings(placed.ledger)
     done = built[-1]
-    seen = None
-    if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
     lie = {file.path.name: file.path for file in sources}
     warnings += issues_of_types(
         whole_graphs(draft),
