@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.reference import encode, forward, open_reference
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.models.families.parameters import model_of
 from tests.oracles import recipes
 from tests.oracles.config_keys import CASES, Change, changes, compared
@@ -68,6 +71,24 @@ def test_every_key_of_every_case(name: str) -> None:
 def test_a_flag_of_null_is_refused_where_the_default_is_true() -> None:
     with pytest.raises(FitError, match="multi_query is null"):
         model_of({"model_type": "falcon", "multi_query": None}, {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("name", ["pegasus", "marian", "llama", "gpt2"])
+@torch.no_grad()
+def test_files_without_the_models_prefix_compute_the_same(tmp_path: Path, name: str) -> None:
+    folder = recipes.build(name, tmp_path / "base")
+    ids = torch.arange(5, 12)[None]
+    weights: dict[str, Any] = load_file(folder / "model.safetensors")
+
+    def logits() -> torch.Tensor:
+        reference = open_reference(open_checkpoint(folder).main)
+        encoded = encode(reference, ids) if reference.model.encoder else None
+        return forward(reference, ids, encoded=encoded).logits
+
+    before = logits()
+    bare = {key.removeprefix("model.").removeprefix("transformer."): value for key, value in weights.items()}
+    save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(logits(), before)
 
 
 def test_longrope_of_an_encoder_is_refused() -> None:

@@ -30,5 +30,9 @@ def check_tied_head(component: Component, model: Model) -> None:
     raise FitError(
         f"differs from '{component.embedding}', which config.json says it is tied to (tie_word_embeddings)",
         tensor=component.head,
-        hint="set tie_word_embeddings to false to use it, or remove it from the file to use the embedding",
+        hint=(
+            "remove it from the file to use the embedding"
+            if model.encoder is not None  # whose recipes know no head of its own
+            else "set tie_word_embeddings to false to use it, or remove it from the file to use the embedding"
+        ),
     )
