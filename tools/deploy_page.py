@@ -26,18 +26,25 @@ sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
 import numpy as np
 
 import surgery
-from tests.support.deployed import IDS, NEW, PAD, PAIR, ROWS, TEXT, make_models
+from tests.support.deployed import IDS, NEW, PAD, PAIR, PROMPT, ROWS, TEXT, TEXT_NEW, TRAINED, make_models
 
 PAGE = ROOT / "docs" / "deploying.md"
 PEERS = ROOT / "tools" / "deploy"
 TOLERANCE = 1e-4
-KINDS = {"generate": "decoder", "batch": "decoder in batches", "embed": "sentence encoder", "classify": "classifier"}
+KINDS = {
+    "generate": "decoder",
+    "batch": "decoder in batches",
+    "text": "decoder, text",
+    "coded": "int4 decoder, text",
+    "embed": "sentence encoder",
+    "classify": "classifier",
+}
 PROGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {  # the layout of its own, and what it runs
     "onnxruntime": ("plain", ("generate", "batch", "embed", "classify")),
-    "genai": ("genai", ("generate", "batch")),
-    "optimum": ("optimum", ("generate", "batch", "embed", "classify")),
+    "genai": ("genai", ("generate", "batch", "text", "coded")),
+    "optimum": ("optimum", ("generate", "batch", "text", "coded", "embed", "classify")),
     "sentence-transformers": ("sentence-transformers", ("embed", "classify")),
-    "transformers.js": ("transformers.js", ("generate", "batch", "embed", "classify")),
+    "transformers.js": ("transformers.js", ("generate", "batch", "text", "embed", "classify")),
 }
 LEAST = {  # columns of the table of least versions: options of an export of decoder and encoder
     "decoder, `cpu`": ("decoder", {}),
@@ -53,15 +60,19 @@ def exported(work: Path, kind: str, layout: str, **options: Any) -> Path:
     name = "-".join([kind, layout, *(f"{key}{value}" for key, value in options.items())])
     if not (work / "out" / name).exists():
         (work / "out").mkdir(exist_ok=True)
-        base = {"generate": "decoder", "batch": "decoder", "decoder": "decoder", "encoder": "embed"}.get(kind, kind)
+        decoders = dict.fromkeys(("generate", "batch", "decoder"), "decoder")
+        base = {**decoders, "encoder": "embed", "text": TRAINED, "coded": TRAINED}.get(kind, kind)
         adapters = [work / "lora"] if base == "decoder" else []
+        if kind == "coded":
+            options |= {"weights_type": "int4"}
         surgery.export_onnx(work / base, adapters, output=work / "out" / name, layout=layout, **options)
     return work / "out" / name
 
 
 def asked(command: str, work: Path, program: str, kind: str, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a program answers."""
-    told = {"ids": IDS, "rows": ROWS, "new": NEW, "pad": PAD, "text": TEXT, "pair": PAIR, **facts}
+    told = {"ids": IDS, "rows": ROWS, "new": NEW, "pad": PAD, "text": TEXT, "pair": PAIR}
+    told |= {"prompt": PROMPT, "text_new": TEXT_NEW, **facts}
     (work / "wanted.json").write_text(json.dumps(told))
     if program == "transformers.js":
         script = Path(command) / "peer.mjs"
@@ -156,6 +167,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="surgery-deploy-") as place:
         work = Path(place)
         wanted = make_models(work)
+        coded = surgery.run(exported(work, "coded", "plain"), PROMPT, max_new=TEXT_NEW)  # no other program is its truth
+        wanted["coded"] = coded.texts[0].text
         lines = [
             row(work, name, command if isinstance(command, str) else command[0], wanted)
             for name, command in commands.items()

@@ -16,6 +16,7 @@ from surgery.algebra.weight import combine_weight
 from surgery.engine.adapter_output import stored_as
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery_formats.adapters.format import Coded, Format, Rendering, reader_of, what_to_tell
+from surgery_formats.adapters.onnx_adapter.names import check_apart
 from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.dtypes import DType
@@ -104,6 +105,8 @@ def plan_combination(combination: Combination, target: Format, dtype: DType | No
         FitError: the format cannot hold it, or stores no such type.
     """
     terms = combination.terms
+    for term in terms if target.name != "onnx-adapter" else ():
+        check_apart(term.adapter)
     if dtype is not None and isinstance(target, Coded):
         raise FitError(f"{target.name} stores factors as codes: a dtype says nothing")
     adapter = combined_adapter(terms, {update.site: update.updates for update in combination.updates}, target)

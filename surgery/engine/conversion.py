@@ -16,6 +16,7 @@ from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
 from surgery.engine.leaving_out import without_base_values
 from surgery_formats.adapters.format import Coded, Entry, ForGraph, Format, InDialects, Rendering, reader_of
+from surgery_formats.adapters.onnx_adapter.names import check_apart
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.parts import in_component, in_its_encoder, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
@@ -213,6 +214,7 @@ def plan_conversion(
     """
     if base is None and source.format != target.name:
         check_complete(source)
+        check_apart(source)
     source = source if base is None else sized(source, base)
     rows = _way_of_tokens(source, target)
     try:

@@ -22,7 +22,7 @@ from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
 from surgery.extraction.refine import Refinement, refine
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
-from surgery.extraction.stream.scan import Layout, ScanResult
+from surgery.extraction.stream.scan import ScanLayout, ScanResult
 from surgery.extraction.stream.scratch import Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.adapters.format import Format, Rendering, Scaled, Scaling
@@ -177,7 +177,7 @@ class ExtractionPlan:
 
     checkpoints: CheckpointPair
     request: ExtractionRequest
-    layout: Layout
+    layout: ScanLayout
     scan: ScanResult
     storage: StoragePlan
     ranks: Mapping[str, int]
@@ -211,7 +211,7 @@ class ExtractionPlan:
 
 def plan_extraction(
     checkpoints: CheckpointPair,
-    layout: Layout,
+    layout: ScanLayout,
     scan: ScanResult,
     request: ExtractionRequest,
     stopwatch: Stopwatch,
@@ -314,7 +314,7 @@ def plan_extraction(
 
 def _decide_kind(
     checkpoints: CheckpointPair,
-    layout: Layout,
+    layout: ScanLayout,
     scan: ScanResult,
     request: ExtractionRequest,
     formed: Callable[[Mapping[str, int]], StoragePlan],

@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from surgery.engine.inputs import StrPath, check_counts, local_path
+from surgery.onnx.graph.contract import from_metadata
+from surgery.onnx.graph.read_metadata import read_metadata
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
-from surgery.onnx.run.opening import GraphSession, open_graph
+from surgery.onnx.run.opening import GraphSession, find_graph, open_graph
 from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.reports.result import elapsed, summarised, timed
@@ -42,6 +44,9 @@ __all__ = [
     "peak_nbytes",
     "step_nbytes",
 ]
+
+
+_PROMPT = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +183,7 @@ def bench(
     model: StrPath,
     against: StrPath | None = None,
     *,
-    prompt_length: int = 512,
+    prompt_length: int | None = None,
     new_tokens: int = 100,
     batch: int = 1,
     cache: int | None = None,
@@ -191,7 +196,7 @@ def bench(
     Args:
         model: The graph, or its folder.
         against: Another one.
-        prompt_length: Tokens of each row, the same random ones for both.
+        prompt_length: Tokens of each row, the same random ones for both; by default 512, or what a smaller graph has room for.
         new_tokens: Steps that are measured, in turns of a few.
         batch: Rows.
         cache: Size of a shared cache; by default just what is needed.
@@ -208,6 +213,7 @@ def bench(
     check_counts(prompt_length=prompt_length, batch=batch, cache=cache, threads=threads)
     models = [local_path(model, "model")]
     models += [] if against is None else [local_path(against, "against")]
+    prompt_length = _fitting(models, prompt_length, new_tokens)
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
         bind(path, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
@@ -234,6 +240,27 @@ def bench(
         ),
         sides[0].opened.memory.device, prompt_length, new_tokens, batch, bandwidth, tuple(floors), *ratios,
     )  # fmt: skip
+
+
+def _fitting(models: Sequence[StrPath], asked: int | None, new_tokens: int) -> int:
+    """Tokens of a row, which leave room for the steps in every graph.
+
+    Raises:
+        FitError: one has no room for them.
+    """
+    fitting = _PROMPT if asked is None else asked
+    for model in models:
+        path = find_graph(model)
+        if (contract := from_metadata(read_metadata(path), path)) is None:
+            continue
+        steps = cache_length(0, new_tokens) if contract.kind == "decoder" else 0
+        room = contract.max_length - contract.virtual_tokens - steps
+        if room < min(fitting, 1 if asked is None else fitting):
+            text = f"{contract.max_length} positions have no room for {fitting if asked else 1} tokens"
+            text += f" and {steps} steps" if steps else ""
+            raise FitError(text, file=path, hint="fewer: `prompt_length=`" + (", `new_tokens=`" if steps else ""))
+        fitting = min(fitting, room)
+    return fitting
 
 
 def bind(

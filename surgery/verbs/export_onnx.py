@@ -17,7 +17,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.export.assemble import Assembly, prompt_form
-from surgery.onnx.export.cautions import graph_warnings, warnings_before
+from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
 from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.input_options import (
     with_embeddings,
@@ -41,6 +41,7 @@ from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.sentence import SENTENCE_FILE
+from surgery.onnx.export.tied_head import check_tied_head
 from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.graph.build import GraphOptions, GraphSet
 from surgery.onnx.graph.contract import TEXT
@@ -257,12 +258,14 @@ def export_onnx(
         id=_id(draft, assembly, arrangement),
         placed=arrangement.files,
     )
-    run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
-    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
-    done = built[-1]
     seen = None
     if range_text is not None:
         seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
+    run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
+    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
+    if coding is not None and placed.ledger is not None:
+        warnings += code_warnings(placed.ledger)
+    done = built[-1]
     lie = {file.path.name: file.path for file in sources}
     warnings += issues_of_types(
         whole_graphs(draft),
@@ -322,6 +325,7 @@ def _assembly(
     overrides = merged.overrides if merged else {}
     io = io_type(target, dtype, checkpoint.main.dtype)
     model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
+    check_tied_head(checkpoint.main, model)
     slots, given = _slots(checkpoint, roles, model), component
     check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
     prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]

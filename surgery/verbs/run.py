@@ -22,7 +22,7 @@ from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
 from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels, own_tokenizer
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.images import look, read_images, reads_images
-from surgery.onnx.run.inputs import Given, InputRow, given_inputs, needs_text, row_of, said
+from surgery.onnx.run.inputs import Given, InputRow, given_inputs, input_rows, needs_text, said
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.stop_words import CutText
@@ -274,9 +274,7 @@ def run(
     tokenizer = open_tokenizer(words_of) if texts or ((words_of / "tokenizer.json").exists() and _can()) else None
     template = brought if any((brought / name).exists() for name in _TEMPLATES) else opened.folder
     begins = opened.contract.prompt_kind != TEXT or not prompt or prompt_adapter is not None  # else a text goes on
-    given = [
-        row_of(entry, tokenizer, template, begins=begins, chat=chat or bool(system), system=system) for entry in batch
-    ]
+    given = input_rows(batch, tokenizer, template, begins=begins, chat=chat or bool(system), system=system)
     rows = [row.ids for row in given]
     _check(rows, opened)
     if opened.contract.kind == "encoder":
@@ -310,16 +308,20 @@ def run(
         source = heard(pair, recordings) if recordings else rows
         rows = [[]] * len(source) if recordings else rows
         load += time.perf_counter() - began
-        generation: Generation = partial(
-            answer,
-            pair,
-            source,
-            max_new=max_new,
-            sampling=sampling or Sampling(),
-            start=[int(token) for token in start],
-            stop=stop_tokens(opened.folder),
-        )
-        result = _streamed(opened, rows, tokenizer, load, 0, words, on_text, generation)
+        size, results = batch_size or len(rows), list[RunResult]()
+        for at in range(0, len(rows), size):
+            asked: Generation = partial(
+                answer,
+                pair,
+                source[at : at + size],
+                max_new=max_new,
+                sampling=sampling or Sampling(),
+                start=[int(token) for token in start],
+                stop=stop_tokens(opened.folder),
+            )
+            heard_at = None if on_text is None else _shifted(on_text, at)
+            results.append(_streamed(opened, rows[at : at + size], tokenizer, load, 0, words, heard_at, asked))
+        result = _joined(results)
     else:
         size, results = batch_size or len(rows), list[RunResult]()
         for first in range(0, len(rows), size):

@@ -43,6 +43,8 @@ _RECORDED = 1e-3
 """Share by which an error of codes may differ from what was written down."""
 _STORED = 2.0**-8
 """What a merge adds to it that stores bf16 in between."""
+_UNRECORDED = 0.5
+"""The greatest error of codes of which nothing was written down: that of no rounding to 4 bits."""
 _PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
@@ -313,7 +315,10 @@ def _graphs(
         reference = with_sentence_modules(reference, side_folder(path) if base is None else base.main.folder)
     if main.contract.quantised:
         checks.append(_codes(where, main, names, base, roles))
-        notes += [] if base is not None else ["the codes were not compared with the base: --against BASE does"]
+        if base is None:
+            notes.append("the codes were not compared with the base: --against BASE does")
+        elif not _recorded_errors(where):
+            notes.append(f"no {MANIFEST} says how far the codes were from the base when they were written")
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
     else:
@@ -364,6 +369,13 @@ def _codes(where: Path, graph: GraphFile, names: Sequence[str], base: Checkpoint
     recorded = _recorded_errors(where)
     for found in errors:
         limit = recorded.get(found.name)
+        if limit is None and found.relative > _UNRECORDED:
+            raise ProofError(
+                f"its codes are off by {found.relative:.3g} of the base",
+                file=graph.path,
+                tensor=found.name,
+                hint="`against=` names another base, or the adapters that were merged are not named",
+            )
         allowed = math.hypot(limit or 0.0, _STORED if roles.merged else 0.0) * (1 + _RECORDED)
         if limit is not None and not found.relative <= allowed + _RECORDED**2:
             raise ProofError(

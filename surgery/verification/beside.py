@@ -20,11 +20,11 @@ __all__ = ["model_beside"]
 def model_beside(graph: GraphFile, own: Mapping[str, str]) -> Component:
     """The model beside a graph, of which what a merge changed is no part; `own` names files that got another name."""
     folder = graph.path.parent
-    if not own and side_folder(graph.path) == folder:
-        return open_checkpoint(folder).main
     computed = (DELTA, INSERTED)
-    shards = [
-        data_shard(folder / file.name) for file in graph.weight_files if own.get(file.name, file.name) not in computed
-    ]
+    names = [file.name for file in graph.weight_files]
+    of_base = [name for name in names if own.get(name, name) not in computed]
+    if not own and names == of_base and side_folder(graph.path) == folder:
+        return open_checkpoint(folder).main
+    shards = [data_shard(folder / name) for name in of_base]
     config = read_object(side_folder(graph.path) / "config.json")
     return Component("", folder, tuple(shards), None, "", config)

@@ -41,7 +41,7 @@ _HEAD = "of the head"  # behind the name of a table that its head has as codes, 
 
 
 @dataclass(frozen=True)
-class _Codes:
+class _WeightCodes:
     """One weight.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Codes:
 class _CodedWeights:
     """Weights of a graph's files: codes by what they stand for, others as they are."""
 
-    def __init__(self, tensors: Mapping[str, ReadableTensor], codes: Mapping[str, _Codes], names: Names) -> None:
+    def __init__(self, tensors: Mapping[str, ReadableTensor], codes: Mapping[str, _WeightCodes], names: Names) -> None:
         self._tensors, self._codes, self._resolver = tensors, codes, names
         self.shapes: dict[str, tuple[int, int]] = {}
         """``(out, in)`` of each weight of codes, by the recipe's name."""
@@ -103,7 +103,7 @@ class _CodedWeights:
             return self._codes[stored].values(inputs, 0, outputs).T[start:stop]
         return self._codes[stored].values(inputs, start, outputs if stop is None else min(stop, outputs))
 
-    def codes_of(self, stored: str) -> _Codes:
+    def codes_of(self, stored: str) -> _WeightCodes:
         return self._codes[stored]
 
     def parted(self, name: str) -> bool:
@@ -120,13 +120,13 @@ def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
     """
     config = read_object(side_folder(graph.path) / "config.json")
     found = _tensors(graph, names, config)
-    codes: dict[str, _Codes] = {}
+    codes: dict[str, _WeightCodes] = {}
     for entry in graph.contract.quantised:
         for name in entry["weights"]:
             parts = {part: found.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in found}
             if {"codes", "scales"} - set(parts) or ("zero_points" in parts) == entry["symmetric"]:
                 raise ProofError(f"the codes of '{show(name)}' are not in the graph's files", file=graph.path)
-            codes[name] = _Codes(parts, entry["bits"], entry["block"])
+            codes[name] = _WeightCodes(parts, entry["bits"], entry["block"])
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
     bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
     known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
@@ -168,7 +168,7 @@ def with_head_of_codes(model: Model, weights: _CodedWeights) -> Model:
     return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {_HEAD}")))
 
 
-def _check(codes: _Codes, outputs: int, inputs: int, graph: GraphFile) -> None:
+def _check(codes: _WeightCodes, outputs: int, inputs: int, graph: GraphFile) -> None:
     count = -(-inputs // codes.block)
     wanted = {
         "codes": (outputs, count, codes.block * codes.bits // 8),

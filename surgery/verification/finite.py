@@ -57,6 +57,6 @@ def fits_half(graph: GraphFile, seen: Stored, again: Measure) -> str:
                 f"logits are not finite in fp16: values of {show(rounded.beyond, 200)} are beyond {LARGEST_HALF:,.0f} "
                 f"(the largest of all is {seen.largest:,.0f}); where a runtime computes in fp32 inside, it does not show",
                 file=graph.path,
-                hint='export with `dtype="bf16"` or "fp32"',
+                hint='export with `dtype="bf16"` or `dtype="fp32"`',
             )
     return f"{seen.largest:,.4g} at most, {show(seen.where, 120)}; fp16 ends at {LARGEST_HALF:,.0f}"

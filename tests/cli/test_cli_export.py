@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.oracles import recipes
 from tests.support.kit import environment, spawn
 
 BASE, LORA, PROMPT = "examples/base", "examples/lora", "examples/prompt"
@@ -88,3 +89,37 @@ def test_weights_without_a_config_are_refused_by_its_name(run, tmp_path):
     done = run("export-onnx", tmp_path / "bare", "-o", tmp_path / "out")
     assert done.exit_code == 4
     assert "config.json: missing" in done.stderr
+
+
+def test_codes_are_told_with_their_error_and_measured_without_a_length(run, tmp_path):
+    out = tmp_path / "out"
+    done = run("export-onnx", BASE, LORA, "--weights-type", "int4", "-o", out)
+    assert "43 of 4 bits: error 0.0861 of the values, at most 0.089" in " ".join(done.stdout.split())
+    timed = run("--json", "bench", out, "--new-tokens", "5", "--device", "cpu", "--threads", "1")
+    assert json.loads(timed.stdout)["result"]["prompt_length"] == 503  # 512 positions, less the steps
+    done = run("bench", out, "--prompt-length", "512", "--device", "cpu")
+    assert (done.exit_code, "512 positions have no room for 512 tokens" in done.stderr) == (4, True)
+
+
+def test_an_adapter_that_was_exported_with_the_graph_goes_by_its_name(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run("export-onnx", BASE, "--swap", LORA, "-o", out).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()  # a folder of that name is no .onnx_adapter file
+    asked = ("run", out, "-p", "function", "--max-new", "8", "--device", "cpu", "--adapter")
+    file = out / "adapters/lora.onnx_adapter"
+    for strength in ("", "=0.7"):
+        by_name, by_file = run(*asked, f"lora{strength}"), run(*asked, f"{file}{strength}")
+        assert (by_name.exit_code, by_name.stdout) == (0, by_file.stdout)
+    assert run(*asked, "lora").stdout != run(*asked, "lora=-3").stdout
+    done = run(*asked, "style")
+    assert (done.exit_code, "adapters of the graph: lora" in done.stderr) == (3, True)
+    assert run(*asked, "lora=much").exit_code == 4
+
+
+def test_a_classifier_says_what_comes_next_and_a_missing_head_is_a_matter_of_the_task(run, tmp_path):
+    base = recipes.build("bert_sequence", tmp_path / "base")
+    done = run("export-onnx", base, "-o", tmp_path / "out")
+    assert f"surgery run {tmp_path / 'out'} --ids 1,2,3" in done.stdout
+    done = run("export-onnx", BASE, "-o", tmp_path / "scored", "--task", "text-classification")
+    assert (done.exit_code, "no such head: another --task" in done.stderr) == (4, True)

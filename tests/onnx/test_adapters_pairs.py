@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import surgery
 from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, NotFoundError
 from tests.oracles import recipes
 from tests.support import trained
 
@@ -141,6 +143,17 @@ def test_run_gives_each_graph_its_part_of_an_adapter(tmp_path):
     alone, file = surgery.run(out, rows, max_new=8), out / "adapters" / "style.onnx_adapter"
     assert found.texts != alone.texts
     assert surgery.run(out, rows, max_new=8, adapters=f"{file}=0").texts == alone.texts
+    beside = file.with_name("style.encoder.onnx_adapter")
+    assert surgery.run(out, rows, max_new=8, adapters=[file, beside]).texts == found.texts
+    elsewhere = shutil.copytree(out / "adapters", tmp_path / "copies")
+    assert surgery.run(out, rows, max_new=8, adapters=elsewhere / "style.onnx_adapter").texts == found.texts
+    (elsewhere / "style.onnx_adapter").rename(elsewhere / "terse.onnx_adapter")
+    (elsewhere / "style.encoder.onnx_adapter").rename(elsewhere / "terse.encoder.onnx_adapter")
+    assert surgery.run(out, rows, max_new=8, adapters=elsewhere / "terse.onnx_adapter").texts == found.texts
+    (tmp_path / "alone").mkdir()
+    half = shutil.copy(file, tmp_path / "alone")
+    with pytest.raises(NotFoundError, match="part for the encoder"):
+        surgery.run(out, rows, max_new=8, adapters=half)
 
 
 def test_what_no_graph_of_a_pair_takes_is_refused(tmp_path):

@@ -48,6 +48,8 @@ def test_merged_adapters_lie_inside_the_graph(way, target, tmp_path):
         (out / name).stat().st_size for name in os.listdir(out) if name not in result.files and "manifest" not in name
     )
     surgery.verify(out, against=base, adapters=[adapter])
+    ran, expected = (surgery.run(one, IDS[0].tolist(), max_new=2).texts[0].tokens for one in (out, beside))
+    assert ran == expected
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8"])

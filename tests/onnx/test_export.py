@@ -215,6 +215,23 @@ def test_an_invalid_generation_config_is_named_and_nothing_is_written(base, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "search"),
+    [
+        ({"do_sample": True, "top_k": 0, "top_p": 0.9}, {"do_sample": True, "top_k": 0, "top_p": 0.9}),
+        ({"do_sample": True, "temperature": 0.0}, {"do_sample": False, "temperature": 1.0}),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, {"do_sample": True, "temperature": 0.6, "top_k": 20}),
+        ({"top_p": 0.9}, {"do_sample": False, "temperature": 1.0, "top_k": 50}),
+    ],
+    ids=str,
+)
+def test_the_search_of_onnxruntime_genai_is_that_of_generation_config(base, tmp_path, said, search):
+    (base / "generation_config.json").write_text(json.dumps(said))
+    export_onnx(base, output=tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "genai_config.json").read_text())["search"]
+    assert {key: written[key] for key in search} == search
+
+
 def test_minus_one_in_old_configurations_means_no_padding_token(base, tmp_path):
     (base / "generation_config.json").write_text('{"pad_token_id": -1, "eos_token_id": [7, 9]}')
     export_onnx(base, output=tmp_path / "out")

@@ -58,7 +58,7 @@ def test_quantisers_take_every_linear_map(name, target, tmp_path):
     assert len(products) == LINEAR[name]  # what MatMulNBitsQuantizer takes; benchmarks/quantised_graphs.py runs it
 
 
-@pytest.mark.parametrize("name", ["qwen3", "opt_350m", "granite", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", ["qwen3", "opt_350m", "granite", "gpt_neox", "gemma2", "mixtral"])
 def test_graphs_of_matmul_are_transformers(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")
     export_onnx(base, output=tmp_path / "out", linear="matmul")

@@ -14,7 +14,7 @@ import surgery
 from surgery.onnx.export import half_range
 from surgery.onnx.export.half_range import Converted, load_cost, too_large
 from surgery.reference.stored import watched
-from surgery_formats.errors import ProofError
+from surgery_formats.errors import NotFoundError, ProofError
 
 ROOT = Path(__file__).resolve().parents[2]
 _GAIN, _DOWN, _UP = (
@@ -98,6 +98,18 @@ def test_values_are_measured_on_a_text(tmp_path: Path) -> None:
         range_text=str(tmp_path / "text"),
     )
     assert result.warnings == ()
+
+
+def test_a_text_that_is_not_there_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        surgery.export_onnx(
+            ROOT / "examples" / "base",
+            output=tmp_path / "out",
+            dtype="fp16",
+            target="portable",
+            range_text=str(tmp_path / "text"),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])

@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from surgery.verbs.export_onnx import export_onnx
@@ -147,6 +148,34 @@ def test_layers_that_predict_several_tokens_are_left_out(tmp_path):
     prompt = IDS[0].tolist()
     expected = trained.generated(recipes.load("deepseek_v3", recipes.build("deepseek_v3", tmp_path / "same")), IDS, 5)
     assert list(run(tmp_path / "out", [prompt], max_new=5).texts[0].tokens) == expected
+
+
+def test_gpt_oss_as_it_is_published(tmp_path):
+    """Experts in MXFP4, as OpenAI publishes them, are written as floats."""
+    base = recipes.build("gpt_oss", tmp_path / "base", hidden_size=32, intermediate_size=32)
+    path, generator = base / "model.safetensors", torch.Generator().manual_seed(3)
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(123, 126, shape, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (base / "config.json").write_text(json.dumps(config))
+    export_onnx(base, output=tmp_path / "out", target="portable")
+    floats = transformers.Mxfp4Config(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=floats, dtype=torch.float32, attn_implementation="eager"
+    )
+    plain = Plain(tmp_path / "out" / "model.onnx")
+    feed = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past}
+    found = plain.session.run(["logits"], feed)[0]
+    assert np.abs(found - trained.logits(model.eval(), IDS)).max() <= TOLERANCE
+    verify(tmp_path / "out", against=base)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,35 @@ def test_a_mask_of_numbers_is_added():
     assert np.abs(found[0] - found[1]).max() < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["bool", "least", "infinite"])
+@pytest.mark.parametrize(("io", "tolerance"), [(DType.F32, 1e-6), (DType.F16, 4e-3)])
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+def test_a_query_that_sees_nothing_has_a_result_of_zero(kind, io, tolerance, cap):
+    """With a mask of -inf Softmax made NaN of it, which the next layer's keys and values carry to others."""
+    draw, found = np.random.default_rng(0), []
+    own = "f4" if io is DType.F32 else "f2"
+    seen = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1]], bool)[None, None]
+    hidden = np.finfo(own).min if kind == "least" else -np.inf
+    mask = seen if kind == "bool" else np.where(seen, 0.5, hidden).astype(own)
+    feed = {"q": draw.normal(size=(2, 3, 16)), "k": draw.normal(size=(2, 3, 8)), "v": draw.normal(size=(2, 3, 8))}
+    feed = {name: value.astype(own) for name, value in feed.items()}
+    for lowered in (False, True):
+        graph = Graph()
+        for name, value in feed.items():
+            graph.input(name, io, value.shape)
+        graph.input("mask", DType.BOOL if kind == "bool" else io, mask.shape)
+        graph.node(
+            "Attention", ["q", "k", "v", "mask"], "", out="y", q_num_heads=2, kv_num_heads=1, scale=0.3, softcap=cap
+        )
+        graph.output("y", io, (2, 3, 16))
+        if lowered:
+            lower(graph, OLDEST, io)
+        session = onnxruntime.InferenceSession(graph.model({}, least_opset(graph.proto, io)).SerializeToString())
+        found += session.run(None, {**feed, "mask": mask})
+    assert not found[1][:, 1].any()
+    assert np.abs(found[0] - found[1]).max() <= tolerance
+
+
 def test_what_an_older_set_cannot_hold_is_refused(tmp_path):
     for opset in (OLDEST - 1, NEWEST + 1):
         with pytest.raises(FitError, match=f"opset {OLDEST} to {NEWEST}, not {opset}"):

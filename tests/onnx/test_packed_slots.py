@@ -181,3 +181,29 @@ def test_parts_that_are_not_the_columns_of_a_factor_are_refused(
     onnx.save(model, path)
     with pytest.raises(MalformedError, match="not the columns of its factor"):
         surgery.convert(adapters["all"], to="onnx-adapter", graph=path, output=tmp_path / "a", base=base)
+
+
+def test_factors_that_several_weights_share_are_no_ones_adapter(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """PEFT would take a folder with a module `q_proj+k_proj+v_proj`, and attach none of it."""
+    surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], packed=True)
+    file = tmp_path / "out" / "adapters" / "all.onnx_adapter"
+    assert surgery.inspect(file)
+    for write in (
+        lambda out: surgery.convert(file, to="peft", output=out),
+        lambda out: surgery.convert(file, to="peft", output=out, base=base),
+        lambda out: surgery.combine([(file, 0.5), (file, 0.5)], to="peft", output=out),
+        lambda out: surgery.merge(base, file, output=out),
+    ):
+        with pytest.raises(FitError, match="of a packed slot"):
+            write(tmp_path / "made")
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_packed_slots_are_not_folded(base: Path, adapters: dict[str, Path], target: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    surgery.export_onnx(base, output=out, swap=[adapters["all"]], packed=True, target=target)
+    with pytest.raises(FitError, match=r"is a packed slot, .* cannot be folded"):
+        surgery.fold(out, [out / "adapters" / "all.onnx_adapter"], output=tmp_path / "folded")

@@ -81,6 +81,36 @@ def test_outputs_match_transformers_and_the_reference(tmp_path, name):
                         assert np.abs(one[where] - expected[output][0]).max() <= LIMIT
 
 
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("bert_sequence", "logits"),
+        ("bert_sentence", "pooler_output"),
+        ("roberta_sequence", "logits"),
+        ("distilbert_choices", "logits"),
+    ],
+)
+def test_a_row_whose_first_token_is_padding_has_no_first_token(tmp_path, name, output):
+    folder = recipes.build(name, tmp_path)
+    (ids, mask), (left, left_mask) = padded("right", 0), padded("left", 0)
+    for target in TARGETS:
+        built = build(open_checkpoint(folder).main, GraphOptions(TARGETS[target], DType.F32))
+        (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+        session, _ = open_session(folder / "model.onnx")
+
+        def run(tokens, ones, session=session):
+            feed = {"input_ids": tokens, "attention_mask": ones, "token_type_ids": np.zeros_like(tokens)}
+            feed = {port.name: feed[port.name] for port in session.get_inputs()}
+            if "choices" in name:
+                return session.run([output], {key: value[None] for key, value in feed.items()})[0].T
+            return session.run([output], feed)[0]
+
+        right, wrong = run(ids, mask), run(left, left_mask)
+        assert np.isfinite(right).all()
+        assert np.isnan(wrong[1]).all()
+        assert np.abs(wrong[0] - right[0]).max() <= LIMIT
+
+
 def test_without_a_padding_token_a_classifier_takes_one_row(tmp_path):
     folder = recipes.build("llama_classifier", tmp_path, pad_token_id=None)
     component, model = open_checkpoint(folder).main, recipes.load("llama_classifier", folder)

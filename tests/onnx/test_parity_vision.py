@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+import transformers
 
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS
@@ -126,6 +128,32 @@ def test_what_no_recipe_covers_is_refused(name, fields, fault, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(FitError, match=fault):
         export_onnx(base, output=tmp_path / "out")
+
+
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "projection_dim": 12,
+}
+_SEES, _READS = {"image_size": 16, "patch_size": 8, **_TOWER}, {"vocab_size": 99, **_TOWER}
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_a_tower_of_a_model_with_two_is_saved_as_the_refusal_says(name, tmp_path):
+    configuration = getattr(transformers, f"{name}Config")(vision_config=_SEES, text_config=_READS, projection_dim=12)
+    getattr(transformers, f"{name}Model")(configuration).save_pretrained(tmp_path / "both")
+    with pytest.raises(FitError, match="two towers") as refused:
+        export_onnx(tmp_path / "both", output=tmp_path / "out")
+    wanted = next(word for word in re.findall(r"\w+", str(refused.value)) if word.startswith(f"{name}Vision"))
+    tower = getattr(transformers, wanted).from_pretrained(tmp_path / "both").eval()
+    tower.save_pretrained(tmp_path / "tower")
+    export_onnx(tmp_path / "tower", output=tmp_path / "out", target="cpu")
+    inputs = {"pixel_values": np.random.default_rng(3).normal(size=(2, 3, 16, 16)).astype(np.float32)}
+    session, _ = open_session(tmp_path / "out" / "model.onnx")
+    names = [one.name for one in session.get_outputs()]
+    _assert_equal(dict(zip(names, session.run(None, inputs), strict=True)), _expected(tower, inputs), inputs)
 
 
 def test_the_runner_takes_pixel_values(tmp_path):

@@ -214,3 +214,13 @@ def test_layouts_of_other_programs_hold_and_verify_them(layout, options, tmp_pat
     export_onnx(base, output=tmp_path / "out", layout=layout, **options)
     checks = {check.name for check in surgery.verify(tmp_path / "out", against=base).checks}
     assert ("quantised weights" in checks) == ("weights_type" in options)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "t5", "modernbert_sequence"])
+def test_experts_encoder_decoders_and_new_encoders_have_codes_too(name, tmp_path):
+    base = recipes.build(name, tmp_path / "base")
+    export_onnx(base, output=tmp_path / "out", weights_type="int4", target="portable")
+    checks = [
+        check for check in surgery.verify(tmp_path / "out", against=base).checks if check.name == "quantised weights"
+    ]
+    assert len(checks) == 1

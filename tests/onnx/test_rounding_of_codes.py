@@ -13,7 +13,8 @@ from surgery_formats.errors import FitError, UsageError
 from surgery_formats.linalg.feedback import feedback
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows
-from surgery_formats.storage.nbits import BlockFormat, NBits
+from surgery_formats.storage.block_format import BlockFormat
+from surgery_formats.storage.nbits import NBits
 from tests.oracles import recipes
 from tests.support import trained
 from tests.support.block_codes import decoded

@@ -12,8 +12,9 @@ import torch
 import transformers
 
 import surgery
+from surgery.onnx.run.pair import PairDecoder
 from surgery.onnx.run.spectrogram import log_mel, read_sound
-from surgery.onnx.run.starts import read_starts
+from surgery.onnx.run.starts import Starts, read_starts
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from tests.oracles import recipes
 
@@ -65,6 +66,25 @@ def test_suppressed_tokens_and_forced_ones_are_those_of_transformers(whisper):
         assert often not in {token for text in found.texts for token in text.tokens}
     told = surgery.run(out, audio=whisper / "0.npy", start=[2, 12, 14, 15], max_new=8)
     assert told.texts[0].tokens != plain.texts[0].tokens
+    assert often not in told.texts[0].tokens
+
+
+def test_recordings_are_answered_in_groups_as_together(whisper, monkeypatch):
+    files, heard = [whisper / "0.npy", whisper / "1.npy", whisper / "0.npy"], []
+    prefill = PairDecoder.prefill
+    monkeypatch.setattr(PairDecoder, "prefill", lambda self, rows: heard.append(len(rows)) or prefill(self, rows))
+    together = surgery.run(whisper / "out", audio=files, start=[2], max_new=5)
+    parted = surgery.run(whisper / "out", audio=files, start=[2], max_new=5, batch_size=2)
+    assert (heard, parted.texts, parted.new_tokens) == ([3, 2, 1], together.texts, together.new_tokens)
+
+
+def test_ids_that_are_none_of_the_vocabulary(whisper):
+    with pytest.raises(FitError, match="begin with -3"):
+        surgery.run(whisper / "out", audio=whisper / "0.npy", start=[2, -3], max_new=2)
+    with pytest.raises(FitError, match="begin with 9999, beyond"):
+        surgery.run(whisper / "out", audio=whisper / "0.npy", start=[2, 9999], max_new=2)
+    starts = Starts((2,), frozenset({5, 9999}), frozenset({7, 9999})).within(100)
+    assert (starts.never, starts.never_first) == ({5}, {7})
 
 
 def _greedy(model, features, values, languages, more):

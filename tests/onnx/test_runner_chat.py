@@ -13,7 +13,8 @@ import transformers
 
 import surgery
 from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
-from surgery.onnx.run.chat import render_chat
+from surgery.onnx.run.batch_file import read_batch
+from surgery.onnx.run.chat import render_chats
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.stop_words import CutText
 from surgery.verbs.run import prepare_decoder
@@ -44,6 +45,9 @@ TEMPLATES = {
 {%- endfor %}
 {{- strftime_now('%Y') | length }} {{ messages[0] | tojson }} {{ messages[0]['content'].split(' ')[-1] }}
 """,
+    "what there is not": "{% if tools is not none %}{{ tools | length }}{% endif %}{{ documents is none }}{{ mine is defined }}",
+    "an assistant's part": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "JSON as it is asked for": "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=true) }}{{ dict(a=1) | tojson }}",
     "a macro": "{% macro say(m) %}{{ m.role | upper }}: {{ m.content }}\n{% endmacro %}"
     "{% for m in messages if m.role != 'system' %}{{ say(m) }}{% endfor %}",
 }
@@ -65,7 +69,7 @@ def test_templates_are_rendered_as_transformers_does(folder, name, where):
         (folder / where).write_text(TEMPLATES[name])
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     wanted = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
-    assert render_chat(folder, TALK) == wanted
+    assert render_chats(folder, [TALK, TALK]) == [wanted, wanted]
 
 
 HOSTILE = {
@@ -73,6 +77,22 @@ HOSTILE = {
     "changes what it is given": ("{{ messages.append(1) }}", MalformedError, "fails"),
     "counts for ever": ("{% for i in range(10 ** 9) %}{% endfor %}", MalformedError, "fails"),
     "has no end": ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", MalformedError, "more than"),
+    "runs for ever": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        MalformedError,
+        "seconds",
+    ),
+    "takes a gigabyte": ("{{ 'x' * 10 ** 9 }}", MalformedError, "memory"),
+    "doubles a text": (
+        "{% set ns = namespace(a='xx') %}{% for i in range(60) %}{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}",
+        MalformedError,
+        "memory",
+    ),
+    "pads a text": ("{{ '%10000000000d' % 1 }}", MalformedError, "memory"),
+    "calls itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", MalformedError, "without end"),
+    "is deep": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", MalformedError, "without end"),
+    "stores what Python owns": ("{% set ns = namespace(__class__=1) %}", MalformedError, "no attribute"),
+    "formats attributes": ("{{ '{0.__class__.__mro__}'.format(messages) }}", MalformedError, "fails"),
     "imports": ("{% include 'other' %}", MalformedError, "fails"),
     "is broken": ("{% for %}", MalformedError, "fails"),
     "refuses": ("{{ raise_exception('no system, please') }}", FitError, "no system, please"),
@@ -80,11 +100,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("fault", HOSTILE)
-def test_hostile_templates(folder, fault):
+def test_hostile_templates(folder, fault, monkeypatch):
+    monkeypatch.setattr("surgery.onnx.run.chat._SECONDS", 1)
     template, error, words = HOSTILE[fault]
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(error, match=words):
-        render_chat(folder, TALK)
+        render_chats(folder, [TALK])
 
 
 def test_a_chat_is_what_the_template_makes_of_a_text(folder):
@@ -98,9 +119,16 @@ def test_a_chat_is_what_the_template_makes_of_a_text(folder):
     assert surgery.run(folder, talk, max_new=3, device="cpu").texts[0] == chat
 
 
+def test_lines_of_a_file_end_as_lines_do(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\u2028still one\r\n\n two\x0b\n".encode())
+    assert read_batch(tmp_path / "a.txt") == ["one\u2028still one", " two\x0b"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert read_batch(tmp_path / "a.jsonl") == ["a\u2028b"]
+
+
 def test_without_a_template_a_chat_is_refused(folder):
     with pytest.raises(NotFoundError, match="no chat template"):
-        render_chat(folder, TALK)
+        render_chats(folder, [TALK])
 
 
 def test_stop_words_end_a_row_and_are_cut_off(folder):

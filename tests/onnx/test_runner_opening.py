@@ -148,6 +148,11 @@ def test_a_contract_cannot_lead_out_of_the_folder(tmp_path):
         {"kind": "model"}, {"dtype": "int8"}, {"prefill": 5}, {"prefill_batch": 1}, {"adapters": [5]}, {"slots": [[]]},
         {"vocabulary_rows": [-5, 10**9]}, {"vocabulary_rows": [40, 1 << 40]}, {"vocabulary_rows": [1]}, {"schema": 2},
         {"weights": [{"name": "model.safetensors", "size": "x", "header": "0"}]}, {"more": 1},
+        {"adapters": [{"strength": []}]}, {"adapters": [{"name": 5}]}, {"adapters": [{"encoder_file": ["a"]}]},
+        {"sized_late": 1}, {"encoder": []}, {"embedder": {}}, {"convolutions": [0]}, {"convolutions": [[0]]}, {"state": [1]},
+        {"quantised": [{}]}, {"quantised": [{"bits": [], "block": 32, "symmetric": True, "weights": []}]},
+        {"slots": [{"weight": "w", "A": "a", "B": "b", "parts": [["w"]]}]},
+        {"slots": [{"weight": "w", "A": "a", "B": "b", "parts": [["w", "5"]]}]},
     ],
     ids=str,
 )  # fmt: skip

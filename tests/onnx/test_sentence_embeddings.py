@@ -207,6 +207,7 @@ REFUSED = {
         None,
         "module_input_name",
     ),
+    "a pooling": (["middle_tokens"], [], {}, None, "pooling_mode_middle_tokens"),
     "sizes": (["mean_tokens"], [dense(9, 4, "Tanh")], {}, None, "for 9 values, but gets 32"),
 }
 

@@ -14,7 +14,20 @@ from typing import Any
 import torch
 import transformers
 
-__all__ = ["DECODERS", "ENCODERS", "HEADS", "IMAGES", "MIXTURES", "PAIRS", "TOWERS", "VOCAB", "Case", "build", "load"]
+__all__ = [
+    "DECODERS",
+    "ENCODERS",
+    "HEADS",
+    "IMAGES",
+    "MIXTURES",
+    "PAIRS",
+    "TOWERS",
+    "VOCAB",
+    "Case",
+    "build",
+    "load",
+    "made",
+]
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -729,6 +742,13 @@ TOWERS: dict[str, Case] = {
 
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     """Write the random checkpoint `name` into `folder`, some fields of its configuration replaced."""
+    model = made(name, **fields)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def made(name: str, **fields: Any) -> Any:
+    """The random model `name`, some fields of its configuration replaced."""
     case = {**DECODERS, **ENCODERS, **HEADS, **PAIRS, **IMAGES, **TOWERS}[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
@@ -748,8 +768,7 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
     for key, buffer in model.named_buffers():
         if key.endswith("e_score_correction_bias"):
             buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
-    model.to(dtype).save_pretrained(folder)
-    return folder
+    return model
 
 
 def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:

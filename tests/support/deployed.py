@@ -11,11 +11,13 @@ import peft
 import torch
 import transformers
 
-__all__ = ["IDS", "NEW", "PAD", "PAIR", "ROWS", "TEXT", "make_models"]
+__all__ = ["IDS", "NEW", "PAD", "PAIR", "PROMPT", "ROWS", "TEXT", "TEXT_NEW", "TRAINED", "make_models"]
 
 IDS = [5, 17, 33, 9, 101, 44]
 ROWS = [IDS, [8, 61, 12]]
 NEW, PAD, END = 8, 0, 255
+PROMPT, TEXT_NEW = "def add(a, b):", 24  # of TRAINED, whose text differs without the token of the beginning
+TRAINED = Path(__file__).resolve().parents[2] / "examples" / "base"
 TEXT, PAIR = "w9 w17 w44", ("w9 w10", "w17")
 
 
@@ -49,6 +51,15 @@ def write_tokenizer(folder: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
+def text_of_trained() -> str:
+    """What the trained example goes on with, by transformers."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TRAINED)
+    model = transformers.AutoModelForCausalLM.from_pretrained(TRAINED, dtype=torch.float32).eval()
+    given = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**given, max_new_tokens=TEXT_NEW)
+    return str(tokenizer.decode(out[0, given["input_ids"].shape[1] :]))
+
+
 def make_models(work: Path) -> dict[str, Any]:
     """Write the models; returns what each must answer, by kind."""
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -71,7 +82,7 @@ def make_models(work: Path) -> dict[str, Any]:
             tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(row) :].tolist()
         )
     bert = transformers.BertConfig(**sizes)
-    wanted: dict[str, Any] = {"generate": rows[0], "batch": rows}
+    wanted: dict[str, Any] = {"generate": rows[0], "batch": rows, "text": text_of_trained()}
     ids = torch.tensor([IDS])
     for kind, model in (
         ("embed", transformers.BertModel(bert)),

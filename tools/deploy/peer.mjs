@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Run a folder in transformers.js: node peer.mjs KIND FOLDER WANTED. Prints version and result as JSON, as peer.py does.
 import { readFileSync } from 'node:fs';
-import { AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, Tensor, env } from '@huggingface/transformers';
+import { AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Tensor, env } from '@huggingface/transformers';
 
 const [kind, folder, file] = process.argv.slice(2);
 const wanted = JSON.parse(readFileSync(file));
@@ -22,6 +22,12 @@ try {
     const out = await model.generate({ inputs, attention_mask: mask, max_new_tokens: wanted.new, do_sample: false });
     const whole = out.tolist().map((line) => line.map(Number).slice(longest));
     result = kind === 'batch' ? whole : whole[0];
+  } else if (kind === 'text') {
+    const tokenizer = await AutoTokenizer.from_pretrained(folder);
+    const model = await AutoModelForCausalLM.from_pretrained(folder, options);
+    const given = tokenizer(wanted.prompt);
+    const out = (await model.generate({ ...given, max_new_tokens: wanted.text_new })).tolist()[0].map(Number);
+    result = tokenizer.decode(out.slice(given.input_ids.dims[1]));
   } else {
     const model = await (kind === 'classify' ? AutoModelForSequenceClassification : AutoModel).from_pretrained(folder, options);
     const ids = wanted.ids;

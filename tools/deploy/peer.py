@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a folder as the users of one program do, and print what comes out as JSON: ``peer.py PROGRAM KIND FOLDER WANTED``.
 
-It runs in that program's own environment, without this toolkit. KIND is ``generate``, ``batch``, ``embed`` or
-``classify``; WANTED is a JSON file with token ids, texts and the number of new tokens.
+It runs in that program's own environment, without this toolkit. KIND is ``generate``, ``batch``, ``text``, ``coded``
+(``text`` of an int4 graph), ``embed`` or ``classify``; WANTED is a JSON file with token ids, texts and numbers of new
+tokens.
 """
 
 from __future__ import annotations
@@ -64,8 +65,19 @@ def genai(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
     """onnxruntime-genai, which pads a batch itself."""
     import onnxruntime_genai as og
 
-    rows = wanted["rows"] if kind == "batch" else [wanted["ids"]]
     model = og.Model(str(folder))
+    if kind in ("text", "coded"):  # with the folder's own settings: only the length is given
+        tokenizer = og.Tokenizer(model)
+        tokenizer.update_options(add_special_tokens="true")
+        prompt = tokenizer.encode(wanted["prompt"])
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(prompt) + wanted["text_new"])
+        generator = og.Generator(model, params)
+        generator.append_tokens(prompt)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return og.__version__, tokenizer.decode(generator.get_sequence(0)[len(prompt) :])
+    rows = wanted["rows"] if kind == "batch" else [wanted["ids"]]
     params = og.GeneratorParams(model)
     longest = max(map(len, rows))
     params.set_search_options(max_length=longest + wanted["new"], do_sample=False, batch_size=len(rows))
@@ -92,6 +104,13 @@ def optimum(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
     )
 
     version = importlib.metadata.version("optimum-onnx")
+    if kind in ("text", "coded"):
+        from transformers import AutoTokenizer  # noqa: TID251 - optimum's users have it
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        given = tokenizer(wanted["prompt"], return_tensors="pt", return_token_type_ids=False)
+        out = ORTModelForCausalLM.from_pretrained(folder).generate(**given, max_new_tokens=wanted["text_new"])
+        return version, tokenizer.decode(out[0, given["input_ids"].shape[1] :])
     ids = torch.tensor([wanted["ids"]])
     if kind in ("generate", "batch"):
         rows = wanted["rows"] if kind == "batch" else [wanted["ids"]]

@@ -17,7 +17,7 @@ __all__ = ["command"]
 @subcommand("bench")
 @click.argument("model", shell_complete=complete_files)
 @option.reference("--against", metavar="OTHER", help="Another graph, measured in turns with MODEL.")
-@click.option("--prompt-length", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens of a row.")
+@click.option("--prompt-length", type=click.IntRange(min=1), help="Tokens of a row; by default 512, or what fits.")
 @click.option("--new-tokens", type=click.IntRange(min=0), default=100, show_default=True, help="Steps to measure.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows.")
 @click.option(

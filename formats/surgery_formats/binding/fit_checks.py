@@ -233,6 +233,13 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
         parameters if len(missing) == 1 else [name for name in parameters if _module_of(name) == _module_of(site.path)]
     )
     rest = f" to use the rest, {_leaving_out('PATTERN')}" if len(missing) < len(adapter.updates) else ""
+    if adapter.format == "onnx-adapter" and "+" in site.path:
+        raise FitError(
+            "is of a packed slot: several weights share the factors",
+            file=tensor.path,
+            tensor=tensor.name,
+            hint="use the adapter that it was made from",
+        )
     raise FitError(
         f"the base has no parameter '{site}' ({len(missing)} of {len(adapter.updates)} do not fit{others})",
         file=tensor.path,

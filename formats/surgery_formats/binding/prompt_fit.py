@@ -26,7 +26,12 @@ def check_prompt(prompt: SoftPrompt, model: Model) -> None:
         sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in layers}
         size = (prompt.prefix.kv_heads, prompt.prefix.head_dim)
         if not layers:
-            raise FitError("the prompt holds keys and values, but an encoder has no cache", file=file, tensor=tensor)
+            raise FitError(
+                "the prompt holds keys and values of every layer (P-tuning v2, prefix tuning), which no encoder takes here",
+                file=file,
+                tensor=tensor,
+                hint="prompt tuning and P-tuning, whose virtual tokens are embeddings, work in front of an encoder",
+            )
         if prompt.prefix.layers != len(layers) or sizes != {size}:
             expected = ", ".join(f"{heads} heads of {dim}" for heads, dim in sorted(sizes))
             raise FitError(

@@ -101,7 +101,11 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules:
 
 def _listed(file: Path) -> list[Mapping[str, Any]]:
     if not file.exists():
-        raise NotFoundError("no modules.json: nothing tells how states are pooled", file=file)
+        raise NotFoundError(
+            "no such file, so nothing tells how states are pooled",
+            file=file,
+            hint='`task="feature-extraction"` gives them all',
+        )
     source = open_file(file)
     if source.size > _LIMIT:
         raise MalformedError(f"has {source.size} bytes", file=file)
@@ -133,6 +137,8 @@ def _modes(at: Path, hidden: int) -> tuple[PoolingMode, ...]:
         raise FitError(
             "include_prompt is off: a graph does not know which tokens are the prompt", file=at / "config.json"
         )
+    if unknown := [key for key, on in config.items() if key.startswith("pooling_mode_") and on and key not in _LEGACY]:
+        raise FitError(f"{show(unknown[0], 60)} is not a known pooling", file=at / "config.json")
     asked = config.get("pooling_mode", [mode for key, mode in _LEGACY.items() if config.get(key)] or "mean")
     modes = [asked] if isinstance(asked, str) else asked
     if not isinstance(modes, list) or not modes or any(mode not in POOLING_MODES for mode in modes):

@@ -7,71 +7,54 @@ codes, for these the scale of the least squares, and the best of all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
+from surgery_formats.storage.block_format import BlockFormat
 from surgery_formats.storage.fitting import fit_minmax, stored_scales
 from surgery_formats.storage.grouped_grid import GroupedGrid
 
-__all__ = ["Blocks", "block_grid"]
+__all__ = ["block_grid"]
 
 _TRIED = (1.0, 0.94, 0.88, 0.82, 1.06)
 """Shares of the plain scale. More were no better: a scale of the least squares is taken for the codes of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """What a grid has to be like: see `surgery_formats.storage.nbits.BlockFormat`."""
-
-    bits: int
-    size: int
-    symmetric: bool
-    search: bool
-    scale_type: DType
-
-    @property
-    def largest(self) -> int:
-        """The greatest code."""
-        return (1 << self.bits) - 1
-
-
-def block_grid(values: Array, blocks: Blocks, weights: Array | None = None) -> GroupedGrid:
+def block_grid(values: Array, form: BlockFormat, weights: Array | None = None) -> GroupedGrid:
     """A grid for float32 ``(rows, inputs)``.
 
     Args:
         values: Finite.
-        blocks: What it is like.
+        form: What it is like.
         weights: ``(inputs,)``, what a squared error weighs where scales are looked for; None for all the same.
     """
     import numpy as np
 
     rows, inputs = values.shape
-    count = -(-inputs // blocks.size)
-    if missing := count * blocks.size - inputs:
+    count = -(-inputs // form.block)
+    if missing := count * form.block - inputs:
         values = np.pad(values, ((0, 0), (0, missing)))
     # A column for each block: numpy reduces long rows several times faster than many short ones.
-    parted = np.ascontiguousarray(values.reshape(rows * count, blocks.size).T)
-    scales, zeros = _plain(parted, blocks)
-    if blocks.search:
+    parted = np.ascontiguousarray(values.reshape(rows * count, form.block).T)
+    scales, zeros = _plain(parted, form)
+    if form.search:
         weighted = None
         if weights is not None:
-            padded = cast(np.pad(weights, (0, missing)).reshape(count, blocks.size), DType.F32)
+            padded = cast(np.pad(weights, (0, missing)).reshape(count, form.block), DType.F32)
             weighted = np.tile(padded.T, (1, rows))
-        scales = _searched(parted, scales, zeros, blocks.largest, weighted)
-    scales = np.where(scales < 0, np.float32(-1), np.float32(1)) * stored_scales(abs(scales), blocks.scale_type)
+        scales = _searched(parted, scales, zeros, form.largest, weighted)
+    scales = np.where(scales < 0, np.float32(-1), np.float32(1)) * stored_scales(abs(scales), form.scale_type)
     shape = (rows, count)
-    return GroupedGrid(scales.reshape(shape), zeros.reshape(shape), None, blocks.size, 1, blocks.largest, fitted=True)
+    return GroupedGrid(scales.reshape(shape), zeros.reshape(shape), None, form.block, 1, form.largest, fitted=True)
 
 
-def _plain(parted: Array, blocks: Blocks) -> tuple[Array, Array]:
+def _plain(parted: Array, form: BlockFormat) -> tuple[Array, Array]:
     """Symmetric: the value farthest from 0 has the lowest code, of which there is one more than above the middle."""
     import numpy as np
 
-    if not blocks.symmetric:
-        fitted = fit_minmax(parted[None], blocks.bits)
+    if not form.symmetric:
+        fitted = fit_minmax(parted[None], form.bits)
         return fitted.scales[0], fitted.offsets[0]
-    middle = np.float32(1 << (blocks.bits - 1))
+    middle = np.float32(1 << (form.bits - 1))
     low, high = parted.min(0), parted.max(0)
     edge = np.where(-low >= high, low, high)
     scales = np.where(edge == 0, np.float32(1), -edge / middle)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import ProofError
 from surgery_formats.linalg.feedback import ErrorFeedback, round_columns
 from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
-from surgery_formats.storage.block_grids import Blocks, block_grid
+from surgery_formats.storage.block_format import BlockFormat
+from surgery_formats.storage.block_grids import block_grid
 from surgery_formats.storage.grouped_grid import GroupedGrid
 from surgery_formats.storage.own_codes import own_codes
 from surgery_formats.tensors.tensor import as_bytes
@@ -27,43 +27,9 @@ if TYPE_CHECKING:
 
     from surgery_formats.storage.quantised import Quantised
 
-__all__ = ["BlockFormat", "NBits", "is_nbits", "joined_codes", "parted_codes"]
+__all__ = ["NBits", "is_nbits", "joined_codes", "parted_codes"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class BlockFormat:
-    """How codes are stored, and how scales are chosen.
-
-    Attributes:
-        bits: Of a code: 4 or 8.
-        block: Inputs that share a scale.
-        symmetric: Whether the zero point is the middle code, and not stored.
-        search: Whether scales are looked for that leave the least squared error.
-        scale_type: Type of the stored scales.
-    """
-
-    bits: int
-    block: int
-    symmetric: bool = True
-    search: bool = False
-    scale_type: DType = DType.F16
-
-    @property
-    def middle(self) -> int:
-        """The zero point where none is stored."""
-        return 1 << (self.bits - 1)
-
-    def blocks(self, inputs: int) -> int:
-        """Blocks of a row."""
-        return -(-inputs // self.block)
-
-    def nbytes(self, outputs: int, inputs: int) -> int:
-        """Bytes of codes, scales and zero points of a weight."""
-        count = self.blocks(inputs)
-        zeros = 0 if self.symmetric else -(-count * self.bits // 8)
-        return outputs * (count * (self.block * self.bits // 8 + self.scale_type.bits // 8) + zeros)
 
 
 class _Held(Generic[T]):
@@ -143,10 +109,7 @@ class NBits:
         values = cast(to_cpu(block), DType.F32)
         values = np.ascontiguousarray(values.T) if self.turned else values
         if self.exact is not None:
-            codes, grid = own_codes(self.exact, start, len(block), self.form, turned=self.turned)
-            numbers = grid.values(codes)
-            if not np.array_equal(numbers, values):
-                raise ProofError("its codes do not give the values of the base", tensor=self.exact.name)
+            codes, numbers, grid = self._own(self.exact, start, len(block), values)
         else:
             codes, numbers, grid = self._coded(values)
         rounded[...] = numbers.T if self.turned else numbers
@@ -155,8 +118,19 @@ class NBits:
             self._weights.release()
         return self._packed(start, codes, grid)
 
+    def _own(self, source: Quantised, start: int, count: int, values: Array) -> tuple[Array, Array, GroupedGrid]:
+        """The weight's own codes; of outputs that these cannot hold (a scale too small for the type) the nearest."""
+        codes, grid, fits = own_codes(source, start, count, self.form, values, turned=self.turned)
+        numbers = grid.values(codes)
+        if not fits.all():
+            codes[~fits], numbers[~fits], anew = self._coded(values[~fits])
+            assert grid.zeros is not None
+            assert anew.zeros is not None
+            grid.scales[~fits], grid.zeros[~fits] = anew.scales, anew.zeros
+        return codes, numbers, grid
+
     def _coded(self, values: Array) -> tuple[Array, Array, GroupedGrid]:
-        grid = block_grid(values, self._blocks, self._weights.get() if self.form.search else None)
+        grid = block_grid(values, self.form, self._weights.get() if self.form.search else None)
         inputs = self._feedback.get()
         if inputs is None:
             codes = grid.nearest(values)
@@ -167,11 +141,6 @@ class NBits:
             return found, grid.values(found, first)
 
         return *round_columns(values, inputs, nearest), grid
-
-    @property
-    def _blocks(self) -> Blocks:
-        form = self.form
-        return Blocks(form.bits, form.block, form.symmetric, form.search, form.scale_type)
 
     def _packed(self, start: int, codes: Array, grid: GroupedGrid) -> tuple[PartBytes, ...]:
         import numpy as np

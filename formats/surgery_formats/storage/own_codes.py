@@ -9,18 +9,32 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
 from surgery_formats.storage.grouped_grid import GroupedGrid
 
 if TYPE_CHECKING:
-    from surgery_formats.storage.nbits import BlockFormat
+    from surgery_formats.storage.block_format import BlockFormat
     from surgery_formats.storage.quantised import Quantised
 
 __all__ = ["fitting_format", "own_codes"]
+
+
+class OwnCodes(NamedTuple):
+    """Codes of some outputs of a weight.
+
+    Attributes:
+        codes: uint8 ``(out, in)``.
+        grid: What they stand for.
+        fits: ``(out,)`` whether the codes of an output stand for its values.
+    """
+
+    codes: Array
+    grid: GroupedGrid
+    fits: Array
+
 
 _BLOCKS = (128, 64, 32, 16)
 _PROBED = 128  # rows that are looked at: a whole block where rows are inputs
@@ -50,22 +64,11 @@ def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool, wide
     scale_types = (wanted.scale_type, DType.F32) if wide else (wanted.scale_type,)
     for scale_type, symmetric in itertools.product(scale_types, (True, False)):
         form = replace(wanted, bits=bits, block=block, symmetric=symmetric, scale_type=scale_type)
-        if (symmetric and not _all_middle(source)) or not _gives(
-            source, rows, form, values.T if turned else values, turned
-        ):
+        if symmetric and not _all_middle(source):
             continue
-        return form
+        if own_codes(source, 0, rows, form, values.T if turned else values, turned=turned).fits.all():
+            return form
     return None
-
-
-def _gives(source: Quantised, rows: int, form: BlockFormat, values: Array, turned: bool) -> bool:
-    import numpy as np
-
-    try:
-        codes, grid = own_codes(source, 0, rows, form, turned=turned)
-    except FitError:
-        return False
-    return bool(np.array_equal(grid.values(codes), values))
 
 
 def _all_middle(source: Quantised) -> bool:
@@ -76,13 +79,10 @@ def _all_middle(source: Quantised) -> bool:
     return bool((grid.zeros == grid.zeros.flat[0]).all())
 
 
-def own_codes(
-    source: Quantised, start: int, count: int, form: BlockFormat, *, turned: bool
-) -> tuple[Array, GroupedGrid]:
-    """Codes ``(out, in)`` and grid of rows of a weight.
+def own_codes(source: Quantised, start: int, count: int, form: BlockFormat, values: Array, *, turned: bool) -> OwnCodes:
+    """Codes and grid of rows of a weight, and in which outputs they stand for `values` ``(out, in)``, bit for bit.
 
-    Raises:
-        FitError: zero points are not whole, or codes do not fit.
+    Every output is judged by itself, so that nothing depends on how many are taken at once.
     """
     import numpy as np
 
@@ -91,14 +91,28 @@ def own_codes(
     if turned:
         codes, first, second = codes.T, first.T, second.T
     zero_values, steps = first[:, :: form.block], (second - first)[:, :: form.block]
-    safe = np.where(steps == 0, np.float32(1), steps)
-    zeros = np.rint(-zero_values / safe)
+    none = steps == 0  # all codes are 0, whatever the zero point
+    zeros = np.where(none, np.float32(0), np.rint(-zero_values / np.where(none, np.float32(1), steps)))
     codes = codes.astype(np.int16)
-    shift = form.middle - zeros if form.symmetric else (form.middle if codes.min() < 0 or zeros.min() < 0 else 0)
-    zeros = zeros + shift
-    moved = codes + (np.repeat(shift, form.block, 1)[:, : codes.shape[1]] if form.symmetric else shift)
-    most = 2 * form.middle - 1
-    if not (zeros.min() >= 0 and zeros.max() <= most and moved.min() >= 0 and moved.max() <= most):
-        raise FitError("its codes and zero points do not fit", tensor=source.name)
+    if form.symmetric:
+        shift = form.middle - zeros
+    else:
+        signed = (codes.min(1) < 0) | (zeros.min(1) < 0)
+        shift = np.where(signed, np.float32(form.middle), np.float32(0))[:, None] * np.ones_like(zeros)
+    spread = _spread(none, form.block, codes.shape[1])
+    moved = np.where(spread, np.float32(form.middle), codes + _spread(shift, form.block, codes.shape[1]))
+    zeros = np.where(none, np.float32(form.middle), zeros + shift)
+    most = form.largest
+    fits = (zeros.min(1) >= 0) & (zeros.max(1) <= most) & (moved.min(1) >= 0) & (moved.max(1) <= most)
     scales = cast(cast(steps, form.scale_type), DType.F32)
-    return moved.astype(np.uint8), GroupedGrid(scales, zeros, None, form.block, 1, most, fitted=True)
+    found = GroupedGrid(scales, np.clip(zeros, 0, most), None, form.block, 1, most, fitted=True)
+    moved = np.clip(moved, 0, most).astype(np.uint8)
+    fits &= (found.values(moved) == values).all(1)
+    return OwnCodes(moved, found, fits)
+
+
+def _spread(blocks: Array, size: int, inputs: int) -> Array:
+    import numpy as np
+
+    spread: Array = np.repeat(blocks, size, 1)[:, :inputs]
+    return spread

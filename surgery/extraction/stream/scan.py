@@ -38,7 +38,7 @@ from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["Layout", "ScanResult", "layout_of", "scan", "warming"]
+__all__ = ["ScanLayout", "ScanResult", "layout_of", "scan", "warming"]
 
 HELD = {"cpu": 1 << 27, "cuda": 1 << 30}
 """Elements up to which a difference is held, by type of device: 512 MB of float32 on a CPU, 4 GB on a GPU."""
@@ -49,7 +49,7 @@ _BATCH = 64  # of them in one job
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ScanLayout:
     """The tensors of both checkpoints, paired up.
 
     Attributes:
@@ -70,7 +70,7 @@ class Layout:
         return tuple(target for target in self.targets if target.path not in self.whole)
 
 
-def layout_of(old: Component, new: Component, *, full: bool, matrices: bool = False) -> Layout:
+def layout_of(old: Component, new: Component, *, full: bool, matrices: bool = False) -> ScanLayout:
     """Pair two checkpoints up; with `full`, embedding and head are stored whole, with `matrices` all other matrices too.
 
     Raises:
@@ -82,7 +82,7 @@ def layout_of(old: Component, new: Component, *, full: bool, matrices: bool = Fa
     grown = {parameter.pair.name for parameter in parameters if parameter.pair.grown > 0}
     apart = {new.embedding, new.head} if full or (old.tied and bool(old.head)) else set()
     whole = frozenset(target.path for target in targets if matrices or (grown | apart).intersection(target.names))
-    return Layout(pairs, parameters, targets, whole)
+    return ScanLayout(pairs, parameters, targets, whole)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class ScanResult:
 
 
 def scan(
-    layout: Layout,
+    layout: ScanLayout,
     goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
     scratch: ScratchFile,
@@ -151,7 +151,7 @@ def scan(
 
 
 def warming(
-    layout: Layout,
+    layout: ScanLayout,
     goal: RankGoal,
     spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
 ) -> Job:

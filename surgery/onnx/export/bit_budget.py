@@ -16,14 +16,15 @@ from surgery.onnx.export.weight_coding import WeightCoding
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.storage.base import Storage, read_values
-from surgery_formats.storage.nbits import BlockFormat, NBits
+from surgery_formats.storage.block_format import BlockFormat
+from surgery_formats.storage.nbits import NBits
 from surgery_formats.text import nbytes as human
 
 if TYPE_CHECKING:
     from surgery.engine.quantised.input_moment import SecondMoment
     from surgery_formats.arrays import Array
 
-__all__ = ["Candidate", "Choice", "allocated", "choices_of"]
+__all__ = ["BudgetedWeight", "Choice", "allocated", "choices_of"]
 
 _BITS = (4, 8)
 _ROWS = 256  # of a weight that are measured
@@ -31,7 +32,7 @@ _SHORT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class BudgetedWeight:
     """A weight that bits are chosen for.
 
     Attributes:
@@ -62,9 +63,9 @@ class Choice:
     options: tuple[tuple[int, int, float], ...]
 
 
-def choices_of(candidates: Sequence[Candidate], coding: WeightCoding, io: DType) -> list[Choice]:
+def choices_of(candidates: Sequence[BudgetedWeight], coding: WeightCoding, io: DType) -> list[Choice]:
     """Measure every candidate."""
-    units: dict[str, list[Candidate]] = {}
+    units: dict[str, list[BudgetedWeight]] = {}
     for candidate in candidates:
         units.setdefault(candidate.unit, []).append(candidate)
     found = []
@@ -79,7 +80,7 @@ def choices_of(candidates: Sequence[Candidate], coding: WeightCoding, io: DType)
     return found
 
 
-def _measured(candidate: Candidate, coding: WeightCoding, io: DType) -> list[tuple[int, int, float]]:
+def _measured(candidate: BudgetedWeight, coding: WeightCoding, io: DType) -> list[tuple[int, int, float]]:
     """Bytes and error of 4 and 8 bits, and bytes of what is kept."""
     import numpy as np
 

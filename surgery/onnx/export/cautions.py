@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from surgery.onnx.export.adapters import AdapterRoles
 from surgery.onnx.export.assemble import ROWS, Assembly
 from surgery.onnx.export.place import Mode
+from surgery.onnx.export.weight_options import OWN
 from surgery.onnx.graph.build import GraphSet
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import count, listing, summed_up
 
-__all__ = ["graph_warnings", "warnings_before"]
+if TYPE_CHECKING:
+    from surgery.engine.ledger import Ledger
+
+__all__ = ["code_warnings", "graph_warnings", "warnings_before"]
+
+_LOST = 0.5
+"""Error of a weight, relative to it, that no rounding to 4 bits makes."""
 
 
 def graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
@@ -51,6 +60,22 @@ def graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     ends = [assembly.component.config, read_object(generation) if generation.exists() else {}]
     if all(config.get("eos_token_id") is None for config in ends):
         warnings.append("the model names no eos_token_id; onnxruntime-genai takes token 0 for the end of a text")
+    return warnings
+
+
+def code_warnings(ledger: Ledger) -> list[str]:
+    """Warn of weights that scales of 16 bits cannot hold, and of codes that were taken as they are but for some rows."""
+    warnings = []
+    if lost := [tensor.weight for tensor, error in ledger.coded if error.relative > _LOST]:
+        warnings.append(
+            f"codes lose most of {count(len(lost))} weights, whose values are too small or too large for scales of 16 "
+            f"bits: {listing(summed_up(lost))}"
+        )
+    if mended := [tensor.weight for tensor, error in ledger.coded if tensor.why.endswith(OWN) and error.error]:
+        warnings.append(
+            f"some rows of {count(len(mended))} weights are rounded a second time: these codes do not hold their scales: "
+            f"{listing(summed_up(mended))}"
+        )
     return warnings
 
 

@@ -20,6 +20,7 @@ from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, Ten
 from surgery.onnx.export.code_inputs import importance_of, inputs_of
 from surgery.onnx.export.merged import MergedWeights, with_biases, written_config
 from surgery.onnx.export.weight_coding import WeightCoding, WeightUses, uses_of
+from surgery.onnx.export.weight_options import OWN
 from surgery.onnx.graph.coded import GraphCodes
 from surgery.onnx.graph.weights import GraphTensor
 from surgery_formats.binding.bind import Binding
@@ -29,7 +30,8 @@ from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of, parameters, projections
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.storage.base import Storage
-from surgery_formats.storage.nbits import BlockFormat, NBits
+from surgery_formats.storage.block_format import BlockFormat
+from surgery_formats.storage.nbits import NBits
 from surgery_formats.storage.own_codes import fitting_format
 from surgery_formats.storage.plain import Elements
 from surgery_formats.storage.quantised import is_quantised
@@ -209,7 +211,7 @@ def _within_budget(
     Raises:
         FitError: the budget is too small.
     """
-    from surgery.onnx.export.bit_budget import Candidate, allocated, choices_of
+    from surgery.onnx.export.bit_budget import BudgetedWeight, allocated, choices_of
 
     uses = uses_of(model)
     free = set(uses.linear) | ({uses.head} if uses.head and coding.head == "auto" else set())
@@ -227,7 +229,7 @@ def _within_budget(
             continue
         assert isinstance(step.target, NBits)
         unit = groups.get(draft.name, (draft.name,))[0]
-        candidates.append(Candidate(recipe, draft.name, step.source, step.target.turned, unit))
+        candidates.append(BudgetedWeight(recipe, draft.name, step.source, step.target.turned, unit))
     assert coding.budget is not None
     return replace(coding, chosen=allocated(choices_of(candidates, coding, io), coding.budget, fixed))
 
@@ -282,7 +284,7 @@ def _tensors(name: str, component: Component, step: Compute, outcome: TensorOutc
     assert isinstance(target, NBits)
     form = target.form
     said = f"{form.bits} bits, blocks of {form.block}"
-    said += ", its own codes" if target.exact is not None else ""
+    said += OWN if target.exact is not None else ""
     become: TensorOutcome = outcome if step.operations or outcome in ("added", "replaced") else "quantised"
     return tuple(
         PlannedTensor(

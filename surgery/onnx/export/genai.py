@@ -83,15 +83,16 @@ def genai_config(
         "type": kind if kind in _TYPES else "decoder",
         "vocab_size": contract.vocabulary,
     }
+    temperature = _number(generation, "temperature", 1.0)
     search = {
-        "do_sample": bool(generation.get("do_sample", False)),
+        "do_sample": bool(generation.get("do_sample", False)) and temperature > 0,
         "max_length": contract.max_length,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
         "past_present_share_buffer": contract.cache == "shared",
-        "repetition_penalty": _number(generation, "repetition_penalty", 1.0),
-        "temperature": _number(generation, "temperature", 1.0),
+        "repetition_penalty": _number(generation, "repetition_penalty", 1.0) or 1.0,
+        "temperature": temperature or 1.0,
         "top_k": int(_number(generation, "top_k", 50)),
         "top_p": _number(generation, "top_p", 1.0),
     }
@@ -109,7 +110,7 @@ def _session(contract: Contract) -> dict[str, Any]:
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
-    """Read a sampling setting.
+    """Read a sampling setting; 0 is one: a top_k of 0 takes every token.
 
     Raises:
         MalformedError: it is not a number.
@@ -119,7 +120,7 @@ def _number(generation: Mapping[str, Any], key: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MalformedError(f"{key} is {show(value, 40)}; it must be a number", file="generation_config.json")
-    return float(value) or default
+    return float(value)
 
 
 def _token(config: Mapping[str, Any], generation: Mapping[str, Any], key: str) -> Any:

@@ -132,13 +132,17 @@ def too_large(converted: list[Converted]) -> list[str]:
             beyond.append(one.name)
     warnings = []
     if damaged:
-        warnings.append(f"{count(len(damaged))} weights hold NaN or Inf: {listing([show(name) for name in damaged])}")
+        warnings.append(f"{_weights(damaged)} NaN or Inf: {listing([show(name) for name in damaged])}")
     if beyond:
         warnings.append(
-            f"{count(len(beyond))} weights hold numbers beyond 65,504, which become infinite in fp16: "
+            f"{_weights(beyond)} numbers beyond 65,504, which become infinite in fp16: "
             f"{listing([show(name) for name in beyond])}; --dtype bf16 or fp32 keeps them"
         )
     return warnings
+
+
+def _weights(names: list[str]) -> str:
+    return "one weight holds" if len(names) == 1 else f"{count(len(names))} weights hold"
 
 
 def _greatest_bits(one: Converted, kind: str) -> int:

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.engine.ledger import Ledger
+from surgery.engine.ledger import CodeError, Ledger
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.contract import Contract
 from surgery.reports.result import elapsed, summarised
+from surgery_formats.models.families.tasks import IMAGE_TASKS
+from surgery_formats.text import show
 
 if (
     TYPE_CHECKING
@@ -28,6 +31,7 @@ _WEIGHTS = {
     "copy": "copied",
     "embed": "inside the graph",
 }
+_PAIRED = ("question-answering", "multiple-choice")
 
 
 @summarised
@@ -101,28 +105,48 @@ class ExportResult:
         if self.ledger is not None:
             changed, written = Value(len(self.ledger.plan.computed()), "count"), Value(self.ledger.plan.nbytes, "bytes")
             facts.append(("changed", (changed, " tensors, ", written, " written for them")))
+            facts += _codes(contract, self.ledger)
         weights = ", ".join(file.name for file in contract.weights)
         took: tuple[Piece, ...] = (" in ", Value(self.seconds, "seconds")) if self.seconds else ()
         facts += [
             ("weights", f"{weights}: {_WEIGHTS[self.weights]}"),
             ("written", (Value(self.nbytes, "bytes"), *took)),
         ]
-        if contract.kind == "decoder":
+        if not contract.embedder:
             facts.append(("next", tuple(self._command())))
         return Summary("Export", (Facts(tuple(facts)), *warning_notes(self.warnings)))
 
     def _command(self) -> Iterator[Piece]:
         yield "surgery run "
         yield _quoted(self.output)
+        tokenizer = (self.output / "tokenizer.json").exists()
         if self.contract.task == "automatic-speech-recognition":
             yield " --audio talk.wav"
+        elif self.contract.task in IMAGE_TASKS:
+            yield " --images image.npy"
+        elif self.contract.task in _PAIRED and tokenizer:
+            yield ' --pair "..." "..."'
         else:
-            yield ' -p "..."' if (self.output / "tokenizer.json").exists() else " --ids 1,2,3"
+            yield ' -p "..."' if tokenizer else " --ids 1,2,3"
         for adapter in self.contract.adapters:
             if adapter["mode"] == "swapped":
                 yield " --adapter "
                 yield _quoted(self.output / adapter["file"])
                 return
+
+
+def _codes(contract: Contract, ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
+    """How many weights became codes of how many bits, and what that lost."""
+    if not (coded := ledger.coded):
+        return
+    bits = Counter[int]()
+    for entry in contract.quantised:
+        bits[entry["bits"]] += len(entry["weights"])
+    counted = ", ".join(f"{number} of {size} bits" for size, number in sorted(bits.items()))
+    total = sum((found for _, found in coded), CodeError(0.0, 0.0, 0.0))
+    tensor, worst = max(coded, key=lambda one: one[1].relative)
+    most = f"at most {worst.relative:.4f} ({show(tensor.label.removesuffix('.codes'), 100)})"
+    yield "codes", f"{counted}: error {total.relative:.4f} of the values, {most}"
 
 
 def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.engine.calibration_file import Calibration
-from surgery.onnx.export.weight_options import BITS
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import projections
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
-from surgery_formats.storage.nbits import BlockFormat
+from surgery_formats.storage.block_format import BITS, BlockFormat
 from surgery_formats.text import closest
 
 __all__ = ["WeightCoding", "WeightUses", "uses_of"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError, UsageError
+from surgery_formats.storage.block_format import BITS
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 
     from surgery.onnx.export.weight_coding import WeightCoding
 
-__all__ = ["BITS", "WITHOUT_ATTENTION", "WeightOptions"]
+__all__ = ["OWN", "WITHOUT_ATTENTION", "WeightOptions"]
 
-BITS = {"int4": 4, "int8": 8}
+OWN = ", its own codes"
+"""What the ledger says of a weight whose codes were taken as they are."""
 WITHOUT_ATTENTION = 22
 """Set of operators for graphs of MatMul: quantize_dynamic takes ONNX's Attention for com.microsoft's (onnxruntime 1.31)."""
 _BLOCKS = (32, 64, 128)
+_SPOKEN = {"symmetric": "asymmetric rounding"}
 _TABLES = ("auto", "keep", "int8", "int4")
 
 
@@ -74,14 +77,14 @@ class WeightOptions:
             if value not in known:
                 raise FitError(f"{name} is one of {', '.join(known)}, not '{show(value)}'")
         if self.block not in _BLOCKS:
-            raise FitError(f"a block has 32, 64 or 128 inputs, not {self.block}")
+            raise FitError(f"block is one of 32, 64, 128, not {self.block}")
         default = WeightOptions()
         given = [field.name for field in fields(self) if getattr(self, field.name) != getattr(default, field.name)]
         about = [name for name in given if name not in ("weights_type", "linear")]
         if self.weights_type == "stored" and about:
             raise UsageError(
-                f"`{about[0]}=` is about weights that become codes, and these stay as they are stored",
-                hint='`weights_type="int4"`',
+                f"{_SPOKEN.get(about[0], about[0])} is about weights that become codes, and these stay as they are stored",
+                hint='for codes `weights_type="int4"`',
             )
         if self.linear == "matmul" and self.weights_type != "stored":
             raise UsageError(

@@ -52,6 +52,7 @@ def fold_graph(
     """
     graph = open_graph(path)
     model = editable(graph)
+    _check_apart(model, path)
     tensors = _tensors(model)
     given, files = _given(model, adapters, path)
     done = fold_branches(graph, model, given)
@@ -80,6 +81,22 @@ def fold_graph(
             dropped=dropped,
         )
     return FoldResult(output, path, folded, done.removed, written)
+
+
+def _check_apart(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse slots that several weights share: their sum is behind all of these, not behind one.
+
+    Raises:
+        FitError: there are some.
+    """
+    contract = from_metadata({one.key: one.value for one in model.metadata_props}, path)
+    if contract and (slot := next((one for one in contract.slots if one.parts), None)):
+        raise FitError(
+            "is a packed slot, which several weights share, and cannot be folded",
+            file=path,
+            tensor=slot.A,
+            hint="merge the adapter at the export, or export without `packed=`",
+        )
 
 
 def _baked(model: onnx.ModelProto, given: Mapping[str, Array]) -> dict[str, Array]:

@@ -41,5 +41,5 @@ def check_adapter_file(file: str | os.PathLike[str], graph: Path, inside: Collec
     if beside.is_file():
         hint: str | None = f"did you mean '{show(beside)}'?"
     else:
-        hint = closest(name, inside) or (f"adapters inside the graph: {listing(inside)}" if inside else None)
+        hint = closest(name, inside) or (f"adapters of the graph: {listing(inside)}" if inside else None)
     raise NotFoundError("no such file", file=path, hint=hint)

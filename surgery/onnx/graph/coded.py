@@ -12,7 +12,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.tensors.unwritten import UnwrittenTensor
 
 if TYPE_CHECKING:
-    from surgery_formats.storage.nbits import BlockFormat
+    from surgery_formats.storage.block_format import BlockFormat
 
 __all__ = ["GraphCodes", "by_format", "coded_product", "coded_rows", "together"]
 

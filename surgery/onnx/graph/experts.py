@@ -29,7 +29,8 @@ def experts(ctx: Context, record: Experts, x: str, width: int, *, alpha: float =
     rows = x if ctx.flat else ctx.reshaped(x, (-1, width), at)
     chosen, weights = _choice(ctx, record, rows, at)
     pieces, places = _sorted_pieces(ctx, record, rows, chosen, at)
-    inside = replace(ctx, target=replace(ctx.target, linear="fused")) if ctx.target.name != "portable" else ctx
+    fused = ctx.target.name != "portable" and ctx.target.linear != "matmul"
+    inside = replace(ctx, target=replace(ctx.target, linear="fused")) if fused else ctx
     done = [mlp(inside, one, piece, alpha=alpha) for one, piece in zip(record.experts, pieces, strict=True)]
     joined = graph.node("Concat", done, at, axis=0) if len(done) > 1 else done[0]
     each = ctx.reshaped(graph.node("Gather", [joined, places], at, axis=0), (-1, record.top, width), at)

@@ -146,13 +146,23 @@ def _hidden_head(ctx: Context, record: HiddenHead, x: str, width: int) -> None:
             first = _first_token(ctx, x, at)
         else:
             first = ctx.graph.node("Gather", ["last_hidden_state", ctx.graph.number(0, DType.I64)], at, axis=1)
+            first = _guarded(ctx, first, at)
         pooled = activate(ctx, "tanh", linear(ctx, record.pooler, first), at)
         ctx.graph.output(ctx.graph.rename(pooled, "pooler_output"), ctx.io, (ctx.batch, record.pooler.outputs))
 
 
 def _first_token(ctx: Context, x: str, at: str) -> str:
     x = ctx.batched(x, at) if ctx.flat else x
-    return ctx.graph.node("Gather", [x, ctx.graph.number(0, DType.I64)], at, axis=1)
+    return _guarded(ctx, ctx.graph.node("Gather", [x, ctx.graph.number(0, DType.I64)], at, axis=1), at)
+
+
+def _guarded(ctx: Context, first: str, at: str) -> str:
+    """The states ``(B, D)`` of first tokens, but NaN of padding: a row that is padded on the left has no first token here."""
+    if not (real := ctx.real()):  # of images
+        return first
+    begins = ctx.graph.node("Gather", [real, ctx.graph.constant(np.array([ctx.virtual.front]))], at, axis=1)
+    one = ctx.graph.cast(begins, ctx.io, at)
+    return ctx.graph.node("Mul", [first, ctx.graph.node("Div", [one, one], at)], at)
 
 
 def _mean(ctx: Context, x: str, width: int) -> str:

@@ -8,7 +8,7 @@ slower than one with Attention, and right: it is what a runtime of before 2025 t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -79,12 +79,28 @@ class _Steps:
         opset: The set of operators to use.
         io: Type of hidden states.
         makers: The original node that makes each value.
+        compared: Which numbers of a mask are no mask, by its name: layers share masks.
     """
 
     graph: Graph
     opset: int
     io: DType
     makers: Mapping[str, onnx.NodeProto]
+    compared: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def least(self) -> float:
+        """The least number of hidden states; bfloat16 has no type in numpy."""
+        if self.io is DType.BF16:
+            return -3e38
+        return float(np.finfo(np.float16 if self.io is DType.F16 else np.float32).min)
+
+    def seen(self, mask: str) -> str:
+        """Where a mask of numbers lets something be seen: above the least number, as onnxruntime has it."""
+        if mask not in self.compared:
+            least = self.graph.number(self.least, self.io)
+            self.compared[mask] = self.graph.node("Greater", [mask, least], mask)
+        return self.compared[mask]
 
     def is_bool(self, name: str) -> bool:
         """Whether a value is boolean."""
@@ -198,14 +214,14 @@ def _attention(steps: _Steps, node: onnx.NodeProto, attributes: Mapping[str, Any
     if cap := float(attributes.get("softcap", 0.0)):
         limit = graph.number(cap, steps.io)
         scores = graph.node("Mul", [graph.node("Tanh", [graph.node("Div", [scores, limit], at)], at), limit], at)
+    seen = ""
     if mask and steps.is_bool(mask):
-        least = float(np.finfo(np.float16).min if steps.io is DType.F16 else np.finfo(np.float32).min)
-        if steps.io is DType.BF16:
-            least = -3e38
-        scores = graph.node("Where", [mask, scores, graph.number(least, steps.io)], at)
+        seen, scores = mask, graph.node("Where", [mask, scores, graph.number(steps.least, steps.io)], at)
     elif mask:
-        scores = graph.node("Add", [scores, mask], at)
+        seen, scores = steps.seen(mask), graph.node("Add", [scores, mask], at)
     shares = graph.node("Softmax", [scores], at, axis=-1)
+    if seen:  # a query that sees nothing has a result of 0; of -inf alone Softmax makes NaN, of equal numbers a mean
+        shares = graph.node("Where", [seen, shares, graph.number(0.0, steps.io)], at)
     if not heads:
         graph.node("MatMul", [shares, v], at, out=node.output[0])
         return

@@ -9,13 +9,14 @@ files need not be there.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-from surgery_formats.containers.onnx.tensor_proto import find_tensor
+from surgery_formats.containers.onnx.tensor_proto import FoundTensor, find_tensor
 from surgery_formats.containers.onnx.wire import BYTES, WireReader
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import open_file
 
-__all__ = ["initializer_shapes", "read_metadata"]
+__all__ = ["external_files", "initializer_shapes", "read_metadata"]
 
 _GRAPH, _METADATA, _KEY, _VALUE, _INITIALIZER = 7, 14, 1, 2, 5
 _LIMIT = 64 << 20  # bytes per entry
@@ -53,13 +54,25 @@ def initializer_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...
         NotFoundError: no such file.
         MalformedError: not a protobuf message, or no tensor among them.
     """
+    return {found.key: found.shape for found in _initializers(path)}
+
+
+def external_files(path: str | os.PathLike[str]) -> frozenset[str]:
+    """Names of the files that initializers of the ONNX file `path` lie in; none where all are inside.
+
+    Raises:
+        NotFoundError: no such file.
+        MalformedError: not a protobuf message, or no tensor among them.
+    """
+    return frozenset(found.external.get("location", "") for found in _initializers(path) if found.external)
+
+
+def _initializers(path: str | os.PathLike[str]) -> Iterator[FoundTensor]:
     file = open_file(path)
-    reader, shapes = WireReader(file), dict[str, tuple[int, ...]]()
+    reader = WireReader(file)
     for field in reader.fields(0, file.size):
         if field.number != _GRAPH or field.wire != BYTES:
             continue
         for inner in reader.fields(field.begin, field.end):
             if inner.number == _INITIALIZER:
-                found, _ = find_tensor(reader, inner, "initializer", "")
-                shapes[found.key] = found.shape
-    return shapes
+                yield find_tensor(reader, inner, "initializer", "")[0]

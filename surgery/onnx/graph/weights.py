@@ -15,6 +15,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
+from surgery_formats.models.families.tasks import TRAINED_HEADS
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
@@ -147,7 +148,9 @@ class GraphWeights:
                 "the checkpoint has no such tensor",
                 file=self._component.folder,
                 tensor=name,
-                hint=closest(name, self._component.parameters) or "is it complete?",
+                hint="the model has no such head: another `task=`, or an adapter that brings it"
+                if name.partition(".")[0] in TRAINED_HEADS
+                else closest(name, self._component.parameters) or "is it complete?",
             )
         return slices[0].parameter.name
 

@@ -18,16 +18,18 @@ from surgery.onnx.run.adapters import fill_slots
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.opening import GraphSession, open_encoder
-from surgery.onnx.run.pair import PairDecoder, Read
+from surgery.onnx.run.pair import EncoderStates, PairDecoder
 from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.spectrogram import read_sound
 from surgery.onnx.run.starts import Starts, read_starts
 from surgery.onnx.run.strengths import weighted_file, with_strength
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.files.output.manifest import is_safe_name
+from surgery_formats.text import show
 
-__all__ = ["FEATURES", "Pair", "answer", "heard", "open_pair", "sound_sizes"]
+__all__ = ["FEATURES", "PairSessions", "answer", "heard", "open_pair", "sound_sizes"]
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +38,7 @@ FEATURES = "input_features"
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class PairSessions:
     """The sessions of an encoder-decoder, and the arrays of adapters for each."""
 
     encoder: GraphSession
@@ -50,7 +52,7 @@ class Pair:
         return FEATURES in self.encoder.inputs
 
 
-def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] = ()) -> Pair:
+def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] = ()) -> PairSessions:
     """Open the encoder of `decoder`, and sort adapters: an export writes a file for each of the two.
 
     That of the encoder lies beside the other, which the graph's contract names; or it is given by itself.
@@ -59,34 +61,54 @@ def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] 
         FitError: an adapter that does not fit; see `surgery.onnx.run.opening`.
     """
     encoder = open_encoder(decoder)
+    known = {name for slot in encoder.contract.slots for name in (slot.A, slot.B)} | {*encoder.contract.replaceable}
     theirs: list[tuple[str, Mapping[str, Array]]] = []
     own: list[tuple[str, Mapping[str, Array]]] = []
-    for file in adapters:
-        path, strength = weighted_file(file)
+    named = [weighted_file(file) for file in adapters]
+    for path, strength in named:
         check_adapter_file(path, decoder.path)
         arrays = read_adapter_file(path)
-        known = {name for slot in encoder.contract.slots for name in (slot.A, slot.B)} | {*encoder.contract.replaceable}
         of_encoder = bool(arrays) and {*arrays} <= known and not {*arrays} <= decoder.inputs.keys()
         graph = encoder if of_encoder else decoder
         scaled = with_strength(arrays, strength, graph.contract, path)
         (theirs if of_encoder else own).append((os.fspath(path), scaled))
-        for entry in decoder.contract.adapters:
-            beside = entry.get("encoder_file")
-            if isinstance(beside, str) and _is_same(decoder.folder / str(entry.get("file")), path):
-                other = read_adapter_file(decoder.folder / beside)
-                theirs.append((beside, with_strength(other, strength, encoder.contract, beside)))
+        other = None if of_encoder else _encoders_part(decoder, Path(path))
+        if other is not None and not any(_is_same(other, given) for given, _ in named):  # given too: once is enough
+            part = with_strength(read_adapter_file(other), strength, encoder.contract, other)
+            theirs.append((os.fspath(other), part))
     slots = (
         fill_slots(files, graph.contract, graph.inputs, graph.optional)
         for files, graph in ((theirs, encoder), (own, decoder))
     )
-    return Pair(encoder, decoder, *slots)
+    return PairSessions(encoder, decoder, *slots)
+
+
+def _encoders_part(decoder: GraphSession, file: Path) -> Path | None:
+    """The file of an adapter for the encoder: the one that the contract names, or for a copy the one beside the copy.
+
+    Raises:
+        MalformedError: the contract names a file outside the folder.
+        NotFoundError: the contract names one of this name, and there is none.
+    """
+    for entry in decoder.contract.adapters:
+        own, part = entry.get("file"), entry.get("encoder_file")
+        if not isinstance(own, str) or not isinstance(part, str) or Path(own).name != file.name:
+            continue
+        if not is_safe_name(part):
+            raise MalformedError(f"the graph refers to '{show(part)}' for an adapter", file=decoder.path)
+        found = decoder.folder / part if _is_same(decoder.folder / own, file) else file.with_name(Path(part).name)
+        if not found.exists():
+            raise NotFoundError("the adapter's part for the encoder is not there", file=found, hint="copy both files")
+        return found
+    beside = file.with_name(f"{file.stem}.encoder{file.suffix}")
+    return beside if beside.exists() else None
 
 
 def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
     return one.exists() and os.path.samefile(one, other)
 
 
-def heard(pair: Pair, files: Sequence[Path]) -> Array:
+def heard(pair: PairSessions, files: Sequence[Path]) -> Array:
     """The spectrograms of recordings, ``(B, bins, frames)``.
 
     Raises:
@@ -112,7 +134,7 @@ def sound_sizes(encoder: GraphSession) -> tuple[int, int]:
 
 
 def answer(
-    pair: Pair,
+    pair: PairSessions,
     source: Rows | Array,
     *,
     max_new: int,
@@ -137,9 +159,7 @@ def answer(
     """
     decoder = pair.decoder
     read = _listened(pair, source) if isinstance(source, np.ndarray) else _read(pair, source)
-    starts = read_starts(decoder.folder) if not start else Starts(tuple(start))
-    if max(starts.tokens) >= decoder.contract.vocabulary:
-        raise FitError(f"the decoder would begin with {max(starts.tokens)}, beyond its vocabulary", file=decoder.folder)
+    starts = read_starts(decoder.folder, start).within(decoder.contract.vocabulary)
     length = min(decoder.contract.max_length, len(starts.tokens) + max_new)
     asked = PairDecoder(decoder, read, decoder.contract.max_length, pair.decoder_slots, Starts(starts.tokens))
     rows = starts.rows(len(read.values), asked.prefill)
@@ -147,16 +167,16 @@ def answer(
     return generate(answering, rows, max_new=max_new, sampling=sampling, stop=stop, on_token=on_token)
 
 
-def _read(pair: Pair, rows: Rows) -> Read:
+def _read(pair: PairSessions, rows: Rows) -> EncoderStates:
     if pair.reads_sound:
         raise FitError("this model reads sound, not text", file=pair.decoder.path, hint="`audio=` names a recording")
     encoded = encode(pair.encoder, rows, pair.encoder_slots)
     width = max(encoded.lengths)
     mask = (np.arange(width) < np.array(encoded.lengths)[:, None]).astype(np.int64)
-    return Read(encoded.arrays["last_hidden_state"], mask)
+    return EncoderStates(encoded.arrays["last_hidden_state"], mask)
 
 
-def _listened(pair: Pair, features: Array) -> Read:
+def _listened(pair: PairSessions, features: Array) -> EncoderStates:
     graph = pair.encoder
     binding = graph.session.io_binding()
     held = []
@@ -167,4 +187,4 @@ def _listened(pair: Pair, features: Array) -> Read:
         binding.bind_input(name, *where, graph.inputs[name].element, array.shape, held[-1].address)
     binding.bind_output("last_hidden_state", "cpu")
     execute(graph.session, binding, run_options())
-    return Read(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))
+    return EncoderStates(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))

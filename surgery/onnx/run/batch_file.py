@@ -30,9 +30,10 @@ def read_batch(file: Path) -> list[Given]:
     if source.size > _LIMIT:
         raise MalformedError(f"has {source.size} bytes (at most {_LIMIT} are read)", file=file)
     try:
-        lines = bytes(source.read(0, source.size)).decode().splitlines()
+        text = bytes(source.read(0, source.size)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise MalformedError("not UTF-8", file=file) from error
+    lines = text.replace("\r\n", "\n").split("\n")  # no other separator: texts may hold it
     found = list(_records(lines, file) if file.suffix == ".jsonl" else (line for line in lines if line.strip()))
     if not found:
         raise MalformedError("has no line with a prompt", file=file)

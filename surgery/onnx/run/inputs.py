@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.engine.inputs import as_list
-from surgery.onnx.run.chat import Message, render_chat
+from surgery.onnx.run.chat import Message, render_chats
 from surgery.onnx.run.tokenizer import Tokenizer
 from surgery_formats.errors import FitError, UsageError
 
-__all__ = ["Given", "InputRow", "given_inputs", "needs_text", "row_of", "said"]
+__all__ = ["Given", "InputRow", "given_inputs", "input_rows", "needs_text", "said"]
 
 Given = str | tuple[str, str] | Sequence[int] | Sequence[Message]
 """One input."""
@@ -73,24 +73,40 @@ def said(given: Any) -> str | tuple[int, ...]:
     return given if isinstance(given, str) else " / ".join(given)
 
 
-def row_of(given: Any, tokenizer: Tokenizer | None, folder: Path, *, begins: bool, chat: bool, system: str) -> InputRow:
-    """The row of an input; a text is what a user says if it is a `chat`.
+def input_rows(
+    batch: Sequence[Any], tokenizer: Tokenizer | None, folder: Path, *, begins: bool, chat: bool, system: str
+) -> list[InputRow]:
+    """The rows of inputs; a text is what a user says if it is a `chat`.
 
     Raises:
-        MalformedError, FitError: see `render_chat` and `Tokenizer`.
+        MalformedError, FitError: see `render_chats` and `Tokenizer`.
     """
-    if _is_row(given) or tokenizer is None:
-        ids = [operator.index(token) for token in given]
-        return InputRow(ids, [0] * len(ids))
-    if _is_pair(given):
-        return InputRow(*tokenizer.encode_pair(*given), given[1])
-    if isinstance(given, str) and not chat:
-        ids = tokenizer.encode(given, begins=begins)
-        return InputRow(ids, [0] * len(ids))
+    talks = {
+        number: _conversation(given, system)
+        for number, given in enumerate(batch)
+        if _is_conversation(given) or (chat and isinstance(given, str))
+    }
+    texts = dict(zip(talks, render_chats(folder, [*talks.values()]) if talks else (), strict=True))
+    return [
+        _row(texts.get(number, given), tokenizer, begins=begins and number not in texts)
+        for number, given in enumerate(batch)
+    ]
+
+
+def _conversation(given: Any, system: str) -> list[Message]:
     messages = [{"role": "user", "content": given}] if isinstance(given, str) else [*given]
     if system and all(message.get("role") != "system" for message in messages):
         messages = [{"role": "system", "content": system}, *messages]
-    ids = tokenizer.encode(render_chat(folder, messages), begins=False)
+    return messages
+
+
+def _row(given: Any, tokenizer: Tokenizer | None, *, begins: bool) -> InputRow:
+    if tokenizer is not None and _is_pair(given):
+        return InputRow(*tokenizer.encode_pair(*given), given[1])
+    if tokenizer is not None and isinstance(given, str):
+        ids = tokenizer.encode(given, begins=begins)
+    else:
+        ids = [operator.index(token) for token in given]
     return InputRow(ids, [0] * len(ids))
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
 from surgery.onnx.graph.inserted import inserted_in
 from surgery.onnx.graph.pair_names import graph_in, kept_names
-from surgery.onnx.graph.read_metadata import read_metadata
+from surgery.onnx.graph.read_metadata import external_files, read_metadata
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract, named_slots
 from surgery.onnx.run.memory import HostMemory, Memory
@@ -141,7 +141,7 @@ def open_graph(
     contract = from_metadata(props, path)
     folder = path.parent if weights is None else Path(weights)
     if contract is not None:
-        check_weight_files(contract.weights, folder)
+        check_weight_files(contract.weights, folder, external_files(path))
     memory = _memory(device, contract)
     recordable = contract is None or (contract.cache == "shared" and not contract.sized_late)
     cuda_graph_on = cuda_graph and memory.device == "cuda" and recordable

@@ -22,13 +22,13 @@ from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.starts import Starts
 from surgery_formats.errors import FitError
 
-__all__ = ["PairDecoder", "Read"]
+__all__ = ["EncoderStates", "PairDecoder"]
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class EncoderStates:
     """What an encoder made of a batch.
 
     Attributes:
@@ -46,7 +46,7 @@ class PairDecoder:
     switch = 0
 
     def __init__(
-        self, graph: GraphSession, read: Read, max_length: int, slots: Mapping[str, Array], starts: Starts
+        self, graph: GraphSession, read: EncoderStates, max_length: int, slots: Mapping[str, Array], starts: Starts
     ) -> None:
         if SWITCH not in graph.inputs:
             raise FitError(f"the graph has no input {SWITCH}", file=graph.path, hint="run the folder")

@@ -6,8 +6,8 @@ The keys are transformers'. Of `generate`'s other settings (beams, penalties, le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,27 @@ class Starts:
         found = (self.languages[index] for index in np.argmax(logits, -1).tolist())
         return [[*self.tokens[:place], language, *self.tokens[place + 1 :]] for language in found]
 
+    def within(self, vocabulary: int) -> Starts:
+        """What of it is in the vocabulary: ids beyond it are never chosen anyway.
 
-def read_starts(folder: Path) -> Starts:
-    """Read ``generation_config.json`` and ``config.json`` beside a graph.
+        Raises:
+            FitError: a first id, or a language, that is not.
+        """
+        beyond = [token for token in (*self.tokens, *self.languages) if token >= vocabulary]
+        if beyond:
+            raise FitError(f"the decoder would begin with {max(beyond)}, beyond its vocabulary")
+        never, first = (frozenset(one for one in ids if one < vocabulary) for ids in (self.never, self.never_first))
+        return replace(self, never=never, never_first=first)
+
+
+def read_starts(folder: Path, tokens: Sequence[int] = ()) -> Starts:
+    """Read ``generation_config.json`` and ``config.json`` beside a graph; `tokens` are the first ids instead of theirs.
 
     Raises:
-        FitError: they name no first id.
+        FitError: there are no first ids, or one is negative.
     """
+    if any(token < 0 for token in tokens):
+        raise FitError(f"the decoder would begin with {min(tokens)}, which is no token")
     settings: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         try:
@@ -64,18 +78,20 @@ def read_starts(folder: Path) -> Starts:
     first = next(
         (settings[key] for key in ("decoder_start_token_id", "bos_token_id") if _is_id(settings.get(key))), None
     )
-    if first is None:
+    if first is None and not tokens:
         raise FitError("no decoder_start_token_id beside the graph", file=folder, hint="`start=` names the first ids")
     never, never_first = (frozenset(_ids(settings.get(key))) for key in ("suppress_tokens", "begin_suppress_tokens"))
     bad = settings.get("bad_words_ids")
     never |= frozenset(ids[0] for ids in map(_ids, bad if isinstance(bad, list) else ()) if len(ids) == 1)
-    tokens: list[int | None] = [int(first), *_forced(settings)]
+    if tokens:
+        return Starts(tuple(tokens), never, never_first)
+    begun: list[int | None] = [first, *_forced(settings)]
     languages: tuple[int, ...] = ()
     if isinstance(settings.get("lang_to_id"), dict) or _is_id(settings.get("no_timestamps_token_id")):
-        tokens, languages = _spoken(settings, tokens)
+        begun, languages = _spoken(settings, begun)
     elif _is_id(settings.get("forced_bos_token_id")):
-        tokens = [tokens[0], int(settings["forced_bos_token_id"])]
-    return Starts(tuple(token for token in tokens if token is not None), never, never_first, languages)
+        begun = [first, int(settings["forced_bos_token_id"])]
+    return Starts(tuple(token for token in begun if token is not None), never, never_first, languages)
 
 
 def _spoken(settings: Mapping[str, Any], tokens: list[int | None]) -> tuple[list[int | None], tuple[int, ...]]:

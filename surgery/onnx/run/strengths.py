@@ -16,6 +16,7 @@ from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import Contract
 from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
+from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.text import show
 
 __all__ = ["named_strengths", "strength_arrays", "weighted_file", "with_strength"]
@@ -28,23 +29,36 @@ def _gated(contract: Contract, inputs: Collection[str]) -> dict[str, Mapping[str
     return {str(one.get("name")): one for one in contract.adapters if one.get("strength") in inputs}
 
 
+def _swapped(contract: Contract, graph: Path) -> dict[str, Path]:
+    """Files of the adapters for slots that lie beside a graph, by name."""
+    files = {str(one.get("name")): str(one.get("file")) for one in contract.adapters if one.get("mode") == "swapped"}
+    found = {name: graph.parent / file for name, file in files.items() if is_safe_name(file)}
+    return {name: file for name, file in found.items() if file.is_file()}
+
+
 def named_strengths(
     adapters: Paths, graph: Path, contract: Contract, inputs: Collection[str]
 ) -> tuple[list[tuple[str | os.PathLike[str], float]], dict[str, float]]:
     """The files among `adapters` with their strengths, and those of names of adapters inside; a file always wins.
+
+    The name of an adapter for slots that was exported with the graph is its file beside it.
 
     Raises:
         NotFoundError: neither a file nor an adapter of this name.
         FitError: a strength that is no number, or a folder.
     """
     inside = _gated(contract, inputs)
+    beside = _swapped(contract, graph)
     files: list[tuple[str | os.PathLike[str], float]] = []
     strengths: dict[str, float] = {}
     for adapter in adapters:
         name, equals, number = os.fspath(adapter).partition("=")
         if name not in inside or os.path.exists(adapter):
+            if (own := beside.get(name)) is not None and not os.path.isfile(name) and not os.path.isfile(adapter):
+                files.append((own, _strength(name, number) if equals else 1.0))
+                continue
             file, strength = weighted_file(adapter)
-            check_adapter_file(file, graph, inside)
+            check_adapter_file(file, graph, [*inside, *beside])
             files.append((file, strength))
             continue
         strengths[name] = _strength(name, number) if equals else 1.0

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from surgery_formats.errors import FitError
+
+if TYPE_CHECKING:
+    from surgery_formats.canonical.adapter import Adapter
 
 __all__ = [
     "HEADS",
     "FactorName",
     "canonical_module",
+    "check_apart",
     "factor_name",
     "factor_pairs",
     "is_of_head",
@@ -116,3 +122,19 @@ def _without_front(module: str) -> str:
 def _numbers_and_end(module: str) -> tuple[tuple[str, ...], str]:
     parts = module.split(".")
     return tuple(part for part in parts if part.isdigit()), parts[-1]
+
+
+def check_apart(adapter: Adapter) -> None:
+    """Refuse factors of packed slots, which no weight has by itself: ``q_proj+k_proj+v_proj`` is no module of a model.
+
+    Raises:
+        FitError: there are some.
+    """
+    for site in adapter.updates if adapter.format == "onnx-adapter" else ():
+        if "+" in site.path:
+            raise FitError(
+                "is of a packed slot: several weights share the factors",
+                file=adapter.path,
+                tensor=site.path,
+                hint="convert the adapter that it was made from",
+            )

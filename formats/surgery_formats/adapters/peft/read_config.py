@@ -159,7 +159,7 @@ class PeftConfig:
         Raises:
             MalformedError: the numbers differ.
         """
-        field, reader = "n_frequency", _Reader(self.raw, self.file)
+        field, reader = "n_frequency", _FieldReader(self.raw, self.file)
         pattern = reader.pattern("n_frequency_pattern", reader.check_rank)
 
         def matches(key: str) -> bool:
@@ -202,19 +202,19 @@ class PeftConfig:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Another field that is true or false."""
-        return _Reader(self.raw, self.file).flag(key, default)
+        return _FieldReader(self.raw, self.file).flag(key, default)
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         """Another field that is one of these words, the first by default."""
-        return _Reader(self.raw, self.file).choice(key, allowed)
+        return _FieldReader(self.raw, self.file).choice(key, allowed)
 
     def integer(self, key: str, default: int, low: int = 0) -> int:
         """Another field that is a whole number of at least `low`."""
-        return _Reader(self.raw, self.file).integer(key, default, low)
+        return _FieldReader(self.raw, self.file).integer(key, default, low)
 
     def number(self, key: str, default: float) -> float:
         """Another field that is a finite number."""
-        return _Reader(self.raw, self.file).number(key, default)
+        return _FieldReader(self.raw, self.file).number(key, default)
 
     def before(self, major: int, minor: int) -> bool:
         """Whether it was written by a PEFT before ``major.minor``, or before PEFT recorded its version (0.18)."""
@@ -227,7 +227,7 @@ class PeftConfig:
             return None
         if isinstance(value, str):
             return self._matches(key, value, module, whole=True)
-        return module.endswith(_Reader(self.raw, self.file).names(key))
+        return module.endswith(_FieldReader(self.raw, self.file).names(key))
 
 
 def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switches]) -> PeftConfig:
@@ -244,7 +244,7 @@ def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switche
     """
     if raw.keys() >= {"r", "lora_alpha"}:  # all that tinker-cookbook asks of one
         raw = {"peft_type": "LORA", **raw}
-    read = _Reader(raw, file)
+    read = _FieldReader(raw, file)
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         raise MalformedError("no 'peft_type'", file=file, hint="is this an adapter's folder?")
@@ -312,7 +312,7 @@ def _before(version: object, since: tuple[int, int]) -> bool:
     return len(numbers) == 2 and tuple(map(int, numbers)) < since
 
 
-def _token_indices(read: _Reader, kind: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+def _token_indices(read: _FieldReader, kind: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
     key = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
     value = read.raw.get(key)
     if isinstance(value, Mapping):
@@ -321,7 +321,7 @@ def _token_indices(read: _Reader, kind: str) -> tuple[int, ...] | Mapping[str, t
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
+class _FieldReader:
     raw: Mapping[str, Any]
     file: Path
 

@@ -28,7 +28,7 @@ __all__ = ["BART", "MARIAN", "MBART", "PEGASUS", "seq2seq_layer", "stack_sizes"]
 _EPSILON = 1e-5
 
 
-class _Form(NamedTuple):
+class _Traits(NamedTuple):
     """How a relative differs: where norms stand, and whether positions are learned."""
 
     before: bool
@@ -38,10 +38,10 @@ class _Form(NamedTuple):
 
 
 _FORMS = {
-    "bart": _Form(before=False, embedding_norm=True, final_norm=False, learned=True),
-    "mbart": _Form(before=True, embedding_norm=True, final_norm=True, learned=True),
-    "marian": _Form(before=False, embedding_norm=False, final_norm=False, learned=False),
-    "pegasus": _Form(before=True, embedding_norm=False, final_norm=True, learned=False),
+    "bart": _Traits(before=False, embedding_norm=True, final_norm=False, learned=True),
+    "mbart": _Traits(before=True, embedding_norm=True, final_norm=True, learned=True),
+    "marian": _Traits(before=False, embedding_norm=False, final_norm=False, learned=False),
+    "pegasus": _Traits(before=True, embedding_norm=False, final_norm=True, learned=False),
 }
 _OFFSET = 2  # of learned positions: rows that fairseq kept for padding
 
@@ -136,7 +136,7 @@ def recipe(settings: ModelSettings) -> Model:
         )
         at = f"model.{side}"
         table = f"{at}.embed_positions.weight"
-        stored = form.learned or table in settings.names
+        stored = form.learned or not {table, table.removeprefix("model.")}.isdisjoint(settings.names)
         embedding = Embedding(
             "model.shared.weight",
             positions=table if stored else "",

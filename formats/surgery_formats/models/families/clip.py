@@ -94,7 +94,7 @@ def siglip_vision(settings: ModelSettings) -> Model:
     return image_model(settings, sizes, patches, layers, head, final_norm=final, unused=unused)
 
 
-def _classifier_of(tower: Callable[[ModelSettings], Model]) -> Callable[[ModelSettings], Model]:
+def _classifier_of(tower: Callable[[ModelSettings], Model], single: str) -> Callable[[ModelSettings], Model]:
     def whole(settings: ModelSettings) -> Model:
         """The image tower of a model of both with a classifier; both towers at once are no single graph."""
         classes = settings.architectures()
@@ -102,7 +102,7 @@ def _classifier_of(tower: Callable[[ModelSettings], Model]) -> Callable[[ModelSe
         if inner is None or not any(name.endswith("ForImageClassification") for name in classes):
             raise settings.fault(
                 f"architectures is {show(', '.join(classes), 80)}: two towers, each of which is a model of its own; "
-                "save the one that is wanted by its class in transformers (CLIPVisionModelWithProjection)"
+                f"save the one that is wanted by its class in transformers ({single})"
             )
         shared = {key: settings.raw(key) for key in ("id2label", "num_labels", "architectures")}
         return tower(ModelSettings({**inner, **shared}, settings.names, settings.task))
@@ -204,7 +204,13 @@ def _image(
 _TEXT = "text_model.embeddings.token_embedding"
 CLIP_TEXT = Family(names=("clip_text_model",), embedding=_TEXT, recipe=clip_text)
 CLIP_VISION = Family(names=("clip_vision_model",), recipe=clip_vision)
-CLIP = Family(names=("clip",), embedding=_TEXT, recipe=_classifier_of(clip_vision))
+CLIP = Family(
+    names=("clip",),
+    embedding=_TEXT,
+    recipe=_classifier_of(clip_vision, "CLIPVisionModelWithProjection or CLIPTextModelWithProjection"),
+)
 SIGLIP_TEXT = Family(names=("siglip_text_model",), embedding=_TEXT, recipe=siglip_text)
 SIGLIP_VISION = Family(names=("siglip_vision_model",), recipe=siglip_vision)
-SIGLIP = Family(names=("siglip",), embedding=_TEXT, recipe=_classifier_of(siglip_vision))
+SIGLIP = Family(
+    names=("siglip",), embedding=_TEXT, recipe=_classifier_of(siglip_vision, "SiglipVisionModel or SiglipTextModel")
+)

@@ -141,7 +141,7 @@ def _distances(settings: ModelSettings, sizes: Sizes, at: str, epsilon: float, *
     if not relative:
         return None
     most = most or sizes.max_positions
-    if buckets % 2 or buckets // 2 >= max(most - 1, 1):
+    if buckets % 2 or buckets == 2 or buckets // 2 >= max(most - 1, 1):
         raise settings.fault(f"position_buckets is {buckets}, for distances up to {most}")
     has_norm = "layer_norm" in normed and not first
     norm = encoder_norm(settings, f"{at}.LayerNorm", epsilon) if has_norm else None

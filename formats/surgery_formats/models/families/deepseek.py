@@ -16,6 +16,9 @@ from surgery_formats.models.families.settings import ModelSettings, Sizes, read_
 
 __all__ = ["DEEPSEEK2", "DEEPSEEK3", "further_layers", "sigmoid_experts"]
 
+_LATENT_EPSILON = 1e-6
+"""Of the norms inside attention, whatever ``rms_norm_eps`` is: transformers 5.23 does not pass it on."""
+
 
 def deepseek2(settings: ModelSettings) -> Model:
     """DeepSeek 2: softmax scores, groups as good as their best expert (arXiv:2405.04434)."""
@@ -40,6 +43,7 @@ def deepseek3(settings: ModelSettings) -> Model:
     """DeepSeek 3: sigmoid scores, a correction of the choice, groups as good as their two best (arXiv:2412.19437)."""
     settings.only("topk_method", "noaux_tc")
     settings.only("scoring_func", "sigmoid")
+    settings.only("head_dim", settings.count("qk_rope_head_dim", default=64))
     sizes = _sizes(settings, hidden=7168, inner=18432, layers=61, heads=128, vocabulary=129280, max_positions=4096)
     transform = sigmoid_experts(
         settings,
@@ -74,7 +78,7 @@ def _model(settings: ModelSettings, sizes: Sizes, transform: Transformation, *, 
     def attend(at: str, index: int) -> Attention:
         queries = sizes.heads * sizes.head_dim
         latent = Latent(
-            norm(f"{at}.kv_a_layernorm"),
+            replace(norm(f"{at}.kv_a_layernorm"), epsilon=_LATENT_EPSILON),
             projection(f"{at}.kv_b_proj", rank, sizes.heads * (plain + values)),
             plain,
             values,
@@ -83,7 +87,8 @@ def _model(settings: ModelSettings, sizes: Sizes, transform: Transformation, *, 
         if query_rank is not None:
             first = projection(f"{at}.q_a_proj", sizes.hidden, query_rank, bias)
             second = projection(f"{at}.q_b_proj", query_rank, queries)
-            latent = replace(latent, query_norm=norm(f"{at}.q_a_layernorm"), query=second)
+            q_norm = replace(norm(f"{at}.q_a_layernorm"), epsilon=_LATENT_EPSILON)
+            latent = replace(latent, query_norm=q_norm, query=second)
         compress = projection(f"{at}.kv_a_proj_with_mqa", sizes.hidden, rank + rope.dims, bias)
         return Attention(
             inputs=(first, compress),

@@ -189,12 +189,15 @@ def encoder(
         stored = (name for name in (pooler.weight, pooler.bias) if name in settings.names)
         unused |= dict.fromkeys(stored, "the head does not read the pooler")
     settings.finish()
+    made = tuple(layers)
+    if any(one.attention.rope and one.attention.rope.parameters["rope_type"] == "longrope" for one in made):
+        raise settings.fault("rope_type is 'longrope', which encoders do not support")
     return Model(
         kind="encoder",
         hidden=sizes.hidden,
         vocabulary=sizes.vocabulary,
         embedding=embedding,
-        layers=tuple(layers),
+        layers=made,
         final_norm=final_norm,
         head=head,
         max_positions=sizes.max_positions - embedding.position_offset,

@@ -135,7 +135,9 @@ class ModelSettings:
         return value
 
     def flag(self, *keys: str, default: bool) -> bool:
-        """Read true or false."""
+        """Read true or false; ``null`` is refused where it would not mean the default, for it is as good as false."""
+        if default and self.raw(*keys) is None and (nulls := [key for key in keys if key in self._config]):
+            raise self.fault(f"{nulls[0]} is null; it must be true or false")
         return self._typed(keys, default, "true or false")
 
     def text(self, *keys: str, default: str) -> str:

@@ -54,7 +54,10 @@ def _sizes(settings: ModelSettings) -> _Sizes:
     kind = settings.text("model_type", default="t5")
     inner, heads, form = (2048, 8, "relu") if kind == "t5" else (1024, 6, "gated-gelu")
     name = settings.text("feed_forward_proj", default=form)
-    act = {"gated-gelu": "gelu_new"}.get(name, name.removeprefix("gated-"))
+    told = {"gated-gelu": "gelu_new"}.get(name, name.rpartition("-")[2])
+    activation = settings.activation_named(told, "feed_forward_proj")
+    if settings.raw("dense_act_fn") not in (None, told):  # written beside it, and what transformers computes with
+        activation = settings.activation("dense_act_fn", default=told)
     buckets = settings.count("relative_attention_num_buckets", default=32, most=1 << 16)
     reach = settings.count("relative_attention_max_distance", default=128, most=1 << 20)
     if buckets % 4 or reach <= buckets // 2:
@@ -66,8 +69,8 @@ def _sizes(settings: ModelSettings) -> _Sizes:
         head_dim=settings.count("d_kv", default=64),
         layers=settings.count("num_layers", default=6 if kind == "t5" else 8, most=MOST_LAYERS),
         vocabulary=settings.count("vocab_size", default=32128 if kind == "t5" else 250112),
-        activation=settings.activation_named(act, "feed_forward_proj"),
-        gated=name.startswith("gated-"),
+        activation=activation,
+        gated=settings.flag("is_gated_act", default=name.startswith("gated-")),
         epsilon=settings.positive("layer_norm_epsilon", default=1e-6),
         buckets=buckets,
         max_distance=reach,

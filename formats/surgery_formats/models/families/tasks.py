@@ -28,6 +28,7 @@ __all__ = [
     "PAIR_TASKS",
     "SENTENCE",
     "TASKS",
+    "TRAINED_HEADS",
     "asked_task",
     "check_task",
     "classifier_of",
@@ -66,7 +67,7 @@ _PRETRAINED = (
     *("predictions", "sop_classifier", "generator_predictions", "generator_lm_head", "discriminator_predictions"),
     *("lm_predictions", "mask_predictions"),
 )
-_TRAINED = ("classifier", "pre_classifier", "qa_outputs", "score")
+TRAINED_HEADS = ("classifier", "pre_classifier", "qa_outputs", "score")
 
 
 def check_task(task: str | None) -> None:
@@ -188,6 +189,6 @@ def other_heads(settings: ModelSettings, used: Collection[str], own: Sequence[st
     A model that was given a head for a task may still have the one it was pretrained with; another task's only where a
     task was asked for.
     """
-    heads = (*_PRETRAINED, *own, *(_TRAINED if settings.task else ()))
+    heads = (*_PRETRAINED, *own, *(TRAINED_HEADS if settings.task else ()))
     unread = (name for name in settings.names if name.partition(".")[0] in heads and name not in used)
     return dict.fromkeys(unread, "a head that the task does not read")

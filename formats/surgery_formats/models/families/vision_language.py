@@ -61,6 +61,8 @@ _TEXT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """The type of the language model of each type, and its settings, where there is no ``text_config``."""
 
 _TIED = ("gemma3", "mistral3", "internvl")
+_TIED_BY_TEXT = ("llava", "qwen2_vl", "qwen2_5_vl")
+"""Types whose head ``text_config`` ties too; of others it says nothing where the file has a head."""
 
 _ONLY_TEXT = {
     "gemma3": "the tokens of an image see each other in both directions",
@@ -85,7 +87,11 @@ def recipe(settings: ModelSettings) -> Model:
     text = settings.mapping("text_config")
     if text is None:
         text = dict(missing) if not settings.has("hidden_size") else settings.everything("model_type", "architectures")
-    tied = settings.flag("tie_word_embeddings", default=outer in _TIED) or text.get("tie_word_embeddings") is True
+    stored = any(f"{head}.weight" in settings.names for head in _HEADS)
+    by_text = text.get("tie_word_embeddings") is True and (outer in _TIED_BY_TEXT or not stored)
+    tied = settings.flag("tie_word_embeddings", default=outer in _TIED) or by_text
+    if outer == "gemma3" and text.get("final_logit_softcapping") is not None:
+        raise settings.fault("final_logit_softcapping is set, which transformers does not apply beside images")
     text = {"model_type": kind, **text, "tie_word_embeddings": tied, "architectures": None}
     inner = ModelSettings(_plain(settings, text), settings.names, settings.task)
     inner.root = next((root for root in _ROOTS if f"{root}embed_tokens.weight" in settings.names), _ROOTS[0])
