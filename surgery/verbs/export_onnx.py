@@ -210,7 +210,7 @@ def export_onnx(
     arrangement = _arrangement(shape, chosen, draft, kind)
     told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
-    warnings += layout_warnings(shape, draft.contract)
+    warnings += layout_warnings(shape, draft.contract, pooled=(assembly.component.folder / "modules.json").exists())
     built: list[GraphSet] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:

@@ -20,6 +20,7 @@ from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts
 from surgery.reports.summary import Summary, warning_notes
 from surgery.verification.bytes import compare_copied, compare_files, data_shard, recorded_tensors
+from surgery.verification.recorded import recorded_errors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
@@ -317,7 +318,7 @@ def _graphs(
         checks.append(_codes(where, main, names, base, roles))
         if base is None:
             notes.append("the codes were not compared with the base: --against BASE does")
-        elif not _recorded_errors(where):
+        elif not recorded_errors(where):
             notes.append(f"no {MANIFEST} says how far the codes were from the base when they were written")
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
@@ -366,7 +367,7 @@ def _codes(where: Path, graph: GraphFile, names: Sequence[str], base: Checkpoint
     else:
         wanted = stored_weights(base.main)
     errors = stored_errors(coded_reference(graph, names), wanted)
-    recorded = _recorded_errors(where)
+    recorded = recorded_errors(where)
     for found in errors:
         limit = recorded.get(found.name)
         if limit is None and found.relative > _UNRECORDED:
@@ -389,24 +390,6 @@ def _codes(where: Path, graph: GraphFile, names: Sequence[str], base: Checkpoint
     return Check(
         "quantised weights", f"{said}: error {total:.3g} of the base, at most {worst.relative:.3g} ({worst.name})"
     )
-
-
-def _recorded_errors(where: Path) -> dict[str, float]:
-    """Errors of weights as the manifest's ledger has them."""
-    source = where / MANIFEST
-    ledger = read_object(source, INDEX_LIMIT).get("ledger") if source.exists() else None
-    tensors = ledger.get("tensors") if isinstance(ledger, Mapping) else None
-    rows = tensors.values() if isinstance(tensors, Mapping) else ()
-    found = {}
-    for row in rows:
-        said = row.get("quantised") if isinstance(row, Mapping) else None
-        if (
-            isinstance(said, Mapping)
-            and isinstance(said.get("error"), float | int)
-            and isinstance(row.get("weight"), str)
-        ):
-            found[row["weight"]] = float(said["error"])
-    return found
 
 
 def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> list[str]:

@@ -113,6 +113,25 @@ def test_the_head_is_tied_by_config_by_family_and_by_absence() -> None:
     assert list(tied.unused) == ["lm_head.weight"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "keys", "divisor"),
+    [
+        ("t5", {"tie_word_embeddings": False}, 1),  # as transformers 4 saves T5 1.1
+        ("t5", {"tie_word_embeddings": True, "scale_decoder_outputs": False}, 1),  # as transformers 5 saves it
+        ("mt5", {"tie_word_embeddings": True}, 1),
+        ("umt5", {"tie_word_embeddings": False}, 1),  # transformers 5 scales it all the same
+        ("umt5", {"tie_word_embeddings": True}, 8),
+    ],
+)
+def test_a_stored_head_of_t5_is_used_whoever_saved_it(kind: str, keys: dict[str, bool], divisor: float) -> None:
+    name = {"t5": "t5_flan"}.get(kind, kind)
+    config = {key: value for key, value in _config(name).items() if key != "scale_decoder_outputs"}
+    head = model_of({**config, "d_model": 64, **keys}, {"shared.weight", "lm_head.weight"}).head
+    assert isinstance(head, LanguageHead)
+    assert head.projection.weight == "lm_head.weight"
+    assert head.divisor == divisor
+
+
 def test_runs_of_layer_kinds_are_spelt_out() -> None:
     config = {"model_type": "gpt_neo", "num_layers": 5, "num_heads": 4, "hidden_size": 32}
     runs = [[["global", "local"], 2], [["local"], 1]]

@@ -69,7 +69,7 @@ def test_a_weight_beyond_float16_is_named(tmp_path: Path) -> None:
 
 def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:
     warnings = exported(tmp_path, "fp16", {_UP: float("nan")}).warnings
-    assert any("hold NaN or Inf" in one and "up_proj" in one for one in warnings)
+    assert any("one weight holds NaN or Inf" in one and "up_proj" in one for one in warnings)
     assert any(f"not finite, first those of {_UP}" in one for one in warnings)
     with pytest.raises(ProofError, match=f"logits are not finite: the first values that are not are those of {_UP}"):
         surgery.verify(tmp_path / "out", against=tmp_path / "base")

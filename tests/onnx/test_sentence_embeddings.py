@@ -228,3 +228,13 @@ def test_without_modules_nothing_tells_how_to_pool(tmp_path):
     base = recipes.build("distilbert_sentence", tmp_path / "base")
     with pytest.raises(NotFoundError, match=r"modules\.json"):
         surgery.export_onnx(base, output=tmp_path / "out", task="sentence-similarity")
+
+
+@pytest.mark.parametrize(
+    ("layout", "task", "warns"),
+    [("plain", None, True), ("optimum", None, False), ("plain", "sentence-similarity", False)],
+)
+def test_states_that_nobody_pools_are_warned_of(layout, task, warns, tmp_path):
+    base = modules(recipes.build("distilbert_sentence", tmp_path / "base"), ["mean_tokens"])
+    result = surgery.export_onnx(base, output=tmp_path / "out", task=task, layout=layout)
+    assert any("sentence-similarity pools them" in text for text in result.warnings) == warns

@@ -58,7 +58,8 @@ class NBits:
         turned: Whether rows are inputs: codes are of outputs, so that all of it has to be put together.
         inputs: Gives the inputs along which errors are made up for.
         importance: Gives ``(in,)``, what a squared error of an input weighs where scales are looked for.
-        exact: A weight of codes whose grid this one holds: its codes and scales are taken as they are.
+        exact: A weight of codes whose grid this one holds: its codes and scales are taken as they are, but for
+            outputs that it does not hold.
     """
 
     dtype: ClassVar[DType] = DType.F32

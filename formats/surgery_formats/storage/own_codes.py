@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes that a weight has already, as codes of blocks of inputs: the same numbers to the bit, or not at all.
+"""Codes that a weight has already, as codes of blocks of inputs: the same numbers to the bit, or not these outputs.
 
-Any grid of even steps from a whole zero point fits, whatever program wrote it: GPTQ, AWQ, compressed-tensors, LLM.int8, GGUF's Q4_0,
+Any grid of even steps from a whole zero point fits, whatever program wrote it: GPTQ, AWQ, compressed-tensors, GGUF's Q4_0,
 Q5_0 and Q8_0, HQQ with whole zero points. What a code stands for is asked of the codec, so no format is named here.
 """
 

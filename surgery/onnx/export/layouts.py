@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.graph.contract import Contract, from_metadata
 from surgery_formats.errors import FitError
+from surgery_formats.models.families.tasks import FEATURES
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
@@ -113,8 +114,13 @@ def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: b
         raise FitError(f"{layout.name} has no name for a graph in {contract.dtype}", hint='`dtype="fp16"`')
 
 
-def layout_warnings(layout: Layout, contract: Contract) -> list[str]:
-    """What the program does that the graph does not take."""
+def layout_warnings(layout: Layout, contract: Contract, *, pooled: bool) -> list[str]:
+    """What the program does that the graph does not take, and what nobody does: `pooled` is a model with modules for it."""
+    if layout.name == "plain" and pooled and contract.task == FEATURES:
+        return [
+            "the model has modules of sentence-transformers, and this graph gives the states of tokens: --task "
+            "sentence-similarity pools them"
+        ]
     pads = layout.name in ("transformers.js", "optimum") and not contract.encoder
     if contract.kind == "decoder" and contract.padding == "right" and pads:
         return [
