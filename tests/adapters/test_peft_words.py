@@ -12,8 +12,8 @@ from tests.support.kit import ROOT
 # Words of other things too: arguments of verbs, settings of models, fields of other files; and `modules_to_save`, the form of a change in
 # the report of an extraction, which plans PEFT's forms.
 GENERAL = {"alpha", "bias", "r", "rank_pattern", "revision", "modules_to_save", "num_layers", "num_attention_heads"}
-# Words of rarer kinds, too: of options, of the configuration of quantised bases, of file names, and in equations.
-GENERAL |= {"block_size", "depth", "exclude_modules", "group_size", "u", "variant"}
+# Words of rarer kinds, too: of options, of the configuration of quantised bases, of names of files and tensors, and in equations.
+GENERAL |= {"block_size", "depth", "eps", "exclude_modules", "group_size", "u", "variant"}
 
 
 def test_no_field_of_pefts_configuration_is_read_elsewhere():

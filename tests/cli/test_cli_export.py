@@ -65,6 +65,7 @@ def test_the_words_decide_whether_an_adapter_is_merged_swapped_or_a_prefix(run, 
         (("--target", "cpu", "--dtype", "bf16"), 4, "cannot run bf16"),
         (("--weights", "reference"), 4, "only to weights in its own folder"),
         (("--swap", "examples/dora"), 4, "DoRA for"),
+        (["--mode", "swappable"], 2, "there are none"),
     ],
 )
 def test_an_impossible_export_is_refused_and_writes_nothing(run, tmp_path, words, code, says):

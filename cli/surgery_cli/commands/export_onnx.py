@@ -150,6 +150,8 @@ def command(
     from surgery.verbs.export_onnx import export_onnx
 
     if mode is not None:
+        if not adapters:
+            raise click.UsageError(f"--mode {mode} is for adapters behind BASE, and there are none")
         role = {"merged": "merge", "swappable": "swap", "prefix": "prefix"}[mode]
         options[role], adapters = (*adapters, *options[role]), ()
     with bar(settings, "merging") as progress:
