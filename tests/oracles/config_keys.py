@@ -230,7 +230,8 @@ def _inputs(model: Any, name: str) -> dict[str, torch.Tensor]:
     if name in recipes.PAIRS:
         return {"input_ids": ids, "decoder_input_ids": ids[:, :7]}
     if CASES[name].cls.endswith("ForMultipleChoice"):
-        return {"input_ids": ids[None]}
+        # transformers 5.23's ModernBERT for choices, with its pooling of the mean, fails without a mask.
+        return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
     return {"input_ids": ids}
 
 
