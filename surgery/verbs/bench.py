@@ -246,13 +246,15 @@ def _fitting(models: Sequence[StrPath], asked: int | None, new_tokens: int) -> i
     """Tokens of a row, which leave room for the steps in every graph.
 
     Raises:
-        FitError: one has no room for them.
+        FitError: one has no room for them, or is the decoder of an encoder.
     """
     fitting = _PROMPT if asked is None else asked
     for model in models:
         path = find_graph(model)
         if (contract := from_metadata(read_metadata(path), path)) is None:
             continue
+        if contract.encoder:
+            raise FitError("an encoder-decoder is not timed", file=path, hint="time its encoder_model.onnx alone")
         steps = cache_length(0, new_tokens) if contract.kind == "decoder" else 0
         room = contract.max_length - contract.virtual_tokens - steps
         if room < min(fitting, 1 if asked is None else fitting):
@@ -289,8 +291,6 @@ def bind(
     )  # fmt: skip
     loaded = time.perf_counter() - began
     decoder, past = None, None
-    if opened.contract.encoder:
-        raise FitError("an encoder-decoder is not timed", file=opened.path, hint="time its encoder_model.onnx alone")
     if opened.contract.kind == "decoder":
         decoder, past = prepare_decoder(
             opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter

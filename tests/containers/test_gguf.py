@@ -83,6 +83,10 @@ def test_models_of_the_converter_have_the_names_and_values_of_transformers(name:
         assert np.array_equal(got.ravel(), np.ascontiguousarray(wanted).ravel()), weight_name
 
 
+LAYER_NORMS = ("command-r", "phi2", "starcoder2")
+"""Types that have no use for the `rms_norm_eps` that all these models were made with."""
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_configuration_says_what_config_json_said(name: str) -> None:
     component = open_checkpoint(GOLDEN / f"{name}.gguf").main
@@ -96,7 +100,10 @@ def test_the_configuration_says_what_config_json_said(name: str) -> None:
     assert experts[0] == experts[1]
     if component.family.recipe is not None:  # every number that the computation needs
         names = component.parameters.keys()
-        assert model_of(component.config, names) == model_of(original, names)
+        stated = {key: value for key, value in original.items() if key != "rms_norm_eps" or name not in LAYER_NORMS}
+        if name == "olmoe":  # llama.cpp writes 1e-5 for OLMoE, whatever the configuration says
+            stated["rms_norm_eps"] = 1e-5
+        assert model_of(component.config, names) == model_of(stated, names)
 
 
 def test_quantised_by_llama_cpp() -> None:

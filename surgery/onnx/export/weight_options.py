@@ -77,7 +77,7 @@ class WeightOptions:
             if value not in known:
                 raise FitError(f"{name} is one of {', '.join(known)}, not '{show(value)}'")
         if self.block not in _BLOCKS:
-            raise FitError(f"block is one of 32, 64, 128, not {self.block}")
+            raise FitError(f"block is 32, 64 or 128, not {self.block}")
         default = WeightOptions()
         given = [field.name for field in fields(self) if getattr(self, field.name) != getattr(default, field.name)]
         about = [name for name in given if name not in ("weights_type", "linear")]

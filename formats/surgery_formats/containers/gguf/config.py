@@ -48,6 +48,10 @@ _GPT2 = {
     "n_positions": "context_length",
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
+_LAYER_NORMS = {"command-r": "layer_norm_eps", "phi2": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+"""What the epsilon of layer norms is called in the configurations of architectures that have them."""
+_ACTIVATIONS = {"phi2": "gelu_new", "starcoder2": "gelu_pytorch_tanh"}
+"""Of those whose activation is not SiLU; a GGUF does not say it."""
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -111,7 +115,7 @@ def model_config(header: Header, tensors: Sequence[StoredTensor] | None = None) 
     if model_type not in _CLASSES:
         return config
     config |= {"model_type": model_type, "architectures": [_CLASSES[model_type]]}
-    keys = _GPT2 if name == "gpt2" else {**_SIZES, **(_GRANITE if name == "granite" else {})}
+    keys = _GPT2 if name == "gpt2" else _sizes_of(name)
     for key, suffix in keys.items():
         if _is_number(value := header.value(f"{name}.{suffix}")):
             config[key] = _plain(value)
@@ -122,6 +126,17 @@ def model_config(header: Header, tensors: Sequence[StoredTensor] | None = None) 
     if name != "gpt2":
         config |= _llama_like(header, name, config, names)
     return config
+
+
+def _sizes_of(name: str) -> dict[str, str]:
+    """Keys of the configuration, and those of a GGUF without the architecture in front."""
+    keys = {**_SIZES, **(_GRANITE if name == "granite" else {})}
+    if name in _LAYER_NORMS:
+        del keys["rms_norm_eps"]
+        keys[_LAYER_NORMS[name]] = "attention.layer_norm_epsilon"
+    if name == "command-r":
+        keys["logit_scale"] = "logit_scale"
+    return keys
 
 
 def _vocabulary(header: Header, names: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -139,7 +154,10 @@ def _llama_like(
     header: Header, name: str, config: Mapping[str, Any], names: Mapping[str, StoredTensor]
 ) -> dict[str, Any]:
     """What differs between the decoders with Llama's configuration."""
-    found: dict[str, Any] = {"hidden_act": "silu", "rope_theta": config.get("rope_theta", 10000.0)}
+    found: dict[str, Any] = {
+        "hidden_act": _ACTIVATIONS.get(name, "silu"),
+        "rope_theta": config.get("rope_theta", 10000.0),
+    }
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     width = config.get("head_dim")
     if width is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
@@ -157,6 +175,14 @@ def _llama_like(
             found["query_pre_attn_scalar"] = hidden // heads
     if name == "gemma3":
         found["rope_local_base_freq"] = _plain(header.value("gemma3.rope.freq_base_swa") or 10000.0)
+    if name == "command-r":
+        found["use_qk_norm"] = "blk.0.attn_q_norm.weight" in names
+    if name == "phi2":
+        rotated, up = header.value("phi2.rope.dimension_count"), names.get("blk.0.ffn_up.weight")
+        if isinstance(rotated, int) and isinstance(width, int) and width:
+            found["partial_rotary_factor"] = rotated / width
+        if up is not None and up.shape:  # llama.cpp writes four times the hidden size, whatever it is
+            found["intermediate_size"] = up.shape[0]
     if name == "phi3":
         found["sliding_window"] = config.get("sliding_window") or None
         found["original_max_position_embeddings"] = header.value("phi3.rope.scaling.original_context_length")
