@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models of images do at their two ends, as data; see `surgery_formats.models.families.recipe`."""
+"""What makes the first hidden states of an image, as data; see `surgery_formats.models.families.recipe`."""
 
 from __future__ import annotations
 
