@@ -4,32 +4,36 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from surgery_formats.models.families.decoder import decoder, fused_attention, layer_norm, plain_mlp, pre_norm, root_of
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import Embedding, Layer, Model
 from surgery_formats.models.families.settings import ModelSettings, read_sizes
 
-__all__ = ["FAMILY", "NAMES_ONLY"]
+__all__ = ["FAMILY", "NAMES_ONLY", "read_gpt2_sizes"]
+
+read_gpt2_sizes = partial(
+    read_sizes,
+    vocabulary=50257,
+    max_positions=1024,
+    hidden=768,
+    inner=None,
+    layers=12,
+    heads=12,
+    grouped=False,
+    hidden_keys=("n_embd", "hidden_size"),
+    inner_keys=("n_inner",),
+    layers_keys=("n_layer", "num_hidden_layers"),
+    heads_keys=("n_head", "num_attention_heads"),
+    max_positions_keys=("n_positions", "max_position_embeddings"),
+)
+"""`read_sizes` with GPT-2's keys and defaults."""
 
 
 def recipe(settings: ModelSettings) -> Model:
     """Radford et al. 2019, *Language Models are Unsupervised Multitask Learners*; learned positions."""
-    sizes = read_sizes(
-        settings,
-        vocabulary=50257,
-        max_positions=1024,
-        hidden=768,
-        inner=None,
-        layers=12,
-        heads=12,
-        grouped=False,
-        hidden_keys=("n_embd", "hidden_size"),
-        inner_keys=("n_inner",),
-        layers_keys=("n_layer", "num_hidden_layers"),
-        heads_keys=("n_head", "num_attention_heads"),
-        max_positions_keys=("n_positions", "max_position_embeddings"),
-    )
+    sizes = read_gpt2_sizes(settings)
     epsilon = settings.positive("layer_norm_epsilon", default=1e-5)
     activation = settings.activation("activation_function", default="gelu_new")
     base = sizes.head_dim**-0.5 if settings.flag("scale_attn_weights", default=True) else 1.0

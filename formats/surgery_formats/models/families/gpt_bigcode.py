@@ -7,29 +7,16 @@ from dataclasses import replace
 
 from surgery_formats.models.families.decoder import decoder, fused_attention, layer_norm, plain_mlp, pre_norm, root_of
 from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.gpt2 import read_gpt2_sizes
 from surgery_formats.models.families.recipe import Embedding, Layer, Model
-from surgery_formats.models.families.settings import ModelSettings, read_sizes
+from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
     """StarCoder 1 (arXiv:2305.06161): one key head; without `multi_query`, q, k and v are interleaved by head."""
-    sizes = read_sizes(
-        settings,
-        vocabulary=50257,
-        max_positions=1024,
-        hidden=768,
-        inner=None,
-        layers=12,
-        heads=12,
-        grouped=False,
-        hidden_keys=("n_embd", "hidden_size"),
-        inner_keys=("n_inner",),
-        layers_keys=("n_layer", "num_hidden_layers"),
-        heads_keys=("n_head", "num_attention_heads"),
-        max_positions_keys=("n_positions", "max_position_embeddings"),
-    )
+    sizes = read_gpt2_sizes(settings)
     epsilon = settings.positive("layer_norm_epsilon", default=1e-5)
     activation = settings.activation("activation_function", default="gelu_pytorch_tanh")
     scale = sizes.head_dim**-0.5 if settings.flag("scale_attn_weights", default=True) else 1.0

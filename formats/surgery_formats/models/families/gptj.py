@@ -5,28 +5,16 @@ from __future__ import annotations
 
 from surgery_formats.models.families.decoder import attention, decoder, layer_norm, plain_mlp, pre_norm, root_of
 from surgery_formats.models.families.family import Family
+from surgery_formats.models.families.gpt2 import read_gpt2_sizes
 from surgery_formats.models.families.recipe import Branch, Embedding, Layer, Model, Rope
-from surgery_formats.models.families.settings import ModelSettings, read_sizes
+from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
 
 
 def recipe(settings: ModelSettings) -> Model:
     """Wang and Komatsuzaki 2021, *GPT-J-6B*: parallel branches, neighbouring pairs rotated, a head with a bias."""
-    sizes = read_sizes(
-        settings,
-        vocabulary=50400,
-        max_positions=2048,
-        inner=None,
-        layers=28,
-        heads=16,
-        grouped=False,
-        hidden_keys=("n_embd", "hidden_size"),
-        inner_keys=("n_inner",),
-        layers_keys=("n_layer", "num_hidden_layers"),
-        heads_keys=("n_head", "num_attention_heads"),
-        max_positions_keys=("n_positions", "max_position_embeddings"),
-    )
+    sizes = read_gpt2_sizes(settings, vocabulary=50400, max_positions=2048, hidden=4096, layers=28, heads=16)
     settings.only("rotary", True)
     settings.only("scale_attn_weights", True)
     dims = settings.count("rotary_dim", default=64 if not settings.has("rotary_dim") else sizes.head_dim)
