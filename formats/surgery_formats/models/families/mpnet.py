@@ -3,18 +3,11 @@
 
 from __future__ import annotations
 
-from surgery_formats.models.families.decoder import projection, root_of
-from surgery_formats.models.families.encoder import (
-    LayerNames,
-    bert_embedding,
-    encoder,
-    encoder_norm,
-    language_head,
-    post_norm_layers,
-    read_encoder_sizes,
-)
+from surgery_formats.models.families.decoder import root_of
+from surgery_formats.models.families.encoder import LayerNames, bert_embedding, post_norm_layers, read_encoder_sizes
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import LanguageHead, Model, RelativeBias
+from surgery_formats.models.families.recipe import Model, RelativeBias
+from surgery_formats.models.families.roberta import roberta_headed
 from surgery_formats.models.families.settings import ModelSettings
 
 __all__ = ["FAMILY"]
@@ -52,23 +45,8 @@ def recipe(settings: ModelSettings) -> Model:
         position_offset=_PADDING + 1,
         padding_token=_PADDING,
     )
-    pooler = projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True)
-
-    def language() -> LanguageHead:
-        norm = encoder_norm(settings, "lm_head.layer_norm", epsilon)
-        return language_head(settings, sizes, embedding.tokens, "lm_head.dense", norm, "lm_head.decoder", "gelu")
-
-    return encoder(
-        settings,
-        sizes,
-        embedding,
-        post_norm_layers(settings, sizes, f"{root}encoder.layer", _NAMES, activation, epsilon, bias=bias),
-        before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "tanh"),
-        classifier="classifier.out_proj",
-        pooler=pooler,
-        choice=(pooler, "tanh"),
-        language=language,
-    )
+    layers = post_norm_layers(settings, sizes, f"{root}encoder.layer", _NAMES, activation, epsilon, bias=bias)
+    return roberta_headed(settings, sizes, root, embedding, layers, epsilon)
 
 
 FAMILY = Family(

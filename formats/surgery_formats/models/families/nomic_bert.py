@@ -19,6 +19,7 @@ from surgery_formats.models.families.recipe import (
     Projection,
     Rope,
 )
+from surgery_formats.models.families.roberta import roberta_headed
 from surgery_formats.models.families.rope import read_rope
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
 from surgery_formats.text import show
@@ -119,30 +120,15 @@ def jina(settings: ModelSettings) -> Model:
     epsilon = settings.positive("layer_norm_eps", default=1e-5)
     rope = read_rope(settings, sizes, theta=20000.0)
     root = _root(settings, ("roberta.",))
-    pooler = projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True)
     embedding = _embedding(settings, root, epsilon)
 
     def mlp(at: str) -> MLP:
         return plain_mlp(f"{at}.fc1", f"{at}.fc2", sizes, activation)
 
-    def language() -> LanguageHead:
-        dense = "lm_head.dense"
-        norm = encoder_norm(settings, "lm_head.layer_norm", epsilon)
-        return language_head(settings, sizes, embedding.tokens, dense, norm, "lm_head.decoder", "gelu")
-
-    return encoder(
-        settings,
-        sizes,
-        embedding,
-        (
-            _layer(settings, f"{root}encoder.layers.{n}", "mixer", sizes, rope, mlp, epsilon)
-            for n in range(sizes.layers)
-        ),
-        before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "tanh"),
-        classifier="classifier.out_proj",
-        pooler=pooler,
-        language=language,
+    layers = (
+        _layer(settings, f"{root}encoder.layers.{n}", "mixer", sizes, rope, mlp, epsilon) for n in range(sizes.layers)
     )
+    return roberta_headed(settings, sizes, root, embedding, layers, epsilon, choices=False)
 
 
 def _root(settings: ModelSettings, prefixes: tuple[str, ...]) -> str:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from surgery_formats.models.families.decoder import projection, root_of
 from surgery_formats.models.families.encoder import (
     BERT_NAMES,
@@ -14,10 +16,10 @@ from surgery_formats.models.families.encoder import (
     read_encoder_sizes,
 )
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import LanguageHead, Model
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.recipe import Embedding, LanguageHead, Layer, Model
+from surgery_formats.models.families.settings import ModelSettings, Sizes
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "roberta_headed"]
 
 
 def recipe(settings: ModelSettings) -> Model:
@@ -35,6 +37,25 @@ def recipe(settings: ModelSettings) -> Model:
     embedding = bert_embedding(
         settings, root, epsilon, position_rule="nonpad", position_offset=padding + 1, padding_token=padding
     )
+    layers = post_norm_layers(settings, sizes, f"{root}encoder.layer", BERT_NAMES, activation, epsilon)
+    return roberta_headed(settings, sizes, root, embedding, layers, epsilon)
+
+
+def roberta_headed(
+    settings: ModelSettings,
+    sizes: Sizes,
+    root: str,
+    embedding: Embedding,
+    layers: Iterator[Layer],
+    epsilon: float,
+    *,
+    choices: bool = True,
+) -> Model:
+    """The encoder with RoBERTa's heads: a classifier of two layers, and ``lm_head``; `choices` tells whether it scores choices.
+
+    Raises:
+        FitError: as `encoder`.
+    """
     pooler = projection(f"{root}pooler.dense", sizes.hidden, sizes.hidden, True)
 
     def language() -> LanguageHead:
@@ -45,11 +66,11 @@ def recipe(settings: ModelSettings) -> Model:
         settings,
         sizes,
         embedding,
-        post_norm_layers(settings, sizes, f"{root}encoder.layer", BERT_NAMES, activation, epsilon),
+        layers,
         before=(projection("classifier.dense", sizes.hidden, sizes.hidden, True), "tanh"),
         classifier="classifier.out_proj",
         pooler=pooler,
-        choice=(pooler, "tanh"),
+        choice=(pooler, "tanh") if choices else None,
         language=language,
     )
 
