@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from surgery_formats.models.families.decoder import attention, layer_norm, plain_mlp, pre_norm, projection, root_of
 from surgery_formats.models.families.family import Family
@@ -24,13 +25,37 @@ from surgery_formats.text import show
 
 __all__ = ["CLIP", "CLIP_TEXT", "CLIP_VISION", "SIGLIP", "SIGLIP_TEXT", "SIGLIP_VISION"]
 
-_OLD_END = 2
+_OLD_END = 2  # ``eos_token_id`` of the first configurations, which is not the id of the end token
+_UNREAD = "the head does not read it"
+
+
+class _Defaults(NamedTuple):
+    """What holds of a kind where config.json is silent; `text` are the sizes of the encoder of texts."""
+
+    activation: str
+    epsilon: float
+    patch: int
+    text: Mapping[str, Any]
+
+
+_CLIP = _Defaults(
+    "quick_gelu",
+    1e-5,
+    32,
+    {"vocabulary": 49408, "max_positions": 77, "hidden": 512, "inner": 2048, "layers": 12, "heads": 8},
+)
+_SIGLIP = _Defaults(
+    "gelu_pytorch_tanh",
+    1e-6,
+    16,
+    {"vocabulary": 32000, "max_positions": 64, "hidden": 768, "inner": 3072, "layers": 12, "heads": 12},
+)
 
 
 def clip_text(settings: ModelSettings) -> Model:
     """A causal text encoder; the state of the end token is the text's (arXiv:2103.00020)."""
     settings.only("add_cross_attention", False)
-    root, sizes, layers = _text(settings, 77, "quick_gelu", 1e-5)
+    root, sizes, layers = _text(settings, _CLIP)
     end = settings.whole("eos_token_id", default=49407)
     head = PooledHead("pooler_output", "greatest" if end == _OLD_END else "end", end)
     if _projects(settings):
@@ -38,21 +63,21 @@ def clip_text(settings: ModelSettings) -> Model:
         head = replace(head, output="text_embeds", projection=projection("text_projection", sizes.hidden, size))
     else:
         settings.raw("projection_dim")
-    return _text_model(settings, root, sizes, layers, head, "decoder", 1e-5)
+    return _text_model(settings, root, sizes, layers, head, _CLIP, "decoder")
 
 
 def siglip_text(settings: ModelSettings) -> Model:
     """A text encoder that sees both ways; the state of the last token, padding or not, is the text's (arXiv:2303.15343)."""
-    root, sizes, layers = _text(settings, 64, "gelu_tanh", 1e-6)
+    root, sizes, layers = _text(settings, _SIGLIP)
     size = settings.count("projection_size", default=sizes.hidden)
     head = PooledHead("pooler_output", "last", projection=projection(f"{root}head", sizes.hidden, size, True))
-    return _text_model(settings, root, sizes, layers, head, "encoder", 1e-6)
+    return _text_model(settings, root, sizes, layers, head, _SIGLIP, "encoder")
 
 
 def clip_vision(settings: ModelSettings) -> Model:
     """A class token in front of the patches, and a norm before the first layer."""
-    root, sizes, layers, patches = _image(settings, "class_embedding", 32, "quick_gelu", 1e-5)
-    norm = layer_norm(f"{root}post_layernorm", settings.positive("layer_norm_eps", default=1e-5))
+    root, sizes, layers, patches = _image(settings, _CLIP, "class_embedding")
+    norm = layer_norm(f"{root}post_layernorm", _epsilon(settings, _CLIP))
     head: Head = PooledHead("pooler_output", norm=norm)
     unused: dict[str, str] = {}
     if any(name.endswith("ForImageClassification") for name in settings.architectures()):
@@ -67,8 +92,8 @@ def clip_vision(settings: ModelSettings) -> Model:
 
 def siglip_vision(settings: ModelSettings) -> Model:
     """No class token: a learned query attends to the patches (arXiv:2303.15343)."""
-    root, sizes, layers, patches = _image(settings, "", 16, "gelu_tanh", 1e-6)
-    epsilon = settings.positive("layer_norm_eps", default=1e-6)
+    root, sizes, layers, patches = _image(settings, _SIGLIP)
+    epsilon = _epsilon(settings, _SIGLIP)
     has_head = settings.flag("vision_use_head", default=True)
     unused: dict[str, str] = {}
     head: Head
@@ -85,9 +110,7 @@ def siglip_vision(settings: ModelSettings) -> Model:
             projection(f"{at}.attention.out_proj", sizes.hidden, sizes.hidden, True),
             sizes.heads,
             layer_norm(f"{at}.layernorm", epsilon),
-            plain_mlp(
-                f"{at}.mlp.fc1", f"{at}.mlp.fc2", sizes, settings.activation("hidden_act", default="gelu_pytorch_tanh")
-            ),
+            plain_mlp(f"{at}.mlp.fc1", f"{at}.mlp.fc2", sizes, _activation(settings, _SIGLIP)),
         )
         head = PooledHead("pooler_output", probe=probe)
     final = layer_norm(f"{root}post_layernorm", epsilon)
@@ -110,16 +133,20 @@ def _classifier_of(tower: Callable[[ModelSettings], Model], single: str) -> Call
     return whole
 
 
-_UNREAD = "the head does not read it"
-
-
 def _projects(settings: ModelSettings) -> bool:
     return any(name.endswith("WithProjection") for name in settings.architectures())
 
 
-def _layers(
-    settings: ModelSettings, sizes: Sizes, root: str, activation: Activation, epsilon: float
-) -> tuple[Layer, ...]:
+def _activation(settings: ModelSettings, defaults: _Defaults) -> Activation:
+    return settings.activation("hidden_act", default=defaults.activation)
+
+
+def _epsilon(settings: ModelSettings, defaults: _Defaults) -> float:
+    return settings.positive("layer_norm_eps", default=defaults.epsilon)
+
+
+def _layers(settings: ModelSettings, sizes: Sizes, root: str, defaults: _Defaults) -> tuple[Layer, ...]:
+    activation, epsilon = _activation(settings, defaults), _epsilon(settings, defaults)
     return tuple(
         Layer(
             attention(f"{at}.self_attn", sizes, None, bias=True, output="out_proj"),
@@ -131,24 +158,11 @@ def _layers(
     )
 
 
-def _text(
-    settings: ModelSettings, positions: int, activation: Activation, epsilon: float
-) -> tuple[str, Sizes, tuple[Layer, ...]]:
-    sizes = read_sizes(
-        settings,
-        vocabulary=49408 if positions == 77 else 32000,
-        max_positions=positions,
-        hidden=512 if positions == 77 else 768,
-        inner=2048 if positions == 77 else 3072,
-        layers=12,
-        heads=8 if positions == 77 else 12,
-        grouped=False,
-    )
+def _text(settings: ModelSettings, defaults: _Defaults) -> tuple[str, Sizes, tuple[Layer, ...]]:
+    """What the names begin with, the sizes and the layers of an encoder of texts."""
+    sizes = read_sizes(settings, grouped=False, **defaults.text)
     root = root_of(settings, "text_model.", "embeddings.token_embedding.weight")
-    kind = settings.activation(
-        "hidden_act", default="quick_gelu" if activation == "quick_gelu" else "gelu_pytorch_tanh"
-    )
-    return root, sizes, _layers(settings, sizes, root, kind, settings.positive("layer_norm_eps", default=epsilon))
+    return root, sizes, _layers(settings, sizes, root, defaults)
 
 
 def _text_model(
@@ -157,15 +171,15 @@ def _text_model(
     sizes: Sizes,
     layers: tuple[Layer, ...],
     head: PooledHead,
-    kind: str,
-    epsilon: float,
+    defaults: _Defaults,
+    kind: Literal["decoder", "encoder"],
 ) -> Model:
     settings.raw("quantization_config", "compression_config")  # how weights are stored: their readers see to it
     at = f"{root}embeddings"
-    final = layer_norm(f"{root}final_layer_norm", settings.positive("layer_norm_eps", default=epsilon))
+    final = layer_norm(f"{root}final_layer_norm", _epsilon(settings, defaults))
     settings.finish()
     return Model(
-        kind="decoder" if kind == "decoder" else "encoder",
+        kind=kind,
         hidden=sizes.hidden,
         vocabulary=sizes.vocabulary,
         embedding=Embedding(f"{at}.token_embedding.weight", positions=f"{at}.position_embedding.weight"),
@@ -177,8 +191,9 @@ def _text_model(
 
 
 def _image(
-    settings: ModelSettings, first: str, patch: int, activation: Activation, epsilon: float
+    settings: ModelSettings, defaults: _Defaults, first: str = ""
 ) -> tuple[str, Sizes, tuple[Layer, ...], Patches]:
+    """As `_text` of an encoder of images, and its patches; `first` is the name of the class token, if there is one."""
     sizes = image_sizes(settings)
     root = root_of(settings, "vision_model.", "embeddings.patch_embedding.weight")
     at = f"{root}embeddings"
@@ -187,18 +202,14 @@ def _image(
         "" if first else f"{at}.patch_embedding.bias",
         settings.count("num_channels", default=3),
         read_pair(settings, "image_size", 224),
-        read_pair(settings, "patch_size", patch),
+        read_pair(settings, "patch_size", defaults.patch),
         f"{at}.position_embedding.weight",
         (),
         f"{at}.{first}" if first else "",
         (sizes.hidden,),
     )
     patches = replace(patches, positions_shape=(patches.count + bool(first), sizes.hidden))
-    kind = settings.activation(
-        "hidden_act", default="quick_gelu" if activation == "quick_gelu" else "gelu_pytorch_tanh"
-    )
-    layers = _layers(settings, sizes, root, kind, settings.positive("layer_norm_eps", default=epsilon))
-    return root, sizes, layers, patches
+    return root, sizes, _layers(settings, sizes, root, defaults), patches
 
 
 _TEXT = "text_model.embeddings.token_embedding"
