@@ -7,16 +7,11 @@ from dataclasses import replace
 
 from surgery_formats.models.families.decoder import layer_norm, plain_mlp, projection, root_of
 from surgery_formats.models.families.family import Family
-from surgery_formats.models.families.recipe import MLP, Branch, Head, Layer, Model, Patches, PooledHead
+from surgery_formats.models.families.recipe import MLP, Branch, Head, Layer, Model, PooledHead
 from surgery_formats.models.families.settings import ModelSettings
-from surgery_formats.models.families.vision import (
-    classifier_head,
-    image_model,
-    image_sizes,
-    read_pair,
-    separate_attention,
-)
-from surgery_formats.models.families.vit import ATTENTION_NAMES
+from surgery_formats.models.families.vision import classifier_head, image_model, image_sizes, separate_attention
+from surgery_formats.models.families.vit import ATTENTION_NAMES, embedded_patches
+from surgery_formats.text import show
 
 __all__ = ["FAMILY"]
 
@@ -33,26 +28,13 @@ def recipe(settings: ModelSettings) -> Model:
     classes = settings.architectures()
     if not all(name.endswith(("ForImageClassification", "Model")) for name in classes):
         raise settings.fault(
-            f"architectures is {', '.join(classes)[:80]}; supported are classifiers and the bare model"
+            f"architectures is {show(', '.join(classes), 80)}; supported are classifiers and the bare model"
         )
     name = "dinov2_with_registers." if with_registers else "dinov2."
     root = root_of(settings, name, "embeddings.cls_token")
     at = f"{root}embeddings"
     count = settings.count("num_register_tokens", default=4) if with_registers else 0
-    patches = Patches(
-        f"{at}.patch_embeddings.projection.weight",
-        f"{at}.patch_embeddings.projection.bias",
-        settings.count("num_channels", default=3),
-        read_pair(settings, "image_size", 224),
-        read_pair(settings, "patch_size", 14 if not with_registers else 16),
-        f"{at}.position_embeddings",
-        (),
-        f"{at}.cls_token",
-        (1, 1, sizes.hidden),
-        f"{at}.register_tokens" if count else "",
-        count,
-    )
-    patches = replace(patches, positions_shape=(1, patches.count + 1, sizes.hidden))
+    patches = embedded_patches(settings, at, sizes, 16 if with_registers else 14, count)
 
     def transform(at: str) -> MLP:
         if not gated:

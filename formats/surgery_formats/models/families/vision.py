@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from surgery_formats.models.families.decoder import projection
 from surgery_formats.models.families.recipe import (
     Attention,
@@ -43,13 +45,13 @@ def separate_attention(at: str, names: tuple[str, str, str, str], sizes: Sizes, 
     return Attention((q, k, v), output, sizes.heads, sizes.heads, sizes.head_dim, sizes.head_dim**-0.5)
 
 
-def classifier_head(settings: ModelSettings, sizes: Sizes, tokens: str) -> ClassifierHead:
+def classifier_head(
+    settings: ModelSettings, sizes: Sizes, tokens: Literal["first", "patches", "first_and_patches"]
+) -> ClassifierHead:
     """A projection to the labels of the `tokens` that `ClassifierHead` names."""
     width = 2 * sizes.hidden if tokens == "first_and_patches" else sizes.hidden
     step = projection("classifier", width, labels(settings), True)
-    if tokens == "first":
-        return ClassifierHead("first", ((step, None),))
-    return ClassifierHead("patches" if tokens == "patches" else "first_and_patches", ((step, None),))
+    return ClassifierHead(tokens, ((step, None),))
 
 
 def image_model(

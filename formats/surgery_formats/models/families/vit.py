@@ -8,7 +8,7 @@ from dataclasses import replace
 from surgery_formats.models.families.decoder import layer_norm, plain_mlp, pre_norm, projection, root_of
 from surgery_formats.models.families.family import Family, Rename
 from surgery_formats.models.families.recipe import Head, HiddenHead, Layer, Model, Patches
-from surgery_formats.models.families.settings import ModelSettings
+from surgery_formats.models.families.settings import ModelSettings, Sizes
 from surgery_formats.models.families.vision import (
     classifier_head,
     image_model,
@@ -16,8 +16,9 @@ from surgery_formats.models.families.vision import (
     read_pair,
     separate_attention,
 )
+from surgery_formats.text import show
 
-__all__ = ["ATTENTION_NAMES", "FAMILY", "NAMES_ONLY"]
+__all__ = ["ATTENTION_NAMES", "FAMILY", "NAMES_ONLY", "embedded_patches"]
 
 ATTENTION_NAMES = ("attention.query", "attention.key", "attention.value", "output.dense")
 """Of queries, keys, values and output, below a layer's attention."""
@@ -32,22 +33,11 @@ def recipe(settings: ModelSettings) -> Model:
     classes = settings.architectures()
     if not all(name in ("ViTForImageClassification", "ViTModel") for name in classes):
         raise settings.fault(
-            f"architectures is {', '.join(classes)[:80]}; supported are ViTForImageClassification, ViTModel"
+            f"architectures is {show(', '.join(classes), 80)}; supported are ViTForImageClassification, ViTModel"
         )
     root = root_of(settings, "vit.", "embeddings.cls_token")
     at = f"{root}embeddings"
-    patches = Patches(
-        f"{at}.patch_embeddings.projection.weight",
-        f"{at}.patch_embeddings.projection.bias",
-        settings.count("num_channels", default=3),
-        read_pair(settings, "image_size", 224),
-        read_pair(settings, "patch_size", 16),
-        f"{at}.position_embeddings",
-        (),
-        f"{at}.cls_token",
-        (1, 1, sizes.hidden),
-    )
-    patches = replace(patches, positions_shape=(1, patches.count + 1, sizes.hidden))
+    patches = embedded_patches(settings, at, sizes, 16)
 
     def layer(at: str) -> Layer:
         return Layer(
@@ -73,6 +63,24 @@ def recipe(settings: ModelSettings) -> Model:
         unused={f"{at}.mask_token": "only pretraining reads it"}
         | ({} if isinstance(head, HiddenHead) else {f"{root}pooler": "the head does not read the pooler"}),
     )
+
+
+def embedded_patches(settings: ModelSettings, at: str, sizes: Sizes, patch: int, registers: int = 0) -> Patches:
+    """The patches of ViT's module `at`, behind a class token and `registers`; `patch` is their size by default."""
+    patches = Patches(
+        f"{at}.patch_embeddings.projection.weight",
+        f"{at}.patch_embeddings.projection.bias",
+        settings.count("num_channels", default=3),
+        read_pair(settings, "image_size", 224),
+        read_pair(settings, "patch_size", patch),
+        f"{at}.position_embeddings",
+        (),
+        f"{at}.cls_token",
+        (1, 1, sizes.hidden),
+        f"{at}.register_tokens" if registers else "",
+        registers,
+    )
+    return replace(patches, positions_shape=(1, patches.count + 1, sizes.hidden))
 
 
 _RENAMES = (
