@@ -13,6 +13,7 @@ from surgery_formats.models.families.family import Family, fused_experts
 from surgery_formats.models.families.recipe import MLP, Attention, Experts, Latent, Model, Rope
 from surgery_formats.models.families.rope import read_rope
 from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
+from surgery_formats.text import show
 
 __all__ = ["DEEPSEEK2", "DEEPSEEK3", "further_layers", "sigmoid_experts"]
 
@@ -27,14 +28,13 @@ def deepseek2(settings: ModelSettings) -> Model:
     sizes = _sizes(settings, hidden=4096, inner=11008, layers=32, heads=32, vocabulary=102400, max_positions=2048)
     limited = settings.text("topk_method", default="greedy")
     if limited not in ("greedy", "group_limited_greedy"):
-        raise settings.fault(f"topk_method is '{limited}', supported are greedy and group_limited_greedy")
+        raise settings.fault(f"topk_method is '{show(limited, 40)}', supported are greedy and group_limited_greedy")
     fields = {"normalised": False, "scale": settings.number("routed_scaling_factor", default=1.0)}
     if limited != "greedy":
         fields |= _groups(settings, 1, 1)
     else:
         settings.raw("n_group", "topk_group")
-    if settings.flag("mlp_bias", default=False):
-        raise settings.fault("mlp_bias is true, which is not supported")
+    settings.only("mlp_bias", False)
     transform = _after_dense(settings, sizes, fields, {"experts": 64, "inner": 1407, "shared": 2, "dense": 0, "top": 6})
     return _model(settings, sizes, transform, interleaved=True)
 
@@ -66,8 +66,8 @@ def _sizes(settings: ModelSettings, **default: Any) -> Sizes:
 
 def _model(settings: ModelSettings, sizes: Sizes, transform: Transformation, *, interleaved: bool) -> Model:
     plain = settings.count("qk_nope_head_dim", default=128)
-    rope = read_rope(settings, replace(sizes, head_dim=sizes.head_dim - plain))
-    rope, norm = replace(rope, interleaved=interleaved), rms_norms(settings)
+    rope = read_rope(settings, replace(sizes, head_dim=sizes.head_dim - plain), interleaved=interleaved)
+    norm = rms_norms(settings)
     query_rank = settings.optional_count("q_lora_rank", 1536)
     rank, values = settings.count("kv_lora_rank", default=512), settings.count("v_head_dim", default=128)
     if values > sizes.head_dim:

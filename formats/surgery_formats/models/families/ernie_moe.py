@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from surgery_formats.models.families.decoder import attention, gated_mlp, llama_layer, llama_named, rms_norms
 from surgery_formats.models.families.experts import expert_networks, inner_mlp, mixture
 from surgery_formats.models.families.family import Family, fused_experts
@@ -27,7 +25,7 @@ def recipe(settings: ModelSettings) -> Model:
         heads=20,
         kv_heads=4,
     )
-    rope = replace(read_rope(settings, sizes, theta=500000.0), interleaved=True)
+    rope = read_rope(settings, sizes, theta=500_000.0, interleaved=True)
     norm = rms_norms(settings, 1e-5)
     settings.only("use_bias", False)
     count, top = settings.count("moe_num_experts", default=64), settings.count("moe_k", default=6)

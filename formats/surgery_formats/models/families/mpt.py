@@ -26,7 +26,7 @@ def recipe(settings: ModelSettings) -> Model:
         heads=16,
         grouped=False,
         hidden_keys=("d_model", "hidden_size"),
-        inner_keys=("_",),
+        inner_keys=(),  # always four times the width, see `expansion_ratio`
         layers_keys=("n_layers", "num_hidden_layers"),
         heads_keys=("n_heads", "num_attention_heads"),
         max_positions_keys=("max_seq_len",),

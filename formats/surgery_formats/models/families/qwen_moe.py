@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from surgery_formats.models.families.decoder import attention, gated_mlp, llama_layer, llama_named, rms_norms
+from surgery_formats.models.families.decoder import (
+    attention,
+    gated_mlp,
+    llama_layer,
+    llama_named,
+    projection,
+    rms_norms,
+)
 from surgery_formats.models.families.experts import Transformation, expert_networks, inner_mlp, mixture
 from surgery_formats.models.families.family import Family, fused_experts
 from surgery_formats.models.families.recipe import MLP, Attention, Experts, Model
@@ -34,8 +42,7 @@ def qwen2_moe(settings: ModelSettings) -> Model:
 
     def of_layer(at: str) -> dict[str, Any]:
         expert = inner_mlp(f"{at}.shared_expert", sizes.hidden, shared, activation)
-        gate = inner_mlp(at, sizes.hidden, 1, activation).inputs[0]
-        return {"shared": expert, "shared_gate": replace(gate, weight=f"{at}.shared_expert_gate.weight")}
+        return {"shared": expert, "shared_gate": projection(f"{at}.shared_expert_gate", sizes.hidden, 1)}
 
     transform = _sparse(settings, sizes, networks, of_layer)
     return llama_named(settings, sizes, llama_layer(settings, sizes, attend, norm, transform=transform), norm)
@@ -78,9 +85,12 @@ def _no_windows(settings: ModelSettings, sizes: Sizes) -> None:
 
 
 def _sparse(
-    settings: ModelSettings, sizes: Sizes, default: dict[str, int], of_layer: Any = lambda at: {}
+    settings: ModelSettings,
+    sizes: Sizes,
+    default: dict[str, int],
+    of_layer: Callable[[str], dict[str, Any]] = lambda block: {},
 ) -> Transformation:
-    """Experts in every layer but some; `of_layer` gives further fields of `Experts`, `default` the family's sizes."""
+    """Experts in every layer but some; `of_layer` maps a layer's block to further fields of `Experts`, `default` are the family's sizes."""
     count = settings.count("num_experts", "num_local_experts", default=default["experts"])
     top = settings.count("num_experts_per_tok", default=default["top"])
     inner = settings.count("moe_intermediate_size", default=default["inner"])
