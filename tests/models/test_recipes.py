@@ -276,6 +276,10 @@ def test_an_unsupported_setting_is_refused_by_name(name: str, key: str, value: A
         ("exaone4_global", "sliding_window", 0, "whole number"),
         ("falcon_40b", "num_kv_heads", 3, "multiple"),
         ("hunyuan", "rope_parameters", {"rope_type": "dynamic", "alpha": "2"}, "alpha"),
+        ("bloom", "n_head", 1 << 24, "whole number"),
+        ("mixtral", "num_local_experts", 1 << 24, "whole number"),
+        ("deepseek_v3", "n_routed_experts", 1 << 24, "whole number"),
+        ("deepseek_v3", "num_nextn_predict_layers", 1 << 24, "whole number"),
         ("ministral3", "rope_parameters", {"rope_type": "yarn"}, "original_max_position_embeddings"),
         (
             "ministral3",

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from surgery_formats.models.families.decoder import gated_mlp, llama_layer, llama_named, projection, rms_norms
-from surgery_formats.models.families.experts import Transformation, expert_networks, inner_mlp, mixture
+from surgery_formats.models.families.experts import Transformation, expert_count, expert_networks, inner_mlp, mixture
 from surgery_formats.models.families.family import Family, fused_experts
 from surgery_formats.models.families.recipe import MLP, Attention, Experts, Latent, Model, Rope
 from surgery_formats.models.families.rope import read_rope
-from surgery_formats.models.families.settings import ModelSettings, Sizes, read_sizes
+from surgery_formats.models.families.settings import MOST_LAYERS, ModelSettings, Sizes, read_sizes
 from surgery_formats.text import show
 
 __all__ = ["DEEPSEEK2", "DEEPSEEK3", "further_layers", "sigmoid_experts"]
@@ -138,7 +138,7 @@ def _after_dense(
     """Experts, one or several of them for every token, in all layers but the first ones."""
     settings.only("moe_layer_freq", 1)
     settings.only("ep_size", 1)
-    count = settings.count("n_routed_experts", "num_local_experts", default=default["experts"])
+    count = expert_count(settings, sizes, "n_routed_experts", "num_local_experts", default=default["experts"])
     settings.raw("num_experts", "num_local_experts")
     top = settings.count("num_experts_per_tok", default=default["top"])
     inner = settings.count("moe_intermediate_size", default=default["inner"])
@@ -168,7 +168,7 @@ def _after_dense(
 
 def further_layers(settings: ModelSettings) -> int:
     """Layers after the last that predict several tokens at once, which a decoder does not use."""
-    return settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=0)
+    return settings.whole("num_nextn_predict_layers", "num_mtp_layers", default=0, most=MOST_LAYERS)
 
 
 _NAMED = Family(

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from surgery_formats.models.families.decoder import attention, gated_mlp, llama_layer, llama_named, rms_norms
-from surgery_formats.models.families.experts import expert_networks, inner_mlp, mixture
+from surgery_formats.models.families.deepseek import further_layers
+from surgery_formats.models.families.experts import expert_count, expert_networks, inner_mlp, mixture
 from surgery_formats.models.families.family import Family, fused_experts
 from surgery_formats.models.families.recipe import MLP, Attention, Experts, Model
 from surgery_formats.models.families.rope import read_rope
@@ -28,7 +29,8 @@ def recipe(settings: ModelSettings) -> Model:
     rope = read_rope(settings, sizes, theta=500_000.0, interleaved=True)
     norm = rms_norms(settings, 1e-5)
     settings.only("use_bias", False)
-    count, top = settings.count("moe_num_experts", default=64), settings.count("moe_k", default=6)
+    count = expert_count(settings, sizes, "moe_num_experts", default=64)
+    top = settings.count("moe_k", default=6)
     inner = settings.count("moe_intermediate_size", default=1536)
     shared = settings.whole("moe_num_shared_experts", default=2)
     first = settings.whole("moe_layer_start_index", default=1)
@@ -62,9 +64,7 @@ def recipe(settings: ModelSettings) -> Model:
         )
 
     layer = llama_layer(settings, sizes, attend, norm, transform=transform)
-    return llama_named(
-        settings, sizes, layer, norm, tied=True, further_layers=settings.whole("num_nextn_predict_layers", default=0)
-    )
+    return llama_named(settings, sizes, layer, norm, tied=True, further_layers=further_layers(settings))
 
 
 FAMILY = Family(

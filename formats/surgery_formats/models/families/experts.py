@@ -8,12 +8,21 @@ from typing import Any
 
 from surgery_formats.models.families.decoder import gated_mlp, projection
 from surgery_formats.models.families.recipe import MLP, Activation, Experts, Projection
-from surgery_formats.models.families.settings import ModelSettings, Sizes
+from surgery_formats.models.families.settings import MOST_EXPERTS, ModelSettings, Sizes
 
-__all__ = ["Transformation", "expert_networks", "inner_mlp", "mixture", "stacked_networks"]
+__all__ = ["Transformation", "expert_count", "expert_networks", "inner_mlp", "mixture", "stacked_networks"]
 
 Transformation = Callable[[str, int], MLP | Experts]
 """Maps the module of a layer, and the layer's index, to what transforms each token."""
+
+
+def expert_count(settings: ModelSettings, sizes: Sizes, *keys: str, default: int) -> int:
+    """Read the number of experts of a layer.
+
+    Raises:
+        FitError: it is none, or so great that those of all layers would fill the memory.
+    """
+    return settings.count(*keys, default=default, most=MOST_EXPERTS // sizes.layers)
 
 
 def inner_mlp(at: str, hidden: int, inner: int, activation: Activation, *, bias: bool = False) -> MLP:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from surgery_formats.models.families.decoder import attention, llama_layer, llama_named, rms_norms, windows
-from surgery_formats.models.families.experts import mixture, stacked_networks
+from surgery_formats.models.families.experts import expert_count, mixture, stacked_networks
 from surgery_formats.models.families.family import Family, Fused, Rename
 from surgery_formats.models.families.recipe import Attention, Experts, Model
 from surgery_formats.models.families.rope import read_rope
@@ -41,7 +41,7 @@ def recipe(settings: ModelSettings) -> Model:
     bias = settings.flag("attention_bias", default=True)
     slide = (index % 2 == 0 for index in range(sizes.layers))
     window = windows(settings, sizes, settings.optional_count("sliding_window", 128), slide)
-    count = settings.count("num_local_experts", default=128)
+    count = expert_count(settings, sizes, "num_local_experts", default=128)
     top = settings.count("num_experts_per_tok", "experts_per_token", default=4)
     settings.only("swiglu_alpha", 1.702)
     limit = settings.positive("swiglu_limit", default=7.0)

@@ -13,7 +13,7 @@ from surgery_formats.models.families.decoder import (
     projection,
     rms_norms,
 )
-from surgery_formats.models.families.experts import Transformation, mixture, stacked_networks
+from surgery_formats.models.families.experts import Transformation, expert_count, mixture, stacked_networks
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import MLP, Attention, Branch, Experts, Layer, Model
 from surgery_formats.models.families.rope import read_rope
@@ -30,7 +30,8 @@ def recipe(settings: ModelSettings) -> Model:
 def granite_moe(settings: ModelSettings) -> Model:
     """Granite 3 with experts, two tensors per layer, and in ``granitemoeshared`` one more for every token."""
     sizes = read_sizes(settings, vocabulary=32000, max_positions=2048)
-    count, top = settings.count("num_local_experts", default=8), settings.count("num_experts_per_tok", default=2)
+    count = expert_count(settings, sizes, "num_local_experts", default=8)
+    top = settings.count("num_experts_per_tok", default=2)
     inner = settings.whole("shared_intermediate_size", default=0)
     activation = settings.activation("hidden_act", default="silu")
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from surgery_formats.models.families.decoder import attention, llama_layer, llama_named, rms_norms
-from surgery_formats.models.families.experts import expert_networks, mixture
+from surgery_formats.models.families.experts import expert_count, expert_networks, mixture
 from surgery_formats.models.families.family import Family, Rename, fused_experts
 from surgery_formats.models.families.recipe import Attention, Experts, Model
 from surgery_formats.models.families.rope import read_rope
@@ -18,7 +18,8 @@ def recipe(settings: ModelSettings) -> Model:
     sizes = read_sizes(settings, vocabulary=32000, max_positions=4096 * 32, kv_heads=8, inner=14336)
     rope, norm = read_rope(settings, sizes, theta=1e6), rms_norms(settings, 1e-5)
     window = settings.optional_count("sliding_window")
-    count, top = settings.count("num_local_experts", default=8), settings.count("num_experts_per_tok", default=2)
+    count = expert_count(settings, sizes, "num_local_experts", default=8)
+    top = settings.count("num_experts_per_tok", default=2)
     activation = settings.activation("hidden_act", default="silu")
 
     def attend(at: str, index: int) -> Attention:

@@ -16,7 +16,7 @@ from surgery_formats.models.families.decoder import (
     projection,
     rms_norms,
 )
-from surgery_formats.models.families.experts import Transformation, expert_networks, inner_mlp, mixture
+from surgery_formats.models.families.experts import Transformation, expert_count, expert_networks, inner_mlp, mixture
 from surgery_formats.models.families.family import Family, fused_experts
 from surgery_formats.models.families.recipe import MLP, Attention, Experts, Model
 from surgery_formats.models.families.rope import read_rope
@@ -91,7 +91,7 @@ def _sparse(
     of_layer: Callable[[str], dict[str, Any]] = lambda block: {},
 ) -> Transformation:
     """Experts in every layer but some; `of_layer` maps a layer's block to further fields of `Experts`, `default` are the family's sizes."""
-    count = settings.count("num_experts", "num_local_experts", default=default["experts"])
+    count = expert_count(settings, sizes, "num_experts", "num_local_experts", default=default["experts"])
     top = settings.count("num_experts_per_tok", default=default["top"])
     inner = settings.count("moe_intermediate_size", default=default["inner"])
     normalised = settings.flag("norm_topk_prob", default=False)

@@ -16,13 +16,16 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Activation
 from surgery_formats.text import show
 
-__all__ = ["MOST_LAYERS", "ModelSettings", "Sizes", "read_sizes"]
+__all__ = ["MOST_EXPERTS", "MOST_LAYERS", "ModelSettings", "Sizes", "read_sizes"]
 
 T = TypeVar("T")
 
 _LARGEST = 1 << 31  # bound on a size; keeps products of two sizes within the range of a graph
 MOST_LAYERS = 4096
 """Bound on the number of layers, each of which costs memory here."""
+MOST_EXPERTS = 1 << 17
+"""Bound on the number of experts of all layers together, as `MOST_LAYERS`."""
+_MOST_HEADS = 1 << 16  # some recipes have a number, or a norm, for each
 _REQUIRED: Any = object()
 
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -96,10 +99,10 @@ class ModelSettings:
             raise self.fault(f"{keys[0]} is {show(value, 40)}; it must be a whole number from 1 to {most}")
         return value
 
-    def whole(self, *keys: str, default: int) -> int:
-        """Read a whole number; 0 is allowed."""
+    def whole(self, *keys: str, default: int, most: int = _LARGEST) -> int:
+        """Read a whole number from 0 to `most`."""
         value = self.raw(*keys)
-        return 0 if value == 0 and not isinstance(value, bool) else self.count(*keys, default=default)
+        return 0 if value == 0 and not isinstance(value, bool) else self.count(*keys, default=default, most=most)
 
     def optional_count(self, key: str, default: int | None = None) -> int | None:
         """Read a size; ``null`` gives None and a missing key gives `default`."""
@@ -255,7 +258,7 @@ def read_sizes(
     """
     named = {size: keys.get(f"{size}_keys", own) for size, own in _SIZE_KEYS.items()}
     width = settings.count(*named["hidden"], default=hidden)
-    queries = settings.count(*named["heads"], default=heads)
+    queries = settings.count(*named["heads"], default=heads, most=_MOST_HEADS)
     groups = (settings.optional_count("num_key_value_heads", kv_heads) if grouped else None) or queries
     per_head = settings.optional_count("head_dim", head_dim) if grouped else None
     if per_head is None:
