@@ -296,6 +296,11 @@ def test_invalid_configurations_are_refused(name: str, key: str, value: Any, wor
         _tables(name, **{key: value})
 
 
+def test_an_alpha_without_values_to_rotate_is_refused() -> None:
+    with pytest.raises(FitError, match="alpha needs more than 2 values per head"):
+        _tables("hunyuan", head_dim=2, attention_head_dim=2, rope_parameters={"rope_type": "dynamic", "alpha": 5.0})
+
+
 _JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 9) | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -43,6 +43,8 @@ def _rope(settings: ModelSettings, sizes: Sizes) -> Rope:
     theta = found.get("rope_theta") or settings.positive("rope_theta", default=10000.0)
     if not all(isinstance(x, int | float) and not isinstance(x, bool) and 0 < x < 1e30 for x in (alpha, theta)):
         raise settings.fault("alpha and rope_theta must be numbers above 0")
+    if sizes.head_dim <= 2:
+        raise settings.fault("alpha needs more than 2 values per head")
     base = float(theta) * float(alpha) ** (sizes.head_dim / (sizes.head_dim - 2))
     return rope_of(settings, {"rope_theta": base}, sizes)
 

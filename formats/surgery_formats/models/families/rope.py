@@ -144,7 +144,7 @@ def ropes_of(settings: ModelSettings, sizes: Sizes, thetas: tuple[float, float])
     kinds = ("sliding_attention", "full_attention")
     nested = settings.mapping("rope_parameters") or {}
     if unknown := [key for key in nested if key not in kinds]:
-        raise settings.fault(f"rope_parameters must be by layer type, but has '{unknown[0]}'")
+        raise settings.fault(f"rope_parameters must be by layer type, but has '{show(unknown[0], 40)}'")
     ropes = []
     for kind, theta in zip(kinds, thetas, strict=True):
         values = nested.get(kind) or {}
