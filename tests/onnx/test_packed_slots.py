@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,19 @@ def test_an_adapter_is_converted_for_packed_slots(base: Path, adapters: dict[str
         )
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (lambda slot: slot["parts"].pop(), "not the columns of its factor"),
+        (lambda slot: slot["parts"].append(["other.weight", 0]), "not the columns of its factor"),
+        (lambda slot: slot["parts"].append([slot["parts"][0][0], 0]), "not the columns of its factor"),
+        (lambda slot: slot.update(B=slot["A"]), "not the columns of its factor"),
+        (lambda slot: slot.update(parts=[["q_proj.weight"]]), "cannot be read"),
+        (lambda slot: slot.update(A="none"), "cannot be read"),
+    ],
+)
 def test_parts_that_are_not_the_columns_of_a_factor_are_refused(
-    base: Path, adapters: dict[str, Path], tmp_path: Path
+    base: Path, adapters: dict[str, Path], fault: Callable[[dict[str, Any]], object], words: str, tmp_path: Path
 ) -> None:
     surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], packed=True)
     path = tmp_path / "out" / "model.onnx"
@@ -176,8 +188,21 @@ def test_parts_that_are_not_the_columns_of_a_factor_are_refused(
     for prop in model.metadata_props:
         if prop.key == "surgery.contract":
             stated = json.loads(prop.value)
-            next(one for one in stated["slots"] if "parts" in one)["parts"].pop()
+            fault(next(one for one in stated["slots"] if "parts" in one))
             prop.value = json.dumps(stated)
+    onnx.save(model, path)
+    with pytest.raises(MalformedError, match=words):
+        surgery.convert(adapters["all"], to="onnx-adapter", graph=path, output=tmp_path / "a", base=base)
+
+
+def test_parts_of_a_factor_without_sizes_are_refused(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], packed=True)
+    path = tmp_path / "out" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    stated = json.loads(next(prop.value for prop in model.metadata_props if prop.key == "surgery.contract"))
+    name = next(one["A"] for one in stated["slots"] if "parts" in one)
+    shape = next(one.type.tensor_type.shape for one in model.graph.input if one.name == name)
+    del shape.dim[:]
     onnx.save(model, path)
     with pytest.raises(MalformedError, match="not the columns of its factor"):
         surgery.convert(adapters["all"], to="onnx-adapter", graph=path, output=tmp_path / "a", base=base)

@@ -112,9 +112,10 @@ def slots_in(path: Path) -> GraphSlots:
             raise FitError("the input has no shape, or a type that no factor has", file=path, tensor=one.name)
         dims = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in kind.shape.dim)
         inputs[one.name] = FactorInput(one.name, dims, _TYPES[kind.elem_type], defaults.get(one.name))
-    packed = _packed({one.key: one.value for one in graph.proto.metadata_props}, inputs, path)
+    pairs = dict(factor_pairs(inputs))
+    packed = _packed({one.key: one.value for one in graph.proto.metadata_props}, inputs, pairs, path)
     by_module: dict[str, GraphSlot] = {}
-    for A, B in factor_pairs(inputs):
+    for A, B in pairs.items():
         found = factor_name(A)
         assert found is not None
         for module, columns in packed.get(A, {found.module: None}).items():
@@ -136,29 +137,33 @@ def slots_in(path: Path) -> GraphSlots:
 
 
 def _packed(
-    props: Mapping[str, str], inputs: Mapping[str, FactorInput], path: Path
+    props: Mapping[str, str], inputs: Mapping[str, FactorInput], pairs: Mapping[str, str], path: Path
 ) -> dict[str, dict[str, tuple[int, int] | None]]:
-    """The modules that share a slot, with their columns of B, by the name of A.
+    """The modules that share a slot, with their columns of B, by the name of A; `pairs` are the names of A and B.
 
     Raises:
         MalformedError: what the graph says of its slots is no such thing, or does not fit its inputs.
     """
     found: dict[str, dict[str, tuple[int, int] | None]] = {}
-    widths: dict[str, tuple[tuple[int | None, ...], int]] = {}
+    unfit: list[str] = []
     if '"parts"' not in (text := props.get(_CONTRACT, "")):
         return found
     try:
         for slot in parse_object(text.encode("utf-8", "surrogatepass"), file=path)["slots"]:
             if not (parts := slot.get("parts")):
                 continue
-            first, modules = 0, found.setdefault(slot["A"], {})
+            A, first, modules = slot["A"], 0, found.setdefault(slot["A"], {})
             for name, width in parts:
-                modules[str(name).removesuffix(".weight")] = (first, first + int(width))
-                first += int(width)
-            widths[slot["B"]] = (inputs[slot["B"]].dims, first)
+                modules[str(name).removesuffix(".weight")] = (first, first + width)
+                first += width
+            whole = all(type(width) is int and width > 0 for _, width in parts) and len(modules) == len(parts)
+            match inputs[A].dims, inputs[pairs[A]].dims:
+                case (int(), None), (None, columns) if whole and columns == first and pairs[A] == slot["B"]:
+                    pass
+                case _:
+                    unfit.append(pairs[A])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise MalformedError("what the graph says of its slots cannot be read", file=path) from error
-    for name, (dims, width) in widths.items():
-        if dims != (None, width):
-            raise MalformedError("its parts are not the columns of its factor", file=path, tensor=name)
+    if unfit:
+        raise MalformedError("its parts are not the columns of its factor", file=path, tensor=unfit[0])
     return found
