@@ -15,6 +15,7 @@ from pathlib import Path
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.bounded_json import parse_object
+from surgery_formats.files.equal_ranges import equal_ranges
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file, stays_inside
 
@@ -64,7 +65,7 @@ def is_whole_set(what: SetName, names: Iterable[str]) -> bool:
 def same_bytes(path: Path, other: Path) -> bool:
     """Whether two files hold the same."""
     one, two = open_file(path), open_file(other)
-    return one.identity == two.identity or (one.size == two.size and one.read(0, one.size) == two.read(0, two.size))
+    return one.size == two.size and equal_ranges(one, 0, two, 0, one.size)
 
 
 def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
