@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery_formats.errors import FitError, NotFoundError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from tests.oracles import peft_oracle, recipes
 from tests.support.sessions import feed_encoder, open_session
 
@@ -209,6 +209,8 @@ REFUSED = {
     ),
     "a pooling": (["middle_tokens"], [], {}, None, "pooling_mode_middle_tokens"),
     "sizes": (["mean_tokens"], [dense(9, 4, "Tanh")], {}, None, "for 9 values, but gets 32"),
+    "no outputs": (["mean_tokens"], [{**dense(WIDTH, 4, "Tanh"), "out_features": 0}], {}, None, "out_features is 0"),
+    "a bias": (["mean_tokens"], [{**dense(WIDTH, 4, "Tanh"), "bias": "no"}], {}, None, "bias is no"),
 }
 
 
@@ -222,6 +224,13 @@ def test_what_is_not_known_is_refused(fault, tmp_path):
     with pytest.raises(FitError, match=words):
         surgery.export_onnx(base, output=tmp_path / "out", task="sentence-similarity")
     assert not (tmp_path / "out").exists()
+
+
+def test_modules_are_one_list(tmp_path):
+    base = modules(recipes.build("distilbert_sentence", tmp_path / "base"), ["mean_tokens"])
+    (base / "modules.json").write_text((base / "modules.json").read_text() + ', "more": 1')
+    with pytest.raises(MalformedError, match="not a list of modules"):
+        surgery.export_onnx(base, output=tmp_path / "out", task="sentence-similarity")
 
 
 def test_without_modules_nothing_tells_how_to_pool(tmp_path):

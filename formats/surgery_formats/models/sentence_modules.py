@@ -109,8 +109,9 @@ def _listed(file: Path) -> list[Mapping[str, Any]]:
     source = open_file(file)
     if source.size > _LIMIT:
         raise MalformedError(f"has {source.size} bytes", file=file)
-    listed = parse_object(b'{"": %s}' % source.read(0, source.size), file=file)[""]
-    if not isinstance(listed, list) or not all(isinstance(entry, Mapping) for entry in listed):
+    document = parse_object(b'{"": %s}' % source.read(0, source.size), file=file)  # which parses objects
+    listed = document[""]
+    if len(document) > 1 or not isinstance(listed, list) or not all(isinstance(entry, Mapping) for entry in listed):
         raise MalformedError("not a list of modules", file=file)
     return listed
 
@@ -157,8 +158,12 @@ def _dense(at: Path, name: str, width: int) -> tuple[DenseStep, dict[str, Stored
     if not str(activation).startswith("torch.nn.modules.") or leaf not in _ACTIVATIONS:
         raise FitError(f"activation_function is {show(activation, 80)}", file=file)
     inputs, outputs, bias = config.get("in_features"), config.get("out_features"), config.get("bias", True)
-    if inputs != width or type(outputs) is not int or outputs < 1 or type(bias) is not bool:
+    if inputs != width:
         raise FitError(f"is for {show(inputs, 40)} values, but gets {width}", file=file)
+    if type(outputs) is not int or outputs < 1:
+        raise FitError(f"out_features is {show(outputs, 40)}; it must be a whole number above 0", file=file)
+    if type(bias) is not bool:
+        raise FitError(f"bias is {show(bias, 40)}; it must be true or false", file=file)
     weights = next((at / leaf for leaf in _WEIGHTS if (at / leaf).exists()), None)
     if weights is None:
         raise NotFoundError(f"no {_WEIGHTS[0]}", file=at)
