@@ -137,14 +137,18 @@ def slot_arrays(
         name: replaced_array(edit).astype(inputs[name]) for name, edit in adapter.replaced.items() if name in inputs
     }
     for slot in slots:
-        size, table = sizes[slot.weight], slot.weight in adapter.tables
-        if slot.parts:
-            if packed := _packed(adapter, slot, size):
-                arrays[slot.A], arrays[slot.B] = (factor.astype(dtype) for factor in packed)
-        elif additions := adapter.additions.get(slot.weight):
-            A, B = factors_of(additions, size, table=table)
+        if factors := _slot_factors(adapter, slot, sizes[slot.weight]):
+            A, B = factors
             arrays[slot.A], arrays[slot.B] = A.astype(dtype), (B * np.float32(adapter.weight)).astype(dtype)
     return arrays
+
+
+def _slot_factors(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:
+    """Both factors of a slot, without the adapter's weight; None if it adds nothing there."""
+    if slot.parts:
+        return _packed(adapter, slot, size)
+    additions = adapter.additions.get(slot.weight)
+    return factors_of(additions, size, table=slot.weight in adapter.tables) if additions else None
 
 
 def _packed(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:
