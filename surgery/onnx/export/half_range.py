@@ -173,24 +173,20 @@ def measured_values(component: Component, plan: Plan | None, task: str, text: st
 
     Raises:
         NotFoundError, MalformedError: no tokenizer, or it cannot be read.
-        FitError: an empty text, or a model without a reference.
+        FitError: an empty text, an encoder-decoder, or a model without a reference.
     """
     import torch
 
-    from surgery.reference import encode, forward, open_reference
+    from surgery.reference import forward, open_reference
     from surgery.reference.stored import watched
 
     reference = open_reference(component, plan, task=task)
     if reference.model.encoder is not None:
         raise FitError("values of an encoder-decoder are not measured at an export", hint="`surgery verify` does it")
     ids = _ids(component, text, reference.model.vocabulary, min(_WIDTH, reference.model.max_positions or _WIDTH))
-    encoder = reference.model.encoder
-    if encoder is not None and encoder.embedding.stem is not None:
-        raise FitError("values of a model of speech are not measured on a text", hint="without `range_text=`")
     with watched() as seen:
         for row in ids:
-            tokens = torch.tensor([row])
-            forward(reference, tokens, encoded=encode(reference, tokens) if encoder is not None else None)
+            forward(reference, torch.tensor([row]))
     return seen
 
 
