@@ -92,7 +92,7 @@ def test_the_usual_next_step_of_a_deployer_works(tmp_path):
 
 def test_what_exceeds_one_file_is_refused(tmp_path, monkeypatch):
     base = recipes.build("llama", tmp_path / "base")
-    monkeypatch.setattr("surgery.onnx.export.place._PROTOBUF_LIMIT", 20_000)
+    monkeypatch.setattr("surgery.onnx.export.embed._PROTOBUF_LIMIT", 20_000)
     with pytest.raises(FitError, match="that one file can hold"):
         export_onnx(base, output=tmp_path / "out", weights="embed", weights_type="int8")
     assert sorted(os.listdir(tmp_path)) == ["base"]
