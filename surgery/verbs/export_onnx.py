@@ -11,7 +11,7 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_chec
 from surgery.engine.ledger import Ledger
 from surgery.onnx.export.adapters import sort_adapters
 from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
-from surgery.onnx.export.graph_files import graph_files
+from surgery.onnx.export.graph_files import GraphFiles, graph_files
 from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.identity import export_facts, export_id
 from surgery.onnx.export.input_options import with_embeddings, with_logits, with_positions, with_required, with_sentence
@@ -25,7 +25,6 @@ from surgery.onnx.export.side_files import side_files_of
 from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.export.weights_mode import weights_mode
 from surgery.onnx.export.weights_to_write import check_written, weights_to_write
-from surgery.onnx.graph.build import GraphSet
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError
@@ -174,17 +173,16 @@ def export_onnx(
     told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
     warnings += layout_warnings(shape, draft.contract, pooled=(assembly.component.folder / "modules.json").exists())
-    built: list[GraphSet] = []
+    own_files = {file.path.name: file for file in sources}
+    built: list[GraphFiles] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
         held = None
         if chosen == "embed":
             computed = merged.plan.files if merged else ()
-            held = {file.path.name: file for file in sources}
-            held |= {file.name: open_file(here.folder / arrangement.path(file.name)) for file in computed}
-        files, graph_set = graph_files(assembly, arrangement, here, held, where.resolve().name)
-        built.append(graph_set)
-        return files
+            held = own_files | {file.name: open_file(here.folder / arrangement.path(file.name)) for file in computed}
+        built.append(graph_files(assembly, arrangement, here, held, where.resolve().name))
+        return built[-1].files
 
     def check(ledger: Ledger) -> None:
         assert binding is not None
@@ -213,14 +211,12 @@ def export_onnx(
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     if coding is not None and placed.ledger is not None:
         warnings += code_warnings(placed.ledger)
-    done = built[-1]
-    lie = {file.path.name: file.path for file in sources}
-    warnings += issues_of_types(
-        whole_graphs(draft),
-        done.contract.dtype,
-        lambda name: lie.get(name) or where / arrangement.path(name),
-        seen,
-    )
+    done = built[-1].graphs
+    held = built[-1].held
+    if chosen != "embed":
+        beside = (file.path.name for file in draft.files if file.path.name not in own_files)
+        held = own_files | {name: open_file(where / arrangement.path(name)) for name in beside}
+    warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen)
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )

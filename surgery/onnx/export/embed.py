@@ -19,10 +19,10 @@ _INT64 = 7  # of TensorProto.DataType
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes per message; readers refuse 2 GiB
 
 
-def embed(model: onnx.ModelProto, files: Mapping[str, File], contents: Mapping[str, bytes]) -> None:
-    """Move the bytes of a model's weights into it, from files and from the `contents` of others that are not written.
+def embed(model: onnx.ModelProto, files: Mapping[str, File]) -> None:
+    """Move the bytes of a model's weights into it, from files by the names that the graph has for them.
 
-    Files and contents are by the names that the graph has for them. A range that two initializers read is held once: the
+    A range that two initializers read is held once: the
     other one becomes a Reshape, which runtimes fold.
 
     Raises:
@@ -46,8 +46,7 @@ def embed(model: onnx.ModelProto, files: Mapping[str, File], contents: Mapping[s
                 hint='`weights="copy"` or link',
             )
         start, length, name = int(entry["offset"]), int(entry["length"]), entry["location"]
-        data = contents[name][start : start + length] if name in contents else files[name].read(start, length)
-        tensor.raw_data = bytes(data)
+        tensor.raw_data = bytes(files[name].read(start, length))
         del tensor.external_data[:]
         tensor.ClearField("data_location")
     for tensor, first in twins:
