@@ -11,14 +11,13 @@ from functools import cached_property
 import numpy as np
 
 from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.rotary import RotaryTable, table
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Alibi, PositionScale, Rope
 
 __all__ = ["Frame"]
-
-_ALL = 2**62  # an end of Slice beyond any length
 
 
 class Frame:
@@ -116,7 +115,7 @@ class Frame:
         if self._ctx.target.attention == "gqa":  # of a new token the mask may have its one elsewhere
             return graph.node("Less", [self._counted, self._tokens], "")
         start = graph.node("Neg", [self._new_tokens], "")
-        return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(_ALL), graph.ints(1)], ""), DType.BOOL, "")
+        return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(END), graph.ints(1)], ""), DType.BOOL, "")
 
     @cached_property
     def last_new(self) -> str:
@@ -163,7 +162,7 @@ class Frame:
         """The last S key positions; -1 for padding before the first token."""
         graph = self._graph
         start = graph.node("Neg", [self._new_tokens], "")
-        return graph.node("Slice", [self._key_positions, start, graph.ints(_ALL), graph.ints(1)], "")
+        return graph.node("Slice", [self._key_positions, start, graph.ints(END), graph.ints(1)], "")
 
     def allowed(self, window: int | None) -> str:
         """Visible keys ``(B, 1, S, T)``, bool: tokens up to the query, the last `window` of them.
@@ -237,5 +236,5 @@ class Frame:
         total = graph.node("Shape", [self.mask], "", start=1, end=2)
         keys = self._range(total)
         start = graph.node("Neg", [self._new_tokens], "")
-        queries = graph.node("Slice", [keys, start, graph.ints(_ALL), graph.ints(0)], "")
+        queries = graph.node("Slice", [keys, start, graph.ints(END), graph.ints(0)], "")
         return graph.node("Equal", [keys, graph.node("Unsqueeze", [queries, graph.ints(1)], "")], "")
