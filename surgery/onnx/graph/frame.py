@@ -13,7 +13,7 @@ import numpy as np
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.relative import masked_bias
-from surgery.onnx.graph.rotary import RotaryTable, table
+from surgery.onnx.graph.rotary import RotaryTable, RotaryTables
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Alibi, PositionScale, Rope
 
@@ -28,32 +28,25 @@ class Frame:
 
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
-        max_length: Positions of the rotary tables.
         places: Input of positions ``(B, S)``, or empty.
     """
 
     def __init__(self, ctx: Context, mask: str, max_length: int, own: str = "", places: str = "") -> None:
-        """`own` is the caller's part of the mask, where that is not all of it."""
+        """Rotary tables have `max_length` positions; `own` is the caller's part of the mask, where that is not all of it."""
         self._ctx = ctx
         self._graph = ctx.graph
         self.mask = mask
         self._own = own or mask
         self.places = places
         self._is_guarded = False
-        self.max_length = max_length
-        self._tables: list[tuple[Rope, RotaryTable]] = []
+        self._tables = RotaryTables(ctx.graph, max_length, ctx.io)
         self._masks: dict[int | None, str] = {}
         self._biased: dict[tuple[int | None, Alibi], str] = {}
         self._factors: dict[PositionScale, str] = {}
 
     def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers with equal parameters share them."""
-        for known, tables in self._tables:
-            if known == rope:
-                return tables
-        tables = table(self._graph, rope, self.max_length, self._ctx.io)
-        self._tables.append((rope, tables))
-        return tables
+        return self._tables.of(rope)
 
     @cached_property
     def _new_tokens(self) -> str:
