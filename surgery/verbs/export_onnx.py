@@ -3,64 +3,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from surgery._version import __version__
 from surgery.engine.execute import Run
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, local_path
 from surgery.engine.ledger import Ledger
-from surgery.engine.plan import SideFile
-from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
-from surgery.onnx.export.assemble import Assembly, prompt_form
+from surgery.onnx.export.adapters import sort_adapters
 from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
+from surgery.onnx.export.graph_files import GraphFiles, graph_files
 from surgery.onnx.export.half_range import issues_of_types, measured_values
-from surgery.onnx.export.input_options import (
-    with_embeddings,
-    with_logits,
-    with_positions,
-    with_required,
-    with_sentence,
-)
-from surgery.onnx.export.inserted import INSERTED, baked_modules
-from surgery.onnx.export.layouts import (
-    Arrangement,
-    Layout,
-    arrange,
-    check_layout,
-    layout_named,
-    layout_warnings,
-    triton_config,
-)
-from surgery.onnx.export.pairs import check_pair, whole_graphs
-from surgery.onnx.export.place import ExportJob, Mode, choose_mode, embed, write_export
-from surgery.onnx.export.prompt_past import Prompt, WeightLocation, of_adapter, unique
+from surgery.onnx.export.identity import export_facts, export_id
+from surgery.onnx.export.input_options import with_embeddings, with_logits, with_positions, with_required, with_sentence
+from surgery.onnx.export.layouts import arrange, check_layout, layout_named, layout_warnings
+from surgery.onnx.export.new_assembly import new_assembly
+from surgery.onnx.export.pairs import whole_graphs
+from surgery.onnx.export.place import ExportJob, write_export
+from surgery.onnx.export.prompt_past import WeightLocation
 from surgery.onnx.export.result import ExportResult
-from surgery.onnx.export.sentence import SENTENCE_FILE
-from surgery.onnx.export.tied_head import check_tied_head
+from surgery.onnx.export.side_files import side_files_of
 from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
-from surgery.onnx.graph.build import GraphOptions, GraphSet
-from surgery.onnx.graph.contract import TEXT
-from surgery.onnx.graph.target import choose, io_type
+from surgery.onnx.export.weights_mode import weights_mode
+from surgery.onnx.export.weights_to_write import check_written, weights_to_write
 from surgery.progress import Callback
 from surgery.reports.result import timed
-from surgery_formats.errors import FitError, NothingChangedError
+from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.component import Component
-from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.families.tasks import FEATURES, SENTENCE, check_task
-
-if TYPE_CHECKING:
-    from surgery.onnx.export.merged import MergedWeights
-    from surgery.onnx.export.slots import Swappable
-    from surgery.onnx.export.weight_coding import WeightCoding
-    from surgery_formats.binding.bind import Binding
 
 __all__ = ["ExportResult", "export_onnx"]
 
@@ -129,8 +98,10 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
-        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits; ``mixed``: of both, and
-            none, where they help most within `budget`;
+        layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
+            ``sentence-transformers``, ``genai``, ``triton``.
+        weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
+            ``mixed``: of both, and none, where they help most within `budget`.
         block: Of codes: inputs that share a scale, 32, 64 or 128.
         symmetric: Of codes: no zero points are stored.
         scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.
@@ -139,8 +110,6 @@ def export_onnx(
         calibration: Of codes: a file of inputs (docs/extraction.md).
         embeddings: Of codes: the token table: ``auto``: as a head that is tied to it, else kept; ``keep``, ``int8``, ``int4``.
         head: Of codes: the same of the projection onto the vocabulary; ``auto``: as all weights.
-        layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
-            ``sentence-transformers``, ``genai``, ``triton``.
         budget: Of ``mixed``: most bytes of all weights.
         linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
             for; all weights are written, in the graph's type.
@@ -183,9 +152,9 @@ def export_onnx(
     shape = layout_named(layout)
     full = merge_to == "full"
     own = FEATURES if task == SENTENCE else task or ""
-    binding, merged = _merged(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
+    binding, merged = weights_to_write(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
-    assembly = _assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
+    assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
@@ -198,49 +167,26 @@ def export_onnx(
     draft = assembly.draft()
     check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
-    chosen = _mode(weights, where, checkpoint.main, sources, merged, full=merge_to == "full")
-    if chosen == "embed" and merged is not None and not full and assembly.prompts:
-        raise FitError(
-            "keys and values of a prompt are computed over files in one folder, and merged weights are not in the base's",
-            hint='`merge_to="full"`',
-        )
-    if chosen == "reference" and assembly.headed:
-        raise _another_configuration(checkpoint.main)
+    chosen = weights_mode(weights, where, checkpoint.main, sources, merged, assembly, full=full)
     kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
-    arrangement = _arrangement(shape, chosen, draft, kind)
+    arrangement = arrange(shape, chosen, draft, kind)
     told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
     warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
     warnings += layout_warnings(shape, draft.contract, pooled=(assembly.component.folder / "modules.json").exists())
-    built: list[GraphSet] = []
+    own_files = {file.path.name: file for file in sources}
+    built: list[GraphFiles] = []
 
     def make(here: WeightLocation) -> Mapping[str, bytes]:
-        files, graph_set, graphs = assembly.files(here)
-        small = (name for name in (INSERTED, SENTENCE_FILE) if chosen == "embed" and name in files)
-        inside = {name: files.pop(name) for name in [*small]}
-        held = {file.path.name: file for file in sources}
-        if chosen == "embed" and merged is not None:
-            held |= {file.name: open_file(here.folder / arrangement.path(file.name)) for file in merged.plan.files}
-        for name, graph in graphs.items():
-            if chosen == "embed":
-                embed(graph, held, inside)
-            arrangement.apply(graph)
-            if layout == "triton":
-                files["config.pbtxt"] = triton_config(graph, where.resolve().name)
-            files[name] = graph.SerializeToString(deterministic=True)
-        built.append(replace(graph_set, contract=arrangement.contract(graph_set.contract)))
-        return {arrangement.path(name): data for name, data in files.items()}
+        held = None
+        if chosen == "embed":
+            computed = merged.plan.files if merged else ()
+            held = own_files | {file.name: open_file(here.folder / arrangement.path(file.name)) for file in computed}
+        built.append(graph_files(assembly, arrangement, here, held, where.resolve().name))
+        return built[-1].files
 
     def check(ledger: Ledger) -> None:
-        from surgery.engine.output_checks import check_output
-
         assert binding is not None
-        if not binding.adapters:
-            return  # nothing but dequantised
-        try:
-            warnings.extend(check_output(ledger, checkpoint, [weight for _, weight in binding.adapters]))
-        except NothingChangedError:
-            if assembly.baked is None:  # a head that came along with a module may be the base's own
-                raise
+        warnings.extend(check_written(ledger, binding, headed=assembly.baked is not None))
 
     names = [arrangement.path(name) for name in assembly.names(draft)]
     taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
@@ -250,12 +196,12 @@ def export_onnx(
         weights=() if chosen == "embed" else sources,
         plan=arrangement.plan(merged.plan) if merged else None,
         judge=check,
-        side_files=_side_files(
+        side_files=side_files_of(
             checkpoint, merged, assembly, arrangement.config(assembly.component.config, kind), taken
         ),
         inputs=sorted({adapter.path for adapter in roles.adapters}),
-        facts=_facts(draft, chosen, arrangement),
-        id=_id(draft, assembly, arrangement),
+        facts=export_facts(draft, chosen, arrangement),
+        id=export_id(draft, assembly, arrangement),
         placed=arrangement.files,
     )
     seen = None
@@ -265,214 +211,12 @@ def export_onnx(
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
     if coding is not None and placed.ledger is not None:
         warnings += code_warnings(placed.ledger)
-    done = built[-1]
-    lie = {file.path.name: file.path for file in sources}
-    warnings += issues_of_types(
-        whole_graphs(draft),
-        done.contract.dtype,
-        lambda name: lie.get(name) or where / arrangement.path(name),
-        seen,
-    )
+    done = built[-1].graphs
+    held = built[-1].held
+    if chosen != "embed":
+        beside = (file.path.name for file in draft.files if file.path.name not in own_files)
+        held = own_files | {name: open_file(where / arrangement.path(name)) for name in beside}
+    warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen)
     return ExportResult(
         where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
     )
-
-
-def _merged(
-    checkpoint: Checkpoint,
-    roles: AdapterRoles,
-    task: str,
-    *,
-    full: bool,
-    coding: WeightCoding | None,
-    io: tuple[str, str],
-) -> tuple[Binding | None, MergedWeights | None]:
-    """The adapters to merge, bound, and the merged weights: also those that a graph needs in elements, not in codes.
-
-    Imports only what is needed: adapters would cost a plain export as much as all the rest.
-    """
-    checkpoint.main.check_read()
-    coded = checkpoint.is_quantised or any(shard.container == "gguf" for shard in checkpoint.main.shards)
-    if not roles.adapters and not coded and coding is None:
-        return None, None
-    from surgery.engine.input_checks import check_base_id
-    from surgery.onnx.export.merged import merged_weights
-    from surgery_formats.binding.bind import bind
-
-    check_base_id(checkpoint, roles.adapters)
-    if not (pairs := roles.merged) and not coded and coding is None:
-        return None, None
-    binding = bind(pairs, checkpoint, new_biases=True)
-    if coding is not None:
-        from surgery.onnx.export.coded_plan import coded_weights
-
-        return binding, coded_weights(binding, coding, task, io_type(*io, checkpoint.main.dtype))
-    return binding, merged_weights(binding, "full" if full else "delta", task)
-
-
-def _assembly(
-    checkpoint: Checkpoint,
-    roles: AdapterRoles,
-    merged: MergedWeights | None,
-    task: str,
-    target: str,
-    dtype: str,
-    max_length: int | None,
-    texts: tuple[str, ...],
-    form: str,
-) -> Assembly:
-    component = merged.component if merged else checkpoint.main
-    overrides = merged.overrides if merged else {}
-    io = io_type(target, dtype, checkpoint.main.dtype)
-    model = merged.model if merged else model_of(component.config, frozenset(component.parameters), task)
-    check_tied_head(checkpoint.main, model)
-    slots, given = _slots(checkpoint, roles, model), component
-    check_pair(model, texts=texts, modules=bool(roles.insert) or any(adapter.modules for adapter in slots))
-    prompts = [of_adapter(named.name, named.adapter, model) for named in roles.prefix]
-    for text in texts:
-        if not model.generates:
-            raise FitError("a text has nothing to be read into: this model has no cache")
-        name = unique([prompt.name for prompt in prompts], "text")
-        ids = _ids(checkpoint.main.folder, text)
-        prompts.append(Prompt(name, TEXT, len(ids), ids=ids))
-    coded = merged.coded if merged else {}
-    operators = choose(target, io)
-    if merged is not None and merged.across:
-        operators = replace(operators, linear="matmul")
-    options = GraphOptions(operators, io, max_length, overrides=overrides, coded=coded)
-    form = prompt_form(form, tuple(prompts), model)
-    baked = baked_modules(roles.insert)
-    if baked is not None:
-        options = replace(options, overrides={**overrides, **baked.overrides})
-    if prompts and (baked is not None or any(adapter.modules for adapter in slots)):
-        raise FitError("soft prompts beside modules that an adapter inserts: export them apart")
-    if any(adapter.replaced for adapter in slots):
-        from surgery.onnx.export.replaced import headed
-
-        component, model = headed(component, model, [(slot.adapter, slot.replaced) for slot in slots], task)
-    return Assembly(
-        component, model, options, roles, slots, tuple(prompts), form, component.config != given.config, baked
-    )
-
-
-def _slots(checkpoint: Checkpoint, roles: AdapterRoles, model: Model) -> tuple[Swappable, ...]:
-    if not roles.swap:
-        return ()
-    from surgery.onnx.export.slots import swappable
-
-    return tuple(swappable(named, checkpoint, model) for named in roles.swap)
-
-
-def _ids(folder: Path, text: str) -> tuple[int, ...]:
-    from surgery.onnx.run.tokenizer import open_tokenizer
-
-    ids = tuple(open_tokenizer(folder).encode(text))
-    if not ids:
-        raise FitError("the text to bake in is empty")
-    return ids
-
-
-def _mode(
-    asked: str, output: Path, base: Component, sources: Sequence[File], merged: MergedWeights | None, *, full: bool
-) -> Mode:
-    """Choose how the graph gets its weights.
-
-    Raises:
-        FitError: what was asked for cannot be.
-    """
-    if merged is None:
-        return choose_mode(asked, output, base.folder, sources)
-    if full:
-        if asked not in ("auto", "copy", "embed"):
-            raise FitError("a full merge writes its weights itself", hint='`weights="auto"`, or `merge_to="delta"`')
-        if choose_mode("auto", output, base.folder, ()) == "reference":
-            raise FitError("a full merge needs a folder of its own", file=output, hint='`merge_to="delta"`')
-        return "embed" if asked == "embed" else "copy"
-    chosen = choose_mode(asked, output, base.folder, sources)
-    if chosen == "reference":
-        _check_same_sides(merged, base)
-    return chosen
-
-
-def _check_same_sides(merged: MergedWeights, base: Component) -> None:
-    """Refuse to write into the base's folder if configuration or tokenizer would differ.
-
-    A tie of head and embedding is no difference: only the graph needs to know of it.
-    """
-    differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
-    same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
-    tokenizers = [side.name for side in merged.side_files if side.source and side.source.parent != base.folder]
-    if not same or tokenizers:
-        raise _another_configuration(base)
-
-
-def _another_configuration(base: Component) -> FitError:
-    return FitError(
-        "the model with its adapters has another configuration or tokenizer than the base, whose folder this is",
-        file=base.folder,
-        hint="write to another folder: blocks are shared where the file system can",
-    )
-
-
-def _side_files(
-    checkpoint: Checkpoint,
-    merged: MergedWeights | None,
-    assembly: Assembly,
-    config: Mapping[str, Any] | None,
-    taken: set[str],
-) -> list[SideFile]:
-    """Tokenizer, configuration and the like, but for names that the export itself takes; `config` replaces the base's."""
-    if merged is not None:
-        side_files = list(merged.side_files)
-    else:
-        source = checkpoint.main.folder / "config.json"
-        side_files = [SideFile(name, source=path) for name, path in checkpoint.side_files]
-        side_files += [SideFile("config.json", source=source)] if source.exists() else []
-    if assembly.headed or config is not None:
-        data = json.dumps(dict(config or assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
-        side_files = [side for side in side_files if side.name != "config.json"]
-        side_files.append(SideFile("config.json", data=data))
-    if assembly.sentence is not None:
-        side_files += [SideFile(name, source=path) for name, path in assembly.sentence.modules.files.items()]
-    return [side for side in side_files if side.name not in taken]
-
-
-def _arrangement(layout: Layout, mode: Mode, draft: GraphSet, kind: str) -> Arrangement:
-    """The names of all files.
-
-    Raises:
-        FitError: the layout's are not those of the base's folder.
-    """
-    files = () if mode == "embed" else draft.files
-    base = [file.path.name for file in files if isinstance(file, File)]
-    computed = [file.path.name for file in files if not isinstance(file, File)]
-    if mode == "reference":
-        if layout.below:
-            raise FitError(f"the layout of {layout.name} needs a folder of its own", hint="write to another folder")
-        return Arrangement(layout)
-    return arrange(layout, base, computed, list(draft.graphs), kind)
-
-
-def _facts(draft: GraphSet, mode: Mode, arrangement: Arrangement) -> dict[str, Any]:
-    contract = draft.contract
-    layout = arrangement.layout.name
-    return {
-        **({"layout": layout} if layout != "plain" else {}),
-        **({"renamed": dict(arrangement.weights)} if arrangement.weights else {}),
-        "target": contract.target,
-        "dtype": contract.dtype,
-        "weights": mode,
-        "adapters": [dict(facts) for facts in contract.adapters],
-        "virtual_tokens": contract.virtual_tokens,
-        "slots": [slot.weight for slot in contract.slots],
-    }
-
-
-def _id(draft: GraphSet, assembly: Assembly, arrangement: Arrangement) -> str:
-    """Digest of everything that decides the files: the draft's graphs name weights and adapters by content."""
-    state = hashlib.sha256(json.dumps([__version__, assembly.form]).encode())
-    for name, graph in draft.graphs.items():
-        state.update(name.encode() + graph.SerializeToString(deterministic=True))
-    if arrangement.files or arrangement.layout.name != "plain":
-        state.update(json.dumps([arrangement.layout.name, dict(arrangement.files)], sort_keys=True).encode())
-    return state.hexdigest()

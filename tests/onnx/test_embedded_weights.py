@@ -52,6 +52,17 @@ def test_merged_adapters_lie_inside_the_graph(way, target, tmp_path):
     assert ran == expected
 
 
+@pytest.mark.parametrize("way", ["delta", "full"])
+def test_what_fp16_cannot_hold_is_told_of_weights_inside(way, tmp_path):
+    base = recipes.build("qwen2", tmp_path / "base", **WIDE)
+    adapter = trained.train("qwen2", base, trained.MERGED["lora all-linear"], tmp_path / "adapter")
+    options = {"target": "portable", "dtype": "fp16", **WAYS[way]}
+    beside = export_onnx(base, [(adapter, 1e7)], output=tmp_path / "beside", **options)
+    inside = export_onnx(base, [(adapter, 1e7)], output=tmp_path / "out", weights="embed", **options)
+    assert inside.warnings == beside.warnings
+    assert any("become infinite in fp16" in warning for warning in inside.warnings)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_a_table_that_its_head_shares_is_inside_once(kind, tmp_path):
     base = recipes.build("qwen3", tmp_path / "base", hidden_size=64)
@@ -92,7 +103,7 @@ def test_the_usual_next_step_of_a_deployer_works(tmp_path):
 
 def test_what_exceeds_one_file_is_refused(tmp_path, monkeypatch):
     base = recipes.build("llama", tmp_path / "base")
-    monkeypatch.setattr("surgery.onnx.export.place._PROTOBUF_LIMIT", 20_000)
+    monkeypatch.setattr("surgery.onnx.export.embed._PROTOBUF_LIMIT", 20_000)
     with pytest.raises(FitError, match="that one file can hold"):
         export_onnx(base, output=tmp_path / "out", weights="embed", weights_type="int8")
     assert sorted(os.listdir(tmp_path)) == ["base"]

@@ -15,6 +15,7 @@ from surgery.onnx.export import half_range
 from surgery.onnx.export.half_range import Converted, load_cost, too_large
 from surgery.reference.stored import watched
 from surgery_formats.errors import NotFoundError, ProofError
+from surgery_formats.files.raw import open_file
 
 ROOT = Path(__file__).resolve().parents[2]
 _GAIN, _DOWN, _UP = (
@@ -121,13 +122,16 @@ def test_what_float16_makes_infinite_is_told_by_bits(tmp_path: Path, stored: str
     (tmp_path / "w").write_bytes(values.tobytes())
     with np.errstate(over="ignore"):
         fits = bool(np.isfinite(values.astype(np.float32).astype(np.float16)).all())
-    warnings = too_large([Converted("w", tmp_path / "w", 0, values.nbytes, 1 if stored == "float32" else 16, 10)])
+    warnings = too_large(
+        [Converted("w", open_file(tmp_path / "w"), 0, values.nbytes, 1 if stored == "float32" else 16, 10)]
+    )
     assert bool(warnings) is not fits
     assert all(("NaN or Inf" in warning) is not np.isfinite(value) for warning in warnings)
 
 
 def test_what_loading_costs_is_told_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some = [Converted("w", tmp_path, 0, 64 << 20, 16, 10)]
+    (tmp_path / "w").touch()
+    some = [Converted("w", open_file(tmp_path / "w"), 0, 64 << 20, 16, 10)]
     assert load_cost(some) == ""
     assert "of bf16 for fp16 are converted at each load" in load_cost(some * 2)
     monkeypatch.setattr(half_range, "_WORTH_TELLING", 1)

@@ -146,6 +146,21 @@ def test_every_way_to_place_weights_takes_modules(mode, tmp_path):
     assert surgery.verify(out, against=base, adapters=GOLDEN / "bert-seq").difference <= 1e-4
 
 
+def test_modules_in_a_graph_of_another_type_go_inside(tmp_path):
+    warnings = [
+        surgery.export_onnx(
+            base_of("bert-seq"),
+            GOLDEN / "bert-seq",
+            output=tmp_path / mode,
+            weights=mode,
+            target="portable",
+            dtype="fp16",
+        ).warnings
+        for mode in ("copy", "embed")
+    ]
+    assert warnings[0] == warnings[1]
+
+
 def test_run_takes_baked_and_swapped_modules(tmp_path):
     ids = IDS[0].tolist()
     surgery.export_onnx(base_of("llama-seq"), GOLDEN / "llama-seq", output=tmp_path / "baked")

@@ -105,6 +105,13 @@ def test_other_families_have_them_where_weights_share_an_input(kind: str, tmp_pa
     assert np.abs(found - expected).max() <= TOLERANCE
 
 
+def test_packed_slots_hold_the_weight_of_an_adapter(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    surgery.export_onnx(base, output=tmp_path / "out", swap=[(adapters["some"], 0.5)], packed=True)
+    expected = trained.logits(trained.attached("llama", base, (adapters["some"], 0.5)), IDS)
+    found = logits(tmp_path / "out" / "model.onnx", tmp_path / "out" / "adapters" / "some.onnx_adapter")
+    assert np.abs(found - expected).max() <= TOLERANCE
+
+
 def test_required_slots_are_packed_too(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {"packed": True, "required": True, "target": "portable"}
     surgery.export_onnx(base, output=tmp_path / "out", swap=[adapters["all"]], **options)

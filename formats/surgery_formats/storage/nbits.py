@@ -20,6 +20,7 @@ from surgery_formats.storage.block_format import BlockFormat
 from surgery_formats.storage.block_grids import block_grid
 from surgery_formats.storage.grouped_grid import GroupedGrid
 from surgery_formats.storage.own_codes import own_codes
+from surgery_formats.storage.packing import pack
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from surgery_formats.storage.quantised import Quantised
 
-__all__ = ["NBits", "is_nbits", "joined_codes", "parted_codes"]
+__all__ = ["NBits", "is_nbits"]
 
 T = TypeVar("T")
 
@@ -150,10 +151,10 @@ class NBits:
         form, count = self.form, self.form.blocks(inputs)
         if missing := count * form.block - inputs:
             codes = np.pad(codes, ((0, 0), (0, missing)), constant_values=form.middle)
-        raw = [joined_codes(codes, form.bits), cast(grid.scales, form.scale_type)]
+        raw = [_row_bytes(codes, form.bits), cast(grid.scales, form.scale_type)]
         if not form.symmetric:
             assert grid.zeros is not None
-            raw.append(joined_codes(cast(grid.zeros, DType.U8), form.bits))
+            raw.append(_row_bytes(cast(grid.zeros, DType.U8), form.bits))
         first = 0 if self.turned else start
         return tuple(
             PartBytes(part, first * (array.nbytes // max(outputs, 1)), as_bytes(np.ascontiguousarray(array)))
@@ -166,23 +167,9 @@ def is_nbits(encoding: Encoding) -> TypeGuard[NBits]:
     return isinstance(encoding, NBits)
 
 
-def joined_codes(codes: Array, bits: int) -> Array:
+def _row_bytes(codes: Array, bits: int) -> Array:
     """Bytes of the codes of every row, the first in the lowest bits; a row begins at a whole byte."""
     import numpy as np
 
-    if bits == 8:
-        return codes
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    joined: Array = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return joined
-
-
-def parted_codes(raw: Array, bits: int, count: int) -> Array:
-    """The first `count` codes of the bytes of every row."""
-    import numpy as np
-
-    if bits == 8:
-        return raw[:, :count]
-    parted: Array = np.stack([raw & 15, raw >> 4], -1).reshape(len(raw), -1)[:, :count]
-    return parted
+    nbytes = -(-codes.shape[1] * bits // 8)
+    return pack(codes, bits).view(np.uint8)[:, :nbytes]

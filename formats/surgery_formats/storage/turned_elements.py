@@ -10,7 +10,10 @@ from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.tensors.tensor import as_bytes
 
-__all__ = ["TurnedElements"]
+__all__ = ["ACROSS", "TurnedElements"]
+
+ACROSS = ".transposed"
+"""What the tensor is called behind the weight's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class TurnedElements:
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """One tensor, with a name of its own."""
-        return (StoredPart(f"{name}.transposed", self.dtype, self.sizes[::-1]),)
+        return (StoredPart(f"{name}{ACROSS}", self.dtype, self.sizes[::-1]),)
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding.put`."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery_formats.binding.bind import bind
+from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.tied_edits import same_values
@@ -27,7 +27,15 @@ from surgery_formats.storage.base import is_stacked
 from surgery_formats.tensors.views import View
 from surgery_formats.updates import LoRA
 
-__all__ = ["Additions", "BoundAdditions", "additions_of", "bound_additions", "factors_of"]
+__all__ = [
+    "Additions",
+    "BoundAdditions",
+    "additions_of",
+    "bound_additions",
+    "factors_of",
+    "head_follows",
+    "is_untouched",
+]
 
 Array = npt.NDArray[Any]
 Additions = tuple[tuple[LoRA, View], ...]
@@ -91,20 +99,25 @@ def bound_additions(
         if not (loras := additions_of(edit, adapter, component)):
             continue
         weights[edit.name], sizes[edit.name] = loras, _sizes(edit)
-        follows = component.tied and component.head and component.name not in binding.untied
-        if follows and edit.name == component.embedding:
+        if head_follows(binding, component, edit):
             weights[component.head], sizes[component.head] = loras, sizes[edit.name]
-    replaced = {name: edit for name, edit in replaced.items() if not _is_bases(edit, component)}
+    replaced = {name: edit for name, edit in replaced.items() if not is_untouched(edit, component)}
     if not weights and not replaced:
         raise FitError("the adapter changes nothing", file=adapter.path)
     turned = {name for name, loras in weights.items() if loras[0][1].transposed}
     return BoundAdditions(adapter, component, weights, sizes, frozenset(turned), replaced)
 
 
-def _is_bases(edit: Edit, component: Component) -> bool:
+def is_untouched(edit: Edit, component: Component) -> bool:
     """Whether the edit merely brings the base's own values along."""
     base = component.parameters.get(component.aliases.get(edit.name, edit.name))
     return base is not None and not edit.operations and same_values(base.storage, edit.source)
+
+
+def head_follows(binding: Binding, component: Component, edit: Edit) -> bool:
+    """Whether the edit is of the embedding, and applies to a tied head too."""
+    follows = component.tied and component.head and component.name not in binding.untied
+    return bool(follows) and edit.name == component.embedding
 
 
 def _sizes(edit: Edit) -> tuple[int, ...]:

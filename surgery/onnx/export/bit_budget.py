@@ -8,7 +8,7 @@ and independent, for which it is the weight's own. It is measured on some rows. 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.onnx.export.code_inputs import moment_of
@@ -97,7 +97,7 @@ def _measured(candidate: BudgetedWeight, coding: WeightCoding, io: DType) -> lis
     whole = _size(values, moment)
     found = []
     for bits in _BITS:
-        form = replace(coding.form(bits, io))
+        form = coding.form(bits, io)
         rounded = _rounded(values, form)
         found.append((bits, form.nbytes(outputs, inputs), _size(rounded - values, moment) / max(whole, 1e-30)))
     return [*found, (_SHORT, outputs * inputs * source.dtype.bits // 8, 0.0)]

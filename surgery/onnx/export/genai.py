@@ -103,9 +103,8 @@ def genai_config(
 def _session(contract: Contract) -> dict[str, Any]:
     """Use weights where they lie: onnxruntime would otherwise copy them to repack them."""
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
-    mapped = (
-        {} if contract.quantised else {"session.disable_prepacking": "1"}
-    )  # codes are slow unless they are repacked
+    # Codes are slow unless they are repacked.
+    mapped = {} if contract.quantised else {"session.disable_prepacking": "1"}
     return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
 
 

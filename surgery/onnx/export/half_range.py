@@ -6,12 +6,12 @@ A graph reads weights as they are stored and casts those of another type. In flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from surgery_formats.errors import FitError
-from surgery_formats.files.raw import open_file
+from surgery_formats.files.raw import File, open_file
 from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Converted(NamedTuple):
 
     Attributes:
         name: Its name in the graph.
-        path: The file that holds it.
+        file: The file that holds it.
         start: Its first byte there.
         nbytes: How many it has.
         source: Stored type, as ``TensorProto.DataType``.
@@ -46,7 +46,7 @@ class Converted(NamedTuple):
     """
 
     name: str
-    path: Path
+    file: File
     start: int
     nbytes: int
     source: int
@@ -54,18 +54,18 @@ class Converted(NamedTuple):
 
 
 def issues_of_types(
-    graphs: Iterable[onnx.ModelProto], dtype: str, place: Callable[[str], Path], seen: Stored | None
+    graphs: Iterable[onnx.ModelProto], dtype: str, held: Mapping[str, File], seen: Stored | None
 ) -> list[str]:
     """What a user is told of the types of an export: what does not fit, and what loading costs.
 
     Args:
         graphs: The graphs, by whose nodes weights are converted.
         dtype: Their type.
-        place: Where a file of weights lies, by its name in a graph.
+        held: The files of weights, by their names in a graph.
         seen: Values that were measured.
     """
-    every = (one for graph in graphs for one in converted_weights(graph, place))
-    converted = list({(one.path, one.start): one for one in every}.values())
+    every = (one for graph in graphs for one in converted_weights(graph, held))
+    converted = list({(one.file, one.start): one for one in every}.values())
     issues = too_large(converted)
     if seen is not None and seen.beyond:
         issues.append(f"values are not finite, first those of {show(seen.beyond, 160)}: the weights are damaged")
@@ -84,7 +84,7 @@ def issues_of_types(
     return issues
 
 
-def converted_weights(graph: onnx.ModelProto, place: Callable[[str], Path]) -> Iterator[Converted]:
+def converted_weights(graph: onnx.ModelProto, held: Mapping[str, File]) -> Iterator[Converted]:
     """Weights in files that a graph casts to another type."""
     stored = {tensor.name: tensor for tensor in graph.graph.initializer if tensor.external_data}
     for node in graph.graph.node:
@@ -95,7 +95,7 @@ def converted_weights(graph: onnx.ModelProto, place: Callable[[str], Path]) -> I
         target = next(field.i for field in node.attribute if field.name == "to")
         yield Converted(
             node.output[0].removesuffix("/Cast"),
-            place(entry["location"]),
+            held[entry["location"]],
             int(entry["offset"]),
             int(entry["length"]),
             tensor.data_type,
@@ -149,13 +149,13 @@ def _greatest_bits(one: Converted, kind: str) -> int:
     """The greatest bits without their sign: they are in the order of the magnitudes, NaN behind Inf."""
     import numpy as np
 
-    file, greatest = open_file(one.path), 0
+    greatest = 0
     size = np.dtype(kind).itemsize
     sign = 1 << (8 * size - 1)
     buffer = np.empty(min(_BLOCK, one.nbytes), "u1")
     for start in range(0, one.nbytes, _BLOCK):
         part: numpy.ndarray = buffer[: min(_BLOCK, one.nbytes - start)]
-        file.read_into(memoryview(part), one.start + start)  # type: ignore[arg-type]  # its stubs do not declare the protocol
+        one.file.read_into(memoryview(part), one.start + start)  # type: ignore[arg-type]  # its stubs do not declare the protocol
         bits = part.view(kind)
         largest = int(bits.max())
         greatest = max(greatest, int(bits.view(f"i{size}").max()), largest - sign if largest >= sign else 0)
@@ -173,24 +173,20 @@ def measured_values(component: Component, plan: Plan | None, task: str, text: st
 
     Raises:
         NotFoundError, MalformedError: no tokenizer, or it cannot be read.
-        FitError: an empty text, or a model without a reference.
+        FitError: an empty text, an encoder-decoder, or a model without a reference.
     """
     import torch
 
-    from surgery.reference import encode, forward, open_reference
+    from surgery.reference import forward, open_reference
     from surgery.reference.stored import watched
 
     reference = open_reference(component, plan, task=task)
     if reference.model.encoder is not None:
         raise FitError("values of an encoder-decoder are not measured at an export", hint="`surgery verify` does it")
     ids = _ids(component, text, reference.model.vocabulary, min(_WIDTH, reference.model.max_positions or _WIDTH))
-    encoder = reference.model.encoder
-    if encoder is not None and encoder.embedding.stem is not None:
-        raise FitError("values of a model of speech are not measured on a text", hint="without `range_text=`")
     with watched() as seen:
         for row in ids:
-            tokens = torch.tensor([row])
-            forward(reference, tokens, encoded=encode(reference, tokens) if encoder is not None else None)
+            forward(reference, torch.tensor([row]))
     return seen
 
 

@@ -8,13 +8,15 @@ optimum-onnx 0.1, sentence-transformers 5.1, onnxruntime-genai 0.18, Triton's on
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from surgery.onnx.export.place import Mode
+from surgery.onnx.graph.build import GraphSet
 from surgery.onnx.graph.contract import Contract, from_metadata
 from surgery_formats.errors import FitError
+from surgery_formats.files.raw import File
 from surgery_formats.models.families.tasks import FEATURES
 from surgery_formats.text import show
 
@@ -31,11 +33,9 @@ __all__ = [
     "check_layout",
     "layout_named",
     "layout_warnings",
-    "triton_config",
 ]
 
 GRAPH = "model.onnx"
-_TRITON_TYPES = {1: "FP32", 6: "INT32", 7: "INT64", 9: "BOOL", 10: "FP16", 16: "BF16"}
 _SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "int4": "_q4"}
 
 
@@ -182,21 +182,28 @@ class Arrangement:
         return {**config, "transformers.js_config": {**settings, **external}}
 
 
-def arrange(
-    layout: Layout, sources: Sequence[str], computed: Sequence[str], graphs: Sequence[str], graph_type: str
-) -> Arrangement:
-    """Name all files of an export into a folder of its own.
+def arrange(layout: Layout, mode: Mode, draft: GraphSet, graph_type: str) -> Arrangement:
+    """Name all files of an export.
 
     Where computed weights lie beside the base's, the base's get another name: under their own they would pass for the
     merged model in any program that loads a folder of weights.
 
     Args:
         layout: The layout.
-        sources: Weight files of the base.
-        computed: Weight files that a merge writes.
-        graphs: The graphs.
+        mode: How the graphs get their weights: in the base's own folder all names are as they are.
+        draft: The graphs, with the weight files that they read.
         graph_type: Type of weights that names the graph: ``fp32``, ``fp16``, ``int8``, ``int4``.
+
+    Raises:
+        FitError: the layout's names are not those of the base's folder.
     """
+    if mode == "reference":
+        if layout.below:
+            raise FitError(f"the layout of {layout.name} needs a folder of its own", hint="write to another folder")
+        return Arrangement(layout)
+    files = () if mode == "embed" else draft.files
+    sources = [file.path.name for file in files if isinstance(file, File)]
+    computed = [file.path.name for file in files if not isinstance(file, File)]
     weights = (*sources, *computed)
     graph = f"model{_SUFFIXES[graph_type]}.onnx" if layout.by_type else GRAPH
     if layout.numbered:
@@ -205,7 +212,7 @@ def arrange(
         names = {name: _as_base(name) for name in sources} if computed else {}
     below = f"{layout.below}/" if layout.below else ""
     placed = {name: f"{below}{names.get(name, name)}" for name in weights}
-    placed |= {name: f"{below}{graph if name == GRAPH else name}" for name in graphs}
+    placed |= {name: f"{below}{graph if name == GRAPH else name}" for name in draft.graphs}
     moved = {name: path for name, path in placed.items() if path != name}
     return Arrangement(layout, names, graph, moved)
 
@@ -213,20 +220,3 @@ def arrange(
 def _as_base(name: str) -> str:
     """``model-00001-of-00002.safetensors`` -> ``base-00001-of-00002.safetensors``."""
     return f"base{name.removeprefix('model')}" if name.startswith("model") else f"base-{name}"
-
-
-def triton_config(model: onnx.ModelProto, name: str) -> bytes:
-    """``config.pbtxt`` of Triton's onnxruntime backend, for the inputs that have no default."""
-    defaults = {tensor.name for tensor in model.graph.initializer}
-    lines = [f"name: {json.dumps(name)}", 'backend: "onnxruntime"', "max_batch_size: 0"]
-    inputs = [port for port in model.graph.input if port.name not in defaults]
-    for kind, ports in (("input", inputs), ("output", list(model.graph.output))):
-        entries = []
-        for port in ports:
-            tensor = port.type.tensor_type
-            dims = ", ".join(str(dim.dim_value) if dim.HasField("dim_value") else "-1" for dim in tensor.shape.dim)
-            entries.append(
-                f"  {{ name: {json.dumps(port.name)} data_type: TYPE_{_TRITON_TYPES[tensor.elem_type]} dims: [ {dims} ] }}"
-            )
-        lines.append(f"{kind} [\n" + ",\n".join(entries) + "\n]")
-    return ("\n".join(lines) + "\n").encode()

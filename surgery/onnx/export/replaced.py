@@ -16,7 +16,6 @@ import numpy.typing as npt
 from surgery.engine.merge.output_config import task_config
 from surgery.onnx.graph.weights import LABELS, Replaceable
 from surgery_formats.binding.edits import Edit, prepared
-from surgery_formats.binding.tied_edits import same_values
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError
@@ -29,7 +28,7 @@ from surgery_formats.storage.plain import Plain
 from surgery_formats.tensors.apply import apply_chain
 from surgery_formats.updates import is_replacing
 
-__all__ = ["headed", "is_small", "is_untouched", "label_facts", "own_labels", "replaceable", "replaced_array"]
+__all__ = ["headed", "is_small", "label_facts", "own_labels", "replaceable", "replaced_array"]
 
 Array = npt.NDArray[Any]
 
@@ -39,12 +38,6 @@ def is_small(edit: Edit, component: Component) -> bool:
     if len(edit.source.sizes) == 1:
         return True
     return edit.replaced is not None and not edit.operations and edit.name not in (component.embedding, component.head)
-
-
-def is_untouched(edit: Edit, component: Component) -> bool:
-    """Whether the edit merely brings the base's own values along."""
-    base = component.parameters.get(component.aliases.get(edit.name, edit.name))
-    return base is not None and not edit.operations and same_values(base.storage, edit.source)
 
 
 def own_labels(adapter: Adapter, component: Component, model: Model) -> dict[str, Edit]:

@@ -17,9 +17,8 @@ from surgery.reports.result import elapsed, summarised
 from surgery_formats.models.families.tasks import IMAGE_TASKS
 from surgery_formats.text import show
 
-if (
-    TYPE_CHECKING
-):  # an export takes a quarter of a second, most of it imports: those of a summary wait until one is made
+# An export takes a quarter of a second, most of it imports: those of a summary wait until one is made.
+if TYPE_CHECKING:
     from surgery.reports.summary import Summary
     from surgery.reports.values import Phrase, Piece
 
@@ -167,8 +166,8 @@ def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:
 
 
 def _quoted(path: Path) -> Piece:
+    """A path quoted for a shell."""
     from surgery.reports.output import PATH
     from surgery.reports.values import Name
 
-    """A path quoted for a shell."""
     return Name(shlex.quote(str(path)), PATH)

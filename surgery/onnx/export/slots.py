@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.export.adapters import NamedAdapter
-from surgery.onnx.export.additions import Additions, additions_of, factors_of
-from surgery.onnx.export.replaced import is_small, is_untouched, own_labels, replaced_array
+from surgery.onnx.export.additions import Additions, additions_of, factors_of, head_follows, is_untouched
+from surgery.onnx.export.replaced import is_small, own_labels, replaced_array
 from surgery.onnx.graph.contract import Slot
-from surgery_formats.binding.bind import Binding, bind
+from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.inserted import InsertedModule
@@ -89,7 +89,7 @@ def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swap
         additions[weight] = loras
         if weight == model.embedding.tokens:
             tables.add(weight)
-            if binding and _head_follows(binding, component, edit):
+            if binding and head_follows(binding, component, edit):
                 additions[component.head] = loras
     if not additions and not replaced and not named.modules:
         raise FitError("the adapter changes nothing", file=adapter.path)
@@ -106,12 +106,6 @@ def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
         slices = () if name in component.parameters else component.names.resolve(name)
         names[slices[0].parameter.name if len(slices) == 1 else name] = name
     return names
-
-
-def _head_follows(binding: Binding, component: Component, embedding: Edit) -> bool:
-    """Whether updates of the embedding also apply to a tied head."""
-    follows = component.tied and component.head and component.name not in binding.untied
-    return bool(follows) and embedding.name == component.embedding
 
 
 def slot_arrays(
@@ -137,14 +131,18 @@ def slot_arrays(
         name: replaced_array(edit).astype(inputs[name]) for name, edit in adapter.replaced.items() if name in inputs
     }
     for slot in slots:
-        size, table = sizes[slot.weight], slot.weight in adapter.tables
-        if slot.parts:
-            if packed := _packed(adapter, slot, size):
-                arrays[slot.A], arrays[slot.B] = (factor.astype(dtype) for factor in packed)
-        elif additions := adapter.additions.get(slot.weight):
-            A, B = factors_of(additions, size, table=table)
+        if factors := _slot_factors(adapter, slot, sizes[slot.weight]):
+            A, B = factors
             arrays[slot.A], arrays[slot.B] = A.astype(dtype), (B * np.float32(adapter.weight)).astype(dtype)
     return arrays
+
+
+def _slot_factors(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:
+    """Both factors of a slot, without the adapter's weight; None if it adds nothing there."""
+    if slot.parts:
+        return _packed(adapter, slot, size)
+    additions = adapter.additions.get(slot.weight)
+    return factors_of(additions, size, table=slot.weight in adapter.tables) if additions else None
 
 
 def _packed(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:

@@ -51,9 +51,8 @@ class WeightOptions:
         if self == WeightOptions():
             return None
         self._check()
-        from surgery.onnx.export.weight_coding import (
-            WeightCoding,  # it knows calibrations, which a plain export does not need
-        )
+        # It knows calibrations, which a plain export does not need.
+        from surgery.onnx.export.weight_coding import WeightCoding
 
         if self.linear == "matmul":
             return WeightCoding(0, matmul=True)

@@ -15,9 +15,8 @@ from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.decoder import embedded
 from surgery.onnx.graph.dims import BATCH
 from surgery.onnx.graph.heads import add_head
-from surgery.onnx.graph.layers import Body, layer_steps
+from surgery.onnx.graph.layers import Body, last_states, layer_steps
 from surgery.onnx.graph.linear import declared_slot, linear
-from surgery.onnx.graph.norm import residual_norm
 from surgery.onnx.graph.pair_names import MASK, STATES
 from surgery.onnx.graph.relative import masked_bias, relative_bias
 from surgery_formats.dtypes import DType
@@ -68,12 +67,7 @@ def crossed_decoder(ctx: Context, model: Model, *, begun: bool) -> None:
         own = _own(ctx, layer.attention, reading, number, begun=begun)
         crossed = _crossed(ctx, layer.cross.attention, reading, number, begun=begun)
         stream = layer_steps(ctx, model, layer, stream, own, crossed)
-    if model.final_norm is not None:
-        at = module_of(model.final_norm.weight)
-        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
-    else:
-        x = ctx.total(stream, "")
-    add_head(ctx, model, x)
+    add_head(ctx, model, last_states(ctx, model, stream))
     if not ctx.keep_logits:
         graph.proto.output[0].type.tensor_type.shape.dim[1].dim_param = OWN
     for number, layer in enumerate(model.layers):

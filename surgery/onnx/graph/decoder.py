@@ -12,10 +12,10 @@ from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
 from surgery.onnx.graph.embedding import position_table, token_rows
 from surgery.onnx.graph.frame import Frame
 from surgery.onnx.graph.heads import add_head
-from surgery.onnx.graph.layers import Body, layer_steps
+from surgery.onnx.graph.layers import Body, last_states, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
-from surgery.onnx.graph.norm import norm, residual_norm
+from surgery.onnx.graph.norm import norm
 from surgery.onnx.graph.short_convolution import state_names
 from surgery.onnx.graph.virtual_tokens import completed_mask, in_front
 from surgery_formats.dtypes import DType
@@ -60,12 +60,7 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     stream = ResidualStream(embedded(ctx, model, lambda: frame.positions))
     for layer, cache in zip(model.layers, caches, strict=True):
         stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
-    if model.final_norm is not None:
-        at = module_of(model.final_norm.weight) or "norm"
-        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
-    else:
-        x = ctx.total(stream, "")
-    add_head(ctx, model, x)
+    add_head(ctx, model, last_states(ctx, model, stream))
     for layer, values in zip(model.layers, kept, strict=False):
         if layer.attention.convolution is not None:
             graph.output(values.present_key, ctx.io, _state(layer))

@@ -10,7 +10,7 @@ from surgery.onnx.graph.convolution import convolved
 from surgery.onnx.graph.disentangled import DistanceScores
 from surgery.onnx.graph.embedding import encoder_rows
 from surgery.onnx.graph.heads import add_head
-from surgery.onnx.graph.layers import Body, layer_steps
+from surgery.onnx.graph.layers import Body, last_states, layer_steps
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import couple
 from surgery.onnx.graph.norm import residual_norm
@@ -67,12 +67,7 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
         if index == 0 and model.convolution is not None:
             x, y = ctx.total(before, ""), ctx.total(stream, "")
             stream = ResidualStream(convolved(ctx, model.convolution, x, y, model.hidden))
-    if model.final_norm is not None:
-        at = module_of(model.final_norm.weight)
-        x, _ = residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)
-    else:
-        x = ctx.total(stream, "")
-    add_head(ctx, model, x)
+    add_head(ctx, model, last_states(ctx, model, stream))
 
 
 def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, distances: DistanceScores) -> Body:

@@ -11,14 +11,13 @@ from functools import cached_property
 import numpy as np
 
 from surgery.onnx.graph.context import Context
+from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.relative import masked_bias
-from surgery.onnx.graph.rotary import RotaryTable, table
+from surgery.onnx.graph.rotary import RotaryTable, RotaryTables
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Alibi, PositionScale, Rope
 
 __all__ = ["Frame"]
-
-_ALL = 2**62  # an end of Slice beyond any length
 
 
 class Frame:
@@ -29,32 +28,25 @@ class Frame:
 
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
-        max_length: Positions of the rotary tables.
         places: Input of positions ``(B, S)``, or empty.
     """
 
     def __init__(self, ctx: Context, mask: str, max_length: int, own: str = "", places: str = "") -> None:
-        """`own` is the caller's part of the mask, where that is not all of it."""
+        """Rotary tables have `max_length` positions; `own` is the caller's part of the mask, where that is not all of it."""
         self._ctx = ctx
         self._graph = ctx.graph
         self.mask = mask
         self._own = own or mask
         self.places = places
         self._is_guarded = False
-        self.max_length = max_length
-        self._tables: list[tuple[Rope, RotaryTable]] = []
+        self._tables = RotaryTables(ctx.graph, max_length, ctx.io)
         self._masks: dict[int | None, str] = {}
         self._biased: dict[tuple[int | None, Alibi], str] = {}
         self._factors: dict[PositionScale, str] = {}
 
     def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers with equal parameters share them."""
-        for known, tables in self._tables:
-            if known == rope:
-                return tables
-        tables = table(self._graph, rope, self.max_length, self._ctx.io)
-        self._tables.append((rope, tables))
-        return tables
+        return self._tables.of(rope)
 
     @cached_property
     def _new_tokens(self) -> str:
@@ -116,7 +108,7 @@ class Frame:
         if self._ctx.target.attention == "gqa":  # of a new token the mask may have its one elsewhere
             return graph.node("Less", [self._counted, self._tokens], "")
         start = graph.node("Neg", [self._new_tokens], "")
-        return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(_ALL), graph.ints(1)], ""), DType.BOOL, "")
+        return graph.cast(graph.node("Slice", [self.mask, start, graph.ints(END), graph.ints(1)], ""), DType.BOOL, "")
 
     @cached_property
     def last_new(self) -> str:
@@ -163,7 +155,7 @@ class Frame:
         """The last S key positions; -1 for padding before the first token."""
         graph = self._graph
         start = graph.node("Neg", [self._new_tokens], "")
-        return graph.node("Slice", [self._key_positions, start, graph.ints(_ALL), graph.ints(1)], "")
+        return graph.node("Slice", [self._key_positions, start, graph.ints(END), graph.ints(1)], "")
 
     def allowed(self, window: int | None) -> str:
         """Visible keys ``(B, 1, S, T)``, bool: tokens up to the query, the last `window` of them.
@@ -237,5 +229,5 @@ class Frame:
         total = graph.node("Shape", [self.mask], "", start=1, end=2)
         keys = self._range(total)
         start = graph.node("Neg", [self._new_tokens], "")
-        queries = graph.node("Slice", [keys, start, graph.ints(_ALL), graph.ints(0)], "")
+        queries = graph.node("Slice", [keys, start, graph.ints(END), graph.ints(0)], "")
         return graph.node("Equal", [keys, graph.node("Unsqueeze", [queries, graph.ints(1)], "")], "")

@@ -18,9 +18,11 @@ from surgery._version import __version__
 from surgery.onnx.graph.opset import ir_version, nodes_of
 from surgery_formats.dtypes import DType
 
-__all__ = ["MICROSOFT", "ONNX_TYPES", "Graph"]
+__all__ = ["END", "MICROSOFT", "ONNX_TYPES", "Graph"]
 
 MICROSOFT = "com.microsoft"
+END = 2**62
+"""An end of Slice beyond any length."""
 ONNX_TYPES = {
     DType.F32: 1, DType.U8: 2, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16
 }  # fmt: skip

@@ -9,6 +9,7 @@ from surgery.onnx.graph.activation import activate
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.contract import KEEP
 from surgery.onnx.graph.dims import CHOICES, KEPT, SEQUENCE
+from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.modules import uncouple
 from surgery.onnx.graph.norm import norm
@@ -28,8 +29,6 @@ from surgery_formats.models.families.recipe import (
 from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = ["add_head"]
-
-_ALL = 2**62  # an end of Slice beyond any length
 
 
 def add_head(ctx: Context, model: Model, x: str) -> None:
@@ -90,7 +89,7 @@ def _kept(ctx: Context, x: str, width: int) -> str:
     graph.initializer(KEEP, np.array(0, np.int64))
     start = graph.node("Unsqueeze", [graph.node("Neg", [keep], at), graph.ints(0)], at)
     x = ctx.batched(x, at) if ctx.flat else x
-    x = graph.node("Slice", [x, start, graph.ints(_ALL), graph.ints(1)], at)
+    x = graph.node("Slice", [x, start, graph.ints(END), graph.ints(1)], at)
     return ctx.reshaped(x, (-1, width), at) if ctx.flat else x
 
 
@@ -199,7 +198,7 @@ def _tokens(ctx: Context, x: str, at: str, name: str = "") -> str:
     """`x` as ``(B, S, ...)``, called `name`, without virtual tokens, whose results are not part of the output."""
     if ctx.virtual.front:
         x = ctx.batched(x, at) if ctx.flat else x
-        ends = [ctx.graph.ints(bound) for bound in (ctx.virtual.front, _ALL, 1)]
+        ends = [ctx.graph.ints(bound) for bound in (ctx.virtual.front, END, 1)]
         return ctx.graph.node("Slice", [x, *ends], at, out=name or "*")
     if ctx.flat:
         return ctx.batched(x, at, out=name or "*")

@@ -12,7 +12,7 @@ from surgery.onnx.graph.modules import run_inserted
 from surgery.onnx.graph.norm import norm, residual_norm
 from surgery_formats.models.families.recipe import Branch, Experts, Layer, Model
 
-__all__ = ["Body", "layer_steps"]
+__all__ = ["Body", "last_states", "layer_steps"]
 
 Body = Callable[[str, float], str]
 """Maps hidden states and a factor to the body's result times the factor."""
@@ -79,3 +79,11 @@ def _parallel(
     attended = _after(ctx, model, layer.attention_branch, attend, x, at)
     transformed = _after(ctx, model, layer.mlp_branch, transform, y, at)
     return ResidualStream(stream.value, ctx.graph.node("Add", [attended, transformed], at))
+
+
+def last_states(ctx: Context, model: Model, stream: ResidualStream) -> str:
+    """The states behind the last layer, normalised if the model has a norm there; in the rank of the hidden states."""
+    if model.final_norm is None:
+        return ctx.total(stream, "")
+    at = module_of(model.final_norm.weight) or "norm"
+    return residual_norm(ctx, model.final_norm, stream, model.hidden, at, keep=False)[0]

@@ -15,14 +15,13 @@ import numpy as np
 import onnx
 
 from surgery.onnx.graph.activation import gelu_in_steps
-from surgery.onnx.graph.graph import Graph
+from surgery.onnx.graph.graph import END, Graph
 from surgery.onnx.graph.opset import NEWEST, OLDEST, least_opset, needs
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 
 __all__ = ["check_opset", "lower"]
 
-_ALL = 2**62  # an end of Slice beyond any length
 _BOOLEAN = ("And", "Or", "Not", "Xor", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "IsNaN")
 _SAME_TYPE = ("Unsqueeze", "Squeeze", "Expand", "Slice", "Reshape", "Concat", "Transpose", "Gather", "Tile", "Identity")
 _REDUCED = 18  # the set from which on axes are an input
@@ -155,7 +154,7 @@ def _rotary(steps: _Steps, node: onnx.NodeProto, attributes: Mapping[str, Any]) 
     cos, sin = (graph.node("Unsqueeze", [table, graph.ints(axis)], at) for table in tables)
     rest = ""
     if dims:
-        rest = graph.node("Slice", [x, graph.ints(dims), graph.ints(_ALL), graph.ints(-1)], at)
+        rest = graph.node("Slice", [x, graph.ints(dims), graph.ints(END), graph.ints(-1)], at)
         x = graph.node("Slice", [x, graph.ints(0), graph.ints(dims), graph.ints(-1)], at)
     if turned:
         pairs = graph.node("Reshape", [x, graph.ints(0, 0, 0, -1, 2)], at)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from surgery.onnx.graph.activation import activate, xielu
 from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.linear import joined, linear
 from surgery_formats.models.families.recipe import MLP
 
 __all__ = ["mlp"]
-
-_ALL = 2**62  # an end of Slice beyond any length
 
 
 def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
@@ -44,5 +43,5 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
 
 def _every_second(ctx: Context, x: str, first: int, at: str) -> str:
     """The values ``first, first + 2, ...`` of the last axis."""
-    bounds = [ctx.graph.ints(number) for number in (first, _ALL, -1, 2)]
+    bounds = [ctx.graph.ints(number) for number in (first, END, -1, 2)]
     return ctx.graph.node("Slice", [x, *bounds], at)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from surgery.onnx.graph.context import Context, ResidualStream, module_of
 from surgery.onnx.graph.dims import BATCH
+from surgery.onnx.graph.graph import END
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Model, Patches
 
 __all__ = ["looked_at", "mean_of_patches"]
-
-_ALL = 2**62  # an end of Slice beyond any length
 
 
 def looked_at(ctx: Context, model: Model, patches: Patches) -> ResidualStream:
@@ -28,7 +27,7 @@ def looked_at(ctx: Context, model: Model, patches: Patches) -> ResidualStream:
         places = ctx.reshaped(places, (1, *patches.positions_shape), at)
     if patches.first:
         own = graph.node("Slice", [places, graph.ints(0), graph.ints(1), graph.ints(1)], at)
-        places = graph.node("Slice", [places, graph.ints(1), graph.ints(_ALL), graph.ints(1)], at)
+        places = graph.node("Slice", [places, graph.ints(1), graph.ints(END), graph.ints(1)], at)
         first = ctx.reshaped(ctx.weights.value(patches.first, patches.first_shape), (1, 1, width), at)
         front = graph.node("Add", [first, own], at)
         if patches.registers:
@@ -48,7 +47,7 @@ def mean_of_patches(ctx: Context, x: str, *, with_first: bool) -> str:
     """The mean of the patches, ``(B, D)``, behind the first token's state if `with_first`."""
     graph, at = ctx.graph, "classifier"
     x = ctx.batched(x, at) if ctx.flat else x
-    cut = graph.node("Slice", [x, *(graph.ints(bound) for bound in (ctx.in_front, _ALL, 1))], at)
+    cut = graph.node("Slice", [x, *(graph.ints(bound) for bound in (ctx.in_front, END, 1))], at)
     mean = graph.node("ReduceMean", [cut, graph.ints(1)], at, keepdims=0)
     if not with_first:
         return mean

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.mlp import mlp
 from surgery.onnx.graph.norm import norm
@@ -53,7 +54,7 @@ def _asked(ctx: Context, probe: Probe, x: str, width: int) -> str:
         projected = linear(ctx, probe.inputs, together)
     q, k, v = graph.several("Split", [projected, graph.ints(width, width, width)], at, ("*",) * 3, axis=-1)
     q = graph.node("Slice", [q, *(graph.ints(bound) for bound in (0, 1, 1))], at)
-    k, v = (graph.node("Slice", [part, *(graph.ints(bound) for bound in (1, 2**62, 1))], at) for part in (k, v))
+    k, v = (graph.node("Slice", [part, *(graph.ints(bound) for bound in (1, END, 1))], at) for part in (k, v))
     y = graph.node(
         "Attention",
         [q, k, v],

@@ -19,7 +19,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Rope
 
-__all__ = ["Frequencies", "RotaryTable", "frequencies", "longest", "table"]
+__all__ = ["Frequencies", "RotaryTable", "RotaryTables", "frequencies", "longest"]
 
 _ROWS = 1 << 24
 """Greatest number of positions; more than any model supports, but config.json may contain anything."""
@@ -151,7 +151,7 @@ def _longrope_scaling(p: Mapping[str, Any], original: int) -> float:
     return 1.0 if p["factor"] <= 1 else math.sqrt(1 + math.log(p["factor"]) / math.log(original))
 
 
-def table(graph: Graph, rope: Rope, rows: int, io: DType) -> RotaryTable:
+def _table(graph: Graph, rope: Rope, rows: int, io: DType) -> RotaryTable:
     """Tables of `rows` positions in type `io`; twice as many rows if long sequences have their own angles."""
     angles_per_position = frequencies(rope)
     at = "rotary"
@@ -172,3 +172,21 @@ def table(graph: Graph, rope: Rope, rows: int, io: DType) -> RotaryTable:
         return value if io is DType.F32 else graph.node("Cast", [value], at, to=ONNX_TYPES[io])
 
     return RotaryTable(wave("Cos"), wave("Sin"), original, rows)
+
+
+class RotaryTables:
+    """The tables of one graph; layers with equal parameters share them."""
+
+    def __init__(self, graph: Graph, rows: int, io: DType) -> None:
+        """Tables of so many positions, in the type of hidden states."""
+        self._graph, self._rows, self._io = graph, rows, io
+        self._known: list[tuple[Rope, RotaryTable]] = []  # parameters are a mapping, which is no key
+
+    def of(self, rope: Rope) -> RotaryTable:
+        """The table of these parameters, built when first needed."""
+        for known, values in self._known:
+            if known == rope:
+                return values
+        values = _table(self._graph, rope, self._rows, self._io)
+        self._known.append((rope, values))
+        return values

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.relative import masked_bias, relative_bias
-from surgery.onnx.graph.rotary import RotaryTable, table
+from surgery.onnx.graph.rotary import RotaryTable, RotaryTables
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, RelativeBias, Rope
 
@@ -18,21 +18,17 @@ __all__ = ["SeenKeys"]
 
 
 class SeenKeys:
-    """The keys of one encoder graph.
-
-    Attributes:
-        max_length: Positions of the rotary tables.
-    """
+    """The keys of one encoder graph."""
 
     def __init__(self, ctx: Context, mask: str, max_length: int = 0, *, reads_padding: bool = False) -> None:
         """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for; an empty name for no padding.
 
-        With `reads_padding`, results at padding are read; it sees the tokens of its row.
+        Rotary tables have `max_length` positions. With `reads_padding`, results at padding are read; it sees the tokens of
+        its row.
         """
         self._reads_padding = reads_padding
         self._ctx, self._graph, self._mask = ctx, ctx.graph, mask
-        self.max_length = max_length
-        self._tables: list[tuple[Rope, RotaryTable]] = []
+        self._tables = RotaryTables(ctx.graph, max_length, ctx.io)
         self._allowed: dict[int | None, str] = {}
         self._biased: dict[tuple[RelativeBias, int | None], str] = {}
 
@@ -88,12 +84,7 @@ class SeenKeys:
 
     def table(self, rope: Rope) -> RotaryTable:
         """Cosines and sines; layers with equal parameters share them."""
-        for known, tables in self._tables:
-            if known == rope:
-                return tables
-        tables = table(self._graph, rope, self.max_length, self._ctx.io)
-        self._tables.append((rope, tables))
-        return tables
+        return self._tables.of(rope)
 
     def shifted_positions(self, rows: RotaryTable) -> str:
         """Row indices into a rotary table ``(B, S)``; no encoder has a second set of angles."""

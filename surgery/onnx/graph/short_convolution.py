@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from surgery.onnx.graph.context import CacheValues, Context, module_of
 from surgery.onnx.graph.frame import Frame
+from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.linear import linear
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, ShortConvolution
@@ -44,7 +45,7 @@ def short_convolution(
         seen = graph.node("Concat", [cache.past_key, entered], at, axis=2)
         kept = graph.node("GatherElements", [seen, _last(ctx, own, seen, frame, at)], at, axis=2)
         graph.rename(kept, cache.present_key)
-        begin, end, axis = (graph.ints(number) for number in (1, 2**62, 2))
+        begin, end, axis = (graph.ints(number) for number in (1, END, 2))
         y = graph.node("Conv", [graph.node("Slice", [seen, begin, end, axis], at), weight], at, group=width)
     y = graph.node("Mul", [c, graph.node("Transpose", [y], at, perm=[0, 2, 1])], at)
     return linear(ctx, record.output, ctx.reshaped(y, (-1, width), at) if ctx.flat else y, alpha=alpha)

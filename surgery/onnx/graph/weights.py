@@ -16,14 +16,12 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.tasks import TRAINED_HEADS
+from surgery_formats.storage.turned_elements import ACROSS
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.tensors.unwritten import UnwrittenFile, UnwrittenTensor
 from surgery_formats.text import closest, listing
 
 __all__ = ["ACROSS", "LABELS", "GraphTensor", "GraphWeights", "Replaceable", "file_of", "joint_name"]
-
-ACROSS = ".transposed"
-"""What a matrix that was written with its axes exchanged is called behind the weight's name."""
 
 LABELS = "labels"
 """Name of the free axis of a classifier that adapters replace."""

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that lie beside graphs: tokenizer, configuration, modules of sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from surgery.engine.plan import SideFile
+from surgery.onnx.export.assemble import Assembly
+from surgery_formats.models.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from surgery.onnx.export.merged import MergedWeights
+
+__all__ = ["side_files_of"]
+
+
+def side_files_of(
+    checkpoint: Checkpoint,
+    merged: MergedWeights | None,
+    assembly: Assembly,
+    config: Mapping[str, Any] | None,
+    taken: set[str],
+) -> list[SideFile]:
+    """Tokenizer, configuration and the like, but for names that the export itself takes; `config` replaces the base's."""
+    if merged is not None:
+        side_files = list(merged.side_files)
+    else:
+        source = checkpoint.main.folder / "config.json"
+        side_files = [SideFile(name, source=path) for name, path in checkpoint.side_files]
+        side_files += [SideFile("config.json", source=source)] if source.exists() else []
+    if assembly.headed or config is not None:
+        data = json.dumps(dict(config or assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
+        side_files = [side for side in side_files if side.name != "config.json"]
+        side_files.append(SideFile("config.json", data=data))
+    if assembly.sentence is not None:
+        side_files += [SideFile(name, source=path) for name, path in assembly.sentence.modules.files.items()]
+    return [side for side in side_files if side.name not in taken]
