@@ -149,7 +149,7 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
                 label,
                 one,
                 place.dtype,
-                lambda row, values, first=first: sink.put((first + row) * width, as_bytes(values)),  # type: ignore[misc]
+                _rows_put(sink, first, width),
                 stop,
                 device,
                 _rows_check(whole, first, one) if _is_plain(one) else None,
@@ -176,6 +176,15 @@ def _is_plain(change: Change) -> bool:
     """Whether the graph should hold the base's values bit for bit, and they are read here."""
     piece = change.piece
     return not piece.is_scaled and not piece.flipped and change.edit.replaced is None
+
+
+def _rows_put(sink: _Sink, first: int, width: int) -> Rows:
+    """Writes rows of `width` bytes that lie one below the other, from row `first` of the tensor on."""
+
+    def put(row: int, values: numpy.ndarray) -> None:
+        sink.put((first + row) * width, as_bytes(values))
+
+    return put
 
 
 def _rows_check(whole: Matrix, first: int, change: Change) -> Rows:
