@@ -145,9 +145,9 @@ def variants(run: Run, dtype: str) -> None:
     graphs: dict[OperatorSet, Path] = {}
     for variant in VARIANTS:
         target = variant.target(run.target)
+        if target not in graphs:
+            graphs[target], _ = export(folder, f"variant{len(graphs)}.onnx", target, dtype)
         try:
-            if target not in graphs:
-                graphs[target], _ = export(folder, f"variant{len(graphs)}.onnx", target, dtype)
             with setting(variant.environment):
                 side = run.bind(
                     graphs[target], session_config=variant.session, cuda_graph=variant.name != "no CUDA graph"
@@ -157,7 +157,7 @@ def variants(run: Run, dtype: str) -> None:
                 for _ in range(3):
                     side.decoder.step([5])  # what is tuned at the first run is tuned now, under this environment
             sides[variant.name] = side
-        except Exception as error:  # a setting this version does not know is a finding
+        except Exception as error:  # onnxruntime's types, without a common base: it refuses settings it does not know
             run.skipped.append(f"variant {variant.name}: {str(error)[:200]}")
     reference = None
     for name, side in sides.items():

@@ -8,8 +8,8 @@ import statistics
 import sys
 import time
 
-import torch  # noqa: F401  # isort: skip  # it brings the CUDA libraries
-import onnxruntime  # noqa: F401  # isort: skip
+import torch  # noqa: F401  # isort: skip  # first: it loads the CUDA libraries that the others look for
+import onnxruntime  # noqa: F401  # isort: skip  # then this, whose library genai takes over
 import numpy as np
 import onnxruntime_genai as og
 

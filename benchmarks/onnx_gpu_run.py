@@ -53,7 +53,7 @@ class Run:
         began = time.perf_counter()
         try:
             work()
-        except Exception as error:  # the other parts are worth having
+        except Exception as error:  # whatever it is, it is reported and fails the run; the other parts are worth having
             traceback.print_exc()
             self.failed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
         self.seconds[name] = time.perf_counter() - began

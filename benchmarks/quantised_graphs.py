@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from measure import ROOT, run, versions
+from measure import ROOT, Sample, run, versions
 from safetensors.torch import save_file
 from shapes import LARGE, Shape, write_base
 
@@ -79,10 +79,8 @@ class GraphModel:
             self._adapter.Load(str(adapter))
         config = path.with_name("genai_config.json")
         decoder = json.loads(config.read_text())["model"]["decoder"] if config.exists() else {}
-        self._sizes = {
-            1: decoder.get("num_key_value_heads"),
-            3: decoder.get("head_size"),
-        }  # the builder names them only
+        # a graph of the builder names these axes, and only its configuration has their sizes
+        self._sizes = {1: decoder.get("num_key_value_heads"), 3: decoder.get("head_size")}
         self._past = {p.name: p.shape for p in self._session.get_inputs() if p.name.startswith("past_key_values")}
 
     def parameters(self) -> Iterator[torch.Tensor]:
@@ -191,6 +189,16 @@ def logit_error(path: Path, ids: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
+def print_peer(name: str, label: str, sample: Sample, folder: Path, error: float) -> None:
+    """A line of the table of `peers`; MB are of weights and graphs."""
+    nbytes = size(folder) + sum(path.stat().st_size for path in folder.glob("*.onnx"))
+    print(
+        f"| {name} | {label} | {sample.wall:.2f} | {sample.cpu:.2f} | {sample.peak / 1e6:.0f} | {nbytes / 1e6:.2f} "
+        f"| {error:.4f} |",
+        flush=True,
+    )
+
+
 def peers(work: Path, python: str, shapes: list[str]) -> None:
     """onnxruntime-genai's builder, and onnxruntime's quantiser of our graph of MatMul, of the same models."""
     print(
@@ -219,14 +227,7 @@ def peers(work: Path, python: str, shapes: list[str]) -> None:
             sample = run(words, work / "log.txt")
             graph = work / "out" / ("prefill.onnx" if (work / "out" / "prefill.onnx").exists() else "model.onnx")
             errors[label], seconds[label] = logit_error(graph, ids, expected), sample.wall
-            held = sum(
-                p.stat().st_size for p in (work / "out").iterdir() if p.suffix in (".safetensors", ".data", ".onnx")
-            )
-            print(
-                f"| {name} | {label} | {sample.wall:.2f} | {sample.cpu:.2f} | {sample.peak / 1e6:.0f} | {held / 1e6:.2f} "
-                f"| {errors[label]:.4f} |",
-                flush=True,
-            )
+            print_peer(name, label, sample, work / "out", errors[label])
         shutil.rmtree(work / "out", ignore_errors=True)
         surgery.export_onnx(base, output=work / "out", linear="matmul", target="portable")
         (work / "nbits").mkdir()
@@ -234,12 +235,7 @@ def peers(work: Path, python: str, shapes: list[str]) -> None:
             [python, "-c", QUANTISER, str(work / "out/model.onnx"), str(work / "nbits/model.onnx")], work / "log.txt"
         )
         error = logit_error(work / "nbits" / "model.onnx", ids, expected)
-        held = size(work / "nbits") + (work / "nbits" / "model.onnx").stat().st_size
-        print(
-            f"| {name} | MatMulNBitsQuantizer of --linear matmul | {sample.wall:.2f} | {sample.cpu:.2f} | {sample.peak / 1e6:.0f} "
-            f"| {held / 1e6:.2f} | {error:.4f} |",
-            flush=True,
-        )
+        print_peer(name, "MatMulNBitsQuantizer of --linear matmul", sample, work / "nbits", error)
         for folder in ("out", "nbits", "out-cache", *([] if tiny else [name])):
             shutil.rmtree(work / folder, ignore_errors=True)
         assert errors["surgery, scales searched"] < errors["onnxruntime-genai builder"], errors

@@ -124,7 +124,7 @@ def row(work: Path, program: str, command: str, wanted: Mapping[str, Any]) -> st
             version = answer.get("version", version)
             key = f"{kind} text" if program == "sentence-transformers" else kind
             results.append(judged(answer, wanted[key]))
-        cells.append(" / ".join(dict.fromkeys(results)) if len(set(results)) == 1 else " / ".join(results))
+        cells.append(results[0] if len(set(results)) == 1 else " / ".join(results))
         print(program, version, kind, cells[-1], flush=True)
     return f"| {program} {version} | {' | '.join(cells)} |"
 
@@ -163,17 +163,13 @@ def main() -> None:
         parser.add_argument(f"--{name}")
     given = vars(parser.parse_args())
     commands = {name: given.get(name.replace("-", "_")) for name in PROGRAMS if name != "onnxruntime"}
-    commands = {"onnxruntime": given["onnxruntime"][-1:], **commands, "transformers.js": given["node"]}
+    commands = {"onnxruntime": next(reversed(given["onnxruntime"]), None), **commands, "transformers.js": given["node"]}
     with tempfile.TemporaryDirectory(prefix="surgery-deploy-") as place:
         work = Path(place)
         wanted = make_models(work)
         coded = surgery.run(exported(work, "coded", "plain"), PROMPT, max_new=TEXT_NEW)  # no other program is its truth
         wanted["coded"] = coded.texts[0].text
-        lines = [
-            row(work, name, command if isinstance(command, str) else command[0], wanted)
-            for name, command in commands.items()
-            if command
-        ]
+        lines = [row(work, name, command, wanted) for name, command in commands.items() if command]
         least = least_rows(work, given["onnxruntime"], wanted)
     page = PAGE.read_text(encoding="utf-8")
     page = replaced(page, "programs", f"| program | {' | '.join(KINDS.values())} |", lines)

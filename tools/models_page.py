@@ -12,4 +12,4 @@ sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
 from tests.support.exported_types import page
 
 if __name__ == "__main__":
-    (ROOT / "docs" / "models.md").write_text(page())
+    (ROOT / "docs" / "models.md").write_text(page(), encoding="utf-8")

@@ -46,8 +46,8 @@ def _in_thread(function: Callable[..., None], *arguments: object) -> None:
 
 
 def _import_torch() -> None:
-    with contextlib.suppress(Exception):
-        import torch  # noqa: F401
+    with contextlib.suppress(Exception):  # whoever needs it imports it again, and sees what is wrong with it
+        import torch  # noqa: F401 - to have it loaded
 
 
 def _has_torch() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -312,7 +312,7 @@ class Ledger:
             "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),
         }
-        account |= {"quantised": _coded(self)} if self.coded else {}
+        account |= {"quantised": _coded(coded)} if (coded := self.coded) else {}
         return account | ({"requantised": _requantised(self)} if self.requantised else {})
 
 
@@ -335,9 +335,7 @@ def _requantised(ledger: Ledger) -> dict[str, Any]:
     return account
 
 
-def _coded(ledger: Ledger) -> dict[str, Any]:
-    """The account of all values that became codes."""
-    total = CodeError(0.0, 0.0, 0.0)
-    for _, found in ledger.coded:
-        total += found
-    return {"weights": len(ledger.coded), **total.as_json()}
+def _coded(coded: Sequence[tuple[PlannedTensor, CodeError]]) -> dict[str, Any]:
+    """The account of all values that became codes, see `Ledger.coded`."""
+    total = sum((error for _, error in coded), CodeError(0.0, 0.0, 0.0))
+    return {"weights": len(coded), **total.as_json()}

@@ -67,7 +67,7 @@ def write_extraction(
 def load_writer() -> None:
     """Import what renders and reads back an adapter: once all is factorised, nothing else is left to wait for."""
     import surgery_formats.adapters.peft.read
-    import surgery_formats.adapters.peft.write  # noqa: F401
+    import surgery_formats.adapters.peft.write  # noqa: F401 - to have both loaded
 
 
 def _side_files(plan: ExtractionPlan) -> Mapping[str, Path]:

@@ -86,7 +86,7 @@ class DeltaResult:
         facts: list[tuple[str, Phrase]] = [
             ("insert", Name(self.delta, PATH)),
             ("into", Name(self.ledger.plan.roots[0], PATH)),
-            ("trained", (*_pieces(self.tuned.phrase), " (", Value(self.tuned.numbers, "count"), ")")),
+            ("trained", (*self.tuned.phrase, " (", Value(self.tuned.numbers, "count"), ")")),
             ("tensors", counted(self.ledger.classes)),
         ]
         size: Phrase = Value(self.nbytes, "bytes")
@@ -96,10 +96,6 @@ class DeltaResult:
         sections: list[Section] = [Facts(tuple(facts))]
         sections += [DRY_RUN] if self.output is None else [Note("every replaced number is the fine-tune's own")]
         return Summary("Insertion", (*sections, *warning_notes(self.warnings)))
-
-
-def _pieces(phrase: Phrase) -> tuple[Any, ...]:
-    return phrase if isinstance(phrase, tuple) else (phrase,)
 
 
 def insert_delta(base: Checkpoint, delta: Adapter, folder: Path | None, run: Run) -> DeltaResult:

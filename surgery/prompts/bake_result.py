@@ -98,7 +98,7 @@ class BakeResult:
         rows.append(("rounding", (Value(self.rounding, "number"), " of the greatest value")))
         rows += [(Name(name), what) for name, what in self.files.items()]
         if self.output is not None:
-            rows.append(("wrote", (Name(self.output, PATH), ": ", *_pieces(wrote(self.output, self.seconds)))))
+            rows.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
         elif output is not None:
             rows.append(("would write", Name(output, PATH)))
         sections: list[Section] = [Facts(tuple(rows))]
@@ -107,7 +107,3 @@ class BakeResult:
         elif self.loading:
             sections.append(Verbatim(self.loading))
         return Summary("Baked prompt", (*sections, *warning_notes(self.warnings)))
-
-
-def _pieces(phrase: Phrase) -> tuple[Any, ...]:
-    return phrase if isinstance(phrase, tuple) else (phrase,)

@@ -132,8 +132,7 @@ class PromptResult:
             if score.kept is not None:
                 rows.append(("kept", (Value(score.kept, "share", 0), " of what the prompt gains")))
         if self.output is not None:
-            took = wrote(self.output, self.seconds)
-            rows.append(("wrote", (Name(self.output, PATH), ": ", *(took if isinstance(took, tuple) else (took,)))))
+            rows.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
         elif output is not None:
             rows.append(("would write", Name(output, PATH)))
         sections: list[Section] = [Facts(tuple(rows)), *([DRY_RUN] if self.output is None else [])]

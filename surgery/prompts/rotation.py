@@ -22,7 +22,8 @@ def turned_keys(table: np.ndarray, model: Model, positions: int) -> np.ndarray:
     """A table of keys and values ``(tokens, 2 * layers * kv_heads * head_dim)`` with every key turned by `positions`.
 
     Raises:
-        FitError: positions that are not rotary, or whose frequencies depend on the length; a window.
+        FitError: positions that are not rotary, or whose frequencies depend on the length; a window; keys of which rotation
+            is not all (latent attention, a norm behind the rotation, queries scaled by position).
     """
     layers = [layer.attention for layer in model.layers]
     first = layers[0]

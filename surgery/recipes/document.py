@@ -7,7 +7,7 @@ Only events of the parser are used, so that nothing is constructed that a file c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,12 @@ class _Reader:
         if not event.implicit[0]:
             return str(event.value)
         tag = self._loader.resolve(yaml.ScalarNode, event.value, event.implicit)
-        known: Mapping[str, Any] = {"null": lambda node: None, "bool": self._loader.construct_yaml_bool}
-        known |= {"int": self._loader.construct_yaml_int, "float": self._loader.construct_yaml_float}  # type: ignore[operator]
+        known: dict[str, Callable[[Any], Any]] = {
+            "null": lambda node: None,
+            "bool": self._loader.construct_yaml_bool,
+            "int": self._loader.construct_yaml_int,
+            "float": self._loader.construct_yaml_float,
+        }
         kind = tag.rpartition(":")[2]
         if kind == "str" and len(event.value) < 100 and _POWER_OF_TEN.fullmatch(event.value):
             return float(event.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.sections import Note
-from surgery.reports.values import Name, Phrase, Value
+from surgery.reports.values import Name, Phrase, Piece, Value
 
 __all__ = ["DRY_RUN", "PATH", "counted", "destination", "nbytes_of", "written", "wrote"]
 
@@ -26,7 +26,7 @@ def destination(output: Path | None, format: str) -> Phrase:
     return Name(format) if output is None else (Name(output, PATH), " (", Name(format), ")")
 
 
-def wrote(output: Path, seconds: float) -> Phrase:
+def wrote(output: Path, seconds: float) -> tuple[Piece, ...]:
     """The size of `output`, and how long it took if that is known."""
     took = (" in ", Value(seconds, "seconds")) if seconds else ()
     return Value(nbytes_of(output), "bytes"), *took

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from surgery.reports.values import Name, Phrase, Value
+from surgery.reports.values import Name, Piece, Value
 
 __all__ = ["ChangedWeight", "SelectiveTuning", "selective_tuning"]
 
@@ -75,7 +75,7 @@ class SelectiveTuning:
         return self.tuned != "other"
 
     @property
-    def phrase(self) -> Phrase:
+    def phrase(self) -> tuple[Piece, ...]:
         """``only biases changed (BitFit): 0.08% of the parameters``."""
         share = Value(self.share, "share"), " of the parameters"
         if self.tuned == "rows":

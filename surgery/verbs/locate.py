@@ -12,8 +12,10 @@ from surgery.engine.inputs import (
     as_weighted,
     check_counts,
 )
+from surgery.onnx.edit.opening import graph_at
 from surgery.onnx.locate.result import LocateResult
-from surgery.onnx.locate.search import Located
+from surgery.onnx.locate.search import Located, located_weights
+from surgery.onnx.locate.wanted import wanted_weights
 from surgery.reports.result import timed
 from surgery_formats.adapters.registry import format_at
 from surgery_formats.binding.bind import bind
@@ -45,10 +47,6 @@ def locate(
         InputError: graph or base cannot be read.
         FitError: the base is an adapter, or its weights are codes that nothing reads; an adapter does not fit it.
     """
-    from surgery.onnx.edit.opening import graph_at
-    from surgery.onnx.locate.search import located_weights
-    from surgery.onnx.locate.wanted import wanted_weights
-
     check_counts(workers=workers)
     opened = graph_at(as_path(graph, "graph"))
     checkpoint = as_checkpoint(base)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import onnx
 import pytest
 
 import surgery
+from surgery.onnx.edit.strip import STACK_TRACE
 from surgery.onnx.graph.contract import from_metadata
 from surgery_formats.errors import ProofError
 
@@ -61,3 +63,14 @@ def test_slots_in_it_leave_the_second_graph_behind_and_say_so(exported: Path, tm
     assert (tmp_path / "slots" / "config.json").read_bytes() == (exported / "config.json").read_bytes()
     surgery.verify(tmp_path / "slots", against=BASE)
     assert words(tmp_path / "slots") == words(exported)
+
+
+def test_the_size_that_stripping_states_is_that_of_the_file(exported: Path, tmp_path: Path) -> None:
+    traced = shutil.copytree(exported, tmp_path / "traced") / "model.onnx"
+    model = onnx.load(traced, load_external_data=False)
+    model.graph.node[0].metadata_props.add(key=STACK_TRACE, value='File "model.py", line 3')
+    onnx.save(model, traced)
+    result = surgery.strip(traced, output=tmp_path / "stripped")
+    assert prefill_of(tmp_path / "stripped") == ""
+    assert result.after == (tmp_path / "stripped" / "model.onnx").stat().st_size
+    assert surgery.strip(traced, dry_run=True).after == result.after

@@ -32,7 +32,7 @@ def noise(shape: tuple[int, ...], seed: int, dtype: DType, like: Array) -> Array
     import numpy
 
     generated = numpy.random.Generator(numpy.random.Philox(seed % 2**64))
-    return generated.standard_normal(shape, dtype.numpy)  # type: ignore[arg-type]  # it is not known to be a float
+    return generated.standard_normal(shape, dtype.numpy)  # type: ignore[arg-type]  # the stubs know floats only
 
 
 def squares(rows: Array) -> Array:

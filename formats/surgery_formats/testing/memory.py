@@ -66,11 +66,12 @@ def _rebuilt(value: T, names: Iterator[str], known: dict[object, object], keep_t
         known[value] = new = _factor(value, names, known, keep_terms)
     elif isinstance(value, tuple):
         new = tuple(_rebuilt(item, names, known, keep_terms) for item in value)
-    elif hasattr(value, "prepare"):  # an update
-        parts = {field.name: getattr(value, field.name) for field in fields(value) if field.init}  # type: ignore[arg-type]
+    elif hasattr(value, "prepare"):
+        update = cast(Update, value)
+        parts = {field.name: getattr(update, field.name) for field in fields(update) if field.init}
         parts |= dict.fromkeys(parts.keys() & {"noted"}, ())  # where a scale was read is a matter of a file
         changed = {name: _rebuilt(part, names, known, keep_terms) for name, part in parts.items()}
-        new = replace(value, **changed)  # type: ignore[type-var]
+        new = replace(update, **changed)
     return cast(T, new)
 
 

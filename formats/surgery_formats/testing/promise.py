@@ -33,7 +33,7 @@ def promised(
         def told(*args: P.args, **kwargs: P.kwargs) -> None:
             try:
                 check(*args, **kwargs)
-            except Exception as error:
+            except Exception as error:  # whatever is raised breaks the promise; it stays the cause
                 promise = (check.__doc__ or "").partition("\n")[0].rstrip(".")
                 whose = f"the {noun} '{name(args[0])}'"
                 raise AssertionError(f"{whose} breaks {check.__name__} ({promise}): {_what(error)}") from error

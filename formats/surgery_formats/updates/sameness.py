@@ -20,7 +20,7 @@ _AS_WRITTEN = frozenset(["alpha", "noted"])  # what a scale, a limit or a switch
 
 def settings(update: Update) -> dict[str, Any]:
     """Everything but the trained numbers: scales, sizes, switches, and the shapes of factors."""
-    names = [field.name for field in fields(update) if field.name not in _AS_WRITTEN]  # type: ignore[arg-type]
+    names = [field.name for field in fields(update) if field.name not in _AS_WRITTEN]
     values = {name: getattr(update, name) for name in names}
     facts = {
         n: v.shape if isinstance(v, Factor) else v for n, v in values.items() if isinstance(v, Factor) or _plain(v)
@@ -30,7 +30,7 @@ def settings(update: Update) -> dict[str, Any]:
 
 def noted_tensors(update: Update) -> frozenset[Tensor]:
     """What scales, limits and switches were read from, by itself and by an update that it is made of."""
-    made_of = (getattr(update, field.name) for field in fields(update))  # type: ignore[arg-type]
+    made_of = (getattr(update, field.name) for field in fields(update))
     holders = (update, *(value for value in made_of if is_dataclass(value)))
     return frozenset(tensor for holder in holders for tensor in getattr(holder, "noted", ()))
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from dataclasses import Field
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
@@ -69,6 +70,8 @@ class Update(Protocol):
         alpha: As written in its file; None where the format or the kind has none.
         scale: Number on what it adds; None for a kind without one.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # so that `fields` and `replace` take it
 
     @property
     def kind(self) -> str: ...

@@ -108,8 +108,7 @@ class LayersResult:
         if self.output is None:
             facts.append(("would write", (Value(plan.nbytes, "bytes"), f" of weights in {len(plan.files)} files")))
         else:
-            took = wrote(self.output, self.seconds)
-            facts.append(("wrote", (Name(self.output, PATH), ": ", *(took if isinstance(took, tuple) else (took,)))))
+            facts.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
         sections: list[Section] = [Facts(tuple(facts))]
         if verbose:
             columns = Column("tensor", "name"), Column("class"), Column("shape", "shape"), Column("type")

@@ -311,7 +311,7 @@ class _Staging:
             import torch  # streams and page-locked memory are CUDA's
 
             torch.cuda.set_device(device)
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch gives it no types
             torch.cuda.set_stream(self._stream)
         self._fill: _Fill | None = None
         self._buffers = cycle([buffers.take() for _ in range(_BUFFERS)])
@@ -359,7 +359,7 @@ def _event() -> Any:
     """An event at the end of the current stream."""
     import torch
 
-    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives it no types
     event.record()
     return event
 

@@ -214,8 +214,9 @@ def _stream(lane: Lane) -> AbstractContextManager[object]:
     import torch
 
     torch.cuda.set_device(lane.device)
-    stream: AbstractContextManager[object] = torch.cuda.stream(torch.cuda.Stream(lane.device))  # type: ignore[no-untyped-call]
-    return stream
+    stream = torch.cuda.Stream(lane.device)  # type: ignore[no-untyped-call]  # torch gives it no types
+    current: AbstractContextManager[object] = torch.cuda.stream(stream)
+    return current
 
 
 def in_threads(function: Callable[[Item], Outcome], items: Iterable[Item], workers: int) -> list[Outcome]:

@@ -44,7 +44,7 @@ _WEIGHTS = (".onnx", ".data", ".onnx_adapter", ".bin", ".ort")
 
 
 def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
-    """The model of a graph with the values that are inside its file, for editing.
+    """The model of a graph with the values that are inside its file, for editing; it names no second graph any more.
 
     Args:
         graph: The graph.
@@ -53,7 +53,7 @@ def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
 
     Raises:
         FitError: too large for a protocol buffer.
-        MalformedError: it cannot be parsed.
+        MalformedError: it, or its contract, cannot be parsed.
     """
     if graph.file.size > _LIMIT:
         raise FitError(f"a graph of more than {human(_LIMIT)} cannot be parsed", file=graph.path)
@@ -64,6 +64,7 @@ def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
         del model.graph.input[:]
         model.graph.input.extend(real)
         model.ir_version = _OPTIONAL_INPUTS
+    _forget_companion(model, graph.path)
     return model
 
 
@@ -97,7 +98,6 @@ def write_edited(
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     changed = changed or {}
-    _forget_companion(model, graph.path)
     inside = [name for name in changed if name not in graph.tensors or graph.tensors[name].file is graph.file]
     _change_inside(model, {name: changed[name] for name in inside})
     data = model.SerializeToString(deterministic=True)

@@ -28,6 +28,7 @@ __all__ = ["LoraBranch", "find_branches"]
 
 Array = npt.NDArray[Any]
 _PASSING = ("Identity", "Cast", "Dropout")
+_DEPTH = 4  # biases behind a map
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +143,7 @@ def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constan
 
 
 def _main(value: str, producers: dict[str, onnx.NodeProto], constants: Constants) -> _Map | None:
-    """The map that makes `value`, but for a bias and for the sums of other branches."""
+    """The map that makes `value`, but for constants that are added to it, such as a bias."""
     for _ in range(_DEPTH):
         if (found := _mapped(value, producers, constants)) is not None:
             return found
@@ -154,9 +155,6 @@ def _main(value: str, producers: dict[str, onnx.NodeProto], constants: Constants
             return None
         value = next(one for one in node.input if one not in constants)
     return None
-
-
-_DEPTH = 4
 
 
 def _small(

@@ -16,8 +16,7 @@ from surgery.onnx.edit.output import NewValues, editable, write_edited
 from surgery.onnx.fold.folding import FoldedWeight, fold_branches
 from surgery.onnx.fold.result import FoldResult
 from surgery.onnx.graph.adapter_names import check_adapter_file
-from surgery.onnx.graph.contract import from_metadata
-from surgery.onnx.graph.inserted import inserted_in, state_inserted, stated_inserted
+from surgery.onnx.graph.inserted import state_inserted, stated_inserted
 from surgery_formats.adapters.onnx_adapter.names import factor_name
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter
@@ -89,8 +88,7 @@ def _check_apart(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         FitError: there are some.
     """
-    contract = from_metadata({one.key: one.value for one in model.metadata_props}, path)
-    if contract and (slot := next((one for one in contract.slots if one.parts), None)):
+    if slot := next((one for one in stated_inserted(model, path).slots if one.parts), None):
         raise FitError(
             "is a packed slot, which several weights share, and cannot be folded",
             file=path,
@@ -176,9 +174,7 @@ def _weighted(name: str, values: Array, weight: float, file: Path) -> Array:
 
 def _adapters(model: onnx.ModelProto, path: Path) -> dict[str, str]:
     """The inputs for the strengths of the adapters in a graph, by the adapter's name."""
-    props = {one.key: one.value for one in model.metadata_props}
-    contract = from_metadata(props, path)
-    entries = (*(contract.adapters if contract else ()), *inserted_in(props, path).adapters)
+    entries = stated_inserted(model, path).adapters
     return {str(one["name"]): str(one["strength"]) for one in entries if "strength" in one}
 
 

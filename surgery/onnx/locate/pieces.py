@@ -55,6 +55,11 @@ class LocatedPiece:
     by_order: bool = False
 
     @property
+    def is_scaled(self) -> bool:
+        """Whether the graph has the weight's values times something, and not the values themselves."""
+        return bool(self.factor != 1.0 or self.row_factors or self.fold)
+
+    @property
     def how(self) -> str:
         """In words: ``transposed, rows 512 to 1024``."""
         total = self.place.cols if self.turned else self.place.rows

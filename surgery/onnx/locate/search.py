@@ -296,8 +296,7 @@ def _only_equal(piece: LocatedPiece) -> LocatedPiece:
 
 def _error(piece: LocatedPiece, fold: numpy.ndarray | None) -> float | None:
     """See `measured`; what should be there bit for bit has no error, or is not there."""
-    as_is = piece.factor == 1 and fold is None and not piece.row_factors and not piece.weight.operations
-    if as_is and isinstance(piece.place, Matrix):
+    if not piece.is_scaled and not piece.weight.operations and isinstance(piece.place, Matrix):
         return 0.0 if is_there(piece) else None
     return measured(piece, fold)
 

@@ -75,7 +75,6 @@ def vectors_in(matrix: Matrix, vectors: Vectors) -> list[LocatedPiece]:
 
 
 def _all_of_it(matrix: Matrix, there: numpy.ndarray, vectors: Vectors) -> LocatedPiece | None:
-
     fits = [
         weight
         for weight, values in vectors.beginning(matrix.dtype, there[:KEY].tobytes())

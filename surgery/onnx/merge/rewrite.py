@@ -54,7 +54,7 @@ def rewrite(label: str, change: TensorChange, write: Write, stop: Stop, device: 
         ProofError: from `write`.
     """
     for one in change.changes:
-        compared = one.piece.factor != 1 or one.fold is not None or one.piece.row_factors or _is_plain(one)
+        compared = one.piece.is_scaled or _is_plain(one)
         if isinstance(one.piece.place, Matrix) and not compared and not is_there(one.piece):
             raise not_the_base(one.piece)
     if isinstance(change.place, CodedMatrix):
@@ -111,9 +111,8 @@ def _updated(
     """
     edit, piece = change.edit, change.piece
     source = edit.source
-    plain = piece.factor == 1 and change.fold is None and not piece.row_factors
     by_row = numpy.array(piece.row_factors)[:, None] * piece.factor if piece.row_factors else None
-    exact = dtype if plain else (DType.F64 if dtype is DType.F64 else DType.F32)
+    exact = DType.F32 if piece.is_scaled and dtype is not DType.F64 else dtype
     cols = source.shape[1]
     fold = None
     if change.fold is not None:
@@ -122,7 +121,7 @@ def _updated(
     def note(part: int, offset: int, raw: memoryview) -> None:
         values = numpy.ndarray((len(raw) * 8 // exact.bits // cols, cols), exact.numpy, raw)
         first = offset * 8 // (exact.bits * cols)
-        if not plain:
+        if piece.is_scaled:
             values = values * (piece.factor if by_row is None else by_row[first : first + len(values)])
             values = values if fold is None else values * fold
             check_finite(values, dtype, label)
@@ -150,7 +149,7 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
                 label,
                 one,
                 place.dtype,
-                lambda row, values, first=first: sink.put((first + row) * width, as_bytes(values)),  # type: ignore[misc]
+                _rows_put(sink, first, width),
                 stop,
                 device,
                 _rows_check(whole, first, one) if _is_plain(one) else None,
@@ -176,8 +175,16 @@ def _numbers(label: str, change: TensorChange, place: Matrix, write: Write, stop
 def _is_plain(change: Change) -> bool:
     """Whether the graph should hold the base's values bit for bit, and they are read here."""
     piece = change.piece
-    changed = piece.factor != 1 or change.fold is not None or piece.row_factors
-    return not changed and not piece.flipped and change.edit.replaced is None
+    return not piece.is_scaled and not piece.flipped and change.edit.replaced is None
+
+
+def _rows_put(sink: _Sink, first: int, width: int) -> Rows:
+    """Writes rows of `width` bytes that lie one below the other, from row `first` of the tensor on."""
+
+    def put(row: int, values: numpy.ndarray) -> None:
+        sink.put((first + row) * width, as_bytes(values))
+
+    return put
 
 
 def _rows_check(whole: Matrix, first: int, change: Change) -> Rows:

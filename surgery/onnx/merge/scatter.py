@@ -19,7 +19,13 @@ _WORD = 8  # bytes
 
 
 class Scatter:
-    """Puts rows of a weight where they belong in some rows of a tensor."""
+    """Puts rows of a weight where they belong in some rows of a tensor.
+
+    Args:
+        strip: Rows of the tensor, ``(rows, cols)`` of its matrix; they are changed in place.
+        start: Which row of the tensor is the first of them.
+        piece: Where the weight lies in the tensor's matrix.
+    """
 
     def __init__(self, strip: numpy.ndarray, start: int, piece: LocatedPiece) -> None:
         place = piece.place
@@ -33,7 +39,7 @@ class Scatter:
         self._there = None if isinstance(piece.graph_rows, range) else numpy.asarray(piece.graph_rows)
 
     def rows(self, first: int, block: numpy.ndarray) -> None:
-        """Rows of the weight from `first` on."""
+        """Put `block` there: rows of the weight's matrix from `first` on, ``(count, weight.cols)``."""
         piece, low, high, shift = self._piece, self._low, self._high, self._shift
         if low >= high:
             return
@@ -66,7 +72,7 @@ class Scatter:
             self._strip[there[inside] + shift] = block[own[inside]]
 
     def check(self, first: int, block: numpy.ndarray) -> None:
-        """Compare rows of the base with what the tensor holds in their place.
+        """Compare rows of the base, as in `rows`, with what the tensor holds in their place; of a piece that is not flipped.
 
         Raises:
             FitError: it holds something else.

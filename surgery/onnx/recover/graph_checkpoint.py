@@ -12,6 +12,7 @@ from surgery.engine.execute import Run, execute
 from surgery.engine.layout import planned_file
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile
+from surgery.onnx.locate.coded_matrix import CodedMatrix
 from surgery.onnx.locate.pieces import LocatedPiece
 from surgery.onnx.locate.search import Located
 from surgery.onnx.locate.wanted import Wanted
@@ -24,6 +25,8 @@ from surgery_formats.storage.plain import Elements
 from surgery_formats.text import listing, summed_up
 
 __all__ = ["graph_weights", "write_checkpoint"]
+
+_LAYOUT = "the graph before the fine-tune, in the place of the base, tells where its weights lie"
 
 
 def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[GraphWeight, ...], tuple[str, ...]]:
@@ -58,14 +61,9 @@ def graph_weights(located: Located, *, changed: bool = False) -> tuple[tuple[Gra
             file=located.graph.path,
             hint=hint,
         )
-    coded = [
-        weight.name for weight in found if stored_type(weight.pieces) and weight.pieces[0].place.name in located.coded
-    ]
-    remarks = (f"{len(coded)} weights are what codes stand for, not what was quantised",) if coded else ()
+    coded = sum(isinstance(weight.pieces[0].place, CodedMatrix) for weight in found)
+    remarks = (f"{coded} weights are what codes stand for, not what was quantised",) if coded else ()
     return tuple(found), remarks
-
-
-_LAYOUT = "the graph before the fine-tune, in the place of the base, tells where its weights lie"
 
 
 def _enough(weight: Wanted, pieces: tuple[LocatedPiece, ...]) -> tuple[LocatedPiece, ...]:

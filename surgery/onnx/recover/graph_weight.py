@@ -103,7 +103,7 @@ class GraphWeight:
                 runs = isinstance(piece.rows, range) and isinstance(piece.graph_rows, range)
                 graph_rows = piece.graph_rows[first:last] if runs else tuple(piece.graph_rows[n] for n in entries)
                 values = _rows(piece.place, piece.turned, graph_rows)
-                if piece.factor != 1 or fold is not None or piece.row_factors:
+                if piece.is_scaled:
                     values = self._undone(values, piece, fold, entries)
                 own = piece.rows[first:last] if runs else tuple(piece.rows[n] for n in entries)
                 rows = numpy.empty(values.shape, block.dtype)

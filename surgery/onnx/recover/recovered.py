@@ -135,8 +135,12 @@ def _without_codes(config: Mapping[str, Any]) -> dict[str, Any]:
 def _tensor(piece: LocatedPiece, name: str, shape: tuple[int, ...]) -> StoredTensor | None:
     """A whole weight where it lies in a graph; None if it lies there in another form, or in parts."""
     place, weight, numel = piece.place, piece.weight, math.prod(shape)
-    changed = piece.factor != 1.0 or piece.row_factors or piece.fold
-    if changed or not isinstance(place, Matrix) or place.tensor is None or not isinstance(piece.graph_rows, range):
+    if (
+        piece.is_scaled
+        or not isinstance(place, Matrix)
+        or place.tensor is None
+        or not isinstance(piece.graph_rows, range)
+    ):
         return None
     rows = numel if weight.is_vector else weight.cols if piece.flipped else weight.rows
     if piece.rows != range(rows) or len(piece.graph_rows) != rows or weight.rows * weight.cols != numel:

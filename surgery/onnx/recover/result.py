@@ -76,8 +76,7 @@ class RecoveryResult:
             size: tuple[Piece, ...] = (Value(plan.nbytes, "bytes"), " of weights")
             facts.append(("would write", size if output is None else (*size, " to ", Name(output, PATH))))
         else:
-            took = wrote(self.output, self.seconds)
-            facts.append(("wrote", (Name(self.output, PATH), ": ", *(took if isinstance(took, tuple) else (took,)))))
+            facts.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
         sections: list[Section] = [Facts(tuple(facts))]
         if verbose:
             columns = Column("tensor", "name"), Column("class"), Column("shape", "shape"), Column("type")
