@@ -16,17 +16,17 @@ from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
 from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.run.adapter_file import read_adapter_file
-from surgery.onnx.run.adapters import Past, fill_slots, prompt_past
+from surgery.onnx.run.adapters import Past, prompt_past
 from surgery.onnx.run.answering import answer, heard, open_pair
+from surgery.onnx.run.chosen_adapters import choose_adapters, own_tokenizer, slot_arrays
 from surgery.onnx.run.decoder import Decoder, default_past, make_decoder
-from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels, own_tokenizer
+from surgery.onnx.run.encoder import adapter_labels, encode_groups, labels
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.images import look, read_images, reads_images
 from surgery.onnx.run.inputs import Given, InputRow, given_inputs, input_rows, needs_text, said
 from surgery.onnx.run.opening import GraphSession, open_graph
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.stop_words import CutText
-from surgery.onnx.run.strengths import named_strengths, strength_arrays, weighted_file, with_strength
 from surgery.onnx.run.task_scores import task_scores
 from surgery.onnx.run.tokenizer import TextStream, Tokenizer, open_tokenizer, stop_tokens
 from surgery.reports.result import summarised
@@ -162,7 +162,7 @@ def prepare_decoder(
     Raises:
         FitError: an adapter that does not fit the graph.
     """
-    contract, slots = opened.contract, _slots(opened, adapters)
+    contract, slots = opened.contract, slot_arrays(choose_adapters(as_list(adapters), opened), opened)
     past = None
     if prompt_adapter is not None:
         check_adapter_file(prompt_adapter, opened.path)
@@ -172,21 +172,6 @@ def prepare_decoder(
     whole = max_length + (past.tokens if past else 0)
     decoder = make_decoder(opened, batch=batch, max_length=min(whole, contract.max_length), slots=slots, past=past)
     return decoder, past
-
-
-def _slots(opened: GraphSession, adapters: StrPath | Sequence[StrPath]) -> dict[str, Any]:
-    """The arrays of adapters by input.
-
-    Raises:
-        FitError: an adapter that does not fit the graph.
-    """
-    paths, strengths = named_strengths(as_list(adapters), opened.path, opened.contract, opened.inputs)
-    files = [
-        (os.fspath(file), with_strength(read_adapter_file(file), strength, opened.contract, file))
-        for file, strength in paths
-    ]
-    gates = strength_arrays(strengths, opened.contract, opened.inputs, opened.optional)
-    return fill_slots(files, opened.contract, opened.inputs, opened.optional) | gates
 
 
 @checked
@@ -268,8 +253,8 @@ def run(
         what = "`images=` is for encoders of images, which this is not" if pictures else "this graph reads images"
         raise FitError(what, file=opened.path, hint=None if pictures else "`images=` takes pixel_values (.npy)")
     texts = bool(words) or any(map(needs_text, batch))
-    files: list[StrPath] = as_list(adapters)
-    brought = own_tokenizer(opened, [weighted_file(one)[0] for one in files])
+    chosen = choose_adapters(as_list(adapters), opened)
+    brought = own_tokenizer(chosen, opened)
     words_of = brought if (brought / "tokenizer.json").exists() else opened.folder
     tokenizer = open_tokenizer(words_of) if texts or ((words_of / "tokenizer.json").exists() and _can()) else None
     template = brought if any((brought / name).exists() for name in _TEMPLATES) else opened.folder
@@ -280,8 +265,8 @@ def run(
     if opened.contract.kind == "encoder":
         if prompt_adapter is not None:
             raise FitError("this encoder takes no soft prompt", file=opened.path)
-        slots = _slots(opened, adapters)
-        classifier = adapter_labels(opened, [weighted_file(one)[0] for one in files])
+        slots = slot_arrays(chosen, opened)
+        classifier = adapter_labels(chosen.entries)
         pixels, shown = read_images(opened, pictures) if pictures else (None, ())
         given = [InputRow([], []) for _ in shown] or given
         began = time.perf_counter()
@@ -304,7 +289,7 @@ def run(
         if prompt_adapter is not None:
             raise FitError("an encoder-decoder takes no soft prompt", file=opened.path)
         began = time.perf_counter()
-        pair = open_pair(opened, as_list(adapters))
+        pair = open_pair(opened, chosen)
         source = heard(pair, recordings) if recordings else rows
         rows = [[]] * len(source) if recordings else rows
         load += time.perf_counter() - began

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,6 @@ from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.files.output.manifest import is_safe_name
 
 __all__ = [
     "Classifier",
@@ -26,12 +23,10 @@ __all__ = [
     "encode",
     "encode_groups",
     "labels",
-    "own_tokenizer",
     "problem_of",
     "run_encoder",
     "vocabulary",
 ]
-
 
 _OF_CHOICES = 3  # axes of an input of choices: all rows are those of one question
 
@@ -95,34 +90,13 @@ def _ordered(labels_by_id: object) -> list[str]:
     return [str(labels_by_id[str(n)]) for n in range(len(labels_by_id))]
 
 
-def adapter_labels(graph: GraphSession, files: Sequence[str | os.PathLike[str]]) -> Classifier:
-    """The classifier of the first of these adapter files that has its own, by the entries of the graph's contract."""
-    for file in files:
-        for entry in graph.contract.adapters:
-            known = entry.get("file")
-            if "id2label" in entry and isinstance(known, str) and _is_same(graph.folder / known, file):
-                problem = entry.get("problem_type")
-                return Classifier(tuple(_ordered(entry["id2label"])), problem if isinstance(problem, str) else "")
+def adapter_labels(entries: Sequence[Mapping[str, Any]]) -> Classifier:
+    """The classifier of the first adapter that has its own, by what the graph's contract says of those in use."""
+    for entry in entries:
+        if "id2label" in entry:
+            problem = entry.get("problem_type")
+            return Classifier(tuple(_ordered(entry["id2label"])), problem if isinstance(problem, str) else "")
     return Classifier()
-
-
-def own_tokenizer(graph: GraphSession, files: Sequence[str | os.PathLike[str]]) -> Path:
-    """The folder of the tokenizer and template that the first of these adapters brought along, else the graph's."""
-    for file in files:
-        for entry in graph.contract.adapters:
-            known, folder = entry.get("file"), entry.get("tokenizer")
-            if not isinstance(known, str) or not isinstance(folder, str) or not is_safe_name(folder):
-                continue
-            if _is_same(graph.folder / known, file) and (graph.folder / folder).is_dir():
-                return graph.folder / folder
-    return graph.folder
-
-
-def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):
-        return False
 
 
 def vocabulary(graph: GraphSession) -> int:
