@@ -24,13 +24,13 @@ from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode
 from surgery.onnx.run.opening import GraphSession, find_graph, open_graph
 from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
+from surgery.onnx.run.prepare import prepare_decoder
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
-from surgery.verbs.run import prepare_decoder
 from surgery_formats.errors import FitError
 
 __all__ = [
