@@ -14,11 +14,10 @@ import numpy.typing as npt
 from surgery.engine.inputs import StrPath
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.chosen_adapters import ChosenAdapters, is_same_file, slot_arrays
-from surgery.onnx.run.encoder import encode
+from surgery.onnx.run.encoder import encode, run_encoder
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.opening import GraphSession, open_encoder
 from surgery.onnx.run.pair import EncoderStates, PairDecoder
-from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.spectrogram import read_sound
@@ -151,8 +150,12 @@ def answer(
     read = _listened(pair, source) if isinstance(source, np.ndarray) else _read(pair, source)
     starts = read_starts(decoder.folder, start).within(decoder.contract.vocabulary)
     length = min(decoder.contract.max_length, len(starts.tokens) + max_new)
-    asked = PairDecoder(decoder, read, decoder.contract.max_length, pair.decoder_slots, Starts(starts.tokens))
-    rows = starts.rows(len(read.values), asked.prefill)
+
+    def ask(rows: Rows) -> Array:
+        whole = decoder.contract.max_length
+        return PairDecoder(decoder, read, whole, pair.decoder_slots, Starts(starts.tokens)).prefill(rows)
+
+    rows = starts.rows(len(read.values), ask)
     answering = PairDecoder(decoder, read, length, pair.decoder_slots, starts)
     return generate(answering, rows, max_new=max_new, sampling=sampling, stop=stop, on_token=on_token)
 
@@ -167,14 +170,4 @@ def _read(pair: PairSessions, rows: Rows) -> EncoderStates:
 
 
 def _listened(pair: PairSessions, features: Array) -> EncoderStates:
-    graph = pair.encoder
-    binding = graph.session.io_binding()
-    held = []
-    for name, array in {FEATURES: features.astype(graph.inputs[FEATURES].dtype), **pair.encoder_slots}.items():
-        held.append(graph.memory.allocate(max(1, array.nbytes)))
-        graph.memory.write(held[-1], np.ascontiguousarray(array))
-        where = (graph.memory.device, graph.memory.index)
-        binding.bind_input(name, *where, graph.inputs[name].element, array.shape, held[-1].address)
-    binding.bind_output("last_hidden_state", "cpu")
-    execute(graph.session, binding, run_options())
-    return EncoderStates(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))
+    return EncoderStates(run_encoder(pair.encoder, {FEATURES: features}, pair.encoder_slots)["last_hidden_state"])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.run.memory import placed
 from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
@@ -165,15 +166,13 @@ def run_encoder(
     """
     binding = graph.session.io_binding()
     buffers = []  # alive until the run is over
-    for name, array in slots.items():
-        buffers.append(graph.memory.allocate(array.nbytes))
-        graph.memory.write(buffers[-1], array)
-        where = (graph.memory.device, graph.memory.index)
-        binding.bind_input(name, *where, graph.inputs[name].element, array.shape, buffers[-1].address)
     for name, port in graph.inputs.items():
-        if name in known:
-            binding.bind_cpu_input(name, known[name].astype(port.dtype))
-        elif name not in graph.optional and name not in slots:
+        if name in known or name in slots:
+            array = slots[name] if name in slots else known[name].astype(port.dtype)
+            buffers.append(placed(graph.memory, array))
+            where = (graph.memory.device, graph.memory.index)
+            binding.bind_input(name, *where, port.element, array.shape, buffers[-1].address)
+        elif name not in graph.optional:
             raise FitError(
                 f"the runner does not support the input '{name}' of a graph without a cache of keys and values",
                 file=graph.path,
