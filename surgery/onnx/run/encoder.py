@@ -26,6 +26,7 @@ __all__ = [
     "labels",
     "problem_of",
     "run_encoder",
+    "softmax",
     "vocabulary",
 ]
 
@@ -74,10 +75,16 @@ class EncoderOutput:
         elif logits.ndim == 1 and (self.problem == "multi_label_classification" or tokens.shape[-1] == 1):
             shares = 0.5 * (1 + np.tanh(tokens / 2))
         else:
-            weights = np.exp(tokens - tokens.max(-1, keepdims=True))
-            shares = weights / weights.sum(-1, keepdims=True)
+            shares = softmax(tokens)
         labels_of_columns = names if len(names) == shares.shape[-1] else [str(n) for n in range(shares.shape[-1])]
         return tuple(dict(zip(labels_of_columns, map(float, row_of_shares), strict=True)) for row_of_shares in shares)
+
+
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Probabilities along the last axis, in float64."""
+    weights = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    shares: npt.NDArray[np.float64] = weights / weights.sum(-1, keepdims=True)
+    return shares
 
 
 def labels(graph: GraphSession) -> list[str]:
