@@ -57,8 +57,12 @@ def _masks(encoded: EncoderOutput, number: int, row: InputRow, tokenizer: Tokeni
     places = [place for place, token in enumerate(row.ids) if token == mask]
     found = []
     for place in places:
+        words: dict[str, float] = {}
         shares = softmax(encoded.arrays["logits"][number, place])
         best = np.argsort(-shares)[:_WORDS].tolist()
         assert tokenizer is not None
-        found.append({tokenizer.decode([token]).strip() or str(token): float(shares[token]) for token in best})
+        for token in best:
+            word = tokenizer.decode([token]).strip() or str(token)
+            words[f"{word} ({token})" if word in words else word] = float(shares[token])  # with a space before it, too
+        found.append(words)
     return tuple(found)
