@@ -72,7 +72,7 @@ def run(
             ``generation_config.json``: of another language, or task.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         max_new: Most new tokens for each.
-        batch_size: Most texts or rows that run together; None for all.
+        batch_size: Most texts, rows, recordings or images that run together; None for all.
         sampling: Greedy if None.
         adapters: ``.onnx_adapter`` files for the graph's slots; several add up. Or the name of an adapter
             inside the graph. Either may have a strength: ``NAME=0.5``. A classifier has the labels that the
@@ -214,7 +214,7 @@ def _scores(
     if pictures:
         pixels, shown = read_images(opened, pictures)
         given, blank = [InputRow([], []) for _ in shown], replace(blank, inputs=shown)
-        encode = partial(look, opened, pixels, slots, classifier.problem)
+        encode = partial(look, opened, pixels, slots, classifier.problem, batch_size or len(pixels))
     else:
         rows, kinds = [row.ids for row in given], [row.types for row in given]
         encode = partial(encode_groups, opened, rows, slots, classifier.problem, kinds, batch_size or len(rows))
