@@ -21,7 +21,7 @@ from surgery.engine.inputs import StrPath, check_counts, local_path
 from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.read_metadata import read_metadata
 from surgery.onnx.run.decoder import Decoder
-from surgery.onnx.run.encoder import encode
+from surgery.onnx.run.encoder import encode, vocabulary
 from surgery.onnx.run.opening import GraphSession, find_graph, open_graph
 from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
 from surgery.onnx.run.prepare import prepare_decoder
@@ -44,7 +44,6 @@ __all__ = [
     "peak_nbytes",
     "step_nbytes",
 ]
-
 
 _PROMPT = 512
 
@@ -369,8 +368,6 @@ def step_nbytes(path: Path) -> int:
 
 
 def _vocabulary(opened: GraphSession) -> int:
-    from surgery.onnx.run.encoder import vocabulary
-
     return opened.contract.vocabulary or vocabulary(opened)
 
 
