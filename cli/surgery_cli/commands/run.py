@@ -31,9 +31,8 @@ _TOGETHER = 8  # rows of a file, which may have thousands
     metavar="A B",
     help="Two texts in one row: question and text, for example.",
 )
-@click.option(
+@option.path(
     "--batch",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Prompts, one on each line; .jsonl: objects with prompt, pair, ids or messages.",
 )
@@ -47,17 +46,15 @@ _TOGETHER = 8  # rows of a file, which may have thousands
 @click.option("--system", metavar="TEXT", default="", help="What the chat template is told besides; implies --chat.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends a row, and is cut off; repeatable.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option(
+@option.path(
     "--audio",
     multiple=True,
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
 )
-@click.option(
+@option.path(
     "--images",
     multiple=True,
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Instead of text, for models of images: pixel_values (.npy).",
 )
@@ -85,7 +82,7 @@ _TOGETHER = 8  # rows of a file, which may have thousands
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the weight files.")
+@option.path("--weights", metavar="DIR", help="Folder of the weight files.")
 @click.option("--threads", type=click.IntRange(min=1), help="On the cpu; by default one per core.")
 @runtime_device_option
 def command(
