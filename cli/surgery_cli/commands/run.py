@@ -78,7 +78,8 @@ _TOGETHER = 8  # rows of a file, which may have thousands
     "adapters",
     multiple=True,
     metavar="FILE",
-    help=".onnx_adapter for the slots; several add up, unlike in onnxruntime. Or NAME: one inside. Either at a strength: FILE=0.5.",
+    help=".onnx_adapter for the slots; several add up, unlike in onnxruntime. Or NAME: one exported with the graph, or inside. "
+    "Either at a strength: FILE=0.5.",
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
