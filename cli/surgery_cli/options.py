@@ -36,6 +36,7 @@ __all__ = [
     "number",
     "output",
     "overwrite",
+    "path",
     "rank_of",
     "reference",
     "runtime_device_option",
@@ -114,6 +115,11 @@ def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) 
 def reference(name: str, *, metavar: str, help: str) -> Callable[[F], F]:
     """An option that names a model or an adapter."""
     return click.option(name, metavar=metavar, shell_complete=complete_files, help=help)
+
+
+def path(*names: str, metavar: str, help: str, **more: Any) -> Callable[[F], F]:
+    """An option that is a file or folder; whether it is there is seen where it is opened."""
+    return click.option(*names, type=click.Path(path_type=Path), metavar=metavar, help=help, **more)
 
 
 def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:

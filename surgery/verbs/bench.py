@@ -21,16 +21,16 @@ from surgery.engine.inputs import StrPath, check_counts, local_path
 from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.read_metadata import read_metadata
 from surgery.onnx.run.decoder import Decoder
-from surgery.onnx.run.encoder import encode
+from surgery.onnx.run.encoder import encode, vocabulary
 from surgery.onnx.run.opening import GraphSession, find_graph, open_graph
 from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
+from surgery.onnx.run.prepare import prepare_decoder
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
-from surgery.verbs.run import prepare_decoder
 from surgery_formats.errors import FitError
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "peak_nbytes",
     "step_nbytes",
 ]
-
 
 _PROMPT = 512
 
@@ -369,8 +368,6 @@ def step_nbytes(path: Path) -> int:
 
 
 def _vocabulary(opened: GraphSession) -> int:
-    from surgery.onnx.run.encoder import vocabulary
-
     return opened.contract.vocabulary or vocabulary(opened)
 
 

@@ -143,6 +143,8 @@ def test_run_gives_each_graph_its_part_of_an_adapter(tmp_path):
     alone, file = surgery.run(out, rows, max_new=8), out / "adapters" / "style.onnx_adapter"
     assert found.texts != alone.texts
     assert surgery.run(out, rows, max_new=8, adapters=f"{file}=0").texts == alone.texts
+    assert surgery.run(out, rows, max_new=8, adapters="style").texts == found.texts
+    assert surgery.run(out, rows, max_new=8, adapters="style=0").texts == alone.texts
     beside = file.with_name("style.encoder.onnx_adapter")
     assert surgery.run(out, rows, max_new=8, adapters=[file, beside]).texts == found.texts
     elsewhere = shutil.copytree(out / "adapters", tmp_path / "copies")

@@ -105,6 +105,7 @@ def test_run_shows_the_labels_of_the_adapter(five, tmp_path):
     wanted = np.exp(expected["c"][0]) / np.exp(expected["c"][0]).sum()
     assert found.texts[0].scores[0] == pytest.approx(dict(zip(NAMES.values(), wanted, strict=True)), abs=1e-4)
     assert max(NAMES.values(), key=lambda name: found.texts[0].scores[0][name]) in str(found.summary())
+    assert surgery.run(tmp_path / "out", IDS[0].tolist(), adapters="c").texts == found.texts
     single = surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=files / "e.onnx_adapter").texts[0].scores[0]
     assert list(single.values()) == pytest.approx([1 / (1 + np.exp(-expected["e"][0, 0]))], abs=1e-4)
     with pytest.raises(FitError, match="two adapters fill this input"):

@@ -243,6 +243,11 @@ def test_a_swapped_adapter_keeps_its_own_template(tmp_path):
     asked += [run(out, "main", max_new=1, chat=True, adapters=_files(out, "plain")).texts[0].prompt]
     assert asked[0] == asked[2]
     assert len(asked[1]) > len(asked[0])
+    export_onnx(folders["base"], swap=folders["chat"], output=tmp_path / "triton", layout="triton")
+    for folder in (out, tmp_path / "triton"):  # whose graph lies in 1/
+        named, filed = (run(folder, "main", max_new=4, chat=True, adapters=a) for a in ("chat", _files(folder, "chat")))
+        assert named.texts == filed.texts
+        assert named.texts[0].prompt == asked[1]
 
 
 def _files(out, name):

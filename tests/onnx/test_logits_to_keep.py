@@ -8,7 +8,7 @@ import pytest
 
 import surgery
 from surgery.onnx.run.opening import open_graph
-from surgery.verbs.run import prepare_decoder
+from surgery.onnx.run.prepare import prepare_decoder
 from surgery_formats.errors import FitError
 from tests.oracles import recipes
 from tests.support.sessions import open_session

@@ -14,6 +14,7 @@ import transformers
 
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS
+from surgery.onnx.run import images
 from surgery.reference import forward, open_reference
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.run import run
@@ -156,7 +157,7 @@ def test_a_tower_of_a_model_with_two_is_saved_as_the_refusal_says(name, tmp_path
     _assert_equal(dict(zip(names, session.run(None, inputs), strict=True)), _expected(tower, inputs), inputs)
 
 
-def test_the_runner_takes_pixel_values(tmp_path):
+def test_the_runner_takes_pixel_values(tmp_path, monkeypatch):
     base = recipes.build("vit_classifier", tmp_path / "base")
     export_onnx(base, output=tmp_path / "out", target="cpu")
     pixels = np.random.default_rng(3).normal(size=(3, 3, 16, 16)).astype(np.float32)
@@ -169,11 +170,20 @@ def test_the_runner_takes_pixel_values(tmp_path):
     assert [max(one, key=one.get) for one in shares] == [f"LABEL_{label}" for label in expected.argmax(-1)]
     assert found.inputs == (f"{tmp_path}/two.npy[0]", f"{tmp_path}/two.npy[1]", f"{tmp_path}/one.npy")
     assert "one.npy" in str(found.summary())
+    sizes, whole = [], images.run_encoder
+    monkeypatch.setattr(
+        images,
+        "run_encoder",
+        lambda graph, known, slots: sizes.append(len(known["pixel_values"])) or whole(graph, known, slots),
+    )
+    parted = run(tmp_path / "out", images=[tmp_path / "two.npy", tmp_path / "one.npy"], batch_size=2)
+    assert sizes == [2, 1]
+    assert np.abs(parted.arrays["logits"] - expected).max() <= TOLERANCE
 
 
 def test_what_is_no_image_of_the_graph_is_refused(tmp_path):
-    images = tmp_path / "images"
-    export_onnx(recipes.build("vit_classifier", tmp_path / "base"), output=images, target="cpu")
+    pictures = tmp_path / "images"
+    export_onnx(recipes.build("vit_classifier", tmp_path / "base"), output=pictures, target="cpu")
     texts = tmp_path / "texts"
     export_onnx(recipes.build("clip_text", tmp_path / "text"), output=texts, target="cpu")
     np.save(tmp_path / "wide.npy", np.zeros((3, 16, 20), np.float32))
@@ -181,10 +191,10 @@ def test_what_is_no_image_of_the_graph_is_refused(tmp_path):
     np.save(tmp_path / "right.npy", np.zeros((3, 16, 16), np.float32))
     for file in ("wide", "bytes"):
         with pytest.raises(FitError, match=r"the graph takes numbers \[3, 16, 16\]"):
-            run(images, images=tmp_path / f"{file}.npy")
+            run(pictures, images=tmp_path / f"{file}.npy")
     with pytest.raises(FitError, match="this graph reads images"):
-        run(images, [[5, 6]])
+        run(pictures, [[5, 6]])
     with pytest.raises(FitError, match="is for encoders of images"):
         run(texts, images=tmp_path / "right.npy")
     with pytest.raises(FitError, match="text, sound or images at once"):
-        run(images, [[5, 6]], images=tmp_path / "right.npy")
+        run(pictures, [[5, 6]], images=tmp_path / "right.npy")

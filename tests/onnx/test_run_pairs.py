@@ -199,6 +199,15 @@ def test_sound_that_is_not_read_is_refused(tmp_path, whisper):
         surgery.run(out, audio=whisper / "0.npy", start=[99])
 
 
+def test_the_encoder_lies_beside_its_decoder_in_any_layout(tmp_path):
+    base = recipes.build("marian", tmp_path / "base")
+    found = []
+    for layout in ("plain", "transformers.js"):
+        surgery.export_onnx(base, output=tmp_path / layout, layout=layout, weights="embed")
+        found.append(surgery.run(tmp_path / layout, [[3, 4, 5]], max_new=4, device="cpu").texts)
+    assert found[0] == found[1]
+
+
 def test_text_models_take_no_sound(tmp_path):
     surgery.export_onnx(recipes.build("marian", tmp_path / "base"), output=tmp_path / "pair")
     np.save(tmp_path / "a.npy", SOUND[0])

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.onnx.run.adapter_file import write_adapter_file
+from surgery.onnx.run import chosen_adapters, prepare
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery_formats.errors import FitError
 from tests.support.graphs import CONTRACT, decoder, factors, plain_logits, prefix
 from tests.support.kit import spawn
@@ -54,6 +55,19 @@ def test_prompts_and_adapters_are_chosen_per_run(tmp_path, attention):
         assert found == [greedy(path, row, past, **more) for row in ROWS]
         seen.append(found)
     assert len({str(one) for one in seen}) == len(cases)  # each of them makes a difference
+
+
+def test_groups_share_what_was_read_of_prompts_and_adapters(tmp_path, monkeypatch):
+    path = decoder(tmp_path, slots=True)
+    files = {name: tmp_path / f"{name}.onnx_adapter" for name in ("prompt", "one")}
+    write_adapter_file(files["prompt"], prefix(2, 7))
+    write_adapter_file(files["one"], factors(3, 2))
+    how = {"prompt_adapter": files["prompt"], "adapters": [files["one"]]}
+    together, read = tokens(path, **how), []
+    for module in (chosen_adapters, prepare):
+        monkeypatch.setattr(module, "read_adapter_file", lambda file: read.append(file) or read_adapter_file(file))
+    assert tokens(path, batch_size=1, **how) == together
+    assert sorted(read) == sorted(files.values())
 
 
 def test_the_command_takes_prompts_and_adapters(tmp_path):

@@ -16,8 +16,8 @@ from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery.onnx.run.batch_file import read_batch
 from surgery.onnx.run.chat import render_chats
 from surgery.onnx.run.opening import open_graph
+from surgery.onnx.run.prepare import prepare_decoder
 from surgery.onnx.run.stop_words import CutText
-from surgery.verbs.run import prepare_decoder
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from tests.oracles import peft_oracle, recipes
 from tests.support.kit import ROOT

@@ -13,6 +13,9 @@ import transformers
 from click.testing import CliRunner
 
 import surgery
+from surgery.onnx.run.encoder import EncoderOutput
+from surgery.onnx.run.inputs import InputRow
+from surgery.onnx.run.task_scores import task_scores
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, UsageError
 from tests.oracles import recipes
@@ -53,6 +56,22 @@ def test_words_for_masks(tmp_path):
         assert [*scores] == [word["token_str"] for word in words]
         assert np.allclose([*scores.values()], [word["score"] for word in words], atol=1e-5)
     assert len(found.texts[1].scores) == 1
+
+
+def test_words_that_differ_by_a_space_are_two():
+    """Tokens of RoBERTa and others; the less likely one took the place of the likelier."""
+
+    class Spaced:
+        mask = 3
+
+        def decode(self, ids):
+            return ["a", "word", " word", "[MASK]"][ids[0]]
+
+    logits = np.log([[[0.1, 0.6, 0.25, 0.05]]])
+    encoded = EncoderOutput({"logits": logits}, (1,))
+    (scores,) = task_scores("fill-mask", encoded, 0, InputRow([3], [0]), [], Spaced())
+    assert list(scores)[:3] == ["word", "word (2)", "a"]
+    assert list(scores.values()) == pytest.approx([0.6, 0.25, 0.1, 0.05])
 
 
 @pytest.mark.parametrize("name", ["bert_spans", "distilbert_spans"])

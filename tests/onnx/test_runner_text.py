@@ -15,7 +15,9 @@ from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
 from surgery.onnx.run.adapter_file import write_adapter_file
 from surgery.onnx.run.generate import generate
+from surgery.onnx.run.inputs import said
 from surgery.onnx.run.sampling import Sampling
+from surgery.onnx.run.tokenizer import Tokenizer
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.models.checkpoint import open_checkpoint
@@ -176,3 +178,13 @@ def test_generation_makes_no_step_after_the_last_token():
     found = generate(decoder, [[0]], max_new=3, sampling=Sampling())
     assert (found[0].tokens, found[0].reason, decoder.steps) == ((1, 2, 2), "length", 2)
     assert generate(decoder, [[0]], max_new=0, sampling=Sampling())[0].tokens == ()
+
+
+def test_an_empty_text_is_shown_as_a_text():
+    assert [said(given) for given in ("", "a", ("a", "b"), [3, 4])] == ["", "a", "a / b", (3, 4)]
+
+
+@pytest.mark.parametrize("pair", [("\ud800", "a"), ("a", "\ud800"), ("\ud83d", "\ude00")])
+def test_half_of_a_surrogate_pair_is_no_text(pair):
+    with pytest.raises(FitError, match="surrogate"):
+        Tokenizer(None).encode_pair(*pair)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -29,7 +28,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 
 @subcommand("apply")
 @click.argument("recipe", metavar="RECIPE", shell_complete=complete_files)
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="OUT", help="Of the last step.")
+@option.path("-o", "--output", metavar="OUT", help="Of the last step.")
 @click.option(
     "--input",
     "inputs",

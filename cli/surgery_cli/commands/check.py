@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -47,9 +46,8 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
     shell_complete=complete_consumers,
     help="The program that will load it, e.g. vllm or sglang@0.5.23; by default all are asked.",
 )
-@click.option(
+@option.path(
     "--fix",
-    type=click.Path(path_type=Path),
     metavar="OUT",
     help="Write the adapter so that the program of --for honours all of it.",
 )
@@ -68,9 +66,8 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
     type=click.IntRange(min=1),
     help="What the program was started with, e.g. vLLM's --max-lora-rank; default: its own.",
 )
-@click.option(
+@option.path(
     "--merge-rest",
-    type=click.Path(path_type=Path),
     metavar="BASE_OUT",
     help="With --fix: merge what the program cannot honour into a copy of BASE, made here.",
 )

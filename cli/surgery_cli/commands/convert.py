@@ -106,9 +106,8 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @click.option(
     "--max-error", type=option.share, metavar="SHARE", help="With --as or --for: greatest error of a change, e.g. .05."
 )
-@click.option(
+@option.path(
     "--merge-rest",
-    type=click.Path(path_type=Path),
     metavar="BASE_OUT",
     help="With --for: merge what the program cannot honour into a copy of BASE, made here.",
 )

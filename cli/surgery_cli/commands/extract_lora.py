@@ -81,9 +81,8 @@ def _dense(text: str) -> tuple[str, ...]:
     values=("auto", "lora", "dora"),
     help="auto: DoRA where it leaves clearly less than a LoRA of as many parameters.",
 )
-@click.option(
+@option.path(
     "--calibration",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Inputs of modules (safetensors), for factors that are best on them.",
 )

@@ -58,11 +58,10 @@ _OF_FRESH = ("rank", "alpha", "targets", "text", "calibration", "release", "resi
     help="Of --new: how it begins; all but prompts begin as MODEL.",
 )
 @click.option("--text", metavar="TEXT", help="What a prompt begins as; --init text needs it.")
-@click.option("--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Of eva: inputs of the modules.")
+@option.path("--calibration", metavar="FILE", help="Of eva: inputs of the modules.")
 @option.reference("--release", metavar="RELEASE", help="Of loftq: the unquantised model that MODEL was made of.")
-@click.option(
+@option.path(
     "--residual",
-    type=click.Path(path_type=Path),
     metavar="OUT_BASE",
     help="Of pissa and olora: folder to make, MODEL without what the factors begin with.",
 )

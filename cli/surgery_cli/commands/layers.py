@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -29,9 +28,7 @@ _PROJECTIONS = click.Choice(["qkv", "gate-up"])
 @click.option("--fuse", multiple=True, type=_PROJECTIONS, help="Join projections; may be repeated.")
 @option.dtype
 @option.reference("--adapter", metavar="ADAPTER", help="An adapter of BASE, to be moved with its layers.")
-@click.option(
-    "--adapter-output", "--adapter-out", type=click.Path(path_type=Path), metavar="OUT", help="Where to write that."
-)
+@option.path("--adapter-output", "--adapter-out", metavar="OUT", help="Where to write that.")
 @click.option(
     "--shard-size", type=option.size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE."
 )

@@ -51,7 +51,7 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 @click.argument("base", shell_complete=complete_files)
 @option.choice("--by", values=("distance", "effect"), help="What lies near each token, or what each does on texts.")
 @click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure effects on.")
-@click.option("--text-file", type=click.Path(path_type=Path), metavar="FILE", help="File of such a text.")
+@option.path("--text-file", metavar="FILE", help="File of such a text.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
 @click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
 @click.option(
@@ -204,7 +204,7 @@ def convert(settings: Settings, prompt: str, output: Path | None, **options: Any
 @option.output("Folder to make; it must not exist yet.")
 @option.choice("--method", values=("auto", "ridge", "orthogonal"), help="Of the map; auto: what holds better.")
 @click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure its gain on.")
-@click.option("--text-file", type=click.Path(path_type=Path), metavar="FILE", help="File of such a text.")
+@option.path("--text-file", metavar="FILE", help="File of such a text.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
 @click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
 @click.option("--accept-loss", is_flag=True, help="Write what a worthless map makes, too.")

@@ -30,7 +30,7 @@ __all__ = ["command"]
     show_default=True,
     help="Numbers of tasks to compare; may be repeated.",
 )
-@click.option("--md", "markdown", metavar="FILE", type=click.Path(path_type=Path), help="Write it as Markdown too.")
+@option.path("--md", "markdown", metavar="FILE", help="Write it as Markdown too.")
 @option.overwrite("FILE")
 def command(
     settings: Settings, references: tuple[str, ...], markdown: Path | None, overwrite: bool, **options: Any

@@ -31,9 +31,8 @@ _TOGETHER = 8  # rows of a file, which may have thousands
     metavar="A B",
     help="Two texts in one row: question and text, for example.",
 )
-@click.option(
+@option.path(
     "--batch",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Prompts, one on each line; .jsonl: objects with prompt, pair, ids or messages.",
 )
@@ -47,17 +46,15 @@ _TOGETHER = 8  # rows of a file, which may have thousands
 @click.option("--system", metavar="TEXT", default="", help="What the chat template is told besides; implies --chat.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends a row, and is cut off; repeatable.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option(
+@option.path(
     "--audio",
     multiple=True,
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Instead of text, for models of speech: a .wav of 16 kHz, or a spectrogram (.npy).",
 )
-@click.option(
+@option.path(
     "--images",
     multiple=True,
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="Instead of text, for models of images: pixel_values (.npy).",
 )
@@ -81,11 +78,12 @@ _TOGETHER = 8  # rows of a file, which may have thousands
     "adapters",
     multiple=True,
     metavar="FILE",
-    help=".onnx_adapter for the slots; several add up, unlike in onnxruntime. Or NAME: one inside. Either at a strength: FILE=0.5.",
+    help=".onnx_adapter for the slots; several add up, unlike in onnxruntime. Or NAME: one exported with the graph, or inside. "
+    "Either at a strength: FILE=0.5.",
 )
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
-@click.option("--weights", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the weight files.")
+@option.path("--weights", metavar="DIR", help="Folder of the weight files.")
 @click.option("--threads", type=click.IntRange(min=1), help="On the cpu; by default one per core.")
 @runtime_device_option
 def command(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -20,9 +19,8 @@ __all__ = ["command"]
 @click.argument("model", shell_complete=complete_files)
 @option.adapters()
 @option.output("Folder to make; it must not exist yet.")
-@click.option(
+@option.path(
     "--base-rounding",
-    type=click.Path(path_type=Path),
     metavar="FILE",
     help="What 'merge --reversible' kept; default: MODEL/base.rounding, if it is there.",
 )

@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.graph.adapter_names import check_adapter_file
+from surgery.engine.inputs import StrPath
 from surgery.onnx.run.adapter_file import read_adapter_file
-from surgery.onnx.run.adapters import fill_slots
-from surgery.onnx.run.encoder import encode
+from surgery.onnx.run.chosen_adapters import ChosenAdapters, is_same_file, slot_arrays
+from surgery.onnx.run.encoder import encode, run_encoder
 from surgery.onnx.run.generate import Continuation, generate
 from surgery.onnx.run.opening import GraphSession, open_encoder
 from surgery.onnx.run.pair import EncoderStates, PairDecoder
-from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
 from surgery.onnx.run.sampling import Sampling
 from surgery.onnx.run.spectrogram import read_sound
 from surgery.onnx.run.starts import Starts, read_starts
-from surgery.onnx.run.strengths import weighted_file, with_strength
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.text import show
@@ -52,7 +49,7 @@ class PairSessions:
         return FEATURES in self.encoder.inputs
 
 
-def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] = ()) -> PairSessions:
+def open_pair(decoder: GraphSession, chosen: ChosenAdapters) -> PairSessions:
     """Open the encoder of `decoder`, and sort adapters: an export writes a file for each of the two.
 
     That of the encoder lies beside the other, which the graph's contract names; or it is given by itself.
@@ -62,23 +59,19 @@ def open_pair(decoder: GraphSession, adapters: Sequence[str | os.PathLike[str]] 
     """
     encoder = open_encoder(decoder)
     known = {name for slot in encoder.contract.slots for name in (slot.A, slot.B)} | {*encoder.contract.replaceable}
-    theirs: list[tuple[str, Mapping[str, Array]]] = []
-    own: list[tuple[str, Mapping[str, Array]]] = []
-    named = [weighted_file(file) for file in adapters]
-    for path, strength in named:
-        check_adapter_file(path, decoder.path)
-        arrays = read_adapter_file(path)
-        of_encoder = bool(arrays) and {*arrays} <= known and not {*arrays} <= decoder.inputs.keys()
-        graph = encoder if of_encoder else decoder
-        scaled = with_strength(arrays, strength, graph.contract, path)
-        (theirs if of_encoder else own).append((os.fspath(path), scaled))
-        other = None if of_encoder else _encoders_part(decoder, Path(path))
-        if other is not None and not any(_is_same(other, given) for given, _ in named):  # given too: once is enough
-            part = with_strength(read_adapter_file(other), strength, encoder.contract, other)
-            theirs.append((os.fspath(other), part))
+    theirs: list[tuple[StrPath, float]] = []
+    own: list[tuple[StrPath, float]] = []
+    for path, strength in chosen.files:
+        names = read_adapter_file(path).keys()
+        if names and names <= known and not names <= decoder.inputs.keys():
+            theirs.append((path, strength))
+            continue
+        own.append((path, strength))
+        other = _encoders_part(decoder, Path(path))
+        if other is not None and not any(is_same_file(other, file) for file, _ in chosen.files):  # given too: once
+            theirs.append((other, strength))
     slots = (
-        fill_slots(files, graph.contract, graph.inputs, graph.optional)
-        for files, graph in ((theirs, encoder), (own, decoder))
+        slot_arrays(replace(chosen, files=tuple(files)), graph) for files, graph in ((theirs, encoder), (own, decoder))
     )
     return PairSessions(encoder, decoder, *slots)
 
@@ -96,16 +89,12 @@ def _encoders_part(decoder: GraphSession, file: Path) -> Path | None:
             continue
         if not is_safe_name(part):
             raise MalformedError(f"the graph refers to '{show(part)}' for an adapter", file=decoder.path)
-        found = decoder.folder / part if _is_same(decoder.folder / own, file) else file.with_name(Path(part).name)
+        found = decoder.folder / part if is_same_file(decoder.folder / own, file) else file.with_name(Path(part).name)
         if not found.exists():
             raise NotFoundError("the adapter's part for the encoder is not there", file=found, hint="copy both files")
         return found
     beside = file.with_name(f"{file.stem}.encoder{file.suffix}")
     return beside if beside.exists() else None
-
-
-def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
-    return one.exists() and os.path.samefile(one, other)
 
 
 def heard(pair: PairSessions, files: Sequence[Path]) -> Array:
@@ -161,8 +150,12 @@ def answer(
     read = _listened(pair, source) if isinstance(source, np.ndarray) else _read(pair, source)
     starts = read_starts(decoder.folder, start).within(decoder.contract.vocabulary)
     length = min(decoder.contract.max_length, len(starts.tokens) + max_new)
-    asked = PairDecoder(decoder, read, decoder.contract.max_length, pair.decoder_slots, Starts(starts.tokens))
-    rows = starts.rows(len(read.values), asked.prefill)
+
+    def ask(rows: Rows) -> Array:
+        whole = decoder.contract.max_length
+        return PairDecoder(decoder, read, whole, pair.decoder_slots, Starts(starts.tokens)).prefill(rows)
+
+    rows = starts.rows(len(read.values), ask)
     answering = PairDecoder(decoder, read, length, pair.decoder_slots, starts)
     return generate(answering, rows, max_new=max_new, sampling=sampling, stop=stop, on_token=on_token)
 
@@ -177,14 +170,4 @@ def _read(pair: PairSessions, rows: Rows) -> EncoderStates:
 
 
 def _listened(pair: PairSessions, features: Array) -> EncoderStates:
-    graph = pair.encoder
-    binding = graph.session.io_binding()
-    held = []
-    for name, array in {FEATURES: features.astype(graph.inputs[FEATURES].dtype), **pair.encoder_slots}.items():
-        held.append(graph.memory.allocate(max(1, array.nbytes)))
-        graph.memory.write(held[-1], np.ascontiguousarray(array))
-        where = (graph.memory.device, graph.memory.index)
-        binding.bind_input(name, *where, graph.inputs[name].element, array.shape, held[-1].address)
-    binding.bind_output("last_hidden_state", "cpu")
-    execute(graph.session, binding, run_options())
-    return EncoderStates(as_array(binding.get_outputs()[0], graph.outputs["last_hidden_state"]))
+    return EncoderStates(run_encoder(pair.encoder, {FEATURES: features}, pair.encoder_slots)["last_hidden_state"])

@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.run.memory import placed
 from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
-from surgery_formats.files.output.manifest import is_safe_name
 
 __all__ = [
     "Classifier",
@@ -26,12 +24,11 @@ __all__ = [
     "encode",
     "encode_groups",
     "labels",
-    "own_tokenizer",
     "problem_of",
     "run_encoder",
+    "softmax",
     "vocabulary",
 ]
-
 
 _OF_CHOICES = 3  # axes of an input of choices: all rows are those of one question
 
@@ -78,10 +75,16 @@ class EncoderOutput:
         elif logits.ndim == 1 and (self.problem == "multi_label_classification" or tokens.shape[-1] == 1):
             shares = 0.5 * (1 + np.tanh(tokens / 2))
         else:
-            weights = np.exp(tokens - tokens.max(-1, keepdims=True))
-            shares = weights / weights.sum(-1, keepdims=True)
+            shares = softmax(tokens)
         labels_of_columns = names if len(names) == shares.shape[-1] else [str(n) for n in range(shares.shape[-1])]
         return tuple(dict(zip(labels_of_columns, map(float, row_of_shares), strict=True)) for row_of_shares in shares)
+
+
+def softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Probabilities along the last axis, in float64."""
+    weights = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    shares: npt.NDArray[np.float64] = weights / weights.sum(-1, keepdims=True)
+    return shares
 
 
 def labels(graph: GraphSession) -> list[str]:
@@ -95,34 +98,13 @@ def _ordered(labels_by_id: object) -> list[str]:
     return [str(labels_by_id[str(n)]) for n in range(len(labels_by_id))]
 
 
-def adapter_labels(graph: GraphSession, files: Sequence[str | os.PathLike[str]]) -> Classifier:
-    """The classifier of the first of these adapter files that has its own, by the entries of the graph's contract."""
-    for file in files:
-        for entry in graph.contract.adapters:
-            known = entry.get("file")
-            if "id2label" in entry and isinstance(known, str) and _is_same(graph.folder / known, file):
-                problem = entry.get("problem_type")
-                return Classifier(tuple(_ordered(entry["id2label"])), problem if isinstance(problem, str) else "")
+def adapter_labels(entries: Sequence[Mapping[str, Any]]) -> Classifier:
+    """The classifier of the first adapter that has its own, by what the graph's contract says of those in use."""
+    for entry in entries:
+        if "id2label" in entry:
+            problem = entry.get("problem_type")
+            return Classifier(tuple(_ordered(entry["id2label"])), problem if isinstance(problem, str) else "")
     return Classifier()
-
-
-def own_tokenizer(graph: GraphSession, files: Sequence[str | os.PathLike[str]]) -> Path:
-    """The folder of the tokenizer and template that the first of these adapters brought along, else the graph's."""
-    for file in files:
-        for entry in graph.contract.adapters:
-            known, folder = entry.get("file"), entry.get("tokenizer")
-            if not isinstance(known, str) or not isinstance(folder, str) or not is_safe_name(folder):
-                continue
-            if _is_same(graph.folder / known, file) and (graph.folder / folder).is_dir():
-                return graph.folder / folder
-    return graph.folder
-
-
-def _is_same(one: Path, other: str | os.PathLike[str]) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):
-        return False
 
 
 def vocabulary(graph: GraphSession) -> int:
@@ -191,15 +173,13 @@ def run_encoder(
     """
     binding = graph.session.io_binding()
     buffers = []  # alive until the run is over
-    for name, array in slots.items():
-        buffers.append(graph.memory.allocate(array.nbytes))
-        graph.memory.write(buffers[-1], array)
-        where = (graph.memory.device, graph.memory.index)
-        binding.bind_input(name, *where, graph.inputs[name].element, array.shape, buffers[-1].address)
     for name, port in graph.inputs.items():
-        if name in known:
-            binding.bind_cpu_input(name, known[name].astype(port.dtype))
-        elif name not in graph.optional and name not in slots:
+        if name in known or name in slots:
+            array = slots[name] if name in slots else known[name].astype(port.dtype)
+            buffers.append(placed(graph.memory, array))
+            where = (graph.memory.device, graph.memory.index)
+            binding.bind_input(name, *where, port.element, array.shape, buffers[-1].address)
+        elif name not in graph.optional:
             raise FitError(
                 f"the runner does not support the input '{name}' of a graph without a cache of keys and values",
                 file=graph.path,

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.contract import KEEP
 from surgery.onnx.run.adapters import Past, past_names
+from surgery.onnx.run.memory import placed
 from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.ports import as_array, bind_number, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
@@ -34,9 +35,7 @@ class GrowingDecoder:
         self._graph, self._batch, self._max = graph, batch, max_length
         self._slots = {}
         for name, array in slots.items():
-            buffer = graph.memory.allocate(array.nbytes)
-            graph.memory.write(buffer, array)
-            self._slots[name] = buffer, array.shape
+            self._slots[name] = placed(graph.memory, array), array.shape
         self._names = past_names(graph.contract)
         kind = graph.inputs[self._names[0]]
         tokens = past.tokens if past else 0
@@ -46,15 +45,11 @@ class GrowingDecoder:
             array = np.zeros(shape, kind.dtype) if past is None else np.broadcast_to(past.arrays[name], shape)
             if array.dtype != kind.dtype:
                 raise FitError(f"the soft prompt is {array.dtype}, but the cache is {kind.dtype}", tensor=name)
-            buffer = graph.memory.allocate(array.nbytes)
-            graph.memory.write(buffer, array)
-            self._begin[name] = buffer
+            self._begin[name] = placed(graph.memory, array)
         self._shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._names, shape)
         for layer in graph.contract.convolutions:
             name, state = f"past_conv.{layer}", (batch, *graph.contract.state)
-            zeros = np.zeros(state, kind.dtype)
-            self._begin[name], self._shapes[name] = graph.memory.allocate(zeros.nbytes), state
-            graph.memory.write(self._begin[name], zeros)
+            self._begin[name], self._shapes[name] = placed(graph.memory, np.zeros(state, kind.dtype)), state
         self._names = list(self._shapes)
         self._kind, self._tokens = kind, tokens
         self._side = graph.contract.padding

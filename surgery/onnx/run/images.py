@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoders of images: one run over a batch of ``pixel_values``, as an image processor makes them."""
+"""Encoders of images: runs over batches of ``pixel_values``, as an image processor makes them."""
 
 from __future__ import annotations
 
@@ -49,15 +49,17 @@ def read_images(graph: GraphSession, files: Sequence[Path]) -> tuple[npt.NDArray
 
 
 def look(
-    graph: GraphSession, pixels: npt.NDArray[Any], slots: Mapping[str, npt.NDArray[Any]], problem: str = ""
+    graph: GraphSession, pixels: npt.NDArray[Any], slots: Mapping[str, npt.NDArray[Any]], problem: str, size: int
 ) -> EncoderOutput:
-    """Run an encoder of images on `pixels`, see `read_images`.
+    """Run an encoder of images on `pixels`, see `read_images`, at most `size` at a time.
 
     Args:
         graph: The opened graph.
-        pixels: Images, resized and normalised.
+        pixels: Images ``(B, channels, height, width)``, resized and normalised.
         slots: Arrays of adapters, see `fill_slots`.
         problem: ``problem_type`` of the adapter's classifier; empty for the base's.
+        size: Most images of a run.
     """
-    arrays = run_encoder(graph, {PIXELS: pixels}, slots)
+    groups = [run_encoder(graph, {PIXELS: pixels[at : at + size]}, slots) for at in range(0, len(pixels), size)]
+    arrays = {name: np.concatenate([group[name] for group in groups]) for name in groups[0]}
     return EncoderOutput(arrays, (0,) * len(pixels), problem or problem_of(graph))

@@ -66,11 +66,11 @@ def needs_text(given: Given) -> bool:
 
 def said(given: Any) -> str | tuple[int, ...]:
     """An input as it is shown."""
+    if isinstance(given, str):
+        return given
     if _is_row(given):
         return tuple(map(operator.index, given))
-    if _is_conversation(given):
-        return str(given[-1].get("content", ""))
-    return given if isinstance(given, str) else " / ".join(given)
+    return str(given[-1].get("content", "")) if _is_conversation(given) else " / ".join(given)
 
 
 def input_rows(

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Buffer", "DeviceScratch", "HostMemory", "Memory", "raw"]
+__all__ = ["Buffer", "DeviceScratch", "HostMemory", "Memory", "placed", "raw"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -57,6 +57,13 @@ class Memory(Protocol):
 def raw(values: npt.NDArray[Any]) -> Bytes:
     """The bytes of an array, as an array."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def placed(memory: Memory, values: npt.NDArray[Any]) -> Buffer:
+    """A new buffer that holds `values`."""
+    buffer = memory.allocate(values.nbytes)
+    memory.write(buffer, values)
+    return buffer
 
 
 class HostMemory:

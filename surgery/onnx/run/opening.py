@@ -216,7 +216,7 @@ def open_encoder(graph: GraphSession) -> GraphSession:
     if not is_safe_name(name):
         raise MalformedError(f"the graph refers to '{show(name)}' for its encoder", file=graph.path)
     device = "cpu" if graph.memory.device == "cpu" else f"{graph.memory.device}:{graph.memory.index}"
-    encoder = open_graph(graph.folder / name, device=device, weights=graph.weights, threads=graph.threads)
+    encoder = open_graph(graph.path.parent / name, device=device, weights=graph.weights, threads=graph.threads)
     if encoder.contract.kind != "encoder" or encoder.contract.dtype != graph.contract.dtype:
         raise MalformedError("no encoder of this decoder", file=encoder.path, hint="export it again")
     return encoder

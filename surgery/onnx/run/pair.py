@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.graph.pair_names import MASK, STATES, SWITCH, kept_names
-from surgery.onnx.run.memory import Buffer
+from surgery.onnx.run.memory import Buffer, placed
 from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows
@@ -64,9 +64,7 @@ class PairDecoder:
 
     def _held(self, array: Array) -> tuple[Buffer, tuple[int, ...]]:
         """An array where the graph runs."""
-        buffer = self._graph.memory.allocate(max(1, array.nbytes))
-        self._graph.memory.write(buffer, np.ascontiguousarray(array))
-        return buffer, array.shape
+        return placed(self._graph.memory, array), array.shape
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:

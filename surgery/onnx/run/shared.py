@@ -20,7 +20,7 @@ import numpy.typing as npt
 from surgery.onnx.graph.contract import KEEP, PAD_SWITCH
 from surgery.onnx.run.adapters import Past, past_names
 from surgery.onnx.run.growing import GrowingDecoder
-from surgery.onnx.run.memory import Buffer, DeviceScratch
+from surgery.onnx.run.memory import Buffer, DeviceScratch, placed
 from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.ports import bind_number, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
@@ -57,9 +57,7 @@ class SharedDecoder:
         self._cache = {name: memory.allocate(batch * self._row) for name in self._names}
         self._slots: dict[str, tuple[Buffer, tuple[int, ...]]] = {}
         for name, array in slots.items():
-            buffer = memory.allocate(array.nbytes)
-            memory.write(buffer, array)
-            self._slots[name] = buffer, array.shape
+            self._slots[name] = placed(memory, array), array.shape
         self._tokens = past.tokens if past else 0
         if past is not None:
             self._write_past(past)  # once: all later keys follow it

@@ -1,71 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that are inside a graph, each behind an input for its strength: ``NAME`` or ``NAME=0.5`` among the adapters of a run."""
+"""Strengths of adapters: ``FILE=0.7`` scales its factors, ``NAME=0.7`` is the value of an input of the graph."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from surgery.onnx.graph.adapter_names import check_adapter_file
 from surgery.onnx.graph.contract import Contract
 from surgery.onnx.run.ports import Port
 from surgery_formats.errors import FitError
-from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.text import show
 
-__all__ = ["named_strengths", "strength_arrays", "weighted_file", "with_strength"]
+__all__ = ["gated_adapters", "strength_arrays", "strength_of", "weighted_file", "with_strength"]
 
 Array = npt.NDArray[Any]
-Paths = Sequence[str | os.PathLike[str]]
 
 
-def _gated(contract: Contract, inputs: Collection[str]) -> dict[str, Mapping[str, Any]]:
+def gated_adapters(contract: Contract, inputs: Collection[str]) -> dict[str, Mapping[str, Any]]:
+    """What the contract says of each adapter inside the graph that has an input for its strength, by name."""
     return {str(one.get("name")): one for one in contract.adapters if one.get("strength") in inputs}
 
 
-def _swapped(contract: Contract, graph: Path) -> dict[str, Path]:
-    """Files of the adapters for slots that lie beside a graph, by name."""
-    files = {str(one.get("name")): str(one.get("file")) for one in contract.adapters if one.get("mode") == "swapped"}
-    found = {name: graph.parent / file for name, file in files.items() if is_safe_name(file)}
-    return {name: file for name, file in found.items() if file.is_file()}
-
-
-def named_strengths(
-    adapters: Paths, graph: Path, contract: Contract, inputs: Collection[str]
-) -> tuple[list[tuple[str | os.PathLike[str], float]], dict[str, float]]:
-    """The files among `adapters` with their strengths, and those of names of adapters inside; a file always wins.
-
-    The name of an adapter for slots that was exported with the graph is its file beside it.
+def strength_of(name: str, number: str) -> float:
+    """The strength that is written behind a name.
 
     Raises:
-        NotFoundError: neither a file nor an adapter of this name.
-        FitError: a strength that is no number, or a folder.
+        FitError: no finite number.
     """
-    inside = _gated(contract, inputs)
-    beside = _swapped(contract, graph)
-    files: list[tuple[str | os.PathLike[str], float]] = []
-    strengths: dict[str, float] = {}
-    for adapter in adapters:
-        name, equals, number = os.fspath(adapter).partition("=")
-        if name not in inside or os.path.exists(adapter):
-            if (own := beside.get(name)) is not None and not os.path.isfile(name) and not os.path.isfile(adapter):
-                files.append((own, _strength(name, number) if equals else 1.0))
-                continue
-            file, strength = weighted_file(adapter)
-            check_adapter_file(file, graph, [*inside, *beside])
-            files.append((file, strength))
-            continue
-        strengths[name] = _strength(name, number) if equals else 1.0
-    return files, strengths
-
-
-def _strength(name: str, number: str) -> float:
     try:
         strength = float(number)
     except ValueError:
@@ -84,7 +50,7 @@ def weighted_file(adapter: str | os.PathLike[str]) -> tuple[str | os.PathLike[st
     name, equals, number = os.fspath(adapter).rpartition("=")
     if not equals or os.path.exists(adapter) or not os.path.exists(name):
         return adapter, 1.0
-    return name, _strength(name, number)
+    return name, strength_of(name, number)
 
 
 def with_strength(
@@ -111,7 +77,7 @@ def strength_arrays(
 ) -> dict[str, Array]:
     """Arrays for the inputs of strengths: what was chosen, and for the others that have no default in the graph their own."""
     arrays: dict[str, Array] = {}
-    for name, entry in _gated(contract, inputs).items():
+    for name, entry in gated_adapters(contract, inputs).items():
         gate = str(entry["strength"])
         if name in strengths or gate not in optional:
             weight = strengths.get(name, entry.get("weight"))

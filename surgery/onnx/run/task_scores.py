@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from surgery.onnx.run.encoder import EncoderOutput
+from surgery.onnx.run.encoder import EncoderOutput, softmax
 from surgery.onnx.run.inputs import InputRow
 from surgery.onnx.run.tokenizer import Tokenizer
 
@@ -34,14 +32,8 @@ def task_scores(
     if task == "fill-mask":
         return _masks(encoded, number, row, tokenizer)
     if task == "multiple-choice":
-        return ({"chosen": float(_shares(encoded.arrays["logits"][0])[number])},)
+        return ({"chosen": float(softmax(encoded.arrays["logits"][0])[number])},)
     return encoded.scores(number, names)
-
-
-def _shares(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    weights = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    shares: npt.NDArray[np.float64] = weights / weights.sum(-1, keepdims=True)
-    return shares
 
 
 def _answer(encoded: EncoderOutput, number: int, row: InputRow) -> Scores:
@@ -51,7 +43,7 @@ def _answer(encoded: EncoderOutput, number: int, row: InputRow) -> Scores:
     inside = np.array([place is not None for place in row.places] or [True] * length)
     if not inside.any():
         return ()
-    starts, ends = (_shares(np.where(inside, one.astype(np.float64), -np.inf)) for one in (begin, end))
+    starts, ends = (softmax(np.where(inside, one.astype(np.float64), -np.inf)) for one in (begin, end))
     table = np.tril(np.triu(np.outer(starts, ends)), _LONGEST - 1)
     first, last = map(int, np.unravel_index(table.argmax(), table.shape))
     if not row.places:
@@ -65,8 +57,12 @@ def _masks(encoded: EncoderOutput, number: int, row: InputRow, tokenizer: Tokeni
     places = [place for place, token in enumerate(row.ids) if token == mask]
     found = []
     for place in places:
-        shares = _shares(encoded.arrays["logits"][number, place])
+        words: dict[str, float] = {}
+        shares = softmax(encoded.arrays["logits"][number, place])
         best = np.argsort(-shares)[:_WORDS].tolist()
         assert tokenizer is not None
-        found.append({tokenizer.decode([token]).strip() or str(token): float(shares[token]) for token in best})
+        for token in best:
+            word = tokenizer.decode([token]).strip() or str(token)
+            words[f"{word} ({token})" if word in words else word] = float(shares[token])  # with a space before it, too
+        found.append(words)
     return tuple(found)

@@ -37,10 +37,7 @@ class Tokenizer:
         Raises:
             FitError: not a text that UTF-8 can hold.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise FitError("a text has half of a surrogate pair, which is no character") from error
+        _check_text(text)
         result: list[int] = self._inner.encode(text, add_special_tokens=begins).ids
         return result
 
@@ -50,10 +47,8 @@ class Tokenizer:
         Raises:
             FitError: not texts that UTF-8 can hold.
         """
-        try:
-            (first + second).encode()
-        except UnicodeEncodeError as error:
-            raise FitError("a text has half of a surrogate pair, which is no character") from error
+        _check_text(first)
+        _check_text(second)
         found = self._inner.encode(first, second)
         places = (place if text == 1 else None for place, text in zip(found.offsets, found.sequence_ids, strict=True))
         return found.ids, found.type_ids, tuple(places)
@@ -62,6 +57,13 @@ class Tokenizer:
         """Text of `ids`, without special tokens."""
         result: str = self._inner.decode(list(ids), skip_special_tokens=True)
         return result
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FitError("a text has half of a surrogate pair, which is no character") from error
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
