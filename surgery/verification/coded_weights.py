@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a graph has as codes: what they stand for, computed apart from what wrote them, and how far from the base's.
+"""Weights that a graph has as codes: what they stand for, computed apart from what wrote them.
 
 The codes of a row follow each other, low bits first; the last block of a row may be longer than the row is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +17,6 @@ from surgery.onnx.export.merged import with_biases
 from surgery.onnx.graph.weights import ACROSS
 from surgery.onnx.run.opening import side_folder
 from surgery.reference.model import Reference
-from surgery.reference.weights import ReferenceWeights
 from surgery.verification.bytes import data_shard
 from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors
 from surgery.verification.sentence import own_task
@@ -34,10 +32,10 @@ from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.text import show
 
-__all__ = ["StoredError", "coded_reference", "is_written_anew", "stored_errors"]
+__all__ = ["HEAD", "CodedWeights", "coded_reference", "is_written_anew"]
 
 _PARTS = ("codes", "scales", "zero_points")
-_HEAD = "of the head"  # behind the name of a table that its head has as codes, and lookups do not
+HEAD = "of the head"  # behind the name of a table that its head has as codes, and lookups do not
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class _WeightCodes:
         return bits @ (2.0 ** np.arange(self.bits))
 
 
-class _CodedWeights:
+class CodedWeights:
     """Weights of a graph's files: codes by what they stand for, others as they are."""
 
     def __init__(self, tensors: Mapping[str, ReadableTensor], codes: Mapping[str, _WeightCodes], names: Names) -> None:
@@ -82,28 +80,43 @@ class _CodedWeights:
 
     @property
     def names(self) -> Collection[str]:
+        """All names."""
         return {*(name.removesuffix(ACROSS) for name in self._tensors), *self._codes}
 
     def stored(self, name: str) -> str:
+        """The name in the files of a weight that the recipe calls `name`."""
         if name in self._tensors or name in self._codes or f"{name}{ACROSS}" in self._tensors:
             return name
         slices = self._resolver.resolve(name)
         return slices[0].parameter.name if len(slices) == 1 else name
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        stored, of_head = self.stored(name.removesuffix(f" {_HEAD}")), name.endswith(_HEAD)
-        if f"{stored}{ACROSS}" in self._tensors and stored not in self._tensors:
+        """Load rows ``[start, stop)`` as float32; see `surgery.reference.weights.ReferenceWeights`."""
+        stored, of_head = self.stored(name.removesuffix(f" {HEAD}")), name.endswith(HEAD)
+        if self.is_across(stored):
             return torch.from_numpy(
                 np.ascontiguousarray(self._tensors[f"{stored}{ACROSS}"].read().astype(np.float32).T)[start:stop]
             )
         if stored in self._tensors and not of_head:
             return torch.from_numpy(np.asarray(self._tensors[stored].read(start, stop)).astype(np.float32))
-        outputs, inputs = self.shapes[name.removesuffix(f" {_HEAD}")]
+        outputs, inputs = self.shapes[name.removesuffix(f" {HEAD}")]
         if name in self.turned:
             return self._codes[stored].values(inputs, 0, outputs).T[start:stop]
         return self._codes[stored].values(inputs, start, outputs if stop is None else min(stop, outputs))
 
+    def kept_type(self, name: str) -> DType | None:
+        """The type that a weight is kept in; None for one of which there are only codes, or nothing."""
+        stored = self.stored(name)
+        tensor = self._tensors.get(stored, self._tensors.get(f"{stored}{ACROSS}"))
+        return None if tensor is None else tensor.dtype
+
+    def is_across(self, name: str) -> bool:
+        """Whether a weight is kept with its axes exchanged alone."""
+        stored = self.stored(name)
+        return stored not in self._tensors and f"{stored}{ACROSS}" in self._tensors
+
     def codes_of(self, stored: str) -> _WeightCodes:
+        """The codes of a weight by its name in the files."""
         return self._codes[stored]
 
     def parted(self, name: str) -> bool:
@@ -130,15 +143,15 @@ def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
     bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
     known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
-    weights = _CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
+    weights = CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
     model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)
     model = with_head_of_codes(model, weights)
     for name, (outputs, inputs), turned in _matrices(model):
-        if weights.stored(name.removesuffix(f" {_HEAD}")) not in codes:
+        if weights.stored(name.removesuffix(f" {HEAD}")) not in codes:
             continue
-        weights.shapes[name.removesuffix(f" {_HEAD}")] = outputs, inputs
+        weights.shapes[name.removesuffix(f" {HEAD}")] = outputs, inputs
         weights.turned |= {name} if turned else set()
-        _check(weights.codes_of(weights.stored(name.removesuffix(f" {_HEAD}"))), outputs, inputs, graph)
+        _check(weights.codes_of(weights.stored(name.removesuffix(f" {HEAD}"))), outputs, inputs, graph)
     return Reference(model, weights)
 
 
@@ -160,12 +173,12 @@ def _tensors(graph: GraphFile, names: Sequence[str], config: Mapping[str, Any]) 
     return {**embedded_tensors(graph, rows)}
 
 
-def with_head_of_codes(model: Model, weights: _CodedWeights) -> Model:
+def with_head_of_codes(model: Model, weights: CodedWeights) -> Model:
     """The model with a head of its own, where the head has the table as codes, and lookups as numbers."""
     head, table = model.head, model.embedding.tokens
     if not isinstance(head, LanguageHead) or head.projection.weight != table or not weights.parted(table):
         return model
-    return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {_HEAD}")))
+    return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {HEAD}")))
 
 
 def _check(codes: _WeightCodes, outputs: int, inputs: int, graph: GraphFile) -> None:
@@ -189,43 +202,3 @@ def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, int], bool]]:
     table = model.embedding
     width = table.projection.inputs if isinstance(table.projection, Projection) else model.hidden
     yield table.tokens, (model.vocabulary, width), False
-
-
-@dataclass(frozen=True)
-class StoredError:
-    """How far the codes of a weight are from the base's values.
-
-    Attributes:
-        name: Stored name.
-        energy: ``sum(W * W)``.
-        error: ``sum((Q - W) ** 2)``.
-    """
-
-    name: str
-    energy: float
-    error: float
-
-    @property
-    def relative(self) -> float:
-        """In the norm of Frobenius, relative to the values."""
-        return math.sqrt(self.error / self.energy) if self.energy else 0.0
-
-
-def stored_errors(reference: Reference, wanted: ReferenceWeights) -> list[StoredError]:
-    """The error of every weight of codes against the values that it was made of."""
-    weights = reference.weights
-    assert isinstance(weights, _CodedWeights)
-    errors = []
-    for name, (outputs, _) in weights.shapes.items():
-        turned, energy, error = name in weights.turned, 0.0, 0.0
-        step = outputs if turned else max(1, (1 << 22) // max(weights.shapes[name][1], 1))
-        for start in range(0, weights.shapes[name][1] if turned else outputs, step):
-            stop = None if turned else start + step
-            own = weights.load(f"{name} {_HEAD}" if weights.parted(name) else name, start, stop).double()
-            values = wanted.load(name, start, stop).double()
-            energy += float(values.square().sum())
-            error += float((own - values).square().sum())
-            if turned:
-                break
-        errors.append(StoredError(weights.stored(name), energy, error))
-    return errors
