@@ -302,7 +302,7 @@ def _graphs(
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif base is None and not is_written_anew(main) and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(main, names, base, roles, own)
+    reference = _reference(graphs, names, base, roles, own)
     if is_written_anew(main):
         checks += _written_anew(main, reference, base, roles.merged, notes)
     for graph in graphs if main.contract.encoder else (main,):
@@ -379,9 +379,13 @@ def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> lis
 
 
 def _reference(
-    graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles, own: Mapping[str, str]
+    graphs: Sequence[GraphFile],
+    names: Sequence[str],
+    base: Checkpoint | None,
+    roles: AdapterRoles,
+    own: Mapping[str, str],
 ) -> Reference:
-    """The model that the graph should be: base and adapters where named, else what lies beside it."""
+    """The model that graphs should be together: base and adapters where named, else what lies beside them."""
     from surgery.engine.input_checks import check_base_id
     from surgery.engine.merge.merge_plan import plan_merge
     from surgery.reference import open_reference
@@ -393,10 +397,11 @@ def _reference(
     from surgery_formats.binding.bind import bind
     from surgery_formats.models.families.parameters import model_of
 
+    graph = graphs[0]
     contract, folder = graph.contract, graph.path.parent
     task = own_task(contract)
     if is_written_anew(graph):
-        return coded_reference(graph, names)
+        return coded_reference(graphs, names)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])

@@ -124,15 +124,16 @@ class CodedWeights:
         return self.stored(name) in self._tensors and self.stored(name) in self._codes
 
 
-def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
-    """The model that the files beside a graph of codes are; `names` are those of all its graphs, where it has several.
+def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Reference:
+    """The model that graphs of codes are together, the main one first; `names` are those of all their files.
 
     Raises:
         ProofError: the contract names a weight that the files lack.
         MalformedError: codes and scales of other sizes than they must have.
     """
+    graph = graphs[0]
     config = read_object(side_folder(graph.path) / "config.json")
-    found = _tensors(graph, names, config)
+    found = _tensors(graphs, names, config)
     codes: dict[str, _WeightCodes] = {}
     for entry in graph.contract.quantised:
         for name in entry["weights"]:
@@ -161,16 +162,16 @@ def is_written_anew(graph: GraphFile) -> bool:
     return bool(graph.contract.quantised) or across
 
 
-def _tensors(graph: GraphFile, names: Sequence[str], config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
-    """All weights of a graph, of its files or inside it, by name in the checkpoint."""
-    folder = graph.path.parent
-    if files := names or [file.name for file in graph.weight_files]:
-        return {t.name: t for name in files for t in data_shard(folder / name).tensors}
+def _tensors(graphs: Sequence[GraphFile], names: Sequence[str], config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
+    """All weights of graphs, of their files or inside them, by name in the checkpoint."""
+    graph = graphs[0]
+    if names:
+        return {t.name: t for name in names for t in data_shard(graph.path.parent / name).tensors}
     stated = {name for entry in graph.contract.quantised for name in entry["weights"]}
     model = model_of(config, stated, own_task(graph.contract))
     rows = {each.weight: each.outputs for each in projections(model)}
     rows |= {each.bias: each.outputs for each in projections(model)}
-    return {**embedded_tensors(graph, rows)}
+    return {name: tensor for one in graphs for name, tensor in embedded_tensors(one, rows).items()}
 
 
 def with_head_of_codes(model: Model, weights: CodedWeights) -> Model:
