@@ -445,7 +445,7 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
         differences.append(compare_prompt(graph.path, prompt, reference, past, front))
     if slots is not None:
         session.slot_arrays, changed = slots
-        differences.append(compare_slots(session, changed, past, front))
+        differences += compare_slots(session, changed, past, front)
     return differences
 
 
