@@ -388,8 +388,7 @@ def _reference(
     """The model that graphs should be together: base and adapters where named, else what lies beside them."""
     from surgery.engine.input_checks import check_base_id
     from surgery.engine.merge.merge_plan import plan_merge
-    from surgery.reference import open_reference
-    from surgery.reference.model import Reference
+    from surgery.reference import Reference, open_reference
     from surgery.reference.weights import tensor_weights
     from surgery.verification.beside import model_beside
     from surgery.verification.coded_weights import coded_reference, is_written_anew

@@ -16,7 +16,7 @@ import torch
 from surgery.onnx.export.merged import with_biases
 from surgery.onnx.graph.weights import ACROSS
 from surgery.onnx.run.opening import side_folder
-from surgery.reference.model import Reference
+from surgery.reference import Reference
 from surgery.verification.bytes import data_shard
 from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors
 from surgery.verification.sentence import own_task

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.reference.model import Reference
+from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.coded_weights import HEAD, CodedWeights
 from surgery.verification.recorded import recorded_errors
