@@ -18,7 +18,7 @@ from surgery.onnx.graph.weights import ACROSS
 from surgery.onnx.run.opening import side_folder
 from surgery.reference import Reference
 from surgery.verification.bytes import data_shard
-from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors
+from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors, stacked_tensors
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile
 from surgery_formats.dtypes import DType
@@ -171,7 +171,9 @@ def _tensors(graphs: Sequence[GraphFile], names: Sequence[str], config: Mapping[
     model = model_of(config, stated, own_task(graph.contract))
     rows = {each.weight: each.outputs for each in projections(model)}
     rows |= {each.bias: each.outputs for each in projections(model)}
-    return {name: tensor for one in graphs for name, tensor in embedded_tensors(one, rows).items()}
+    stacks = {name: each.stack[1] for each in projections(model) if each.stack for name in (each.weight, each.bias)}
+    found = {name: tensor for one in graphs for name, tensor in embedded_tensors(one, rows).items()}
+    return {**found, **stacked_tensors(found, stacks)}
 
 
 def with_head_of_codes(model: Model, weights: CodedWeights) -> Model:

@@ -71,3 +71,16 @@ def test_a_merge_by_another_weight_is_refused(base, tmp_path):
     for adapters in ((), (adapter, 0.999)):
         with pytest.raises(ProofError, match="q_proj"):
             surgery.verify(tmp_path / "out", against=base, adapters=adapters)
+
+
+@pytest.mark.parametrize("options", [{"linear": "matmul"}, {"weights_type": "int4"}])
+def test_stacks_of_experts_inside_the_graph_are_compared_too(tmp_path, options):
+    base = recipes.build("gpt_oss", tmp_path / "base")
+    surgery.export_onnx(base, output=tmp_path / "out", weights="embed", **options)
+    assert surgery.verify(tmp_path / "out", against=base).difference < 1e-4
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors = load_file(base / "model.safetensors")
+    half_a_step(tensors[name])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProofError, match=name):
+        surgery.verify(tmp_path / "out", against=base)
