@@ -11,13 +11,12 @@ from surgery.reference.model import (
     Cache,
     Encoded,
     Output,
-    Reference,
     encode,
     forward,
-    open_reference,
     prefix_cache,
     prompt_cache,
 )
+from surgery.reference.reference import Reference, open_reference
 from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
 
 __all__ = [

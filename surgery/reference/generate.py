@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.reference.model import Cache, Encoded, Reference, forward
+from surgery.reference.model import Cache, Encoded, forward
+from surgery.reference.reference import Reference
 from surgery_formats.errors import FitError
 
 __all__ = ["Greedy", "greedy"]

@@ -3,72 +3,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from surgery.engine.plan import Plan
 from surgery.reference.attention import Mask, Watch, attend, attend_to
 from surgery.reference.disentangled import convolve
+from surgery.reference.embedding import embed, position_rows
 from surgery.reference.experts import transform
-from surgery.reference.inserted import couple, run_inserted, uncouple
-from surgery.reference.primitives import Load, activate, convolve_time, normalise, project
-from surgery.reference.sentence import embed_text
+from surgery.reference.heads import outputs_of
+from surgery.reference.inserted import run_inserted
+from surgery.reference.primitives import Load, convolve_time, normalise
+from surgery.reference.reference import Reference
 from surgery.reference.stored import stored
-from surgery.reference.vision import cut_up, mean_of_patches, pool
-from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
+from surgery.reference.vision import cut_up
 from surgery_formats.errors import FitError
-from surgery_formats.models.component import Component
-from surgery_formats.models.families.parameters import model_of
-from surgery_formats.models.families.recipe import (
-    MLP,
-    Branch,
-    ClassifierHead,
-    Embedding,
-    Experts,
-    HiddenHead,
-    LanguageHead,
-    Layer,
-    Model,
-    PooledHead,
-    SpanHead,
-)
-from surgery_formats.models.families.recipe_sentence import SentenceHead
+from surgery_formats.models.families.recipe import MLP, Branch, Experts, Layer
 
 __all__ = [
     "Cache",
     "Encoded",
     "Output",
-    "Reference",
     "encode",
     "forward",
-    "open_reference",
     "prefix_cache",
     "prompt_cache",
 ]
-
-_BLOCK = 1 << 24  # elements of the head's matrix per step
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A model to compute.
-
-    Attributes:
-        model: Its recipe.
-        weights: Its tensors.
-        dtype: Precision of the arithmetic: float32 or float64.
-    """
-
-    model: Model
-    weights: ReferenceWeights
-    dtype: torch.dtype = torch.float32
-
-    def load(self, name: str) -> torch.Tensor:
-        """Load a whole tensor in the reference's precision; exact for all stored types."""
-        return stored(self.weights.load(name).to(self.dtype), name)
 
 
 @dataclass(frozen=True)
@@ -120,26 +81,6 @@ class Encoded:
     real: torch.Tensor
 
 
-def open_reference(
-    component: Component, plan: Plan | None = None, dtype: torch.dtype = torch.float32, task: str = ""
-) -> Reference:
-    """Open the reference of a checkpoint's network, or of the network that `plan` would write.
-
-    `task` is what the model is used for; by default what it was saved for.
-
-    Raises:
-        FitError: no recipe for the model.
-    """
-    if plan is None:
-        weights = stored_weights(component)
-        return Reference(model_of(component.config, weights.names, task), weights, dtype)
-    weights = planned_weights(plan, component.name)
-    name = f"{component.name}/config.json" if component.name else "config.json"
-    rewritten = next((file.data for file in plan.side_files if file.name == name and file.data), b"")
-    config = json.loads(rewritten) if rewritten else component.config
-    return Reference(model_of(config, weights.names, task), weights, dtype)
-
-
 @torch.no_grad()
 def forward(
     reference: Reference,
@@ -182,12 +123,16 @@ def forward(
     offset = places.shape[1] - real_new.shape[1]
     causal = model.kind == "decoder"
     positions = places[:, offset:].clamp(min=0) if causal else torch.arange(real_new.shape[1]).expand(batch, -1)
-    values = _embed(
-        reference, ids, virtual, types, _rows(model.embedding, ids, real_new, places[:, offset:], positions, front)
+    values = embed(
+        reference,
+        ids,
+        virtual,
+        types,
+        position_rows(model.embedding, ids, real_new, places[:, offset:], positions, front),
     )
     mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
     values, caches = _run_layers(reference, values, mask, past, encoded)
-    logits, outputs = _head(reference, values, ids, real_new)
+    logits, outputs = outputs_of(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
 
 
@@ -200,7 +145,7 @@ def _seen(reference: Reference, pixels: torch.Tensor) -> Output:
     everything = torch.ones(values.shape[:2], dtype=torch.bool)
     places = torch.arange(values.shape[1]).expand(len(values), -1)
     values, caches = _run_layers(reference, values, Mask(everything, places, places, causal=False), None, None)
-    logits, outputs = _head(reference, values, places, everything)
+    logits, outputs = outputs_of(reference, values, places, everything)
     return Output(logits, Cache(caches, everything), outputs)
 
 
@@ -246,166 +191,6 @@ def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None
     places = torch.arange(values.shape[1]).expand(len(values), -1)
     values, _ = _run_layers(half, values, Mask(everything, places, places, causal=False), None, None)
     return Encoded(values, everything)
-
-
-def _rows(
-    embedding: Embedding,
-    ids: torch.Tensor,
-    real_new: torch.Tensor,
-    places: torch.Tensor,
-    positions: torch.Tensor,
-    front: int,
-) -> torch.Tensor:
-    """Rows of the position table."""
-    if embedding.position_rule == "absolute":
-        return positions + embedding.position_offset
-    if embedding.position_rule == "mask":
-        return torch.where(real_new, places, -1) + embedding.position_offset
-    if front:  # padding among embeddings cannot be recognised, so transformers counts them all
-        return torch.arange(real_new.shape[1]).expand(len(ids), -1) + embedding.position_offset
-    is_token = ids != embedding.padding_token
-    return torch.where(is_token, is_token.long().cumsum(1) - 1, -1) + embedding.position_offset
-
-
-def _embed(
-    reference: Reference,
-    ids: torch.Tensor,
-    virtual: torch.Tensor | None,
-    types: torch.Tensor | None,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    """The first hidden state ``(B, n + S, D)``."""
-    embedding, vocabulary = reference.model.embedding, reference.model.vocabulary
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise FitError(f"a token id is beyond the vocabulary of {vocabulary}")
-    values = _lookup(reference, embedding.tokens, ids, embedding.scale, embedding.scale_rounded)
-    if virtual is not None:
-        values = torch.cat((virtual.to(reference.dtype).expand(len(ids), -1, -1), values), dim=1)
-    values = _widened(reference, values, "tokens")
-    if embedding.types:
-        zero = torch.zeros(values.shape[:2], dtype=torch.long)
-        if types is not None:
-            zero[:, values.shape[1] - ids.shape[1] :] = types
-        values = values + _lookup(reference, embedding.types, zero)
-    if embedding.positions:
-        values = values + _lookup(reference, embedding.positions, rows)
-    if embedding.sinusoid:
-        values = values + _sinusoid(rows, values.shape[-1], values.dtype)
-    values = _widened(reference, values, "sum")
-    values = normalise(values, embedding.norm, reference.load)
-    values = _widened(reference, values, "norm")
-    for network in embedding.couplings:
-        values = couple(values, network, reference.load)
-    return values
-
-
-def _widened(reference: Reference, values: torch.Tensor, done: str) -> torch.Tensor:
-    """Projected to the width of the layers, if that is what follows the step `done`."""
-    embedding = reference.model.embedding
-    if embedding.projection is None or embedding.projected != done:
-        return values
-    return project(values, embedding.projection, reference.load)
-
-
-def _lookup(
-    reference: Reference, name: str, ids: torch.Tensor, scale: float = 1.0, rounded: bool = False
-) -> torch.Tensor:
-    """Look up rows `ids` of a table, reading only those rows."""
-    unique_ids, index = torch.unique(ids, return_inverse=True)
-    if not len(unique_ids):
-        width = reference.weights.load(name, 0, 1).shape[1]
-        return torch.empty(*ids.shape, width, dtype=reference.dtype)
-    rows = [reference.weights.load(name, row, row + 1) for row in unique_ids.tolist()]
-    if any(len(row) != 1 for row in rows):
-        raise FitError(f"the table has no row {int(unique_ids[-1])}", tensor=name)
-    table = torch.cat(rows)
-    factor = torch.tensor(scale, dtype=torch.float64)
-    factor = factor.to(table.dtype) if rounded else factor
-    return stored(table.to(reference.dtype)[index] * factor.to(reference.dtype), f"rows of {name}")
-
-
-def _sinusoid(rows: torch.Tensor, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """Sines, then cosines, of the positions `rows`, slower from pair to pair (arXiv:1706.03762 section 3.5)."""
-    pairs = torch.arange(width, dtype=torch.float64)
-    turns = rows[..., None].double() / 10000 ** (2 * (pairs // 2) / width)
-    return torch.cat((turns[..., 0::2].sin(), turns[..., 1::2].cos()), dim=-1).to(dtype)
-
-
-def _head(
-    reference: Reference, values: torch.Tensor, ids: torch.Tensor, real: torch.Tensor
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The logits, and all outputs of a model that does not generate, by name; `real` are the tokens that are no padding."""
-    head, load = reference.model.head, reference.load
-    if isinstance(head, HiddenHead):
-        pooled = {} if head.pooler is None else {"pooler_output": torch.tanh(project(values[:, 0], head.pooler, load))}
-        return values, {"last_hidden_state": values, **pooled}
-    if isinstance(head, PooledHead):
-        return values, {"last_hidden_state": values, head.output: pool(values, ids, head, load)}
-    if isinstance(head, SentenceHead):
-        return values, {"last_hidden_state": values, "sentence_embedding": embed_text(values, real, head, load)}
-    if isinstance(head, SpanHead):
-        if head.before is not None:
-            values = activate(project(values, head.before[0], load), head.before[1])
-        start, end = project(normalise(values, head.norm, load), head.projection, load).unbind(-1)
-        return start, {"start_logits": start, "end_logits": end}
-    if isinstance(head, ClassifierHead):
-        if head.tokens in ("first", "last"):
-            values = values[torch.arange(len(values)), _places(head, ids, values)]
-        if head.tokens in ("patches", "first_and_patches"):
-            values = mean_of_patches(values, reference.model, head.tokens == "first_and_patches")
-        for index, (step, activation) in enumerate(head.steps):
-            if head.tokens == "mean" and index == head.early:
-                values = torch.stack([row[tokens].mean(0) for row, tokens in zip(values, real, strict=True)])
-            if step is head.steps[-1][0]:
-                values = normalise(values, head.norm, load)
-            values = activate(project(values, step, load), activation)
-        return values, {"logits": values}
-    logits = _logits(reference, values, head)
-    return logits, {"logits": logits}
-
-
-def _places(head: ClassifierHead, ids: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The place in each row, virtual tokens counted, of the token whose state is classified.
-
-    Raises:
-        FitError: several rows without a padding token.
-    """
-    rows, width = values.shape[:2]
-    if head.tokens == "first":
-        return torch.zeros(rows, dtype=torch.long)
-    if head.padding_token is None:
-        if rows > 1:
-            raise FitError(
-                "several rows, but the model has no pad_token_id to tell where each ends", file="config.json"
-            )
-        return torch.full((rows,), width - 1)
-    front = width - ids.shape[1]
-    found = [[place for place, token in enumerate(row) if token != head.padding_token] for row in ids.tolist()]
-    return torch.tensor([front + row[-1] if row else max(0, front - 1) for row in found])
-
-
-def _logits(reference: Reference, values: torch.Tensor, head: LanguageHead) -> torch.Tensor:
-    if head.before is not None:
-        values = activate(project(values, head.before, reference.load), head.activation)
-    values = normalise(values, head.norm, reference.load)
-    for network in reversed(head.inverted):
-        values = uncouple(values, network, reference.load)
-    output = head.projection
-    height = max(1, _BLOCK // output.inputs)
-    logits = torch.cat(
-        [
-            values @ reference.weights.load(output.weight, start, start + height).to(reference.dtype).T
-            for start in range(0, output.outputs, height)
-        ],
-        dim=-1,
-    )
-    if output.bias:
-        logits = logits + reference.load(output.bias)
-    logits = logits / head.divisor
-    if head.bias:
-        logits = logits + reference.load(head.bias)
-    logits = stored(logits, "the logits")
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
 def prompt_cache(reference: Reference, embeddings: torch.Tensor) -> Cache:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts
 from surgery.reports.summary import Summary, warning_notes
 from surgery.verification.bytes import compare_copied, compare_files, data_shard, recorded_tensors
-from surgery.verification.recorded import recorded_errors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
@@ -40,12 +38,6 @@ TOLERANCE = 1e-4
 SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 _GRAPH = "model.onnx"
-_RECORDED = 1e-3
-"""Share by which an error of codes may differ from what was written down."""
-_STORED = 2.0**-8
-"""What a merge adds to it that stores bf16 in between."""
-_UNRECORDED = 0.5
-"""The greatest error of codes of which nothing was written down: that of no rounding to 4 bits."""
 _PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
@@ -285,6 +277,7 @@ def _graphs(
     checks: list[Check],
     notes: list[str],
 ) -> None:
+    from surgery.verification.coded_weights import is_written_anew
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
     from surgery.verification.pair import halves, measure_half
     from surgery.verification.sentence import own_task, with_sentence_modules
@@ -307,19 +300,15 @@ def _graphs(
         )
         if same:
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
-    elif base is None and not set(names) <= {Path(name).name for name in hashed}:
+    elif base is None and not is_written_anew(main) and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(main, names, base, roles, own)
+    reference = _reference(graphs, names, base, roles, own)
+    if is_written_anew(main):
+        checks += _written_anew(main, reference, base, roles.merged, notes)
     for graph in graphs if main.contract.encoder else (main,):
         reference = with_defaults(graph, reference)
     if own_task(main.contract) != main.contract.task:
         reference = with_sentence_modules(reference, side_folder(path) if base is None else base.main.folder)
-    if main.contract.quantised:
-        checks.append(_codes(where, main, names, base, roles))
-        if base is None:
-            notes.append("the codes were not compared with the base: --against BASE does")
-        elif not recorded_errors(where):
-            notes.append(f"no {MANIFEST} says how far the codes were from the base when they were written")
     if base is not None and roles.insert:
         reference = with_adapter_modules(reference, roles.insert)
     else:
@@ -346,50 +335,39 @@ def _judged_graph(
         yield Check("range", fits_half(graph, seen, measure))
 
 
-def _codes(where: Path, graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles) -> Check:
-    """What the codes of a graph stand for, against the base and what is merged into it.
-
-    Raises:
-        ProofError: they are farther from it than was written down.
-    """
+def _written_anew(
+    graph: GraphFile,
+    reference: Reference,
+    base: Checkpoint | None,
+    merged: Sequence[tuple[Adapter, float]],
+    notes: list[str],
+) -> Iterator[Check]:
+    """What a graph of codes, or of matrices the other way round, has of the base and what is merged into it."""
     from surgery.engine.merge.merge_plan import plan_merge
     from surgery.reference.weights import planned_weights, stored_weights
-    from surgery.verification.coded_weights import coded_reference, stored_errors
+    from surgery.verification.recorded import recorded_errors
+    from surgery.verification.written_anew import check_codes, check_kept
     from surgery_formats.binding.bind import bind
 
-    bits = sorted({entry["bits"] for entry in graph.contract.quantised})
-    number = sum(len(entry["weights"]) for entry in graph.contract.quantised)
-    said = f"{number} weights of {' and '.join(map(str, bits))} bits"
+    quantised, folder = graph.contract.quantised, side_folder(graph.path)
+    bits = sorted({entry["bits"] for entry in quantised})
+    said = f"{sum(len(entry['weights']) for entry in quantised)} weights of {' and '.join(map(str, bits))} bits"
     if base is None:
-        return Check("quantised weights", said)
-    if roles.merged:
-        wanted = planned_weights(plan_merge(bind(roles.merged, base, new_biases=True)))
-    else:
-        wanted = stored_weights(base.main)
-    errors = stored_errors(coded_reference(graph, names), wanted)
-    recorded = recorded_errors(where)
-    for found in errors:
-        limit = recorded.get(found.name)
-        if limit is None and found.relative > _UNRECORDED:
-            raise ProofError(
-                f"its codes are off by {found.relative:.3g} of the base",
-                file=graph.path,
-                tensor=found.name,
-                hint="`against=` names another base, or the adapters that were merged are not named",
-            )
-        allowed = math.hypot(limit or 0.0, _STORED if roles.merged else 0.0) * (1 + _RECORDED)
-        if limit is not None and not found.relative <= allowed + _RECORDED**2:
-            raise ProofError(
-                f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down",
-                file=graph.path,
-                tensor=found.name,
-                hint="`against=` names another base, or the adapters that were merged are not named",
-            )
-    total = math.sqrt(sum(e.error for e in errors) / max(sum(e.energy for e in errors), 1e-300))
-    worst = max(errors, key=lambda each: each.relative)
-    return Check(
-        "quantised weights", f"{said}: error {total:.3g} of the base, at most {worst.relative:.3g} ({worst.name})"
-    )
+        if quantised:
+            yield Check("quantised weights", said)
+        notes.append(f"the {'codes' if quantised else 'weights'} were not compared with the base: --against BASE does")
+        return
+    wanted = planned_weights(plan_merge(bind(merged, base, new_biases=True))) if merged else stored_weights(base.main)
+    if quantised:
+        found = check_codes(graph, reference, wanted, folder, merged=bool(merged))
+        yield Check("quantised weights", f"{said}: {found}")
+        if not recorded_errors(folder):
+            notes.append(f"no {MANIFEST} says how far the codes were from the base when they were written")
+    if number := check_kept(graph, reference, wanted, merged=bool(merged)):
+        yield Check(
+            "kept weights",
+            f"{count(number)} as base and adapters make them" if merged else f"{count(number)} as the base has them",
+        )
 
 
 def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> list[str]:
@@ -401,25 +379,28 @@ def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> lis
 
 
 def _reference(
-    graph: GraphFile, names: Sequence[str], base: Checkpoint | None, roles: AdapterRoles, own: Mapping[str, str]
+    graphs: Sequence[GraphFile],
+    names: Sequence[str],
+    base: Checkpoint | None,
+    roles: AdapterRoles,
+    own: Mapping[str, str],
 ) -> Reference:
-    """The model that the graph should be: base and adapters where named, else what lies beside it."""
+    """The model that graphs should be together: base and adapters where named, else what lies beside them."""
     from surgery.engine.input_checks import check_base_id
     from surgery.engine.merge.merge_plan import plan_merge
-    from surgery.reference import open_reference
-    from surgery.reference.model import Reference
+    from surgery.reference import Reference, open_reference
     from surgery.reference.weights import tensor_weights
     from surgery.verification.beside import model_beside
+    from surgery.verification.coded_weights import coded_reference, is_written_anew
     from surgery.verification.sentence import own_task
     from surgery_formats.binding.bind import bind
     from surgery_formats.models.families.parameters import model_of
 
+    graph = graphs[0]
     contract, folder = graph.contract, graph.path.parent
     task = own_task(contract)
-    from surgery.verification.coded_weights import coded_reference, is_written_anew
-
     if is_written_anew(graph):
-        return coded_reference(graph, names)
+        return coded_reference(graphs, names)
     if base is not None and roles.merged:
         binding = bind(roles.merged, base)
         check_base_id(base, [adapter for adapter, _ in binding.adapters])
@@ -463,7 +444,7 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
         differences.append(compare_prompt(graph.path, prompt, reference, past, front))
     if slots is not None:
         session.slot_arrays, changed = slots
-        differences.append(compare_slots(session, changed, past, front))
+        differences += compare_slots(session, changed, past, front)
     return differences
 
 

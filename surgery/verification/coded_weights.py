@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a graph has as codes: what they stand for, computed apart from what wrote them, and how far from the base's.
+"""Weights that a graph has as codes: what they stand for, computed apart from what wrote them.
 
 The codes of a row follow each other, low bits first; the last block of a row may be longer than the row is.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from surgery.onnx.export.merged import with_biases
 from surgery.onnx.graph.weights import ACROSS
 from surgery.onnx.run.opening import side_folder
-from surgery.reference.model import Reference
-from surgery.reference.weights import ReferenceWeights
+from surgery.reference import Reference
 from surgery.verification.bytes import data_shard
-from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors
+from surgery.verification.embedded_weights import ReadableTensor, embedded_tensors, stacked_tensors
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile
 from surgery_formats.dtypes import DType
@@ -34,10 +32,10 @@ from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import zeros
 from surgery_formats.text import show
 
-__all__ = ["StoredError", "coded_reference", "is_written_anew", "stored_errors"]
+__all__ = ["HEAD", "CodedWeights", "coded_reference", "is_written_anew"]
 
 _PARTS = ("codes", "scales", "zero_points")
-_HEAD = "of the head"  # behind the name of a table that its head has as codes, and lookups do not
+HEAD = "of the head"  # behind the name of a table that its head has as codes, and lookups do not
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class _WeightCodes:
         return bits @ (2.0 ** np.arange(self.bits))
 
 
-class _CodedWeights:
+class CodedWeights:
     """Weights of a graph's files: codes by what they stand for, others as they are."""
 
     def __init__(self, tensors: Mapping[str, ReadableTensor], codes: Mapping[str, _WeightCodes], names: Names) -> None:
@@ -82,28 +80,43 @@ class _CodedWeights:
 
     @property
     def names(self) -> Collection[str]:
+        """All names."""
         return {*(name.removesuffix(ACROSS) for name in self._tensors), *self._codes}
 
     def stored(self, name: str) -> str:
+        """The name in the files of a weight that the recipe calls `name`."""
         if name in self._tensors or name in self._codes or f"{name}{ACROSS}" in self._tensors:
             return name
         slices = self._resolver.resolve(name)
         return slices[0].parameter.name if len(slices) == 1 else name
 
     def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        stored, of_head = self.stored(name.removesuffix(f" {_HEAD}")), name.endswith(_HEAD)
-        if f"{stored}{ACROSS}" in self._tensors and stored not in self._tensors:
+        """Load rows ``[start, stop)`` as float32; see `surgery.reference.weights.ReferenceWeights`."""
+        stored, of_head = self.stored(name.removesuffix(f" {HEAD}")), name.endswith(HEAD)
+        if self.is_across(stored):
             return torch.from_numpy(
                 np.ascontiguousarray(self._tensors[f"{stored}{ACROSS}"].read().astype(np.float32).T)[start:stop]
             )
         if stored in self._tensors and not of_head:
             return torch.from_numpy(np.asarray(self._tensors[stored].read(start, stop)).astype(np.float32))
-        outputs, inputs = self.shapes[name.removesuffix(f" {_HEAD}")]
+        outputs, inputs = self.shapes[name.removesuffix(f" {HEAD}")]
         if name in self.turned:
             return self._codes[stored].values(inputs, 0, outputs).T[start:stop]
         return self._codes[stored].values(inputs, start, outputs if stop is None else min(stop, outputs))
 
+    def kept_type(self, name: str) -> DType | None:
+        """The type that a weight is kept in; None for one of which there are only codes, or nothing."""
+        stored = self.stored(name)
+        tensor = self._tensors.get(stored, self._tensors.get(f"{stored}{ACROSS}"))
+        return None if tensor is None else tensor.dtype
+
+    def is_across(self, name: str) -> bool:
+        """Whether a weight is kept with its axes exchanged alone."""
+        stored = self.stored(name)
+        return stored not in self._tensors and f"{stored}{ACROSS}" in self._tensors
+
     def codes_of(self, stored: str) -> _WeightCodes:
+        """The codes of a weight by its name in the files."""
         return self._codes[stored]
 
     def parted(self, name: str) -> bool:
@@ -111,15 +124,16 @@ class _CodedWeights:
         return self.stored(name) in self._tensors and self.stored(name) in self._codes
 
 
-def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
-    """The model that the files beside a graph of codes are; `names` are those of all its graphs, where it has several.
+def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Reference:
+    """The model that graphs of codes are together, the main one first; `names` are those of all their files.
 
     Raises:
         ProofError: the contract names a weight that the files lack.
         MalformedError: codes and scales of other sizes than they must have.
     """
+    graph = graphs[0]
     config = read_object(side_folder(graph.path) / "config.json")
-    found = _tensors(graph, names, config)
+    found = _tensors(graphs, names, config)
     codes: dict[str, _WeightCodes] = {}
     for entry in graph.contract.quantised:
         for name in entry["weights"]:
@@ -130,15 +144,15 @@ def coded_reference(graph: GraphFile, names: Sequence[str] = ()) -> Reference:
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
     bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
     known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
-    weights = _CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
+    weights = CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
     model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)
     model = with_head_of_codes(model, weights)
     for name, (outputs, inputs), turned in _matrices(model):
-        if weights.stored(name.removesuffix(f" {_HEAD}")) not in codes:
+        if weights.stored(name.removesuffix(f" {HEAD}")) not in codes:
             continue
-        weights.shapes[name.removesuffix(f" {_HEAD}")] = outputs, inputs
+        weights.shapes[name.removesuffix(f" {HEAD}")] = outputs, inputs
         weights.turned |= {name} if turned else set()
-        _check(weights.codes_of(weights.stored(name.removesuffix(f" {_HEAD}"))), outputs, inputs, graph)
+        _check(weights.codes_of(weights.stored(name.removesuffix(f" {HEAD}"))), outputs, inputs, graph)
     return Reference(model, weights)
 
 
@@ -148,24 +162,26 @@ def is_written_anew(graph: GraphFile) -> bool:
     return bool(graph.contract.quantised) or across
 
 
-def _tensors(graph: GraphFile, names: Sequence[str], config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
-    """All weights of a graph, of its files or inside it, by name in the checkpoint."""
-    folder = graph.path.parent
-    if files := names or [file.name for file in graph.weight_files]:
-        return {t.name: t for name in files for t in data_shard(folder / name).tensors}
+def _tensors(graphs: Sequence[GraphFile], names: Sequence[str], config: Mapping[str, Any]) -> dict[str, ReadableTensor]:
+    """All weights of graphs, of their files or inside them, by name in the checkpoint."""
+    graph = graphs[0]
+    if names:
+        return {t.name: t for name in names for t in data_shard(graph.path.parent / name).tensors}
     stated = {name for entry in graph.contract.quantised for name in entry["weights"]}
     model = model_of(config, stated, own_task(graph.contract))
     rows = {each.weight: each.outputs for each in projections(model)}
     rows |= {each.bias: each.outputs for each in projections(model)}
-    return {**embedded_tensors(graph, rows)}
+    stacks = {name: each.stack[1] for each in projections(model) if each.stack for name in (each.weight, each.bias)}
+    found = {name: tensor for one in graphs for name, tensor in embedded_tensors(one, rows).items()}
+    return {**found, **stacked_tensors(found, stacks)}
 
 
-def with_head_of_codes(model: Model, weights: _CodedWeights) -> Model:
+def with_head_of_codes(model: Model, weights: CodedWeights) -> Model:
     """The model with a head of its own, where the head has the table as codes, and lookups as numbers."""
     head, table = model.head, model.embedding.tokens
     if not isinstance(head, LanguageHead) or head.projection.weight != table or not weights.parted(table):
         return model
-    return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {_HEAD}")))
+    return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {HEAD}")))
 
 
 def _check(codes: _WeightCodes, outputs: int, inputs: int, graph: GraphFile) -> None:
@@ -189,43 +205,3 @@ def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, int], bool]]:
     table = model.embedding
     width = table.projection.inputs if isinstance(table.projection, Projection) else model.hidden
     yield table.tokens, (model.vocabulary, width), False
-
-
-@dataclass(frozen=True)
-class StoredError:
-    """How far the codes of a weight are from the base's values.
-
-    Attributes:
-        name: Stored name.
-        energy: ``sum(W * W)``.
-        error: ``sum((Q - W) ** 2)``.
-    """
-
-    name: str
-    energy: float
-    error: float
-
-    @property
-    def relative(self) -> float:
-        """In the norm of Frobenius, relative to the values."""
-        return math.sqrt(self.error / self.energy) if self.energy else 0.0
-
-
-def stored_errors(reference: Reference, wanted: ReferenceWeights) -> list[StoredError]:
-    """The error of every weight of codes against the values that it was made of."""
-    weights = reference.weights
-    assert isinstance(weights, _CodedWeights)
-    errors = []
-    for name, (outputs, _) in weights.shapes.items():
-        turned, energy, error = name in weights.turned, 0.0, 0.0
-        step = outputs if turned else max(1, (1 << 22) // max(weights.shapes[name][1], 1))
-        for start in range(0, weights.shapes[name][1] if turned else outputs, step):
-            stop = None if turned else start + step
-            own = weights.load(f"{name} {_HEAD}" if weights.parted(name) else name, start, stop).double()
-            values = wanted.load(name, start, stop).double()
-            energy += float(values.square().sum())
-            error += float((own - values).square().sum())
-            if turned:
-                break
-        errors.append(StoredError(weights.stored(name), energy, error))
-    return errors

@@ -15,7 +15,7 @@ from surgery.verification.session import GraphFile
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 
-__all__ = ["HeldTensor", "ReadableTensor", "embedded_tensors"]
+__all__ = ["HeldTensor", "ReadableTensor", "embedded_tensors", "stacked_tensors"]
 
 _TYPED = re.compile(r"\.(f16|bf16|f32)$")  # behind the name of one of another type than the graph's
 _CODED = re.compile(r"\.(codes|scales|zero_points)$")
@@ -95,6 +95,16 @@ def embedded_tensors(graph: GraphFile, rows: Mapping[str, int]) -> dict[str, Hel
             blocks = codes.values.reshape(len(codes.values), scales.shape[1], -1)
             found[name] = replace(codes, values=blocks)
     return found
+
+
+def stacked_tensors(found: Mapping[str, HeldTensor], stacks: Mapping[str, int]) -> dict[str, HeldTensor]:
+    """Stacks of experts, of which a graph holds every entry by itself, ``name.0`` and on; `stacks` says how many each has."""
+    whole: dict[str, HeldTensor] = {}
+    for name, count in stacks.items():
+        parts = [found[entry] for entry in (f"{name}.{number}" for number in range(count)) if entry in found]
+        if len(parts) == count:
+            whole[name] = HeldTensor(name, parts[0].dtype, np.stack([part.values for part in parts]))
+    return whole
 
 
 def _members(name: str) -> Iterator[str]:

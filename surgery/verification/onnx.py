@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,15 +105,14 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
 
 def compare_slots(
     session: Session, reference: Reference, default: Cache | None = None, front: torch.Tensor | None = None
-) -> LogitDifference:
-    """Compare a row through a session with filled slots with the reference plus the same factors."""
+) -> Iterator[LogitDifference]:
+    """Compare a call through a session with filled slots, every output of it, with the reference plus the same factors."""
     if session.contract.kind == "encoder":
-        name, measure = "encoder", next(compare_encoder(session, reference, front))
+        found = compare_encoder(session, reference, front, padded=False)
     else:
         ids, _ = _prompts(reference, session.contract, 1, 0)
-        real = np.ones((1, ids.shape[1]), bool)
-        name, measure = "prefill of one row", next(_generated(session, reference, ids, real, 0, default, ""))
-    return replace(measure, name=f"{name}, slots filled")
+        found = _generated(session, reference, ids, np.ones((1, ids.shape[1]), bool), 0, default, "")
+    yield from (replace(measure, name=f"{measure.name}, slots filled") for measure in found)
 
 
 def _steps(contract: Contract) -> int:
@@ -195,11 +194,14 @@ def _present(outputs: Arrays) -> Arrays:
 
 
 def compare_encoder(
-    session: Session, reference: Reference, front: torch.Tensor | None = None
+    session: Session, reference: Reference, front: torch.Tensor | None = None, *, padded: bool = True
 ) -> Iterator[LogitDifference]:
-    """Compare a batch without padding and batches padded on every permitted side, with token types if supported.
+    """Compare a batch without padding and, if `padded`, one on every permitted side, with token types if supported.
 
     `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
+
+    Raises:
+        ProofError: the graph has other outputs than the model.
     """
     if reference.model.embedding.patches is not None:
         yield from _images(session, reference, reference.model.embedding.patches)
@@ -208,7 +210,7 @@ def compare_encoder(
     several = not (isinstance(head, ClassifierHead) and head.tokens == "last" and head.padding_token is None)
     ids, lengths = _prompts(reference, session.contract, 3 if several else 1, 0)
     choices = isinstance(head, ClassifierHead) and head.choices
-    for side in ("", *sides(session.contract)) if several else ("",):
+    for side in ("", *(sides(session.contract) if padded and several else ())):
         real = real_tokens(lengths, ids.shape[1], side) if side else np.ones(ids.shape, bool)
         fed = np.where(real, ids, _padding(reference.model) or 0)
         feed = {"input_ids": fed, "attention_mask": real.astype(np.int64)}
@@ -224,10 +226,8 @@ def compare_encoder(
             types=None if types is None else torch.from_numpy(types),
             virtual=front,
         ).outputs
-        padded = f", padded on the {side}" if side else ""
-        for name in outputs:
-            if name not in expected:
-                raise ProofError(f"the model has no output '{show(name, 60)}'")
+        where = f", padded on the {side}" if side else ""
+        for name in _outputs(outputs, expected):
             computed, wanted = outputs[name], expected[name].numpy()
             if choices:
                 computed = computed.T
@@ -235,7 +235,7 @@ def compare_encoder(
                 wanted = wanted if front is None else wanted[:, len(front) :]
                 computed, wanted = computed[real], wanted[real]
             said = _CALLED.get(name, f"{name.replace('_', ' ')} of ") + f"{len(ids)} rows"
-            yield measured(f"{said}{padded}", computed, wanted)
+            yield measured(f"{said}{where}", computed, wanted)
 
 
 def _images(session: Session, reference: Reference, patches: Patches) -> Iterator[LogitDifference]:
@@ -243,11 +243,22 @@ def _images(session: Session, reference: Reference, patches: Patches) -> Iterato
     pixels = np.random.default_rng(_SEED).normal(size=(3, patches.channels, *patches.image)).astype(np.float32)
     outputs = session.run({"pixel_values": pixels})
     expected = forward(reference, torch.from_numpy(pixels)).outputs
-    for name in outputs:
-        if name not in expected:
-            raise ProofError(f"the model has no output '{show(name, 60)}'")
+    for name in _outputs(outputs, expected):
         said = _CALLED.get(name, f"{name.replace('_', ' ')} of ")
         yield measured(f"{said}{len(pixels)} images", outputs[name], expected[name].numpy())
+
+
+def _outputs(computed: Arrays, expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the outputs, in the graph's order.
+
+    Raises:
+        ProofError: graph and model have other outputs.
+    """
+    if more := [name for name in computed if name not in expected]:
+        raise ProofError(f"the model has no output '{show(more[0], 60)}'")
+    if less := [name for name in expected if name not in computed]:
+        raise ProofError(f"the graph lacks the output '{less[0]}'")
+    return list(computed)
 
 
 _PER_TOKEN = {"start_logits": True, "end_logits": True}

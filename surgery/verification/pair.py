@@ -52,8 +52,8 @@ def measure_half(graph: GraphFile, reference: Reference) -> list[LogitDifference
     found = list(_measures(session, own, reference))
     if slots is not None:
         session.slot_arrays, changed = slots
-        last = list(_measures(session, changed, reference))[-1]
-        found.append(replace(last, name=f"{last.name}, slots filled"))
+        filled = _measures(session, changed, reference)
+        found += [replace(measure, name=f"{measure.name}, slots filled") for measure in filled]
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.reference.model import forward, open_reference
+from surgery.reference import forward, open_reference
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.kit import ROOT
 

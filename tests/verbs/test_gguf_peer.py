@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.reference.model import forward, open_reference
+from surgery.reference import forward, open_reference
 from surgery_formats.arrays import Array
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.gguf_file import GgufTensor, RawGguf, any_value, text, u32

@@ -18,7 +18,7 @@ import surgery
 from surgery.engine.merge.merge_plan import plan_merge
 from surgery.engine.plan import PlannedFile, check_conservation
 from surgery.engine.quantised.output import quantised_output
-from surgery.reference.model import forward, open_reference
+from surgery.reference import forward, open_reference
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.arrays import as_torch
 from surgery_formats.binding.bind import bind

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.reference.model import forward, open_reference
+from surgery.reference import forward, open_reference
 from surgery_formats.arrays import as_torch
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows

@@ -69,3 +69,11 @@ def test_a_decoder_without_its_encoder_is_refused(exported, tmp_path):
     (tmp_path / "out" / "surgery_manifest.json").unlink()
     with pytest.raises(ProofError, match="encoder that is not there"):
         surgery.verify(tmp_path / "out")
+
+
+def test_weights_written_anew_inside_the_graphs_of_a_pair_are_those_of_both_halves(tmp_path):
+    base = recipes.build("t5", tmp_path / "base")
+    for options in ({"linear": "matmul"}, {"weights_type": "int8"}):
+        out = tmp_path / next(iter(options))
+        surgery.export_onnx(base, output=out, weights="embed", target="portable", **options)
+        assert surgery.verify(out, against=base).difference < 1e-4

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that were written anew for a graph, against the base and what is merged into it.
+
+No byte of them is the base's: codes may be as far from its values as was written down, and what is kept as numbers is the same
+values, rounded to the type that it is kept in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgery.reference import Reference
+from surgery.reference.weights import ReferenceWeights
+from surgery.verification.coded_weights import HEAD, CodedWeights
+from surgery.verification.recorded import recorded_errors
+from surgery.verification.session import GraphFile
+from surgery_formats.dtypes import DType
+from surgery_formats.errors import ProofError
+from surgery_formats.models.families.parameters import parameters
+
+__all__ = ["StoredError", "check_codes", "check_kept"]
+
+_RECORDED = 1e-3
+"""Share by which an error of codes may differ from what was written down."""
+_STORED = 2.0**-8
+"""What a merge adds to it that stores bf16 in between."""
+_UNRECORDED = 0.5
+"""The greatest error of codes of which nothing was written down: that of no rounding to 4 bits."""
+_BLOCK = 1 << 22  # elements compared at a time
+_HINT = "`against=` names another base, or the adapters that were merged are not named"
+
+
+@dataclass(frozen=True)
+class StoredError:
+    """How far a weight is from the base's values.
+
+    Attributes:
+        name: Stored name.
+        energy: ``sum(W * W)``.
+        error: ``sum((Q - W) ** 2)``.
+    """
+
+    name: str
+    energy: float
+    error: float
+
+    @property
+    def relative(self) -> float:
+        """In the norm of Frobenius, relative to the values; infinite where these are zeros and the weight is not."""
+        if not self.energy:
+            return math.inf if self.error else 0.0
+        return math.sqrt(self.error / self.energy)
+
+
+def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, folder: Path, *, merged: bool) -> str:
+    """What is said of codes that are near enough to the values that they were made of.
+
+    Args:
+        graph: The graph.
+        reference: What its files hold, see `surgery.verification.coded_weights.coded_reference`.
+        wanted: The values.
+        folder: Where the manifest is that tells how far they were when they were written, if there is one.
+        merged: Whether `wanted` are a merge's, which are rounded to the base's type.
+
+    Raises:
+        ProofError: a weight is farther from them than was written down.
+    """
+    recorded, errors = recorded_errors(folder), _code_errors(_weights(reference), wanted)
+    for found in errors:
+        limit = recorded.get(found.name)
+        if limit is None and not found.relative <= _UNRECORDED:
+            text = f"its codes are off by {found.relative:.3g} of the base"
+            raise ProofError(text, file=graph.path, tensor=found.name, hint=_HINT)
+        allowed = math.hypot(limit or 0.0, _STORED if merged else 0.0) * (1 + _RECORDED)
+        if limit is not None and not found.relative <= allowed + _RECORDED**2:
+            text = f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down"
+            raise ProofError(text, file=graph.path, tensor=found.name, hint=_HINT)
+    total = math.sqrt(sum(e.error for e in errors) / max(sum(e.energy for e in errors), 1e-300))
+    worst = max(errors, key=lambda each: each.relative)
+    return f"error {total:.3g} of the base, at most {worst.relative:.3g} ({worst.name})"
+
+
+def check_kept(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, *, merged: bool) -> int:
+    """The number of weights that are kept as numbers, each as `wanted` has it; see `check_codes` for the arguments.
+
+    Raises:
+        ProofError: a weight has other values; those of a merge may differ by the rounding of both types.
+        FitError: the base lacks a weight.
+    """
+    weights, number = _weights(reference), 0
+    for name, shape in parameters(reference.model).items():
+        if name.endswith(HEAD) or (dtype := weights.kept_type(name)) is None:
+            continue
+        found, between = _kept_error(weights, name, shape, wanted, dtype)
+        allowed = between + torch.finfo(_torch(dtype)).eps if merged else 0.0
+        if not found.relative <= allowed:
+            text = f"differs from what base and adapters make, by {found.relative:.3g} of it"
+            raise ProofError(text, file=graph.path, tensor=found.name, hint=_HINT)
+        number += 1
+    return number
+
+
+def _weights(reference: Reference) -> CodedWeights:
+    assert isinstance(reference.weights, CodedWeights)
+    return reference.weights
+
+
+def _code_errors(weights: CodedWeights, wanted: ReferenceWeights) -> list[StoredError]:
+    errors = []
+    for name, (outputs, inputs) in weights.shapes.items():
+        energy, error = 0.0, 0.0
+        for start, stop in [(0, None)] if name in weights.turned else _blocks(outputs, inputs):
+            own = weights.load(f"{name} {HEAD}" if weights.parted(name) else name, start, stop).double()
+            values = wanted.load(name, start, stop).double()
+            energy += float(values.square().sum())
+            error += float((own - values).square().sum())
+        errors.append(StoredError(weights.stored(name), energy, error))
+    return errors
+
+
+def _kept_error(
+    weights: CodedWeights, name: str, shape: tuple[int, ...], wanted: ReferenceWeights, dtype: DType
+) -> tuple[StoredError, float]:
+    """Of one weight; and the relative step of the type that `wanted` has it in."""
+    energy, error, between = 0.0, 0.0, 0.0
+    whole = len(shape) < 2 or shape[0] < 0 or weights.is_across(name)
+    for start, stop in [(0, None)] if whole else _blocks(shape[0], math.prod(shape[1:])):
+        values = wanted.load(name, start, stop)
+        between = torch.finfo(values.dtype).eps
+        own, values = weights.load(name, start, stop).double(), values.to(_torch(dtype)).double()
+        if own.shape != values.shape:
+            return StoredError(weights.stored(name), 0.0, math.inf), between
+        energy += float(values.square().sum())
+        error += float((own - values).square().sum())
+    return StoredError(weights.stored(name), energy, error), between
+
+
+def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    step = max(1, _BLOCK // max(width, 1))
+    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _torch(dtype: DType) -> torch.dtype:
+    found = dtype.torch
+    assert isinstance(found, torch.dtype)
+    return found

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that an export wrote anew, as codes or with their axes exchanged, are compared with the base, each of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery_formats.errors import ProofError
+from tests.oracles import recipes
+from tests.support import trained
+
+NORM, TABLE = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"
+MATRIX = "model.layers.1.mlp.up_proj.weight"
+FORMS = {
+    "codes": {"weights_type": "int4"},
+    "codes in the graph": {"weights_type": "int4", "weights": "embed"},
+    "codes for transformers.js": {"weights_type": "int4", "layout": "transformers.js"},
+    "matmul": {"linear": "matmul"},
+    "matmul in the graph": {"linear": "matmul", "weights": "embed"},
+    "matmul of 16 bits": {"linear": "matmul", "target": "cuda", "dtype": "fp16"},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return recipes.build("llama", tmp_path_factory.mktemp("base") / "base", hidden_size=64, intermediate_size=192)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def exported(request, base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("graph") / "out"
+    surgery.export_onnx(base, output=out, **FORMS[request.param])
+    return out
+
+
+def test_all_weights_of_the_recipe_are_compared(base, exported):
+    verified = surgery.verify(exported, against=base)
+    numbers = [int(check.detail.split()[0]) for check in verified.checks if check.name.endswith(" weights")]
+    assert sum(numbers) == len(load_file(base / "model.safetensors"))
+    assert not verified.notes
+    assert any("not compared with the base" in note for note in surgery.verify(exported).notes)
+
+
+def half_a_step(values: torch.Tensor) -> None:
+    values.view(torch.int32)[3] ^= 1 << 14  # a bit that float16 keeps
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(NORM, half_a_step), (TABLE, half_a_step), (MATRIX, torch.Tensor.zero_), (MATRIX, lambda t: t.mul_(1.05))],
+)
+def test_another_base_is_refused(base, exported, tmp_path, name, change):
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    tensors = load_file(other / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProofError, match=name):
+        surgery.verify(exported, against=other)
+
+
+def test_a_merge_by_another_weight_is_refused(base, tmp_path):
+    adapter = trained.train("llama", base, ("LoraConfig", {"r": 4, "target_modules": ["q_proj"]}), tmp_path / "adapter")
+    surgery.export_onnx(base, [adapter], output=tmp_path / "out", linear="matmul")
+    surgery.verify(tmp_path / "out", against=base, adapters=adapter)
+    for adapters in ((), (adapter, 0.999)):
+        with pytest.raises(ProofError, match="q_proj"):
+            surgery.verify(tmp_path / "out", against=base, adapters=adapters)
+
+
+@pytest.mark.parametrize("options", [{"linear": "matmul"}, {"weights_type": "int4"}])
+def test_stacks_of_experts_inside_the_graph_are_compared_too(tmp_path, options):
+    base = recipes.build("gpt_oss", tmp_path / "base")
+    surgery.export_onnx(base, output=tmp_path / "out", weights="embed", **options)
+    assert surgery.verify(tmp_path / "out", against=base).difference < 1e-4
+    name = "model.layers.1.mlp.experts.down_proj"
+    tensors = load_file(base / "model.safetensors")
+    half_a_step(tensors[name])
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProofError, match=name):
+        surgery.verify(tmp_path / "out", against=base)
