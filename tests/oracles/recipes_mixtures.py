@@ -54,6 +54,7 @@ MIXTURES: dict[str, Case] = {
         topk_method="group_limited_greedy",
         n_group=4,
         topk_group=2,
+        num_experts_per_tok=3,  # of two, the groups of the greatest would hold both: limited or not, the same
         q_lora_rank=None,
         routed_scaling_factor=1.7,
         **YARN,
