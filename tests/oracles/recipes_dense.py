@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.oracles.recipes_fields import BLOOM, FALCON, GEMMA, GPT2, GQA, LFM2, LM, OPT, VOCAB, Case, case_of, rope
+from tests.oracles.recipes_fields import BLOOM, GEMMA, GPT2, GQA, LFM2, LM, OPT, VOCAB, Case, case_of, rope
 
 __all__ = ["DENSE"]
 
@@ -151,12 +151,12 @@ DENSE: dict[str, Case] = {
     "phi_normed": case_of("Phi", LM, qk_layernorm=True, **rope("default", partial_rotary_factor=0.25)),
     "starcoder2": case_of("Starcoder2", GQA, sliding_window=5),
     "starcoder2_plain": case_of("Starcoder2", GQA, use_bias=False),
-    "falcon_7b": case_of("Falcon", FALCON),
-    "falcon_40b": case_of("Falcon", FALCON, new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
+    "falcon_7b": case_of("Falcon", LM),
+    "falcon_40b": case_of("Falcon", LM, new_decoder_architecture=True, num_kv_heads=2, tie_word_embeddings=False),
     "falcon_11b": case_of(
-        "Falcon", FALCON, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=40
+        "Falcon", LM, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, ffn_hidden_size=40
     ),
-    "falcon_rw": case_of("Falcon", FALCON, alibi=True, bias=True, multi_query=False, parallel_attn=False),
+    "falcon_rw": case_of("Falcon", LM, alibi=True, bias=True, multi_query=False, parallel_attn=False),
     "bloom": case_of("Bloom", BLOOM),
     "bloom_six_heads": case_of("Bloom", BLOOM, hidden_size=48, n_head=6),
     "gptj": case_of("GPTJ", GPT2, rotary_dim=4),

@@ -14,7 +14,6 @@ __all__ = [
     "DEBERTA_1",
     "DISTIL",
     "EURO",
-    "FALCON",
     "GEMMA",
     "GPT2",
     "GQA",
@@ -69,7 +68,6 @@ GPT2 = {
 }
 GEMMA = {**GQA, "head_dim": 16, "tie_word_embeddings": True}
 OPT = {**LM, "ffn_dim": 56, "word_embed_proj_dim": 32}
-FALCON = {**LM, "bos_token_id": 1}
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4, "eos_token_id": None, "pad_token_id": 0}
 BERT = {**LM, "type_vocab_size": 2, "num_labels": 3}
 MPNET = {**BERT, "pad_token_id": 1}
