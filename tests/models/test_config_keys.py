@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -17,7 +18,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.models.families.parameters import model_of
 from tests.oracles import recipes
-from tests.oracles.config_keys import CASES, Change, changes, compared
+from tests.oracles.config_keys import Change, changes, compared
 
 SAMPLE = 3
 FOUND: list[tuple[str, Change]] = [
@@ -40,7 +41,8 @@ FOUND: list[tuple[str, Change]] = [
 
 def _by_type() -> list[str]:
     """A case of every ``model_type``."""
-    return list({getattr(recipes.transformers, case.config).model_type: name for name, case in CASES.items()}.values())
+    types = {getattr(transformers, case.config).model_type: name for name, case in recipes.CASES.items()}
+    return list(types.values())
 
 
 def _check(name: str, change: Change) -> str:
@@ -56,13 +58,14 @@ def test_faults_of_before_stay_mended(name: str, change: Change) -> None:
 
 @pytest.mark.parametrize("name", _by_type())
 def test_some_keys_of_every_type(name: str) -> None:
+    assert compared(name, None)[0] == "equal"  # or every change might be one that transformers cannot build
     every = list(changes(name))
     for change in random.Random(name).sample(every, min(SAMPLE, len(every))):
         _check(name, change)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", recipes.CASES)
 def test_every_key_of_every_case(name: str) -> None:
     outcomes = [_check(name, change) for change in changes(name)]
     assert outcomes.count("equal") > len(outcomes) // 8  # a comparison that transformers always refuses is none

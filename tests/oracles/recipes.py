@@ -22,6 +22,7 @@ from tests.oracles.recipes_multimodal import MULTIMODAL
 from tests.oracles.recipes_pairs import OWN_HEAD, PAIRS
 
 __all__ = [
+    "CASES",
     "DECODERS",
     "ENCODERS",
     "HEADS",
@@ -40,7 +41,7 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 DECODERS: dict[str, Case] = {**DENSE, **MULTIMODAL, **MIXTURES}
-_CASES = {**DECODERS, **ENCODERS, **HEADS, **PAIRS, **IMAGES, **TOWERS}
+CASES = {**DECODERS, **ENCODERS, **HEADS, **PAIRS, **IMAGES, **TOWERS}
 
 
 def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
@@ -52,7 +53,7 @@ def build(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, **fiel
 
 def made(name: str, **fields: Any) -> Any:
     """The random model `name`, some fields of its configuration replaced."""
-    case = _CASES[name]
+    case = CASES[name]
     config = getattr(transformers, case.config)(**{**case.fields, **fields})
     model = getattr(transformers, case.cls)(config)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -79,7 +80,7 @@ def load(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
     Spelt out, Falcon adds its bias on the scores twice: with the mask and beside it.
     """
-    case = _CASES[name]
+    case = CASES[name]
     model, info = getattr(transformers, case.cls).from_pretrained(
         folder, dtype=dtype, output_loading_info=True, attn_implementation="sdpa" if name == "falcon_rw" else "eager"
     )
