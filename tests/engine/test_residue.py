@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -99,10 +101,23 @@ def test_numbers_and_bytes_come_back(numbers: list[int], data: bytes) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 50))
 def test_foreign_bytes_are_refused_or_read(data: bytes, most: int) -> None:
-    try:
+    with contextlib.suppress(MalformedError):
         unpacker = Unpacker(data)
-        unpacker.take(most)
-        unpacker.take_bytes(most)
-        decode(data, np.zeros(most), np.zeros(most, np.uint16), (DType.BF16, DType.BF16))
-    except MalformedError:
-        pass
+        assert unpacker.take(most).size <= most
+        assert len(unpacker.take_bytes(most)) == most
+    with contextlib.suppress(MalformedError):
+        bits = decode(data, np.zeros(most), np.zeros(most, np.uint16), (DType.BF16, DType.BF16))
+        assert (bits.shape, bits.dtype) == ((most,), np.uint16)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 1 << 30), st.data())
+def test_changed_bytes_are_refused_or_read(seed: int, drawn: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    bits, now = (nearest_bits(rng.normal(size=50), DType.BF16) for _ in range(2))
+    estimate, types = bits.view(DType.BF16.numpy).astype(np.float64), (DType.BF16, DType.BF16)
+    data = bytearray(encode(bits, estimate + rng.normal(size=50) / 100, now, types, 1e-3))
+    data[drawn.draw(st.integers(0, len(data) - 1))] ^= drawn.draw(st.integers(1, 255))
+    with contextlib.suppress(MalformedError):
+        read = decode(data, estimate, now, types)
+        assert (read.shape, read.dtype) == (bits.shape, bits.dtype)

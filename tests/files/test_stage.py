@@ -36,7 +36,9 @@ class TestExistingOutput:
 
     def test_an_empty_folder_is_fine(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
-        verify_folder(write_output(tmp_path / "out"))
+        out = write_output(tmp_path / "out")
+        assert verify_folder(out)["files"].keys() == {"model.safetensors"}
+        assert (out / "model.safetensors").read_bytes() == b"weights"
 
     def test_appearing_meanwhile_is_not_replaced(self, tmp_path: Path) -> None:
         out = tmp_path / "out"
@@ -123,7 +125,11 @@ class TestInputs:
 
     def test_beside_the_output_are_fine(self, tmp_path: Path) -> None:
         (tmp_path / "base").mkdir()
-        verify_folder(write_output(tmp_path / "out", inputs=[tmp_path / "base", tmp_path / "gone"]))
+        (tmp_path / "base/model.safetensors").write_bytes(b"base")
+        out = write_output(tmp_path / "out", inputs=[tmp_path / "base", tmp_path / "gone"])
+        assert verify_folder(out)["files"].keys() == {"model.safetensors"}
+        assert (out / "model.safetensors").read_bytes() == b"weights"
+        assert (tmp_path / "base/model.safetensors").read_bytes() == b"base"
 
 
 def test_a_missing_parent_is_named(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_what_float16_makes_infinite_is_told_by_bits(tmp_path: Path, stored: str
         [Converted("w", open_file(tmp_path / "w"), 0, values.nbytes, 1 if stored == "float32" else 16, 10)]
     )
     assert bool(warnings) is not fits
-    assert all(("NaN or Inf" in warning) is not np.isfinite(value) for warning in warnings)
+    assert all(("NaN or Inf" in warning) == (not np.isfinite(value)) for warning in warnings)
 
 
 def test_what_loading_costs_is_told_of_large_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,16 +18,8 @@ from surgery_formats.errors import SurgeryError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
 
-__all__ = ["CASES", "LIMIT", "Change", "changes", "compared"]
+__all__ = ["LIMIT", "Change", "changes", "compared"]
 
-CASES = {
-    **recipes.DECODERS,
-    **recipes.ENCODERS,
-    **recipes.HEADS,
-    **recipes.PAIRS,
-    **recipes.IMAGES,
-    **recipes.TOWERS,
-}
 LIMIT = 1e-4
 Change = tuple[tuple[str, ...], Any]
 """The path of a key, and its new value."""
@@ -179,7 +171,7 @@ def _variants(key: str, value: Any, config: Mapping[str, Any]) -> Iterator[Any]:
 
 def changes(name: str) -> Iterator[Change]:
     """The changes of each key of a case."""
-    case = CASES[name]
+    case = recipes.CASES[name]
     config = getattr(transformers, case.config)(**case.fields).to_dict()
 
     def walk(part: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Change]:
@@ -201,7 +193,7 @@ def changes(name: str) -> Iterator[Change]:
 
 
 def _fields(name: str, change: Change | None) -> dict[str, Any]:
-    fields = copy.deepcopy(dict(CASES[name].fields))
+    fields = copy.deepcopy(dict(recipes.CASES[name].fields))
     if change is None:
         return fields
     (*path, key), value = change
@@ -229,7 +221,7 @@ def _inputs(model: Any, name: str) -> dict[str, torch.Tensor]:
         }
     if name in recipes.PAIRS:
         return {"input_ids": ids, "decoder_input_ids": ids[:, :7]}
-    if CASES[name].cls.endswith("ForMultipleChoice"):
+    if recipes.CASES[name].cls.endswith("ForMultipleChoice"):
         # transformers 5.23's ModernBERT for choices, with its pooling of the mean, fails without a mask.
         return {"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}
     return {"input_ids": ids}

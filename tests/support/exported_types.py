@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -105,16 +104,6 @@ class Exported:
     note: str
 
 
-@functools.cache
-def _cases() -> dict[str, recipes.Case]:
-    """All cases of the oracles, whatever list they are in."""
-    found: dict[str, recipes.Case] = {}
-    for value in vars(recipes).values():
-        if isinstance(value, dict) and value and all(isinstance(one, recipes.Case) for one in value.values()):
-            found |= value
-    return found
-
-
 def type_of(case: recipes.Case) -> str:
     """The ``model_type`` of a case."""
     return str(getattr(transformers, case.config).model_type)
@@ -136,7 +125,7 @@ def exported() -> list[Exported]:
     rows = []
     for family in families():
         for name in family.names if family.recipe else ():
-            own = {key: case for key, case in _cases().items() if type_of(case) == name}
+            own = {key: case for key, case in recipes.CASES.items() if type_of(case) == name}
             models = [_model(case) for case in own.values()]
             decoder = any(model.kind == "decoder" and model.encoder is None for model in models)
             rows.append(
