@@ -69,7 +69,7 @@ def output_folder(
         inputs: Files and folders that are read; the output must not be, contain, or lie in one of them.
         verify: Checks whether a file that an interrupted run finished is still good. The default compares the hash
             of the whole file.
-        hashes: `QUICK` or `SIGNED`, of every file that is not written at once; small ones have both.
+        hashes: `QUICK`, `SIGNED` or none, of every file that is not written at once; small ones have both.
 
     Raises:
         UsageError: the name is that of a file.

@@ -69,7 +69,7 @@ class FollowingHash:
         with self._lock:
             if changed_from < self._wanted:  # written twice: once more from the start, when all of it is there
                 self._again = True
-            if not self._again and written - self._wanted >= _STEP:
+            if self._kinds and not self._again and written - self._wanted >= _STEP:
                 self._follow(written)
 
     def complete(self) -> Future[dict[str, str]]:
@@ -80,7 +80,10 @@ class FollowingHash:
         with self._lock:
             if self._complete is None:  # else reading has failed
                 self._complete = Future()
-                self._follow(self._nbytes)
+                if self._kinds:
+                    self._follow(self._nbytes)
+                else:
+                    self._complete.set_result({})
             return self._complete
 
     def _fresh(self) -> dict[str, Hash]:
