@@ -190,15 +190,17 @@ def export_onnx(
 
     names = [arrangement.path(name) for name in assembly.names(draft)]
     taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
+    config = arrangement.config(assembly.component.config, kind)
+    genai = shape.name == "genai" and chosen != "reference"
+    side_files, unsaid = side_files_of(checkpoint, merged, assembly, config, taken, genai=genai)
+    warnings += unsaid
     parcel = ExportJob(
         names=names,
         make=make,
         weights=() if chosen == "embed" else sources,
         plan=arrangement.plan(merged.plan) if merged else None,
         judge=check,
-        side_files=side_files_of(
-            checkpoint, merged, assembly, arrangement.config(assembly.component.config, kind), taken
-        ),
+        side_files=side_files,
         inputs=sorted({adapter.path for adapter in roles.adapters}),
         facts=export_facts(draft, chosen, arrangement),
         id=export_id(draft, assembly, arrangement),
