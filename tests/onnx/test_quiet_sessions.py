@@ -14,7 +14,9 @@ import surgery
 from tests.oracles import recipes
 
 BASE, LORA, PROMPT = "examples/base", "examples/lora", "examples/prompt"
-WARNED = re.compile(r"[\d: .-]*\[W:onnxruntime:[^\]]*graph\.cc:\d+ Graph\] Initializer (\S+) appears in graph inputs .*")
+WARNED = re.compile(
+    r"[\d: .-]*\[W:onnxruntime:[^\]]*graph\.cc:\d+ Graph\] Initializer (\S+) appears in graph inputs .*"
+)
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 SILENT: dict[str, dict[str, Any]] = {
     "logits of all positions": {},
