@@ -148,7 +148,7 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
         ropes = [layer.rope.parameters for layer in attention if layer.rope is not None]
         switches = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope["rope_type"] == "longrope"]
         expected |= {
-            "layers": len(attention),
+            "layers": len(model.caching),
             "convolutions": tuple(n for n, one in enumerate(attention) if one.convolution is not None),
             "rope_switch": max((n for n in switches if n < contract.max_length), default=0),
         }
