@@ -13,6 +13,7 @@ from surgery_formats.containers.registry import open_weights
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import stays_inside
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.component import Component
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.families.denoisers import COMPONENTS
@@ -139,7 +140,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         MalformedError: a header, index or config is not what its format says.
         FitError: an adapter.
     """
-    where = Path(path)
+    where = to_path(path)
     try:
         opened = open_weights(where)
     except MalformedError:
