@@ -179,9 +179,10 @@ def input_digest(path: Path) -> str:
         return fingerprint(open_file(path))
     names: list[str] = []
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            names += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if inner.is_file()]
-        elif entry.is_file():
+        # os.path's, unlike an entry's own, take a loop of links for neither instead of failing.
+        if os.path.isdir(entry.path) and not entry.name.startswith("."):
+            names += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if os.path.isfile(inner.path)]
+        elif os.path.isfile(entry.path):
             names.append(entry.name)
     state = xxhash.xxh3_128()
     for name in sorted(names)[:_MOST]:

@@ -121,7 +121,7 @@ def _component(name: str, path: Path, weights: ShardSet) -> Component:
             name, weights.folder, weights.shards, None, "", weights.config, self_contained=weights.self_contained
         )
     config, file = weights.config, weights.folder / "config.json"
-    if file.exists() and not weights.self_contained:
+    if os.path.lexists(file) and not weights.self_contained:
         config = read_object(file)
         if config and not stays_inside(file):
             raise MalformedError("is a link out of its folder", file=file)

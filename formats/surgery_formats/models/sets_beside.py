@@ -76,7 +76,7 @@ def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
         name, path = f"{prefix}{entry.name}", Path(entry.path)
         if entry.is_dir(follow_symlinks=False) and not prefix and entry.name in _FOLDERS:
             yield from _files(path, f"{name}/")
-        elif entry.is_file() and not entry.name.startswith(".") and is_safe_name(name) and stays_inside(path):
+        elif path.is_file() and not entry.name.startswith(".") and is_safe_name(name) and stays_inside(path):
             yield name, path
 
 

@@ -27,7 +27,7 @@ def weights_at(path: Path) -> Path | None:
         return path if is_weight_file(path.name) else None
     try:
         with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if is_weight_file(entry.name) and entry.is_file())
+            names = sorted(entry.name for entry in entries if is_weight_file(entry.name) and os.path.isfile(entry.path))
     except (OSError, ValueError):  # a path that no system has
         return None
     own = [name for name in names if name.partition(".")[0] == _DIFFUSERS]

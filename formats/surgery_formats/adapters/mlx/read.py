@@ -8,6 +8,7 @@ their place, and ``rank`` and ``alpha`` in the configuration (mlx-vlm 0.7.10, ``
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_mlx(path: Path, scale: float | None = None) -> Adapter:
     """
     file, shard = open_mlx(path)
     settings = file.with_name("adapter_config.json")
-    raw = read_object(settings) if settings.exists() else {}
+    raw = read_object(settings) if os.path.lexists(settings) else {}
     config = _parse(raw, settings, scale, None if file.name == TENSOR_FILE else file)
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}
