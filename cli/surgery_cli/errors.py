@@ -24,6 +24,18 @@ __all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
 
 INTERNAL, USAGE, INPUT, RESOURCE, INTERRUPTED = 1, 2, 3, 7, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+_OF_THE_SYSTEM = (  # and not of what was asked for
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOLCK,
+    errno.EAGAIN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ARGUMENT = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
 _PATH_LIMIT = 500  # characters; a path is worth showing whole
@@ -61,6 +73,8 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(RESOURCE, "ResourceError", str(error.strerror), hint, _path(error))
         case OSError() if isinstance(error, _UNREADABLE) and error.filename is not None:
             return Fault(INPUT, "InputError", str(error.strerror), None, _path(error))
+        case OSError() if error.errno in _OF_THE_SYSTEM:
+            return Fault(RESOURCE, "ResourceError", str(error.strerror), None, _path(error))
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
         hint = "try --workers 1, a --memory-limit or another --device"
         return Fault(RESOURCE, "ResourceError", f"not enough memory: {_first_line(error)}", hint)

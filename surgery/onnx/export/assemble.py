@@ -161,7 +161,7 @@ class Assembly:
         """Create all small files; the graphs are not yet serialised. `location` is where the weights lie now.
 
         Raises:
-            FitError, ProofError: see `computed_past` and `write_adapter_file`.
+            FitError, ProofError: see `computed_past` and `adapter_bytes`.
         """
         pasts = self._pasts(location) if self.form == "kv" else []
         built = self._built(pasts[0] if pasts else {})

@@ -9,9 +9,7 @@ the file is read back by the other reader.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,31 +18,31 @@ import numpy.typing as npt
 from surgery.onnx.run.ports import element
 from surgery_formats.containers.onnx_adapter import LIMIT, open_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.raw import memory_file
 
-__all__ = ["adapter_bytes", "read_adapter_file", "write_adapter_file"]
+__all__ = ["adapter_bytes", "read_adapter_file"]
 
 Array = npt.NDArray[Any]
 
 
-def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> int:
-    """Write `arrays`, by the name of the input they replace, to the new file `path`, and read them back; returns the bytes written.
+def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
+    """The bytes of an ``.onnx_adapter`` file with `arrays`, by the name of the input they replace; they are read back.
 
-    The file is written in place; write it to a staging folder to make it appear atomically.
+    onnxruntime writes only to a path: it gets that of a file in memory.
 
     Raises:
         FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
-        FileExistsError: the file exists.
         ProofError: the arrays read back differ.
     """
     import onnxruntime
 
     if not arrays:
-        raise FitError("the adapter has no arrays", file=path)
+        raise FitError("the adapter has no arrays")
     contiguous = {
         name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)
     }  # alive until the file is written
     if sum(array.nbytes + len(name.encode()) + 256 for name, array in contiguous.items()) > LIMIT:
-        raise FitError("more than 2 GB do not fit into an .onnx_adapter file", file=path)
+        raise FitError("more than 2 GB do not fit into an .onnx_adapter file")
     values = {}
     for name, array in contiguous.items():
         raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
@@ -54,25 +52,21 @@ def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]
     writer.set_adapter_version(1)
     writer.set_model_version(1)
     writer.set_parameters(values)
-    with open(path, "xb"):
-        pass  # reserves the name: onnxruntime itself would overwrite an existing file
-    writer.export_adapter(os.fspath(path))
-    written = read_adapter_file(path)
-    if list(written) != list(contiguous):
-        raise ProofError("the adapter read back has other names than were written", file=path)
-    for name, array in contiguous.items():
-        copy = written[name]
-        if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
-            raise ProofError("the array read back differs from what was written", file=path, tensor=name)
-    return Path(path).stat().st_size
-
-
-def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
-    """The bytes of an ``.onnx_adapter`` file with `arrays`, see `write_adapter_file`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.onnx_adapter"
-        write_adapter_file(path, arrays)
-        return path.read_bytes()
+    fd = memory_file()
+    try:
+        path = f"/dev/fd/{fd}"
+        writer.export_adapter(path)
+        written = read_adapter_file(path)
+        if list(written) != list(contiguous):
+            raise ProofError("the adapter read back has other names than were written")
+        for name, array in contiguous.items():
+            copy = written[name]
+            if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
+                raise ProofError("the array read back differs from what was written", tensor=name)
+        with open(path, "rb") as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:
