@@ -64,6 +64,8 @@ VARIANTS = (
     Variant("norms apart from sums", lambda t: replace(t, norm="standard")),
     Variant("nothing packed", lambda t: replace(t, packed="none")),
     Variant("gate and up packed", lambda t: replace(t, packed="all")),
+    Variant("SiLU by division", lambda t: replace(t, silu="division")),
+    Variant("ScaledSiLU", lambda t: replace(t, silu="scaled")),
     Variant("GEMM tuning", session=GEMM_TUNING),
     Variant("GEMM tuning, Gemm", lambda t: replace(t, linear="gemm"), session=GEMM_TUNING),
     Variant("GEMM tuning by replay", session=GEMM_TUNING, environment={"ORT_CUDA_GEMM_GRAPH_REPLAY_TUNING": "1"}),

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from surgery_cli import interruption
 from surgery_cli.options import Settings
 from surgery_cli.output import SCHEMA_VERSION
 from surgery_formats.errors import SurgeryError
@@ -36,6 +37,7 @@ _OF_THE_SYSTEM = (  # and not of what was asked for
     errno.ESTALE,
     errno.ETIMEDOUT,
 )
+_NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ARGUMENT = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
 _PATH_LIMIT = 500  # characters; a path is worth showing whole
@@ -71,7 +73,7 @@ def fault_of(error: BaseException) -> Fault:
         case OSError() if error.errno in _FULL:
             hint = "free some space, or write to another disk"
             return Fault(RESOURCE, "ResourceError", str(error.strerror), hint, _path(error))
-        case OSError() if isinstance(error, _UNREADABLE) and error.filename is not None:
+        case OSError() if error.filename is not None and (isinstance(error, _UNREADABLE) or error.errno in _NO_PATH):
             return Fault(INPUT, "InputError", str(error.strerror), None, _path(error))
         case OSError() if error.errno in _OF_THE_SYSTEM:
             return Fault(RESOURCE, "ResourceError", str(error.strerror), None, _path(error))
@@ -123,7 +125,8 @@ def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        fault = fault_of(error)
+        # An import in C makes other errors of an interruption: "numpy.core.multiarray failed to import".
+        fault = fault_of(KeyboardInterrupt() if interruption.asked() else error)
         known = words[: words.index("--")] if "--" in words else words
         debug = settings.debug or "--debug" in known
         trace = "".join(traceback.format_exception(error)) if debug else None

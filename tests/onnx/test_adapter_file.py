@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgery.onnx.run.adapter_file import adapter_bytes, read_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from tests.support.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, factors, plain_logits, prefix
 
@@ -30,7 +30,8 @@ def arrays():
 
 def test_arrays_of_every_type_come_back_bit_by_bit(tmp_path):
     path = tmp_path / "x.onnx_adapter"
-    path.write_bytes(adapter_bytes(arrays()))
+    nbytes = write_adapter_file(path, arrays())
+    assert nbytes == path.stat().st_size
     found = read_adapter_file(path)
     assert list(found) == sorted(arrays())
     for name, array in arrays().items():
@@ -45,7 +46,7 @@ def test_temporary_arrays_stay_alive_until_they_are_written(tmp_path):
         rng = np.random.default_rng(number)
         made = {f"{n}": rng.normal(size=(64, 32)).astype(np.float32).T for n in range(8)}  # not contiguous: copies
         path = tmp_path / f"{number}.onnx_adapter"
-        path.write_bytes(adapter_bytes(made))
+        write_adapter_file(path, made)
         gc.collect()
         back = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
         for name, array in made.items():
@@ -53,16 +54,16 @@ def test_temporary_arrays_stay_alive_until_they_are_written(tmp_path):
 
 
 def test_the_same_arrays_in_any_order_give_the_same_bytes(tmp_path):
-    (tmp_path / "1").write_bytes(adapter_bytes(arrays()))
-    (tmp_path / "2").write_bytes(adapter_bytes(dict(reversed(arrays().items()))))
+    write_adapter_file(tmp_path / "1", arrays())
+    write_adapter_file(tmp_path / "2", dict(reversed(arrays().items())))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
 def test_onnxruntime_applies_a_written_adapter(tmp_path):
     """LoRA factors and a soft prompt, each an active adapter of one call, two of them at once."""
     path = decoder(tmp_path, "plain", slots=True, optional_past=True)
-    (tmp_path / "lora").write_bytes(adapter_bytes(factors(3, 2)))
-    (tmp_path / "prompt").write_bytes(adapter_bytes(prefix(1, 4)))
+    write_adapter_file(tmp_path / "lora", factors(3, 2))
+    write_adapter_file(tmp_path / "prompt", prefix(1, 4))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     row, kept = [3, 17, 9, 4, 30], []
 
@@ -84,11 +85,15 @@ def test_onnxruntime_applies_a_written_adapter(tmp_path):
     assert (LAYERS, KV_HEADS, HEAD_DIM) == (2, 2, 16)
 
 
-def test_empty_and_unsupported_arrays_are_refused():
+def test_empty_and_unsupported_arrays_are_refused(tmp_path):
     with pytest.raises(FitError, match="has no arrays"):
-        adapter_bytes({})
+        write_adapter_file(tmp_path / "x", {})
     with pytest.raises(FitError, match="complex64"):
-        adapter_bytes({"a": np.zeros(2, np.complex64)})
+        write_adapter_file(tmp_path / "x", {"a": np.zeros(2, np.complex64)})
+    (tmp_path / "x").write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        write_adapter_file(tmp_path / "x", arrays())
+    assert (tmp_path / "x").read_bytes() == b"kept"
 
 
 def test_files_that_are_not_adapters_are_refused(tmp_path):
@@ -106,9 +111,7 @@ def test_files_that_are_not_adapters_are_refused(tmp_path):
 def test_a_damaged_file_is_read_or_refused(tmp_path, data):
     path = tmp_path / "whole"
     if not path.exists():
-        path.write_bytes(
-            adapter_bytes({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((2, 2), np.float32)})
-        )
+        write_adapter_file(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros((2, 2), np.float32)})
     raw = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(raw) - 4))
     value = data.draw(st.sampled_from([0, 1, 4, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000]) | st.integers(0, 2**32 - 1))

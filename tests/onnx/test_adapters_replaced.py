@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.onnx.run.adapter_file import adapter_bytes, read_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery_formats.errors import FitError, ProofError
 from tests.oracles import peft_oracle, recipes
 from tests.support import trained
@@ -116,11 +116,11 @@ def test_a_head_whose_parts_disagree_is_refused(five, tmp_path):
     base, adapters, _ = five
     surgery.export_onnx(base, swap=adapters, output=tmp_path / "out")
     arrays = read_adapter_file(tmp_path / "out" / "adapters" / "c.onnx_adapter")
-    (tmp_path / "x.onnx_adapter").write_bytes(adapter_bytes(arrays | {"classifier.bias": np.zeros(4, np.float32)}))
+    write_adapter_file(tmp_path / "x.onnx_adapter", arrays | {"classifier.bias": np.zeros(4, np.float32)})
     with pytest.raises(FitError, match="has the shape"):
         surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=tmp_path / "x.onnx_adapter")
     wide = {"classifier.weight": np.zeros((5, 7), np.float32)}
-    (tmp_path / "y.onnx_adapter").write_bytes(adapter_bytes(arrays | wide))
+    write_adapter_file(tmp_path / "y.onnx_adapter", arrays | wide)
     with pytest.raises(FitError, match="has the shape"):
         surgery.run(tmp_path / "out", IDS[0].tolist(), adapters=tmp_path / "y.onnx_adapter")
 
@@ -195,6 +195,6 @@ def test_a_classifier_in_an_adapter_file_goes_to_peft_and_back(tmp_path):
 
 def test_modules_in_an_adapter_file_are_named(tmp_path):
     arrays = {"model.layers.0.output_adapters.adapters.up.bias": np.ones(4, np.float32)}
-    (tmp_path / "x.onnx_adapter").write_bytes(adapter_bytes(arrays))
+    write_adapter_file(tmp_path / "x.onnx_adapter", arrays)
     with pytest.raises(FitError, match="of a module that is inserted into a graph"):
         surgery.convert(tmp_path / "x.onnx_adapter", "peft", output=tmp_path / "peft")

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery.onnx.export.adapters import sort_adapters
-from surgery.onnx.run.adapter_file import adapter_bytes, read_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery.reference import forward, open_reference
 from surgery.verification.inserted import with_adapter_modules
 from surgery_formats.errors import FitError, MalformedError, ProofError
@@ -172,7 +172,7 @@ def test_run_takes_baked_and_swapped_modules(tmp_path):
     assert baked.texts[0].tokens[0] == ANSWERS["llama-seq"][0, -1].argmax()
     arrays = read_adapter_file(file)
     del arrays["model.layers.1.output_adapters.adapters.up.bias"]
-    (tmp_path / "part.onnx_adapter").write_bytes(adapter_bytes(arrays))
+    write_adapter_file(tmp_path / "part.onnx_adapter", arrays)
     with pytest.raises(FitError, match="a part of an inserted module is missing"):
         surgery.run(tmp_path / "slots", ids, max_new=4, adapters=tmp_path / "part.onnx_adapter")
 

@@ -10,7 +10,7 @@ import pytest
 
 import surgery
 from surgery.onnx.run import chosen_adapters, prepare
-from surgery.onnx.run.adapter_file import adapter_bytes, read_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery_formats.errors import FitError
 from tests.support.graphs import CONTRACT, decoder, factors, plain_logits, prefix
 from tests.support.kit import spawn
@@ -34,9 +34,9 @@ def tokens(path, **how):
 def test_prompts_and_adapters_are_chosen_per_run(tmp_path, attention):
     path = decoder(tmp_path, attention, prefix=prefix(1, 4), slots=True)
     files = {name: tmp_path / f"{name}.onnx_adapter" for name in ("prompt", "one", "two")}
-    files["prompt"].write_bytes(adapter_bytes(prefix(2, 7)))
-    files["one"].write_bytes(adapter_bytes(factors(3, 2)))
-    files["two"].write_bytes(adapter_bytes(factors(4, 5)))
+    write_adapter_file(files["prompt"], prefix(2, 7))
+    write_adapter_file(files["one"], factors(3, 2))
+    write_adapter_file(files["two"], factors(4, 5))
     both = {
         name: np.concatenate([factors(3, 2)[name], factors(4, 5)[name]], int(name.endswith("A")))
         for name in factors(3, 2)
@@ -60,8 +60,8 @@ def test_prompts_and_adapters_are_chosen_per_run(tmp_path, attention):
 def test_groups_share_what_was_read_of_prompts_and_adapters(tmp_path, monkeypatch):
     path = decoder(tmp_path, slots=True)
     files = {name: tmp_path / f"{name}.onnx_adapter" for name in ("prompt", "one")}
-    files["prompt"].write_bytes(adapter_bytes(prefix(2, 7)))
-    files["one"].write_bytes(adapter_bytes(factors(3, 2)))
+    write_adapter_file(files["prompt"], prefix(2, 7))
+    write_adapter_file(files["one"], factors(3, 2))
     how = {"prompt_adapter": files["prompt"], "adapters": [files["one"]]}
     together, read = tokens(path, **how), []
     for module in (chosen_adapters, prepare):
@@ -72,8 +72,8 @@ def test_groups_share_what_was_read_of_prompts_and_adapters(tmp_path, monkeypatc
 
 def test_the_command_takes_prompts_and_adapters(tmp_path):
     path = decoder(tmp_path, prefix=prefix(1, 4), slots=True)
-    (tmp_path / "one").write_bytes(adapter_bytes(factors(3, 2)))
-    (tmp_path / "prompt").write_bytes(adapter_bytes(prefix(2, 7)))
+    write_adapter_file(tmp_path / "one", factors(3, 2))
+    write_adapter_file(tmp_path / "prompt", prefix(2, 7))
     words = ["run", path, "--ids", "3,17,9,4,30", "--max-new", NEW, "--device", "cpu", "-q"]
     for more, past, slots in (
         (["--adapter", tmp_path / "one"], prefix(1, 4), factors(3, 2)),

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 import surgery
-from surgery.onnx.run.adapter_file import adapter_bytes, read_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
 from surgery.onnx.run.batch_file import read_batch
 from surgery.onnx.run.chat import render_chats
 from surgery.onnx.run.opening import open_graph
@@ -172,7 +172,7 @@ def test_a_file_at_a_strength(tmp_path):
         name: array * np.float32(0.5) if ".lora_B." in name else array
         for name, array in read_adapter_file(file).items()
     }
-    (tmp_path / "half.onnx_adapter").write_bytes(adapter_bytes(halved))
+    write_adapter_file(tmp_path / "half.onnx_adapter", halved)
     opened = open_graph(tmp_path / "out", device="cpu")
 
     def logits(adapter):

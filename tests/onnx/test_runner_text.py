@@ -13,7 +13,7 @@ import pytest
 import surgery
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
-from surgery.onnx.run.adapter_file import adapter_bytes
+from surgery.onnx.run.adapter_file import write_adapter_file
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.inputs import said
 from surgery.onnx.run.sampling import Sampling
@@ -103,7 +103,7 @@ def test_missing_files_and_oversized_requests_are_named(folder, tmp_path):
         surgery.run(tmp_path / "bare", ["text"], device="cpu")
     with pytest.raises(FitError, match="not below 1536"):
         surgery.run(folder, [[5, 1536]], device="cpu")
-    (tmp_path / "x.onnx_adapter").write_bytes(adapter_bytes({"a": np.zeros((2, 2), np.float32)}))
+    write_adapter_file(tmp_path / "x.onnx_adapter", {"a": np.zeros((2, 2), np.float32)})
     with pytest.raises(FitError, match="the graph has no slots"):
         surgery.run(folder, [[5]], device="cpu", adapters=[tmp_path / "x.onnx_adapter"])
     with pytest.raises(FitError, match="do not fit"):
