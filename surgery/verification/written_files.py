@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from surgery.onnx.export.place import LEDGER
 from surgery.verification.bytes import changed_tensors, compare_copied, recorded_tensors
 from surgery.verification.result import Check
 from surgery_formats.errors import InputError, MalformedError
@@ -17,6 +16,7 @@ from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.hashing import root_digest
 from surgery_formats.files.output.manifest import MANIFEST, file_digest, verify_files, verify_folder
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import count
 
 __all__ = ["SIGNATURE", "check_added", "check_manifest"]
@@ -86,14 +86,14 @@ def check_added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
     Raises:
         ProofError: one has changed.
     """
-    source = where / LEDGER
+    source = where / EXPORT_ACCOUNT
     if not source.exists():
         return {}
     entries = read_object(source, INDEX_LIMIT).get("files", {})
     if not isinstance(entries, Mapping):
         raise MalformedError("its account of files is none", file=source)
     verify_files(where, entries, source, partial(_explain, where=where, base=None))
-    checks.append(Check("added files", f"{count(len(entries))} as {LEDGER} has them"))
+    checks.append(Check("added files", f"{count(len(entries))} as {EXPORT_ACCOUNT} has them"))
     if number := recorded_tensors(where, {"files": entries}):
         checks.append(Check("merged tensors", f"{count(number)}, each as it was written"))
-    return {LEDGER: {}, **entries}
+    return {EXPORT_ACCOUNT: {}, **entries}

@@ -59,6 +59,7 @@ def output_folder(
     inputs: Iterable[str | os.PathLike[str]] = (),
     verify: Verify | None = None,
     hashes: Sequence[str] = QUICK,
+    recorded: str | None = None,
 ) -> OutputFolder:
     """Return the output folder of one job, for use in a ``with`` statement that ends with `OutputFolder.commit`.
 
@@ -70,6 +71,7 @@ def output_folder(
         verify: Checks whether a file that an interrupted run finished is still good. The default compares the hash
             of the whole file.
         hashes: `QUICK`, `SIGNED` or none, of every file that is not written at once; small ones have both.
+        recorded: The plan that its manifest will name, where that is another than `plan_id`.
 
     Raises:
         UsageError: the name is that of a file.
@@ -80,7 +82,8 @@ def output_folder(
             file=path,
             hint=f"write to {show(path.with_suffix(''), 200)}",
         )
-    return OutputFolder(Stage(out, plan_id, overwrite=overwrite, inputs=inputs), plan_id, verify, hashes)
+    stage = Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
+    return OutputFolder(stage, plan_id, verify, hashes)
 
 
 class OutputFolder:
@@ -120,6 +123,11 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leave()
+
+    @property
+    def shown(self) -> Path:
+        """The output as the user wrote it, for messages."""
+        return self._stage.shown
 
     @property
     def staged(self) -> Path:
