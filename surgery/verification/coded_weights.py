@@ -45,15 +45,22 @@ class _WeightCodes:
     Attributes:
         parts: Codes, scales, and zero points if there are any.
         bits: Of a code.
-        block: Inputs that share a scale.
+        block: Inputs that share a scale; 0 for all.
+        floats: Whether codes are numbers themselves, of 8 bits.
     """
 
     parts: Mapping[str, ReadableTensor]
     bits: int
     block: int
+    floats: bool = False
 
     def values(self, inputs: int, start: int, stop: int) -> torch.Tensor:
         """Rows ``[start, stop)`` of ``(out, in)``, float32."""
+        if self.floats:
+            numbers = torch.from_numpy(np.array(self.parts["codes"].read(start, stop)).view(np.uint8))
+            scales = torch.from_numpy(np.array(self.parts["scales"].read(start, stop)).reshape(stop - start, -1))
+            spread = scales.repeat_interleave(self.block, 1)[:, :inputs] if self.block else scales
+            return numbers.view(torch.float8_e4m3fn).float() * spread
         raw = self.parts["codes"].read(start, stop).reshape(stop - start, -1)
         scales = self.parts["scales"].read(start, stop).astype(np.float32)
         codes = self._integers(raw)[:, :inputs]
@@ -140,7 +147,7 @@ def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Refere
             parts = {part: found.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in found}
             if {"codes", "scales"} - set(parts) or ("zero_points" in parts) == entry["symmetric"]:
                 raise ProofError(f"the codes of '{show(name)}' are not in the graph's files", file=graph.path)
-            codes[name] = _WeightCodes(parts, entry["bits"], entry["block"])
+            codes[name] = _WeightCodes(parts, entry["bits"], entry["block"], "type" in entry)
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
     bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
     known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
@@ -185,12 +192,14 @@ def with_head_of_codes(model: Model, weights: CodedWeights) -> Model:
 
 
 def _check(codes: _WeightCodes, outputs: int, inputs: int, graph: GraphFile) -> None:
-    count = -(-inputs // codes.block)
-    wanted = {
+    count = -(-inputs // codes.block) if codes.block else 1
+    wanted: dict[str, tuple[int, ...]] = {
         "codes": (outputs, count, codes.block * codes.bits // 8),
         "scales": (outputs, count),
         "zero_points": (outputs, -(-count * codes.bits // 8)),
     }
+    if codes.floats:
+        wanted = {"codes": (outputs, inputs), "scales": (outputs, count) if codes.block else (outputs,)}
     for part, tensor in codes.parts.items():
         if tensor.shape != wanted[part]:
             raise MalformedError(

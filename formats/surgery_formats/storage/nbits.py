@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.feedback import ErrorFeedback, round_columns
-from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
+from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.block_format import BlockFormat
 from surgery_formats.storage.block_grids import block_grid
 from surgery_formats.storage.grouped_grid import GroupedGrid
@@ -24,11 +24,9 @@ from surgery_formats.storage.packing import pack
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     from surgery_formats.storage.quantised import Quantised
 
-__all__ = ["NBits", "is_nbits"]
+__all__ = ["NBits"]
 
 T = TypeVar("T")
 
@@ -160,11 +158,6 @@ class NBits:
             PartBytes(part, first * (array.nbytes // max(outputs, 1)), as_bytes(np.ascontiguousarray(array)))
             for part, array in enumerate(raw)
         )
-
-
-def is_nbits(encoding: Encoding) -> TypeGuard[NBits]:
-    """Whether a weight becomes codes of a graph, on a grid of its own."""
-    return isinstance(encoding, NBits)
 
 
 def _row_bytes(codes: Array, bits: int) -> Array:
