@@ -101,9 +101,13 @@ def stacked_tensors(found: Mapping[str, HeldTensor], stacks: Mapping[str, int]) 
     """Stacks of experts, of which a graph holds every entry by itself, ``name.0`` and on; `stacks` says how many each has."""
     whole: dict[str, HeldTensor] = {}
     for name, count in stacks.items():
-        parts = [found[entry] for entry in (f"{name}.{number}" for number in range(count)) if entry in found]
-        if len(parts) == count:
-            whole[name] = HeldTensor(name, parts[0].dtype, np.stack([part.values for part in parts]))
+        for ending in ("", ".codes", ".scales", ".zero_points"):
+            entries = [f"{name}.{number}{ending}" for number in range(count)]
+            parts = [found[entry] for entry in entries if entry in found]
+            if len(parts) == count:
+                join = np.concatenate if ending else np.stack  # matrices of codes lie one under the other
+                values = join([part.values for part in parts])
+                whole[f"{name}{ending}"] = HeldTensor(f"{name}{ending}", parts[0].dtype, values)
     return whole
 
 

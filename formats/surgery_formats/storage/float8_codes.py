@@ -13,7 +13,7 @@ from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
 from surgery_formats.storage.block_format import BlockFormat
-from surgery_formats.storage.nbits import NBits
+from surgery_formats.storage.nbits import NBits, across
 from surgery_formats.storage.small_floats import E4M3
 from surgery_formats.tensors.tensor import as_bytes
 
@@ -31,13 +31,14 @@ _PROBED = 128  # rows that are looked at: a whole block where rows are inputs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Float8Codes:
-    """The encoding of a matrix of weights.
+    """The encoding of a matrix of weights, or of a stack of such.
 
     Attributes:
-        sizes: ``(out, in)``, or ``(in, out)`` if `turned`.
+        sizes: ``(out, in)``, or ``(in, out)`` if `turned`; of a stack the matrices lie under each other.
         form: How codes are stored.
         turned: Whether rows are inputs: scales are of outputs, so that all of it has to be put together.
         exact: A weight of fp8 whose codes and scales are taken as they are, but for outputs that are no such numbers.
+        count: Matrices of a stack, one under the other.
     """
 
     dtype: ClassVar[DType] = DType.F32
@@ -47,6 +48,7 @@ class Float8Codes:
     form: BlockFormat
     turned: bool = False
     exact: Quantised | None = None
+    count: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,14 +57,14 @@ class Float8Codes:
 
     @property
     def group(self) -> int:
-        """All rows where outputs are columns."""
-        return max(self.sizes[0], 1) if self.turned else 1
+        """All rows of a matrix where outputs are columns."""
+        return max(self.sizes[0] // self.count, 1) if self.turned else 1
 
     @property
     def outputs(self) -> tuple[int, int]:
-        """``(out, in)``."""
+        """``(out, in)``, with the outputs of all matrices of a stack."""
         rows, columns = self.shape
-        return (columns, rows) if self.turned else (rows, columns)
+        return (columns * self.count, rows // self.count) if self.turned else (rows, columns)
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """Codes and scales: a vector of them where an output has one."""
@@ -78,7 +80,7 @@ class Float8Codes:
         import numpy as np
 
         values = cast(to_cpu(block), DType.F32)
-        values = np.ascontiguousarray(values.T) if self.turned else values
+        values = across(values, self.group) if self.turned else values
         scales = _scales(values, self.form.block)
         codes = E4M3.nearest(values / _spread(scales, self.form.block, values.shape[1]))
         if self.exact is not None:
@@ -86,8 +88,8 @@ class Float8Codes:
             fits = (_values(own, stored, self.form.block) == values).all(1)
             codes[fits], scales[fits] = own[fits], stored[fits]
         numbers = _values(codes, scales, self.form.block)
-        rounded[...] = numbers.T if self.turned else numbers
-        first = 0 if self.turned else start
+        rounded[...] = across(numbers, self.shape[1]) if self.turned else numbers
+        first = start // self.group * self.shape[1] if self.turned else start
         return tuple(
             PartBytes(part, first * (array.nbytes // max(len(codes), 1)), as_bytes(np.ascontiguousarray(array)))
             for part, array in enumerate((codes, scales))

@@ -27,8 +27,8 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
-from surgery_formats.models.families.parameters import model_of, parameters, projections
-from surgery_formats.models.families.recipe import Model
+from surgery_formats.models.families.parameters import model_of, parameters
+from surgery_formats.models.families.recipe import Model, Projection
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.block_format import BlockFormat
 from surgery_formats.storage.float8_codes import Float8Codes, fitting_block, is_of_graphs
@@ -92,7 +92,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         side_files=(),
         accounts=tuple(accounts),
         inputs=merged.inputs + (coding.calibration.files if coding.calibration is not None else ()),
-        warnings=binding.warnings + _rounded_again(drafts, base) + _left_stacks(model, coding),
+        warnings=binding.warnings + _rounded_again(drafts, base),
         facts=facts,
         id=hashlib.sha256(json.dumps([merged.id, coding.facts, io.label], sort_keys=True).encode()).hexdigest(),
     )
@@ -158,8 +158,7 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
             continue
         form = coding.form(kind, io)
         projection = uses.linear.get(recipe)
-        turned = projection is not None and projection.transposed
-        step, form = _coded_step(tensors[0].step, name, component, coding, form, turned, io is DType.F32)
+        step, form = _coded_step(tensors[0].step, name, component, coding, form, projection, io is DType.F32)
         if rows and not form.floats and step.target.shape[1] % form.block:
             if coding.embeddings not in ("auto", "keep"):
                 raise FitError(
@@ -230,7 +229,8 @@ def _within_budget(
             continue
         assert isinstance(step.target, NBits)
         unit = groups.get(draft.name, (draft.name,))[0]
-        candidates.append(BudgetedWeight(recipe, draft.name, step.source, step.target.turned, unit))
+        target = step.target
+        candidates.append(BudgetedWeight(recipe, draft.name, step.source, target.turned, unit, target.count))
     assert coding.budget is not None
     return replace(coding, chosen=allocated(choices_of(candidates, coding, io), coding.budget, fixed))
 
@@ -258,10 +258,12 @@ def _coded_step(
     component: Component,
     coding: WeightCoding,
     form: BlockFormat,
-    by_input: bool,
+    projection: Projection | None,
     wide: bool,
 ) -> tuple[Compute, BlockFormat]:
-    """The weight's step with codes as its target, and how these are stored. `by_input`: rows of the model's weight are inputs."""
+    """The weight's step with codes as its target, and how these are stored; a table has no projection."""
+    by_input = projection is not None and projection.transposed
+    count = projection.stack[1] if projection is not None and projection.stack is not None else 1
     operations = step.operations if isinstance(step, Compute) else ()
     source: Storage = step.source if isinstance(step, Compute) else step.weight
     stored = component.parameters[name].storage if name in component.parameters else None
@@ -269,13 +271,16 @@ def _coded_step(
         turned = by_input != stored.transposed
         if form.floats and (block := fitting_block(stored, turned=turned)) is not None:
             form = replace(form, block=block)
-            return Compute(stored, (), Float8Codes(stored.shape, form, turned, exact=stored)), form
+            return Compute(stored, (), Float8Codes(stored.shape, form, turned, exact=stored, count=count)), form
         own = None if form.floats else fitting_format(stored, form, turned=turned, wide=wide)
         if own is not None:
-            return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored)), own
+            return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored, count=count)), own
+    turned = by_input != source.transposed
     if form.floats:
-        return Compute(source, operations, Float8Codes(source.shape, form, by_input != source.transposed)), form
-    target = NBits(source.shape, form, by_input != source.transposed)
+        return Compute(source, operations, Float8Codes(source.shape, form, turned, count=count)), form
+    target = NBits(source.shape, form, turned, count=count)
+    if count > 1:
+        return Compute(source, operations, target), form  # experts hear other inputs each, and no calibration has them
     drafted = Compute(source, operations, target)
     target = replace(
         target,
@@ -326,16 +331,6 @@ def _stored(component: Component, name: str) -> str:
         return name
     slices = component.names.resolve(name)
     return slices[0].parameter.name if len(slices) == 1 else name
-
-
-def _left_stacks(model: Model, coding: WeightCoding) -> tuple[str, ...]:
-    """Say that experts stored in one tensor are not coded."""
-    stacks = {each.weight for each in projections(model) if each.stack is not None}
-    if not stacks or coding.matmul:
-        return ()
-    return (
-        f"{counted(len(stacks))} tensors of stacked experts keep their type: codes are made of matrices by themselves",
-    )
 
 
 def _rounded_again(drafts: Mapping[str, _Draft], component: Component) -> tuple[str, ...]:

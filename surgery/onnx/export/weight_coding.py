@@ -24,7 +24,7 @@ class WeightUses:
     """The weights of a model that can be codes, by name in the recipe.
 
     Attributes:
-        linear: Linear maps, but those of heads, and of experts that lie one after the other in one tensor.
+        linear: Linear maps, but those of heads; of a stack of experts the first stands for all.
         head: The projection onto the vocabulary, or empty.
         table: The token table; the head's name where they are tied.
         every: All linear maps of a tensor of their own.
@@ -48,7 +48,8 @@ def uses_of(model: Model) -> WeightUses:
     if isinstance(model.head, LanguageHead) and model.head.before is not None:
         of_head.discard(model.head.before.weight)
     every = {each.weight: each for each in projections(model) if each.stack is None}
-    linear = {name: each for name, each in every.items() if name not in of_head}
+    firsts = {each.weight: each for each in projections(model) if each.stack is not None and each.stack[0] == 0}
+    linear = {name: each for name, each in {**every, **firsts}.items() if name not in of_head}
     return WeightUses(linear, head, model.embedding.tokens, every)
 
 

@@ -38,6 +38,16 @@ class GraphCodes:
     parts: tuple[UnwrittenTensor, ...]
     rows: bool = False
 
+    def matrix(self, number: int, count: int) -> GraphCodes:
+        """One of the `count` matrices of a stack."""
+        parts = []
+        for part in self.parts:
+            rows, nbytes = part.shape[0] // count, part.nbytes // count
+            begin = part.offset + number * nbytes
+            parts.append(UnwrittenTensor(part.name, part.dtype, (rows, *part.shape[1:]), part.file, begin, nbytes))
+        shape = self.shape[0] // count, self.shape[1]
+        return GraphCodes(f"{self.name}.{number}", shape, self.dtype, self.form, tuple(parts))
+
 
 def together(tensors: Sequence[GraphCodes], name: str) -> GraphCodes | None:
     """Several weights of the same inputs as one, outputs below each other; None if their bytes do not lie side by side."""

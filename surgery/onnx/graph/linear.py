@@ -30,9 +30,11 @@ def _product(ctx: Context, projection: Projection, x: str, alpha: float = 1.0) -
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
     at, stack = module_of(projection.weight), projection.stack
-    coded = None if stack else ctx.weights.coded([projection.weight], [(projection.outputs, projection.inputs)])
+    outputs = projection.outputs * (stack[1] if stack else 1)
+    coded = ctx.weights.coded([projection.weight], [(outputs, projection.inputs)])
     if coded is not None:
-        bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+        coded = coded.matrix(*stack) if stack else coded
+        bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
         return _coded(ctx, coded, x, bias, at, alpha)
     weight = _across(ctx, projection) if ctx.target.linear == "matmul" else ""
     weight = weight or ctx.weights.part(projection.weight, stored, stack)
