@@ -18,9 +18,7 @@ _GELU = 20  # the first operator set that has it
 def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
     """Apply an activation function."""
     if kind == "silu":
-        if ctx.target.activation == "fused":  # x sigmoid(alpha x)
-            return ctx.graph.node("QuickGelu", [x], at, domain=MICROSOFT, alpha=1.0)
-        return ctx.graph.node("Mul", [x, ctx.graph.node("Sigmoid", [x], at)], at)
+        return _silu(ctx, x, at)
     if kind == "quick_gelu":
         return ctx.graph.node(
             "Mul",
@@ -41,6 +39,20 @@ def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
     if kind == "gelu_tanh":
         return ctx.graph.node("Gelu", [x], at, approximate="tanh")
     return ctx.graph.node({"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}[kind], [x], at)
+
+
+def _silu(ctx: Context, x: str, at: str) -> str:
+    """``x sigmoid(x)``, in the target's form. What they are worth is in docs/precision.md."""
+    graph, form = ctx.graph, ctx.target.silu
+    if form in ("quick_gelu", "scaled"):
+        return graph.node("QuickGelu" if form == "quick_gelu" else "ScaledSiLU", [x], at, domain=MICROSOFT, alpha=1.0)
+    if form == "sigmoid":
+        return graph.node("Mul", [x, graph.node("Sigmoid", [x], at)], at)
+    short = ctx.io is not DType.F32  # whose exp(-x) would be infinite where the result is no zero yet
+    wide = graph.cast(x, DType.F32, at) if short else x
+    power = graph.node("Exp", [graph.node("Neg", [wide], at)], at)
+    y = graph.node("Div", [wide, graph.node("Add", [power, graph.number(1.0, DType.F32)], at)], at)
+    return graph.cast(y, ctx.io, at) if short else y
 
 
 def xielu(ctx: Context, at: str, x: str) -> str:
