@@ -22,7 +22,7 @@ from surgery.engine.jobs import ByteMeter, Computed, ComputeWeight, FileJob, Wei
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
-from surgery.engine.recorded import recorded_recipe
+from surgery.engine.recorded import recorded_recipe, versions_of
 from surgery.progress import Callback
 from surgery_formats.errors import ResourceError
 from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
@@ -141,7 +141,14 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=good or still_good)
+    staged = output_folder(
+        output,
+        _job(plan),
+        overwrite=run.overwrite,
+        inputs=plan.roots,
+        verify=good or still_good,
+        recorded=plan.id,
+    )
     with (engine or ThisProcess()).computing(plan, Path(output)) as compute, staged as folder:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)
@@ -154,7 +161,7 @@ def execute(
         for file in plan.inputs:
             file.check_unchanged()
         account = {"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()}
-        folder.commit(account | recorded_recipe())
+        folder.commit(account | versions_of(plan.inputs) | recorded_recipe())
     return ledger
 
 

@@ -87,6 +87,17 @@ def test_elsewhere_each_expert_has_products_of_its_own(name, tmp_path):
     verify(out, against=base)
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
+def test_experts_of_fp8(name, tmp_path):
+    base, out = _built(name, tmp_path), tmp_path / "out"
+    export_onnx(base, output=out, weights_type="fp8", head="keep")
+    expected = trained.logits(_of_what_codes_stand_for(name, base, out, tmp_path / "values"), IDS)
+    found = Plain(out / "model.onnx").step(IDS, np.ones_like(IDS))
+    assert np.abs(found - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
+    assert "QMoE" not in _operators(out)
+    verify(out, against=base)
+
+
 @pytest.mark.parametrize("name", ROUTED)
 def test_one_operator_with_every_way_to_choose(name, tmp_path):
     base, out = _built(name, tmp_path), tmp_path / "out"

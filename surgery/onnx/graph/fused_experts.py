@@ -109,19 +109,16 @@ def _weights(record: Experts) -> list[str]:
 
 
 def _fits(one: MLP, first: MLP) -> bool:
-    """Whether an expert is one of the operator's, and alike the first."""
-    alike = (one.activation, one.limit, one.up_plus, one.interleaved, len(one.inputs)) == (
-        first.activation,
-        first.limit,
-        first.up_plus,
-        first.interleaved,
-        len(first.inputs),
+    """Whether an expert is one of the operator's, and alike the first; what a record may say besides is not the operator's."""
+    form = MLP(
+        one.inputs, one.output, first.activation, True, first.interleaved, limit=first.limit, up_plus=first.up_plus
     )
     parts = (*one.inputs, one.output)
     stacked = all(part.stack is not None for part in parts)
     whole = stacked or not any(part.stack is not None or part.bias for part in parts)
     biased = len({bool(part.bias) for part in parts}) == 1
-    return alike and one.gated and one.activation in _ALPHA and not one.gate_last and whole and biased
+    alike = one == form and len(one.inputs) == len(first.inputs)
+    return alike and one.activation in _ALPHA and whole and biased
 
 
 def _joined(ctx: Context, parts: list[Projection]) -> GraphCodes | None:
