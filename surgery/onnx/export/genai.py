@@ -105,7 +105,9 @@ def _session(contract: Contract) -> dict[str, Any]:
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
     # Codes are slow unless they are repacked.
     mapped = {} if contract.quantised else {"session.disable_prepacking": "1"}
-    return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
+    # As `surgery.onnx.run.opening` does for graphs with slots.
+    tuned = {"ep.cuda.enable_gemm_auto_tune": "1"} if cuda and contract.slots else {}
+    return {"log_id": "onnxruntime-genai", **mapped, **tuned, "provider_options": cuda}
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:

@@ -27,6 +27,8 @@ class OperatorSet:
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of
             opset 23.
         activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
+        gate: ``fused``: ``silu(gate) * up`` is one com.microsoft.GatedRMSNorm (onnxruntime 1.30 and later), see `gated_silu`;
+            ``apart``: the activation, then Mul.
         packed: Which adjacent weights of a file are joined: ``all``; ``attention``: those of an MLP stay separate,
             which costs a multiplication and saves a Split; ``none``.
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: as separate
@@ -40,10 +42,11 @@ class OperatorSet:
     activation: Literal["fused", "standard"]
     packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
+    gate: Literal["fused", "apart"] = "apart"
 
 
 TARGETS = {
-    "cuda": OperatorSet("cuda", "fused", "gqa", "fused", "fused", packed="attention", qk_norm="fused"),
+    "cuda": OperatorSet("cuda", "fused", "gqa", "fused", "fused", packed="attention", qk_norm="fused", gate="fused"),
     "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "fused"),
     "portable": OperatorSet("portable", "gemm", "standard", "standard", "standard"),
 }
@@ -76,7 +79,7 @@ def io_type(target: str, dtype: str, stored: DType) -> DType:
 def choose(target: str, io: DType) -> OperatorSet:
     """Choose the operators for a target and a type: on CUDA, GroupQueryAttention has kernels for 16 bits only."""
     operators = TARGETS[target]
-    return standard(operators) if target == "cuda" and io is DType.F32 else operators
+    return replace(standard(operators), gate="apart") if target == "cuda" and io is DType.F32 else operators
 
 
 def standard(target: OperatorSet) -> OperatorSet:
