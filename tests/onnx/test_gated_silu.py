@@ -110,4 +110,5 @@ def test_bfloat16_holds_the_scale_and_its_square() -> None:
     (scale,) = ctx.graph.proto.initializer
     (epsilon,) = [one.f for one in ctx.graph.proto.node[0].attribute if one.name == "epsilon"]
     value = np.frombuffer(scale.raw_data, ml_dtypes.bfloat16)[0]
-    assert np.isfinite(epsilon) and float(value) ** 2 == epsilon
+    assert np.isfinite(epsilon)
+    assert float(value) ** 2 == epsilon
