@@ -3,6 +3,7 @@
 
 path                        a file or folder
 hf://org/name[@rev][:file]  always the hub
+s3://, gs://, az://         object storage, read where it lies
 org/name[@rev][:file]       the hub, if neither that path nor a folder ``org`` exists here
 """
 
@@ -21,6 +22,7 @@ from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.onnx.graph import external_locations
 from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
 from surgery_formats.errors import InputError, NotFoundError
+from surgery_formats.files.remote.path import RemotePath, is_remote, to_path
 from surgery_formats.text import closest, show
 
 __all__ = ["HubName", "parse_hub_name", "resolve"]
@@ -68,6 +70,8 @@ def resolve(reference: str | os.PathLike[str]) -> Path:
         InputError: `reference` is a hub name, but huggingface_hub is not installed.
     """
     text = os.fspath(reference)
+    if is_remote(text):
+        return _in_a_bucket(text)
     path = Path(text)
     if text and _exists(path):
         return path
@@ -77,6 +81,13 @@ def resolve(reference: str | os.PathLike[str]) -> Path:
     if name is None:
         raise NotFoundError("not a hub name", file=text, hint="write hf://org/name; @revision and :file are optional")
     return _download(name, text)
+
+
+def _in_a_bucket(text: str) -> Path:
+    path = to_path(text)
+    if not isinstance(path, RemotePath) or not path.is_plain:
+        raise NotFoundError("not the name of an object", file=text, hint="write s3://bucket/name")
+    return path
 
 
 def _exists(path: Path) -> bool:

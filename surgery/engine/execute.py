@@ -22,10 +22,10 @@ from surgery.engine.jobs import ByteMeter, Computed, ComputeWeight, FileJob, Wei
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
-from surgery.engine.recorded import recorded_recipe
+from surgery.engine.recorded import recorded_recipe, versions_of
 from surgery.progress import Callback
 from surgery_formats.errors import ResourceError
-from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
+from surgery_formats.files.output.folder import QUICK, SIGNED, FileRecord, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import nbytes as human
 from surgery_formats.threads import cores, one_thread
@@ -61,7 +61,8 @@ class Run:
             processes.
         memory_limit: Bytes the computed tensors may take together; None is no limit.
         device: Where arithmetic runs.
-        verify_copies: Compare copied ranges byte by byte as well, instead of trusting the identity of their source.
+        verify_copies: Compare copied ranges byte by byte as well, instead of trusting the identity of their source, and
+            note the sha256 of every file.
         overwrite: Replace an existing output.
         progress: Called with every step.
     """
@@ -72,6 +73,11 @@ class Run:
     verify_copies: bool = False
     overwrite: bool = False
     progress: Callback | None = None
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Hashes of whole files: a cheap one, and where every byte is read anyway, one for signatures."""
+        return SIGNED if self.verify_copies else QUICK
 
 
 def default_workers() -> int:
@@ -141,7 +147,15 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=good or still_good)
+    staged = output_folder(
+        output,
+        _job(plan),
+        overwrite=run.overwrite,
+        inputs=plan.roots,
+        verify=good or still_good,
+        hashes=run.hashes,
+        recorded=plan.id,
+    )
     with (engine or ThisProcess()).computing(plan, Path(output)) as compute, staged as folder:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)
@@ -154,7 +168,7 @@ def execute(
         for file in plan.inputs:
             file.check_unchanged()
         account = {"plan": plan.id, "inputs": dict(plan.facts), "ledger": ledger.as_json()}
-        folder.commit(account | recorded_recipe())
+        folder.commit(account | versions_of(plan.inputs) | recorded_recipe())
     return ledger
 
 

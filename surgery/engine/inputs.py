@@ -20,8 +20,12 @@ from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.sharded import MODEL_STEMS, is_index
 from surgery_formats.containers.weight_files import holds_weights, is_weight_file
 from surgery_formats.errors import FitError, NotFoundError, UsageError
+from surgery_formats.files.places import is_file, names_in
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.refs import resolve
+from surgery_formats.text import show
+from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -122,7 +126,7 @@ def opened_or_graph(value: Openable, argument: str) -> Checkpoint | Adapter | Pa
 
 def _weight_files(folder: Path) -> list[str]:
     """Names of the files of weights in a folder, of any program, and of their indices; none for a file."""
-    names = [entry.name for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
+    names = [name for name in names_in(folder) if is_file(folder / name)] if folder.is_dir() else []
     return [name for name in names if holds_weights(name) or is_index(name)]
 
 
@@ -262,7 +266,7 @@ def local_path(value: StrPath, argument: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise wrong_type(value, argument, "a path")
-    return Path(value)
+    return to_path(value)
 
 
 def check_counts(*, least: int = 1, **counts: int | None) -> None:
@@ -270,12 +274,15 @@ def check_counts(*, least: int = 1, **counts: int | None) -> None:
 
     Raises:
         UsageError: something else than a whole number.
-        FitError: less than `least`.
+        FitError: less than `least`, more than 64 bits hold, or more workers or threads than make sense.
     """
     for argument, value in counts.items():
         check_types({argument: "int | None"}, {argument: value})
         if value is not None and value < least:
-            raise FitError(f"{argument} is {value}; it is at least {least}")
+            raise FitError(f"{argument} is {show(value, 40)}; it is at least {least}")
+        most = MOST_THREADS if argument in ("workers", "threads") else LARGEST_COUNT
+        if value is not None and value > most:
+            raise FitError(f"{argument} is {show(value, 40)}; it is at most {most}")
 
 
 def _is_adapter(value: object) -> bool:

@@ -21,7 +21,9 @@ from surgery.rank import Rank
 from surgery.reports.request import current_request
 from surgery_formats.errors import NotFoundError, SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST
-from surgery_formats.files.raw import open_file
+from surgery_formats.files.places import entries, is_file, is_folder
+from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.refs import resolve
 
@@ -32,6 +34,7 @@ __all__ = [
     "rank_fields",
     "recorded_recipe",
     "takes_references",
+    "versions_of",
     "with_file",
 ]
 
@@ -148,10 +151,10 @@ class InputNames:
     def name_of(self, argument: str, value: Any) -> str:
         """The name of one input. What is no path is a name itself: `fold` takes adapters that are inside a graph by theirs."""
         try:
-            path = Path(getattr(value, "path", value) if not isinstance(value, str) else resolve(value))
+            path = to_path(getattr(value, "path", value) if not isinstance(value, str) else resolve(value))
         except NotFoundError:  # the verb has opened all that it opens
             return str(value)
-        key = os.path.realpath(path)
+        key = str(path.resolve())
         if key not in self._names:
             count = sum(name.rstrip("0123456789") == argument for name in self.inputs)
             name = f"{argument}{count + 1}" if count else argument
@@ -162,6 +165,15 @@ class InputNames:
             if made:
                 self.inputs[name]["made"] = made[0]
         return self._names[key]
+
+
+def versions_of(inputs: Iterable[File]) -> dict[str, Any]:
+    """``{"objects": ...}``: the etags, and versions, of inputs that lie in buckets, by name; empty without any."""
+    found = sorted(
+        ((file.path.name, file.remote.record) for file in inputs if file.remote is not None),
+        key=lambda pair: (pair[0], sorted(pair[1].items())),
+    )
+    return {"objects": [{"name": name, **record} for name, record in found]} if found else {}
 
 
 def _listed(value: Any) -> list[Any]:
@@ -178,10 +190,10 @@ def input_digest(path: Path) -> str:
     if not path.is_dir():
         return fingerprint(open_file(path))
     names: list[str] = []
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            names += [f"{entry.name}/{inner.name}" for inner in os.scandir(entry.path) if inner.is_file()]
-        elif entry.is_file():
+    for entry in entries(path):
+        if is_folder(entry) and not entry.name.startswith("."):
+            names += [f"{entry.name}/{inner.name}" for inner in entries(entry) if is_file(inner)]
+        elif is_file(entry):
             names.append(entry.name)
     state = xxhash.xxh3_128()
     for name in sorted(names)[:_MOST]:

@@ -114,7 +114,9 @@ def _code_errors(weights: CodedWeights, wanted: ReferenceWeights) -> list[Stored
     errors = []
     for name, (outputs, inputs) in weights.shapes.items():
         energy, error = 0.0, 0.0
-        for start, stop in [(0, None)] if name in weights.turned else _blocks(outputs, inputs):
+        whole = name in weights.turned and name not in weights.stacks
+        rows, width = (weights.stacks[name], outputs * inputs) if name in weights.stacks else (outputs, inputs)
+        for start, stop in [(0, None)] if whole else _blocks(rows, width):
             own = weights.load(f"{name} {HEAD}" if weights.parted(name) else name, start, stop).double()
             values = wanted.load(name, start, stop).double()
             energy += float(values.square().sum())

@@ -34,6 +34,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError, UsageError
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.known_files import refuse_known
 from surgery_formats.plugins import with_plugins
@@ -198,7 +199,7 @@ def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Ad
         FitError: it is known what it is, and no format reads it; or its format states every scale.
         InputError, FitError: as the format's reader.
     """
-    where = Path(path)
+    where = to_path(path)
     if not where.exists():
         raise NotFoundError("no such file or folder", file=where)
     if (known := format_at(where)) is not None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.sharded import SHARDED, open_folder_tensors
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.places import exists, is_folder, names_in
 
 __all__ = ["PIPELINE", "part_folders"]
 
@@ -26,7 +26,7 @@ def part_folders(pipeline: Path) -> dict[str, Path]:
     """
     names = sorted(read_object(pipeline / _INDEX))
     plain = (name for name in names if not name.startswith("_") and "/" not in name and "\\" not in name)
-    return {name: pipeline / name for name in plain if name not in (".", "..") and os.path.isdir(pipeline / name)}
+    return {name: pipeline / name for name in plain if name not in (".", "..") and is_folder(pipeline / name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class _Pipeline:
 
     def detect(self, path: Path) -> bool:
         """A folder with a model_index.json."""
-        return os.path.exists(path / _INDEX)
+        return exists(path / _INDEX)
 
     def open(self, path: Path) -> dict[str, ShardSet]:
         """The networks among the parts that the index names."""
@@ -50,7 +50,7 @@ class _Pipeline:
 def _is_network(folder: Path) -> bool:
     """Whether a part has weights: files of them, or a graph with its own."""
     try:
-        return SHARDED.detect(folder) or any(name.endswith(ONNX.suffixes) for name in os.listdir(folder))
+        return SHARDED.detect(folder) or any(name.endswith(ONNX.suffixes) for name in names_in(folder))
     except OSError:  # it may not be listed
         return False
 

@@ -19,6 +19,8 @@ from surgery_formats.containers.weight_files import (
     open_weight_file,
 )
 from surgery_formats.errors import NotFoundError
+from surgery_formats.files.places import is_folder
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.plugins import with_plugins
 
 __all__ = ["BUILT_IN", "ENTRY_POINTS", "container_at", "containers", "open_weights"]
@@ -44,7 +46,7 @@ def container_at(path: Path) -> Container:
     special = (c for c in containers().values() if c is not SHARDED and not isinstance(c, FileContainer))
     if (container := next((container for container in special if container.detect(path)), None)) is not None:
         return container
-    return SHARDED if os.path.isdir(path) or is_index(path.name) else container_of_file(path)
+    return SHARDED if is_folder(path) or is_index(path.name) else container_of_file(path)
 
 
 def open_weights(path: str | os.PathLike[str]) -> Mapping[str, ShardSet]:
@@ -54,7 +56,7 @@ def open_weights(path: str | os.PathLike[str]) -> Mapping[str, ShardSet]:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a file is not what its container says.
     """
-    where = Path(path)
+    where = to_path(path)
     if not where.exists():
         raise NotFoundError("no such file or folder", file=where)
     container = container_at(where)

@@ -27,7 +27,9 @@ from surgery_formats.containers.weight_files import (
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.places import exists, is_folder, names_in
 from surgery_formats.files.raw import open_file, stays_inside
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.text import listing, show
 
 __all__ = [
@@ -94,7 +96,7 @@ def _weight_map(index_path: Path, index: dict[str, Any], suffix: str) -> dict[st
                 f"the shards {listing([folded[name.casefold()], name])} are one file on some systems",
                 file=index_path,
             )
-        if not os.path.lexists(path):
+        if not exists(path, links=True):
             hint = "the download is incomplete, or the index is left over from another model"
             raise MalformedError(f"the shard '{show(name)}' is missing", file=index_path, hint=hint)
         if not stays_inside(path):
@@ -134,10 +136,7 @@ def _open_indexed(index_path: Path, suffix: str) -> ShardSet:
 
 
 def _listed(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries]
-    # os.path.isdir, unlike an entry, takes a loop of links for no folder instead of failing.
-    return sorted(n for n in names if not n.startswith(".") and not os.path.isdir(folder / n))
+    return [n for n in names_in(folder) if not n.startswith(".") and not is_folder(folder / n)]
 
 
 def _pick(folder: Path, names: Sequence[str], stems: Iterable[str]) -> str:
@@ -192,7 +191,7 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
         NotFoundError: nothing there.
         MalformedError: a file is malformed, or index and shards disagree.
     """
-    where = Path(path)
+    where = to_path(path)
     if where.is_dir():
         return open_folder_tensors(where)
     if is_index(where.name) and (index := _INDEX.fullmatch(where.name)):
@@ -214,7 +213,7 @@ def open_folder_tensors(folder: str | os.PathLike[str], stems: Sequence[str] = M
         NotFoundError: no such folder, or no weights in it.
         MalformedError: a file is malformed; index and shards disagree; several sets of weights.
     """
-    where = Path(folder)
+    where = to_path(folder)
     try:
         names = _listed(where)
     except OSError as error:
@@ -231,7 +230,7 @@ class _Sharded:
     def detect(self, path: Path) -> bool:
         """A folder with a file of weights or an index, or an index."""
         try:
-            if not os.path.isdir(path):
+            if not is_folder(path):
                 file = open_file(path)
                 return is_index(path.name) and b'"weight_map"' in file.read(0, min(file.size, _HEAD))
             names = _listed(path)

@@ -14,6 +14,7 @@ from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.raw import open_file
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.plugins import with_plugins
 from surgery_formats.text import show
 
@@ -100,7 +101,7 @@ def open_weight_file(path: str | os.PathLike[str]) -> Mapping[str, ShardSet]:
         NotFoundError: no such file.
         MalformedError: no container has files of that name, or its content is another.
     """
-    where = Path(path)
+    where = to_path(path)
     container = container_of_file(where)
     try:
         return container.open(where)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular files: opened once, read by position, and checked for changes before the work is committed."""
+"""Regular files: opened once, read by position, and checked for changes before the work is committed.
+
+An object of a bucket is such a file, too: it has ranges in the place of a descriptor.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
+from surgery_formats.files.remote.path import RemotePath, to_path
 
 __all__ = [
     "File",
     "FileIdentity",
     "FileRange",
+    "Ranges",
     "first_bytes",
     "identity_of",
     "joined_file",
+    "memory_file",
     "nameless_file",
     "open_file",
     "read_all",
@@ -31,6 +38,31 @@ __all__ = [
 
 FileIdentity = tuple[int, int, int, int]
 """``(device, inode, size, mtime_ns)``."""
+
+
+class Ranges(Protocol):
+    """Where the bytes of a file without a descriptor come from."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset`; the number of bytes, less only at the end."""
+        ...
+
+    def fetch(self, start: int, stop: int) -> memoryview:
+        """A range, in new memory."""
+        ...
+
+    def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch ranges ``(offset, nbytes)`` ahead, each of which is read once, as it stands here."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raise a `ProofError` if the bytes are others by now."""
+        ...
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What tells this version from others, for the manifest."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
@@ -46,6 +78,7 @@ class File:
         pieces: Of a file that is made of ranges of others (`joined_file`): these, in order. It has no descriptor.
         starts: Where each piece begins.
         nameless: Whether no path leads to it (`nameless_file`).
+        remote: Of an object of a bucket, where its bytes come from; it has no descriptor.
     """
 
     path: Path
@@ -56,6 +89,7 @@ class File:
     pieces: tuple[FileRange, ...] = ()
     starts: tuple[int, ...] = ()
     nameless: bool = False
+    remote: Ranges | None = None
 
     def window(self, begin: int, nbytes: int) -> File:
         """A file that lies in this one, as a file of its own. It is good as long as this one is open.
@@ -89,7 +123,10 @@ class File:
                 file.read_into(buffer[at : at + nbytes], start)
                 at += nbytes
             return
-        done = read_all(self.fd, buffer, self.begin + offset)
+        if self.remote is not None:
+            done = self.remote.read_into(buffer, self.begin + offset)
+        else:
+            done = read_all(self.fd, buffer, self.begin + offset)
         if early := len(buffer) - done:
             raise MalformedError(f"the file ends at byte {offset + done}, {early} bytes early", file=self.path)
 
@@ -130,6 +167,9 @@ class File:
             for file in {piece.file.identity: piece.file for piece in self.pieces}.values():
                 file.check_unchanged()
             return
+        if self.remote is not None:
+            self.remote.check_unchanged()
+            return
         try:
             by_name = identity_of(self.fd if self.nameless else self.path)
         except OSError as error:
@@ -162,13 +202,29 @@ def joined_file(pieces: Sequence[FileRange], name: str) -> File:
 
 def nameless_file(data: bytes, path: Path) -> File:
     """A file with this content that is gone with its last use; `path` is what messages call it."""
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        fd = os.dup(file.fileno())
-    opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+    fd = memory_file()
+    try:
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], done)
+        opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+    except BaseException:
+        os.close(fd)
+        raise
     weakref.finalize(opened, os.close, fd)
     return opened
+
+
+def memory_file() -> int:
+    """A descriptor of a new file without a name, for data that memory holds anyway.
+
+    No folder of temporary files fills up, or keeps what a killed run leaves. Systems that have no such files get one on the
+    disk that has lost its name.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("surgery", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> int:
@@ -181,6 +237,8 @@ def read_all(fd: int, buffer: memoryview, offset: int) -> int:
 
 def identity_of(file: Path | int) -> FileIdentity:
     """What tells a file, by its path or descriptor, from others and from itself once it was written to."""
+    if isinstance(file, RemotePath):
+        return open_file(file).identity
     status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -194,7 +252,9 @@ def open_file(path: str | os.PathLike[str]) -> File:
         NotFoundError: the file does not exist or may not be read.
         MalformedError: not a regular file.
     """
-    where = Path(path)
+    where = to_path(path)
+    if isinstance(where, RemotePath):
+        return _open_remote(where)
     try:
         fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:
@@ -210,6 +270,15 @@ def open_file(path: str | os.PathLike[str]) -> File:
     return opened
 
 
+def _open_remote(path: RemotePath) -> File:
+    from surgery_formats.files.remote.ranges import open_remote  # and its library
+
+    ranges = open_remote(path)
+    opened = File(path, -1, ranges.facts.size, ranges.identity, remote=ranges)
+    weakref.finalize(opened, ranges.close)
+    return opened
+
+
 def first_bytes(path: str | os.PathLike[str], size: int) -> bytes | None:
     """The first `size` bytes of a regular file, to detect its format; None if it cannot be read for any reason."""
     try:
@@ -221,6 +290,8 @@ def first_bytes(path: str | os.PathLike[str], size: int) -> bytes | None:
 
 def stays_inside(path: Path) -> bool:
     """Whether `path`, with links followed, lies in its folder or in the blobs of the hub cache around it."""
+    if isinstance(path, RemotePath):
+        return path.is_plain
     try:
         folder, target = path.parent.resolve(), path.resolve()
     except (OSError, RuntimeError):  # a cycle of links

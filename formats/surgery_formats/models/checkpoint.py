@@ -12,7 +12,9 @@ from surgery_formats.containers.base import ShardSet
 from surgery_formats.containers.registry import open_weights
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.places import exists
 from surgery_formats.files.raw import stays_inside
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.component import Component
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.families.denoisers import COMPONENTS
@@ -121,7 +123,7 @@ def _component(name: str, path: Path, weights: ShardSet) -> Component:
             name, weights.folder, weights.shards, None, "", weights.config, self_contained=weights.self_contained
         )
     config, file = weights.config, weights.folder / "config.json"
-    if file.exists() and not weights.self_contained:
+    if exists(file, links=True) and not weights.self_contained:
         config = read_object(file)
         if config and not stays_inside(file):
             raise MalformedError("is a link out of its folder", file=file)
@@ -139,7 +141,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         MalformedError: a header, index or config is not what its format says.
         FitError: an adapter.
     """
-    where = Path(path)
+    where = to_path(path)
     try:
         opened = open_weights(where)
     except MalformedError:

@@ -7,7 +7,6 @@ model that was trained with it. So an output has each set from one place.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from surgery_formats.errors import SurgeryError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.equal_ranges import equal_ranges
 from surgery_formats.files.output.manifest import is_safe_name
+from surgery_formats.files.places import entries, is_file, is_own_folder
 from surgery_formats.files.raw import open_file, stays_inside
 
 __all__ = ["CODE", "SetName", "is_whole_set", "same_bytes", "sets_beside"]
@@ -72,11 +72,11 @@ def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
     """Files of a folder, and of the folders of templates in it."""
     if not folder.is_dir():
         return
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        name, path = f"{prefix}{entry.name}", Path(entry.path)
-        if entry.is_dir(follow_symlinks=False) and not prefix and entry.name in _FOLDERS:
+    for path in entries(folder):
+        name = f"{prefix}{path.name}"
+        if is_own_folder(path) and not prefix and path.name in _FOLDERS:
             yield from _files(path, f"{name}/")
-        elif entry.is_file() and not entry.name.startswith(".") and is_safe_name(name) and stays_inside(path):
+        elif is_file(path) and not path.name.startswith(".") and is_safe_name(name) and stays_inside(path):
             yield name, path
 
 

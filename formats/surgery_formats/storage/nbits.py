@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.feedback import ErrorFeedback, round_columns
-from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
+from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.block_format import BlockFormat
 from surgery_formats.storage.block_grids import block_grid
 from surgery_formats.storage.grouped_grid import GroupedGrid
@@ -24,11 +24,9 @@ from surgery_formats.storage.packing import pack
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     from surgery_formats.storage.quantised import Quantised
 
-__all__ = ["NBits", "is_nbits"]
+__all__ = ["NBits", "across"]
 
 T = TypeVar("T")
 
@@ -51,16 +49,17 @@ class _Held(Generic[T]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NBits:
-    """The encoding of a matrix of weights.
+    """The encoding of a matrix of weights, or of a stack of such.
 
     Attributes:
-        sizes: ``(out, in)``, or ``(in, out)`` if `turned`.
+        sizes: ``(out, in)``, or ``(in, out)`` if `turned`; of a stack the matrices lie under each other.
         form: How codes are stored.
         turned: Whether rows are inputs: codes are of outputs, so that all of it has to be put together.
         inputs: Gives the inputs along which errors are made up for.
         importance: Gives ``(in,)``, what a squared error of an input weighs where scales are looked for.
         exact: A weight of codes whose grid this one holds: its codes and scales are taken as they are, but for
             outputs that it does not hold.
+        count: Matrices of a stack, one under the other.
     """
 
     dtype: ClassVar[DType] = DType.F32
@@ -72,6 +71,7 @@ class NBits:
     inputs: Callable[[], ErrorFeedback | None] | None = None
     importance: Callable[[], Array | None] | None = None
     exact: Quantised | None = None
+    count: int = 1
     _feedback: _Held[ErrorFeedback] = field(init=False)
     _weights: _Held[Array] = field(init=False)
 
@@ -86,14 +86,14 @@ class NBits:
 
     @property
     def group(self) -> int:
-        """All rows where outputs are columns."""
-        return max(self.sizes[0], 1) if self.turned else 1
+        """All rows of a matrix where outputs are columns."""
+        return max(self.sizes[0] // self.count, 1) if self.turned else 1
 
     @property
     def outputs(self) -> tuple[int, int]:
-        """``(out, in)``."""
+        """``(out, in)``, with the outputs of all matrices of a stack."""
         rows, columns = self.shape
-        return (columns, rows) if self.turned else (rows, columns)
+        return (columns * self.count, rows // self.count) if self.turned else (rows, columns)
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """Codes, scales, and zero points if they are stored."""
@@ -106,15 +106,13 @@ class NBits:
 
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding.put`."""
-        import numpy as np
-
         values = cast(to_cpu(block), DType.F32)
-        values = np.ascontiguousarray(values.T) if self.turned else values
+        values = across(values, self.group) if self.turned else values
         if self.exact is not None:
             codes, numbers, grid = self._own(self.exact, start, len(block), values)
         else:
             codes, numbers, grid = self._coded(values)
-        rounded[...] = numbers.T if self.turned else numbers
+        rounded[...] = across(numbers, self.shape[1]) if self.turned else numbers
         if start + len(block) >= self.shape[0]:
             self._feedback.release()
             self._weights.release()
@@ -155,16 +153,19 @@ class NBits:
         if not form.symmetric:
             assert grid.zeros is not None
             raw.append(_row_bytes(cast(grid.zeros, DType.U8), form.bits))
-        first = 0 if self.turned else start
+        first = start // self.group * self.shape[1] if self.turned else start
         return tuple(
             PartBytes(part, first * (array.nbytes // max(outputs, 1)), as_bytes(np.ascontiguousarray(array)))
             for part, array in enumerate(raw)
         )
 
 
-def is_nbits(encoding: Encoding) -> TypeGuard[NBits]:
-    """Whether a weight becomes codes of a graph, on a grid of its own."""
-    return isinstance(encoding, NBits)
+def across(values: Array, rows: int) -> Array:
+    """Every matrix of `rows` rows, one under the other, with its axes exchanged."""
+    import numpy as np
+
+    found: Array = np.ascontiguousarray(values.reshape(-1, rows, values.shape[1]).mT).reshape(-1, rows)
+    return found
 
 
 def _row_bytes(codes: Array, bits: int) -> Array:

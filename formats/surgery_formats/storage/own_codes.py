@@ -2,7 +2,9 @@
 """Codes that a weight has already, as codes of blocks of inputs: the same numbers to the bit, or not these outputs.
 
 Any grid of even steps from a whole zero point fits, whatever program wrote it: GPTQ, AWQ, compressed-tensors, GGUF's Q4_0,
-Q5_0 and Q8_0, HQQ with whole zero points. What a code stands for is asked of the codec, so no format is named here.
+Q5_0 and Q8_0, HQQ with whole zero points. So do numbers that are whole multiples of the first step, where the codes have bits
+enough: E2M1's are halves up to 6, and so codes of 8 bits hold MXFP4. What a code stands for is asked of the codec, so no
+format is named here.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
+from surgery_formats.storage.base import is_stacked
 from surgery_formats.storage.grouped_grid import GroupedGrid
 
 if TYPE_CHECKING:
@@ -46,13 +49,13 @@ def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool, wide
     The codes of some rows are read, and all scales where they are held as such.
 
     Args:
-        source: The weight; a matrix.
+        source: The weight; a matrix, or a stack of such whose rows are outputs.
         wanted: Its blocks are kept where the weight's own are a multiple.
         turned: Whether rows of its matrix are inputs.
         wide: Whether scales may be float32 where 16 bits do not hold them.
     """
-    bits = 4 if source.bits <= 4 else 8
-    if bits > wanted.bits or len(source.sizes) != 2:
+    sizes = [bits for bits in (4, 8) if source.bits <= bits <= wanted.bits]
+    if not sizes or not (len(source.sizes) == 2 or (is_stacked(source) and not turned)):
         return None
     shared, inputs = (source.block[0], source.shape[0]) if turned else (source.block[1], source.shape[1])
     block = next((size for size in (wanted.block, *_BLOCKS) if shared % size == 0 or shared >= inputs), None)
@@ -62,7 +65,7 @@ def fitting_format(source: Quantised, wanted: BlockFormat, *, turned: bool, wide
     rows = rows // source.group * source.group or source.shape[0]
     values = source.grid(0, rows).values(source.codes(0, rows))
     scale_types = (wanted.scale_type, DType.F32) if wide else (wanted.scale_type,)
-    for scale_type, symmetric in itertools.product(scale_types, (True, False)):
+    for bits, scale_type, symmetric in itertools.product(sizes, scale_types, (True, False)):
         form = replace(wanted, bits=bits, block=block, symmetric=symmetric, scale_type=scale_type)
         if symmetric and not _all_middle(source):
             continue
@@ -91,9 +94,25 @@ def own_codes(source: Quantised, start: int, count: int, form: BlockFormat, valu
     if turned:
         codes, first, second = codes.T, first.T, second.T
     zero_values, steps = first[:, :: form.block], (second - first)[:, :: form.block]
+    found = _placed(codes.astype(np.int16), zero_values, steps, form, values)
+    if found.fits.all() or form.bits <= source.bits:
+        return found
+    widths = _spread(np.where(steps == 0, np.float32(1), steps), form.block, codes.shape[1])
+    multiples = np.clip(np.rint((values - _spread(zero_values, form.block, codes.shape[1])) / widths), -512, 512)
+    others = _placed(multiples.astype(np.int16), zero_values, steps, form, values)
+    better = ~found.fits & others.fits
+    assert found.grid.zeros is not None
+    assert others.grid.zeros is not None
+    found.codes[better], found.grid.zeros[better] = others.codes[better], others.grid.zeros[better]
+    return found._replace(fits=found.fits | better)
+
+
+def _placed(codes: Array, zero_values: Array, steps: Array, form: BlockFormat, values: Array) -> OwnCodes:
+    """Whole numbers of steps as codes of `form`; what is 0 lies at `zero_values`, a column for each block."""
+    import numpy as np
+
     none = steps == 0  # all codes are 0, whatever the zero point
     zeros = np.where(none, np.float32(0), np.rint(-zero_values / np.where(none, np.float32(1), steps)))
-    codes = codes.astype(np.int16)
     if form.symmetric:
         shift = form.middle - zeros
     else:

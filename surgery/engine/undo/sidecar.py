@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from surgery_formats.containers.safetensors import layout, open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.kernel_copy import write_all
+from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -37,8 +36,10 @@ _PIECE = 4 << 20
 class SidecarWriter:
     """Takes segments in any order and from any thread; their number and sizes are known only at the end."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by `finish`
+    def __init__(self, folder: OutputFolder) -> None:
+        self._shown = folder.shown
+        with output_faults(self._shown):
+            self._file = tempfile.TemporaryFile(dir=folder.staged)  # noqa: SIM115  # closed by `finish`
         self._segments: dict[str, list[tuple[int, int]]] = {}
         self._end = 0
         self._lock = threading.Lock()
@@ -48,7 +49,8 @@ class SidecarWriter:
         with self._lock:
             at, self._end = self._end, self._end + len(data)
             self._segments.setdefault(key, []).append((at, len(data)))
-        write_all(self._file.fileno(), memoryview(data), at)
+        with output_faults(self._shown, len(data)):
+            write_all(self._file.fileno(), memoryview(data), at)
 
     def begin(self, key: str) -> None:
         """`key` has segments, perhaps none."""
@@ -67,16 +69,15 @@ class SidecarWriter:
         metadata = {_KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True, separators=(",", ":"))}
         header, ranges = layout([(key, DType.U8, (size,)) for key, size in sizes.items()], metadata)
         nbytes = len(header) + sum(sizes.values())
-        out, digest = folder.create(name, nbytes), xxhash.xxh3_128(header)
+        out = folder.create(name, nbytes)
         out.pwrite(header, 0)
         for key, table in tables.items():
             at = ranges[key][0]
             for piece in (table, *self._pieces(key)):
-                digest.update(piece)
                 out.pwrite(piece, at)
                 at += len(piece)
         self._file.close()
-        out.finish({"xxh3": digest.hexdigest()})
+        out.finish({})
         return nbytes
 
     def _pieces(self, key: str) -> Iterator[bytes]:

@@ -41,6 +41,7 @@ class BudgetedWeight:
         source: Its values.
         turned: Whether rows are inputs.
         unit: What it is read together with; a name of its own otherwise.
+        count: Matrices of a stack, one under the other.
     """
 
     name: str
@@ -48,6 +49,7 @@ class BudgetedWeight:
     source: Storage
     turned: bool
     unit: str
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +88,11 @@ def _measured(candidate: BudgetedWeight, coding: WeightCoding, io: DType) -> lis
 
     source = candidate.source
     rows, columns = source.shape
-    outputs, inputs = (columns, rows) if candidate.turned else (rows, columns)
+    inputs = rows // candidate.count if candidate.turned else columns
+    outputs = rows * columns // inputs
     if candidate.turned:
         picked = np.linspace(0, columns - 1, min(_ROWS, columns)).astype(np.int64)
-        values = np.ascontiguousarray(read_values(source, 0, rows, DType.F32).T[picked])
+        values = np.ascontiguousarray(read_values(source, 0, inputs, DType.F32).T[picked])
     else:
         starts = np.unique(np.linspace(0, rows - 1, min(_ROWS, rows)).astype(np.int64))
         values = np.concatenate([read_values(source, int(row), int(row) + 1, DType.F32) for row in starts])
@@ -97,7 +100,7 @@ def _measured(candidate: BudgetedWeight, coding: WeightCoding, io: DType) -> lis
     whole = _size(values, moment)
     found = []
     for bits in _BITS:
-        form = coding.form(bits, io)
+        form = coding.form(f"int{bits}", io)
         rounded = _rounded(values, form)
         found.append((bits, form.nbytes(outputs, inputs), _size(rounded - values, moment) / max(whole, 1e-30)))
     return [*found, (_SHORT, outputs * inputs * source.dtype.bits // 8, 0.0)]

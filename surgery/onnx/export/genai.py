@@ -105,9 +105,10 @@ def _session(contract: Contract) -> dict[str, Any]:
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
     # Codes are slow unless they are repacked.
     mapped = {} if contract.quantised else {"session.disable_prepacking": "1"}
-    # As `surgery.onnx.run.opening` does for graphs with slots.
-    tuned = {"ep.cuda.enable_gemm_auto_tune": "1"} if cuda and contract.slots else {}
-    return {"log_id": "onnxruntime-genai", **mapped, **tuned, "provider_options": cuda}
+    mapped |= {"session.disable_quant_qdq": "1"} if contract.has_float_codes else {}
+    if cuda and contract.slots:  # as `surgery.onnx.run.opening` has it
+        mapped["ep.cuda.enable_gemm_auto_tune"] = "1"
+    return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
 
 
 def _number(generation: Mapping[str, Any], key: str, default: float) -> float:

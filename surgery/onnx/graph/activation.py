@@ -23,9 +23,7 @@ _LEAST_MEAN = 32
 def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
     """Apply an activation function."""
     if kind == "silu":
-        if ctx.target.activation == "fused":  # x sigmoid(alpha x)
-            return ctx.graph.node("QuickGelu", [x], at, domain=MICROSOFT, alpha=1.0)
-        return ctx.graph.node("Mul", [x, ctx.graph.node("Sigmoid", [x], at)], at)
+        return _silu(ctx, x, at)
     if kind == "quick_gelu":
         return ctx.graph.node(
             "Mul",
@@ -61,6 +59,20 @@ def gated_silu(ctx: Context, gate: str, up: str, width: int, at: str) -> str | N
     root = 2.0**15 if ctx.io is DType.F16 else 2.0**40
     scale = ctx.graph.constant(np.full(count, root, ctx.graph.numpy_type(ctx.io)))
     return ctx.graph.node("GatedRMSNorm", [up, scale, gate], at, domain=MICROSOFT, epsilon=root * root)
+
+
+def _silu(ctx: Context, x: str, at: str) -> str:
+    """``x sigmoid(x)``, in the target's form. What they are worth is in docs/precision.md."""
+    graph, form = ctx.graph, ctx.target.silu
+    if form in ("quick_gelu", "scaled"):
+        return graph.node("QuickGelu" if form == "quick_gelu" else "ScaledSiLU", [x], at, domain=MICROSOFT, alpha=1.0)
+    if form == "sigmoid":
+        return graph.node("Mul", [x, graph.node("Sigmoid", [x], at)], at)
+    short = ctx.io is not DType.F32  # whose exp(-x) would be infinite where the result is no zero yet
+    wide = graph.cast(x, DType.F32, at) if short else x
+    power = graph.node("Exp", [graph.node("Neg", [wide], at)], at)
+    y = graph.node("Div", [wide, graph.node("Add", [power, graph.number(1.0, DType.F32)], at)], at)
+    return graph.cast(y, ctx.io, at) if short else y
 
 
 def xielu(ctx: Context, at: str, x: str) -> str:

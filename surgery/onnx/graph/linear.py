@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.onnx.graph.coded import GraphCodes, coded_product
+from surgery.onnx.graph.coded import GraphCodes, coded_product, float_values
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import MICROSOFT
@@ -30,9 +30,11 @@ def _product(ctx: Context, projection: Projection, x: str, alpha: float = 1.0) -
         (projection.inputs, projection.outputs) if projection.transposed else (projection.outputs, projection.inputs)
     )
     at, stack = module_of(projection.weight), projection.stack
-    coded = None if stack else ctx.weights.coded([projection.weight], [(projection.outputs, projection.inputs)])
+    outputs = projection.outputs * (stack[1] if stack else 1)
+    coded = ctx.weights.coded([projection.weight], [(outputs, projection.inputs)])
     if coded is not None:
-        bias = ctx.weights.value(projection.bias, (projection.outputs,)) if projection.bias else ""
+        coded = coded.matrix(*stack) if stack else coded
+        bias = ctx.weights.part(projection.bias, (projection.outputs,), stack) if projection.bias else ""
         return _coded(ctx, coded, x, bias, at, alpha)
     weight = _across(ctx, projection) if ctx.target.linear == "matmul" else ""
     weight = weight or ctx.weights.part(projection.weight, stored, stack)
@@ -94,6 +96,8 @@ def _across(ctx: Context, projection: Projection) -> str:
 
 
 def _coded(ctx: Context, weight: GraphCodes, x: str, bias: str, at: str, alpha: float = 1.0) -> str:
+    if weight.form.floats:
+        return _multiply(ctx, x, float_values(ctx.graph, weight, ctx.io, at), bias, at, alpha=alpha)
     y = coded_product(ctx.graph, weight, x, ctx.io, at)
     y = ctx.graph.node("Add", [y, bias], at) if bias else y
     return ctx.graph.node("Mul", [y, ctx.graph.number(alpha, ctx.io)], at) if alpha != 1.0 else y

@@ -26,9 +26,11 @@ class OperatorSet:
             ``standard``: Attention of opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of
             opset 23.
-        activation: ``fused``: SiLU is one com.microsoft.QuickGelu; ``standard``: Sigmoid and Mul.
         gate: ``fused``: ``silu(gate) * up`` is one com.microsoft.GatedRMSNorm (onnxruntime 1.30 and later), see `gated_silu`;
             ``apart``: the activation, then Mul.
+        silu: ``quick_gelu``: one com.microsoft.QuickGelu; ``sigmoid``: Sigmoid and Mul, which onnxruntime fuses into one;
+            ``division``: ``x / (1 + exp(-x))`` in float32, the nearest number; ``scaled``: one com.microsoft.ScaledSiLU, as
+            near, which older onnxruntimes lack.
         packed: Which adjacent weights of a file are joined: ``all``; ``attention``: those of an MLP stay separate,
             which costs a multiplication and saves a Split; ``none``.
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: as separate
@@ -39,16 +41,18 @@ class OperatorSet:
     linear: Literal["gemm", "fused", "matmul"]
     attention: Literal["gqa", "standard"]
     norm: Literal["fused", "standard"]
-    activation: Literal["fused", "standard"]
+    silu: Literal["quick_gelu", "sigmoid", "division", "scaled"]
     packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
     gate: Literal["fused", "apart"] = "apart"
 
 
 TARGETS = {
-    "cuda": OperatorSet("cuda", "fused", "gqa", "fused", "fused", packed="attention", qk_norm="fused", gate="fused"),
-    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "fused"),
-    "portable": OperatorSet("portable", "gemm", "standard", "standard", "standard"),
+    "cuda": OperatorSet(
+        "cuda", "fused", "gqa", "fused", "quick_gelu", packed="attention", qk_norm="fused", gate="fused"
+    ),
+    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "quick_gelu"),
+    "portable": OperatorSet("portable", "gemm", "standard", "standard", "sigmoid"),
 }
 
 _TYPES = {"fp32": DType.F32, "fp16": DType.F16, "bf16": DType.BF16}

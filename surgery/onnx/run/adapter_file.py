@@ -9,7 +9,6 @@ the file is read back by the other reader.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from surgery.onnx.run.ports import element
 from surgery_formats.containers.onnx_adapter import LIMIT, open_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.raw import memory_file
 
 __all__ = ["adapter_bytes", "read_adapter_file", "write_adapter_file"]
 
@@ -36,15 +36,28 @@ def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]
         FileExistsError: the file exists.
         ProofError: the arrays read back differ.
     """
-    import onnxruntime
+    contiguous = _writable(arrays, path)
+    with open(path, "xb"):
+        pass  # reserves the name: onnxruntime itself would overwrite an existing file
+    _export(path, contiguous)
+    return Path(path).stat().st_size
 
+
+def _writable(arrays: Mapping[str, Array], path: str | os.PathLike[str]) -> dict[str, Array]:
     if not arrays:
         raise FitError("the adapter has no arrays", file=path)
-    contiguous = {
-        name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)
-    }  # alive until the file is written
+    contiguous = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    for array in contiguous.values():
+        element(array.dtype)
     if sum(array.nbytes + len(name.encode()) + 256 for name, array in contiguous.items()) > LIMIT:
         raise FitError("more than 2 GB do not fit into an .onnx_adapter file", file=path)
+    return contiguous
+
+
+def _export(path: str | os.PathLike[str], contiguous: Mapping[str, Array]) -> None:
+    """Let onnxruntime write arrays, which live until it has, and read them back."""
+    import onnxruntime
+
     values = {}
     for name, array in contiguous.items():
         raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
@@ -54,25 +67,26 @@ def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]
     writer.set_adapter_version(1)
     writer.set_model_version(1)
     writer.set_parameters(values)
-    with open(path, "xb"):
-        pass  # reserves the name: onnxruntime itself would overwrite an existing file
     writer.export_adapter(os.fspath(path))
-    written = read_adapter_file(path)
-    if list(written) != list(contiguous):
+    written = open_onnx_adapter(path).tensors
+    if [tensor.name for tensor in written] != list(contiguous):
         raise ProofError("the adapter read back has other names than were written", file=path)
-    for name, array in contiguous.items():
-        copy = written[name]
+    for tensor in written:  # one at a time: all of them would be held twice
+        array, copy = contiguous[tensor.name], np.asarray(tensor.read())
         if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
-            raise ProofError("the array read back differs from what was written", file=path, tensor=name)
-    return Path(path).stat().st_size
+            raise ProofError("the array read back differs from what was written", file=path, tensor=tensor.name)
 
 
 def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
     """The bytes of an ``.onnx_adapter`` file with `arrays`, see `write_adapter_file`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.onnx_adapter"
-        write_adapter_file(path, arrays)
-        return path.read_bytes()
+    contiguous = _writable(arrays, "adapter.onnx_adapter")
+    fd = memory_file()  # a temporary folder may be full, and a killed run would leave what it holds
+    try:
+        _export(f"/dev/fd/{fd}", contiguous)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery_formats.adapters.adapterhub.files import CONFIG_FILE, WEIGHT_FILES
+from surgery_formats.files.places import is_file
 from surgery_formats.files.raw import first_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class _AdapterHub:
         head = first_bytes(path / CONFIG_FILE, 1 << 20) or b""
         if b'"config"' not in head or b'"peft_type"' in head:
             return False
-        return any(os.path.isfile(path / name) for name in WEIGHT_FILES)
+        return any(is_file(path / name) for name in WEIGHT_FILES)
 
     def read(self, path: Path) -> Adapter:
         """See `read.read_adapterhub`."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from surgery_formats.containers.base import ShardSet
 from surgery_formats.containers.sharded import MODEL_STEMS, open_shards
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import SurgeryError
+from surgery_formats.files.places import exists, is_file, names_in
+from surgery_formats.files.raw import identity_of
 
 __all__ = ["file_keys", "keys_at", "open_adapter_file", "weights_at"]
 
@@ -23,18 +24,17 @@ def weights_at(path: Path) -> Path | None:
 
     A folder of diffusers' has its file under a name of its own, whatever lies beside it.
     """
-    if os.path.isfile(path):
+    if is_file(path):
         return path if is_weight_file(path.name) else None
     try:
-        with os.scandir(path) as entries:
-            names = sorted(entry.name for entry in entries if is_weight_file(entry.name) and entry.is_file())
+        names = [name for name in names_in(path) if is_weight_file(name) and is_file(path / name)]
     except (OSError, ValueError):  # a path that no system has
         return None
     own = [name for name in names if name.partition(".")[0] == _DIFFUSERS]
     if own:
         return path / own[-1]  # safetensors after bin
     alone = len(names) == 1 and not names[0].startswith((*MODEL_STEMS, "adapter_model", "adapters"))
-    return path / names[0] if alone and not os.path.exists(path / "config.json") else None
+    return path / names[0] if alone and not exists(path / "config.json") else None
 
 
 def keys_at(path: Path) -> Mapping[str, object]:
@@ -49,8 +49,7 @@ def keys_at(path: Path) -> Mapping[str, object]:
 def file_keys(file: Path) -> Mapping[str, object]:
     """The names of the tensors of one file; none if it is not there, or malformed."""
     try:
-        known = os.stat(file)
-        return _keys(file, (known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns))
+        return _keys(file, identity_of(file))
     except (SurgeryError, OSError, ValueError):
         return {}
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from surgery_formats.files.places import is_folder, names_in
 
 __all__ = ["CONFIG", "ENDING", "METADATA", "TENSOR_FILE", "own_file"]
 
@@ -15,10 +16,10 @@ CONFIG, METADATA = "config.json", "metadata.json"
 
 def own_file(path: Path) -> Path | None:
     """The file that `path` is, or the only one in a folder."""
-    if not os.path.isdir(path):
+    if not is_folder(path):
         return path if path.name.endswith(ENDING) else None
     try:
-        found = [name for name in os.listdir(path) if name.endswith(ENDING)]
+        found = [name for name in names_in(path) if name.endswith(ENDING)]
     except OSError:
         return None
     return path / found[0] if len(found) == 1 else None

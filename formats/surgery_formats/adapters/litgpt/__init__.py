@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.litgpt.files import own_file
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.torch import TORCH
+from surgery_formats.files.places import is_file
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["LITGPT"]
@@ -34,7 +34,7 @@ class _Litgpt:
     def detect(self, path: Path) -> bool:
         """A torch file whose name ends in ``.pth.lora``, or a folder with ``lit_model.pth.lora``."""
         file = own_file(path)
-        return file is not None and os.path.isfile(file) and TORCH.detect(file)
+        return file is not None and is_file(file) and TORCH.detect(file)
 
     def with_alpha(self, alpha: float) -> _Litgpt:
         """The same format, reading files without hyperparameters.yaml with this alpha."""

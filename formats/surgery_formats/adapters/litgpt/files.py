@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import MalformedError
+from surgery_formats.files.places import is_folder
 from surgery_formats.files.raw import first_bytes
 
 __all__ = ["HYPERPARAMETERS", "MODEL_CONFIG", "MODULES", "QKV", "TENSOR_FILE", "flat_yaml", "own_file", "written_yaml"]
@@ -32,7 +32,7 @@ _WORDS: Mapping[str, Any] = {"true": True, "false": False, "null": None, "~": No
 
 def own_file(path: Path) -> Path | None:
     """The file that `path` is, or the one in a folder; None for another file."""
-    if os.path.isdir(path):
+    if is_folder(path):
         return path / TENSOR_FILE
     return path if path.name.endswith(".pth.lora") else None
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.mlx.files import OLD_FILE, TENSOR_FILE, is_old_file
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.files.places import is_file
 from surgery_formats.files.raw import first_bytes
 from surgery_formats.models.checkpoint import Checkpoint
 
@@ -37,7 +37,7 @@ class _Mlx:
             return True
         head = first_bytes(path / "adapter_config.json", 1 << 20) or b""
         speaks = b'"fine_tune_type"' in head or b'"lora_parameters"' in head
-        return speaks or any(os.path.isfile(path / name) for name in (TENSOR_FILE, OLD_FILE))
+        return speaks or any(is_file(path / name) for name in (TENSOR_FILE, OLD_FILE))
 
     def with_alpha(self, alpha: float) -> _Mlx:
         """The same format, reading files that state no scale with this one: MLX's alpha is not divided by the rank."""

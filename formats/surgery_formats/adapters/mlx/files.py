@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from surgery_formats.containers.base import Shard
 from surgery_formats.containers.npz import open_npz
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import NotFoundError, SurgeryError
+from surgery_formats.files.places import is_file, is_folder
 
 __all__ = ["OLD_FILE", "TENSOR_FILE", "is_old_file", "open_mlx"]
 
@@ -20,7 +20,7 @@ OLD_FILE = "adapters.npz"
 
 def is_old_file(path: Path) -> bool:
     """Whether `path` is an archive of arrays with the names of MLX's factors."""
-    if not path.name.endswith(".npz") or not os.path.isfile(path):
+    if not path.name.endswith(".npz") or not is_file(path):
         return False
     try:
         names = [tensor.name for tensor in open_npz(path).tensors]
@@ -35,7 +35,7 @@ def open_mlx(path: Path) -> tuple[Path, Shard]:
     Raises:
         NotFoundError, MalformedError: no such file, or not what its name says.
     """
-    if not os.path.isdir(path):
+    if not is_folder(path):
         return path, open_npz(path)
     if (path / TENSOR_FILE).exists():
         return path / TENSOR_FILE, open_shard(path / TENSOR_FILE)

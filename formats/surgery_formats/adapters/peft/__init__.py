@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery_formats.adapters.peft.keys import WEIGHTS
 from surgery_formats.adapters.peft.lone_weights import holds_lone_weights
+from surgery_formats.files.places import exists, is_folder
 from surgery_formats.files.raw import first_bytes
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class _Peft:
         head = first_bytes(config, 1 << 20)
         if head is not None:
             return b'"peft_type"' in head or any(path.glob(f"{WEIGHTS}*"))
-        if os.path.isdir(path) and os.path.exists(config):
+        if is_folder(path) and exists(config):
             return True  # a pipe of that name: the reader refuses it by name
         return holds_lone_weights(path)
 

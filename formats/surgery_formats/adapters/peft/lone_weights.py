@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from surgery_formats.adapters.peft.read_config import CONFIG_FILE
 from surgery_formats.containers.base import ShardSet
 from surgery_formats.containers.sharded import open_folder_tensors, open_shards
 from surgery_formats.errors import SurgeryError
+from surgery_formats.files.places import exists, is_folder
 
 if TYPE_CHECKING:
     from surgery_formats.adapters.peft.kinds.kind import PeftKind
@@ -47,7 +47,7 @@ def open_lone(path: Path) -> ShardSet:
     Raises:
         NotFoundError, MalformedError: none, or not what their container says.
     """
-    if os.path.isdir(path) and any(path.glob(f"{WEIGHTS}*")):
+    if is_folder(path) and any(path.glob(f"{WEIGHTS}*")):
         return open_folder_tensors(path, (WEIGHTS,))
     return open_shards(weights_at(path) or path)
 
@@ -58,9 +58,9 @@ def roots_of(kind: PeftKind) -> set[str]:
 
 
 def _names_at(path: Path) -> Collection[str]:
-    if not os.path.isdir(path):
+    if not is_folder(path):
         return file_keys(path).keys() if path.suffix else ()
-    if os.path.lexists(path / CONFIG_FILE):
+    if exists(path / CONFIG_FILE, links=True):
         return ()
     try:
         return open_lone(path).tensors.keys() if weights_at(path) or any(path.glob(f"{WEIGHTS}*")) else ()
@@ -69,7 +69,7 @@ def _names_at(path: Path) -> Collection[str]:
 
 
 def _is_called_so(path: Path, names: Collection[str]) -> bool:
-    own = any(path.glob(f"{WEIGHTS}*")) if os.path.isdir(path) else path.name.startswith(WEIGHTS)
+    own = any(path.glob(f"{WEIGHTS}*")) if is_folder(path) else path.name.startswith(WEIGHTS)
     return own and not any(name.startswith(_OTHERS) for name in names)
 
 

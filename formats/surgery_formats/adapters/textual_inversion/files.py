@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from surgery_formats.adapters.grammar.spelling import BUNDLE
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.containers.weight_files import is_weight_file, open_shard
 from surgery_formats.errors import MalformedError, SurgeryError
+from surgery_formats.files.places import is_file
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.known_files import known_file
 from surgery_formats.tensors.tensor import StoredTensor
@@ -48,7 +48,7 @@ class Inversion:
 
 def layout_at(path: Path) -> str:
     """``embedding`` or ``learned-embeds``; empty for any other file."""
-    if not is_weight_file(path.name) or not os.path.isfile(path):
+    if not is_weight_file(path.name) or not is_file(path):
         return ""
     names = list(keys_at(path))
     try:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.grammar.files import file_keys
 from surgery_formats.adapters.torchtune.files import KEY, own_file
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.files.places import is_file
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["TORCHTUNE"]
@@ -34,7 +34,7 @@ class _Torchtune:
     def detect(self, path: Path) -> bool:
         """A file with torchtune's keys alone, or a folder with one that has no PEFT weights."""
         file = own_file(path)
-        names = file_keys(file) if file is not None and os.path.isfile(file) else {}
+        names = file_keys(file) if file is not None and is_file(file) else {}
         return bool(names) and all(KEY.fullmatch(name) for name in names)
 
     def with_alpha(self, alpha: float) -> _Torchtune:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+
+from surgery_formats.files.places import is_folder, names_in
 
 __all__ = ["HEADS", "KEY", "MODULES", "TENSOR_FILE", "UNPAIRED", "own_file"]
 
@@ -33,10 +34,10 @@ _PEFT = ("adapter_model.safetensors", "adapter_model.bin")
 
 def own_file(path: Path) -> Path | None:
     """The file that `path` is, or torchtune's latest in a folder; None in a folder with PEFT's weights, which are as good."""
-    if not os.path.isdir(path):
+    if not is_folder(path):
         return path if path.suffix in (".pt", ".pth", ".bin", ".safetensors") else None
     try:
-        names = os.listdir(path)
+        names = names_in(path)
     except OSError:
         return None
     found = [name for name in names if _OWN.fullmatch(name)]

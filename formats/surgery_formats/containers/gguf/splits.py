@@ -6,7 +6,6 @@ The first has the key-values of the model, all have ``split.no``, ``split.count`
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from surgery_formats.containers.base import ShardSet
 from surgery_formats.containers.gguf.constants import MAGIC
 from surgery_formats.containers.gguf.container import open_gguf, shard_of
 from surgery_formats.errors import MalformedError
+from surgery_formats.files.places import is_folder, names_in
 from surgery_formats.files.raw import first_bytes, stays_inside
 from surgery_formats.text import show
 
@@ -78,9 +78,9 @@ GGUF_SPLITS = _GgufSplits()
 
 def _files_at(path: Path) -> list[Path]:
     """The files of the model at `path`, whether they are there or not; empty if it is no split GGUF."""
-    if not os.path.isdir(path):
+    if not is_folder(path):
         return series(path) if path.suffix == ".gguf" else []
-    names = sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+    names = [name for name in names_in(path) if not name.startswith(".")]
     first = [name for name in names if name.endswith(".gguf")]
     if not first or any(name.endswith((".safetensors", ".bin", ".pt", ".pth")) for name in names):
         return []

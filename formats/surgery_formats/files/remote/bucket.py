@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bucket, through obstore: what it holds, ranges of objects, uploads; its faults as errors of ours.
+
+Requests that fail on the way are repeated by obstore, with growing pauses; what remains becomes one message. Listings are
+remembered for a few seconds, since readers ask for dozens of files that are not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import ModuleType
+from typing import Any
+
+from surgery_formats.errors import InputError, NotFoundError, ProofError, ResourceError, SurgeryError
+from surgery_formats.text import show
+
+__all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
+
+RETRIES = 8
+"""How often a request is repeated: within about half a minute."""
+_REMEMBERED = 10.0  # seconds
+_ANSWER = timedelta(minutes=5)  # for one request with its body
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectFacts:
+    """What a bucket says about an object.
+
+    Attributes:
+        size: Bytes.
+        etag: Changes with every write.
+        version: Where the bucket keeps versions, which one it is.
+    """
+
+    size: int
+    etag: str
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What lies below a prefix, one level deep, by name."""
+
+    files: dict[str, ObjectFacts] = field(default_factory=dict)
+    folders: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.folders)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Bytes of an object, and what it was when they were read."""
+
+    data: memoryview
+    facts: ObjectFacts
+
+
+@functools.cache
+def connect(scheme: str, name: str) -> Bucket:
+    """The bucket of this name; there is one object for each, so that its connections are used again.
+
+    Raises:
+        InputError: obstore is not installed, or the environment's settings are not taken.
+    """
+    obstore = _library()
+    options: dict[str, Any] = {"timeout": _ANSWER, "connect_timeout": timedelta(seconds=10)}
+    if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS):
+        options["allow_http"] = True  # whoever names such an endpoint means it
+    retries = {"max_retries": RETRIES, "retry_timeout": timedelta(minutes=2)}
+    try:
+        kind = getattr(importlib.import_module("obstore.store"), _STORES[scheme])
+        store = kind(name, client_options=options, retry_config=retries, **_credentials(scheme))
+    except Exception as error:  # of settings in the environment: many types
+        raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}") from error
+    return Bucket(scheme, name, obstore, store)
+
+
+def _library() -> ModuleType:
+    try:
+        return importlib.import_module("obstore")
+    except ImportError as error:
+        raise InputError(
+            "object storage needs the package obstore", hint="pip install 'model-surgery[cloud]'"
+        ) from error
+
+
+def _credentials(scheme: str) -> dict[str, Any]:
+    """What finds keys in ``~/.aws``, which obstore does not read, if boto3 is there and no variable has them."""
+    told = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_WEB_IDENTITY_TOKEN_FILE")
+    container = ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI")
+    files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials", "~/.aws/config")
+    if scheme != "s3" or any(os.environ.get(variable) for variable in (*told, *container)):
+        return {}
+    if not any(os.path.exists(os.path.expanduser(file)) for file in files):
+        return {}
+    try:
+        provider = importlib.import_module("obstore.auth.boto3").Boto3CredentialProvider()
+    except ImportError:
+        return {}
+    return {"credential_provider": provider}
+
+
+class Bucket:
+    """A bucket; every method may be called from any thread."""
+
+    def __init__(self, scheme: str, name: str, library: ModuleType, store: Any) -> None:
+        self.scheme = scheme
+        self.name = name
+        self.obstore = library
+        self.store = store
+        self._lock = threading.Lock()
+        self._seen: dict[str, tuple[float, Listing]] = {}
+
+    def url(self, key: str) -> str:
+        """How an object is called in messages."""
+        return f"{self.scheme}://{self.name}/{key}"
+
+    def listing(self, prefix: str, *, fresh: bool = False) -> Listing:
+        """What lies below `prefix`, one level deep; a few seconds old at most, unless it is to be `fresh`.
+
+        Raises:
+            InputError: the bucket cannot be listed.
+        """
+        now = time.monotonic()
+        with self._lock:
+            when, known = self._seen.get(prefix, (-_REMEMBERED, Listing()))
+        if not fresh and now - when < _REMEMBERED:
+            return known
+        with self.faults(prefix):
+            found = self.obstore.list_with_delimiter(self.store, prefix or None)
+        inside = f"{prefix}/" if prefix else ""
+        files = {
+            meta["path"].removeprefix(inside): _facts(meta)
+            for meta in found["objects"]
+            if meta["path"].startswith(inside) and meta["path"] != inside
+        }
+        folders = frozenset(str(path).removeprefix(inside).rstrip("/") for path in found["common_prefixes"])
+        listing = Listing(files, folders)
+        with self._lock:
+            self._seen[prefix] = now, listing
+        return listing
+
+    def all_below(self, prefix: str) -> dict[str, ObjectFacts]:
+        """Every object below `prefix`, however deep, by its name from there.
+
+        Raises:
+            InputError: the bucket cannot be listed.
+        """
+        inside = f"{prefix}/" if prefix else ""
+        with self.faults(prefix):
+            chunks = list(self.obstore.list(self.store, prefix or None))
+        return {meta["path"].removeprefix(inside): _facts(meta) for chunk in chunks for meta in chunk}
+
+    def facts(self, key: str) -> ObjectFacts:
+        """What the object is now.
+
+        Raises:
+            NotFoundError: there is none.
+            InputError: it cannot be asked for.
+        """
+        with self.faults(key):
+            return _facts(self.obstore.head(self.store, key))
+
+    def read(
+        self, key: str, start: int = 0, stop: int | None = None, etag: str = "", version: str | None = None
+    ) -> Reply:
+        """A range of an object, as far as it goes.
+
+        Args:
+            key: The object.
+            start: The first byte.
+            stop: The byte behind the last one; None reads to the end.
+            etag: What the object must still have.
+            version: Which of its versions is read.
+
+        Raises:
+            NotFoundError: there is none.
+            ProofError: it has another etag.
+            InputError: it cannot be read.
+        """
+        options: dict[str, Any] = {"range": (start, stop)} if stop is not None else {}
+        if etag:
+            options["if_match"] = etag
+        if version is not None:
+            options["version"] = version
+        with self.faults(key):
+            for attempt in range(3):
+                try:
+                    got = self.obstore.get(self.store, key, options=options)
+                    return Reply(memoryview(got.bytes()), _facts(got.meta))
+                except self.obstore.exceptions.GenericError:  # dropped in the middle of the body
+                    if attempt == 2:
+                        raise
+        raise AssertionError
+
+    def put(self, key: str, data: bytes, *, new: bool = False) -> ObjectFacts:
+        """Write a small object in one request.
+
+        Args:
+            key: The object.
+            data: What it will hold.
+            new: Whether one that is there is left alone.
+
+        Raises:
+            OutputExistsError: it is there.
+            ResourceError: it cannot be written.
+        """
+        with self.faults(key, writing=True):
+            mode = "create" if new else "overwrite"
+            done = self.obstore.put(self.store, key, data, mode=mode, use_multipart=False)
+        self.forget()
+        return ObjectFacts(len(data), done["e_tag"] or "", done["version"])
+
+    def delete(self, keys: list[str]) -> None:
+        """Delete objects, there or not.
+
+        Raises:
+            ResourceError: they cannot be deleted.
+        """
+        with self.faults(keys[0] if keys else "", writing=True), contextlib.suppress(FileNotFoundError):
+            for key in keys:
+                self.obstore.delete(self.store, key)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the listings: something was written."""
+        with self._lock:
+            self._seen.clear()
+
+    @contextlib.contextmanager
+    def faults(self, key: str, *, writing: bool = False) -> Iterator[None]:
+        """Turn obstore's errors on the object `key` into ours, with what to do."""
+        try:
+            yield
+        except SurgeryError:
+            raise
+        except FileNotFoundError as error:
+            raise NotFoundError(*_missing(error), file=self.url(key)) from error
+        except self.obstore.exceptions.BaseError as error:
+            raise self._fault(error, key, writing) from error
+
+    def _fault(self, error: Exception, key: str, writing: bool) -> SurgeryError:
+        faults, text, file = self.obstore.exceptions, str(error), self.url(key)
+        kind = ResourceError if writing else InputError
+        if "NoSuchBucket" in text:
+            return NotFoundError("no such bucket", file=file)
+        if isinstance(error, faults.PreconditionError):
+            return ProofError("the input changed while it was read", file=file, hint="run again")
+        if isinstance(error, faults.PermissionDeniedError):
+            hint = (
+                "check what these credentials may do here; a region or an endpoint that is not the bucket's looks alike"
+            )
+            return kind("access is denied", file=file, hint=hint)
+        if isinstance(error, faults.UnauthenticatedError):
+            return kind("the credentials are not accepted", file=file, hint="they may be wrong, or no longer good")
+        if "169.254.169.254" in text or "metadata.google" in text:
+            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
+            return kind("no credentials were found", file=file, hint=_CREDENTIALS.get(self.scheme, hint))
+        if "LOCATION" in text or "301 " in text:
+            return kind("the bucket is in another region", file=file, hint="name it with AWS_REGION")
+        if "error sending request" in text or "body" in text or "error decoding" in text:
+            hint = "check the endpoint and the network, and run again"
+            return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
+        return kind(f"the store answers: {_said(error)}", file=file)
+
+
+_CREDENTIALS = {
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run 'gcloud auth application-default login'",
+    "az": "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
+
+
+def _missing(error: Exception) -> tuple[str]:
+    return ("no such bucket",) if "NoSuchBucket" in str(error) else ("no such object",)
+
+
+def _facts(meta: Any) -> ObjectFacts:
+    version = meta.get("version")
+    return ObjectFacts(int(meta["size"]), meta.get("e_tag") or "", None if version == "null" else version)
+
+
+def _said(error: Exception) -> str:
+    """The first line of what a library says, as one line that can be shown."""
+    return show(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)

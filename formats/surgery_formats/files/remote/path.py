@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``s3://bucket/key`` as a path: what code asks a path is asked of the bucket.
+
+A prefix is a folder, an object is a file, and nothing is a link. Nothing is written through such a path: outputs have
+their own way (`surgery_formats.files.remote.stage`). What is not here, such as `open`, finds no file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import stat
+from collections.abc import Generator
+from pathlib import Path, PosixPath
+from typing import TYPE_CHECKING, Any
+
+from surgery_formats.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from surgery_formats.files.remote.bucket import Bucket, Listing, ObjectFacts
+
+__all__ = ["SCHEMES", "RemotePath", "is_remote", "to_path"]
+
+SCHEMES = ("s3", "gs", "az")
+_STARTS = tuple(f"{scheme}:/" for scheme in SCHEMES)  # a path has lost one of the two slashes
+
+
+def is_remote(value: str | os.PathLike[str]) -> bool:
+    """Whether `value` names an object or a prefix: its text begins with a scheme."""
+    return os.fspath(value).startswith(_STARTS)
+
+
+def to_path(value: str | os.PathLike[str]) -> Path:
+    """The path that `value` names: of the file system, or of a bucket.
+
+    A relative folder that is really called ``s3:`` is named by its whole path.
+    """
+    if isinstance(value, RemotePath):
+        return value
+    return RemotePath(value) if is_remote(value) else Path(value)
+
+
+class RemotePath(PosixPath):
+    """A path in a bucket. It answers what `Path` answers of files; the answers are remembered for a few seconds."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text.replace(":/", "://", 1) if text.startswith(_STARTS) else text
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self),)
+
+    @property
+    def bucket(self) -> Bucket:
+        """The bucket, connected to.
+
+        Raises:
+            NotFoundError: no bucket is named, or the path has left it.
+            InputError: the library is missing.
+        """
+        from surgery_formats.files.remote.bucket import connect
+
+        if not self.is_plain:
+            raise NotFoundError("not the name of an object", file=str(self))
+        return connect(self.parts[0][:-1], self.parts[1])
+
+    @property
+    def key(self) -> str:
+        """The name in the bucket; empty for the bucket itself."""
+        return "/".join(self.parts[2:])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it names something in a bucket, without a step upwards."""
+        return len(self.parts) >= 2 and self.parts[0][:-1] in SCHEMES and ".." not in self.parts
+
+    def facts(self) -> ObjectFacts | None:
+        """What the bucket says about the object; None if there is none."""
+        if not self.is_plain or not self.key:
+            return None
+        return self.parent.listing().files.get(self.name)
+
+    def listing(self) -> Listing:
+        """What lies below this prefix, one level deep."""
+        return self.bucket.listing(self.key)
+
+    def exists(self, **_: Any) -> bool:
+        """Whether there is an object, or one below."""
+        return self.is_file() or self.is_dir()
+
+    def is_file(self, **_: Any) -> bool:
+        """Whether there is an object of this name."""
+        return self.facts() is not None
+
+    def is_dir(self, **_: Any) -> bool:
+        """Whether there are objects below."""
+        if not self.is_plain:
+            return False
+        if not self.key:
+            return bool(self.listing())
+        return self.name in self.parent.listing().folders
+
+    def is_symlink(self) -> bool:
+        """Never."""
+        return False
+
+    def stat(self, **_: Any) -> os.stat_result:
+        """Size and kind; all else is 0.
+
+        Raises:
+            FileNotFoundError: there is nothing.
+        """
+        facts = self.facts()
+        if facts is None and not self.is_dir():
+            raise NotFoundError("no such object", file=str(self))
+        kind, size = (stat.S_IFDIR, 0) if facts is None else (stat.S_IFREG, facts.size)
+        return os.stat_result((kind, 0, 0, 0, 0, 0, size, 0, 0, 0))
+
+    def lstat(self) -> os.stat_result:
+        """As `stat`."""
+        return self.stat()
+
+    def iterdir(self) -> Generator[RemotePath, None, None]:
+        """What lies below, one level deep.
+
+        Raises:
+            FileNotFoundError: there is nothing.
+        """
+        listing = self.listing()
+        if not listing:
+            raise NotFoundError("no such folder", file=str(self))
+        for name in sorted({*listing.files, *listing.folders}):
+            yield self / name
+
+    def glob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:
+        """What lies below, one level deep or, for ``*/name``, two, with names of the pattern."""
+        first, _slash, rest = pattern.partition("/")
+        for path in self.iterdir() if self.is_dir() else ():
+            if fnmatch.fnmatchcase(path.name, first):
+                if not rest:
+                    yield path
+                elif path.is_dir():
+                    yield from path.glob(rest)
+
+    def rglob(self, pattern: str, **_: Any) -> Generator[RemotePath, None, None]:
+        """What lies below, however deep, with names of the pattern."""
+        yield from self.glob(pattern)
+        for path in self.iterdir() if self.is_dir() else ():
+            if path.is_dir():
+                yield from path.rglob(pattern)
+
+    def read_bytes(self) -> bytes:
+        """The whole object.
+
+        Raises:
+            FileNotFoundError: there is none.
+            InputError: it cannot be read.
+        """
+        return bytes(self.bucket.read(self.key).data)
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:
+        """The whole object as text."""
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def resolve(self, strict: bool = False) -> RemotePath:
+        """Itself: there are no links."""
+        return self
+
+    def absolute(self) -> RemotePath:
+        """Itself."""
+        return self
+
+    def samefile(self, other_path: Any) -> bool:
+        """Whether both are called the same."""
+        return str(self) == str(other_path)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs in a bucket: they are read where they lie, and are what they are on a disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import surgery
+from surgery_formats.errors import InputError, MalformedError, NotFoundError, ProofError
+from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.raw import open_file
+from surgery_formats.files.remote import ranges
+from surgery_formats.files.remote.path import RemotePath, to_path
+from tests.support.s3 import Storage
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MANIFEST}
+
+
+def test_a_path_of_a_bucket_keeps_its_slashes_and_is_known_by_them(tmp_path: Path) -> None:
+    path = to_path("s3://bucket/models/base")
+    assert isinstance(path, RemotePath)
+    assert str(path / "config.json") == "s3://bucket/models/base/config.json"
+    assert (path.parent.key, path.name) == ("models", "base")
+    assert to_path(Path("s3://bucket/x")) == to_path("s3://bucket/x")
+    assert not isinstance(to_path(tmp_path), RemotePath)
+
+
+def test_merging_from_a_bucket_writes_what_merging_from_a_disk_writes(storage: Storage, tmp_path: Path) -> None:
+    base, lora = storage.upload(EXAMPLES / "base", "m/base"), storage.upload(EXAMPLES / "lora", "m/lora")
+    surgery.merge(base, lora, output=tmp_path / "there")
+    surgery.merge(EXAMPLES / "base", EXAMPLES / "lora", output=tmp_path / "here")
+    assert _files(tmp_path / "there") == _files(tmp_path / "here")
+    told, here = (json.loads((tmp_path / name / MANIFEST).read_bytes()) for name in ("there", "here"))
+    seen = {entry["name"]: entry["etag"] for entry in told.pop("objects")}
+    assert (
+        seen["model.safetensors"]
+        == storage.client.head_object(Bucket=storage.name, Key="m/base/model.safetensors")["ETag"]
+    )
+    assert told == here
+
+
+def test_models_in_a_bucket_are_inspected_and_compared(storage: Storage) -> None:
+    base = storage.upload(EXAMPLES / "base", "base")
+    here, there = surgery.inspect(EXAMPLES / "base"), surgery.inspect(base)
+    assert (there.parameters, there.nbytes) == (here.parameters, here.nbytes)
+    assert surgery.diff(base, EXAMPLES / "base").equal
+
+
+def test_adapters_are_converted_and_extracted_from_a_bucket(storage: Storage, tmp_path: Path) -> None:
+    base, tuned, lora = (storage.upload(EXAMPLES / name, name) for name in ("base", "tuned", "lora"))
+    for name, adapter, models in (
+        ("there", lora, (base, tuned)),
+        ("here", EXAMPLES / "lora", (EXAMPLES / "base", EXAMPLES / "tuned")),
+    ):
+        surgery.convert(adapter, "mlx", output=tmp_path / f"{name}-mlx", base=models[0])
+        surgery.extract_lora(*models, output=tmp_path / name, rank=4)
+    assert _files(tmp_path / "there-mlx") == _files(tmp_path / "here-mlx")
+    assert _files(tmp_path / "there") == _files(tmp_path / "here")
+
+
+def test_positions_are_read_from_blocks_that_overlap_them(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "HEAD", 100)
+    monkeypatch.setattr(ranges, "BLOCK", 1000)
+    monkeypatch.setattr(ranges, "_RUN", 300)
+    data = np.random.default_rng(0).bytes(12_345)
+    storage.put("data", data)
+    file = open_file(storage.url("data"))
+    for offset, nbytes in [(0, 50), (50, 400), (450, 3000), (3450, 10), (12_000, 345), (999, 2), (0, 12_345)]:
+        assert file.read(offset, nbytes) == data[offset : offset + nbytes]
+    assert file.remote is not None
+    file.remote.warm([(200, 7), (9000, 3345)])
+    assert file.read(200, 7) + file.read(9000, 3345) == data[200:207] + data[9000:]
+    with pytest.raises(MalformedError, match="ends at byte 12345, 5 bytes early"):
+        file.read(12_300, 50)
+    assert open_file(storage.url("data")).identity == file.identity
+
+
+def test_an_object_that_is_written_to_meanwhile_is_never_read_on(storage: Storage) -> None:
+    storage.put("data", b"a" * 400_000)
+    file = open_file(storage.url("data"))
+    storage.put("data", b"b" * 400_000)
+    with pytest.raises(ProofError, match="changed while it was read"):
+        file.read(300_000, 10)
+    with pytest.raises(ProofError, match="changed while it was read"):
+        file.check_unchanged()
+    storage.client.delete_object(Bucket=storage.name, Key="data")
+    with pytest.raises(ProofError, match="disappeared while it was read"):
+        file.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/model.safetensors", "/other/model.safetensors", "s3://other/model.safetensors"]
+)
+def test_an_index_names_nothing_outside_of_its_prefix(storage: Storage, name: str) -> None:
+    storage.upload(EXAMPLES / "base", "other")
+    storage.put("base/model.safetensors.index.json", b'{"weight_map": {"a": "%s"}}' % name.encode())
+    with pytest.raises(MalformedError, match="the shard"):
+        surgery.inspect(storage.url("base"))
+
+
+def test_what_is_not_there_is_said_to_be_so(storage: Storage) -> None:
+    for reference in (storage.url("nothing"), storage.url("nothing/model.safetensors")):
+        with pytest.raises(NotFoundError, match="no such file or folder"):
+            surgery.inspect(reference)
+    with pytest.raises(NotFoundError, match="no such bucket"):
+        surgery.inspect("s3://bucket-of-nobody/base")
+    with pytest.raises(InputError, match="not the name of an object"):
+        surgery.inspect("s3://")
+
+
+def test_a_dropped_connection_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
+    from surgery_formats.files.remote import bucket
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    bucket.connect.cache_clear()
+    with pytest.raises(InputError, match="the connection failed, and 2 repetitions did not help") as caught:
+        surgery.inspect(storage.url("base"))
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
+
+
+def test_without_its_library_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from surgery_formats.files.remote import bucket
+
+    bucket.connect.cache_clear()
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(InputError, match="object storage needs the package obstore") as caught:
+        surgery.inspect("s3://bucket/base")
+    assert caught.value.hint == "pip install 'model-surgery[cloud]'"
+
+
+def test_copies_of_a_folder_are_one_input(storage: Storage, tmp_path: Path) -> None:
+    """The name of the folder counts for nothing, here or there."""
+    shutil.copytree(EXAMPLES / "lora", tmp_path / "copy")
+    from surgery.engine.recorded import input_digest
+
+    assert input_digest(to_path(storage.upload(EXAMPLES / "lora", "lora"))) == input_digest(tmp_path / "copy")
