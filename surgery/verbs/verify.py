@@ -27,6 +27,7 @@ from surgery_formats.text import count, listing, summed_up
 
 if TYPE_CHECKING:
     from surgery.reference import Reference
+    from surgery.verification.logit_error import LogitError
     from surgery.verification.onnx import LogitDifference
     from surgery.verification.session import GraphFile
     from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -74,6 +75,7 @@ class Verification:
         checks: In order.
         notes: What could not be looked at, and how it can.
         seconds: How long it took.
+        logits: How far a graph's logits are from the model's on a text, if one was given.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class Verification:
     checks: tuple[Check, ...]
     notes: tuple[str, ...] = ()
     seconds: float = elapsed()
+    logits: LogitError | None = None
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
@@ -101,6 +104,7 @@ class Verification:
             "difference": self.difference,
             "checks": [check.as_json() for check in self.checks],
             "notes": list(self.notes),
+            **({} if self.logits is None else {"logits": self.logits.as_json()}),
         }
 
     def summary(self, *, verbose: bool = False) -> Summary:
@@ -116,6 +120,7 @@ def verify(
     against: CheckpointLike | None = None,
     adapters: AdaptersLike = (),
     tolerance: float | None = None,
+    text: str | None = None,
 ) -> Verification:
     """Verify a folder that this toolkit made.
 
@@ -129,6 +134,8 @@ def verify(
         adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge
             would. A soft prompt among them must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
+        text: File of a text, or ``words``: tokens from all over the vocabulary, on which the logits of a graph are compared
+            with those of `against` and `adapters`: what rounding its weights cost.
 
     Raises:
         InputError: the folder or something in it cannot be read.
@@ -136,7 +143,13 @@ def verify(
         ProofError: something is not as it was meant.
     """
     where = as_path(output, "output")
+    if text is not None and against is None:
+        raise FitError(
+            "a text was named without a base", hint="name the model that the graph was made of: `against=BASE`"
+        )
     if (graph := _without_contract(where)) is not None:
+        if text is not None:
+            raise FitError("logits on a text are measured of graphs of surgery export-onnx", file=graph)
         if against is not None:
             return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
         if not adapters:
@@ -169,6 +182,8 @@ def verify(
             checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
         else:
             notes.append("copied tensors were not compared with the base: --against BASE does")
+    if graph is None and text is not None:
+        raise FitError("logits on a text are measured of graphs, and there is none", file=where)
     if graph is None:
         return Verification(where, "folder", tuple(checks), tuple(notes))
     roles = sort_adapters(adapters)
@@ -178,7 +193,13 @@ def verify(
     exported = manifest.get("export")
     renamed = exported.get("renamed", {}) if isinstance(exported, Mapping) else {}
     _graphs(graph, base, roles, hashed, renamed, tolerance, checks, notes)
-    return Verification(where, "graph", tuple(checks), tuple(notes))
+    error = None
+    if text is not None and base is not None:
+        from surgery.verification.logit_error import error_on_text
+
+        error = error_on_text(graph, base, roles.merged, text)
+        checks.append(Check("logits on the text", error.said))
+    return Verification(where, "graph", tuple(checks), tuple(notes), logits=error)
 
 
 def _without_contract(where: Path) -> Path | None:
