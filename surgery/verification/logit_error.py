@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ import torch
 from surgery.engine.merge.merge_plan import plan_merge
 from surgery.onnx.run.text_rows import rows_of_text
 from surgery.reference import Reference, forward, open_reference
+from surgery.verification.result import LogitError
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile, Session, read_graph
 from surgery_formats.binding.bind import bind
@@ -22,36 +21,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["LogitError", "error_on_text"]
-
-
-@dataclass(frozen=True)
-class LogitError:
-    """Over all tokens of a text; of a classifier over its rows.
-
-    Attributes:
-        count: Number of rows of logits.
-        error: In the norm of Frobenius, relative to the logits.
-        agreement: Share of rows whose greatest logit is the same one.
-        divergence: Mean Kullback-Leibler divergence of the graph's distribution from the model's, in nats.
-    """
-
-    count: int
-    error: float
-    agreement: float
-    divergence: float
-
-    @property
-    def said(self) -> str:
-        """For people."""
-        return (
-            f"error {self.error:.4f} of the model's, the greatest is the same for {self.agreement:.1%} of {self.count:,} "
-            f"(KL divergence {self.divergence:.4f} nats)"
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures as plain values."""
-        return {name: value if name == "count" else float(f"{value:.6g}") for name, value in asdict(self).items()}
+__all__ = ["error_on_text"]
 
 
 def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, float]], text: str) -> LogitError:
