@@ -345,7 +345,7 @@ def _reference(
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
     from surgery.verification.onnx import compare_decoder, compare_encoder, compare_prompt, compare_slots
-    from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
+    from surgery.verification.session import Session, check_sizes, default_past, keys_in_front_of, prompt_in_front
     from surgery.verification.slots import random_slots
 
     kind = "decoder" if reference.model.generates else "encoder"
@@ -355,8 +355,9 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     slots = random_slots(graph, reference)
     session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
-        front = prompt_in_front(graph)
-        differences = list(compare_encoder(session, reference, front))
+        past = keys_in_front_of(graph)
+        front = prompt_in_front(graph) if past is None else None
+        differences = list(compare_encoder(session, reference, front, past))
     else:
         past = default_past(graph)
         differences = list(compare_decoder(session, reference, past))

@@ -297,7 +297,7 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
-        max_length=length - options.virtual.front,
+        max_length=length - options.virtual.front - options.virtual.keyed,
         sized_late=any(isinstance(layer.mlp, Experts) for layer in model.layers),
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )
