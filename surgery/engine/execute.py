@@ -141,7 +141,14 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
-    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=good or still_good)
+    staged = output_folder(
+        output,
+        _job(plan),
+        overwrite=run.overwrite,
+        inputs=plan.roots,
+        verify=good or still_good,
+        recorded=plan.id,
+    )
     with (engine or ThisProcess()).computing(plan, Path(output)) as compute, staged as folder:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)

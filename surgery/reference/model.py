@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from surgery.reference.altup import run_streams
 from surgery.reference.attention import Mask, Watch, attend, attend_to
 from surgery.reference.disentangled import convolve
 from surgery.reference.embedding import embed, position_rows
@@ -93,6 +94,8 @@ def forward(
     hidden: torch.Tensor | None = None,
     watch: Watch | None = None,
     encoded: Encoded | None = None,
+    grid: torch.Tensor | None = None,
+    images: torch.Tensor | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -107,6 +110,8 @@ def forward(
         hidden: ``(B, T)``: which past and new tokens nobody sees, although they keep their positions; None for none.
         watch: Called by every layer with its attention weights, see `Mask`.
         encoded: What the layers of an encoder-decoder's decoder look at besides, see `encode`.
+        grid: Places of the new tokens in time, height and width, see `Mask`.
+        images: Which new tokens are of images, see `Mask`.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
@@ -130,8 +135,14 @@ def forward(
         types,
         position_rows(model.embedding, ids, real_new, places[:, offset:], positions, front),
     )
-    mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
-    values, caches = _run_layers(reference, values, mask, past, encoded)
+    mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch, grid, images)
+    if model.altup is not None:
+        if front:
+            raise FitError("a model with an embedding for each layer takes no virtual tokens")
+        values, caches = run_streams(reference, values, ids, mask, None if past is None else past.layers)
+        values = normalise(values, model.final_norm, reference.load)
+    else:
+        values, caches = _run_layers(reference, values, mask, past, encoded)
     logits, outputs = outputs_of(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
 
@@ -207,7 +218,7 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     Raises:
         FitError: the width is not that of the model.
     """
-    layers = reference.model.layers
+    layers = reference.model.caching
     sizes = [layer.attention.kv_heads * layer.attention.head_dim for layer in layers for _ in "kv"]
     if flat.ndim != 2 or flat.shape[1] != sum(sizes):
         raise FitError(f"the prefix has the shape {tuple(flat.shape)}, but the model needs (tokens, {sum(sizes)})")

@@ -68,6 +68,15 @@ def test_a_decoder_of_codes_is_the_model_of_what_they_stand_for(name, kind, tmp_
     surgery.verify(out, against=base)
 
 
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_a_factor_of_the_tables_own_type_is_known_where_the_table_is_codes(kind, tmp_path):
+    base = recipes.build(
+        "gemma2", tmp_path / "base", hidden_size=96, dtype=torch.bfloat16
+    )  # the root of 96 is no bfloat16
+    export_onnx(base, output=tmp_path / "out", weights_type=kind)
+    assert surgery.verify(tmp_path / "out", against=base).difference < TOLERANCE
+
+
 @pytest.mark.parametrize("target", ["cuda", "cpu", "portable"])
 def test_every_target_has_codes_and_greedy_tokens_are_those_of_the_values(target, tmp_path):
     base = recipes.build("qwen3", tmp_path / "base", hidden_size=64)
@@ -114,6 +123,13 @@ def test_table_and_head_are_chosen_apart(embeddings, head, tmp_path):
     expected = logits(with_values("qwen3", base, values, table=embeddings != "keep"))
     assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max()
     surgery.verify(out, against=base)
+
+
+@pytest.mark.parametrize("choice", ["keep", "int8"])
+def test_a_factor_in_the_type_of_the_table_is_the_same_for_verify(choice, tmp_path):
+    base = recipes.build("gemma3", tmp_path / "base", dtype=torch.bfloat16)
+    export_onnx(base, output=tmp_path / "out", weights_type="int4", embeddings=choice, head=choice)
+    assert surgery.verify(tmp_path / "out").difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["bert_sequence", "roberta_token", "distilbert_sentence"])

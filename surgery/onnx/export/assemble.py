@@ -239,7 +239,7 @@ class Assembly:
         return ROWS if ROWS in built.graphs else ""
 
     def _pasts(self, location: WeightLocation) -> list[dict[str, Array]]:
-        layers = len(self.model.layers)
+        layers = len(self.model.caching)
         without = (prompt for prompt in self.prompts if prompt.embeddings is None and not prompt.ids)
         stored = {prompt.name: stored_past(prompt, layers) for prompt in without}
         uncomputed = [prompt for prompt in self.prompts if prompt.name not in stored]

@@ -88,6 +88,9 @@ def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swap
             continue
         weight = component.head if component.tied and edit.name == component.head else recipe.get(edit.name, edit.name)
         additions[weight] = loras
+        by_layer = model.embedding.per_layer
+        if by_layer is not None and weight == by_layer.table:
+            tables.add(weight)
         if weight == model.embedding.tokens:
             tables.add(weight)
             if binding and head_follows(binding, component, edit):

@@ -26,12 +26,15 @@ class Rope:
         max_positions: ``max_position_embeddings``.
         interleaved: Whether pairs are neighbours (``x[2i], x[2i + 1]``: GPT-J, Cohere, GLM) instead of being ``dims / 2``
             apart (``x[i], x[i + dims/2]``).
+        axes: Of each pair, whether its angle follows a token's place in time (0), height (1) or width (2), where images are
+            laid out on a grid (Qwen2-VL, arXiv:2409.12191); empty where there is one position.
     """
 
     dims: int
     parameters: Mapping[str, Any]
     max_positions: int
     interleaved: bool = False
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,8 @@ class Attention:
         alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
+        v_norm: Norm of each head's values (Gemma 3n), or None.
+        shared: Number of the earlier layer whose keys and values it takes, or None; `inputs` are then the queries alone.
     """
 
     inputs: tuple[Projection, ...]
@@ -203,3 +208,5 @@ class Attention:
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None
+    v_norm: Norm | None = None
+    shared: int | None = None
