@@ -123,7 +123,7 @@ def export_onnx(
         logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
             ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
-        verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
+        verify_copies: Compare copied weights byte by byte too, and note the sha256 of every file.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step of a merge.
 

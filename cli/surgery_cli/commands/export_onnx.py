@@ -129,7 +129,7 @@ __all__ = ["command"]
     values=("auto", "all", "input"),
     help="input: num_logits_to_keep says of how many last positions logits are computed; auto: input, but for cuda.",
 )
-@option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
+@option.verify("full: compare what was copied byte by byte too, and note the sha256 of every file.")
 @option.overwrite()
 def command(
     settings: Settings, base: str, adapters: tuple[tuple[str, float], ...], mode: str | None, **options: Any
