@@ -109,6 +109,11 @@ __all__ = ["command"]
     values=("auto", "matmul"),
     help="matmul: MatMul with weights of inputs by outputs, which onnxruntime's quantisers look for.",
 )
+@option.choice(
+    "--experts",
+    values=("auto", "apart"),
+    help="Of codes: auto: a layer's in one QMoE where that is exact (int4 on cpu); apart: for onnxruntime before 1.31.",
+)
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(
     "--range-text",

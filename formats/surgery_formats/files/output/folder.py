@@ -38,6 +38,7 @@ from surgery_formats.files.output.resume import Finished, has_size, parse_line, 
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.raw import File
 from surgery_formats.text import listing, show
+from surgery_formats.whole import whole
 
 __all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
 
@@ -109,6 +110,7 @@ class OutputFolder:
         self._threads = hash_threads()
         self.finished = self._kept = Finished({}, self._is_good)
 
+    @whole
     def __enter__(self) -> Self:
         self._stage.acquire()
         try:
@@ -119,6 +121,7 @@ class OutputFolder:
             raise
         return self
 
+    @whole
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -191,6 +194,7 @@ class OutputFolder:
         """
         return self._done[name] if name in self._done else self._kept[name]
 
+    @whole
     def commit(self, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest and rename the folder to its final name. Nothing can be added afterwards.
 
@@ -227,6 +231,7 @@ class OutputFolder:
                 os.mkdir(path.parent)
         return path
 
+    @whole
     def _put(self, name: str, data: bytes) -> None:
         path = self._stage.path / name
         part = path.with_name(path.name + ".part")
@@ -239,6 +244,7 @@ class OutputFolder:
                 os.close(fd)
             os.rename(part, path)
 
+    @whole
     def _publish(self, output: OutputFile, details: Mapping[str, Any]) -> None:
         """Rename a synced file and write its journal line; called by `OutputFile.finish`."""
         record = FileRecord(output.name, output.nbytes, dict(details))
