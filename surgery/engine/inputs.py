@@ -198,7 +198,7 @@ def _no_graph(checkpoint: Checkpoint) -> Checkpoint:
         raise FitError(
             "an ONNX graph where the model's own weights were expected",
             file=checkpoint.path,
-            hint="give the checkpoint that the graph was exported from",
+            hint="give the checkpoint that the graph was exported from; `merge` and `insert` change a graph itself",
         )
     return checkpoint
 
