@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from surgery.verification.bytes import compare_copied, compare_files, data_shard
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
+from surgery_formats.files.places import names_in
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import count, listing, summed_up
 
@@ -239,7 +239,7 @@ def _by_manifest(graph: Path) -> Verification:
 
 def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:
     """The manifest: files, sizes, hashes; graphs may have been added to a folder of weights since."""
-    added = [name for name in os.listdir(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
+    added = [name for name in names_in(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
     manifest = verify_folder(where, added=[*added, *recorded])
     checks.append(Check("files", f"{count(len(manifest['files']))} as the manifest has them"))
     if number := recorded_tensors(where, manifest):

@@ -13,13 +13,13 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from surgery_formats.errors import InputError, NotFoundError, ProofError, ResourceError, SurgeryError
+from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
 from surgery_formats.text import show
 
 __all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
@@ -27,8 +27,10 @@ __all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
 _REMEMBERED = 10.0  # seconds
+_ASKED_AGAIN = 2
 _ANSWER = timedelta(minutes=5)  # for one request with its body
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+Answer = TypeVar("Answer")
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 
 
@@ -138,7 +140,7 @@ class Bucket:
         if not fresh and now - when < _REMEMBERED:
             return known
         with self.faults(prefix):
-            found = self.obstore.list_with_delimiter(self.store, prefix or None)
+            found = self._whole_answer(lambda: self.obstore.list_with_delimiter(self.store, prefix or None))
         inside = f"{prefix}/" if prefix else ""
         files = {
             meta["path"].removeprefix(inside): _facts(meta)
@@ -159,7 +161,7 @@ class Bucket:
         """
         inside = f"{prefix}/" if prefix else ""
         with self.faults(prefix):
-            chunks = list(self.obstore.list(self.store, prefix or None))
+            chunks = self._whole_answer(lambda: list(self.obstore.list(self.store, prefix or None)))
         return {meta["path"].removeprefix(inside): _facts(meta) for chunk in chunks for meta in chunk}
 
     def facts(self, key: str) -> ObjectFacts:
@@ -195,16 +197,23 @@ class Bucket:
         if version is not None:
             options["version"] = version
         with self.faults(key):
-            for attempt in range(3):
-                try:
-                    got = self.obstore.get(self.store, key, options=options)
-                    return Reply(memoryview(got.bytes()), _facts(got.meta))
-                except self.obstore.exceptions.GenericError:  # dropped in the middle of the body
-                    if attempt == 2:
-                        raise
-        raise AssertionError
+            return self._whole_answer(lambda: self._read(key, options))
 
-    def put(self, key: str, data: bytes, *, new: bool = False) -> ObjectFacts:
+    def _read(self, key: str, options: dict[str, Any]) -> Reply:
+        got = self.obstore.get(self.store, key, options=options)
+        return Reply(memoryview(got.bytes()), _facts(got.meta))
+
+    def _whole_answer(self, ask: Callable[[], Answer]) -> Answer:
+        """Ask again if a connection was dropped in the middle of an answer, which obstore does not."""
+        for _ in range(_ASKED_AGAIN):
+            try:
+                return ask()
+            except self.obstore.exceptions.GenericError as error:
+                if "body error" not in str(error):
+                    raise
+        return ask()
+
+    def put(self, key: str, data: bytes, *, new: bool = False) -> None:
         """Write a small object in one request.
 
         Args:
@@ -216,11 +225,15 @@ class Bucket:
             OutputExistsError: it is there.
             ResourceError: it cannot be written.
         """
-        with self.faults(key, writing=True):
-            mode = "create" if new else "overwrite"
-            done = self.obstore.put(self.store, key, data, mode=mode, use_multipart=False)
+        mode = "create" if new else "overwrite"
         self.forget()
-        return ObjectFacts(len(data), done["e_tag"] or "", done["version"])
+        try:
+            with self.faults(key, writing=True):
+                self.obstore.put(self.store, key, data, mode=mode, use_multipart=False)
+        except OutputExistsError:
+            # What is there may be this, if the answer to the first request was lost.
+            if self.read(key).data != data:
+                raise
 
     def delete(self, keys: list[str]) -> None:
         """Delete objects, there or not.
@@ -255,6 +268,8 @@ class Bucket:
         kind = ResourceError if writing else InputError
         if "NoSuchBucket" in text:
             return NotFoundError("no such bucket", file=file)
+        if isinstance(error, faults.AlreadyExistsError):
+            return OutputExistsError("exists", file=file)
         if isinstance(error, faults.PreconditionError):
             return ProofError("the input changed while it was read", file=file, hint="run again")
         if isinstance(error, faults.PermissionDeniedError):
