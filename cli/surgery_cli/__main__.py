@@ -13,26 +13,40 @@ from types import FrameType
 from typing import NoReturn
 
 from surgery_cli import interruption
-from surgery_cli.group import surgery
 
 __all__ = ["main"]
+
+USAGE, INTERRUPTED = 2, 130
 
 
 def main() -> NoReturn:
     """Run the command line of this process and leave with its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name no terminal encoding has is shown, not a crash
+    # Whatever an interruption hits, be it an import or the way out, the exit code is its own.
+    code = INTERRUPTED
+    try:
+        code = _run()
+    except KeyboardInterrupt:
+        os.write(2, b"error: interrupted\n")
+    finally:
+        os._exit(code)
+
+
+def _run() -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
             signal.signal(number, _interrupt)
+    if not _streams():
+        os.write(2, b"error: stdout is closed\n  hint: send it to /dev/null if nobody reads it\n")
+        return USAGE
     # All products run in one thread (`surgery_formats.threads`): numpy need not start a team that waits beside them,
     # which on 16 cores costs a merge a third of its processor time.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Importing torch makes a million objects that stay: looking for garbage among them costs a tenth of a short merge,
     # and taking the interpreter apart at the end a tenth more.
     gc.set_threshold(200_000, 50, 1000)
+    from surgery_cli.group import surgery  # now, where an interruption is heard
+
     try:
         surgery.main(sys.argv[1:], prog_name="surgery")
     except SystemExit as end:
@@ -40,13 +54,30 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)
+    return code
+
+
+def _streams() -> bool:
+    """Prepare the streams; False if stdout is closed, as nobody would see the answer.
+
+    A closed descriptor is opened, or else the file that is opened next gets what is meant for a screen.
+    """
+    stdout = sys.stdout is not None
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115  # lives as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name no terminal encoding has is shown, not a crash
+    return stdout
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """Handle a signal like Ctrl-C: unfinished output is removed on the way out.
 
-    The interruption is remembered, because an import in C may swallow the exception.
+    The interruption is remembered, because an import in C may swallow the exception, or make another of it.
     """
     interruption.remember()
     raise KeyboardInterrupt

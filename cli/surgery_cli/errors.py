@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from surgery_cli import interruption
 from surgery_cli.options import Settings
 from surgery_cli.output import SCHEMA_VERSION
 from surgery_formats.errors import SurgeryError
@@ -24,6 +25,7 @@ __all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
 
 INTERNAL, USAGE, INPUT, RESOURCE, INTERRUPTED = 1, 2, 3, 7, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+_NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ARGUMENT = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
 _PATH_LIMIT = 500  # characters; a path is worth showing whole
@@ -59,7 +61,7 @@ def fault_of(error: BaseException) -> Fault:
         case OSError() if error.errno in _FULL:
             hint = "free some space, or write to another disk"
             return Fault(RESOURCE, "ResourceError", str(error.strerror), hint, _path(error))
-        case OSError() if isinstance(error, _UNREADABLE) and error.filename is not None:
+        case OSError() if error.filename is not None and (isinstance(error, _UNREADABLE) or error.errno in _NO_PATH):
             return Fault(INPUT, "InputError", str(error.strerror), None, _path(error))
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
         hint = "try --workers 1, a --memory-limit or another --device"
@@ -109,7 +111,8 @@ def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        fault = fault_of(error)
+        # An import in C makes other errors of an interruption: "numpy.core.multiarray failed to import".
+        fault = fault_of(KeyboardInterrupt() if interruption.asked() else error)
         known = words[: words.index("--")] if "--" in words else words
         debug = settings.debug or "--debug" in known
         trace = "".join(traceback.format_exception(error)) if debug else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 
-__all__ = ["check", "remember"]
+__all__ = ["asked", "check", "remember"]
 
 _asked = threading.Event()
 
@@ -15,7 +15,12 @@ def remember() -> None:
     _asked.set()
 
 
+def asked() -> bool:
+    """Whether the user asked."""
+    return _asked.is_set()
+
+
 def check() -> None:
     """Raise KeyboardInterrupt if the user asked, from whatever thread."""
-    if _asked.is_set():
+    if asked():
         raise KeyboardInterrupt

@@ -15,16 +15,20 @@ from click.shell_completion import CompletionItem
 
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
+from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
 if TYPE_CHECKING:
     from surgery.rank import Rank
 
 __all__ = [
     "Settings",
+    "adapter_format",
     "adapters",
     "alpha",
     "choice",
     "complete_files",
+    "complete_formats",
+    "count",
     "device",
     "device_option",
     "devices",
@@ -43,6 +47,7 @@ __all__ = [
     "share",
     "size",
     "subcommand",
+    "threads",
     "token_ids",
     "told_alpha",
     "true_share",
@@ -110,6 +115,32 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """References are mostly files and folders: the shell completes those itself."""
     return [CompletionItem(incomplete, type="file")]
+
+
+def adapter_format(text: str) -> str:
+    """A format's name, plugins' included; ``safetensors`` is that of a graph's weights.
+
+    Raises:
+        click.BadParameter: there is no such format.
+    """
+    from surgery.consumers.registry import consumers
+    from surgery_formats.adapters.registry import formats
+    from surgery_formats.text import closest, listing
+
+    if text not in (*formats(), "safetensors"):
+        if text.partition("@")[0] in consumers():
+            hint = f"{show(text)} is a program: --for {show(text)} writes what it honours"
+        else:
+            hint = closest(text, formats()) or f"there are {listing(sorted(formats()), 30)}"
+        raise click.BadParameter(f"no adapter format '{show(text)}'; {hint}")
+    return text
+
+
+def complete_formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names of formats that begin so."""
+    from surgery_formats.adapters.registry import formats
+
+    return [CompletionItem(name) for name in (*formats(), "safetensors") if name.startswith(incomplete)]
 
 
 def reference(name: str, *, metavar: str, help: str) -> Callable[[F], F]:
@@ -305,6 +336,30 @@ def number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[s
         return value
 
     return parse
+
+
+def count(least: int = 1, most: int = LARGEST_COUNT) -> Callable[[str], int]:
+    """The type of a whole number from `least` on; none has more than 64 bits, which is what runtimes and files hold."""
+    bounds = f"of at least {least}" if most == LARGEST_COUNT else f"from {least} to {most}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value > most == LARGEST_COUNT:
+            raise click.BadParameter(f"{show(text, 40)} is more than 64 bits hold")
+        if not least <= value <= most:
+            raise click.BadParameter(f"'{show(text, 40)}' is not a whole number {bounds}")
+        return value
+
+    parse.__name__ = "integer"  # what help calls the value
+    return parse
+
+
+def threads(name: str, help: str) -> Callable[[F], F]:
+    """``--workers`` or ``--threads``: a number that starts as many, so that a slip of the hand must not count."""
+    return click.option(name, type=count(most=MOST_THREADS), help=help)
 
 
 def share(text: str) -> float:

@@ -80,7 +80,8 @@ def without_local_paths(value: Any) -> Any:
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Return a "did you mean" hint for `name`, or None if nothing in `known` is close."""
-    matches = difflib.get_close_matches(name, list(known)[:20_000], n=1, cutoff=0.6)
+    others = [other for other in known if other != name][:20_000]  # one of its own name may be there, and be unusable
+    matches = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
     return f"did you mean '{show(matches[0])}'?" if matches else None
 
 

@@ -10,7 +10,12 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["cores", "one_thread"]
+__all__ = ["LARGEST_COUNT", "MOST_THREADS", "cores", "one_thread"]
+
+LARGEST_COUNT = 2**63 - 1
+"""Of anything that an argument counts."""
+MOST_THREADS = 1024
+"""That an argument may ask for: a million take the machine, and no machine is quicker for them."""
 
 
 def cores() -> int:

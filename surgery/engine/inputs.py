@@ -24,6 +24,8 @@ from surgery_formats.files.places import is_file, names_in
 from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.refs import resolve
+from surgery_formats.text import show
+from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
 if TYPE_CHECKING:
     from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
@@ -272,12 +274,15 @@ def check_counts(*, least: int = 1, **counts: int | None) -> None:
 
     Raises:
         UsageError: something else than a whole number.
-        FitError: less than `least`.
+        FitError: less than `least`, more than 64 bits hold, or more workers or threads than make sense.
     """
     for argument, value in counts.items():
         check_types({argument: "int | None"}, {argument: value})
         if value is not None and value < least:
-            raise FitError(f"{argument} is {value}; it is at least {least}")
+            raise FitError(f"{argument} is {show(value, 40)}; it is at least {least}")
+        most = MOST_THREADS if argument in ("workers", "threads") else LARGEST_COUNT
+        if value is not None and value > most:
+            raise FitError(f"{argument} is {show(value, 40)}; it is at most {most}")
 
 
 def _is_adapter(value: object) -> bool:

@@ -69,10 +69,10 @@ def _places(manifest: Path) -> Iterator[Path]:
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)[:_LOOKED_AT]:
             if entry.name.startswith("."):
                 continue
-            if entry.is_file():
+            if os.path.isfile(entry.path):
                 if holds_weights(entry.name):
                     yield Path(entry.path)
-            elif entry.is_dir() and any(holds_weights(name) for name in os.listdir(entry.path)):
+            elif os.path.isdir(entry.path) and any(holds_weights(name) for name in os.listdir(entry.path)):
                 yield Path(entry.path)
 
 

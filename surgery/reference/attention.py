@@ -13,6 +13,7 @@ from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
 from surgery.reference.rotary import angles, rotate
 from surgery.reference.short_convolution import convolve
+from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Projection, Rope
 
 __all__ = ["Mask", "Watch", "attend", "attend_to", "kept_of"]
@@ -69,11 +70,18 @@ def attend(
     load: Load,
     mask: Mask,
     past: tuple[torch.Tensor, torch.Tensor] | None,
+    taken: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """``softmax(scale q k^T + mask) v``, projected, ``(B, S, D)``; and keys and values of all tokens so far.
 
-    `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``.
+    `past` are rotated keys, and values, of earlier tokens, ``(B, kv_heads, P, head_dim)``; `taken` those of all tokens, of the
+    layer that this one takes them from.
     """
+    if attention.shared is not None:
+        if taken is None:
+            raise FitError(f"layer {attention.shared}, whose keys and values are taken, has none")
+        q = _queries(values, attention, load, mask)
+        return _mixed(q, *taken, attention, load, mask.allowed(attention.window)), taken
     if attention.convolution is not None:
         return convolve(values, attention, attention.convolution, load, mask.real, past)
     q, k, v = _heads(values, attention, load)
@@ -95,6 +103,13 @@ def attend(
         bias = linear_bias(attention.alibi, mask.places).to(q.dtype)
         added = bias.reshape(len(bias), attention.kv_heads, attention.heads // attention.kv_heads, 1, -1)
     return _mixed(q, k, v, attention, load, mask.allowed(attention.window), added, mask.watch), (k, v)
+
+
+def _queries(values: torch.Tensor, attention: Attention, load: Load, mask: Mask) -> torch.Tensor:
+    """Queries alone, ``(B, heads, S, head_dim)``, normed and rotated."""
+    q = project(values, attention.inputs[0], load).reshape(*values.shape[:2], attention.heads, attention.head_dim)
+    q = normalise(q, attention.q_norm, load).transpose(1, 2)
+    return q if attention.rope is None else rotate(q, attention.rope, *angles(attention.rope, mask.positions, q.dtype))
 
 
 def attend_to(
@@ -221,4 +236,5 @@ def _heads(values: torch.Tensor, attention: Attention, load: Load) -> tuple[torc
         per_head = attention.norm_over == "heads"
         q = normalise(q, attention.q_norm, load, heads if per_head else 0)
         k = normalise(k, attention.k_norm, load, kv_heads if per_head else 0)
-    return q.transpose(1, 2), k.transpose(1, 2), v.reshape(batch, count, kv_heads, dim).transpose(1, 2)
+    v = normalise(v.reshape(batch, count, kv_heads, dim), attention.v_norm, load)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

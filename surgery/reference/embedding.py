@@ -12,7 +12,7 @@ from surgery.reference.stored import stored
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Embedding
 
-__all__ = ["embed", "position_rows"]
+__all__ = ["embed", "position_rows", "rows_of"]
 
 
 def embed(
@@ -26,7 +26,7 @@ def embed(
     embedding, vocabulary = reference.model.embedding, reference.model.vocabulary
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise FitError(f"a token id is beyond the vocabulary of {vocabulary}")
-    values = _lookup(reference, embedding.tokens, ids, embedding.scale, embedding.scale_rounded)
+    values = rows_of(reference, embedding.tokens, ids, embedding.scale, embedding.scale_rounded)
     if virtual is not None:
         values = torch.cat((virtual.to(reference.dtype).expand(len(ids), -1, -1), values), dim=1)
     values = _widened(reference, values, "tokens")
@@ -34,9 +34,9 @@ def embed(
         zero = torch.zeros(values.shape[:2], dtype=torch.long)
         if types is not None:
             zero[:, values.shape[1] - ids.shape[1] :] = types
-        values = values + _lookup(reference, embedding.types, zero)
+        values = values + rows_of(reference, embedding.types, zero)
     if embedding.positions:
-        values = values + _lookup(reference, embedding.positions, rows)
+        values = values + rows_of(reference, embedding.positions, rows)
     if embedding.sinusoid:
         values = values + _sinusoid(rows, values.shape[-1], values.dtype)
     values = _widened(reference, values, "sum")
@@ -55,7 +55,7 @@ def _widened(reference: Reference, values: torch.Tensor, done: str) -> torch.Ten
     return project(values, embedding.projection, reference.load)
 
 
-def _lookup(
+def rows_of(
     reference: Reference, name: str, ids: torch.Tensor, scale: float = 1.0, rounded: bool = False
 ) -> torch.Tensor:
     """Look up rows `ids` of a table, reading only those rows."""

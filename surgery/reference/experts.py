@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from surgery.reference.primitives import Load, activate, project, xielu
@@ -29,7 +31,17 @@ def _mlp(values: torch.Tensor, mlp: MLP, load: Load) -> torch.Tensor:
     gate, up = projected[::-1] if mlp.gate_last else projected
     if mlp.limit is not None:
         gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
+    if mlp.sparsity:
+        gate = _sparse(gate, mlp.sparsity)
     return project(_input_of(mlp, activate(gate, mlp.activation) * (up + mlp.up_plus)), mlp.output, load)
+
+
+def _sparse(gate: torch.Tensor, share: float) -> torch.Tensor:
+    """What each token's values have above the quantile of a normal distribution of their mean and deviation; else 0."""
+    quantile = math.sqrt(2) * torch.erfinv(torch.tensor(2 * share - 1, dtype=torch.float64))
+    mean = gate.mean(-1, keepdim=True)
+    deviation = (gate - mean).square().mean(-1, keepdim=True).sqrt()
+    return (gate - mean - deviation * quantile.to(gate.dtype)).clamp(min=0)
 
 
 def _input_of(mlp: MLP, values: torch.Tensor) -> torch.Tensor:

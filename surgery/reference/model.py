@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from surgery.reference.altup import run_streams
 from surgery.reference.attention import Mask, Watch, attend, attend_to
 from surgery.reference.disentangled import convolve
 from surgery.reference.embedding import embed, position_rows
@@ -131,7 +132,13 @@ def forward(
         position_rows(model.embedding, ids, real_new, places[:, offset:], positions, front),
     )
     mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
-    values, caches = _run_layers(reference, values, mask, past, encoded)
+    if model.altup is not None:
+        if front:
+            raise FitError("a model with an embedding for each layer takes no virtual tokens")
+        values, caches = run_streams(reference, values, ids, mask, None if past is None else past.layers)
+        values = normalise(values, model.final_norm, reference.load)
+    else:
+        values, caches = _run_layers(reference, values, mask, past, encoded)
     logits, outputs = outputs_of(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
 
@@ -207,7 +214,7 @@ def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
     Raises:
         FitError: the width is not that of the model.
     """
-    layers = reference.model.layers
+    layers = reference.model.caching
     sizes = [layer.attention.kv_heads * layer.attention.head_dim for layer in layers for _ in "kv"]
     if flat.ndim != 2 or flat.shape[1] != sum(sizes):
         raise FitError(f"the prefix has the shape {tuple(flat.shape)}, but the model needs (tokens, {sum(sizes)})")

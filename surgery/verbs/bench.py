@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 _PROMPT = 512
+_MOST_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,9 @@ def bench(
     models = [local_path(model, "model")]
     models += [] if against is None else [local_path(against, "against")]
     prompt_length = _fitting(models, prompt_length, new_tokens)
+    if batch * prompt_length > _MOST_TOKENS:
+        text = f"{batch} rows of {prompt_length} tokens are more than the {_MOST_TOKENS:,} that are drawn at once"
+        raise FitError(text, hint="fewer: `batch=`, `prompt_length=`")
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
         bind(path, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
-from surgery.onnx.export.place import LEDGER
 from surgery.onnx.graph.pair_names import MERGED, graph_in
 from surgery.onnx.run.opening import placed_graph, side_folder
 from surgery.reports.result import elapsed, summarised, timed
@@ -23,6 +22,7 @@ from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
 from surgery_formats.files.places import names_in
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
+from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import count, listing, summed_up
 
 if TYPE_CHECKING:
@@ -249,17 +249,17 @@ def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Ma
 
 def _added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
     """Files that an export with adapters added to a folder of weights, by name; none where it kept no account."""
-    source = where / LEDGER
+    source = where / EXPORT_ACCOUNT
     if not source.exists():
         return {}
     entries = read_object(source, INDEX_LIMIT).get("files", {})
     if not isinstance(entries, Mapping):
         raise MalformedError("its account of files is none", file=source)
     verify_files(where, entries, source)
-    checks.append(Check("added files", f"{count(len(entries))} as {LEDGER} has them"))
+    checks.append(Check("added files", f"{count(len(entries))} as {EXPORT_ACCOUNT} has them"))
     if number := recorded_tensors(where, {"files": entries}):
         checks.append(Check("merged tensors", f"{count(number)}, each as it was written"))
-    return {LEDGER: {}, **entries}
+    return {EXPORT_ACCOUNT: {}, **entries}
 
 
 def _hashed(entries: Mapping[str, Any]) -> set[str]:

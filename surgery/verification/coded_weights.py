@@ -117,6 +117,13 @@ class CodedWeights:
         tensor = self._tensors.get(stored, self._tensors.get(f"{stored}{ACROSS}"))
         return None if tensor is None else tensor.dtype
 
+    def in_type_of(self, name: str, number: float) -> float:
+        """`number`, rounded to the type that a weight, or the scales of its codes, is stored in."""
+        codes = self._codes.get(self.stored(name))
+        kind = self.kept_type(name) or (codes and codes.parts["scales"].dtype)
+        short = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}.get(kind) if kind else None
+        return float(torch.tensor(number, dtype=short)) if short else number
+
     def is_across(self, name: str) -> bool:
         """Whether a weight is kept with its axes exchanged alone."""
         stored = self.stored(name)
@@ -153,7 +160,7 @@ def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Refere
     known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
     weights = CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
     model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)
-    model = with_head_of_codes(model, weights)
+    model = _with_stored_scales(with_head_of_codes(model, weights), weights)
     for name, (outputs, inputs), turned, count in _matrices(model):
         if weights.stored(name.removesuffix(f" {HEAD}")) not in codes:
             continue
@@ -190,6 +197,16 @@ def with_head_of_codes(model: Model, weights: CodedWeights) -> Model:
     if not isinstance(head, LanguageHead) or head.projection.weight != table or not weights.parted(table):
         return model
     return replace(model, head=replace(head, projection=replace(head.projection, weight=f"{table} {HEAD}")))
+
+
+def _with_stored_scales(model: Model, weights: CodedWeights) -> Model:
+    """The model with factors on tables as they were rounded to the tables' types, which values of codes no longer tell."""
+    table = model.embedding
+    if table.scale_rounded:
+        table = replace(table, scale=weights.in_type_of(table.tokens, table.scale))
+    if (own := table.per_layer) is not None:
+        table = replace(table, per_layer=replace(own, scale=weights.in_type_of(own.table, own.scale)))
+    return replace(model, embedding=table)
 
 
 def _check(codes: _WeightCodes, outputs: int, inputs: int, graph: GraphFile) -> None:

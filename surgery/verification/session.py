@@ -27,6 +27,7 @@ from surgery_formats.text import show
 __all__ = ["GraphFile", "Session", "check_sizes", "check_weights", "default_past", "prompt_in_front", "read_graph"]
 
 _LIMIT = (1 << 31) - 1  # bytes of a protocol buffer
+_ROTARY = "rotary"  # what the values of a table of angles are called
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 Arrays = dict[str, "np.ndarray[Any, Any]"]
@@ -148,7 +149,7 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
         ropes = [layer.rope.parameters for layer in attention if layer.rope is not None]
         switches = [int(rope["original_max_position_embeddings"]) for rope in ropes if rope["rope_type"] == "longrope"]
         expected |= {
-            "layers": len(attention),
+            "layers": len(model.caching),
             "convolutions": tuple(n for n, one in enumerate(attention) if one.convolution is not None),
             "rope_switch": max((n for n in switches if n < contract.max_length), default=0),
         }
@@ -161,9 +162,39 @@ def check_sizes(graph: GraphFile, model: Model) -> None:
         if getattr(contract, name) != size:
             text = f"the contract has {name} {getattr(contract, name)}, but the model has {size}"
             raise ProofError(text, file=graph.path)
+    needed = {"logits"} if model.generates else set()
+    needed |= {
+        name.replace("past_key_values.", "present.", 1)
+        for name in (port.name for port in graph.model.graph.input)
+        if name.startswith("past_key_values.")
+    }
+    if missing := sorted(needed - outputs.keys()):
+        raise ProofError(f"the graph lacks the output '{show(missing[0])}'", file=graph.path)
+    _check_tables(graph)
     if model.embedding.positions and contract.max_length > model.max_positions:
         text = f"the contract has {contract.max_length} tokens, but the model has {model.max_positions}"
         raise ProofError(text, file=graph.path)
+
+
+def _check_tables(graph: GraphFile) -> None:
+    """Compare the contract's length with the rows of the rotary tables that attention reads by position.
+
+    Raises:
+        ProofError: a table is shorter.
+    """
+    numbers = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in graph.model.graph.initializer
+        if not tensor.dims and not tensor.external_data
+    }
+    for node in graph.model.graph.node:
+        if node.op_type != "Range" or not node.output[0].startswith(_ROTARY) or node.input[1] not in numbers:
+            continue
+        if (rows := int(numbers[node.input[1]])) < graph.contract.max_length:
+            raise ProofError(
+                f"the contract has {graph.contract.max_length} tokens, but the graph's table of angles has {rows}",
+                file=graph.path,
+            )
 
 
 def check_weights(graph: GraphFile) -> None:

@@ -77,7 +77,7 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
                 f"a slot of the graph is for '{show(slot.weight)}', which the model lacks", file=graph.path
             )
         inputs, outputs, stored_by_input = shapes[slot.weight]
-        if slot.weight == model.embedding.tokens and _is_rounded(model, weights):
+        if _is_rounded(model, weights, slot.weight):
             continue
         if [sizes[slot.A][:1], sizes[slot.B][1:]] != [[inputs], [outputs]]:
             raise ProofError(f"the size of the slot differs from {outputs} x {inputs}", file=graph.path, tensor=slot.A)
@@ -169,10 +169,12 @@ def _own_head(model: Model, slots: Collection[str], weights: ReferenceWeights) -
     return replace(model, head=own), _RenamedWeights(weights, {name: head.projection.weight})
 
 
-def _is_rounded(model: Model, weights: ReferenceWeights) -> bool:
-    """Whether the table's scale is rounded to the type of its values, which does not hold for a sum."""
+def _is_rounded(model: Model, weights: ReferenceWeights, name: str) -> bool:
+    """Whether `name` is a table whose scale is rounded to the type of its values, which does not hold for a sum."""
     table = model.embedding
-    return table.scale_rounded and weights.load(table.tokens, 0, 1).dtype is not torch.float32
+    tables = [table.tokens] if table.scale_rounded else []
+    tables += [table.per_layer.table] if table.per_layer else []
+    return name in tables and weights.load(name, 0, 1).dtype is not torch.float32
 
 
 def _matrices(model: Model) -> dict[str, tuple[int, int, bool]]:
@@ -183,6 +185,8 @@ def _matrices(model: Model) -> dict[str, tuple[int, int, bool]]:
     }
     table = model.embedding
     width = table.projection.inputs if table.projection else model.hidden
+    if (own := table.per_layer) is not None:
+        shapes[own.table] = (own.rows, own.projection.outputs, True)
     return shapes | {table.tokens: (model.vocabulary, width, True)}
 
 

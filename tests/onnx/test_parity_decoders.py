@@ -35,7 +35,7 @@ CASES = {name: (name, FIELDS.get(name, {})) for name in recipes.DECODERS} | {
 CASES["glm wide"] = ("glm", {"head_dim": 32})
 
 
-# Heads of 12 values, biases on the scores, and states beside keys, which GroupQueryAttention does not take.
+# Heads of 12 values, biases on the scores, states beside keys, and keys of another layer, which GroupQueryAttention does not take.
 STANDARD_ONLY = (
     "llama_mha_tied_biases",
     "falcon_rw",
@@ -46,6 +46,7 @@ STANDARD_ONLY = (
     "mpt_six_heads",
     "lfm2",
     "lfm2_wide",
+    "gemma3n",
 )
 
 

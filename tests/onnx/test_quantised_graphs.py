@@ -116,6 +116,13 @@ def test_table_and_head_are_chosen_apart(embeddings, head, tmp_path):
     surgery.verify(out, against=base)
 
 
+@pytest.mark.parametrize("choice", ["keep", "int8"])
+def test_a_factor_in_the_type_of_the_table_is_the_same_for_verify(choice, tmp_path):
+    base = recipes.build("gemma3", tmp_path / "base", dtype=torch.bfloat16)
+    export_onnx(base, output=tmp_path / "out", weights_type="int4", embeddings=choice, head=choice)
+    assert surgery.verify(tmp_path / "out").difference <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["bert_sequence", "roberta_token", "distilbert_sentence"])
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 def test_an_encoder_of_codes_is_the_model_of_what_they_stand_for(name, target, tmp_path):

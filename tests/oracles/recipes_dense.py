@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.oracles.recipes_fields import BLOOM, GEMMA, GPT2, GQA, LFM2, LM, OPT, VOCAB, Case, case_of, rope
+from tests.oracles.recipes_fields import BLOOM, GEMMA, GEMMA3N, GPT2, GQA, LFM2, LM, OPT, VOCAB, Case, case_of, rope
 
 __all__ = ["DENSE"]
 
@@ -85,6 +85,19 @@ DENSE: dict[str, Case] = {
             "sliding_window": 5,
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
             "rope_parameters": _BY_TYPE,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3n": Case("Gemma3nForCausalLM", "Gemma3nTextConfig", GEMMA3N),
+    "gemma3n_switches": Case(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        {
+            **GEMMA3N,
+            "altup_active_idx": 1,
+            "altup_correct_scale": False,
+            "attention_bias": True,
+            "num_kv_shared_layers": 0,
             "final_logit_softcapping": 2.0,
         },
     ),

@@ -15,6 +15,7 @@ __all__ = [
     "DISTIL",
     "EURO",
     "GEMMA",
+    "GEMMA3N",
     "GPT2",
     "GQA",
     "JINA",
@@ -67,6 +68,21 @@ GPT2 = {
     "pad_token_id": 0,
 }
 GEMMA = {**GQA, "head_dim": 16, "tie_word_embeddings": True}
+GEMMA3N: dict[str, Any] = {
+    **GQA,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 5,
+    "head_dim": 16,
+    "intermediate_size": [56, 48, 56, 40, 56],
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 5,
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 90,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 6,
+    "altup_num_inputs": 3,
+    "activation_sparsity_pattern": [0.6, 0.0, 0.95, 0.3, 0.0],
+}
 OPT = {**LM, "ffn_dim": 56, "word_embed_proj_dim": 32}
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 3, "n_head": 4, "eos_token_id": None, "pad_token_id": 0}
 BERT = {**LM, "type_vocab_size": 2, "num_labels": 3}

@@ -18,7 +18,21 @@ from tests.oracles import recipes
 __all__ = ["LORA", "Exported", "exported", "page", "type_of"]
 
 LORA = (
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo", "olmo2", "granite", "smollm3"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3n",
+        "phi3",
+        "olmo",
+        "olmo2",
+        "granite",
+        "smollm3",
+    ),
     *(
         "stablelm",
         "gpt2",
@@ -50,6 +64,10 @@ LORA = (
     *("deepseek_v3", "glm4_moe", "ernie4_5_moe"),
 )
 """Cases whose LoRA, of every linear layer, is compared merged and in slots."""
+
+UNBUILT = {"gemma3n": "gemma3n"}
+"""Types that transformers builds only with further packages, and the case of their language model, which the tests put into a
+folder of that type (tests/onnx/test_gemma3n.py)."""
 
 _TASKS = {
     "ForCausalLM": "text generation",
@@ -125,7 +143,9 @@ def exported() -> list[Exported]:
     rows = []
     for family in families():
         for name in family.names if family.recipe else ():
-            own = {key: case for key, case in recipes.CASES.items() if type_of(case) == name}
+            own = {
+                key: case for key, case in recipes.CASES.items() if type_of(case) == name or UNBUILT.get(name) == key
+            }
             models = [_model(case) for case in own.values()]
             decoder = any(model.kind == "decoder" and model.encoder is None for model in models)
             rows.append(

@@ -17,14 +17,12 @@ __all__ = ["command"]
 @subcommand("bench")
 @click.argument("model", shell_complete=complete_files)
 @option.reference("--against", metavar="OTHER", help="Another graph, measured in turns with MODEL.")
-@click.option("--prompt-length", type=click.IntRange(min=1), help="Tokens of a row; by default 512, or what fits.")
-@click.option("--new-tokens", type=click.IntRange(min=0), default=100, show_default=True, help="Steps to measure.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Rows.")
-@click.option(
-    "--cache", type=click.IntRange(min=1), metavar="TOKENS", help="Size of a shared cache; default: as needed."
-)
+@click.option("--prompt-length", type=option.count(), help="Tokens of a row; by default 512, or what fits.")
+@click.option("--new-tokens", type=option.count(0), default=100, show_default=True, help="Steps to measure.")
+@click.option("--batch", type=option.count(), default=1, show_default=True, help="Rows.")
+@click.option("--cache", type=option.count(), metavar="TOKENS", help="Size of a shared cache; default: as needed.")
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every step anew instead of replaying a recording.")
-@click.option("--threads", type=click.IntRange(min=1), help="On the cpu; by default one per core.")
+@option.threads("--threads", help="On the cpu; by default one per core.")
 @runtime_device_option
 def command(settings: Settings, model: str, against: str | None, no_cuda_graph: bool, **options: Any) -> None:
     """Measure an exported model: load, prefill, time per token, memory.

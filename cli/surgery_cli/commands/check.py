@@ -56,14 +56,14 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
     type=click.Choice(["lora", "drop"]),
     help="With --fix: modules trained in full become LoRAs, or are left out.",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="With --fix: greatest rank where other kinds become LoRAs.")
+@click.option("--rank", type=option.count(), help="With --fix: greatest rank where other kinds become LoRAs.")
 @click.option("--energy", type=option.share, metavar="SHARE", help="With --fix: share of a change to keep, e.g. .99.")
 @click.option(
     "--max-error", type=option.share, metavar="SHARE", help="With --fix: greatest error of a change, e.g. .05."
 )
 @click.option(
     "--max-rank",
-    type=click.IntRange(min=1),
+    type=option.count(),
     help="What the program was started with, e.g. vLLM's --max-lora-rank; default: its own.",
 )
 @option.path(

@@ -21,7 +21,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "p
 @subcommand("combine")
 @option.adapters()
 @option.output("Folder to make, or file where the format is a single file.")
-@click.option("--rank", type=click.IntRange(min=1), help="Greatest rank; without it nothing is lost.")
+@click.option("--rank", type=option.count(), help="Greatest rank; without it nothing is lost.")
 @click.option("--energy", type=option.share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
 @option.choice(
     "--method",
@@ -31,7 +31,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "p
 @click.option(
     "--density", type=option.share, metavar="SHARE", help="Share of the values TIES, DARE and pruning keep, e.g. .2."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of DARE's random drops.")
+@click.option("--seed", type=option.count(0), default=0, show_default=True, help="Of DARE's random drops.")
 @click.option(
     "--majority",
     type=click.Choice(("total", "frequency")),
@@ -43,7 +43,13 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "p
 @click.option(
     "--without", multiple=True, metavar="PATTERN", help="Leave modules of this name out. Both may be repeated."
 )
-@click.option("--to", metavar="FORMAT", help="Format to write; by default the first adapter's.")
+@click.option(
+    "--to",
+    type=option.adapter_format,
+    shell_complete=option.complete_formats,
+    metavar="FORMAT",
+    help="Format to write; by default the first adapter's.",
+)
 @option.reference("--base", metavar="BASE", help="The model, if names come from it.")
 @option.dtype
 @option.dry_run("Show ranks and errors; write nothing.")

@@ -18,27 +18,6 @@ from surgery_formats.text import show
 __all__ = ["command"]
 
 
-def _format(text: str) -> str:
-    """A format's name, plugins' included."""
-    from surgery.consumers.registry import consumers
-    from surgery_formats.adapters.registry import formats
-    from surgery_formats.text import closest, listing
-
-    if text not in (*formats(), "safetensors"):
-        if text.partition("@")[0] in consumers():
-            hint = f"{show(text)} is a program: --for {show(text)} writes what it honours"
-        else:
-            hint = closest(text, formats()) or f"there are {listing(sorted(formats()), 30)}"
-        raise click.BadParameter(f"no adapter format '{show(text)}'; {hint}")
-    return text
-
-
-def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    from surgery_formats.adapters.registry import formats
-
-    return [name for name in (*formats(), "safetensors") if name.startswith(incomplete)]
-
-
 def _dialect(text: str) -> str:
     """A dialect's name."""
     from surgery_formats.adapters.peft import PEFT
@@ -58,7 +37,13 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 
 @subcommand("convert")
 @click.argument("adapter", shell_complete=complete_files)
-@click.option("--to", type=_format, metavar="FORMAT", shell_complete=_complete, help="See 'surgery formats'.")
+@click.option(
+    "--to",
+    type=option.adapter_format,
+    metavar="FORMAT",
+    shell_complete=option.complete_formats,
+    help="See 'surgery formats'.",
+)
 @click.option(
     "--for",
     "consumer",
@@ -98,8 +83,8 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
     type=click.Choice(["lora", "drop"]),
     help="With --for: modules trained in full become LoRAs, or are left out.",
 )
-@click.option("--max-rank", type=click.IntRange(min=1), help="With --for: greatest rank that it was started with.")
-@click.option("--rank", type=click.IntRange(min=1), help="With --as or --for: greatest rank of a weight.")
+@click.option("--max-rank", type=option.count(), help="With --for: greatest rank that it was started with.")
+@click.option("--rank", type=option.count(), help="With --as or --for: greatest rank of a weight.")
 @click.option(
     "--energy", type=option.share, metavar="SHARE", help="With --as or --for: share of a change to keep, e.g. .99."
 )

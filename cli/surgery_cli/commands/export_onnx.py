@@ -87,7 +87,7 @@ __all__ = ["command"]
     help="int4, int8: codes in blocks, for MatMulNBits; mixed: of both, within --budget; stored: as BASE has them.",
 )
 @click.option(
-    "--block", type=click.IntRange(min=1), default=32, show_default=True, help="Of codes: inputs that share a scale."
+    "--block", type=option.count(), default=32, show_default=True, help="Of codes: inputs that share a scale."
 )
 @click.option("--symmetric/--asymmetric", default=True, help="Of codes: without zero points (default), or with them.")
 @option.choice("--scales", values=("minmax", "search"), help="Of codes: search: those of the least error.")
@@ -114,12 +114,12 @@ __all__ = ["command"]
     metavar="FILE",
     help="Measure on this text what a graph of fp16 stores, against its largest number; words: on tokens of BASE's own.",
 )
-@click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Longest sequence; default: as BASE.")
+@click.option("--max-length", type=option.count(), metavar="N", help="Longest sequence; default: as BASE.")
 @click.option("--inputs-embeds", is_flag=True, help="A decoder takes embeddings; embed_tokens.onnx makes them of ids.")
 @click.option("--position-ids", is_flag=True, help="Positions are an input of a decoder, as of other exporters.")
 @click.option(
     "--opset",
-    type=click.IntRange(17, 23),
+    type=option.count(17, 23),
     metavar="N",
     help="Operators of ONNX's set N, for older runtimes; default: the least that the graph needs.",
 )

@@ -18,12 +18,15 @@ from surgery_formats.text import show
 __all__ = ["command"]
 
 
+_MOST_RANK = 1 << 20
+
+
 def _rank(text: str) -> int | str:
     """A number of directions, or ``auto``."""
     if text == "auto":
         return text
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:12]) <= 1 << 20:
-        raise click.BadParameter(f"'{show(text, 40)}' is neither a number of at least 1 nor 'auto'")
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:12]) <= _MOST_RANK:
+        raise click.BadParameter(f"'{show(text, 40)}' is neither a number from 1 to {_MOST_RANK} nor 'auto'")
     return int(text)
 
 
@@ -104,7 +107,15 @@ def _dense(text: str) -> tuple[str, ...]:
     values=("auto", "fp32", "bf16", "fp16"),
     help="Stored type of the factors; auto: as TUNED.",
 )
-@click.option("--to", default="peft", show_default=True, metavar="FORMAT", help="See 'surgery formats'.")
+@click.option(
+    "--to",
+    type=option.adapter_format,
+    shell_complete=option.complete_formats,
+    default="peft",
+    show_default=True,
+    metavar="FORMAT",
+    help="See 'surgery formats'.",
+)
 @click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
 @click.option(
@@ -113,9 +124,8 @@ def _dense(text: str) -> tuple[str, ...]:
     help="TUNED is a merge in 16 bits: find its LoRA more exactly than it was rounded.",
 )
 @option.devices_option
-@click.option(
+@option.threads(
     "--workers",
-    type=click.IntRange(min=1),
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")

@@ -40,7 +40,7 @@ _OF_FRESH = ("rank", "alpha", "targets", "text", "calibration", "release", "resi
 @click.option("--new", type=click.Choice(_KINDS), help="Begin an adapter of this kind for MODEL, in the place of WHAT.")
 @click.option(
     "--rank",
-    type=click.IntRange(min=1),
+    type=option.count(),
     metavar="N",
     help="Of --new: directions of a module; side of a block of an OFT; width of a bottleneck; virtual tokens.  [default: 16]",
 )
@@ -65,13 +65,13 @@ _OF_FRESH = ("rank", "alpha", "targets", "text", "calibration", "release", "resi
     metavar="OUT_BASE",
     help="Of pissa and olora: folder to make, MODEL without what the factors begin with.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything random.")
+@click.option("--seed", type=option.count(0), default=0, show_default=True, help="Of everything random.")
 @click.option(
     "--format",
     type=click.Choice(["peft", "adapterhub", "mlx"]),
     help="Of --new.  [default: peft; of a bottleneck adapterhub]",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@option.threads("--workers", help="Computing threads; by default one per core, at most 8.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
 def command(

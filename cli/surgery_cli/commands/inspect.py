@@ -14,7 +14,7 @@ __all__ = ["command"]
 
 @subcommand("inspect")
 @click.argument("reference", metavar="REF", shell_complete=complete_files)
-@click.option("--depth", type=click.IntRange(min=1), default=4, show_default=True, help="Levels of modules.")
+@click.option("--depth", type=option.count(), default=4, show_default=True, help="Levels of modules.")
 @click.option("--all", "every", is_flag=True, help="Every level; of an adapter every parameter and all metadata.")
 @option.alpha
 def command(settings: Settings, reference: str, depth: int, every: bool, alpha: float | None) -> None:

@@ -32,7 +32,7 @@ _PROJECTIONS = click.Choice(["qkv", "gate-up"])
 @click.option(
     "--shard-size", type=option.size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE."
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@option.threads("--workers", help="Computing threads; by default one per core, at most 8.")
 @option.verify("full: compare what was copied byte by byte too.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand, weighted
 from surgery_cli.output import show_result
 
@@ -27,7 +28,7 @@ __all__ = ["command"]
     shell_complete=complete_files,
     help="What was merged into BASE before; may be given several times.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Comparing threads; by default one per core, at most 8.")
+@option.threads("--workers", help="Comparing threads; by default one per core, at most 8.")
 def command(settings: Settings, graph: str, base: str, **options: Any) -> None:
     """Find a checkpoint's weights in an ONNX graph.
 

@@ -45,9 +45,8 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
 @option.alpha
 @option.dtype
 @option.device_option
-@click.option(
+@option.threads(
     "--workers",
-    type=click.IntRange(min=1),
     help="Computing threads, or processes for much; by default one per core, at most 8 threads or 16 processes.",
 )
 @click.option(
@@ -73,8 +72,13 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
     type=click.Choice(["feedback", "nearest"]),
     help="Codes of requantize: feedback (default) makes up for errors where nearest loses the update.",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Of residual: most directions of a weight's LoRA.")
-@click.option("--max-error", type=float, help="Of residual: error of a weight, relative to its update.")
+@click.option("--rank", type=option.count(), help="Of residual: most directions of a weight's LoRA.")
+@click.option(
+    "--max-error",
+    type=option.number(above=0),
+    metavar="NUMBER",
+    help="Of residual: error of a weight, relative to its update.",
+)
 @click.option(
     "--calibration", metavar="FILE", help="Of requantize: inputs to make up for errors along, as of extract-lora."
 )

@@ -53,18 +53,18 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 @click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure effects on.")
 @option.path("--text-file", metavar="FILE", help="File of such a text.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
+@click.option("--length", type=option.count(2), default=128, show_default=True, help="Most tokens of a text.")
 @click.option(
     "--max-tokens",
-    type=click.IntRange(min=2),
+    type=option.count(2),
     default=2048,
     show_default=True,
     help="Most tokens of all texts to measure on; of more, pieces spread evenly over them.",
 )
-@click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, help="Tokens to find for each.")
+@click.option("--top", type=option.count(), default=5, show_default=True, help="Tokens to find for each.")
 @click.option(
     "--sample",
-    type=click.IntRange(min=1),
+    type=option.count(),
     help="Tokens asked for their own nearest neighbour; by default all of a small vocabulary, else 512.",
 )
 @click.option("--component", metavar="NAME", help="The text encoder to look at, of a prompt for several.")
@@ -109,7 +109,7 @@ def nearest(
     help="Of keys and values; keep: the base's.",
     case_sensitive=False,
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@option.threads("--workers", help="Computing threads; by default one per core, at most 8.")
 @option.dry_run("Show what would be written; write nothing.")
 @option.overwrite()
 def bake(settings: Settings, prompt: str | None, base: str | None, output: Path | None, **options: Any) -> None:
@@ -206,7 +206,7 @@ def convert(settings: Settings, prompt: str, output: Path | None, **options: Any
 @click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure its gain on.")
 @option.path("--text-file", metavar="FILE", help="File of such a text.")
 @click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option("--length", type=click.IntRange(min=2), default=128, show_default=True, help="Most tokens of a text.")
+@click.option("--length", type=option.count(2), default=128, show_default=True, help="Most tokens of a text.")
 @click.option("--accept-loss", is_flag=True, help="Write what a worthless map makes, too.")
 @option.dry_run("Show the score; write nothing.")
 @option.overwrite()

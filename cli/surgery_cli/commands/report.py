@@ -24,7 +24,7 @@ __all__ = ["command"]
 )
 @click.option(
     "--tasks",
-    type=click.IntRange(min=1),
+    type=option.count(),
     multiple=True,
     default=(1, 10, 100),
     show_default=True,
@@ -54,7 +54,9 @@ def command(
     result = report(references, **options)
     summary = result.summary()
     if markdown is not None:
+        other = options["other_base"]
         inputs = tuple(cost.path for cost in (result.base, *result.adapters) if cost is not None)
+        inputs += (Path(other),) if other and Path(other).exists() else ()
         data = summary.as_markdown().encode()
         job = hashlib.sha256(data).hexdigest()
         write_single(markdown, job, len(data), lambda file: file.pwrite(data, 0), overwrite=overwrite, inputs=inputs)

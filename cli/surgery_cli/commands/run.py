@@ -38,7 +38,7 @@ _TOGETHER = 8  # rows of a file, which may have thousands
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=option.count(),
     metavar="N",
     help=f"Most rows that run together; by default all, of a file {_TOGETHER}.",
 )
@@ -64,15 +64,18 @@ _TOGETHER = 8  # rows of a file, which may have thousands
     callback=option.first_ids,
     help="First ids of an encoder-decoder's answer, instead of those of generation_config.json.",
 )
-@click.option("--max-new", type=click.IntRange(min=0), default=128, show_default=True, help="Most new tokens.")
+@click.option("--max-new", type=option.count(0), default=128, show_default=True, help="Most new tokens.")
 @click.option(
-    "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: the likeliest token."
+    "--temperature",
+    type=option.number(least=0),
+    metavar="NUMBER",
+    default=0.0,
+    show_default=True,
+    help="0: the likeliest token.",
 )
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Only the k likeliest; 0: all.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Only the likeliest with this sum."
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the draws.")
+@click.option("--top-k", type=option.count(0), default=0, help="Only the k likeliest; 0: all.")
+@click.option("--top-p", type=option.share, metavar="SHARE", default="1", help="Only the likeliest with this sum.")
+@click.option("--seed", type=option.count(0), default=0, show_default=True, help="Of the draws.")
 @click.option(
     "--adapter",
     "adapters",
@@ -84,7 +87,7 @@ _TOGETHER = 8  # rows of a file, which may have thousands
 @click.option("--prompt-adapter", metavar="FILE", help=".onnx_adapter with a soft prompt.")
 @click.option("--no-prompt", is_flag=True, help="Leave out the soft prompt that is the graph's own.")
 @option.path("--weights", metavar="DIR", help="Folder of the weight files.")
-@click.option("--threads", type=click.IntRange(min=1), help="On the cpu; by default one per core.")
+@option.threads("--threads", help="On the cpu; by default one per core.")
 @runtime_device_option
 def command(
     settings: Settings,

@@ -24,8 +24,8 @@ __all__ = ["command"]
     metavar="FILE",
     help="What 'merge --reversible' kept; default: MODEL/base.rounding, if it is there.",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Of two models: the rank of the LoRA; by default it is found.")
-@click.option("--workers", type=click.IntRange(min=1), help="Computing threads; by default one per core, at most 8.")
+@click.option("--rank", type=option.count(), help="Of two models: the rank of the LoRA; by default it is found.")
+@option.threads("--workers", help="Computing threads; by default one per core, at most 8.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
 def command(

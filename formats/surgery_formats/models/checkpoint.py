@@ -12,6 +12,7 @@ from surgery_formats.containers.base import ShardSet
 from surgery_formats.containers.registry import open_weights
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.places import exists
 from surgery_formats.files.raw import stays_inside
 from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.component import Component
@@ -122,7 +123,7 @@ def _component(name: str, path: Path, weights: ShardSet) -> Component:
             name, weights.folder, weights.shards, None, "", weights.config, self_contained=weights.self_contained
         )
     config, file = weights.config, weights.folder / "config.json"
-    if file.exists() and not weights.self_contained:
+    if exists(file, links=True) and not weights.self_contained:
         config = read_object(file)
         if config and not stays_inside(file):
             raise MalformedError("is a link out of its folder", file=file)

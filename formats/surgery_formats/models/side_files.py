@@ -9,16 +9,27 @@ from pathlib import Path
 from surgery_formats.containers.pipeline import PIPELINE, part_folders
 from surgery_formats.containers.sharded import is_index
 from surgery_formats.containers.weight_files import holds_weights
+from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.output.manifest import is_safe_name
-from surgery_formats.files.places import entries, is_file, is_folder, is_own_folder
+from surgery_formats.files.places import entries, exists, is_file, is_folder, is_own_folder
 from surgery_formats.files.raw import stays_inside
 
-__all__ = ["BASE_ROUNDING", "side_files"]
+__all__ = ["BASE_ROUNDING", "EXPORT_ACCOUNT", "side_files"]
 
 BASE_ROUNDING = "base.rounding"
 """What a reversible merge keeps beside the model. Its ending is none of weights: programs load every such file."""
 
-_NEVER_CARRIED = ("surgery_manifest.json", BASE_ROUNDING, "adapter_config.json", "README.md", ".gitattributes")
+EXPORT_ACCOUNT = "surgery_export.json"
+"""What an export into the folder of its base leaves there: an account of the files that it added, as in a manifest."""
+
+_NEVER_CARRIED = (
+    EXPORT_ACCOUNT,
+    "surgery_manifest.json",
+    BASE_ROUNDING,
+    "adapter_config.json",
+    "README.md",
+    ".gitattributes",
+)
 
 Files = list[tuple[str, Path]]
 
@@ -36,7 +47,7 @@ def side_files(model: Path, shards: Collection[Path]) -> tuple[tuple[tuple[str, 
             config = folder / "config.json"
             if any(shard.parent == folder for shard in shards):
                 left += beside
-            elif config.exists():
+            elif exists(config, links=True):
                 inner.append((f"{name}/config.json", config))
             carried += inner
         carried.sort()
@@ -52,14 +63,22 @@ def _beside(folder: Path, prefix: str = "", *, configs: bool = False) -> tuple[F
     """Files of one folder to carry, and those to leave; `prefix` goes before their names."""
     carried: Files = []
     left: Files = []
+    exported = _exported(folder)
     for path in entries(folder):
         name = f"{prefix}{path.name}"
         if prefix and is_folder(path) and not path.name.startswith("."):
             left.append((f"{name}/", path))
-        if not is_file(path) or path.name in _NEVER_CARRIED or path.name.startswith("."):
+        if not is_file(path) or path.name in _NEVER_CARRIED or path.name in exported or path.name.startswith("."):
             continue
         if (path.name == "config.json" and not configs) or is_index(path.name):
             continue
         kept = not holds_weights(path.name) and stays_inside(path) and is_safe_name(name)
         (carried if kept else left).append((name, path))
     return carried, left
+
+
+def _exported(folder: Path) -> frozenset[str]:
+    """Files that exports added to a model's folder."""
+    account = folder / EXPORT_ACCOUNT
+    files = read_object(account).get("files") if is_file(account) else None
+    return frozenset(files) if isinstance(files, dict) else frozenset()

@@ -35,6 +35,7 @@ __all__ = [
     "factors_of",
     "head_follows",
     "is_untouched",
+    "scaled",
 ]
 
 Array = npt.NDArray[Any]
@@ -165,9 +166,6 @@ def factors_of(additions: Additions, size: tuple[int, int], *, table: bool = Fal
         additions: What is added.
         size: Inputs and outputs of the weight; of a table its rows and columns.
         table: Whether the weight is a table of rows.
-
-    Raises:
-        FitError: a factor is not finite.
     """
     parts = [_factors(lora, view, size, table=table) for lora, view in additions]
     return np.concatenate([A for A, _ in parts], 1), np.concatenate([B for _, B in parts], 0)
@@ -183,4 +181,10 @@ def _factors(lora: LoRA, view: View, size: tuple[int, int], *, table: bool) -> t
         A[list(view.rows)], B[:, list(view.cols)] = left, right
     else:
         A[list(view.cols)], B[:, list(view.rows)] = right.T, left.T
-    return A, B * np.float32(lora.scale)
+    return A, scaled(B, lora.scale)
+
+
+def scaled(values: Array, scale: float) -> Array:
+    """`values` times `scale`, float32; infinite where that is too much, which `stored_factors` refuses by name."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(values * np.float32(scale), np.float32)

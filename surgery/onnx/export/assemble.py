@@ -17,6 +17,7 @@ from surgery.onnx.export.genai import genai_config
 from surgery.onnx.export.inserted import INSERTED, BakedModules, ModuleSlots, values_at
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
 from surgery.onnx.export.sentence import SENTENCE_FILE, SentenceFile
+from surgery.onnx.export.stored_factors import stored_array
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.virtual_tokens import Virtual
@@ -175,10 +176,12 @@ class Assembly:
                 contract = built.encoder if part and built.encoder else built.contract
                 inputs = {name: built.inputs[name] for name in contract.replaceable}
                 arrays = slot_arrays(adapter, contract.slots, _slot_sizes(built), kind, inputs)
-                arrays |= {name: values.astype(built.inputs[name]) for name, values in modules.items()}
+                arrays |= {name: stored_array(values, built.inputs[name], name) for name, values in modules.items()}
                 files[self._adapter_file(named.name, part)] = adapter_bytes(arrays)
         for prompt, past in zip(self.prompts, pasts, strict=False):
-            files[self._prompt_file(prompt)] = adapter_bytes({name: kv.astype(kind) for name, kv in past.items()})
+            files[self._prompt_file(prompt)] = adapter_bytes(
+                {name: stored_array(kv, kind, name) for name, kv in past.items()}
+            )
         for name, path in self._brought.items():
             source = open_file(path)
             files[name] = bytes(source.read(0, source.size))
@@ -236,7 +239,7 @@ class Assembly:
         return ROWS if ROWS in built.graphs else ""
 
     def _pasts(self, location: WeightLocation) -> list[dict[str, Array]]:
-        layers = len(self.model.layers)
+        layers = len(self.model.caching)
         without = (prompt for prompt in self.prompts if prompt.embeddings is None and not prompt.ids)
         stored = {prompt.name: stored_past(prompt, layers) for prompt in without}
         uncomputed = [prompt for prompt in self.prompts if prompt.name not in stored]

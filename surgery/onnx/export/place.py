@@ -31,15 +31,13 @@ from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint
+from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
     pass
 
-__all__ = ["LEDGER", "MODES", "ExportJob", "ExportOutcome", "Mode", "choose_mode", "write_export"]
-
-LEDGER = "surgery_export.json"
-"""The account of computed weights, adapters and graphs that were added to an existing folder, as in a manifest."""
+__all__ = ["MODES", "ExportJob", "ExportOutcome", "Mode", "choose_mode", "write_export"]
 
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
@@ -255,7 +253,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
             files = job.make(location)
             _check_unchanged(job)
             if ledger is not None or job.facts["adapters"]:
-                files = {LEDGER: _account(job, ledger, files), **files}
+                files = {EXPORT_ACCOUNT: _account(job, ledger, files), **files}
             for name, data in files.items():
                 stage.write_small(name, data)
             for name in (*planned, *files):

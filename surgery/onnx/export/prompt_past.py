@@ -68,6 +68,8 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
     prompt = adapter.prompt
     if any(layer.attention.convolution is not None for layer in model.layers):
         raise FitError("a model with short convolutions takes no virtual tokens", file=adapter.path)
+    if model.altup is not None:
+        raise FitError("a model with an embedding for each layer takes no virtual tokens", file=adapter.path)
     if prompt is None:
         raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="`merge=` or `swap=`")
     check_prompt(prompt, model)
@@ -92,7 +94,7 @@ def empty_past(model: Model) -> Past:
     """A past without tokens."""
     return {
         f"past_key_values.{number}.{part}": np.zeros((1, layer.attention.kv_heads, 0, layer.attention.head_dim), "f4")
-        for number, layer in enumerate(model.layers)
+        for number, layer in enumerate(model.caching)
         for part in ("key", "value")
     }
 

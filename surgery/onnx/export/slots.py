@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.export.adapters import NamedAdapter
-from surgery.onnx.export.additions import Additions, additions_of, factors_of, head_follows, is_untouched
+from surgery.onnx.export.additions import Additions, additions_of, factors_of, head_follows, is_untouched, scaled
 from surgery.onnx.export.replaced import is_small, own_labels, replaced_array
+from surgery.onnx.export.stored_factors import stored_array, stored_factors
 from surgery.onnx.graph.contract import Slot
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.edits import Edit
@@ -87,6 +88,9 @@ def swappable(named: NamedAdapter, checkpoint: Checkpoint, model: Model) -> Swap
             continue
         weight = component.head if component.tied and edit.name == component.head else recipe.get(edit.name, edit.name)
         additions[weight] = loras
+        by_layer = model.embedding.per_layer
+        if by_layer is not None and weight == by_layer.table:
+            tables.add(weight)
         if weight == model.embedding.tokens:
             tables.add(weight)
             if binding and head_follows(binding, component, edit):
@@ -125,15 +129,18 @@ def slot_arrays(
         inputs: Types of the inputs that replace parameters.
 
     Raises:
-        FitError: a factor is not finite.
+        FitError: a factor that is not finite, or that its type does not hold.
     """
     arrays: dict[str, Array] = {
-        name: replaced_array(edit).astype(inputs[name]) for name, edit in adapter.replaced.items() if name in inputs
+        name: stored_array(replaced_array(edit), inputs[name], name, adapter.adapter.path)
+        for name, edit in adapter.replaced.items()
+        if name in inputs
     }
     for slot in slots:
         if factors := _slot_factors(adapter, slot, sizes[slot.weight]):
             A, B = factors
-            arrays[slot.A], arrays[slot.B] = A.astype(dtype), (B * np.float32(adapter.weight)).astype(dtype)
+            weighted = B if adapter.weight == 1.0 else scaled(B, adapter.weight)
+            arrays[slot.A], arrays[slot.B] = stored_factors(A, weighted, dtype, slot.weight, adapter.adapter.path)
     return arrays
 
 

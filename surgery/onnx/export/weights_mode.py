@@ -78,7 +78,9 @@ def _check_same_sides(merged: MergedWeights, base: Component) -> None:
     """
     differing = {key: value for key, value in merged.component.config.items() if key != "tie_word_embeddings"}
     same = differing == {key: value for key, value in base.config.items() if key != "tie_word_embeddings"}
-    tokenizers = [side.name for side in merged.side_files if side.source and side.source.parent != base.folder]
+    tokenizers = [
+        side.name for side in merged.side_files if side.source and not side.source.is_relative_to(base.folder)
+    ]
     if not same or tokenizers:
         raise _another_configuration(base)
 

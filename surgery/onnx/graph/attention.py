@@ -36,16 +36,19 @@ class RotaryValues(Protocol):
 
 
 def cached_attention(
-    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, *, alpha: float = 1.0
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, *, layer: int, alpha: float = 1.0
 ) -> str:
-    """Attention of new tokens to past and new ones, times `alpha`; without a `cache` there are no past ones."""
+    """Attention of new tokens to past and new ones, times `alpha`; without a `cache` there are no past ones.
+
+    `layer` is the number of the layer, by which others find its keys and values.
+    """
     if record.convolution is not None:
         return short_convolution(ctx, record, record.convolution, x, frame, cache, alpha)
     at = module_of(module_of(record.output.weight))
     if cache is not None and ctx.target.attention == "gqa":
         y = _grouped(ctx, record, x, frame, cache, at)
     else:
-        y = _standard(ctx, record, x, frame, cache, at)
+        y = _standard(ctx, record, x, frame, cache, layer, at)
     if record.latent is not None:
         y = without_padding(ctx, record, record.latent, y, at)
     elif ctx.flat:
@@ -168,6 +171,8 @@ def _group_query(
 def _norms_inside(ctx: Context, record: Attention) -> bool:
     """Whether the operator supports these norms: RMS of every head, one gain for all heads, one epsilon."""
     q, k = record.q_norm, record.k_norm
+    if record.v_norm is not None:
+        return False
     if ctx.target.qk_norm != "fused" or q is None or k is None or record.norm_over != "head" or record.query_scale:
         return False
     return q.kind == k.kind == "rms" and q.epsilon == k.epsilon and bool(q.weight and k.weight)
@@ -178,13 +183,20 @@ def _fused_gain(ctx: Context, record: Norm | None, width: int) -> str:
     return gain(ctx, record, width)
 
 
-def _standard(ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, at: str) -> str:
-    q, k, v = _parts(ctx, record, x, frame, at)
+def _standard(
+    ctx: Context, record: Attention, x: str, frame: Frame, cache: CacheValues | None, layer: int, at: str
+) -> str:
+    if record.shared is not None:
+        q, k, v = _queries(ctx, record, x, frame, at), *frame.keys_of[record.shared]
+    else:
+        q, k, v = _parts(ctx, record, x, frame, at)
+        frame.keys_of[layer] = k, v
     if record.sinks:
         return attention_with_sinks(ctx, record, (q, k, v), frame, cache, at)
     options: dict[str, Any] = {} if record.softcap is None else {"softcap": float(record.softcap)}
     past = [cache.past_key, cache.past_value] if cache else []
-    present = [cache.present_key, cache.present_value] if cache else []
+    # onnxruntime 1.31 gives out keys and values wherever there are earlier ones, although nobody needs those of another layer
+    present = [cache.present_key or "*", cache.present_value or "*"] if cache else []
     return ctx.graph.several(
         "Attention",
         [q, k, v, frame.visible(record.window, record.alibi), *past],
@@ -210,6 +222,20 @@ def _parts(ctx: Context, record: Attention, x: str, frame: Frame, at: str) -> tu
         return rotated(ctx, record, parts, frame, at)
     q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
     return q, k, v
+
+
+def _queries(ctx: Context, record: Attention, x: str, frame: Frame, at: str) -> str:
+    """Queries alone, normed and rotated, ``(B, S, ...)``."""
+    q = linear(ctx, record.inputs[0], x)
+    if record.q_norm is not None:
+        q = _head_norm(ctx, record, record.q_norm, q, record.heads, at)
+    q = ctx.batched(q, at) if ctx.flat else q
+    if record.rope is None:
+        return q
+    rows = frame.table(record.rope)
+    inputs = [q, rows.cos, rows.sin, frame.shifted_positions(rows)]
+    partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
+    return ctx.graph.node("RotaryEmbedding", inputs, at, num_heads=record.heads, **partial)
 
 
 def rotated(
@@ -242,12 +268,17 @@ def _position_scaled(
 
 
 def normed(ctx: Context, record: Attention, parts: tuple[str, str, str], at: str) -> tuple[str, str, str]:
-    """Normalise queries and keys, where the family does."""
+    """Normalise queries, keys and values, where the family does."""
     q, k, v = parts
     if record.q_norm is not None:
         q = _head_norm(ctx, record, record.q_norm, q, record.heads, at)
     if record.k_norm is not None:
         k = _head_norm(ctx, record, record.k_norm, k, record.kv_heads, at)
+    if record.v_norm is not None:
+        rows = (-1,) if ctx.flat else (0, 0)  # the last size stays explicit: shape inference would get it wrong
+        heads = ctx.reshaped(v, (*rows, record.kv_heads, record.head_dim), at)
+        heads = norm(ctx, record.v_norm, heads, record.head_dim, at)
+        v = ctx.reshaped(heads, (*rows, record.kv_heads * record.head_dim), at)
     return q, k, v
 
 

@@ -165,8 +165,9 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
 
 
 def takes_grouped(attention: Attention) -> bool:
-    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores, no state beside keys."""
-    return attention.head_dim % _HEAD_UNIT == 0 and attention.alibi is None and attention.convolution is None
+    """Whether GroupQueryAttention has this: heads of a multiple of eight values, no bias on the scores, its own keys alone."""
+    own = attention.alibi is None and attention.convolution is None and attention.shared is None
+    return own and attention.head_dim % _HEAD_UNIT == 0
 
 
 def _pair(component: Component, model: Model, options: GraphOptions, length: int) -> GraphSet:
@@ -290,7 +291,7 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         dtype=_LABELS[options.io],
         padding="right" if _wants_right(model, options.target) else "any",
         cache="none" if not model.generates else ("shared" if grouped else "growing"),
-        layers=len(model.layers) if model.generates else 0,
+        layers=len(model.caching) if model.generates else 0,
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from surgery.onnx.graph.altup import altup_layers
 from surgery.onnx.graph.attention import cached_attention
 from surgery.onnx.graph.context import CacheValues, Context, ResidualStream, module_of
 from surgery.onnx.graph.dims import BATCH, PAST, SEQUENCE, TOTAL
@@ -46,10 +47,10 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
         mask = given = graph.input("attention_mask", DType.I64, (BATCH, own))
         places = graph.input("position_ids", DType.I64, (BATCH, SEQUENCE)) if ctx.position_ids else ""
-        kept = [_cache(ctx, number, layer) for number, layer in enumerate(model.layers)]
+        kept = [_cache(ctx, number, layer) for number, layer in enumerate(model.caching)]
         if ctx.virtual.past:
             mask = completed_mask(graph, ctx.ids, mask, kept[0].past_key)
-        caches += kept
+        caches += [kept[number] if one is None else _read(kept[one]) for number, one in _sources(model)]
     else:
         mask, places, kept, caches = ctx.per_token("attention_mask"), "", [], [None] * len(model.layers)
         if ctx.virtual.front:
@@ -57,11 +58,19 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
         given = mask
     frame = Frame(ctx, mask, max_length, given, places)
     ctx.real = lambda: frame.real
-    stream = ResidualStream(embedded(ctx, model, lambda: frame.positions))
-    for layer, cache in zip(model.layers, caches, strict=True):
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, layer.attention, frame, cache))
+    x = embedded(ctx, model, lambda: frame.positions)
+    bodies = [
+        _attention(ctx, layer.attention, frame, cache, number)
+        for number, (layer, cache) in enumerate(zip(model.layers, caches, strict=True))
+    ]
+    if model.altup is not None:
+        stream = ResidualStream(altup_layers(ctx, model, model.altup, x, bodies))
+    else:
+        stream = ResidualStream(x)
+        for layer, attend in zip(model.layers, bodies, strict=True):
+            stream = layer_steps(ctx, model, layer, stream, attend)
     add_head(ctx, model, last_states(ctx, model, stream))
-    for layer, values in zip(model.layers, kept, strict=False):
+    for layer, values in zip(model.caching, kept, strict=False):
         if layer.attention.convolution is not None:
             graph.output(values.present_key, ctx.io, _state(layer))
             continue
@@ -93,6 +102,16 @@ def _cache(ctx: Context, number: int, layer: Layer) -> CacheValues:
     return CacheValues(past[0], past[1], f"present.{number}.key", f"present.{number}.value")
 
 
+def _sources(model: Model) -> list[tuple[int, int | None]]:
+    """Every layer's number, and that of the layer whose keys and values it takes."""
+    return [(number, layer.attention.shared) for number, layer in enumerate(model.layers)]
+
+
+def _read(cache: CacheValues) -> CacheValues:
+    """The same past, which is given out once."""
+    return CacheValues(cache.past_key, cache.past_value, "", "")
+
+
 def _state(layer: Layer) -> tuple[int | str, ...]:
     own = layer.attention.convolution
     return BATCH, layer.attention.output.inputs, own.kernel if own else 0
@@ -120,8 +139,8 @@ def embedded(ctx: Context, model: Model, positions: Callable[[], str]) -> str:
     return x
 
 
-def _attention(ctx: Context, record: Attention, frame: Frame, cache: CacheValues | None) -> Body:
+def _attention(ctx: Context, record: Attention, frame: Frame, cache: CacheValues | None, layer: int) -> Body:
     def attend(x: str, alpha: float) -> str:
-        return cached_attention(ctx, record, x, frame, cache, alpha=alpha)
+        return cached_attention(ctx, record, x, frame, cache, layer=layer, alpha=alpha)
 
     return attend

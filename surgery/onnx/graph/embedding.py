@@ -12,7 +12,7 @@ from surgery.onnx.graph.virtual_tokens import rows_after, types_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
 
-__all__ = ["encoder_rows", "position_table", "token_rows"]
+__all__ = ["encoder_rows", "position_table", "rows_of_table", "token_rows"]
 
 
 def token_rows(ctx: Context, model: Model) -> str:
@@ -49,6 +49,14 @@ def token_rows(ctx: Context, model: Model) -> str:
     if rows is not None:
         x = rows_after(ctx.graph, x, ids, model.vocabulary, rows, ctx.io, at)
     return x if record.scale_rounded else _scaled(ctx, model, x, width, at)
+
+
+def rows_of_table(ctx: Context, name: str, shape: tuple[int, int], ids: str, at: str) -> str:
+    """Rows of a table that nothing else reads, in the graph's type."""
+    coded = ctx.weights.table(name, shape)
+    return (
+        _converted_rows(ctx, name, shape, ids, at) if coded is None else coded_rows(ctx.graph, coded, ids, ctx.io, at)
+    )
 
 
 def _converted_rows(ctx: Context, name: str, shape: tuple[int, int], ids: str, at: str) -> str:

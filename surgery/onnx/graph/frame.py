@@ -29,6 +29,7 @@ class Frame:
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
         places: Input of positions ``(B, S)``, or empty.
+        keys_of: Keys and values of new tokens by number of the layer, for layers that take another's.
     """
 
     def __init__(self, ctx: Context, mask: str, max_length: int, own: str = "", places: str = "") -> None:
@@ -38,6 +39,7 @@ class Frame:
         self.mask = mask
         self._own = own or mask
         self.places = places
+        self.keys_of: dict[int, tuple[str, str]] = {}
         self._is_guarded = False
         self._tables = RotaryTables(ctx.graph, max_length, ctx.io)
         self._masks: dict[int | None, str] = {}

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 from surgery.onnx.graph.activation import activate, xielu
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.linear import joined, linear
+from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import MLP
 
 __all__ = ["mlp"]
@@ -35,10 +38,24 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
     if record.limit is not None:
         low, high = (ctx.graph.number(bound, ctx.io) for bound in (-record.limit, record.limit))
         gate, up = ctx.graph.node("Clip", [gate, "", high], at), ctx.graph.node("Clip", [up, low, high], at)
+    if record.sparsity:
+        gate = _cut_off(ctx, gate, record.sparsity, at)
     if record.up_plus:
         up = ctx.graph.node("Add", [up, ctx.graph.number(record.up_plus, ctx.io)], at)
     inner = ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
     return linear(ctx, record.output, inner, alpha=alpha)
+
+
+def _cut_off(ctx: Context, gate: str, share: float, at: str) -> str:
+    """What each token's gate has above mean + q deviations, ``share`` of normally distributed values being below; else 0."""
+    graph = ctx.graph
+    wide = gate if ctx.io is DType.F32 else graph.cast(gate, DType.F32, at)  # squares of float16 overflow
+    centred = graph.node("Sub", [wide, graph.node("ReduceMean", [wide, graph.ints(-1)], at)], at)
+    squares = graph.node("Mul", [centred, centred], at)
+    deviation = graph.node("Sqrt", [graph.node("ReduceMean", [squares, graph.ints(-1)], at)], at)
+    bound = graph.node("Mul", [deviation, graph.number(NormalDist().inv_cdf(share), DType.F32)], at)
+    above = graph.node("Relu", [graph.node("Sub", [centred, bound], at)], at)
+    return above if ctx.io is DType.F32 else graph.cast(above, ctx.io, at)
 
 
 def _every_second(ctx: Context, x: str, first: int, at: str) -> str:

@@ -17,6 +17,7 @@ from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.readers import readers_of
 from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
 from surgery.onnx.export.inserted import ModuleSlots, values_at
+from surgery.onnx.export.stored_factors import stored_array
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.inserted import state_inserted, stated_inserted
@@ -237,4 +238,6 @@ def _internalise(proto: onnx.GraphProto, component: Component, inputs: Collectio
 def _contents(named: NamedAdapter, places: Sequence[str], io: DType) -> bytes:
     """The ``.onnx_adapter`` file of one adapter."""
     dtype = Graph().numpy_type(io)
-    return adapter_bytes({key: array.astype(dtype) for key, array in values_at(named.modules, places).items()})
+    return adapter_bytes(
+        {key: stored_array(array, dtype, key) for key, array in values_at(named.modules, places).items()}
+    )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from surgery.onnx.edit.readers import readers_of
 from surgery.onnx.export.additions import BoundAdditions
 from surgery.onnx.export.replaced import replaced_array
+from surgery.onnx.export.stored_factors import stored_array
 from surgery.onnx.insert.places import WeightPlace, places_of
 from surgery_formats.binding.edits import Edit
 from surgery_formats.containers.onnx import OnnxGraph
@@ -48,7 +49,9 @@ class ReplacedTensors:
             for place in self.places[name]:
                 own = values if place.by_output or values.ndim < 2 else values.T
                 dtype = graph.tensors[place.tensor].dtype.numpy
-                arrays[place.tensor] = np.ascontiguousarray(own.reshape(graph.shapes[place.tensor]).astype(dtype))
+                arrays[place.tensor] = np.ascontiguousarray(
+                    stored_array(own.reshape(graph.shapes[place.tensor]), dtype, place.tensor)
+                )
         return arrays
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from surgery.onnx.edit.nodes import Patch
 from surgery.onnx.edit.readers import Readers, readers_of
 from surgery.onnx.edit.uses import Use, attribute, uses_of
+from surgery.onnx.export.stored_factors import stored_factors
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.insert.places import WeightPlace
 from surgery_formats.errors import FitError
@@ -62,12 +63,13 @@ class SlotShape:
 
     def shaped(self, A: Array, B: Array) -> tuple[Array, Array]:
         """``(in, rank)`` and ``(rank, out)`` as this slot takes them."""
+        A, B = stored_factors(A, B, self.dtype, self.slot.weight)
         if len(self.down) == 2:
-            return A.astype(self.dtype), B.astype(self.dtype)
+            return A, B
         rank = A.shape[1]
         down = A.T.reshape(rank, *(size or rank for size in self.down[1:]))
         up = B.T.reshape(B.shape[1], rank, *([1] * (len(self.up) - 2)))
-        return np.ascontiguousarray(down.astype(self.dtype)), np.ascontiguousarray(up.astype(self.dtype))
+        return np.ascontiguousarray(down), np.ascontiguousarray(up)
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,15 +36,28 @@ def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]
         FileExistsError: the file exists.
         ProofError: the arrays read back differ.
     """
-    import onnxruntime
+    contiguous = _writable(arrays, path)
+    with open(path, "xb"):
+        pass  # reserves the name: onnxruntime itself would overwrite an existing file
+    _export(path, contiguous)
+    return Path(path).stat().st_size
 
+
+def _writable(arrays: Mapping[str, Array], path: str | os.PathLike[str]) -> dict[str, Array]:
     if not arrays:
         raise FitError("the adapter has no arrays", file=path)
-    contiguous = {
-        name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)
-    }  # alive until the file is written
+    contiguous = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
+    for array in contiguous.values():
+        element(array.dtype)
     if sum(array.nbytes + len(name.encode()) + 256 for name, array in contiguous.items()) > LIMIT:
         raise FitError("more than 2 GB do not fit into an .onnx_adapter file", file=path)
+    return contiguous
+
+
+def _export(path: str | os.PathLike[str], contiguous: Mapping[str, Array]) -> None:
+    """Let onnxruntime write arrays, which live until it has, and read them back."""
+    import onnxruntime
+
     values = {}
     for name, array in contiguous.items():
         raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
@@ -54,25 +67,32 @@ def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]
     writer.set_adapter_version(1)
     writer.set_model_version(1)
     writer.set_parameters(values)
-    with open(path, "xb"):
-        pass  # reserves the name: onnxruntime itself would overwrite an existing file
     writer.export_adapter(os.fspath(path))
-    written = read_adapter_file(path)
-    if list(written) != list(contiguous):
+    written = open_onnx_adapter(path).tensors
+    if [tensor.name for tensor in written] != list(contiguous):
         raise ProofError("the adapter read back has other names than were written", file=path)
-    for name, array in contiguous.items():
-        copy = written[name]
+    for tensor in written:  # one at a time: all of them would be held twice
+        array, copy = contiguous[tensor.name], np.asarray(tensor.read())
         if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
-            raise ProofError("the array read back differs from what was written", file=path, tensor=name)
-    return Path(path).stat().st_size
+            raise ProofError("the array read back differs from what was written", file=path, tensor=tensor.name)
 
 
 def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
     """The bytes of an ``.onnx_adapter`` file with `arrays`, see `write_adapter_file`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter.onnx_adapter"
-        write_adapter_file(path, arrays)
-        return path.read_bytes()
+    contiguous = _writable(arrays, "adapter.onnx_adapter")
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "adapter.onnx_adapter"
+            _export(path, contiguous)
+            return path.read_bytes()
+    # A file without a name: a temporary folder may be full, and a killed run would leave what it holds.
+    fd = os.memfd_create("adapter.onnx_adapter")
+    try:
+        _export(f"/proc/self/fd/{fd}", contiguous)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(fd)
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:

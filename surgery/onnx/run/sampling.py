@@ -65,8 +65,9 @@ def greedy(logits: Logits) -> npt.NDArray[np.int64]:
 
 def probabilities(logits: Logits, sampling: Sampling) -> npt.NDArray[np.float64]:
     """``(V,)`` probabilities after temperature, top-k and top-p; they sum to 1."""
-    scores = logits.astype(np.float64) / sampling.temperature
-    weights = np.exp(scores - scores.max())
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the largest are infinitely far away
+        weights = np.exp((scores - scores.max()) / sampling.temperature)
     order = np.argsort(-weights, kind="stable")
     keep = order if not sampling.top_k else order[: sampling.top_k]
     if sampling.top_p < 1:

@@ -18,6 +18,7 @@ from surgery_formats.adapters.mlx.files import TENSOR_FILE, open_mlx
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.places import exists
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 from surgery_formats.updates import DoRA, Factor, LoRA, Replacement, Stacked, Update
@@ -52,7 +53,7 @@ def read_mlx(path: Path, scale: float | None = None) -> Adapter:
     """
     file, shard = open_mlx(path)
     settings = file.with_name("adapter_config.json")
-    raw = read_object(settings) if settings.exists() else {}
+    raw = read_object(settings) if exists(settings, links=True) else {}
     config = _parse(raw, settings, scale, None if file.name == TENSOR_FILE else file)
     modules: dict[str, dict[str, StoredTensor]] = {}
     updates: dict[Site, tuple[Update, ...]] = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
+from surgery_formats.text import show
 
 __all__ = ["SingleFile", "write_single"]
 
@@ -86,13 +88,13 @@ def write_single(
         nbytes: Exact size.
         fill: Writes every byte.
         overwrite: Replace an existing file, atomically.
-        inputs: Files that are read; the output must not be one of them.
+        inputs: Files and folders that are read; the output must not be one of them, nor lie in one.
         prove: Called with the finished file while it is still hidden; an exception leaves no output.
 
     Raises:
         NotFoundError: the parent folder does not exist.
         OutputExistsError: the output exists.
-        FitError: the output is an input.
+        FitError: the output is an input, lies in one, or is there and no regular file.
         ResourceError: the disk is full or failed.
     """
     if isinstance(remote := to_path(out), RemotePath):
@@ -140,8 +142,8 @@ def _write_object(
     """An object: made and proved in memory, then uploaded, which is one step."""
     from surgery_formats.files.remote.upload import upload_file
 
-    if out in inputs:
-        raise FitError("the output is an input", file=out, hint="inputs are never changed")
+    if any(source in (out, *out.parents) for source in inputs):
+        raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
     if out.exists() and not overwrite:
         raise _exists(out)
     with TemporaryDirectory(dir=memory_folder()) as folder:
@@ -158,8 +160,21 @@ def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bo
         with contextlib.suppress(FileNotFoundError):
             if os.path.samefile(source, final):
                 raise FitError("the output is an input", file=shown, hint="inputs are never changed")
-    if os.path.lexists(final) and (not overwrite or final.is_dir()):
-        raise _exists(shown)
+        if source.is_dir() and any(_same(source, folder) for folder in final.parents):
+            what = f"the output lies in the input {show(source, 200)}"
+            raise FitError(what, file=shown, hint="inputs are never changed")
+    if os.path.lexists(final):
+        if not overwrite or final.is_dir():
+            raise _exists(shown)
+        if not stat.S_ISREG(mode := os.lstat(final).st_mode) and not stat.S_ISLNK(mode):
+            raise FitError("is no regular file, and is not replaced", file=shown, hint="give another name")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
 
 
 def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None:

@@ -106,7 +106,11 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
         for each in filter(None, norms):
             shapes.update((name, (width,)) for name in (each.weight, each.bias) if name)
 
-    project(embedding.projection)
+    project(embedding.projection, *((*model.altup.begins, *model.altup.ends) if model.altup else ()))
+    if (by_layer := embedding.per_layer) is not None:
+        shapes[by_layer.table] = by_layer.rows, by_layer.projection.outputs
+        project(by_layer.projection)
+        normalise(by_layer.width, by_layer.norm)
     normalise(norm_width, embedding.norm)
     normalise(model.hidden, model.final_norm)
     for layer in model.layers:
@@ -117,6 +121,11 @@ def parameters(model: Model) -> dict[str, tuple[int, ...]]:
                 shapes[branch.gains] = (model.hidden,)
         project(*attend.inputs, attend.output)
         transform(mlp)
+        if (streams := layer.altup) is not None:
+            project(streams.router, streams.predict, streams.correct, streams.laurel.first, streams.laurel.second)
+            project(streams.input.gate, streams.input.projection)
+            normalise(model.hidden, streams.norm, streams.laurel.norm, streams.input.norm)
+            shapes |= {streams.gains: (model.hidden,)} if streams.gains else {}
         if layer.cross is not None:
             project(*layer.cross.attention.inputs, layer.cross.attention.output)
         if attend.bias is not None:

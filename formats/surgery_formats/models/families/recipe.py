@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from surgery_formats.models.families.recipe_altup import AltUp, AltUpLayer, Laurel, LayerEmbeddings, LayerInput
 from surgery_formats.models.families.recipe_attention import (
     Alibi,
     Attention,
@@ -45,6 +46,8 @@ __all__ = [
     "MLP",
     "Activation",
     "Alibi",
+    "AltUp",
+    "AltUpLayer",
     "Attention",
     "AudioStem",
     "Bottleneck",
@@ -61,7 +64,10 @@ __all__ = [
     "HiddenHead",
     "LanguageHead",
     "Latent",
+    "Laurel",
     "Layer",
+    "LayerEmbeddings",
+    "LayerInput",
     "Model",
     "Norm",
     "Patches",
@@ -114,6 +120,7 @@ class Layer:
         cross: Attention to an encoder's result, between the two; or None.
         parallel: Whether both read the layer's input and are added to it (GPT-NeoX). A `mlp_branch` without norms then
             reads the attention's normalised input (StableLM).
+        altup: What happens around both in a model with several streams of hidden states, or None.
     """
 
     attention: Attention
@@ -122,6 +129,7 @@ class Layer:
     mlp_branch: Branch
     parallel: bool = False
     cross: Cross | None = None
+    altup: AltUpLayer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,7 @@ class Model:
         unused: Tensors that are unused by design, with the reason (a pooler that the head does not read).
         encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
         convolution: Convolution behind the first layer (DeBERTa), or None.
+        altup: Several streams of hidden states, which layers update by turns (Gemma 3n), or None.
         only_text: Why embeddings of anything but text cannot take the place of tokens; empty if they can.
     """
 
@@ -172,7 +181,13 @@ class Model:
     unused: Mapping[str, str] = field(default_factory=dict)
     encoder: Model | None = None
     convolution: Convolution | None = None
+    altup: AltUp | None = None
     only_text: str = ""
+
+    @property
+    def caching(self) -> tuple[Layer, ...]:
+        """The layers that have keys and values of their own; those that take another's come last."""
+        return tuple(layer for layer in self.layers if layer.attention.shared is None)
 
     @property
     def generates(self) -> bool:

@@ -177,6 +177,8 @@ class Attention:
         alibi: Linear bias on the scores, or None.
         query_scale: Factor on queries by their position, or None.
         clip: Bound on the absolute values of projected queries, keys and values, or None.
+        v_norm: Norm of each head's values (Gemma 3n), or None.
+        shared: Number of the earlier layer whose keys and values it takes, or None; `inputs` are then the queries alone.
     """
 
     inputs: tuple[Projection, ...]
@@ -203,3 +205,5 @@ class Attention:
     alibi: Alibi | None = None
     query_scale: PositionScale | None = None
     clip: float | None = None
+    v_norm: Norm | None = None
+    shared: int | None = None

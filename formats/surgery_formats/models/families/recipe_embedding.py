@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from surgery_formats.models.families.recipe_altup import LayerEmbeddings
 from surgery_formats.models.families.recipe_audio import AudioStem
 from surgery_formats.models.families.recipe_inserted import Coupling
 from surgery_formats.models.families.recipe_parts import Norm, Projection
@@ -41,6 +42,7 @@ class Embedding:
         couplings: Networks of adapters on the first hidden state, in order.
         stem: What makes the first hidden state of a spectrogram instead of tokens (Whisper), or None.
         patches: What makes the first hidden state of an image instead of tokens (ViT), or None.
+        per_layer: An embedding of every token for every layer besides (Gemma 3n), or None.
     """
 
     tokens: str
@@ -58,3 +60,4 @@ class Embedding:
     sinusoid: int = 0
     stem: AudioStem | None = None
     patches: Patches | None = None
+    per_layer: LayerEmbeddings | None = None

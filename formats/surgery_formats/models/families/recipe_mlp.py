@@ -30,6 +30,8 @@ class MLP:
         shape: Module of the numbers of ``xielu`` (arXiv:2411.13010): ``alpha_p`` and ``alpha_n`` ``(1,)``, ``beta`` and
             ``eps`` ``()``. With ``p = softplus(alpha_p)`` and ``n = beta + softplus(alpha_n)`` it is ``p x^2 + beta x``
             above 0 and ``n (expm1(min(x, eps)) - x) + beta x`` elsewhere. Empty for other activations.
+        sparsity: Share of the gate's values that is cut off before the activation: of normally distributed ones that many are
+            below mean + q deviations, which is taken from all, and what is below 0 is 0 (Gemma 3n); 0 for none.
     """
 
     inputs: tuple[Projection, ...]
@@ -41,6 +43,7 @@ class MLP:
     limit: float | None = None
     up_plus: float = 0.0
     shape: str = ""
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

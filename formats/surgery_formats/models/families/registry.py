@@ -15,7 +15,21 @@ from surgery_formats.models.families.family import Family
 __all__ = ["families", "family_of", "modules"]
 
 _MODULES = (
-    *("llama", "mistral", "qwen", "gemma", "olmo", "granite", "smollm3", "stablelm", "gpt2", "gpt_neox", "opt", "phi3"),
+    *(
+        "llama",
+        "mistral",
+        "qwen",
+        "gemma",
+        "olmo",
+        "gemma3n",
+        "granite",
+        "smollm3",
+        "stablelm",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+        "phi3",
+    ),
     *("phi", "starcoder2", "falcon", "bloom", "gptj", "gpt_neo", "cohere", "glm", "exaone4", "nemotron", "arcee"),
     *("hunyuan", "ernie", "seed_oss", "gpt_bigcode", "mpt", "persimmon", "lfm2"),
     *("bert", "roberta", "distilbert", "electra", "albert", "mpnet", "deberta", "modernbert", "nomic_bert", "eurobert"),

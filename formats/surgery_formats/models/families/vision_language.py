@@ -50,6 +50,7 @@ _TEXT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llava": ("llama", {}),
     "llava_next": ("llama", {}),
     "gemma3": ("gemma3_text", {}),
+    "gemma3n": ("gemma3n_text", {}),
     "mistral3": ("mistral", _MISTRAL3),
     "internvl": ("qwen2", {}),
     "idefics3": ("llama", {"rms_norm_eps": 1e-5}),
@@ -60,7 +61,7 @@ _TEXT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """The type of the language model of each type, and its settings, where there is no ``text_config``."""
 
-_TIED = ("gemma3", "mistral3", "internvl")
+_TIED = ("gemma3", "gemma3n", "mistral3", "internvl")
 _TIED_BY_TEXT = ("llava", "qwen2_vl", "qwen2_5_vl")
 """Types whose head ``text_config`` ties too; of others it says nothing where the file has a head."""
 
@@ -102,7 +103,7 @@ def recipe(settings: ModelSettings) -> Model:
     model = family.recipe(inner)
     own = (inner.root, f"{inner.head}.")
     unused = dict.fromkeys((name for name in settings.names if not name.startswith(own)), _UNUSED)
-    return replace(model, unused={**unused, **model.unused}, only_text=_ONLY_TEXT.get(outer, ""))
+    return replace(model, unused={**unused, **model.unused}, only_text=_ONLY_TEXT.get(outer, model.only_text))
 
 
 def _plain(settings: ModelSettings, text: dict[str, Any]) -> dict[str, Any]:
