@@ -35,7 +35,7 @@ from onnx_gpu_run import CACHE, PROMPT, VIRTUAL, Run, tables
 from shapes import LARGE, Shape, write_adapter
 
 from surgery.onnx.graph.target import OperatorSet
-from surgery.onnx.run.adapter_file import write_adapter_file
+from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery.onnx.run.decoder import text_past
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.merge import merge
@@ -108,7 +108,7 @@ def core(run: Run, dtype: str) -> None:
     packed_path, contract = export(folder, "packed.onnx", run.target, dtype, True, run.shape, packed=True)
     write_slots(folder / "packed.onnx_adapter", contract, adapter, dtype)
     base = run.bind(base_path)
-    write_adapter_file(folder / "prefix.onnx_adapter", text_past(base.opened, run.ahead).arrays)
+    (folder / "prefix.onnx_adapter").write_bytes(adapter_bytes(text_past(base.opened, run.ahead).arrays))
     prefix, shipped = f"prefix of {VIRTUAL}", f"exported with a prefix of {VIRTUAL}"
     if not (run.work / "prefix").exists():
         write_prefix(run.shape, run.work / "prefix", VIRTUAL)

@@ -14,7 +14,7 @@ from shapes import LINEAR, Shape
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.contract import Contract
 from surgery.onnx.graph.target import OperatorSet
-from surgery.onnx.run.adapter_file import write_adapter_file
+from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import open_checkpoint
@@ -94,7 +94,7 @@ def write_slots(path: Path, contract: Contract, adapter: Path, dtype: str) -> No
             row, column = row + one.shape[0], column + one.shape[1]
         arrays[slot.A], arrays[slot.B] = np.concatenate(A, 1).astype(kind), blocks.astype(kind)
     path.unlink(missing_ok=True)
-    write_adapter_file(path, arrays)
+    path.write_bytes(adapter_bytes(arrays))
 
 
 def write_prefix(shape: Shape, folder: Path, tokens: int, seed: int = 1) -> None:

@@ -25,6 +25,18 @@ __all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
 
 INTERNAL, USAGE, INPUT, RESOURCE, INTERRUPTED = 1, 2, 3, 7, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
+_OF_THE_SYSTEM = (  # and not of what was asked for
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOLCK,
+    errno.EAGAIN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
 _NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ARGUMENT = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
@@ -63,6 +75,8 @@ def fault_of(error: BaseException) -> Fault:
             return Fault(RESOURCE, "ResourceError", str(error.strerror), hint, _path(error))
         case OSError() if error.filename is not None and (isinstance(error, _UNREADABLE) or error.errno in _NO_PATH):
             return Fault(INPUT, "InputError", str(error.strerror), None, _path(error))
+        case OSError() if error.errno in _OF_THE_SYSTEM:
+            return Fault(RESOURCE, "ResourceError", str(error.strerror), None, _path(error))
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
         hint = "try --workers 1, a --memory-limit or another --device"
         return Fault(RESOURCE, "ResourceError", f"not enough memory: {_first_line(error)}", hint)

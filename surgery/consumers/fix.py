@@ -24,6 +24,7 @@ from surgery_formats.binding.sizes import slices_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
+from surgery_formats.files.output.several import several_outputs
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["write_for"]
@@ -90,8 +91,6 @@ def write_for(
     )
     if output is None:
         return result
-    if merge_rest is not None and made.rest is not None:
-        merge_rest(made.rest)
     files = {name: path for name, path in original.files_beside.items() if path in made.kept.side_files}
     options = WriteOptions(output, (original.path, base.path), files, overwrite, progress)
     also = partial(
@@ -105,7 +104,10 @@ def write_for(
         greatest_rank=consent.greatest_rank,
     )
     chosen = repr(consent) if made.form is not None else f"{consumer.name} {version}"
-    return write_conversion(plan, options, result, rank=chosen, also=also)
+    with several_outputs(merge_rest is not None):
+        if merge_rest is not None and made.rest is not None:
+            merge_rest(made.rest)
+        return write_conversion(plan, options, result, rank=chosen, also=also)
 
 
 def _of_base(adapter: Adapter, name: str) -> Adapter:

@@ -148,7 +148,14 @@ def execute(
             file=output,
             hint="write to a folder, and upload it",
         )
-    staged = output_folder(output, _job(plan), overwrite=run.overwrite, inputs=plan.roots, verify=good or still_good)
+    staged = output_folder(
+        output,
+        _job(plan),
+        overwrite=run.overwrite,
+        inputs=plan.roots,
+        verify=good or still_good,
+        recorded=plan.id,
+    )
     with (engine or ThisProcess()).computing(plan, to_path(output)) as compute, staged as folder:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.several import several_outputs
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Update
@@ -186,14 +186,8 @@ def fresh_adapter(
     )
     if folder is None:
         return result
-    result = _write(result, conversion, found, options, folder, overwrite=overwrite, progress=progress)
-    if options.residual is None:
-        return result
-    try:
-        return _with_residual(result, base, found, options.residual, Run(overwrite=overwrite, progress=progress))
-    except BaseException:
-        shutil.rmtree(folder)  # factors without the base that they were taken from act on no base there is
-        raise
+    with several_outputs(options.residual is not None):
+        return _write(result, conversion, found, options, folder, overwrite=overwrite, progress=progress)
 
 
 def _begun(base: Checkpoint, options: FreshOptions, folder: Path | None) -> _Begun:
@@ -336,7 +330,12 @@ def _write(
             options.calibration.check_unchanged()
         errors = dict(sorted(found.start.errors.items())) if found.start is not None else {}
         result = replace(result, errors=errors)
-        staged.commit({**result.as_manifest(), "version": __version__} | recorded_recipe())
+        manifest = result.as_manifest()
+        if options.residual is not None:  # before the factors appear: they act on no other base
+            run = Run(overwrite=overwrite, progress=progress)
+            written = replace(conversion.target.read(staged.staged), path=folder)
+            result = _with_residual(result, _base_of(conversion), found, written, options.residual, run)
+        staged.commit({**manifest, "version": __version__} | recorded_recipe())
     beside = folder / _CONVERTIBLE if len(parts) > 1 else None
     return replace(result, output=folder, convertible=beside)
 
@@ -350,10 +349,10 @@ def _base_of(conversion: Conversion) -> Checkpoint:
     return conversion.base
 
 
-def _with_residual(result: FreshResult, base: Checkpoint, found: _Begun, residual: Path, run: Run) -> FreshResult:
-    """Write the base without the factors' product, and measure what its types lose of it."""
-    assert result.output is not None
-    written = format_to_write(result.format).read(result.output)
+def _with_residual(
+    result: FreshResult, base: Checkpoint, found: _Begun, written: Adapter, residual: Path, run: Run
+) -> FreshResult:
+    """Write the base without the product of the factors that are `written`, and measure what its types lose of it."""
     binding, plan = planned_merge(base, [(written, -1.0)], "keep", None, "keep")
     execute(plan, residual, run, lambda ledger: {"README.md": merge_card(binding, ledger)})
     left = {module.path: module for module in linear_modules(open_checkpoint(residual).main).linear}

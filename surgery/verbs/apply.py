@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +21,8 @@ from surgery.recipes.recipe import Recipe, Step
 from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.output.scratch import scratch_folder
+from surgery_formats.files.output.several import several_outputs
 from surgery_formats.text import listing
 
 __all__ = ["ApplyResult", "apply"]
@@ -68,7 +68,8 @@ def apply(
     found = found_inputs(read, inputs or {})
     if dry_run:
         return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
-    with _temporary(placed) as folder:
+    several = sum(place == "output" for _, place in placed) > 1
+    with _temporary(placed) as folder, several_outputs(several):
         runner = _Runner(read, found, folder, overwrite, progress)
         done = tuple(runner.do(step, place) for step, place in placed)
     result = ApplyResult(done[-1].output, done, None, tuple(runner.warnings))
@@ -83,14 +84,8 @@ def _temporary(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
         yield None
         return
     outputs = [Path(step.output) for step, place in placed if place == "output"]
-    where = outputs[-1].absolute().parent if outputs else None
-    if where is not None and not where.is_dir():
-        where = None
-    folder = Path(tempfile.mkdtemp(prefix=".surgery-apply-", dir=where))
-    try:
+    with scratch_folder(outputs[-1].absolute().parent if outputs else None) as folder:
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _compared(recipe: Recipe, result: ApplyResult) -> ApplyResult:

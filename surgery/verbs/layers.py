@@ -27,6 +27,7 @@ from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.files.output.several import several_outputs
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.rebuilt.layers import with_layers
 from surgery_formats.models.rebuilt.order import chosen_order, with_repeated, without
@@ -127,7 +128,8 @@ def layers(
     def last(staged: OutputFolder) -> None:  # before the model appears, so that neither is there without the other
         warnings.extend(move.write(beside, overwrite=overwrite, progress=progress).warnings)
 
-    ledger = execute(plan, folder, run, last=last)
+    with several_outputs():
+        ledger = execute(plan, folder, run, last=last)
     told = (*plan.warnings, *warnings)
     return replace(result, output=folder, ledger=ledger, adapter=move.account(beside), warnings=told)
 

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from surgery import convert, inspect
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import adapter_bytes, read_adapter_file
 from surgery_formats.adapters.onnx_adapter import ONNX_ADAPTER
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter, plan_onnx_adapter
@@ -122,7 +122,7 @@ def test_what_a_graph_cannot_take_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_other_inputs_are_refused(arrays: dict[str, np.ndarray], fault: str, tmp_path: Path) -> None:
-    write_adapter_file(tmp_path / "x.onnx_adapter", arrays)
+    (tmp_path / "x.onnx_adapter").write_bytes(adapter_bytes(arrays))
     with pytest.raises((FitError, MalformedError), match=fault):
         read_adapter(tmp_path / "x.onnx_adapter")
 
@@ -133,7 +133,7 @@ def test_slots_of_rank_0_do_nothing(tmp_path: Path) -> None:
         f"{Q}2.lora_A.weight": np.zeros((8, 0), np.float32),
         f"{Q}2.lora_B.weight": np.zeros((0, 12), np.float32),
     }
-    write_adapter_file(tmp_path / "x.onnx_adapter", arrays)
+    (tmp_path / "x.onnx_adapter").write_bytes(adapter_bytes(arrays))
     adapter = read_adapter(tmp_path / "x.onnx_adapter")
     assert (len(adapter.updates), len(adapter.ignored), adapter.unconsumed()) == (1, 2, ())
 

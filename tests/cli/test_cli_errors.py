@@ -44,7 +44,9 @@ HOSTILE = "evil\x1b[2J\x1b]0;owned\x07\nerror: forged\u202e"
         (torch.OutOfMemoryError("CUDA out of memory"), 7),
         (KeyboardInterrupt(), 130),
         (RuntimeError("what"), 1),
-        (OSError(errno.EIO, "Input/output error"), 1),
+        (OSError(errno.EIO, "Input/output error"), 7),
+        (OSError(errno.EMFILE, "Too many open files"), 7),
+        (OSError(errno.EBADF, "Bad file descriptor"), 1),
     ],
 )
 def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int):

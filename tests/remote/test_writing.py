@@ -13,7 +13,6 @@ from surgery.engine import streaming
 from surgery_formats.errors import FitError, OutputExistsError, ProofError, ResourceError
 from surgery_formats.files.output.folder import output_folder, verify_folder
 from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
-from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.remote import stage, upload
 from surgery_formats.files.remote.bucket import Bucket
 from tests.support.folder_jobs import PLAN
@@ -27,17 +26,13 @@ def _models(storage: Storage) -> tuple[str, str]:
     return storage.upload(EXAMPLES / "base", "base"), storage.upload(EXAMPLES / "lora", "lora")
 
 
-def _nothing_waits() -> bool:
-    return not any(memory_folder().iterdir())
-
-
 def test_a_merge_from_bucket_to_bucket_writes_what_it_writes_on_a_disk(storage: Storage, tmp_path: Path) -> None:
     base, lora = _models(storage)
     surgery.merge(base, lora, output=storage.url("out/merged"))
     surgery.merge(base, lora, output=tmp_path / "merged")
     assert storage.objects("out/merged") == {path.name: path.read_bytes() for path in (tmp_path / "merged").iterdir()}
     assert storage.unfinished() == []
-    assert _nothing_waits()
+    assert storage.waiting("out/merged") == []
     assert surgery.verify(storage.url("out/merged")).checks
     assert surgery.diff(storage.url("out/merged"), tmp_path / "merged").equal
 
@@ -79,7 +74,7 @@ def test_adapters_are_extracted_converted_and_combined_into_a_bucket(storage: St
         surgery.convert(lora, "mlx", output=at("mlx"), base=base)
         surgery.convert(lora, "gguf", output=at("lora.gguf"), base=base)
         surgery.combine([lora, at("extracted")], output=at("both"))
-        assert out is None or _nothing_waits()
+        assert out is None or [storage.waiting(f"out/{name}") for name in ("extracted", "mlx", "both")] == [[], [], []]
     found = storage.objects("out/")
     here = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {name: found[name] for name in found if not name.endswith(MANIFEST)} == {
@@ -156,7 +151,7 @@ def test_what_fails_midway_leaves_nothing(storage: Storage, monkeypatch: pytest.
         surgery.merge(base, lora, output=storage.url("out"))
     assert storage.objects("out") == {}
     assert storage.unfinished() == []
-    assert _nothing_waits()
+    assert storage.waiting("out") == []
 
 
 def test_bytes_that_a_store_does_not_give_back_are_no_output(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from surgery_formats.files.output.folder import verify_folder
 
-__all__ = ["ERRORS", "Event", "Report", "digest", "lint", "matrix"]
+__all__ = ["ERRORS", "Event", "Report", "digest", "lint", "matrix", "spread"]
 
 SYSCALLS = (
     "openat,write,pwrite64,copy_file_range,sendfile,ftruncate,fallocate,fsync,fdatasync,"
@@ -237,7 +237,7 @@ def matrix(
         most[call] = max(most.get(call, 0), number)
     report.calls = most
     points = [(call, number + 1) for call in sorted(most) for number in range(most[call])]
-    for call, number in _spread(points, limit):
+    for call, number in spread(points, limit):
         report.points += 1
         run([*only, "-e", f"inject={call}:signal=KILL:when={number}"])
         left = state()
@@ -251,7 +251,7 @@ def matrix(
     injections = (
         [(call, number, error) for call, number in points for error in POSSIBLE.get(call, ())] if faults else []
     )
-    for call, number, error in _spread(injections, limit):
+    for call, number, error in spread(injections, limit):
         report.injections += 1
         result = run([*only, "-e", f"inject={call}:error={error}:when={number}"])
         point = f"{error} at {call} {number}"
@@ -272,7 +272,7 @@ def matrix(
     return report
 
 
-def _spread(items: Sequence[_T], limit: int | None) -> Sequence[_T]:
+def spread(items: Sequence[_T], limit: int | None) -> Sequence[_T]:
     if limit is None or len(items) <= limit:
         return items
     return [items[i * len(items) // limit] for i in range(limit)]

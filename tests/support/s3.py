@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import socket
 import threading
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import boto3
 from moto.server import ThreadedMotoServer
+
+from surgery_formats.files.output.memory import memory_folder
 
 
 @contextmanager
@@ -61,6 +64,11 @@ class Storage:
     def clear(self, prefix: str) -> None:
         for name in self.objects(prefix):
             self.client.delete_object(Bucket=self.name, Key=prefix + name)
+
+    def waiting(self, key: str) -> list[str]:
+        """What waits in memory for an output."""
+        name = hashlib.sha256(self.url(key).encode()).hexdigest()[:16]
+        return [path.name for path in memory_folder().iterdir() if name in path.name]
 
     def unfinished(self) -> list[str]:
         """The names of uploads that were begun, and neither completed nor given up."""

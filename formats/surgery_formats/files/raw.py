@@ -29,6 +29,7 @@ __all__ = [
     "first_bytes",
     "identity_of",
     "joined_file",
+    "memory_file",
     "nameless_file",
     "open_file",
     "read_all",
@@ -201,13 +202,29 @@ def joined_file(pieces: Sequence[FileRange], name: str) -> File:
 
 def nameless_file(data: bytes, path: Path) -> File:
     """A file with this content that is gone with its last use; `path` is what messages call it."""
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.flush()
-        fd = os.dup(file.fileno())
-    opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+    fd = memory_file()
+    try:
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], done)
+        opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+    except BaseException:
+        os.close(fd)
+        raise
     weakref.finalize(opened, os.close, fd)
     return opened
+
+
+def memory_file() -> int:
+    """A descriptor of a new file without a name, for data that memory holds anyway.
+
+    No folder of temporary files fills up, or keeps what a killed run leaves. Systems that have no such files get one on the
+    disk that has lost its name.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("surgery", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def read_all(fd: int, buffer: memoryview, offset: int) -> int:

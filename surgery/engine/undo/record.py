@@ -52,7 +52,7 @@ def record_base(binding: Binding, plan: Plan, folder: OutputFolder, run: Run) ->
     """
     base, merged = binding.checkpoint, open_checkpoint(folder.staged)
     bound = bound_again(binding.adapters, merged)
-    writer = SidecarWriter(folder.staged)
+    writer = SidecarWriter(folder)
     try:
         todo = _sorted_out(base, plan)
         stop = threading.Event()

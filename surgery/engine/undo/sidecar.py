@@ -24,6 +24,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.kernel_copy import write_all
+from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -37,8 +38,10 @@ _PIECE = 4 << 20
 class SidecarWriter:
     """Takes segments in any order and from any thread; their number and sizes are known only at the end."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by `finish`
+    def __init__(self, folder: OutputFolder) -> None:
+        self._shown = folder.shown
+        with output_faults(self._shown):
+            self._file = tempfile.TemporaryFile(dir=folder.staged)  # noqa: SIM115  # closed by `finish`
         self._segments: dict[str, list[tuple[int, int]]] = {}
         self._end = 0
         self._lock = threading.Lock()
@@ -48,7 +51,8 @@ class SidecarWriter:
         with self._lock:
             at, self._end = self._end, self._end + len(data)
             self._segments.setdefault(key, []).append((at, len(data)))
-        write_all(self._file.fileno(), memoryview(data), at)
+        with output_faults(self._shown, len(data)):
+            write_all(self._file.fileno(), memoryview(data), at)
 
     def begin(self, key: str) -> None:
         """`key` has segments, perhaps none."""

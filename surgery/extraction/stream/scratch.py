@@ -16,6 +16,7 @@ from surgery_formats.arrays import Array, cast, empty, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ResourceError
 from surgery_formats.files.output.kernel_copy import write_all
+from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.tensors.tensor import as_bytes
 
 __all__ = ["ScratchFile", "ScratchSlot", "Workspace", "digest"]
@@ -25,6 +26,7 @@ class ScratchFile:
     """Float32 matrices in a file without a name, which the kernel removes whatever happens. Any thread may use it."""
 
     def __init__(self, folder: Path | None) -> None:
+        self._shown = folder or Path(tempfile.gettempdir())
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # lives as long as this object
         except OSError as error:
@@ -40,15 +42,17 @@ class ScratchFile:
         raw = as_bytes(matrix)
         with self._lock:
             at, self._end = self._end, self._end + len(raw)
-        write_all(self._file.fileno(), raw, at)
+        with output_faults(self._shown, len(raw)):
+            write_all(self._file.fileno(), raw, at)
         return ScratchSlot(self, at, (matrix.shape[0], matrix.shape[1]), digest(matrix))
 
     def read(self, slot: ScratchSlot) -> numpy.ndarray:
         """The matrix at `slot`, in memory of the caller's own."""
         matrix: numpy.ndarray = empty(slot.shape, DType.F32)
         raw, done = as_bytes(matrix), 0
-        while done < len(raw):
-            done += os.preadv(self._file.fileno(), [raw[done:]], slot.offset + done)
+        with output_faults(self._shown):
+            while done < len(raw):
+                done += os.preadv(self._file.fileno(), [raw[done:]], slot.offset + done)
         return matrix
 
     def close(self) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from surgery.onnx.locate.search import Located, located_weights
 from surgery.onnx.locate.twins import found_as_in
 from surgery.onnx.locate.wanted import wanted_weights
 from surgery.onnx.recover.graph_checkpoint import write_checkpoint
-from surgery_formats.errors import ResourceError
+from surgery_formats.files.output.output_file import output_faults
+from surgery_formats.files.output.scratch import scratch_folder
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["as_checkpoints"]
@@ -38,11 +38,7 @@ def as_checkpoints(
         FitError: a weight is not in a graph.
         ResourceError: the folder cannot be written to.
     """
-    try:
-        room = tempfile.TemporaryDirectory(prefix=".surgery-graphs-", dir=beside)
-    except OSError as error:
-        raise ResourceError(f"cannot be written ({error.strerror})", file=beside) from error
-    with room as folder:
+    with scratch_folder(beside) as folder:
         found: list[Checkpoint | None] = []
         known: Located | None = None
         for part, path in (("base", base), ("tuned", tuned)):
@@ -53,8 +49,9 @@ def as_checkpoints(
             twin = None if known is None else found_as_in(known, graph)
             located = twin or located_weights(graph, wanted_weights(names), workers=workers)
             known = located
-            written = Path(folder) / part / names.path.resolve().name  # adapters say what their base is called
-            written.parent.mkdir()
+            written = folder / part / names.path.resolve().name  # adapters say what their base is called
+            with output_faults(folder):
+                written.parent.mkdir()
             write_checkpoint(located, names, written, Run(workers=workers), changed=part == "tuned")
             found.append(open_checkpoint(written))
         yield found[0], found[1]

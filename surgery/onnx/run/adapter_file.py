@@ -9,7 +9,6 @@ the file is read back by the other reader.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from surgery.onnx.run.ports import element
 from surgery_formats.containers.onnx_adapter import LIMIT, open_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.raw import memory_file
 
 __all__ = ["adapter_bytes", "read_adapter_file", "write_adapter_file"]
 
@@ -80,15 +80,9 @@ def _export(path: str | os.PathLike[str], contiguous: Mapping[str, Array]) -> No
 def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
     """The bytes of an ``.onnx_adapter`` file with `arrays`, see `write_adapter_file`."""
     contiguous = _writable(arrays, "adapter.onnx_adapter")
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "adapter.onnx_adapter"
-            _export(path, contiguous)
-            return path.read_bytes()
-    # A file without a name: a temporary folder may be full, and a killed run would leave what it holds.
-    fd = os.memfd_create("adapter.onnx_adapter")
+    fd = memory_file()  # a temporary folder may be full, and a killed run would leave what it holds
     try:
-        _export(f"/proc/self/fd/{fd}", contiguous)
+        _export(f"/dev/fd/{fd}", contiguous)
         with open(fd, "rb", closefd=False) as file:
             return file.read()
     finally:

@@ -58,6 +58,7 @@ def output_folder(
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str]] = (),
     verify: Verify | None = None,
+    recorded: str | None = None,
 ) -> OutputFolder:
     """Return the output folder of one job, for use in a ``with`` statement that ends with `OutputFolder.commit`.
 
@@ -68,6 +69,7 @@ def output_folder(
         inputs: Files and folders that are read; the output must not be, contain, or lie in one of them.
         verify: Checks whether a file that an interrupted run finished is still good. The default compares the hash
             of the whole file.
+        recorded: The plan that its manifest will name, where that is another than `plan_id`.
 
     Raises:
         UsageError: the name is that of a file.
@@ -82,7 +84,7 @@ def output_folder(
         from surgery_formats.files.remote.stage import RemoteStage
 
         return OutputFolder(RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs), plan_id, verify)
-    return OutputFolder(Stage(out, plan_id, overwrite=overwrite, inputs=inputs), plan_id, verify)
+    return OutputFolder(Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded), plan_id, verify)
 
 
 class Staging(Protocol):
@@ -154,6 +156,11 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leave()
+
+    @property
+    def shown(self) -> Path:
+        """The output as the user wrote it, for messages."""
+        return self._stage.shown
 
     @property
     def staged(self) -> Path:

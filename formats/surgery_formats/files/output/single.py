@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,8 @@ from surgery_formats.files.equal_ranges import EqualRanges, holds
 from surgery_formats.files.output.kernel_copy import rename_new, reserve, start_writeback, sync_folder, write_all
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
+from surgery_formats.files.output.scratch import sweep
+from surgery_formats.files.output.several import may_be_there, same_file
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
@@ -105,6 +108,7 @@ def write_single(
     if not parent.is_dir():
         raise NotFoundError("no such folder to write into", file=shown.parent)
     _refuse(final, shown, inputs, overwrite=overwrite)
+    others = re.compile(re.escape(f".{shown.stem[:150]}.surgery-") + "[0-9a-f]{16}" + re.escape(shown.suffix) + r"\Z")
     # The suffix stays last, because readers that prove the hidden file go by it.
     hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
     with output_faults(shown, nbytes):
@@ -126,6 +130,8 @@ def write_single(
         finally:
             os.close(fd)
         sync_folder(parent)
+    with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
+        sweep(parent, others)
     return shown
 
 
@@ -164,7 +170,7 @@ def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bo
             what = f"the output lies in the input {show(source, 200)}"
             raise FitError(what, file=shown, hint="inputs are never changed")
     if os.path.lexists(final):
-        if not overwrite or final.is_dir():
+        if final.is_dir() or not (overwrite or may_be_there()):
             raise _exists(shown)
         if not stat.S_ISREG(mode := os.lstat(final).st_mode) and not stat.S_ISLNK(mode):
             raise FitError("is no regular file, and is not replaced", file=shown, hint="give another name")
@@ -184,7 +190,9 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
     try:
         rename_new(hidden, final)
     except FileExistsError as error:
-        raise _exists(shown) from error
+        if not (may_be_there() and same_file(final, hidden)):
+            raise _exists(shown) from error
+        hidden.unlink()
 
 
 def _open_hidden(hidden: Path, shown: Path) -> int:
@@ -204,6 +212,8 @@ def _open_hidden(hidden: Path, shown: Path) -> int:
         raise OutputExistsError("another process is writing it", file=shown, hint="wait for it to finish") from error
     except BaseException:
         os.close(fd)
+        with contextlib.suppress(OSError):  # nobody holds it: what a killed run left there is written anew anyway
+            hidden.unlink()
         raise
     return fd
 

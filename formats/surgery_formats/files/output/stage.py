@@ -16,6 +16,8 @@ from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, R
 from surgery_formats.files.output.kernel_copy import exchange, sync_folder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.output.output_file import output_faults
+from surgery_formats.files.output.scratch import sweep
+from surgery_formats.files.output.several import is_of_plan, may_be_there, same_folder
 from surgery_formats.text import show
 
 __all__ = ["Stage"]
@@ -45,6 +47,7 @@ class Stage:
         *,
         overwrite: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
+        recorded: str | None = None,
     ) -> None:
         if not _PLAN.match(plan_id):
             raise ValueError("plan_id is not a hex digest")
@@ -54,9 +57,11 @@ class Stage:
         self._final = self._parent / absolute.name
         name = os.fsdecode(os.fsencode(absolute.name)[:_NAME_LIMIT])
         self.path = self._parent / f".{name}.surgery-{plan_id[:16]}"
+        self._others = re.compile(re.escape(f".{name}.surgery-") + r"[0-9a-f]{16}\Z")
         self._aside = self._parent / f"{self.path.name}.old"
         self._overwrite = overwrite
         self._inputs = [Path(path) for path in inputs]
+        self._recorded = recorded or plan_id
         self._parent_fd = self._fd = -1
 
     def acquire(self) -> None:
@@ -119,6 +124,8 @@ class Stage:
             if error.errno not in _IN_USE:
                 raise
             if not self._overwrite or not _is_folder(self._final):
+                if may_be_there() and same_folder(self._final, self.path):
+                    return self._final
                 raise self._exists() from error
             self._refuse_unsafe()
             old = self._swap()
@@ -129,6 +136,10 @@ class Stage:
             raise
         if old is not None:
             self._remove_old(old)
+        with contextlib.suppress(
+            OSError
+        ):  # the output is complete: what other commands began there is of no use any more
+            sweep(self._parent, self._others)
         return self._final
 
     def _undo(self, old: Path | None) -> None:
@@ -223,6 +234,8 @@ class Stage:
         if not os.path.lexists(self._final):
             return
         if not _is_folder(self._final) or (not self._overwrite and _has_entries(self._final)):
+            if may_be_there() and is_of_plan(self._final, self._recorded):
+                return
             raise self._exists()
         if _has_entries(self._final) and not (self._final / MANIFEST).is_file():
             raise OutputExistsError(

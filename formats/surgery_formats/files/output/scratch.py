@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder for what is gone afterwards, and the removal of what killed runs left.
+
+Whoever uses a hidden file or folder holds a lock on it, which the kernel gives up at death: what nobody locks is litter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from surgery_formats.errors import ResourceError, SurgeryError
+from surgery_formats.files.output.output_file import output_faults
+
+__all__ = ["scratch_folder", "sweep"]
+
+_NAME = re.compile(r"\.surgery-scratch-[0-9a-f]{16}\Z")
+_ATTEMPTS = 100
+
+
+@contextlib.contextmanager
+def scratch_folder(beside: Path | None) -> Iterator[Path]:
+    """A new hidden folder, removed at the end whatever happens; one that a killed run left there goes first.
+
+    Args:
+        beside: The folder to make it in, on the disk of an output; None, or one that does not exist, for the system's folder
+            of temporary files.
+
+    Raises:
+        ResourceError: it cannot be made.
+    """
+    parent = beside if beside is not None and beside.is_dir() else Path(tempfile.gettempdir())
+    with output_faults(parent):
+        sweep(parent, _NAME)
+        path, fd = _made(parent)
+    try:
+        yield path
+    except SurgeryError as error:  # nobody knows this folder, which is gone when the message is read
+        inside = (error.file or "").removeprefix(f"{path}{os.sep}")
+        if inside != (error.file or ""):
+            error.file = os.fspath(parent) if isinstance(error, ResourceError) else inside
+        raise
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(fd)
+
+
+def _made(parent: Path) -> tuple[Path, int]:
+    """A new folder, and a descriptor that holds its lock."""
+    for _ in range(_ATTEMPTS):
+        path = parent / f".surgery-scratch-{secrets.token_hex(8)}"
+        os.mkdir(path, 0o700)
+        try:
+            fd = _locked(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+            raise
+        if fd is not None:
+            return path, fd
+    raise ResourceError("other processes keep removing what is made in it", file=parent)
+
+
+def sweep(parent: Path, names: re.Pattern[str]) -> None:
+    """Remove the files and folders of `parent` with these names that no process locks; whatever cannot be removed stays."""
+    for name in os.listdir(parent):
+        if not names.match(name):
+            continue
+        path = parent / name
+        with contextlib.suppress(OSError):
+            if (fd := _locked(path)) is None:
+                continue
+            try:
+                if os.fstat(fd).st_uid != os.geteuid():
+                    continue
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(fd)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock of `path`; None if another process does, or it is gone."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(fd), os.lstat(path)):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
