@@ -98,8 +98,8 @@ def export_onnx(
         dtype: Of arithmetic, logits and cache: ``auto``, ``fp32``, ``fp16``, ``bf16``.
         weights: ``auto``: used where they lie if `output` is their folder, else copied, their blocks shared where the
             file system can; ``reference``, ``link``, ``copy``, ``embed``.
-        layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js``, ``optimum``,
-            ``sentence-transformers``, ``genai``, ``triton``.
+        layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js`` (an encoder-decoder's
+            weights are embedded), ``optimum``, ``sentence-transformers``, ``genai``, ``triton``.
         weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
             ``mixed``: of both, and none, where they help most within `budget`.
         block: Of codes: inputs that share a scale, 32, 64 or 128.
@@ -157,6 +157,8 @@ def export_onnx(
     assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
+    if weights == "auto" and shape.numbered and assembly.model.encoder is not None:
+        weights = "embed"  # one file of weights would have to have two names
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
     assembly = with_logits(with_positions(with_embeddings(assembly, inputs_embeds, layout), position_ids), logits)
@@ -190,15 +192,17 @@ def export_onnx(
 
     names = [arrangement.path(name) for name in assembly.names(draft)]
     taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
+    config = arrangement.config(assembly.component.config, kind)
+    genai = shape.name == "genai" and chosen != "reference"
+    side_files, unsaid = side_files_of(checkpoint, merged, assembly, config, taken, genai=genai)
+    warnings += unsaid
     parcel = ExportJob(
         names=names,
         make=make,
         weights=() if chosen == "embed" else sources,
         plan=arrangement.plan(merged.plan) if merged else None,
         judge=check,
-        side_files=side_files_of(
-            checkpoint, merged, assembly, arrangement.config(assembly.component.config, kind), taken
-        ),
+        side_files=side_files,
         inputs=sorted({adapter.path for adapter in roles.adapters}),
         facts=export_facts(draft, chosen, arrangement),
         id=export_id(draft, assembly, arrangement),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
-from surgery.onnx.graph.pair_names import MERGED, graph_in
+from surgery.onnx.graph.pair_names import graph_in, is_main
 from surgery.onnx.run.opening import placed_graph, side_folder
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts
@@ -331,7 +331,7 @@ def _judged_graph(
         measures = measure()
     check_finite(graph, measures, seen)
     yield from (_judged(measure, graph, tolerance) for measure in measures)
-    if graph.contract.dtype == "fp16" and graph.path.name in (_GRAPH, MERGED):
+    if graph.contract.dtype == "fp16" and is_main(graph.path.name):
         yield Check("range", fits_half(graph, seen, measure))
 
 
@@ -468,5 +468,5 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
             file=graph.path,
             hint="graph and weights do not belong together, or one of them is damaged: export again",
         )
-    name = measure.name if graph.path.name in (_GRAPH, MERGED) else f"{graph.path.name}: {measure.name}"
+    name = measure.name if is_main(graph.path.name) else f"{graph.path.name}: {measure.name}"
     return Check(name, f"max |d| {measure.difference:.2g} of {measure.size:.3g}", measure.difference, limit)

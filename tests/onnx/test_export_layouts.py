@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -102,6 +103,23 @@ def test_sentence_transformers_finds_the_graph_below(tmp_path: Path) -> None:
     assert surgery.run(tmp_path / "out", [IDS]).arrays["last_hidden_state"].shape[:2] == (1, 4)
     surgery.verify(tmp_path / "out")
     surgery.verify(tmp_path / "out" / "onnx" / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("", {}), ("_fp16", {"target": "portable", "dtype": "fp16"}), ("_q4", {"weights_type": "int4"})],
+)
+def test_transformers_js_finds_both_graphs_of_a_pair(tmp_path: Path, suffix: str, options: dict[str, Any]) -> None:
+    base = recipes.build("t5", tmp_path / "base")
+    surgery.export_onnx(base, output=tmp_path / "own", **options)
+    result = surgery.export_onnx(base, output=tmp_path / "out", layout="transformers.js", **options)
+    graphs = {name for name in files(tmp_path / "out") if "onnx" in name}
+    assert graphs == {f"onnx/encoder_model{suffix}.onnx", f"onnx/decoder_model_merged{suffix}.onnx"}
+    assert result.weights == "embed"
+    assert result.contract.encoder == f"encoder_model{suffix}.onnx"
+    wanted = surgery.run(tmp_path / "own", [IDS], max_new=4).texts[0].tokens
+    assert surgery.run(tmp_path / "out", [IDS], max_new=4).texts[0].tokens == wanted
+    surgery.verify(tmp_path / "out", against=base)
 
 
 def test_what_a_program_would_pass_over_is_refused(tmp_path: Path) -> None:

@@ -153,11 +153,19 @@ def test_codes_of_both_halves_are_verified(made, name, tmp_path):
     surgery.verify(tmp_path / "out")
 
 
-@pytest.mark.parametrize("layout", ["genai", "triton", "sentence-transformers", "transformers.js"])
-def test_layouts_of_programs_that_run_no_such_files_are_refused(made, layout, tmp_path):
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("knows of encoder-decoders Whisper", {"layout": "genai"}),
+        ("one graph, and this has", {"layout": "triton"}),
+        ("runs no graph that generates", {"layout": "sentence-transformers"}),
+        ("weights of each graph", {"layout": "transformers.js", "weights": "copy"}),
+    ],
+)
+def test_layouts_of_programs_that_run_no_such_files_are_refused(made, match, options, tmp_path):
     folder, _ = made("bart")
-    with pytest.raises(FitError):
-        surgery.export_onnx(folder, output=tmp_path / "out", layout=layout)
+    with pytest.raises(FitError, match=match):
+        surgery.export_onnx(folder, output=tmp_path / "out", **options)
 
 
 def test_an_encoder_can_be_exported_alone(made, tmp_path):

@@ -100,6 +100,12 @@ def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: b
             f"{layout.name} always gives a past of its own: the soft prompt would have no effect",
             hint='`layout="plain"`, or `prompt_form="rows"`',
         )
+    if layout.name == "genai" and contract.encoder:
+        raise FitError(
+            "onnxruntime-genai takes the keys and values of an encoder's result from the encoder's graph, and knows of "
+            "encoder-decoders Whisper and Marian alone",
+            hint='`layout="plain"`',
+        )
     if layout.name == "genai" and not genai:
         raise FitError("onnxruntime-genai runs decoders that generate", hint='`layout="plain"`')
     if layout.name == "triton" and contract.encoder:
@@ -109,7 +115,9 @@ def check_layout(layout: Layout, contract: Contract, *, genai: bool, embedded: b
     if layout.name == "sentence-transformers" and contract.kind == "decoder":
         raise FitError("sentence-transformers runs no graph that generates", hint='`task="feature-extraction"`')
     if layout.numbered and contract.encoder and contract.weights and not embedded:
-        raise FitError(f"{layout.name} looks for weights of each graph of an encoder-decoder", hint='`weights="embed"`')
+        raise FitError(
+            f"{layout.name} looks for weights of each graph of an encoder-decoder", hint='`weights="embed"`, or "auto"'
+        )
     if layout.by_type and contract.dtype not in _SUFFIXES:
         raise FitError(f"{layout.name} has no name for a graph in {contract.dtype}", hint='`dtype="fp16"`')
 
@@ -153,11 +161,12 @@ class Arrangement:
     def contract(self, contract: Contract) -> Contract:
         """The same contract about files of other names."""
         files = tuple(replace(file, name=self.weights.get(file.name, file.name)) for file in contract.weights)
-        return replace(contract, weights=files)
+        encoder = self.path(contract.encoder).rpartition("/")[2] if contract.encoder else ""
+        return replace(contract, weights=files, encoder=encoder)
 
     def apply(self, model: onnx.ModelProto) -> None:
         """Rename the weight files that a graph refers to, in place."""
-        if not self.weights:
+        if not self.weights and not self.layout.by_type:
             return
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
@@ -205,14 +214,15 @@ def arrange(layout: Layout, mode: Mode, draft: GraphSet, graph_type: str) -> Arr
     sources = [file.path.name for file in files if isinstance(file, File)]
     computed = [file.path.name for file in files if not isinstance(file, File)]
     weights = (*sources, *computed)
-    graph = f"model{_SUFFIXES[graph_type]}.onnx" if layout.by_type else GRAPH
+    suffix = _SUFFIXES[graph_type] if layout.by_type else ""
+    graph = f"model{suffix}.onnx"
     if layout.numbered:
         names = {name: f"{graph}_data{f'_{number}' if number else ''}" for number, name in enumerate(weights)}
     else:
         names = {name: _as_base(name) for name in sources} if computed else {}
     below = f"{layout.below}/" if layout.below else ""
     placed = {name: f"{below}{names.get(name, name)}" for name in weights}
-    placed |= {name: f"{below}{graph if name == GRAPH else name}" for name in draft.graphs}
+    placed |= {name: f"{below}{name.removesuffix('.onnx')}{suffix}.onnx" for name in draft.graphs}
     moved = {name: path for name, path in placed.items() if path != name}
     return Arrangement(layout, names, graph, moved)
 

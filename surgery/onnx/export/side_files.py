@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.assemble import Assembly
+from surgery.onnx.export.genai_tokenizer import with_special_tokens
 from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ def side_files_of(
     assembly: Assembly,
     config: Mapping[str, Any] | None,
     taken: set[str],
-) -> list[SideFile]:
-    """Tokenizer, configuration and the like, but for names that the export itself takes; `config` replaces the base's."""
+    *,
+    genai: bool,
+) -> tuple[list[SideFile], list[str]]:
+    """Tokenizer, configuration and the like, but for names that the export itself takes, and warnings.
+
+    `config` replaces the base's; with `genai` the tokenizer's settings are those that onnxruntime-genai needs.
+    """
     if merged is not None:
         side_files = list(merged.side_files)
     else:
@@ -37,4 +43,5 @@ def side_files_of(
         side_files.append(SideFile("config.json", data=data))
     if assembly.sentence is not None:
         side_files += [SideFile(name, source=path) for name, path in assembly.sentence.modules.files.items()]
-    return [side for side in side_files if side.name not in taken]
+    kept = [side for side in side_files if side.name not in taken]
+    return with_special_tokens(kept) if genai else (kept, [])

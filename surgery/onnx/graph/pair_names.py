@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["BEGUN", "ENCODER", "FIRST", "MASK", "MERGED", "STATES", "SWITCH", "graph_in", "kept_names"]
+__all__ = ["BEGUN", "ENCODER", "FIRST", "MASK", "MERGED", "STATES", "SWITCH", "graph_in", "is_main", "kept_names"]
 
 ENCODER = "encoder_model.onnx"
 FIRST, BEGUN, MERGED = "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"
 """The decoder's first run, all others, and both in one file."""
+_STEM = MERGED.removesuffix(".onnx")  # a layout may tell the type behind it
 
 STATES, MASK = "encoder_hidden_states", "encoder_attention_mask"
 """Inputs of decoders: the encoder's result, and which of its tokens are none of padding."""
@@ -26,4 +27,10 @@ def kept_names(layers: int, side: str, prefix: str = "past_key_values") -> list[
 def graph_in(folder: Path, name: str = "model.onnx") -> Path:
     """The main graph of a folder: `name`, or the decoder of a pair, which names its encoder."""
     whole = folder / name
-    return whole if whole.exists() or not (folder / MERGED).exists() else folder / MERGED
+    pairs = sorted(folder.glob(f"{_STEM}*.onnx"))
+    return whole if whole.exists() or not pairs else pairs[0]
+
+
+def is_main(name: str) -> bool:
+    """Whether a graph of this name stands for its folder: ``model.onnx``, ``model_fp16.onnx``, the decoder of a pair."""
+    return name.startswith(("model", _STEM))
