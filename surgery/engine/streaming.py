@@ -71,44 +71,61 @@ class _Window:
     """What was made and not sent yet."""
 
     def __init__(self, stop: Stop) -> None:
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._made = threading.Condition(lock)
+        self._space = threading.Condition(lock)
         self._held = 0
         self._at = 0
+        self._waiting: list[int] = []
         self._stop = stop
 
     def give(self, work: _Work, segment: _Segment, data: memoryview) -> None:
         """The next bytes of a segment; waits while too much is ahead of the upload."""
-        with self._changed:
+        with self._space:
             while not self._stop.is_set() and self._held + len(data) > _AHEAD and work.first > self._at:
-                self._changed.wait()
+                self._waiting.append(work.first)
+                self._space.wait()
+                self._waiting.remove(work.first)
             if self._stop.is_set():
                 raise _Stopped
             segment.blocks.append(data)
             segment.made += len(data)
             self._held += len(data)
-            self._changed.notify_all()
+            if segment.number == self._at:
+                self._made.notify()
 
     def take(self, segment: _Segment, done: Future[None]) -> memoryview | None:
         """The next bytes to send; None at the end. Raises what the work on it raised."""
-        with self._changed:
+        with self._made:
             self._at = segment.number
-            self._changed.notify_all()
+            self._let_in()
             while not segment.blocks:
                 if done.done():
                     done.result()
                     if not segment.blocks:
                         return None
                     break
-                self._changed.wait()
+                self._made.wait()
             data = segment.blocks.popleft()
             self._held -= len(data)
-            self._changed.notify_all()
+            self._let_in()
             return data
+
+    def ended(self, _: Future[None]) -> None:
+        """A piece of work has ended, well or not: the upload looks whether it waits for it."""
+        with self._made:
+            self._made.notify()
 
     def wake(self) -> None:
         """Let everybody look again."""
-        with self._changed:
-            self._changed.notify_all()
+        with self._made:
+            self._made.notify_all()
+            self._space.notify_all()
+
+    def _let_in(self) -> None:
+        """Wake who waits for space, once there is some worth waking for, or the upload has come to what they make."""
+        if self._waiting and (self._held <= _AHEAD // 2 or min(self._waiting) <= self._at):
+            self._space.notify_all()
 
 
 def stream_weights(
@@ -148,7 +165,7 @@ def stream_weights(
             begun: dict[int, tuple[_Work, Future[None]]] = {}
             for work in works:
                 done = (fetching if work.copies else computing).submit(work.run, work)
-                done.add_done_callback(lambda _: window.wake())
+                done.add_done_callback(window.ended)
                 begun |= {segment.number: (work, done) for segment in work.segments.values()}
             for file, row in zip(plan.files, rows, strict=True):
                 upload = folder.upload(file.name, file.nbytes, verify=verify)

@@ -140,7 +140,7 @@ class Bucket:
         if not fresh and now - when < _REMEMBERED:
             return known
         with self.faults(prefix):
-            found = self._whole_answer(lambda: self.obstore.list_with_delimiter(self.store, prefix or None))
+            found = self.whole_answer(lambda: self.obstore.list_with_delimiter(self.store, prefix or None))
         inside = f"{prefix}/" if prefix else ""
         files = {
             meta["path"].removeprefix(inside): _facts(meta)
@@ -161,7 +161,7 @@ class Bucket:
         """
         inside = f"{prefix}/" if prefix else ""
         with self.faults(prefix):
-            chunks = self._whole_answer(lambda: list(self.obstore.list(self.store, prefix or None)))
+            chunks = self.whole_answer(lambda: list(self.obstore.list(self.store, prefix or None)))
         return {meta["path"].removeprefix(inside): _facts(meta) for chunk in chunks for meta in chunk}
 
     def facts(self, key: str) -> ObjectFacts:
@@ -197,19 +197,19 @@ class Bucket:
         if version is not None:
             options["version"] = version
         with self.faults(key):
-            return self._whole_answer(lambda: self._read(key, options))
+            return self.whole_answer(lambda: self._read(key, options))
 
     def _read(self, key: str, options: dict[str, Any]) -> Reply:
         got = self.obstore.get(self.store, key, options=options)
         return Reply(memoryview(got.bytes()), _facts(got.meta))
 
-    def _whole_answer(self, ask: Callable[[], Answer]) -> Answer:
-        """Ask again if a connection was dropped in the middle of an answer, which obstore does not."""
+    def whole_answer(self, ask: Callable[[], Answer], again: Callable[[], bool] = lambda: True) -> Answer:
+        """Ask again if a connection was dropped in the middle of an answer, which obstore does not, as long as `again`."""
         for _ in range(_ASKED_AGAIN):
             try:
                 return ask()
             except self.obstore.exceptions.GenericError as error:
-                if "body error" not in str(error):
+                if "body error" not in str(error) or not again():
                     raise
         return ask()
 

@@ -77,7 +77,7 @@ class RemoteObject:
         self.facts = facts
         self._head = head
         self._ends: OrderedDict[int, None] = OrderedDict()
-        self._warm: dict[tuple[int, int], Future[memoryview]] = {}
+        self._warm: list[tuple[int, int, Future[memoryview]]] = []
         self._lock = threading.Lock()
 
     @property
@@ -119,32 +119,34 @@ class RemoteObject:
             self._ends[offset + size] = None
             while len(self._ends) > 64:
                 self._ends.popitem(last=False)
-            warm = self._warm.pop((offset, size), None)
+            warm = next((one for one in self._warm if one[0] <= offset and offset + size <= one[1]), None)
+            if warm is not None and offset + size == warm[1]:
+                self._warm.remove(warm)
         if warm is not None:
-            buffer[:size] = warm.result()[:size]
+            buffer[:size] = warm[2].result()[offset - warm[0] : offset - warm[0] + size]
         elif run or _BLOCKS.has(self, offset // BLOCK):
-            self._by_blocks(buffer[:size], offset)
+            self._by_blocks(buffer[:size], offset, _AHEAD if run else 0)
         else:
             buffer[:size] = self.fetch(offset, offset + size)
         return size
 
-    def _by_blocks(self, buffer: memoryview, offset: int) -> None:
+    def _by_blocks(self, buffer: memoryview, offset: int, ahead: int) -> None:
         end = offset + len(buffer)
         last = (self.facts.size - 1) // BLOCK
         for number in range(offset // BLOCK, (end - 1) // BLOCK + 1):
             block = _BLOCKS.get(self, number)
-            for ahead in range(number + 1, min(number + _AHEAD, last) + 1):
-                _BLOCKS.get(self, ahead)
+            for following in range(number + 1, min(number + ahead, last) + 1):
+                _BLOCKS.get(self, following)
             data, begin = block.result(), number * BLOCK
             start, stop = max(offset, begin), min(end, begin + BLOCK)
             buffer[start - offset : stop - offset] = data[start - begin : stop - begin]
 
     def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch ranges ``(offset, nbytes)`` at the same time; each is kept until it is read, once."""
+        """Fetch ranges ``(offset, nbytes)`` at the same time; each is kept until its last byte is read."""
         with self._lock:
             for offset, nbytes in ranges:
-                if offset + nbytes > len(self._head) and (offset, nbytes) not in self._warm:
-                    self._warm[offset, nbytes] = _pool().submit(self.fetch, offset, offset + nbytes)
+                if (stop := min(offset + nbytes, self.facts.size)) > len(self._head):
+                    self._warm.append((offset, stop, _pool().submit(self.fetch, offset, stop)))
 
     def check_unchanged(self) -> None:
         """Ask the bucket whether the object is still the one that was opened.

@@ -145,6 +145,7 @@ class RemoteStage:
             raise
         with contextlib.suppress(SurgeryError):  # the output is complete, and the next run removes the marker
             self.bucket.delete([self._key(UNFINISHED)])
+        abort_unfinished(self.bucket, self.shown.key)  # a request that was repeated has begun two
         return self.shown
 
     def _claim(self, names: list[str]) -> set[str]:

@@ -80,7 +80,7 @@ class Upload:
         self._given = 0
         self._blocks: queue.Queue[memoryview | None] = queue.Queue(_WAITING)
         self._decided = threading.Event()
-        self._wanted = False
+        self._wanted = self._begun = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
         self._thread.start()
@@ -160,7 +160,18 @@ class Upload:
         if self._error is not None:
             raise self._error
 
+    def _send(self, part: int) -> None:
+        self._bucket.obstore.put(
+            self._bucket.store,
+            self.key,
+            self._stream(),
+            chunk_size=part,
+            max_concurrency=_AT_ONCE,
+            use_multipart=True,
+        )
+
     def _stream(self) -> Iterator[Any]:
+        self._begun = True
         while (block := self._blocks.get()) is not None:
             if self._decided.is_set():
                 raise _GivenUp
@@ -173,8 +184,8 @@ class Upload:
         part = part_size(self.nbytes)
         try:
             with self._bucket.faults(self.key, writing=True):
-                put, store = self._bucket.obstore.put, self._bucket.store
-                put(store, self.key, self._stream(), chunk_size=part, max_concurrency=_AT_ONCE, use_multipart=True)
+                # An answer that is dropped while the upload is begun is asked for again: nothing was taken yet.
+                self._bucket.whole_answer(lambda: self._send(part), again=lambda: not self._begun)
         except _GivenUp:
             self._error = ResourceError("the upload was given up", file=self._bucket.url(self.key))
         except BaseException as error:  # for the thread that writes
