@@ -20,7 +20,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.aligned import release
 from surgery_formats.storage.base import PartBytes, Storage, read_block
-from surgery_formats.storage.nbits import is_nbits
+from surgery_formats.storage.float8_codes import is_of_graphs
 from surgery_formats.tensors.apply import Apply, apply_chain
 from surgery_formats.tensors.views import View
 
@@ -90,7 +90,7 @@ def compute(
         check_finite(block, target.dtype, label)
         encoded = target.put(start, block, rounded)
         tally.note_change(stored, rounded)
-        if is_nbits(target):
+        if is_of_graphs(target):
             tally.note_codes(block, rounded)
         if before is not None:
             tally.note_update(before, block[::sampled], rounded[::sampled])

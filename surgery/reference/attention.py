@@ -11,7 +11,7 @@ import torch
 from surgery.reference.disentangled import distance_scores
 from surgery.reference.primitives import Load, normalise, project
 from surgery.reference.relative import relative_bias
-from surgery.reference.rotary import angles, rotate
+from surgery.reference.rotary import angles, angles_on_grid, rotate
 from surgery.reference.short_convolution import convolve
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Alibi, Attention, Latent, Projection, Rope
@@ -32,6 +32,8 @@ class Mask:
         positions: ``(B, S)``: positions of the new tokens.
         causal: Whether tokens see only earlier tokens and themselves.
         watch: Called by every layer in turn with what its queries pay to each key, ``(B, kv_heads, group, S, T)``; or None.
+        grid: ``(3, B, S)``: places of the new tokens in time, height and width, where rotations follow them; or None.
+        images: ``(B, S)``: which new tokens are of images, each of which, a run of them, sees itself; or None.
     """
 
     real: torch.Tensor
@@ -39,6 +41,26 @@ class Mask:
     positions: torch.Tensor
     causal: bool
     watch: Watch | None = None
+    grid: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+
+    def _same_image(self) -> torch.Tensor:
+        """``(B, S, T)``: whether query and key are new tokens of one image."""
+        assert self.images is not None
+        rows, new = self.images.shape
+        numbers = torch.full((rows, self.real.shape[1]), -1)
+        for row, images in enumerate(self.images.tolist()):
+            number = 0
+            for place, image in enumerate(images):
+                number += image and not (place and images[place - 1])
+                numbers[row, place - new] = number if image else -1
+        return (numbers[:, -new:, None] == numbers[:, None]) & (numbers[:, -new:, None] >= 0)
+
+    def turns(self, rope: Rope, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the new tokens ``(B, 1, S, dims / 2)``."""
+        if self.grid is not None and rope.axes:
+            return angles_on_grid(rope, self.grid, dtype)
+        return angles(rope, self.positions, dtype)
 
     def allowed(self, window: int | None) -> torch.Tensor:
         """``(B, 1, S, T)``: whether the query may see the key."""
@@ -46,7 +68,8 @@ class Mask:
         visible = self.real[:, None, :].expand(-1, queries, -1)
         if self.causal:
             order = torch.arange(keys)
-            visible = visible & (order[None, :] <= order[keys - queries :, None])
+            causal = order[None, :] <= order[keys - queries :, None]
+            visible = visible & (causal if self.images is None else causal | self._same_image())
         if window is not None and self.causal:
             distance = self.places[:, keys - queries :, None] - self.places[:, None, :]
             visible = visible & (distance < window)
@@ -86,7 +109,7 @@ def attend(
         return convolve(values, attention, attention.convolution, load, mask.real, past)
     q, k, v = _heads(values, attention, load)
     if attention.rope is not None:
-        cos, sin = angles(attention.rope, mask.positions, values.dtype)
+        cos, sin = mask.turns(attention.rope, values.dtype)
         if attention.latent is None:
             q, k = (rotate(part, attention.rope, cos, sin) for part in (q, k))
         else:
@@ -109,7 +132,7 @@ def _queries(values: torch.Tensor, attention: Attention, load: Load, mask: Mask)
     """Queries alone, ``(B, heads, S, head_dim)``, normed and rotated."""
     q = project(values, attention.inputs[0], load).reshape(*values.shape[:2], attention.heads, attention.head_dim)
     q = normalise(q, attention.q_norm, load).transpose(1, 2)
-    return q if attention.rope is None else rotate(q, attention.rope, *angles(attention.rope, mask.positions, q.dtype))
+    return q if attention.rope is None else rotate(q, attention.rope, *mask.turns(attention.rope, q.dtype))
 
 
 def attend_to(

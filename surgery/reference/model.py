@@ -94,6 +94,8 @@ def forward(
     hidden: torch.Tensor | None = None,
     watch: Watch | None = None,
     encoded: Encoded | None = None,
+    grid: torch.Tensor | None = None,
+    images: torch.Tensor | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -108,6 +110,8 @@ def forward(
         hidden: ``(B, T)``: which past and new tokens nobody sees, although they keep their positions; None for none.
         watch: Called by every layer with its attention weights, see `Mask`.
         encoded: What the layers of an encoder-decoder's decoder look at besides, see `encode`.
+        grid: Places of the new tokens in time, height and width, see `Mask`.
+        images: Which new tokens are of images, see `Mask`.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
@@ -131,7 +135,7 @@ def forward(
         types,
         position_rows(model.embedding, ids, real_new, places[:, offset:], positions, front),
     )
-    mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch)
+    mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch, grid, images)
     if model.altup is not None:
         if front:
             raise FitError("a model with an embedding for each layer takes no virtual tokens")

@@ -11,7 +11,7 @@ import torch
 
 from surgery_formats.models.families.recipe import Rope
 
-__all__ = ["angles", "frequencies", "rotate"]
+__all__ = ["angles", "angles_on_grid", "frequencies", "rotate"]
 
 
 def frequencies(rope: Rope, length: int) -> tuple[torch.Tensor, float]:
@@ -104,6 +104,13 @@ def angles(rope: Rope, positions: torch.Tensor, dtype: torch.dtype) -> tuple[tor
     turns, factor = frequencies(rope, int(positions.max()) + 1)
     turned = positions[:, None, :, None].double() * turns
     return (turned.cos() * factor).to(dtype), (turned.sin() * factor).to(dtype)
+
+
+def angles_on_grid(rope: Rope, places: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine ``(B, 1, S, dims / 2)`` of `places` in time, height and width ``(3, B, S)``: each pair follows one."""
+    turns, factor = frequencies(rope, int(places.max()) + 1)
+    turned = torch.stack([places[axis].double() * turn for axis, turn in zip(rope.axes, turns, strict=True)], dim=-1)
+    return (turned.cos() * factor).to(dtype)[:, None], (turned.sin() * factor).to(dtype)[:, None]
 
 
 def rotate(values: torch.Tensor, rope: Rope, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

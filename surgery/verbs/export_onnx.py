@@ -101,7 +101,8 @@ def export_onnx(
         layout: Names and places of files, as a program looks for them: ``plain``, ``transformers.js`` (an encoder-decoder's
             weights are embedded), ``optimum``, ``sentence-transformers``, ``genai``, ``triton``.
         weights_type: Of the weights: ``stored``: as they are; ``int4``, ``int8``: codes in blocks, for MatMulNBits;
-            ``mixed``: of both, and none, where they help most within `budget`.
+            ``mixed``: of both, and none, where they help most within `budget`; ``fp8``: float8_e4m3fn with a scale for each
+            output, which become numbers at load.
         block: Of codes: inputs that share a scale, 32, 64 or 128.
         symmetric: Of codes: no zero points are stored.
         scales: Of codes: ``minmax``: from the extremes of a block; ``search``: of the least error.

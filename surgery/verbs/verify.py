@@ -350,8 +350,8 @@ def _written_anew(
     from surgery_formats.binding.bind import bind
 
     quantised, folder = graph.contract.quantised, side_folder(graph.path)
-    bits = sorted({entry["bits"] for entry in quantised})
-    said = f"{sum(len(entry['weights']) for entry in quantised)} weights of {' and '.join(map(str, bits))} bits"
+    kinds = {"fp8" if "type" in entry else f"{entry['bits']} bits" for entry in quantised}
+    said = f"{sum(len(entry['weights']) for entry in quantised)} weights of {' and '.join(sorted(kinds))}"
     if base is None:
         if quantised:
             yield Check("quantised weights", said)

@@ -45,15 +45,22 @@ class _WeightCodes:
     Attributes:
         parts: Codes, scales, and zero points if there are any.
         bits: Of a code.
-        block: Inputs that share a scale.
+        block: Inputs that share a scale; 0 for all.
+        floats: Whether codes are numbers themselves, of 8 bits.
     """
 
     parts: Mapping[str, ReadableTensor]
     bits: int
     block: int
+    floats: bool = False
 
     def values(self, inputs: int, start: int, stop: int) -> torch.Tensor:
         """Rows ``[start, stop)`` of ``(out, in)``, float32."""
+        if self.floats:
+            numbers = torch.from_numpy(np.array(self.parts["codes"].read(start, stop)).view(np.uint8))
+            scales = torch.from_numpy(np.array(self.parts["scales"].read(start, stop)).reshape(stop - start, -1))
+            spread = scales.repeat_interleave(self.block, 1)[:, :inputs] if self.block else scales
+            return numbers.view(torch.float8_e4m3fn).float() * spread
         raw = self.parts["codes"].read(start, stop).reshape(stop - start, -1)
         scales = self.parts["scales"].read(start, stop).astype(np.float32)
         codes = self._integers(raw)[:, :inputs]
@@ -72,8 +79,14 @@ class _WeightCodes:
 class CodedWeights:
     """Weights of a graph's files: codes by what they stand for, others as they are."""
 
-    def __init__(self, tensors: Mapping[str, ReadableTensor], codes: Mapping[str, _WeightCodes], names: Names) -> None:
-        self._tensors, self._codes, self._resolver = tensors, codes, names
+    def __init__(
+        self,
+        tensors: Mapping[str, ReadableTensor],
+        codes: Mapping[str, _WeightCodes],
+        names: Names,
+        dtype: DType | None = None,
+    ) -> None:
+        self._tensors, self._codes, self._resolver, self._dtype = tensors, codes, names, dtype
         self.shapes: dict[str, tuple[int, int]] = {}
         """``(out, in)`` of each weight of codes, by the recipe's name."""
         self.turned: set[str] = set()
@@ -118,9 +131,8 @@ class CodedWeights:
         return None if tensor is None else tensor.dtype
 
     def in_type_of(self, name: str, number: float) -> float:
-        """`number`, rounded to the type that a weight, or the scales of its codes, is stored in."""
-        codes = self._codes.get(self.stored(name))
-        kind = self.kept_type(name) or (codes and codes.parts["scales"].dtype)
+        """`number`, rounded to the type that a weight is stored in; of codes to the model's, as config.json says it."""
+        kind = self.kept_type(name) or self._dtype
         short = {DType.F16: torch.float16, DType.BF16: torch.bfloat16}.get(kind) if kind else None
         return float(torch.tensor(number, dtype=short)) if short else number
 
@@ -154,11 +166,11 @@ def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Refere
             parts = {part: found.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in found}
             if {"codes", "scales"} - set(parts) or ("zero_points" in parts) == entry["symmetric"]:
                 raise ProofError(f"the codes of '{show(name)}' are not in the graph's files", file=graph.path)
-            codes[name] = _WeightCodes(parts, entry["bits"], entry["block"])
+            codes[name] = _WeightCodes(parts, entry["bits"], entry["block"], "type" in entry)
     kept = {name: tensor for name, tensor in found.items() if tensor.dtype.is_float}
     bare = {name.removesuffix(ACROSS): tensor for name, tensor in kept.items()}
     known = {name: Parameter.of(zeros(name, DType.F32, (1, 1))) for name in {*bare, *codes}}  # only names are looked at
-    weights = CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config))
+    weights = CodedWeights(kept, codes, Names(known, {}, family_of(config), config=config), _type_in(config))
     model = with_biases(model_of(config, weights.names, own_task(graph.contract)), weights.names)
     model = _with_stored_scales(with_head_of_codes(model, weights), weights)
     for name, (outputs, inputs), turned, count in _matrices(model):
@@ -209,13 +221,23 @@ def _with_stored_scales(model: Model, weights: CodedWeights) -> Model:
     return replace(model, embedding=table)
 
 
+def _type_in(config: Mapping[str, Any]) -> DType | None:
+    """The type that config.json says the model is stored in, under the name of today or of before, if it does."""
+    holders = [holder for holder in (config, config.get("text_config")) if isinstance(holder, Mapping)]
+    found = (holder.get(key) for holder in holders for key in ("dtype", "torch_dtype"))
+    name = next((one for one in found if isinstance(one, str)), None)
+    return next((one for one in (DType.F32, DType.F16, DType.BF16) if one.torch_name == name), None)
+
+
 def _check(codes: _WeightCodes, outputs: int, inputs: int, graph: GraphFile) -> None:
-    count = -(-inputs // codes.block)
-    wanted = {
+    count = -(-inputs // codes.block) if codes.block else 1
+    wanted: dict[str, tuple[int, ...]] = {
         "codes": (outputs, count, codes.block * codes.bits // 8),
         "scales": (outputs, count),
         "zero_points": (outputs, -(-count * codes.bits // 8)),
     }
+    if codes.floats:
+        wanted = {"codes": (outputs, inputs), "scales": (outputs, count) if codes.block else (outputs,)}
     for part, tensor in codes.parts.items():
         if tensor.shape != wanted[part]:
             raise MalformedError(

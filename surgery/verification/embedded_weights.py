@@ -19,7 +19,7 @@ __all__ = ["HeldTensor", "ReadableTensor", "embedded_tensors", "stacked_tensors"
 
 _TYPED = re.compile(r"\.(f16|bf16|f32)$")  # behind the name of one of another type than the graph's
 _CODED = re.compile(r"\.(codes|scales|zero_points)$")
-_TYPES = {1: DType.F32, 2: DType.U8, 10: DType.F16, 16: DType.BF16}
+_TYPES = {1: DType.F32, 2: DType.U8, 10: DType.F16, 16: DType.BF16, 17: DType.F8_E4M3}
 
 
 class ReadableTensor(Protocol):
@@ -91,7 +91,7 @@ def embedded_tensors(graph: GraphFile, rows: Mapping[str, int]) -> dict[str, Hel
             start += count
     for name, codes in found.items():
         scales = found.get(name.removesuffix("codes") + "scales")
-        if name.endswith(".codes") and codes.values.ndim == 2 and scales is not None:
+        if name.endswith(".codes") and codes.values.ndim == 2 and scales is not None and codes.dtype is DType.U8:
             blocks = codes.values.reshape(len(codes.values), scales.shape[1], -1)
             found[name] = replace(codes, values=blocks)
     return found

@@ -94,6 +94,8 @@ def compare_decoder(session: Session, reference: Reference, default: Cache | Non
         return
     if KEEP in session.optional:
         yield _last_positions(session, reference, ids[:1])
+    if contract.embedder:
+        yield from _images_among_tokens(session, reference, ids)
     for side in sides(contract):
         real = real_tokens(lengths, ids.shape[1], side)
         yield from _generated(session, reference, ids, real, steps, None, side)
@@ -180,6 +182,21 @@ def _last_positions(session: Session, reference: Reference, ids: Ids) -> LogitDi
     outputs = session.run({**feed, KEEP: np.array(kept)})
     expected = forward(reference, torch.from_numpy(ids)).logits.numpy()[:, -kept:]
     return measured(f"logits of the last {kept} positions", outputs["logits"], expected)
+
+
+def _images_among_tokens(session: Session, reference: Reference, ids: Ids) -> Iterator[LogitDifference]:
+    """Compare a prefill with images among its tokens, where their places, or what they see, are told apart from a text's."""
+    feed = {"input_ids": ids, "attention_mask": np.ones(ids.shape, np.int64), **session.past(len(ids))}
+    if session.on_grid:
+        places = np.random.default_rng(_SEED).integers(0, min(64, session.contract.max_length), (3, *ids.shape))
+        outputs = session.run({**feed, "position_ids": places})
+        expected = forward(reference, torch.from_numpy(ids), grid=torch.from_numpy(places)).logits.numpy()
+        yield measured(f"prefill of {len(ids)} rows on a grid", outputs["logits"], expected)
+    if "token_type_ids" in session.inputs:
+        images = (np.arange(ids.shape[1])[None] + np.arange(len(ids))[:, None]) % 5 > 1
+        outputs = session.run({**feed, "token_type_ids": images.astype(np.int64)})
+        expected = forward(reference, torch.from_numpy(ids), images=torch.from_numpy(images)).logits.numpy()
+        yield measured(f"prefill of {len(ids)} rows with images", outputs["logits"], expected)
 
 
 def _step(session: Session, ids: Ids, mask: Ids, past: Arrays) -> Arrays:

@@ -252,6 +252,8 @@ class Session:
         self._embedder = Session(own) if own is not None else None
         ports = self._session.get_inputs()
         self.inputs = {port.name for port in ports}
+        self.on_grid = any(port.name == "position_ids" and len(port.shape) == 3 for port in ports)
+        """Whether positions are places in time, height and width ``(3, B, S)``."""
         self.optional = {port.name for port in self._session.get_overridable_initializers()}
         factors = {name for slot in self.contract.slots for name in (slot.A, slot.B)}
         empty = ([size if isinstance(size, int) else 0 for size in port.shape] for port in ports)
@@ -271,8 +273,11 @@ class Session:
         Raises:
             ProofError: onnxruntime fails.
         """
-        if "position_ids" in self.inputs:
-            feed = {**feed, "position_ids": self._positions(feed)}
+        if "position_ids" in self.inputs and "position_ids" not in feed:
+            positions = self._positions(feed)
+            feed = {**feed, "position_ids": np.stack([positions] * 3) if self.on_grid else positions}
+        if "token_type_ids" in self.inputs and "token_type_ids" not in feed and self._embedder is not None:
+            feed = {**feed, "token_type_ids": np.zeros_like(feed["input_ids"])}
         if self._embedder is not None:
             ids = {"input_ids": feed["input_ids"]}
             feed = {name: value for name, value in feed.items() if name not in ids} | self._embedder.run(ids)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.verbs.export_onnx import export_onnx
@@ -18,9 +21,9 @@ IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
 TOLERANCE = 1e-4
 
 
-def _logits(folder, embeds):
+def _logits(folder, embeds, **more):
     session, contract = open_session(folder / "model.onnx")
-    feed = {"inputs_embeds": embeds, "attention_mask": np.ones(embeds.shape[:2], np.int64)}
+    feed = {"inputs_embeds": embeds, "attention_mask": np.ones(embeds.shape[:2], np.int64), **more}
     empty = np.zeros((len(embeds), contract.kv_heads, 0, contract.head_dim), np.float32)
     feed |= {one.name: empty for one in session.get_inputs() if one.name.startswith("past_key_values.")}
     feed |= {
@@ -63,8 +66,7 @@ def test_lora_in_slots_reaches_embeddings_too(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words", "options"),
     [
-        ("gemma3_images", "both directions", {}),
-        ("qwen2_5_vl", "height and width", {}),
+        ("qwen3_vl", "first layers", {}),
         ("bert_sentence", "only decoders", {}),
         ("llava", "layout", {"layout": "optimum"}),
         ("llama", "soft prompt", {"bake_prompt": [3, 4]}),
@@ -83,3 +85,61 @@ def test_running_such_a_graph_on_tokens_is_refused(tmp_path):
     export_onnx(base, output=tmp_path / "out", inputs_embeds=True)
     with pytest.raises(FitError, match=r"embed_tokens\.onnx"):
         surgery.run(tmp_path / "out", [[3, 4, 5]], device="cpu", max_new=2)
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_images_on_a_grid_turn_keys_by_time_height_and_width(name, target, tmp_path):
+    base = recipes.build(name, tmp_path / "base")
+    model = recipes.load(name, base)
+    export_onnx(base, output=tmp_path / "out", target=target, inputs_embeds=True)
+    draw = np.random.default_rng(4)
+    embeds = draw.standard_normal((1, 9, 32)).astype(np.float32)
+    places = np.stack(
+        [np.array([[0, 1, 2, 2, 2, 2, 4, 5, 6]]), draw.integers(0, 9, (1, 9)), draw.integers(0, 9, (1, 9))]
+    )
+    with torch.no_grad():
+        states = model.model.language_model(inputs_embeds=torch.tensor(embeds), position_ids=torch.tensor(places))
+        expected = model.lm_head(states.last_hidden_state).numpy()
+        flat = model.model.language_model(inputs_embeds=torch.tensor(embeds)).last_hidden_state
+    assert np.abs(model.lm_head(flat).detach().numpy() - expected).max() > 0.01
+    assert np.abs(_logits(tmp_path / "out", embeds, position_ids=places) - expected).max() <= TOLERANCE
+    compared = surgery.verify(tmp_path / "out", against=base)
+    assert compared.difference <= TOLERANCE
+    assert any("on a grid" in check.name for check in compared.checks)
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+def test_tokens_of_one_image_see_each_other(target, tmp_path):
+    base = recipes.build("gemma3_images", tmp_path / "base")
+    model = recipes.load("gemma3_images", base)
+    export_onnx(base, output=tmp_path / "out", target=target, inputs_embeds=True)
+    embeds = np.random.default_rng(4).standard_normal((2, 16, 32)).astype(np.float32)
+    types = np.array(
+        [[0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1]]
+    )
+    with torch.no_grad():
+        given = torch.from_numpy(embeds)
+        expected = model(inputs_embeds=given, token_type_ids=torch.from_numpy(types)).logits.numpy()
+        causal = model(inputs_embeds=given).logits.numpy()
+    assert np.abs(causal - expected).max() > 0.01
+    assert np.abs(_logits(tmp_path / "out", embeds, token_type_ids=types) - expected).max() <= TOLERANCE
+    assert np.abs(_logits(tmp_path / "out", embeds, token_type_ids=0 * types) - causal).max() <= TOLERANCE
+    compared = surgery.verify(tmp_path / "out", against=base)
+    assert compared.difference <= TOLERANCE
+    assert any("with images" in check.name for check in compared.checks)
+
+
+def test_the_language_model_alone_has_the_logits_of_the_whole(tmp_path):
+    base, bare = recipes.build("qwen2_vl", tmp_path / "base"), tmp_path / "bare"
+    bare.mkdir()
+    config = json.loads((base / "config.json").read_text())["text_config"]
+    (bare / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    tensors = load_file(base / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "visual" not in name}
+    save_file({name.replace("language_model.", ""): value for name, value in kept.items()}, bare / "model.safetensors")
+    export_onnx(bare, output=tmp_path / "out", inputs_embeds=True)
+    embeds = open_session(tmp_path / "out" / "embed_tokens.onnx")[0].run(None, {"input_ids": IDS})[0]
+    places = np.tile(np.arange(IDS.size), (3, 1, 1))
+    expected = trained.logits(recipes.load("qwen2_vl", base), IDS)
+    assert np.abs(_logits(tmp_path / "out", embeds, position_ids=places) - expected).max() <= TOLERANCE

@@ -240,6 +240,17 @@ def _of_what_codes_stand_for(name, base, out, folder):
     return recipes.load(name, folder)
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
+def test_experts_of_fp8(name, tmp_path):
+    base, out = recipes.build(name, tmp_path / "base", hidden_size=64, **CODED[name]), tmp_path / "out"
+    export_onnx(base, output=out, weights_type="fp8", head="keep")
+    expected = trained.logits(_of_what_codes_stand_for(name, base, out, tmp_path / "values"), IDS)
+    plain = Plain(out / "model.onnx")
+    found = plain.session.run(["logits"], {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past})[0]
+    assert np.abs(found - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
+    verify(out, against=base)
+
+
 @pytest.mark.parametrize("target", ["cpu", "portable"])
 @pytest.mark.parametrize("name", CODED)
 def test_codes_of_experts(name, target, tmp_path):

@@ -68,6 +68,15 @@ def test_a_decoder_of_codes_is_the_model_of_what_they_stand_for(name, kind, tmp_
     surgery.verify(out, against=base)
 
 
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_a_factor_of_the_tables_own_type_is_known_where_the_table_is_codes(kind, tmp_path):
+    base = recipes.build(
+        "gemma2", tmp_path / "base", hidden_size=96, dtype=torch.bfloat16
+    )  # the root of 96 is no bfloat16
+    export_onnx(base, output=tmp_path / "out", weights_type=kind)
+    assert surgery.verify(tmp_path / "out", against=base).difference < TOLERANCE
+
+
 @pytest.mark.parametrize("target", ["cuda", "cpu", "portable"])
 def test_every_target_has_codes_and_greedy_tokens_are_those_of_the_values(target, tmp_path):
     base = recipes.build("qwen3", tmp_path / "base", hidden_size=64)

@@ -24,6 +24,7 @@ __all__ = [
     "MIXTURE",
     "MODERN",
     "MPNET",
+    "MROPE",
     "OPT",
     "T5",
     "VOCAB",
@@ -138,6 +139,9 @@ LFM2 = {**GQA, "block_multiple_of": 8, "tie_word_embeddings": True}
 def rope(kind: str, **values: Any) -> dict[str, Any]:
     """The field of a rotary embedding of this `rope_type`."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 500.0, **values}}
+
+
+MROPE = rope("default", mrope_section=[1, 1, 2])
 
 
 def case_of(name: str, fields: Mapping[str, Any], ending: str = "ForCausalLM", **more: Any) -> Case:

@@ -17,10 +17,12 @@ from tests.oracles.recipes_fields import (
     MIXTURE,
     MODERN,
     MPNET,
+    MROPE,
     OPT,
     YARN,
     Case,
     case_of,
+    rope,
 )
 
 __all__ = ["HEADS"]
@@ -33,6 +35,17 @@ HEADS: dict[str, Case] = {
     "llama_tokens": case_of("Llama", {**GQA, **_CLASSIFIED}, "ForTokenClassification"),
     "llama_spans": case_of("Llama", GQA, "ForQuestionAnswering"),
     "llama_bare": case_of("Llama", GQA, "Model"),
+    "qwen2_vl_language": Case("Qwen2VLTextModel", "Qwen2VLTextConfig", {**GQA, **MROPE}),
+    "qwen2_5_vl_language": Case("Qwen2_5_VLTextModel", "Qwen2_5_VLTextConfig", {**GQA, **MROPE}),
+    "qwen3_vl_language": Case(
+        "Qwen3VLTextModel",
+        "Qwen3VLTextConfig",
+        {
+            **GQA,
+            "head_dim": 16,
+            **rope("default", mrope_section=[3, 3, 2], mrope_interleaved=True),
+        },
+    ),
     "qwen3_classifier": case_of("Qwen3", {**GQA, **_CLASSIFIED, "head_dim": 16}, "ForSequenceClassification"),
     "qwen3_spans": case_of("Qwen3", {**GQA, "head_dim": 16}, "ForQuestionAnswering"),
     "mistral_classifier": case_of(

@@ -83,8 +83,9 @@ __all__ = ["command"]
 )
 @option.choice(
     "--weights-type",
-    values=("stored", "int4", "int8", "mixed"),
-    help="int4, int8: codes in blocks, for MatMulNBits; mixed: of both, within --budget; stored: as BASE has them.",
+    values=("stored", "int4", "int8", "fp8", "mixed"),
+    help="int4, int8: codes in blocks, for MatMulNBits; mixed: of both, within --budget; fp8: small files that become numbers "
+    "at load; stored: as BASE has them.",
 )
 @click.option(
     "--block", type=option.count(), default=32, show_default=True, help="Of codes: inputs that share a scale."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.feedback import ErrorFeedback, round_columns
-from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
+from surgery_formats.storage.base import PartBytes, StoredPart
 from surgery_formats.storage.block_format import BlockFormat
 from surgery_formats.storage.block_grids import block_grid
 from surgery_formats.storage.grouped_grid import GroupedGrid
@@ -24,11 +24,9 @@ from surgery_formats.storage.packing import pack
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
-    from typing import TypeGuard
-
     from surgery_formats.storage.quantised import Quantised
 
-__all__ = ["NBits", "is_nbits"]
+__all__ = ["NBits", "across"]
 
 T = TypeVar("T")
 
@@ -109,25 +107,16 @@ class NBits:
     def put(self, start: int, block: Array, rounded: Array) -> tuple[PartBytes, ...]:
         """See `Encoding.put`."""
         values = cast(to_cpu(block), DType.F32)
-        values = self._across(values) if self.turned else values
+        values = across(values, self.group) if self.turned else values
         if self.exact is not None:
             codes, numbers, grid = self._own(self.exact, start, len(block), values)
         else:
             codes, numbers, grid = self._coded(values)
-        rounded[...] = self._across(numbers, back=True) if self.turned else numbers
+        rounded[...] = across(numbers, self.shape[1]) if self.turned else numbers
         if start + len(block) >= self.shape[0]:
             self._feedback.release()
             self._weights.release()
         return self._packed(start, codes, grid)
-
-    def _across(self, values: Array, *, back: bool = False) -> Array:
-        """Every matrix of whole ones with its axes exchanged."""
-        import numpy as np
-
-        width, height = self.shape[1], self.group
-        rows, columns = (width, height) if back else (height, width)
-        found: Array = np.ascontiguousarray(values.reshape(-1, rows, columns).mT).reshape(-1, rows)
-        return found
 
     def _own(self, source: Quantised, start: int, count: int, values: Array) -> tuple[Array, Array, GroupedGrid]:
         """The weight's own codes; of outputs that these cannot hold (a scale too small for the type) the nearest."""
@@ -171,9 +160,12 @@ class NBits:
         )
 
 
-def is_nbits(encoding: Encoding) -> TypeGuard[NBits]:
-    """Whether a weight becomes codes of a graph, on a grid of its own."""
-    return isinstance(encoding, NBits)
+def across(values: Array, rows: int) -> Array:
+    """Every matrix of `rows` rows, one under the other, with its axes exchanged."""
+    import numpy as np
+
+    found: Array = np.ascontiguousarray(values.reshape(-1, rows, values.shape[1]).mT).reshape(-1, rows)
+    return found
 
 
 def _row_bytes(codes: Array, bits: int) -> Array:

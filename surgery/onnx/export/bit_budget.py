@@ -100,7 +100,7 @@ def _measured(candidate: BudgetedWeight, coding: WeightCoding, io: DType) -> lis
     whole = _size(values, moment)
     found = []
     for bits in _BITS:
-        form = coding.form(bits, io)
+        form = coding.form(f"int{bits}", io)
         rounded = _rounded(values, form)
         found.append((bits, form.nbytes(outputs, inputs), _size(rounded - values, moment) / max(whole, 1e-30)))
     return [*found, (_SHORT, outputs * inputs * source.dtype.bits // 8, 0.0)]

@@ -31,6 +31,7 @@ from surgery_formats.models.families.parameters import model_of, parameters
 from surgery_formats.models.families.recipe import Model, Projection
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.block_format import BlockFormat
+from surgery_formats.storage.float8_codes import Float8Codes, fitting_block, is_of_graphs
 from surgery_formats.storage.nbits import NBits
 from surgery_formats.storage.own_codes import fitting_format
 from surgery_formats.storage.plain import Elements
@@ -131,7 +132,7 @@ class _Draft:
         step = self.codes[0].step
         assert isinstance(step, Compute)
         target = step.target
-        assert isinstance(target, NBits)
+        assert is_of_graphs(target)
         assert self.form is not None
         parts = [placed[part.name] for part in self.codes]
         found = tuple(UnwrittenTensor(t.name, t.dtype, t.shape, file, t.offset, t.nbytes) for t in parts)
@@ -151,14 +152,14 @@ def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCodi
         if coding.matmul:
             yield _turned_draft(name, recipe, tensors, uses, io)
             continue
-        bits, rows, kept = _asked(recipe, uses, coding)
-        if not bits:
+        kind, rows, kept = _asked(recipe, uses, coding)
+        if not kind:
             yield _Draft(name, kept=tuple(tensors))
             continue
-        form = coding.form(bits, io)
+        form = coding.form(kind, io)
         projection = uses.linear.get(recipe)
         step, form = _coded_step(tensors[0].step, name, component, coding, form, projection, io is DType.F32)
-        if rows and step.target.shape[1] % form.block:
+        if rows and not form.floats and step.target.shape[1] % form.block:
             if coding.embeddings not in ("auto", "keep"):
                 raise FitError(
                     f"its rows of {step.target.shape[1]} values are no whole blocks of {form.block}", tensor=name
@@ -234,21 +235,21 @@ def _within_budget(
     return replace(coding, chosen=allocated(choices_of(candidates, coding, io), coding.budget, fixed))
 
 
-def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[int, bool, bool]:
-    """Bits of a weight, whether its rows are looked up as codes, and whether it is kept as well or alone."""
+def _asked(name: str, uses: WeightUses, coding: WeightCoding) -> tuple[str, bool, bool]:
+    """The type of a weight, or nothing, whether its rows are looked up as codes, and whether it is kept as well or alone."""
     if name == uses.table:
-        table = coding.table_bits(uses)
-        head = coding.head_bits(uses) if uses.tied else 0
+        table = coding.table_kind(uses)
+        head = coding.head_kind(uses) if uses.tied else ""
         if uses.tied and table and table != head:
             raise FitError(
                 "the token table is the head, and has one type",
                 tensor=name,
                 hint="the same for `embeddings=` and `head=`, or keep one of them",
             )
-        return max(table, head), table > 0, not table
+        return table or head, bool(table), not table
     if name == uses.head:
-        return coding.head_bits(uses), False, False
-    return (coding.bits_of(name) if name in uses.linear else 0), False, False
+        return coding.head_kind(uses), False, False
+    return (coding.kind_of(name) if name in uses.linear else ""), False, False
 
 
 def _coded_step(
@@ -268,10 +269,16 @@ def _coded_step(
     stored = component.parameters[name].storage if name in component.parameters else None
     if not operations and stored is not None and is_quantised(stored):
         turned = by_input != stored.transposed
-        own = fitting_format(stored, form, turned=turned, wide=wide)
+        if form.floats and (block := fitting_block(stored, turned=turned)) is not None:
+            form = replace(form, block=block)
+            return Compute(stored, (), Float8Codes(stored.shape, form, turned, exact=stored, count=count)), form
+        own = None if form.floats else fitting_format(stored, form, turned=turned, wide=wide)
         if own is not None:
             return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored, count=count)), own
-    target = NBits(source.shape, form, by_input != source.transposed, count=count)
+    turned = by_input != source.transposed
+    if form.floats:
+        return Compute(source, operations, Float8Codes(source.shape, form, turned, count=count)), form
+    target = NBits(source.shape, form, turned, count=count)
     if count > 1:
         return Compute(source, operations, target), form  # experts hear other inputs each, and no calibration has them
     drafted = Compute(source, operations, target)
@@ -285,9 +292,8 @@ def _coded_step(
 
 def _tensors(name: str, component: Component, step: Compute, outcome: TensorOutcome) -> tuple[PlannedTensor, ...]:
     target = step.target
-    assert isinstance(target, NBits)
-    form = target.form
-    said = f"{form.bits} bits, blocks of {form.block}"
+    assert is_of_graphs(target)
+    said = target.form.said
     said += OWN if target.exact is not None else ""
     become: TensorOutcome = outcome if step.operations or outcome in ("added", "replaced") else "quantised"
     return tuple(
@@ -335,7 +341,7 @@ def _rounded_again(drafts: Mapping[str, _Draft], component: Component) -> tuple[
         step = draft.codes[0].step if draft.codes else None
         if parameter is None or not is_quantised(parameter.storage) or not isinstance(step, Compute):
             continue
-        if not step.operations and isinstance(step.target, NBits) and step.target.exact is None:
+        if not step.operations and is_of_graphs(step.target) and step.target.exact is None:
             kinds[parameter.storage.kind] = kinds.get(parameter.storage.kind, 0) + 1
     return tuple(
         f"{counted(number)} weights of {kind} are rounded a second time: their numbers are on no grid of these codes"

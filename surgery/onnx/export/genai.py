@@ -105,6 +105,7 @@ def _session(contract: Contract) -> dict[str, Any]:
     cuda = [{"cuda": {"enable_cuda_graph": "0"}}] if contract.target == "cuda" else []
     # Codes are slow unless they are repacked.
     mapped = {} if contract.quantised else {"session.disable_prepacking": "1"}
+    mapped |= {"session.disable_quant_qdq": "1"} if contract.has_float_codes else {}
     return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
 
 

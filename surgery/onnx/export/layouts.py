@@ -204,12 +204,14 @@ def arrange(layout: Layout, mode: Mode, draft: GraphSet, graph_type: str) -> Arr
         graph_type: Type of weights that names the graph: ``fp32``, ``fp16``, ``int8``, ``int4``.
 
     Raises:
-        FitError: the layout's names are not those of the base's folder.
+        FitError: the layout's names are not those of the base's folder, or it has none for this type.
     """
     if mode == "reference":
         if layout.below:
             raise FitError(f"the layout of {layout.name} needs a folder of its own", hint="write to another folder")
         return Arrangement(layout)
+    if layout.by_type and graph_type not in _SUFFIXES:
+        raise FitError(f"{layout.name} has no name for a graph of {graph_type}", hint='`weights_type="int8"`')
     files = () if mode == "embed" else draft.files
     sources = [file.path.name for file in files if isinstance(file, File)]
     computed = [file.path.name for file in files if not isinstance(file, File)]

@@ -138,10 +138,10 @@ def _codes(contract: Contract, ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
     """How many weights became codes of how many bits, and what that lost."""
     if not (coded := ledger.coded):
         return
-    bits = Counter[int]()
+    kinds = Counter[str]()
     for entry in contract.quantised:
-        bits[entry["bits"]] += len(entry["weights"])
-    counted = ", ".join(f"{number} of {size} bits" for size, number in sorted(bits.items()))
+        kinds["fp8" if "type" in entry else f"{entry['bits']} bits"] += len(entry["weights"])
+    counted = ", ".join(f"{number} of {kind}" for kind, number in sorted(kinds.items()))
     total = sum((found for _, found in coded), CodeError(0.0, 0.0, 0.0))
     tensor, worst = max(coded, key=lambda one: one[1].relative)
     most = f"at most {worst.relative:.4f} ({show(tensor.label.removesuffix('.codes'), 100)})"

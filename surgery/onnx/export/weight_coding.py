@@ -13,7 +13,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import projections
 from surgery_formats.models.families.recipe import LanguageHead, Model, Projection
-from surgery_formats.storage.block_format import BITS, BlockFormat
+from surgery_formats.storage.block_format import BITS, FLOAT8, BlockFormat
 from surgery_formats.text import closest
 
 __all__ = ["WeightCoding", "WeightUses", "uses_of"]
@@ -59,6 +59,7 @@ class WeightCoding:
 
     Attributes:
         bits: Of the layers' weights; with a `budget` the fewest.
+        floats: Whether these are numbers of 8 bits instead of integers, which have a scale for each output.
         block: Inputs that share a scale.
         symmetric: Whether the zero point is the middle code.
         scales: ``minmax`` or ``search``.
@@ -82,32 +83,37 @@ class WeightCoding:
     budget: int | None = None
     matmul: bool = False
     chosen: Mapping[str, int] = field(default_factory=dict)
+    floats: bool = False
 
-    def form(self, bits: int, io: DType) -> BlockFormat:
-        """How a weight is stored in a graph of a type: scales have 16 bits, which a graph of 32 converts at load."""
+    def form(self, kind: str, io: DType) -> BlockFormat:
+        """How a weight is stored in a graph of a type: integers' scales have 16 bits, which a graph of 32 converts at load."""
+        if kind == FLOAT8:
+            return BlockFormat(8, 0, scale_type=DType.F32, floats=True)
         scale_type = io if io in (DType.F16, DType.BF16) else DType.F16
-        return BlockFormat(bits, self.block, self.symmetric, self.scales == "search", scale_type)
+        return BlockFormat(BITS[kind], self.block, self.symmetric, self.scales == "search", scale_type)
 
-    def bits_of(self, name: str) -> int:
-        """Bits of a linear map that nothing else is said of; 0 keeps it."""
-        return self.chosen.get(name, self.bits)
+    def kind_of(self, name: str) -> str:
+        """The type of a linear map that nothing else is said of; empty keeps it."""
+        bits = self.chosen.get(name, self.bits)
+        return FLOAT8 if self.floats else f"int{bits}" if bits else ""
 
-    def head_bits(self, uses: WeightUses) -> int:
-        """Bits of the projection onto the vocabulary; 0 keeps it."""
-        return self.bits_of(uses.head) if self.head == "auto" else BITS.get(self.head, 0)
+    def head_kind(self, uses: WeightUses) -> str:
+        """The type of the projection onto the vocabulary; empty keeps it."""
+        return self.kind_of(uses.head) if self.head == "auto" else self.head if self.head in BITS else ""
 
-    def table_bits(self, uses: WeightUses) -> int:
-        """Bits of the token table; 0 keeps it. By default it is the tied head's own, or kept."""
+    def table_kind(self, uses: WeightUses) -> str:
+        """The type of the token table; empty keeps it. By default it is the tied head's own, or kept."""
         if self.embeddings != "auto":
-            return BITS.get(self.embeddings, 0)
-        return self.head_bits(uses) if uses.tied else 0
+            return self.embeddings if self.embeddings in BITS else ""
+        return self.head_kind(uses) if uses.tied else ""
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the manifest."""
         if self.matmul:
             return {"linear": "matmul"}
-        named = ("bits", "block", "symmetric", "scales", "rounding", "embeddings", "head", "budget")
+        named: tuple[str, ...] = ("bits", "block", "symmetric", "scales", "rounding", "embeddings", "head", "budget")
+        named = ("floats", "embeddings", "head") if self.floats else named
         facts = {name: getattr(self, name) for name in named if getattr(self, name) is not None}
         return facts | ({"calibration": self.calibration.id} if self.calibration is not None else {})
 

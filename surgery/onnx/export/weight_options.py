@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from surgery_formats.errors import FitError, UsageError
-from surgery_formats.storage.block_format import BITS
+from surgery_formats.storage.block_format import BITS, FLOAT8
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class WeightOptions:
 
         if self.linear == "matmul":
             return WeightCoding(0, matmul=True)
+        if self.weights_type == FLOAT8:
+            return WeightCoding(8, rounding="nearest", embeddings=self.embeddings, head=self.head, floats=True)
         from surgery.engine.calibration_file import open_calibration
 
         opened = None if self.calibration is None else open_calibration(self.calibration)
@@ -66,7 +68,7 @@ class WeightOptions:
 
     def _check(self) -> None:
         for name, value, known in (
-            ("weights_type", self.weights_type, ("stored", *BITS, "mixed")),
+            ("weights_type", self.weights_type, ("stored", *BITS, FLOAT8, "mixed")),
             ("scales", self.scales, ("minmax", "search")),
             ("rounding", self.rounding or "feedback", ("feedback", "nearest")),
             ("embeddings", self.embeddings, _TABLES),
@@ -89,6 +91,14 @@ class WeightOptions:
             raise UsageError(
                 "codes have a product of their own, and MatMul none", hint="leave `linear=` or `weights_type=` away"
             )
+        whole = [name for name in about if name not in ("embeddings", "head", "budget")]
+        if self.weights_type == FLOAT8 and whole and whole != ["rounding"]:
+            raise UsageError(
+                f"{_SPOKEN.get(whole[0], whole[0])} is about integers: fp8 has a scale for each output, and rounds to nearest",
+                hint='for integers `weights_type="int8"`',
+            )
+        if self.weights_type == FLOAT8 and self.rounding == "feedback":
+            raise UsageError("fp8 rounds to nearest", hint='`rounding="nearest"`, or `weights_type="int8"`')
         if self.weights_type != "stored" and (self.budget is None) == (self.weights_type == "mixed"):
             raise UsageError(
                 "mixed types have a budget, and nothing else has one",

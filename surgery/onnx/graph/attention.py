@@ -245,11 +245,14 @@ def rotated(
     assert record.rope is not None
     rows = frame.table(record.rope)
     q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
-    positions = frame.shifted_positions(rows)
+    on_grid = isinstance(frame, Frame) and ctx.images == "grid" and bool(record.rope.axes)
     partial: dict[str, Any] = {} if record.rope.dims == record.head_dim else {"rotary_embedding_dim": record.rope.dims}
     if record.rope.interleaved:
         partial["interleaved"] = 1
-    inputs = [rows.cos, rows.sin, positions]
+    if on_grid and isinstance(frame, Frame):
+        inputs = [*frame.grid_angles(record.rope)]
+    else:
+        inputs = [rows.cos, rows.sin, frame.shifted_positions(rows)]
     q = ctx.graph.node("RotaryEmbedding", [q, *inputs], at, num_heads=record.heads, **partial)
     k = ctx.graph.node("RotaryEmbedding", [k, *inputs], at, num_heads=record.kv_heads, **partial)
     if record.norm_after_rope:

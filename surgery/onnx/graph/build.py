@@ -129,7 +129,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     )
     if options.virtual.front:
         model = front_model(model)
-    if not model.generates or not all(takes_grouped(layer.attention) for layer in model.layers):
+    blocks = options.inputs_embeds and model.images == "blocks"
+    if blocks or not model.generates or not all(takes_grouped(layer.attention) for layer in model.layers):
         options = replace(options, target=standard(options.target))
     length = _length(model, options)
     if model.encoder is not None:
@@ -234,6 +235,7 @@ def _new_context(component: Component, model: Model, options: GraphOptions) -> C
         virtual=options.virtual,
         batch=_batch(model),
         position_ids=options.position_ids,
+        images=model.images if options.inputs_embeds else "row",
         keep_logits=options.keep_logits and model.generates and model.encoder is None,
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of a graph that are codes in blocks: MatMulNBits and GatherBlockQuantized over byte ranges of a file."""
+"""Weights of a graph that are codes: MatMulNBits, GatherBlockQuantized and DequantizeLinear over byte ranges of a file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from surgery.onnx.graph.contract import FLOAT_CODES
 from surgery.onnx.graph.graph import MICROSOFT, ONNX_TYPES, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.unwritten import UnwrittenTensor
@@ -14,7 +15,7 @@ from surgery_formats.tensors.unwritten import UnwrittenTensor
 if TYPE_CHECKING:
     from surgery_formats.storage.block_format import BlockFormat
 
-__all__ = ["GraphCodes", "by_format", "coded_product", "coded_rows", "together"]
+__all__ = ["GraphCodes", "by_format", "coded_product", "coded_rows", "float_values", "together"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,20 +81,36 @@ def coded_product(graph: Graph, tensor: GraphCodes, x: str, io: DType, at: str) 
 def coded_rows(graph: Graph, tensor: GraphCodes, ids: str, io: DType, at: str) -> str:
     """Rows of a table; a head that is tied to it reads the same bytes."""
     form = tensor.form
+    if form.floats:
+        return graph.node("Gather", [float_values(graph, tensor, io, at), ids], at, axis=0)
     codes, scales, *zeros = _values(graph, tensor, io, at, flat=True)
     how: dict[str, Any] = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
     return graph.node("GatherBlockQuantized", [codes, ids, scales, *zeros], at, domain=MICROSOFT, **how)
 
 
+def float_values(graph: Graph, tensor: GraphCodes, io: DType, at: str) -> str:
+    """A weight of fp8 as a value ``(out, in)`` of the graph's type: any product takes it."""
+    if graph.is_initializer(f"{tensor.name}.codes"):
+        return tensor.name
+    codes, scales = tensor.parts
+    for ending, part in (("codes", codes), ("scales", scales)):
+        graph.external(f"{tensor.name}.{ending}", part.dtype, part.offset, part.path.name, part.shape, part.nbytes)
+    how: dict[str, Any] = {"axis": 1, "block_size": tensor.form.block} if tensor.form.block else {"axis": 0}
+    wide = tensor.name if io is DType.F32 else f"{tensor.name}.f32"
+    graph.node("DequantizeLinear", [f"{tensor.name}.codes", f"{tensor.name}.scales"], at, out=wide, **how)
+    return wide if io is DType.F32 else graph.node("Cast", [wide], at, out=tensor.name, to=ONNX_TYPES[io])
+
+
 def by_format(tensors: Iterable[GraphCodes]) -> tuple[dict[str, Any], ...]:
     """Weights by how they are stored, for the contract."""
-    forms: dict[tuple[int, int, bool], list[str]] = {}
+    forms: dict[tuple[int, int, bool, bool], list[str]] = {}
     for tensor in tensors:
         form = tensor.form
-        forms.setdefault((form.bits, form.block, form.symmetric), []).append(tensor.name)
+        forms.setdefault((form.bits, form.block, form.symmetric, form.floats), []).append(tensor.name)
     return tuple(
         {"bits": bits, "block": block, "symmetric": symmetric, "weights": names}
-        for (bits, block, symmetric), names in forms.items()
+        | ({"type": FLOAT_CODES} if floats else {})
+        for (bits, block, symmetric, floats), names in forms.items()
     )
 
 

@@ -65,6 +65,7 @@ class Context:
         choices: Whether inputs are the choices of questions, ``(B, C, S)``, which are rows inside the graph.
         batch: Size of the inputs' first axis: a name, or 1.
         position_ids: Whether positions are an input of the graph.
+        images: How images stand among embeddings, see `Model`; ``row`` where there are tokens alone.
         keep_logits: Whether the number of positions whose logits are computed is an input.
         sequence: Number of tokens, or the name of the axis.
         in_front: Number of tokens in front of those of an image's patches.
@@ -84,6 +85,7 @@ class Context:
     slots: list[Slot] = field(default_factory=list)
     real: Callable[[], str] = str
     position_ids: bool = False
+    images: str = "row"
     keep_logits: bool = False
     sequence: int | str = SEQUENCE
     in_front: int = 0

@@ -24,13 +24,26 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
-__all__ = ["KEEP", "PAD_SWITCH", "TEXT", "Contract", "Slot", "WeightFile", "check_weight_files", "from_metadata"]
+__all__ = [
+    "FLOAT_CODES",
+    "KEEP",
+    "PAD_SWITCH",
+    "TEXT",
+    "Contract",
+    "Slot",
+    "WeightFile",
+    "check_weight_files",
+    "from_metadata",
+]
 
 TEXT = "TEXT"
 """Kind of a prompt given as text: the input continues it and gets no beginning-of-sequence token."""
 
 PAD_SWITCH = "pad_attention_mask"
 """Optional input of graphs with a default past; an empty vector means that the mask already counts virtual tokens."""
+
+FLOAT_CODES = "float8_e4m3fn"
+"""Type of codes that are no integers."""
 
 KEEP = "num_logits_to_keep"
 """Optional input of decoders: of how many last positions logits are computed; 0 for all. transformers.js's name for it."""
@@ -149,7 +162,7 @@ class Contract:
         inserted: Modules that adapters insert, see `surgery_formats.models.families.inserted.as_fields`; those whose rank is 0
             are optional inputs among the replaceable ones.
         quantised: Weights that are codes in blocks, by how they are stored: ``{"bits", "block", "symmetric", "weights"}``, under
-            their stored names.
+            their stored names; ``type`` where codes are no integers, whose block may be 0: all inputs.
         weights: Files that hold the initializers.
         base: Content id of the base.
         adapters: The adapters merged, swapped or prefixed: ``{"name", "mode", "kind", "id"}`` and, depending on the
@@ -191,6 +204,11 @@ class Contract:
     convolutions: tuple[int, ...] = ()
     state: tuple[int, ...] = ()
     embedder: str = ""
+
+    @property
+    def has_float_codes(self) -> bool:
+        """Whether weights are fp8, which a session should turn into numbers once, at load."""
+        return any("type" in entry for entry in self.quantised)
 
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
@@ -291,10 +309,18 @@ def _names_texts(adapter: Mapping[str, Any]) -> bool:
 
 
 def _is_quantised(entry: Any) -> bool:
-    if not isinstance(entry, Mapping) or set(entry) != {"bits", "block", "symmetric", "weights"}:
+    if not isinstance(entry, Mapping) or set(entry) - {"type"} != {"bits", "block", "symmetric", "weights"}:
         return False
     bits, block, symmetric, names = (entry[key] for key in ("bits", "block", "symmetric", "weights"))
-    known = bits in _CODE_BITS and type(block) is int and 0 < block < _LARGEST and type(symmetric) is bool
+    floats = entry.get("type") == FLOAT_CODES
+    if "type" in entry and not (floats and bits == 8 and symmetric is True):
+        return False
+    known = (
+        bits in _CODE_BITS
+        and type(block) is int
+        and (0 if floats else 1) <= block < _LARGEST
+        and type(symmetric) is bool
+    )
     return known and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 

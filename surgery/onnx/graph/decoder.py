@@ -28,9 +28,9 @@ __all__ = ["decoder", "embedded", "embedding_graph"]
 def decoder(ctx: Context, model: Model, max_length: int) -> None:
     """Build the graph, for at most `max_length` positions.
 
-    Inputs are ``input_ids (B, S)``, ``attention_mask (B, T)`` and past keys and values ``(B, kv_heads, T - S,
-    head_dim)``; outputs are ``logits (B, S, V)`` and the present ``(B, kv_heads, T, head_dim)``. A model that does not
-    generate has no cache: T is S.
+    Inputs are ``input_ids (B, S)``, or ``inputs_embeds (B, S, width)`` with what `Context.images` needs beside them,
+    ``attention_mask (B, T)`` and past keys and values ``(B, kv_heads, T - S, head_dim)``; outputs are ``logits (B, S, V)``
+    and the present ``(B, kv_heads, T, head_dim)``. A model that does not generate has no cache: T is S.
 
     Raises:
         FitError: a tensor is missing or misshapen.
@@ -46,7 +46,9 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
     if model.generates:
         own = "own_tokens" if ctx.virtual.past else TOTAL  # virtual tokens are counted by `completed_mask`
         mask = given = graph.input("attention_mask", DType.I64, (BATCH, own))
-        places = graph.input("position_ids", DType.I64, (BATCH, SEQUENCE)) if ctx.position_ids else ""
+        grid = ctx.images == "grid"
+        shape = (*((3,) if grid else ()), BATCH, SEQUENCE)
+        places = graph.input("position_ids", DType.I64, shape) if ctx.position_ids or grid else ""
         kept = [_cache(ctx, number, layer) for number, layer in enumerate(model.caching)]
         if ctx.virtual.past:
             mask = completed_mask(graph, ctx.ids, mask, kept[0].past_key)
@@ -57,6 +59,8 @@ def decoder(ctx: Context, model: Model, max_length: int) -> None:
             ctx.ids, mask = in_front(graph, ctx.ids, mask, model.vocabulary, ctx.virtual.front)
         given = mask
     frame = Frame(ctx, mask, max_length, given, places)
+    if ctx.images == "blocks" and ctx.virtual.embedded:
+        frame.types = graph.input("token_type_ids", DType.I64, (BATCH, SEQUENCE))
     ctx.real = lambda: frame.real
     x = embedded(ctx, model, lambda: frame.positions)
     bodies = [

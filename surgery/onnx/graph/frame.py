@@ -28,7 +28,8 @@ class Frame:
 
     Attributes:
         mask: Input of ones and zeros ``(B, T)``, int64.
-        places: Input of positions ``(B, S)``, or empty.
+        places: Input of positions ``(B, S)``, on a grid ``(3, B, S)``, or empty.
+        types: Input of ones for tokens of images ``(B, S)``, each image of which sees itself, or empty.
         keys_of: Keys and values of new tokens by number of the layer, for layers that take another's.
     """
 
@@ -39,6 +40,8 @@ class Frame:
         self.mask = mask
         self._own = own or mask
         self.places = places
+        self.types = ""
+        self._grids: list[tuple[Rope, tuple[str, str]]] = []
         self.keys_of: dict[int, tuple[str, str]] = {}
         self._is_guarded = False
         self._tables = RotaryTables(ctx.graph, max_length, ctx.io)
@@ -130,6 +133,21 @@ class Frame:
         shift = graph.node("Mul", [graph.cast(is_long, DType.I64, ""), graph.number(rows.rows, DType.I64)], "")
         return graph.node("Add", [self.positions, shift], "")
 
+    def grid_angles(self, rope: Rope) -> tuple[str, str]:
+        """Cosines and sines of every new token ``(B, S, dims / 2)``, each pair's by its place in time, height or width."""
+        for known, values in self._grids:
+            if known == rope:
+                return values
+        graph, rows = self._graph, self.table(rope)
+        chosen = np.equal.outer(np.arange(3), np.array(rope.axes))[:, None, None].astype(graph.numpy_type(self._ctx.io))
+        angles = []
+        for table in (rows.cos, rows.sin):
+            every = graph.node("Gather", [table, self.places], "", axis=0)
+            kept = graph.node("Mul", [every, graph.constant(chosen)], "")
+            angles.append(graph.node("ReduceSum", [kept, graph.ints(0)], "", keepdims=0))
+        self._grids.append((rope, (angles[0], angles[1])))
+        return angles[0], angles[1]
+
     def query_factor(self, scale: PositionScale) -> str:
         """Factor on the queries of every new token ``(B, S)``; layers with equal parameters share it."""
         if scale not in self._factors:
@@ -199,7 +217,7 @@ class Frame:
     def _allowed(self, window: int | None) -> str:
         graph = self._graph
         key, query = self._columns
-        conditions: list[str] = [self._causal]
+        conditions: list[str] = [self._causal if not self.types else self._causal_or_same_image]
         if window is not None:
             first = graph.node("Sub", [query, graph.number(window, DType.I64)], "")
             conditions.append(graph.node("Greater", [key, first], ""))
@@ -223,6 +241,24 @@ class Frame:
         key, query = self._columns
         is_token = graph.cast(graph.node("Unsqueeze", [self.mask, graph.ints(1)], ""), DType.BOOL, "")
         return graph.node("And", [graph.node("LessOrEqual", [key, query], ""), is_token], "")
+
+    @cached_property
+    def _causal_or_same_image(self) -> str:
+        """The same, or a token of the same image; images are runs of ones in `types`, and each is in one call."""
+        graph = self._graph
+        image = graph.node("Equal", [self.types, graph.number(1, DType.I64)], "")
+        number = graph.cast(image, DType.I64, "")
+        shift = graph.node("Pad", [number, graph.ints(1, -1), "", graph.ints(1)], "")  # the token before
+        begins = graph.node("Max", [graph.node("Sub", [number, shift], ""), graph.ints(0)], "")
+        group = graph.node("Mul", [graph.node("CumSum", [begins, graph.number(1, DType.I64)], ""), number], "")
+        past = graph.node("Sub", [graph.node("Shape", [self.mask], "", start=1, end=2), self._new_tokens], "")
+        pads = graph.node("Concat", [past, graph.ints(0)], "", axis=0)
+        keys = graph.node("Unsqueeze", [graph.node("Pad", [group, pads, "", graph.ints(1)], ""), graph.ints(1)], "")
+        queries = graph.node("Unsqueeze", [group, graph.ints(2)], "")
+        same = graph.node("Equal", [keys, queries], "")
+        same = graph.node("And", [same, graph.node("Greater", [queries, graph.ints(0)], "")], "")
+        is_token = graph.cast(graph.node("Unsqueeze", [self.mask, graph.ints(1)], ""), DType.BOOL, "")
+        return graph.node("Or", [self._causal, graph.node("And", [same, is_token], "")], "")
 
     @cached_property
     def _self_seen(self) -> str:

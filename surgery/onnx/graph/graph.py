@@ -24,7 +24,8 @@ MICROSOFT = "com.microsoft"
 END = 2**62
 """An end of Slice beyond any length."""
 ONNX_TYPES = {
-    DType.F32: 1, DType.U8: 2, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16
+    DType.F32: 1, DType.U8: 2, DType.I32: 6, DType.I64: 7, DType.BOOL: 9, DType.F16: 10, DType.F64: 11, DType.BF16: 16,
+    DType.F8_E4M3: 17,
 }  # fmt: skip
 """``TensorProto.DataType`` of stored types."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.onnx.graph.coded import GraphCodes, coded_product
+from surgery.onnx.graph.coded import GraphCodes, coded_product, float_values
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.graph import MICROSOFT
@@ -96,6 +96,8 @@ def _across(ctx: Context, projection: Projection) -> str:
 
 
 def _coded(ctx: Context, weight: GraphCodes, x: str, bias: str, at: str, alpha: float = 1.0) -> str:
+    if weight.form.floats:
+        return _multiply(ctx, x, float_values(ctx.graph, weight, ctx.io, at), bias, at, alpha=alpha)
     y = coded_product(ctx.graph, weight, x, ctx.io, at)
     y = ctx.graph.node("Add", [y, bias], at) if bias else y
     return ctx.graph.node("Mul", [y, ctx.graph.number(alpha, ctx.io)], at) if alpha != 1.0 else y

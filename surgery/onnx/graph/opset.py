@@ -25,6 +25,7 @@ NEWEST = 23
 """The first set with Attention and RMSNormalization; nothing that is written needs more."""
 
 _IR = {17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
+_FLOAT8 = 19  # the first set with such numbers, of which this package writes weights alone
 _TYPES = {DType.BF16: "tensor(bfloat16)", DType.F16: "tensor(float16)", DType.F32: "tensor(float)"}
 
 
@@ -47,7 +48,8 @@ def needs(node: onnx.NodeProto, io: DType = DType.F32) -> int:
     if node.domain not in ("", "ai.onnx"):
         return OLDEST
     attributes = frozenset(attribute.name for attribute in node.attribute)
-    return _needs(node.op_type, attributes, len(node.input), len(node.output), _TYPES.get(io, ""))
+    least = _FLOAT8 if node.op_type == "DequantizeLinear" else OLDEST
+    return max(least, _needs(node.op_type, attributes, len(node.input), len(node.output), _TYPES.get(io, "")))
 
 
 @lru_cache(maxsize=4096)

@@ -292,6 +292,9 @@ def _session(
     if contract is not None and contract.target == "cpu" and not contract.quantised:
         # Prepacking copies all weights into process memory and gains nothing for Gemm(transB): they stay mapped.
         options.add_session_config_entry("session.disable_prepacking", "1")
+    if contract is not None and contract.has_float_codes:
+        # Weights of fp8 become numbers once, at load, instead of in every run.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
     for key, value in session_config.items():

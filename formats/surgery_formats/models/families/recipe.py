@@ -167,6 +167,8 @@ class Model:
         encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
         convolution: Convolution behind the first layer (DeBERTa), or None.
         altup: Several streams of hidden states, which layers update by turns (Gemma 3n), or None.
+        images: How embeddings of images stand among those of a text: ``row``: as any others; ``blocks``: each image's tokens see
+            each other (Gemma 3); ``grid``: with places in time, height and width (Qwen2-VL), see `Rope`.
         only_text: Why embeddings of anything but text cannot take the place of tokens; empty if they can.
     """
 
@@ -182,6 +184,7 @@ class Model:
     encoder: Model | None = None
     convolution: Convolution | None = None
     altup: AltUp | None = None
+    images: Literal["row", "blocks", "grid"] = "row"
     only_text: str = ""
 
     @property

@@ -26,12 +26,15 @@ class Rope:
         max_positions: ``max_position_embeddings``.
         interleaved: Whether pairs are neighbours (``x[2i], x[2i + 1]``: GPT-J, Cohere, GLM) instead of being ``dims / 2``
             apart (``x[i], x[i + dims/2]``).
+        axes: Of each pair, whether its angle follows a token's place in time (0), height (1) or width (2), where images are
+            laid out on a grid (Qwen2-VL, arXiv:2409.12191); empty where there is one position.
     """
 
     dims: int
     parameters: Mapping[str, Any]
     max_positions: int
     interleaved: bool = False
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Names of the whole model are as transformers' classes tell them; what the encode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.families.settings import ModelSettings
 from surgery_formats.text import show
 
-__all__ = ["VISION_LANGUAGE"]
+__all__ = ["LANGUAGE_OF_VISION", "VISION_LANGUAGE"]
 
 _ROOTS = ("model.language_model.", "language_model.model.", "model.text_model.", "language_model.", "model.")
 _HEADS = ("lm_head", "language_model.lm_head")
@@ -65,10 +65,11 @@ _TIED = ("gemma3", "gemma3n", "mistral3", "internvl")
 _TIED_BY_TEXT = ("llava", "qwen2_vl", "qwen2_5_vl")
 """Types whose head ``text_config`` ties too; of others it says nothing where the file has a head."""
 
-_ONLY_TEXT = {
-    "gemma3": "the tokens of an image see each other in both directions",
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "images have positions in height and width"),
-}
+_SECTIONS = (16, 24, 24)
+"""Pairs of a head's values by time, height and width, where a configuration has none (Qwen2-VL)."""
+
+_DEEP = "the first layers add features of images, which are not embeddings"
+_NO_GRID = "mrope_section is not the sizes of three parts of half a head"
 
 _PLAIN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", _QWEN2_VL),
@@ -94,16 +95,56 @@ def recipe(settings: ModelSettings) -> Model:
     if outer == "gemma3" and text.get("final_logit_softcapping") is not None:
         raise settings.fault("final_logit_softcapping is set, which transformers does not apply beside images")
     text = {"model_type": kind, **text, "tie_word_embeddings": tied, "architectures": None}
+    model, own = _inner(settings, text, recipe)
+    unused = dict.fromkeys((name for name in settings.names if not name.startswith(own)), _UNUSED)
+    model = replace(model, unused={**unused, **model.unused})
+    return replace(model, images="blocks") if outer == "gemma3" else model
+
+
+def text_recipe(settings: ModelSettings) -> Model:
+    """The language model of Qwen2-VL, 2.5-VL or 3-VL by itself (arXiv:2409.12191)."""
+    return _inner(settings, settings.everything(), text_recipe)[0]
+
+
+def _inner(
+    settings: ModelSettings, text: dict[str, Any], own: Callable[[ModelSettings], Model]
+) -> tuple[Model, tuple[str, str]]:
+    """The model of `text`, and what names of its tensors begin with.
+
+    Raises:
+        FitError: its type has no recipe, or that of models with a language model inside, which is `own`.
+    """
     inner = ModelSettings(_plain(settings, text), settings.names, settings.task)
-    inner.root = next((root for root in _ROOTS if f"{root}embed_tokens.weight" in settings.names), _ROOTS[0])
+    inner.root = next((root for root in _ROOTS if f"{root}embed_tokens.weight" in settings.names), "")
+    if not inner.root and own is recipe:
+        inner.root = _ROOTS[0]
     inner.head = next((head for head in _HEADS if f"{head}.weight" in settings.names), _HEADS[0])
-    family = family_of({"model_type": inner.text("model_type", default=kind)})
-    if family.recipe is None or family.recipe is recipe:
+    family = family_of({"model_type": inner.text("model_type", default="")})
+    if family.recipe is None or family.recipe is own:
         raise settings.fault(f"text_config is of model_type '{show(text.get('model_type'), 40)}', which has no recipe")
     model = family.recipe(inner)
-    own = (inner.root, f"{inner.head}.")
-    unused = dict.fromkeys((name for name in settings.names if not name.startswith(own)), _UNUSED)
-    return replace(model, unused={**unused, **model.unused}, only_text=_ONLY_TEXT.get(outer, model.only_text))
+    if (kind := text.get("model_type")) in _PLAIN:
+        model = replace(model, only_text=_DEEP) if kind == "qwen3_vl_text" else _on_a_grid(model, text)
+    return model, (inner.root, f"{inner.head}.")
+
+
+def _on_a_grid(model: Model, text: Mapping[str, Any]) -> Model:
+    """The model whose pairs of a head's values follow time, height and width, section by section."""
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    told = rope.get("mrope_section", _SECTIONS) if isinstance(rope, Mapping) else ()
+    sections: Sequence[Any] = told if isinstance(told, list | tuple) else ()
+    whole = all(type(size) is int and size >= 0 for size in sections)
+    dims = next((layer.attention.rope.dims for layer in model.layers if layer.attention.rope), 0)
+    if not whole or len(sections) != 3 or 2 * sum(sections) != dims:
+        return replace(model, only_text=_NO_GRID)
+    axes = tuple(axis for axis, size in enumerate(sections) for _ in range(size))
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, rope=replace(layer.attention.rope, axes=axes)))
+        if layer.attention.rope
+        else layer
+        for layer in model.layers
+    )
+    return replace(model, layers=layers, images="grid")
 
 
 def _plain(settings: ModelSettings, text: dict[str, Any]) -> dict[str, Any]:
@@ -125,3 +166,4 @@ def _plain(settings: ModelSettings, text: dict[str, Any]) -> dict[str, Any]:
 
 
 VISION_LANGUAGE = Family(names=tuple(_TEXT), recipe=recipe)
+LANGUAGE_OF_VISION = Family(names=tuple(_PLAIN), recipe=text_recipe)
