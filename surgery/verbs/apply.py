@@ -23,6 +23,7 @@ from surgery.reports.result import Result, timed
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.output.scratch import scratch_folder
 from surgery_formats.files.output.several import several_outputs
+from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.text import listing
 
 __all__ = ["ApplyResult", "apply"]
@@ -58,6 +59,8 @@ def apply(
         SurgeryError: as the verb of a step, whose number and line the message has.
     """
     read = read_recipe(as_path(recipe, "recipe"))
+    for place in (recipe, output or "", *(step.output for step in read.steps)):
+        on_a_disk(place, "a recipe looks for its inputs, and keeps its steps, in folders beside it")
     if output is not None:
         last = read.steps[-1]
         steps = (*read.steps[:-1], replace(last, output=str(local_path(output, "output"))))

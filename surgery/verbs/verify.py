@@ -21,6 +21,7 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError, Proo
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
 from surgery_formats.files.places import names_in
+from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import count, listing, summed_up
@@ -171,6 +172,7 @@ def verify(
             notes.append("copied tensors were not compared with the base: --against BASE does")
     if graph is None:
         return Verification(where, "folder", tuple(checks), tuple(notes))
+    on_a_disk(where, "onnxruntime runs the graph, and reads files")
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
         raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -84,7 +85,8 @@ def connect(scheme: str, name: str) -> Bucket:
         kind = getattr(importlib.import_module("obstore.store"), _STORES[scheme])
         store = kind(name, client_options=options, retry_config=retries, **_credentials(scheme))
     except Exception as error:  # of settings in the environment: many types
-        raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}") from error
+        hint = _CREDENTIALS.get(scheme)
+        raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}", hint=hint) from error
     return Bucket(scheme, name, obstore, store)
 
 
@@ -264,32 +266,36 @@ class Bucket:
             raise self._fault(error, key, writing) from error
 
     def _fault(self, error: Exception, key: str, writing: bool) -> SurgeryError:
-        faults, text, file = self.obstore.exceptions, str(error), self.url(key)
+        faults, file = self.obstore.exceptions, self.url(key)
+        text = str(error).partition("\n\nDebug source")[0]
         kind = ResourceError if writing else InputError
+        status = found[1] if (found := _STATUS.search(text)) else ""
         if "NoSuchBucket" in text:
             return NotFoundError("no such bucket", file=file)
         if isinstance(error, faults.AlreadyExistsError):
             return OutputExistsError("exists", file=file)
         if isinstance(error, faults.PreconditionError):
             return ProofError("the input changed while it was read", file=file, hint="run again")
-        if isinstance(error, faults.PermissionDeniedError):
+        if status == "403":
             hint = (
                 "check what these credentials may do here; a region or an endpoint that is not the bucket's looks alike"
             )
             return kind("access is denied", file=file, hint=hint)
-        if isinstance(error, faults.UnauthenticatedError):
+        if status == "401":
             return kind("the credentials are not accepted", file=file, hint="they may be wrong, or no longer good")
         if "169.254.169.254" in text or "metadata.google" in text:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
             return kind("no credentials were found", file=file, hint=_CREDENTIALS.get(self.scheme, hint))
-        if "LOCATION" in text or "301 " in text:
+        if "without LOCATION" in text or "AuthorizationHeaderMalformed" in text:
             return kind("the bucket is in another region", file=file, hint="name it with AWS_REGION")
-        if "error sending request" in text or "body" in text or "error decoding" in text:
-            hint = "check the endpoint and the network, and run again"
-            return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
-        return kind(f"the store answers: {_said(error)}", file=file)
+        if status:
+            said = text[text.index("status code: ") + len("status code: ") :]
+            return kind(f"the store answers {_said(said.rstrip(': '))}", file=file, hint="run again, or ask its keeper")
+        hint = "check the endpoint and the network, and run again"
+        return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
 
 
+_STATUS = re.compile(r"status code: (\d+)")
 _CREDENTIALS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run 'gcloud auth application-default login'",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
@@ -305,6 +311,6 @@ def _facts(meta: Any) -> ObjectFacts:
     return ObjectFacts(int(meta["size"]), meta.get("e_tag") or "", None if version == "null" else version)
 
 
-def _said(error: Exception) -> str:
+def _said(error: object) -> str:
     """The first line of what a library says, as one line that can be shown."""
     return show(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)

@@ -14,12 +14,12 @@ from collections.abc import Generator
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
-from surgery_formats.errors import NotFoundError
+from surgery_formats.errors import FitError, NotFoundError
 
 if TYPE_CHECKING:
     from surgery_formats.files.remote.bucket import Bucket, Listing, ObjectFacts
 
-__all__ = ["SCHEMES", "RemotePath", "is_remote", "to_path"]
+__all__ = ["SCHEMES", "RemotePath", "is_remote", "on_a_disk", "to_path"]
 
 SCHEMES = ("s3", "gs", "az")
 _STARTS = tuple(f"{scheme}:/" for scheme in SCHEMES)  # a path has lost one of the two slashes
@@ -38,6 +38,16 @@ def to_path(value: str | os.PathLike[str]) -> Path:
     if isinstance(value, RemotePath):
         return value
     return RemotePath(value) if is_remote(value) else Path(value)
+
+
+def on_a_disk(value: str | os.PathLike[str], what: str) -> None:
+    """Refuse a name in a bucket; `what` needs files of a disk.
+
+    Raises:
+        FitError: it is one.
+    """
+    if is_remote(value):
+        raise FitError(f"{what}, which a bucket does not have", file=str(to_path(value)), hint="use a folder of a disk")
 
 
 class RemotePath(PosixPath):
