@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -197,3 +198,14 @@ def test_what_needs_a_disk_says_so(storage: Storage, verb: Callable[[str], objec
     surgery.export_onnx(EXAMPLES / "base", output=storage.url("model"))
     with pytest.raises(FitError, match="which a bucket does not have"):
         verb(storage.url("model"))
+
+
+def test_an_object_is_closed_without_a_lock(storage: Storage) -> None:
+    """The collector may close it while its thread holds the lock of the blocks, or one that another waits for there."""
+    storage.put("data", bytes(1000))
+    blocks = ranges._BLOCKS
+    with blocks._lock:
+        file = open_file(storage.url("data"))
+        del file
+        gc.collect()
+    assert blocks._closed

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -25,6 +26,7 @@ _RUN = 512 << 10  # a read of so many bytes belongs to a run, and so does one th
 _KEPT = 16  # blocks of all objects together
 _AHEAD = 2  # blocks
 _THREADS = 8
+_SERIALS = itertools.count()
 _LEAST = 4  # bytes of a header that a first request must have to be worth it
 
 
@@ -39,11 +41,16 @@ class _Blocks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
+        self._closed: deque[int] = deque()
 
     def get(self, source: RemoteObject, number: int) -> Future[memoryview]:
         """The block, fetched if it is not there."""
-        key = (id(source), number)
+        key = (source.serial, number)
         with self._lock:
+            while self._closed:
+                gone = self._closed.popleft()
+                for old in [old for old in self._blocks if old[0] == gone]:
+                    del self._blocks[old]
             found = self._blocks.get(key)
             if found is None or (found.done() and found.exception() is not None):
                 found = self._blocks[key] = _pool().submit(source.fetch, number * BLOCK, (number + 1) * BLOCK)
@@ -56,13 +63,15 @@ class _Blocks:
     def has(self, source: RemoteObject, number: int) -> bool:
         """Whether it is there."""
         with self._lock:
-            return (id(source), number) in self._blocks
+            return (source.serial, number) in self._blocks
 
     def drop(self, source: RemoteObject) -> None:
-        """Forget the blocks of an object that is closed."""
-        with self._lock:
-            for key in [key for key in self._blocks if key[0] == id(source)]:
-                del self._blocks[key]
+        """Forget the blocks of an object that is closed.
+
+        This may happen in the middle of anything, also while this thread holds a lock that another one waits for in
+        `get`. So it takes none.
+        """
+        self._closed.append(source.serial)
 
 
 _BLOCKS = _Blocks()
@@ -72,6 +81,7 @@ class RemoteObject:
     """The bytes of one object, as it was when it was opened."""
 
     def __init__(self, bucket: Bucket, key: str, facts: ObjectFacts, head: memoryview) -> None:
+        self.serial = next(_SERIALS)
         self.bucket = bucket
         self.key = key
         self.facts = facts
