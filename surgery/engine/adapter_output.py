@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import xxhash
 
 from surgery._version import __version__
 from surgery.engine.recorded import recorded_recipe
@@ -24,7 +23,7 @@ from surgery_formats.arrays import Array, all_finite, cast
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError, SurgeryError, UsageError
-from surgery_formats.files.output.folder import OutputFolder, output_folder
+from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint, fingerprint_of
@@ -137,7 +136,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
             inputs=options.inputs,
             prove=lambda path: (proved(path), None)[1],
         )
-    with output_folder(output, job, overwrite=options.overwrite, inputs=options.inputs) as folder:
+    with output_folder(output, job, overwrite=options.overwrite, inputs=options.inputs, hashes=SIGNED) as folder:
         for name, path in options.side_files.items():
             if name not in rendering.small_files:
                 folder.write_small(name, path.read_bytes())
@@ -158,14 +157,8 @@ def put_adapter(
     for name, data in rendering.small_files.items():
         folder.write_small(within + name, data)
     file = folder.create(within + rendering.tensor_file, content.size)
-    state = xxhash.xxh3_128()
-
-    def put(data: bytes | memoryview, offset: int) -> None:
-        file.pwrite(data, offset)
-        state.update(data)
-
-    content.fill(put, threads, progress)
-    file.finish({"xxh3": state.hexdigest()})
+    content.fill(file.pwrite, threads, progress)
+    file.finish({})
     return content.size
 
 

@@ -25,7 +25,7 @@ from surgery.engine.processes import Stop, can_fork, forked
 from surgery.engine.recorded import recorded_recipe, versions_of
 from surgery.progress import Callback
 from surgery_formats.errors import FitError, ResourceError
-from surgery_formats.files.output.folder import FileRecord, OutputFolder, Verify, output_folder
+from surgery_formats.files.output.folder import QUICK, SIGNED, FileRecord, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.remote.path import is_remote, to_path
 from surgery_formats.text import nbytes as human
@@ -62,7 +62,8 @@ class Run:
             processes.
         memory_limit: Bytes the computed tensors may take together; None is no limit.
         device: Where arithmetic runs.
-        verify_copies: Compare copied ranges byte by byte as well, instead of trusting the identity of their source.
+        verify_copies: Compare copied ranges byte by byte as well, instead of trusting the identity of their source, and
+            note the sha256 of every file.
         overwrite: Replace an existing output.
         progress: Called with every step.
     """
@@ -73,6 +74,11 @@ class Run:
     verify_copies: bool = False
     overwrite: bool = False
     progress: Callback | None = None
+
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """Hashes of whole files: a cheap one, and where every byte is read anyway, one for signatures."""
+        return SIGNED if self.verify_copies else QUICK
 
 
 def default_workers() -> int:
@@ -154,6 +160,7 @@ def execute(
         overwrite=run.overwrite,
         inputs=plan.roots,
         verify=good or still_good,
+        hashes=run.hashes,
         recorded=plan.id,
     )
     with (engine or ThisProcess()).computing(plan, to_path(output)) as compute, staged as folder:

@@ -15,7 +15,7 @@ from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.recipe import MLP, Experts, Projection
 
-__all__ = ["PAGE", "packing_groups", "packing_order"]
+__all__ = ["PAGE", "expert_groups", "packing_groups", "packing_order"]
 
 PAGE = 4096
 """Bytes; where the data of a packed file begins is a multiple of it."""
@@ -33,6 +33,18 @@ def packing_groups(component: Component) -> dict[str, tuple[str, ...]]:
         for inputs in (layer.attention.inputs, *(part.inputs for part in _networks(layer.mlp))):
             for names in _joint(inputs):
                 stored = tuple(_stored(component, name) for name in names)
+                groups |= dict.fromkeys(stored, stored)
+    return groups
+
+
+def expert_groups(component: Component) -> dict[str, tuple[str, ...]]:
+    """Map each stored name of an expert's weights to those of all experts of its layer: gates and ups in turn, and downs."""
+    model = model_of(component.config, frozenset(component.parameters))
+    groups: dict[str, tuple[str, ...]] = {}
+    for experts in (layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, Experts)):
+        for parts in ([part for one in experts for part in one.inputs], [one.output for one in experts]):
+            if not any(part.stack for part in parts):
+                stored = tuple(_stored(component, part.weight) for part in parts)
                 groups |= dict.fromkeys(stored, stored)
     return groups
 

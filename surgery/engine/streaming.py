@@ -22,6 +22,7 @@ from surgery.engine.processes import Stop
 from surgery.progress import Callback
 from surgery_formats.errors import ProofError
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.files.remote.upload import Upload
 from surgery_formats.threads import one_thread
 
 __all__ = ["stream_weights"]
@@ -156,6 +157,7 @@ def stream_weights(
     window = _Window(stop)
     rows, works = _arranged(plan, window, compute, device, stop)
     measured: dict[str, Measurement] = {}
+    uploads: list[Upload] = []
     with (
         one_thread(),
         ThreadPoolExecutor(workers, "surgery-compute") as computing,
@@ -175,6 +177,7 @@ def stream_weights(
                         upload.write(data)
                         meter.add(len(data))
                 upload.end()
+                uploads.append(upload)
             for work in works:
                 for tensor in work.outputs:
                     measured[tensor.label] = work.measured[tensor.part]
@@ -184,9 +187,9 @@ def stream_weights(
             computing.shutdown(wait=False, cancel_futures=True)
             fetching.shutdown(wait=False, cancel_futures=True)
             raise
-    for file in plan.files:
+    for file, upload in zip(plan.files, uploads, strict=True):
         labels = sorted(tensor.label for tensor in file.tensors if isinstance(tensor.step, Compute))
-        folder.noted(file.name, file.nbytes, {"tensors": {label: measured[label].as_record() for label in labels}})
+        folder.noted(file.name, upload, {"tensors": {label: measured[label].as_record() for label in labels}})
     return measured
 
 

@@ -33,7 +33,7 @@ from surgery_formats.adapters.peft.fresh import FreshTargets, plain_start, spelt
 from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
-from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.folder import SIGNED, output_folder
 from surgery_formats.files.output.several import several_outputs
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import closest, listing, show
@@ -320,7 +320,7 @@ def _write(
     files += [shard.file for one in _bases(options) for part in one.components.values() for shard in part.shards]
     job = conversion_id(conversion, files, also=facts)
     sources = [_base_of(conversion).path]
-    with output_folder(folder, job, overwrite=overwrite, inputs=sources) as staged:
+    with output_folder(folder, job, overwrite=overwrite, inputs=sources, hashes=SIGNED) as staged:
         for within, part in parts:
             put_adapter(part.rendering, staged, within, progress=progress)
         for within, part in parts:

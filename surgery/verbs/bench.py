@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from surgery.engine.inputs import StrPath, check_counts, local_path
+from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
 from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.read_metadata import read_metadata
+from surgery.onnx.run.chosen_adapters import choose_adapters, slot_arrays
 from surgery.onnx.run.decoder import Decoder
 from surgery.onnx.run.encoder import encode, vocabulary
+from surgery.onnx.run.foreign import longest_of
 from surgery.onnx.run.opening import GraphSession, find_graph, open_graph
 from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
 from surgery.onnx.run.prepare import prepare_decoder
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
+from surgery.onnx.run.token_tables import token_tables
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Column, Note, Table
 from surgery.reports.summary import Summary
@@ -138,10 +142,11 @@ class BenchResult:
             times = ", ".join(f"{floor * 1e3:.3f} ms" for floor in self.floors)
             speed = Value(self.bandwidth, "rate")
             yield f"floor: {times} per step to read the weights once, at ", speed, " copied on this device"
-        if (ratio := self.token_ratio) is not None:
+        ratio, what = (self.token_ratio, "token") if self.token_ratio else (self.prefill_ratio, "run")
+        if ratio is not None:
             spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"
             mine, other = (Name(side.model, 200) for side in self.sides)
-            yield mine, f" takes {ratio.median:.3f} times the time of ", other, f" per token ({spread})"
+            yield mine, f" takes {ratio.median:.3f} times the time of ", other, f" per {what} ({spread})"
 
 
 _COLUMNS = (
@@ -166,6 +171,7 @@ class Bound:
         virtual_tokens: In front of every row.
         peak: Counts what it takes.
         held_nbytes: It took, mapped weights that were read included.
+        slots: Arrays of adapters that each run of an encoder is given; a decoder has its own.
     """
 
     model: str
@@ -176,6 +182,7 @@ class Bound:
     virtual_tokens: int
     peak: Peak
     held_nbytes: int
+    slots: Mapping[str, npt.NDArray[Any]]
 
 
 @timed
@@ -186,6 +193,7 @@ def bench(
     prompt_length: int | None = None,
     new_tokens: int = 100,
     batch: int = 1,
+    adapters: StrPath | Sequence[StrPath] = (),
     cache: int | None = None,
     device: str = "auto",
     cuda_graph: bool = True,
@@ -199,6 +207,8 @@ def bench(
         prompt_length: Tokens of each row, the same random ones for both; by default 512, or what a smaller graph has room for.
         new_tokens: Steps that are measured, in turns of a few.
         batch: Rows.
+        adapters: ``.onnx_adapter`` files for the slots of `model`, or names of those it came with, at strengths (``FILE=0.5``); not
+            for `against`, so that one and the same graph given as both shows what they take.
         cache: Size of a shared cache; by default just what is needed.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         cuda_graph: On CUDA, whether steps are recorded and replayed.
@@ -219,8 +229,16 @@ def bench(
         raise FitError(text, hint="fewer: `batch=`, `prompt_length=`")
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
-        bind(path, batch=batch, max_length=length, device=device, cuda_graph=cuda_graph, threads=threads)
-        for path in models
+        bind(
+            path,
+            batch=batch,
+            max_length=length,
+            device=device,
+            cuda_graph=cuda_graph,
+            threads=threads,
+            adapters=() if number else as_list(adapters),
+        )
+        for number, path in enumerate(models)
     ]
     if len({side.opened.memory.device for side in sides}) > 1:
         raise FitError("one graph runs on the cpu, the other on CUDA", hint='name the device: `device="cpu"`')
@@ -255,6 +273,8 @@ def _fitting(models: Sequence[StrPath], asked: int | None, new_tokens: int) -> i
     for model in models:
         path = find_graph(model)
         if (contract := from_metadata(read_metadata(path), path)) is None:
+            room = longest_of(path) - (cache_length(0, new_tokens) if token_tables(path).cached else 0)
+            fitting = min(fitting, room) if asked is None and room > 0 else fitting
             continue
         if contract.encoder:
             raise FitError("an encoder-decoder is not timed", file=path, hint="time its encoder_model.onnx alone")
@@ -293,13 +313,17 @@ def bind(
         session_config=session_config, profile=profile,
     )  # fmt: skip
     loaded = time.perf_counter() - began
-    decoder, past = None, None
+    decoder, past, slots = None, None, dict[str, npt.NDArray[Any]]()
     if opened.contract.kind == "decoder":
         decoder, past = prepare_decoder(
             opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter
         )
+    else:
+        slots = slot_arrays(choose_adapters(list(adapters), opened), opened)
     tokens = past.tokens if past else 0
-    return Bound(os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens, peak, peak.held())
+    return Bound(
+        os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens, peak, peak.held(), slots
+    )
 
 
 def measure_all(
@@ -309,7 +333,7 @@ def measure_all(
 
     def begin(side: Bound) -> Callable[[], Any]:
         if side.decoder is None:
-            return lambda: encode(side.opened, rows)
+            return lambda: encode(side.opened, rows, side.slots)
         decoder = side.decoder
         return lambda: decoder.prefill(rows)
 
@@ -322,7 +346,7 @@ def peak_nbytes(side: Bound, rows: list[list[int]], new_tokens: int) -> int:
 
     def work() -> None:
         if decoder is None:
-            encode(side.opened, rows)
+            encode(side.opened, rows, side.slots)
             return
         decoder.prefill(rows)
         if new_tokens:

@@ -14,7 +14,14 @@ from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings
 from surgery.onnx.export.graph_files import GraphFiles, graph_files
 from surgery.onnx.export.half_range import issues_of_types, measured_values
 from surgery.onnx.export.identity import export_facts, export_id
-from surgery.onnx.export.input_options import with_embeddings, with_logits, with_positions, with_required, with_sentence
+from surgery.onnx.export.input_options import (
+    with_embeddings,
+    with_experts,
+    with_logits,
+    with_positions,
+    with_required,
+    with_sentence,
+)
 from surgery.onnx.export.layouts import arrange, check_layout, layout_named, layout_warnings
 from surgery.onnx.export.new_assembly import new_assembly
 from surgery.onnx.export.pairs import whole_graphs
@@ -63,6 +70,7 @@ def export_onnx(
     head: str = "auto",
     budget: int | None = None,
     linear: str = "auto",
+    experts: str = "auto",
     range_text: str | None = None,
     max_length: int | None = None,
     position_ids: bool = False,
@@ -114,6 +122,9 @@ def export_onnx(
         budget: Of ``mixed``: most bytes of all weights.
         linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
             for; all weights are written, in the graph's type.
+        experts: Of codes: ``auto``: those of a layer in one com.microsoft.QMoE, where the target computes exactly what they
+            stand for (4 bits on ``cpu``), which needs onnxruntime 1.31; ``apart``: each by itself, as with `opset` and for
+            transformers.js.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
         max_length: Longest sequence; None for as long as the model was made for.
@@ -123,7 +134,7 @@ def export_onnx(
         logits: Of which positions a decoder computes logits: ``all``; ``input``: of as many last ones as the optional input
             ``num_logits_to_keep`` says; ``auto``: ``input`` but for ``cuda``.
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
-        verify_copies: Compare copied weights byte by byte, and note their hash for ``surgery verify``.
+        verify_copies: Compare copied weights byte by byte too, and note the sha256 of every file.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step of a merge.
 
@@ -145,10 +156,12 @@ def export_onnx(
     if any(shard.container == "gguf" for shard in checkpoint.main.shards):
         merge_to = "full"  # no graph refers to such a file
     coding = WeightOptions(
-        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear
-    ).coding()
+        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear, experts
+    ).coding(target)
+    apart = experts == "apart" or opset is not None or layout == "transformers.js"  # QMoE needs onnxruntime 1.31
     if coding is not None:
         merge_to = "full"  # all weights are written
+        coding = replace(coding, stacked=coding.stacked and not apart)
     check_task(task)
     shape = layout_named(layout)
     full = merge_to == "full"
@@ -156,6 +169,7 @@ def export_onnx(
     binding, merged = weights_to_write(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
+    assembly = with_experts(assembly, apart)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "auto" and shape.numbered and assembly.model.encoder is not None:

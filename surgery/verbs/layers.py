@@ -82,7 +82,7 @@ def layers(
         adapter_output: Where to write it.
         shard_size: Most bytes per weight file; None keeps the base's shards.
         workers: Threads that compute; None is one per core, at most eight. Never changes the result.
-        verify_copies: Compare copied ranges byte by byte too.
+        verify_copies: Compare copied ranges byte by byte too, and note the sha256 of every file.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
         progress: Called with every step.

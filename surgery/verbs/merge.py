@@ -106,7 +106,7 @@ def merge(
             loaded in 4 bits. Names, types and side files remain the base's.
         graph_of: Where `base` is an ``.onnx`` file that any exporter made, or a folder with one: the checkpoint that it was
             made of. Only the bytes of weights located in it change (docs/graphs.md).
-        verify_copies: Compare copied ranges byte by byte too.
+        verify_copies: Compare copied ranges byte by byte too, and note the sha256 of every file.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
         engine: Where weights are computed: None is this process; `surgery.engine.shares.Shares` takes what workers have

@@ -4,26 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
 from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
 from surgery.onnx.graph.pair_names import graph_in, is_main
 from surgery.onnx.run.opening import placed_graph, side_folder
-from surgery.reports.result import elapsed, summarised, timed
-from surgery.reports.sections import Facts
-from surgery.reports.summary import Summary, warning_notes
-from surgery.verification.bytes import compare_copied, compare_files, data_shard, recorded_tensors
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.files.output.manifest import MANIFEST, verify_files, verify_folder
-from surgery_formats.files.places import names_in
+from surgery.reports.result import timed
+from surgery.verification.bytes import compare_copied, compare_files, data_shard
+from surgery.verification.result import Check, Verification
+from surgery.verification.written_files import check_added, check_manifest
+from surgery_formats.errors import FitError, NotFoundError, ProofError
+from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import count, listing, summed_up
 
 if TYPE_CHECKING:
@@ -42,74 +38,6 @@ _GRAPH = "model.onnx"
 _PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
-@dataclass(frozen=True)
-class Check:
-    """Something that was found to be so.
-
-    Attributes:
-        name: What was looked at.
-        detail: What was found.
-        difference: Greatest difference of a logit, where there is one.
-        limit: What it had to stay below.
-    """
-
-    name: str
-    detail: str
-    difference: float | None = None
-    limit: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """The result as plain values, for ``--json``."""
-        numbers = {"difference": self.difference, "limit": self.limit} if self.limit is not None else {}
-        return {"name": self.name, "detail": self.detail, **numbers}
-
-
-@summarised
-@dataclass(frozen=True)
-class Verification:
-    """The checks that passed; one that fails raises an error instead.
-
-    Attributes:
-        path: The folder.
-        kind: ``graph`` or ``folder``.
-        checks: In order.
-        notes: What could not be looked at, and how it can.
-        seconds: How long it took.
-    """
-
-    path: Path
-    kind: str
-    checks: tuple[Check, ...]
-    notes: tuple[str, ...] = ()
-    seconds: float = elapsed()
-    nbytes: ClassVar[int] = 0  # not counted for this verb
-
-    @property
-    def difference(self) -> float | None:
-        """Greatest difference of a logit of all checks."""
-        return max((check.difference for check in self.checks if check.difference is not None), default=None)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """The notes."""
-        return self.notes
-
-    def as_json(self) -> dict[str, Any]:
-        """The result as plain values, for ``--json``."""
-        return {
-            "path": str(self.path),
-            "kind": self.kind,
-            "difference": self.difference,
-            "checks": [check.as_json() for check in self.checks],
-            "notes": list(self.notes),
-        }
-
-    def summary(self, *, verbose: bool = False) -> Summary:
-        """Every check with what was found."""
-        checks = Facts(tuple((check.name, check.detail) for check in self.checks))
-        return Summary("Verification", (checks, *warning_notes(self.notes)))
-
-
 @timed
 def verify(
     output: StrPath,
@@ -117,6 +45,7 @@ def verify(
     against: CheckpointLike | None = None,
     adapters: AdaptersLike = (),
     tolerance: float | None = None,
+    text: str | None = None,
 ) -> Verification:
     """Verify a folder that this toolkit made.
 
@@ -130,6 +59,8 @@ def verify(
         adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge
             would. A soft prompt among them must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
+        text: File of a text, or ``words``: tokens from all over the vocabulary, on which the logits of a graph are compared
+            with those of `against` and `adapters`: what rounding its weights cost.
 
     Raises:
         InputError: the folder or something in it cannot be read.
@@ -137,7 +68,13 @@ def verify(
         ProofError: something is not as it was meant.
     """
     where = as_path(output, "output")
+    if text is not None and against is None:
+        raise FitError(
+            "a text was named without a base", hint="name the model that the graph was made of: `against=BASE`"
+        )
     if (graph := _without_contract(where)) is not None:
+        if text is not None:
+            raise FitError("logits on a text are measured of graphs of surgery export-onnx", file=graph)
         if against is not None:
             return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
         if not adapters:
@@ -159,8 +96,8 @@ def verify(
         raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
     checks: list[Check] = []
     notes: list[str] = []
-    recorded = _added(where, checks)
-    manifest = _folder(where, recorded, checks) if has_manifest else {}
+    recorded = check_added(where, checks)
+    manifest, digest = check_manifest(where, recorded, checks, base) if has_manifest else ({}, "")
     if not has_graph and "ledger" not in manifest:  # an adapter: nothing in it is the base's
         if base is not None:
             notes.append("an adapter has no tensors of the base: --against has nothing to compare")
@@ -168,10 +105,12 @@ def verify(
         if base is not None:
             number = compare_copied(open_checkpoint(where), base, manifest)
             checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
-        else:
+        elif not set(manifest["files"]) <= _hashed(manifest["files"]):
             notes.append("copied tensors were not compared with the base: --against BASE does")
+    if graph is None and text is not None:
+        raise FitError("logits on a text are measured of graphs, and there is none", file=where)
     if graph is None:
-        return Verification(where, "folder", tuple(checks), tuple(notes))
+        return Verification(where, "folder", tuple(checks), tuple(notes), digest)
     on_a_disk(where, "onnxruntime runs the graph, and reads files")
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
@@ -180,7 +119,13 @@ def verify(
     exported = manifest.get("export")
     renamed = exported.get("renamed", {}) if isinstance(exported, Mapping) else {}
     _graphs(graph, base, roles, hashed, renamed, tolerance, checks, notes)
-    return Verification(where, "graph", tuple(checks), tuple(notes))
+    error = None
+    if text is not None and base is not None:
+        from surgery.verification.logit_error import error_on_text
+
+        error = error_on_text(graph, base, roles.merged, text)
+        checks.append(Check("logits on the text", error.said))
+    return Verification(where, "graph", tuple(checks), tuple(notes), digest, logits=error)
 
 
 def _without_contract(where: Path) -> Path | None:
@@ -206,7 +151,7 @@ def _by_value(graph: Path, base: Checkpoint, weighted: Sequence[WeightedAdapter]
     found = compare_by_value(graph, base, [(entry.adapter, entry.weight) for entry in weighted])
     checks: list[Check] = []
     if (graph.parent / MANIFEST).exists():
-        _folder(graph.parent, {}, checks)
+        check_manifest(graph.parent, {}, checks)
     said = f"{count(found.whole)} as the base has them"
     if found.updated:
         said = f"{count(found.whole)} as base and adapters make them, {count(found.updated)} of these updated"
@@ -234,39 +179,14 @@ def _by_manifest(graph: Path) -> Verification:
             hint="`against=BASE` compares its weights with those of the model it was made of",
         )
     checks: list[Check] = []
-    _folder(graph.parent, {}, checks)
+    _, digest = check_manifest(graph.parent, {}, checks)
     note = "the values of the weights were not compared with a model: --against BASE does"
-    return Verification(graph, "graph", tuple(checks), (note,))
-
-
-def _folder(where: Path, recorded: Mapping[str, Any], checks: list[Check]) -> Mapping[str, Any]:
-    """The manifest: files, sizes, hashes; graphs may have been added to a folder of weights since."""
-    added = [name for name in names_in(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
-    manifest = verify_folder(where, added=[*added, *recorded])
-    checks.append(Check("files", f"{count(len(manifest['files']))} as the manifest has them"))
-    if number := recorded_tensors(where, manifest):
-        checks.append(Check("computed tensors", f"{count(number)}, each as it was written"))
-    return manifest
-
-
-def _added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
-    """Files that an export with adapters added to a folder of weights, by name; none where it kept no account."""
-    source = where / EXPORT_ACCOUNT
-    if not source.exists():
-        return {}
-    entries = read_object(source, INDEX_LIMIT).get("files", {})
-    if not isinstance(entries, Mapping):
-        raise MalformedError("its account of files is none", file=source)
-    verify_files(where, entries, source)
-    checks.append(Check("added files", f"{count(len(entries))} as {EXPORT_ACCOUNT} has them"))
-    if number := recorded_tensors(where, {"files": entries}):
-        checks.append(Check("merged tensors", f"{count(number)}, each as it was written"))
-    return {EXPORT_ACCOUNT: {}, **entries}
+    return Verification(graph, "graph", tuple(checks), (note,), digest)
 
 
 def _hashed(entries: Mapping[str, Any]) -> set[str]:
-    """Files whose bytes, or whose tensors', were compared with what an account says of them."""
-    return {name for name, entry in entries.items() if isinstance(entry, Mapping) and {"xxh3", "tensors"} & set(entry)}
+    """Files whose bytes were compared with what an account says of them."""
+    return {name for name, entry in entries.items() if isinstance(entry, Mapping) and {"xxh3", "sha256"} & set(entry)}
 
 
 def _graphs(
@@ -427,7 +347,7 @@ def _reference(
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
     from surgery.verification.onnx import compare_decoder, compare_encoder, compare_prompt, compare_slots
-    from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
+    from surgery.verification.session import Session, check_sizes, default_past, keys_in_front_of, prompt_in_front
     from surgery.verification.slots import random_slots
 
     kind = "decoder" if reference.model.generates else "encoder"
@@ -437,8 +357,9 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     slots = random_slots(graph, reference)
     session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
-        front = prompt_in_front(graph)
-        differences = list(compare_encoder(session, reference, front))
+        past = keys_in_front_of(graph)
+        front = prompt_in_front(graph) if past is None else None
+        differences = list(compare_encoder(session, reference, front, past))
     else:
         past = default_past(graph)
         differences = list(compare_decoder(session, reference, past))

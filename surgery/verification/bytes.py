@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,54 @@ from surgery_formats.models.identity import tensor_digest
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["compare_copied", "compare_files", "data_shard", "recorded_tensors"]
+__all__ = ["changed_tensors", "compare_copied", "compare_files", "data_shard", "recorded_tensors"]
 
 
 def recorded_tensors(folder: Path, manifest: Mapping[str, Any]) -> int:
-    """The number of computed tensors, all compared with the hashes taken when they were written.
+    """The number of computed tensors, all as they were when they were written.
+
+    Those of a file that has a hash were compared with it, and are not read again.
 
     Raises:
         ProofError: a tensor has changed or is missing.
     """
     checked = 0
+    graphs = [other for other in manifest["files"] if other.endswith(".onnx")]
     for name, entry in sorted(manifest["files"].items()):
-        tensors = entry.get("tensors") if isinstance(entry, Mapping) else None
-        graphs = [other for other in manifest["files"] if other.endswith(".onnx")]
-        if not isinstance(tensors, Mapping) or not (graphs or is_weight_file(name)):
-            continue
-        component = name.rpartition("/")[0]  # a pipeline's tensors are recorded with the network that they are of
-        prefix = f"{component}:" if any(key.startswith(f"{component}:") for key in tensors) else ""
-        stored = {f"{prefix}{tensor.name}": tensor for tensor in _tensors_in(folder, name, graphs)}
-        for key, facts in sorted(tensors.items()):
-            expected = facts.get("xxh3") if isinstance(facts, Mapping) else None
-            if expected is None:
-                continue
-            if key not in stored:
-                raise ProofError("was written but is missing", file=folder / name, tensor=key)
-            if tensor_digest(stored[key]) != expected:
-                raise ProofError("its bytes have changed since it was written", file=folder / name, tensor=key)
-            checked += 1
+        if isinstance(entry, Mapping) and {"xxh3", "sha256"} & entry.keys():
+            checked += len(_expected(entry))
+        elif isinstance(entry, Mapping):
+            checked += changed_tensors(folder, name, entry, graphs)
     return checked
+
+
+def _expected(entry: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the computed tensors of a file."""
+    tensors = entry.get("tensors")
+    rows = tensors.items() if isinstance(tensors, Mapping) else ()
+    return {key: facts["xxh3"] for key, facts in rows if isinstance(facts, Mapping) and facts.get("xxh3") is not None}
+
+
+def changed_tensors(folder: Path, name: str, entry: Mapping[str, Any], graphs: Sequence[str]) -> int:
+    """Compare the computed tensors of a file with their hashes; returns their number.
+
+    `graphs` are those of the folder, which call its tensors by names of their own.
+
+    Raises:
+        ProofError: a tensor has changed or is missing.
+    """
+    expected = _expected(entry)
+    if not expected or not (graphs or is_weight_file(name)):
+        return 0
+    component = name.rpartition("/")[0]  # a pipeline's tensors are recorded with the network that they are of
+    prefix = f"{component}:" if any(key.startswith(f"{component}:") for key in expected) else ""
+    stored = {f"{prefix}{tensor.name}": tensor for tensor in _tensors_in(folder, name, graphs)}
+    for key, digest in sorted(expected.items()):
+        if key not in stored:
+            raise ProofError("was written but is missing", file=folder / name, tensor=key)
+        if tensor_digest(stored[key]) != digest:
+            raise ProofError("its bytes have changed since it was written", file=folder / name, tensor=key)
+    return len(expected)
 
 
 def _tensors_in(folder: Path, name: str, graphs: Iterable[str]) -> Iterable[StoredTensor]:

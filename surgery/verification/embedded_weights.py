@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ __all__ = ["HeldTensor", "ReadableTensor", "embedded_tensors", "stacked_tensors"
 
 _TYPED = re.compile(r"\.(f16|bf16|f32)$")  # behind the name of one of another type than the graph's
 _CODED = re.compile(r"\.(codes|scales|zero_points)$")
+_MATRIX = 2
 _TYPES = {1: DType.F32, 2: DType.U8, 10: DType.F16, 16: DType.BF16, 17: DType.F8_E4M3}
 
 
@@ -73,10 +75,11 @@ def embedded_tensors(graph: GraphFile, rows: Mapping[str, int]) -> dict[str, Hel
         MalformedError: one has fewer rows than the weights that it is made of.
     """
     found: dict[str, HeldTensor] = {}
+    deep = {_TYPED.sub("", tensor.name) for tensor in graph.model.graph.initializer if len(tensor.dims) > _MATRIX}
     for tensor in graph.model.graph.initializer:
         if tensor.data_type not in _TYPES or not tensor.dims or tensor.external_data:
             continue
-        values = onnx.numpy_helper.to_array(tensor)
+        values = _by_rows(onnx.numpy_helper.to_array(tensor), tensor.name, deep)
         name = re.sub(r"\.rows$", ".codes", _TYPED.sub("", tensor.name))  # of a table that a head reads, too
         coded = _CODED.search(name)
         ending = coded.group() if coded else ""
@@ -97,6 +100,13 @@ def embedded_tensors(graph: GraphFile, rows: Mapping[str, int]) -> dict[str, Hel
     return found
 
 
+def _by_rows(values: Any, name: str, deep: Collection[str]) -> Any:
+    """The parts of codes without the axis of experts; `deep` are the names that have more axes than a matrix."""
+    coded = _CODED.search(_TYPED.sub("", name))
+    stacked = coded is not None and f"{_TYPED.sub('', name)[: coded.start()]}.scales" in deep
+    return values.reshape(-1, values.shape[-1]) if stacked else values
+
+
 def stacked_tensors(found: Mapping[str, HeldTensor], stacks: Mapping[str, int]) -> dict[str, HeldTensor]:
     """Stacks of experts, of which a graph holds every entry by itself, ``name.0`` and on; `stacks` says how many each has."""
     whole: dict[str, HeldTensor] = {}
@@ -113,10 +123,5 @@ def stacked_tensors(found: Mapping[str, HeldTensor], stacks: Mapping[str, int]) 
 
 def _members(name: str) -> Iterator[str]:
     """``a.q_proj+k_proj.weight`` -> ``a.q_proj.weight``, ``a.k_proj.weight``; see `surgery.onnx.graph.weights`."""
-    parts = name.split(".")
-    joint = next((number for number, part in enumerate(parts) if "+" in part), None)
-    if joint is None:
-        yield name
-        return
-    for each in parts[joint].split("+"):
-        yield ".".join([*parts[:joint], each, *parts[joint + 1 :]])
+    for parts in itertools.product(*(part.split("+") for part in name.split("."))):
+        yield ".".join(parts)

@@ -10,16 +10,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.run import run
 from surgery.verbs.verify import verify
-from surgery_formats.errors import FitError, ProofError
+from surgery_formats.errors import FitError
 from tests.oracles import recipes
 from tests.support import trained
-from tests.support.block_codes import decoded
+from tests.support.published import dequantised, published_gpt_oss
 from tests.support.sessions import Plain
 
 IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])
@@ -149,53 +148,15 @@ def test_layers_that_predict_several_tokens_are_left_out(tmp_path):
     assert list(run(tmp_path / "out", [prompt], max_new=5).texts[0].tokens) == expected
 
 
-def _published(folder):
-    """gpt-oss with its experts in MXFP4, as OpenAI publishes it, and transformers' logits of it."""
-    base = recipes.build("gpt_oss", folder, hidden_size=32, intermediate_size=32)
-    path, generator = base / "model.safetensors", torch.Generator().manual_seed(3)
-    tensors = load_file(path)
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inputs, outputs = tensors.pop(name).shape
-        shape = (experts, outputs, inputs // 32)
-        codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
-        scales = torch.randint(123, 126, shape, generator=generator, dtype=torch.uint8)
-        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales}
-    save_file(tensors, path, {"format": "pt"})
-    config = json.loads((base / "config.json").read_text())
-    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
-    (base / "config.json").write_text(json.dumps(config))
-    floats = transformers.Mxfp4Config(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=floats, dtype=torch.float32, attn_implementation="eager"
-    )
-    return base, model.eval()
-
-
-def test_gpt_oss_as_it_is_published(tmp_path):
+def test_gpt_oss_as_it_ispublished_gpt_oss(tmp_path):
     """Experts in MXFP4, as OpenAI publishes them, are written as floats."""
-    base, model = _published(tmp_path / "base")
+    base = published_gpt_oss(tmp_path / "base")
     export_onnx(base, output=tmp_path / "out", target="portable")
     plain = Plain(tmp_path / "out" / "model.onnx")
     feed = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past}
     found = plain.session.run(["logits"], feed)[0]
-    assert np.abs(found - trained.logits(model, IDS)).max() <= TOLERANCE
+    assert np.abs(found - trained.logits(dequantised(base), IDS)).max() <= TOLERANCE
     verify(tmp_path / "out", against=base)
-
-
-def test_codes_of_8_bits_hold_mxfp4(tmp_path):
-    base, _ = _published(tmp_path / "base")
-    exact = export_onnx(base, output=tmp_path / "int8", weights_type="int8", head="keep")
-    errors = {tensor.weight: error.relative for tensor, error in exact.ledger.coded}
-    experts = [error for name, error in errors.items() if ".experts." in name]
-    assert len(experts) == 4
-    assert max(experts) == 0
-    assert min(error for name, error in errors.items() if ".experts." not in name) > 0
-    assert not any("rounded a second time" in text for text in exact.warnings)
-    verify(tmp_path / "int8", against=base)
-    rounded = export_onnx(base, output=tmp_path / "int4", weights_type="int4")
-    assert any("4 weights of MXFP4 are rounded a second time" in text for text in rounded.warnings)
-    verify(tmp_path / "int4", against=base)
 
 
 @pytest.mark.parametrize(
@@ -217,81 +178,6 @@ def test_what_no_recipe_covers_is_refused(name, fields, fault, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(FitError, match=fault):
         export_onnx(base, output=tmp_path / "out")
-
-
-CODED = {  # one by one; stacked; stacked with rows that are inputs, and biases
-    "mixtral": {"intermediate_size": 64},
-    "granitemoe": {"intermediate_size": 64},
-    "gpt_oss": {"intermediate_size": 64, "num_local_experts": 3},
-}
-
-
-def _of_what_codes_stand_for(name, base, out, folder):
-    """Transformers' model of the values of all codes."""
-    folder.mkdir()
-    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
-    tensors = load_file(base / "model.safetensors")
-    for key, values in decoded(out).items():
-        sizes = tensors[key].shape
-        turned = name == "gpt_oss" and ".experts." in key
-        rows = torch.from_numpy(values).reshape(*((sizes[0], sizes[2], sizes[1]) if turned else sizes))
-        tensors[key] = (rows.mT if turned else rows).contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return recipes.load(name, folder)
-
-
-@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
-def test_experts_of_fp8(name, tmp_path):
-    base, out = recipes.build(name, tmp_path / "base", hidden_size=64, **CODED[name]), tmp_path / "out"
-    export_onnx(base, output=out, weights_type="fp8", head="keep")
-    expected = trained.logits(_of_what_codes_stand_for(name, base, out, tmp_path / "values"), IDS)
-    plain = Plain(out / "model.onnx")
-    found = plain.session.run(["logits"], {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past})[0]
-    assert np.abs(found - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
-    verify(out, against=base)
-
-
-@pytest.mark.parametrize("target", ["cpu", "portable"])
-@pytest.mark.parametrize("name", CODED)
-def test_codes_of_experts(name, target, tmp_path):
-    base, out = recipes.build(name, tmp_path / "base", hidden_size=64, **CODED[name]), tmp_path / "out"
-    result = export_onnx(base, output=out, target=target, weights_type="int4", symmetric=name != "gpt_oss", head="keep")
-    coded = [tensor.weight for tensor, _ in result.ledger.coded if ".self_attn." not in tensor.weight]
-    assert len(coded) == 2 * (1 + (15 if name == "mixtral" else 2))
-    assert not any("keep their type" in text for text in result.warnings)
-    expected = trained.logits(_of_what_codes_stand_for(name, base, out, tmp_path / "values"), IDS)
-    plain = Plain(out / "model.onnx")
-    found = plain.session.run(["logits"], {"input_ids": IDS, "attention_mask": np.ones_like(IDS), **plain.past})[0]
-    assert np.abs(found - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
-    assert np.abs(expected - trained.logits(recipes.load(name, base), IDS)).max() > 0.01
-    verify(out, against=base)
-
-
-def test_codes_of_merged_experts_and_in_one_file(tmp_path):
-    base = recipes.build("gpt_oss", tmp_path / "base", hidden_size=64, **CODED["gpt_oss"])
-    adapter = trained.train("gpt_oss", base, trained._lora(target_modules=[], **EXPERTS), tmp_path / "adapter")
-    expected = trained.logits(trained.attached("gpt_oss", base, (adapter, 1.0)), IDS)
-    out = tmp_path / "out"
-    export_onnx(base, [adapter], output=out, weights_type="int8", head="keep", weights="embed")
-    moved = np.abs(expected - trained.logits(recipes.load("gpt_oss", base), IDS)).max()
-    assert np.abs(Plain(out / "model.onnx").step(IDS, np.ones_like(IDS)) - expected).max() <= 0.1 * moved
-    verify(out, against=base, adapters=[adapter])
-    with pytest.raises(ProofError, match="its codes are off"):
-        verify(out, against=base)
-
-
-@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
-def test_an_expert_in_another_ones_place_is_found(name, tmp_path):
-    base, out = recipes.build(name, tmp_path / "base", hidden_size=64, **CODED[name]), tmp_path / "out"
-    export_onnx(base, output=out, target="cpu", weights_type="int4")
-    path = out / "model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    nodes = [node for node in model.graph.node if any(part.endswith((".1.codes", ".2.codes")) for part in node.input)]
-    first, second = (next(node for node in nodes if f".{number}." in node.input[1]) for number in (1, 2))
-    first.input[1], second.input[1] = second.input[1], first.input[1]
-    path.write_bytes(model.SerializeToString())
-    with pytest.raises(ProofError):
-        verify(out, against=base)
 
 
 def test_the_contract_says_that_no_cuda_graph_can_be_recorded(tmp_path):

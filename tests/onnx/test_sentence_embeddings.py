@@ -173,7 +173,8 @@ def test_without_the_task_a_graph_is_what_it_was(tmp_path):
 
 
 def test_a_language_model_with_modules_is_told_apart(tmp_path):
-    base = modules(recipes.build("qwen3", tmp_path / "base"), ["lasttoken"], "Normalize")
+    alone = {"pooling_mode_mean_tokens": False}
+    base = modules(recipes.build("qwen3", tmp_path / "base"), ["lasttoken"], "Normalize", **alone)
     warnings = surgery.export_onnx(base, output=tmp_path / "out").warnings
     assert any("--task sentence-similarity" in text for text in warnings)
     assert not surgery.export_onnx(base, output=tmp_path / "graph", task="sentence-similarity").warnings
@@ -246,3 +247,31 @@ def test_states_that_nobody_pools_are_warned_of(layout, task, warns, tmp_path):
     base = modules(recipes.build("distilbert_sentence", tmp_path / "base"), ["mean_tokens"])
     result = surgery.export_onnx(base, output=tmp_path / "out", task=task, layout=layout)
     assert any("sentence-similarity pools them" in text for text in result.warnings) == warns
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "warned"),
+    [
+        (["cls_token"], {}, "pooled as by sentence-transformers 6, cls"),
+        (["cls_token", "max_tokens"], {}, "cls and max"),
+        (["cls_token"], {"pooling_mode_mean_tokens": False}, None),
+        (["mean_tokens"], {}, None),
+        ([], {"pooling_mode": "cls"}, None),
+        ([], {}, None),
+    ],
+)
+def test_a_mode_alone_of_which_releases_differ_is_warned_of(asked, settings, warned, tmp_path):
+    base = modules(recipes.build("distilbert_sentence", tmp_path / "base"), asked, **settings)
+    result = surgery.export_onnx(base, output=tmp_path / "out", task="sentence-similarity")
+    told = [text for text in result.warnings if "releases before it add the mean" in text]
+    assert len(told) == (warned is not None)
+    assert all(warned in text for text in told)
+
+
+def test_weights_of_a_module_outside_the_folder_are_refused(tmp_path):
+    base = modules(recipes.build("distilbert_sentence", tmp_path / "base"), ["mean_tokens"], dense(WIDTH, 4, "Tanh"))
+    (weights,) = base.glob("*_Dense/model.safetensors")
+    weights.rename(tmp_path / "other.safetensors")
+    weights.symlink_to(tmp_path / "other.safetensors")
+    with pytest.raises(MalformedError, match="outside the folder"):
+        surgery.export_onnx(base, output=tmp_path / "out", task="sentence-similarity")

@@ -209,3 +209,20 @@ def test_an_object_is_closed_without_a_lock(storage: Storage) -> None:
         del file
         gc.collect()
     assert blocks._closed
+
+
+def test_who_may_list_a_prefix_alone_reads_what_is_below(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, lora = storage.upload(EXAMPLES / "base", "mine/base"), storage.upload(EXAMPLES / "lora", "mine/lora")
+    listing = bucket.Bucket.listing
+
+    def restricted(self: bucket.Bucket, prefix: str) -> bucket.Listing:
+        if not prefix.startswith("mine/"):
+            raise InputError("access is denied", file=self.url(prefix))
+        return listing(self, prefix)
+
+    monkeypatch.setattr(bucket.Bucket, "listing", restricted)
+    surgery.merge(base, lora, output=storage.url("mine/out"))
+    assert surgery.inspect(storage.url("mine/out")).parameters
+    assert surgery.inspect(storage.url("mine/out/model.safetensors")).parameters

@@ -119,7 +119,7 @@ def _traced(folder: Path) -> None:
     weight = onnx.numpy_helper.from_array(np.ones((2, 2), np.float32), "w")
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 2]) for name in "xy"]
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
-    node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "/home/someone/model.py", line 1, in forward')
+    node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "model.py", line 1, in forward')
     graph = onnx.helper.make_graph([node], "traced", ends[:1], ends[1:], [weight])
     folder.mkdir()
     onnx.save(onnx.helper.make_model(graph), folder / "model.onnx")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.verify import TOLERANCE
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
 from tests.support import trained
 from tests.support.kit import spawn
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WIDE = {"hidden_size": 64}  # heads of 16, which the fused operators take
 GRAPHS = [
     ("llama", "cpu", "fp32", torch.float32, WIDE),
@@ -293,7 +296,7 @@ def test_changed_tensors_and_stray_files_of_a_merged_folder_are_caught(tmp_path:
     surgery.merge("examples/base", "examples/lora", output=merged)
     found = surgery.verify(merged, against="examples/base")
     assert (found.kind, found.notes, found.difference) == ("folder", (), None)
-    assert len(surgery.verify(merged).notes) == 1
+    assert surgery.verify(merged).notes == ()  # every byte has a hash
     raw = (merged / "model.safetensors").read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
@@ -353,3 +356,57 @@ def test_a_file_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(FitError, match="a file, not the folder of an output"):
         surgery.verify(tmp_path / "model.safetensors")
+
+
+class TestWholeFiles:
+    """Every byte of a folder of weights is known, the copied ones too."""
+
+    @pytest.fixture
+    def merged(self, tmp_path: Path) -> Path:
+        surgery.merge(EXAMPLES / "base", EXAMPLES / "lora", output=tmp_path / "merged", verify_copies=True)
+        return tmp_path / "merged"
+
+    def test_a_flipped_byte_of_a_copied_tensor_is_seen_and_the_base_tells_which_it_is(self, merged: Path) -> None:
+        tensor = open_checkpoint(merged).main.tensors["model.norm.weight"]
+        with tensor.file.path.open("r+b") as file:
+            file.seek(tensor.offset)
+            file.write(b"\x77")
+        with pytest.raises(ProofError, match="changed since it was written") as caught:
+            surgery.verify(merged)
+        assert caught.value.file == str(merged / "model.safetensors")
+        with pytest.raises(ProofError, match="differs from the base's") as caught:
+            surgery.verify(merged, against=EXAMPLES / "base")
+        assert caught.value.tensor == "model.norm.weight"
+
+    def test_a_flipped_byte_of_a_computed_tensor_names_it(self, merged: Path) -> None:
+        tensor = open_checkpoint(merged).main.tensors["model.layers.0.self_attn.q_proj.weight"]
+        with tensor.file.path.open("r+b") as file:
+            file.seek(tensor.offset + 2)
+            file.write(b"\x77")
+        with pytest.raises(ProofError, match="changed since it was written") as caught:
+            surgery.verify(merged)
+        assert caught.value.tensor == tensor.name
+
+    def test_the_digest_is_that_of_every_file_and_a_signature_may_lie_beside_them(self, merged: Path) -> None:
+        (merged / "model.sig").write_text("{}")
+        files = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in merged.iterdir()}
+        del files["model.sig"]
+        found = surgery.verify(merged)
+        assert found.digest == hashlib.sha256(b"".join(files[name] for name in sorted(files))).hexdigest()
+        assert found.as_json()["digest"] == {"sha256": found.digest}
+
+    def test_a_digest_that_is_not_the_files_is_refused(self, merged: Path) -> None:
+        manifest = json.loads((merged / "surgery_manifest.json").read_bytes())
+        manifest["digest"]["sha256"] = "0" * 64
+        (merged / "surgery_manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(MalformedError, match="digest is not that of its files"):
+            surgery.verify(merged)
+
+    def test_a_copy_of_a_graphs_weights_has_a_hash(self, exported: tuple[Path, Path], tmp_path: Path) -> None:
+        shutil.copytree(exported[1], tmp_path / "out")
+        (weights,) = (tmp_path / "out").glob("*.safetensors")
+        with weights.open("r+b") as file:
+            file.seek(weights.stat().st_size - 3)
+            file.write(b"\x77")
+        with pytest.raises(ProofError, match="changed since it was written"):
+            surgery.verify(tmp_path / "out")

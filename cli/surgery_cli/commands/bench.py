@@ -21,6 +21,13 @@ __all__ = ["command"]
 @click.option("--new-tokens", type=option.count(0), default=100, show_default=True, help="Steps to measure.")
 @click.option("--batch", type=option.count(), default=1, show_default=True, help="Rows.")
 @click.option("--cache", type=option.count(), metavar="TOKENS", help="Size of a shared cache; default: as needed.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FILE",
+    help=".onnx_adapter for the slots of MODEL, or NAME of one exported with it, at a strength: FILE=0.5; not for OTHER.",
+)
 @click.option("--no-cuda-graph", is_flag=True, help="Launch every step anew instead of replaying a recording.")
 @option.threads("--threads", help="On the cpu; by default one per core.")
 @runtime_device_option
@@ -36,6 +43,7 @@ def command(settings: Settings, model: str, against: str | None, no_cuda_graph: 
       surgery bench out/
       surgery bench merged/ --against base/ --new-tokens 200
       surgery bench out/ --device cuda --batch 8
+      surgery bench out/ --adapter sql --against out/    # what an adapter in slots takes
     """
     from surgery.verbs.bench import bench
 

@@ -109,6 +109,11 @@ __all__ = ["command"]
     values=("auto", "matmul"),
     help="matmul: MatMul with weights of inputs by outputs, which onnxruntime's quantisers look for.",
 )
+@option.choice(
+    "--experts",
+    values=("auto", "apart"),
+    help="Of codes: auto: a layer's in one QMoE where that is exact (int4 on cpu); apart: for onnxruntime before 1.31.",
+)
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(
     "--range-text",
@@ -129,7 +134,7 @@ __all__ = ["command"]
     values=("auto", "all", "input"),
     help="input: num_logits_to_keep says of how many last positions logits are computed; auto: input, but for cuda.",
 )
-@option.verify("full: compare copied weights byte by byte, and note their hash, so that verify sees a flipped byte.")
+@option.verify("full: compare what was copied byte by byte too, and note the sha256 of every file.")
 @option.overwrite()
 def command(
     settings: Settings, base: str, adapters: tuple[tuple[str, float], ...], mode: str | None, **options: Any

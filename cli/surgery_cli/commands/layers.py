@@ -33,7 +33,7 @@ _PROJECTIONS = click.Choice(["qkv", "gate-up"])
     "--shard-size", type=option.size, metavar="SIZE", help="Most bytes per weight file, e.g. 5GB; default: as BASE."
 )
 @option.threads("--workers", help="Computing threads; by default one per core, at most 8.")
-@option.verify("full: compare what was copied byte by byte too.")
+@option.verify("full: compare what was copied byte by byte too, and note the sha256 of every file.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
 def command(settings: Settings, base: str, dry_run: bool, **options: Any) -> None:

@@ -108,7 +108,7 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
     shell_complete=complete_files,
     help="Of an ONNX graph as BASE: the checkpoint it was made of. Only located weights change.",
 )
-@option.verify("full: compare what was copied byte by byte too.")
+@option.verify("full: compare what was copied byte by byte too, and note the sha256 of every file.")
 @option.dry_run("Show what would be done; write nothing.")
 @option.overwrite()
 def command(

@@ -6,7 +6,7 @@ What a module does is told by its class, whose code is never run; one that is no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,13 @@ class SentenceModules:
         head: What is computed; its tensors are called ``sentence.N.linear.weight``, N being the module's number.
         tensors: Those tensors as they are stored, by name.
         files: Their files, by the name that they have below the model's folder.
+        warnings: Where releases of sentence-transformers differ.
     """
 
     head: SentenceHead
     tensors: Mapping[str, StoredTensor]
     files: Mapping[str, Path]
+    warnings: tuple[str, ...] = ()
 
 
 def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules:
@@ -96,7 +98,7 @@ def read_sentence_modules(folder: Path, hidden: int) -> SentenceModules:
         tensors |= own
         width = step.projection.outputs
     files = {tensor.path.relative_to(folder).as_posix(): tensor.path for tensor in tensors.values()}
-    return SentenceModules(SentenceHead(modes, tuple(steps), width), tensors, files)
+    return SentenceModules(SentenceHead(modes, tuple(steps), width), tensors, files, _doubts(kinds[1][1], modes))
 
 
 def _listed(file: Path) -> list[Mapping[str, Any]]:
@@ -147,6 +149,17 @@ def _modes(at: Path, hidden: int) -> tuple[PoolingMode, ...]:
     return tuple(modes)
 
 
+def _doubts(at: Path, modes: Sequence[PoolingMode]) -> tuple[str, ...]:
+    """Where a mode is on by default in releases before 6."""
+    config, mean = read_object(at / "config.json"), "pooling_mode_mean_tokens"
+    if "pooling_mode" in config or mean in config or not any(config.get(key) for key in _LEGACY):
+        return ()
+    return (
+        f"{at.name}/config.json has no {mean}: pooled as by sentence-transformers 6, {' and '.join(modes)}; releases "
+        "before it add the mean",
+    )
+
+
 def _dense(at: Path, name: str, width: int) -> tuple[DenseStep, dict[str, StoredTensor]]:
     file = at / "config.json"
     config = read_object(file)
@@ -167,6 +180,8 @@ def _dense(at: Path, name: str, width: int) -> tuple[DenseStep, dict[str, Stored
     weights = next((at / leaf for leaf in _WEIGHTS if (at / leaf).exists()), None)
     if weights is None:
         raise NotFoundError(f"no {_WEIGHTS[0]}", file=at)
+    if not stays_inside(weights):
+        raise MalformedError("the weights of a module lie outside the folder", file=weights)
     stored = {tensor.name: tensor for tensor in open_shard(weights).tensors}
     shapes = {"linear.weight": (outputs, width)} | ({"linear.bias": (outputs,)} if bias else {})
     if {key: tensor.shape for key, tensor in stored.items()} != shapes:

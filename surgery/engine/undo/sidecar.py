@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from surgery_formats.containers.safetensors import layout, open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
@@ -71,16 +69,15 @@ class SidecarWriter:
         metadata = {_KEY: json.dumps({"format": FORMAT, **facts}, sort_keys=True, separators=(",", ":"))}
         header, ranges = layout([(key, DType.U8, (size,)) for key, size in sizes.items()], metadata)
         nbytes = len(header) + sum(sizes.values())
-        out, digest = folder.create(name, nbytes), xxhash.xxh3_128(header)
+        out = folder.create(name, nbytes)
         out.pwrite(header, 0)
         for key, table in tables.items():
             at = ranges[key][0]
             for piece in (table, *self._pieces(key)):
-                digest.update(piece)
                 out.pwrite(piece, at)
                 at += len(piece)
         self._file.close()
-        out.finish({"xxh3": digest.hexdigest()})
+        out.finish({})
         return nbytes
 
     def _pieces(self, key: str) -> Iterator[bytes]:

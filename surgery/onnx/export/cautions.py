@@ -26,9 +26,11 @@ _LOST = 0.5
 
 def graph_warnings(assembly: Assembly, draft: GraphSet) -> list[str]:
     """Warn of what is slow, and of where onnxruntime-genai differs from the graph's contract."""
-    contract, warnings = draft.contract, []
+    contract, warnings = draft.contract, list[str]()
+    if assembly.sentence is not None:
+        warnings += assembly.sentence.modules.warnings
     if contract.kind != "decoder" or contract.encoder:
-        return []
+        return warnings
     if contract.target == "cuda" and contract.dtype == "fp32":
         warnings.append(
             "fp32 on CUDA has no GroupQueryAttention: the cache grows with every token; --dtype fp16 or bf16 is much "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from surgery.engine.layout import planned_file
 from surgery.engine.merge.merge_plan import plan_merge
-from surgery.engine.packing import PAGE, packing_groups, packing_order
+from surgery.engine.packing import PAGE, expert_groups, packing_groups, packing_order
 from surgery.engine.plan import Account, Compute, Copy, Plan, PlannedTensor, TensorOutcome, check_conservation
 from surgery.onnx.export.code_inputs import importance_of, inputs_of
 from surgery.onnx.export.merged import MergedWeights, with_biases, written_config
@@ -68,10 +68,11 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
     model = with_biases(model_of(component.config, names, task), names)
     coding.check(component)
     groups = packing_groups(component)
+    stacks = expert_groups(component) if coding.stacked else {}
     if coding.budget is not None:
         coding = _within_budget(merged, base, model, coding, io, groups)
     drafts = {draft.name: draft for draft in _drafts(merged, base, model, coding, io)}
-    ordered = _ordered(drafts, groups)
+    ordered = _ordered(drafts, groups, stacks)
     file = planned_file(TRANSPOSED if coding.matmul else QUANTISED, ordered, alignment=PAGE)
     written = {tensor.name for tensor in file.tensors}
     accounts = [account for account in merged.accounts if account.tensor.name not in written]
@@ -94,7 +95,9 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         inputs=merged.inputs + (coding.calibration.files if coding.calibration is not None else ()),
         warnings=binding.warnings + _rounded_again(drafts, base),
         facts=facts,
-        id=hashlib.sha256(json.dumps([merged.id, coding.facts, io.label], sort_keys=True).encode()).hexdigest(),
+        id=hashlib.sha256(
+            json.dumps([merged.id, coding.facts, io.label, *stacks], sort_keys=True).encode()
+        ).hexdigest(),
     )
     check_conservation(binding, plan)
     unwritten = UnwrittenFile(Path(file.name), file.nbytes, file.header)
@@ -216,7 +219,7 @@ def _within_budget(
     uses = uses_of(model)
     free = set(uses.linear) | ({uses.head} if uses.head and coding.head == "auto" else set())
     drafts = {draft.name: draft for draft in _drafts(merged, component, model, coding, io)}
-    file = planned_file(QUANTISED, _ordered(drafts, groups), alignment=PAGE)
+    file = planned_file(QUANTISED, _ordered(drafts, groups, {}), alignment=PAGE)
     fixed = PAGE + file.nbytes - sum(tensor.nbytes for tensor in file.tensors)
     candidates = []
     for draft in drafts.values():
@@ -310,20 +313,29 @@ def _values_type(tensor: PlannedTensor) -> DType:
     return step.weight.dtype if isinstance(step, Copy) else step.target.dtype
 
 
-def _ordered(drafts: Mapping[str, _Draft], groups: Mapping[str, Sequence[str]]) -> list[PlannedTensor]:
-    """Codes of all members of a group, their scales, their zero points; then what is kept, as any packed file has it."""
+def _ordered(
+    drafts: Mapping[str, _Draft], groups: Mapping[str, Sequence[str]], stacks: Mapping[str, Sequence[str]]
+) -> list[PlannedTensor]:
+    """Codes of all members of a group, their scales, their zero points; then what is kept, as any packed file has it.
+
+    All of a stack are a group, where they are coded alike.
+    """
     taken: dict[str, None] = {}
     ordered: list[PlannedTensor] = []
     for name, draft in drafts.items():
         if draft.form is None or name in taken:
             continue
-        group = [other for other in groups.get(name, ()) if other in drafts and drafts[other].form == draft.form]
-        members = group if len(group) == len(groups.get(name, ())) and group else [name]
+        wanted = [stacks.get(name, ()), groups.get(name, ()), (name,)]
+        members = next(group for group in wanted if group and all(_alike(drafts.get(one), draft) for one in group))
         taken |= dict.fromkeys(members)
         for part in range(len(draft.codes)):
             ordered += [drafts[member].codes[part] for member in members]
     kept = [tensor for draft in drafts.values() for tensor in draft.kept]
     return ordered + packing_order(kept, {name: tuple(group) for name, group in groups.items()})
+
+
+def _alike(one: _Draft | None, other: _Draft) -> bool:
+    return one is not None and one.form == other.form
 
 
 def _stored(component: Component, name: str) -> str:

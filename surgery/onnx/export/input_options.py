@@ -11,7 +11,7 @@ from surgery.onnx.export.sentence import sentence_file
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
-__all__ = ["with_embeddings", "with_logits", "with_positions", "with_required", "with_sentence"]
+__all__ = ["with_embeddings", "with_experts", "with_logits", "with_positions", "with_required", "with_sentence"]
 
 
 def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
@@ -32,6 +32,14 @@ def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
             hint="without `required=`, or merge it",
         )
     return replace(assembly, options=replace(assembly.options, required=required, packed=packed))
+
+
+def with_experts(assembly: Assembly, apart: bool) -> Assembly:
+    """The same with experts by themselves, if they are to be."""
+    if not apart:
+        return assembly
+    target = replace(assembly.options.target, experts="apart")
+    return replace(assembly, options=replace(assembly.options, target=target))
 
 
 def with_logits(assembly: Assembly, asked: str) -> Assembly:

@@ -18,21 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import xxhash
-
 from surgery.engine.execute import Run, still_good, write_side_file, write_weights
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import WeightLocation
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
-from surgery_formats.files.output.folder import OutputFolder, output_folder
+from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_folder
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
+from surgery_formats.files.output.manifest import digests_of
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import show
+from surgery_formats.whole import whole
 
 if TYPE_CHECKING:
     pass
@@ -132,7 +132,12 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
     if _same_folder(output, home):
         return _add(job, output, mode, run)
     with output_folder(
-        output, _stage_id(job, mode), overwrite=run.overwrite, inputs=[home, *job.inputs], verify=still_good
+        output,
+        _stage_id(job, mode),
+        overwrite=run.overwrite,
+        inputs=[home, *job.inputs],
+        verify=still_good,
+        hashes=run.hashes,
     ) as folder:
         written = _bring_weights(folder, job, mode, run.verify_copies)
         for side in job.side_files:
@@ -188,24 +193,22 @@ def _bring_weights(folder: OutputFolder, job: ExportJob, mode: Mode, verify: boo
         elif name not in folder.finished:
             out = folder.create(name, file.size)
             out.copy_from(file, 0, 0, file.size)
-            out.finish({"xxh3": _compared(out, file)} if verify else {})
+            if verify:
+                _compare(out, file)
+            out.finish({})
     return sum(file.size for file in job.weights) if mode == "copy" else 0
 
 
-def _compared(out: OutputFile, source: File) -> str:
-    """Compare a copy with its source; returns its xxh3-128 in hexadecimal for later verification.
+def _compare(out: OutputFile, source: File) -> None:
+    """Compare a copy with its source.
 
     Raises:
         ProofError: they differ.
     """
-    state = xxhash.xxh3_128()
     for start in range(0, source.size, _COMPARED):
         count = min(_COMPARED, source.size - start)
-        block = out.readback(start, count)
-        if block != source.read(start, count):
+        if out.readback(start, count) != source.read(start, count):
             raise ProofError(f"bytes {start} to {start + count} differ from their source", file=source.path.name)
-        state.update(block)
-    return state.hexdigest()
 
 
 def _content_id(job: ExportJob, mode: Mode) -> str:
@@ -253,39 +256,43 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
             files = job.make(location)
             _check_unchanged(job)
             if ledger is not None or job.facts["adapters"]:
-                files = {EXPORT_ACCOUNT: _account(job, ledger, files), **files}
+                files = {EXPORT_ACCOUNT: _account(job, ledger, files, stage), **files}
             for name, data in files.items():
                 stage.write_small(name, data)
             for name in (*planned, *files):
                 _move(stage.staged / name, folder / name, added)
         sync_folder(fd)
     except BaseException:
-        for path in reversed(added):
-            _remove(path)
+        _take_back(added)
         raise
     finally:
         os.close(fd)
     return _outcome(files, ledger, 0, ledger)
 
 
-def _account(job: ExportJob, ledger: Ledger | None, files: Mapping[str, bytes]) -> bytes:
+def _account(job: ExportJob, ledger: Ledger | None, files: Mapping[str, bytes], stage: OutputFolder) -> bytes:
     """The account of the added files: sizes, hashes, and the outcome of each tensor."""
-    entries: dict[str, Any] = {
-        name: {"size": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)} for name, data in files.items()
-    }
+    entries: dict[str, Any] = {name: {"size": len(data), **digests_of(data)} for name, data in files.items()}
     measured = ledger.measured if ledger else {}
     for file in ledger.plan.files if ledger else ():
         hashes = {tensor.name: measured[tensor.label].xxh3 for tensor in file.tensors if tensor.label in measured}
-        entries[file.name] = {"size": file.nbytes, "tensors": {name: {"xxh3": xxh3} for name, xxh3 in hashes.items()}}
+        entries[file.name] = {
+            **{kind: digest for kind, digest in stage.record(file.name).record.items() if kind in SIGNED},
+            "size": file.nbytes,
+            "tensors": {name: {"xxh3": xxh3} for name, xxh3 in hashes.items()},
+        }
     account = {"export": dict(job.facts), "files": entries, **({"ledger": ledger.as_json()} if ledger else {})}
     return json.dumps(account, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # keep a folder that others have added files to
-        path.rmdir() if path.is_dir() else path.unlink()
+@whole
+def _take_back(added: Sequence[Path]) -> None:
+    for path in reversed(added):
+        with contextlib.suppress(OSError):  # keep a folder that others have added files to
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
+@whole
 def _move(staged: Path, path: Path, added: list[Path]) -> None:
     """Rename a staged file, unless a killed run already did."""
     with output_faults(path):

@@ -70,6 +70,7 @@ class WeightCoding:
         budget: Most bytes of all weights; None for no bound.
         matmul: Whether linear maps are written ``(in, out)`` instead, in the type of the graph.
         chosen: Bits of weights within the budget, by name in the recipe; 0 keeps them.
+        stacked: Whether codes of a layer's experts lie one after the other, for an operator that computes all of them.
     """
 
     bits: int
@@ -83,6 +84,7 @@ class WeightCoding:
     budget: int | None = None
     matmul: bool = False
     chosen: Mapping[str, int] = field(default_factory=dict)
+    stacked: bool = False
     floats: bool = False
 
     def form(self, kind: str, io: DType) -> BlockFormat:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from surgery.onnx.graph.target import TARGETS
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.storage.block_format import BITS, FLOAT8
 from surgery_formats.text import show
@@ -40,9 +41,10 @@ class WeightOptions:
     head: str = "auto"
     budget: int | None = None
     linear: str = "auto"
+    experts: str = "auto"
 
-    def coding(self) -> WeightCoding | None:
-        """How weights are written; None if they stay as they are stored.
+    def coding(self, target: str) -> WeightCoding | None:
+        """How weights are written for a target; None if they stay as they are stored.
 
         Raises:
             FitError: a value that there is not.
@@ -62,8 +64,18 @@ class WeightOptions:
 
         opened = None if self.calibration is None else open_calibration(self.calibration)
         bits, rounding = BITS.get(self.weights_type, 4), self.rounding or ("nearest" if opened is None else "feedback")
+        fused = target in TARGETS and TARGETS[target].experts == "fused" and self.experts == "auto"
         return WeightCoding(
-            bits, self.block, self.symmetric, self.scales, rounding, opened, self.embeddings, self.head, self.budget
+            bits,
+            self.block,
+            self.symmetric,
+            self.scales,
+            rounding,
+            opened,
+            self.embeddings,
+            self.head,
+            self.budget,
+            stacked=fused and self.weights_type == "int4",
         )
 
     def _check(self) -> None:
@@ -74,6 +86,7 @@ class WeightOptions:
             ("embeddings", self.embeddings, _TABLES),
             ("head", self.head, _TABLES),
             ("linear", self.linear, ("auto", "matmul")),
+            ("experts", self.experts, ("auto", "apart")),
         ):
             if value not in known:
                 raise FitError(f"{name} is one of {', '.join(known)}, not '{show(value)}'")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from surgery_formats.tensors.unwritten import UnwrittenTensor
 if TYPE_CHECKING:
     from surgery_formats.storage.block_format import BlockFormat
 
-__all__ = ["GraphCodes", "by_format", "coded_product", "coded_rows", "float_values", "together"]
+__all__ = ["GraphCodes", "by_format", "coded_product", "coded_rows", "coded_values", "float_values", "together"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def together(tensors: Sequence[GraphCodes], name: str) -> GraphCodes | None:
 def coded_product(graph: Graph, tensor: GraphCodes, x: str, io: DType, at: str) -> str:
     """``x W^T``."""
     outputs, inputs = tensor.shape
-    codes, *rest = _values(graph, tensor, io, at)
+    codes, *rest = coded_values(graph, tensor, io, at)
     form = tensor.form
     sizes: dict[str, Any] = {"K": inputs, "N": outputs, "bits": form.bits, "block_size": form.block}
     return graph.node("MatMulNBits", [x, codes, *rest], at, domain=MICROSOFT, **sizes)
@@ -83,7 +84,7 @@ def coded_rows(graph: Graph, tensor: GraphCodes, ids: str, io: DType, at: str) -
     form = tensor.form
     if form.floats:
         return graph.node("Gather", [float_values(graph, tensor, io, at), ids], at, axis=0)
-    codes, scales, *zeros = _values(graph, tensor, io, at, flat=True)
+    codes, scales, *zeros = coded_values(graph, tensor, io, at, flat=True)
     how: dict[str, Any] = {"bits": form.bits, "block_size": form.block, "gather_axis": 0, "quantize_axis": 1}
     return graph.node("GatherBlockQuantized", [codes, ids, scales, *zeros], at, domain=MICROSOFT, **how)
 
@@ -114,14 +115,21 @@ def by_format(tensors: Iterable[GraphCodes]) -> tuple[dict[str, Any], ...]:
     )
 
 
-def _values(graph: Graph, tensor: GraphCodes, io: DType, at: str, *, flat: bool = False) -> list[str]:
-    """Codes, scales in the graph's type, zero points; with `flat` the codes of a row without blocks."""
+def coded_values(
+    graph: Graph, tensor: GraphCodes, io: DType, at: str, *, flat: bool = False, sizes: tuple[int, ...] = ()
+) -> list[str]:
+    """Codes, scales in the graph's type, zero points.
+
+    With `flat` the codes of a row have no blocks; `sizes` are those of the rows, which then have none either.
+    """
     names = []
     for number, part in enumerate(tensor.parts):
         ending = ("codes", "scales", "zero_points")[number]
         name, shape = f"{tensor.name}.{ending}", part.shape
         if flat and number == 0:
             name, shape = f"{tensor.name}.rows", (part.shape[0], part.shape[1] * part.shape[2])
+        if sizes:
+            shape = (*sizes, math.prod(part.shape[1:]))
         if part.dtype is not DType.U8 and part.dtype is not io:
             stored = f"{name}.{part.dtype.label.lower()}"
             known = graph.is_initializer(stored)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A mixture of experts from operators that every runtime has: each expert computes the tokens that chose it, and no others.
+"""A mixture of experts: in one operator where that is exact, else from operators that every runtime has.
 
-Tokens are sorted by their experts, cut into one piece per expert, some of them empty, and put back. Every expert's weights are
-read where they lie, whether each has tensors of its own or all are stacked in one. com.microsoft.MoE would need them stacked, in
-an order that no checkpoint has, so they would be copied (docs/adr/0047).
+Of those each expert computes the tokens that chose it, and no others: tokens are sorted by their experts, cut into one piece per
+expert, some of them empty, and put back. Every expert's weights are read where they lie, whether each has tensors of its own or
+all are stacked in one. com.microsoft.MoE would need them stacked, in an order that no checkpoint has, so they would be copied
+(docs/adr/0047); codes are written anyway, so they may be (0050).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from surgery.onnx.graph.context import Context, module_of
+from surgery.onnx.graph.fused_experts import expert_stacks, fused_experts
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.mlp import mlp
 from surgery_formats.dtypes import DType
@@ -27,15 +29,12 @@ def experts(ctx: Context, record: Experts, x: str, width: int, *, alpha: float =
     """``alpha`` times the weighted sum of the chosen experts' results and the shared expert's."""
     graph, at = ctx.graph, module_of(module_of(record.router.weight))
     rows = x if ctx.flat else ctx.reshaped(x, (-1, width), at)
-    chosen, weights = _choice(ctx, record, rows, at)
-    pieces, places = _sorted_pieces(ctx, record, rows, chosen, at)
-    fused = ctx.target.name != "portable" and ctx.target.linear != "matmul"
-    inside = replace(ctx, target=replace(ctx.target, linear="fused")) if fused else ctx
-    done = [mlp(inside, one, piece, alpha=alpha) for one, piece in zip(record.experts, pieces, strict=True)]
-    joined = graph.node("Concat", done, at, axis=0) if len(done) > 1 else done[0]
-    each = ctx.reshaped(graph.node("Gather", [joined, places], at, axis=0), (-1, record.top, width), at)
-    weighted = graph.node("Mul", [each, graph.node("Unsqueeze", [weights, graph.ints(2)], at)], at)
-    y = graph.node("ReduceSum", [weighted, graph.ints(1)], at, keepdims=0)
+    stacks = expert_stacks(ctx, record)
+    if stacks is None:
+        y = _one_by_one(ctx, record, rows, width, at, alpha)
+    else:
+        y = fused_experts(ctx, record, stacks, rows, _routing(ctx, record, rows, at), at)
+        y = graph.node("Mul", [y, graph.number(alpha * record.scale, ctx.io)], at) if alpha * record.scale != 1.0 else y
     y = y if ctx.flat else ctx.batched(y, at)
     if record.shared is None:
         return y
@@ -46,10 +45,58 @@ def experts(ctx: Context, record: Experts, x: str, width: int, *, alpha: float =
     return graph.node("Add", [y, shared], at)
 
 
+def _one_by_one(ctx: Context, record: Experts, rows: str, width: int, at: str, alpha: float) -> str:
+    """``alpha`` times the weighted sum of the chosen experts' results ``(N, D)``."""
+    graph = ctx.graph
+    chosen, weights = _choice(ctx, record, rows, at)
+    pieces, places = _sorted_pieces(ctx, record, rows, chosen, at)
+    fused = ctx.target.name != "portable" and ctx.target.linear != "matmul"
+    inside = replace(ctx, target=replace(ctx.target, linear="fused")) if fused else ctx
+    done = [mlp(inside, one, piece, alpha=alpha) for one, piece in zip(record.experts, pieces, strict=True)]
+    joined = graph.node("Concat", done, at, axis=0) if len(done) > 1 else done[0]
+    each = ctx.reshaped(graph.node("Gather", [joined, places], at, axis=0), (-1, record.top, width), at)
+    weighted = graph.node("Mul", [each, graph.node("Unsqueeze", [weights, graph.ints(2)], at)], at)
+    return graph.node("ReduceSum", [weighted, graph.ints(1)], at, keepdims=0)
+
+
+def _routing(ctx: Context, record: Experts, rows: str, at: str) -> tuple[str, str]:
+    """What QMoE takes: what decides the choice, and the weights of all experts; an empty name for the softmax of the chosen."""
+    graph, logits = ctx.graph, _logits(ctx, record, rows)
+    limited = record.correction or record.best_groups < record.groups
+    if record.scoring == "softmax" and record.normalised and not limited and not record.floor:
+        return logits, ""
+    scores, wanted = _scores(ctx, record, logits, at)
+    if record.normalised and record.floor:
+        _, chosen = graph.several("TopK", [wanted, graph.ints(record.top)], at, ("*", "*"), axis=-1)
+        weights = graph.node("GatherElements", [scores, chosen], at, axis=-1)
+        scores = graph.node("Div", [scores, _total(ctx, record, weights, at)], at)
+    return wanted, scores
+
+
 def _choice(ctx: Context, record: Experts, rows: str, at: str) -> tuple[str, str]:
     """The numbers of the chosen experts ``(N, top)``, int64, and their weights in the graph's type."""
     graph = ctx.graph
-    logits = _logits(ctx, record, rows)
+    scores, wanted = _scores(ctx, record, _logits(ctx, record, rows), at)
+    top = graph.ints(record.top)
+    weights, chosen = graph.several("TopK", [wanted, top], at, ("*", "*"), axis=-1)
+    if wanted != scores:
+        weights = graph.node("GatherElements", [scores, chosen], at, axis=-1)
+    if record.normalised:
+        weights = graph.node("Div", [weights, _total(ctx, record, weights, at)], at)
+    if record.scale != 1.0:
+        weights = graph.node("Mul", [weights, graph.number(record.scale, DType.F32)], at)
+    return chosen, weights if ctx.io is DType.F32 else graph.cast(weights, ctx.io, at)
+
+
+def _total(ctx: Context, record: Experts, weights: str, at: str) -> str:
+    """What the weights of the chosen are divided by."""
+    total = ctx.graph.node("ReduceSum", [weights, ctx.graph.ints(-1)], at, keepdims=1)
+    return ctx.graph.node("Max", [total, ctx.graph.number(record.floor, DType.F32)], at) if record.floor else total
+
+
+def _scores(ctx: Context, record: Experts, logits: str, at: str) -> tuple[str, str]:
+    """The score of every expert ``(N, experts)``, and what decides the choice."""
+    graph = ctx.graph
     softmax = record.scoring == "softmax"
     scores = graph.node("Softmax", [logits], at, axis=-1) if softmax else graph.node("Sigmoid", [logits], at)
     wanted = scores
@@ -58,18 +105,7 @@ def _choice(ctx: Context, record: Experts, rows: str, at: str) -> tuple[str, str
         wanted = graph.node("Add", [wanted, ctx.weights.exact(record.correction, shape)], at)
     if record.best_groups < record.groups:
         wanted = _of_best_groups(ctx, record, wanted, at)
-    top = graph.ints(record.top)
-    weights, chosen = graph.several("TopK", [wanted, top], at, ("*", "*"), axis=-1)
-    if wanted != scores:
-        weights = graph.node("GatherElements", [scores, chosen], at, axis=-1)
-    if record.normalised:
-        total = graph.node("ReduceSum", [weights, graph.ints(-1)], at, keepdims=1)
-        if record.floor:
-            total = graph.node("Max", [total, graph.number(record.floor, DType.F32)], at)
-        weights = graph.node("Div", [weights, total], at)
-    if record.scale != 1.0:
-        weights = graph.node("Mul", [weights, graph.number(record.scale, DType.F32)], at)
-    return chosen, weights if ctx.io is DType.F32 else graph.cast(weights, ctx.io, at)
+    return scores, wanted
 
 
 def _logits(ctx: Context, record: Experts, rows: str) -> str:

@@ -26,11 +26,15 @@ class OperatorSet:
             ``standard``: Attention of opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of
             opset 23.
+        gate: ``fused``: ``silu(gate) * up`` is one com.microsoft.GatedRMSNorm (onnxruntime 1.30 and later), see `gated_silu`;
+            ``apart``: the activation, then Mul.
         silu: ``quick_gelu``: one com.microsoft.QuickGelu; ``sigmoid``: Sigmoid and Mul, which onnxruntime fuses into one;
             ``division``: ``x / (1 + exp(-x))`` in float32, the nearest number; ``scaled``: one com.microsoft.ScaledSiLU, as
             near, which older onnxruntimes lack.
         packed: Which adjacent weights of a file are joined: ``all``; ``attention``: those of an MLP stay separate,
             which costs a multiplication and saves a Split; ``none``.
+        experts: ``fused``: those of a layer in one com.microsoft.QMoE, where their codes allow it; ``apart``: from operators
+            that every runtime has.
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: as separate
             operators.
     """
@@ -42,11 +46,15 @@ class OperatorSet:
     silu: Literal["quick_gelu", "sigmoid", "division", "scaled"]
     packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
+    gate: Literal["fused", "apart"] = "apart"
+    experts: Literal["apart", "fused"] = "apart"
 
 
 TARGETS = {
-    "cuda": OperatorSet("cuda", "fused", "gqa", "fused", "quick_gelu", packed="attention", qk_norm="fused"),
-    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "quick_gelu"),
+    "cuda": OperatorSet(
+        "cuda", "fused", "gqa", "fused", "quick_gelu", packed="attention", qk_norm="fused", gate="fused"
+    ),
+    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "quick_gelu", experts="fused"),
     "portable": OperatorSet("portable", "gemm", "standard", "standard", "sigmoid"),
 }
 
@@ -78,7 +86,7 @@ def io_type(target: str, dtype: str, stored: DType) -> DType:
 def choose(target: str, io: DType) -> OperatorSet:
     """Choose the operators for a target and a type: on CUDA, GroupQueryAttention has kernels for 16 bits only."""
     operators = TARGETS[target]
-    return standard(operators) if target == "cuda" and io is DType.F32 else operators
+    return replace(standard(operators), gate="apart") if target == "cuda" and io is DType.F32 else operators
 
 
 def standard(target: OperatorSet) -> OperatorSet:

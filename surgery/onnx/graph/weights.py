@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -359,11 +360,18 @@ def _unsupported_type(kind: str, name: str, file: Path) -> FitError:
 
 
 def joint_name(names: Sequence[str]) -> str:
-    """``a.q_proj.weight``, ``a.k_proj.weight`` -> ``a.q_proj+k_proj.weight``."""
+    """``a.q_proj.weight``, ``a.k_proj.weight`` -> ``a.q_proj+k_proj.weight``; of two places that differ all pairs."""
     split = [name.split(".") for name in names]
     differing = [i for i, parts in enumerate(zip(*split, strict=False)) if len(set(parts)) > 1]
-    if len({len(parts) for parts in split}) != 1 or len(differing) != 1:
+    if len({len(parts) for parts in split}) != 1 or not 1 <= len(differing) <= 2:
         return "+".join(names)
     joint = list(split[0])
-    joint[differing[0]] = "+".join(parts[differing[0]] for parts in split)
+    if len(differing) == 1:
+        joint[differing[0]] = "+".join(parts[differing[0]] for parts in split)
+        return ".".join(joint)
+    kinds = [list(dict.fromkeys(parts[place] for parts in split)) for place in differing]
+    if list(itertools.product(*kinds)) != [tuple(parts[place] for place in differing) for parts in split]:
+        return "+".join(names)
+    for place, kind in zip(differing, kinds, strict=True):
+        joint[place] = "+".join(kind)
     return ".".join(joint)

@@ -14,6 +14,7 @@ from surgery.onnx.run.memory import placed
 from surgery.onnx.run.opening import GraphSession
 from surgery.onnx.run.ports import as_array, execute, run_options
 from surgery.onnx.run.rows import Rows, pad
+from surgery.onnx.run.token_tables import token_tables
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
@@ -108,15 +109,18 @@ def adapter_labels(entries: Sequence[Mapping[str, Any]]) -> Classifier:
 
 
 def vocabulary(graph: GraphSession) -> int:
-    """``vocab_size`` of config.json.
+    """``vocab_size`` of the config.json beside a graph, else the rows of the table in which it looks tokens up.
 
     Raises:
-        NotFoundError: there is no config.json beside the graph.
-        FitError: it has no vocabulary size.
+        FitError: neither is there.
     """
-    size = read_object(graph.folder / "config.json").get("vocab_size")
+    size = _setting(graph, "vocab_size")
     if not isinstance(size, int) or size < 1:
-        raise FitError("config.json beside the graph has no vocabulary size", file=graph.path)
+        size = token_tables(graph.path).tokens
+    if not size:
+        raise FitError(
+            "neither the graph nor a config.json beside it tells the size of the vocabulary", file=graph.path
+        )
     return size
 
 

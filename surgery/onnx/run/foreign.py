@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 from surgery.onnx.graph.contract import Contract, Slot
 from surgery.onnx.run.ports import Port
+from surgery.onnx.run.token_tables import token_tables
 from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import read_object
 
-__all__ = ["guessed_contract", "named_slots"]
+__all__ = ["guessed_contract", "longest_of", "named_slots"]
 
 _BESIDE = "copy the file that the exporter wrote, or the config.json of the base, beside the graph"
+_ENDLESS = 2**31 - 1  # a cache that grows, over positions that are computed: nothing in the graph ends it
 _NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
@@ -36,7 +38,6 @@ def guessed_contract(
     keys = [name for name in inputs if name.startswith("past_key_values.") and name.endswith(".key")]
     if not keys:
         first = next(iter(outputs.values()))
-        limit = config.get("max_position_embeddings")
         return Contract(
             kind="encoder",
             task="feature-extraction",
@@ -48,10 +49,9 @@ def guessed_contract(
             kv_heads=0,
             head_dim=0,
             vocabulary=0,
-            max_length=limit if isinstance(limit, int) and limit > 0 else 0,
+            max_length=longest_of(path),
         )
     key, logits = inputs[keys[0]], outputs.get("logits")
-    length = genai.get("context_length") or config.get("max_position_embeddings")
     if logits is None or len(key.shape) != 4 or not isinstance(key.shape[1], int):
         raise FitError("the cache is not [batch, heads, past, size], or there is no output 'logits'", file=path)
     size = key.shape[3]  # onnxruntime-genai's builder leaves it symbolic
@@ -61,11 +61,14 @@ def guessed_contract(
         raise FitError(
             "neither the graph, genai_config.json nor config.json gives the size of a head", file=path, hint=_BESIDE
         )
-    if not isinstance(length, int) or length < 1:
-        raise FitError(
-            "neither genai_config.json nor config.json gives the greatest sequence length", file=path, hint=_BESIDE
-        )
     grouped = _has_grouped_attention(path)
+    length = longest_of(path)
+    if not length and grouped:
+        raise FitError(
+            "neither the graph, genai_config.json nor config.json gives the greatest sequence length",
+            file=path,
+            hint=_BESIDE,
+        )
     width = logits.shape[-1] if isinstance(logits.shape[-1], int) else config.get("vocab_size")
     if not isinstance(width, int) or width < 1:
         raise FitError("neither the graph nor config.json gives the size of the vocabulary", file=path, hint=_BESIDE)
@@ -80,9 +83,18 @@ def guessed_contract(
         kv_heads=key.shape[1],
         head_dim=size,
         vocabulary=width,
-        max_length=length,
+        max_length=length or _ENDLESS,
         prefill_batch=not grouped,
     )
+
+
+def longest_of(path: Path) -> int:
+    """Most tokens of a row: by the files beside the graph `path`, else by its table of positions; 0 if nothing says."""
+    beside = _object(_beside(path, "genai_config.json"), "model").get("context_length")
+    for limit in (beside, _beside(path, "config.json").get("max_position_embeddings")):
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return token_tables(path).places
 
 
 def named_slots(names: Iterable[str]) -> tuple[Slot, ...]:

@@ -17,18 +17,18 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import xxhash
-
 from surgery_formats.errors import FitError, ProofError, UsageError
+from surgery_formats.files.output.hashing import hash_threads
 from surgery_formats.files.output.kernel_copy import sync_folder, write_all
 from surgery_formats.files.output.manifest import (
     MANIFEST,
     FileRecord,
+    digests_of,
     manifest_bytes,
     safe_name,
     verify_folder,
@@ -39,14 +39,19 @@ from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
+from surgery_formats.whole import whole
 
 if TYPE_CHECKING:
     from surgery_formats.files.remote.upload import Upload
 
-__all__ = ["FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
+__all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
 
 Verify = Callable[[Path, FileRecord], bool]
 
+QUICK = ("xxh3",)
+"""Hashes that tell a damaged file, at the price of reading it from memory."""
+SIGNED = ("xxh3", "sha256")
+"""Those from which a folder has a digest that others can sign; sha256 takes about a second for a GB (docs/verifying.md)."""
 _OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".onnx", ".onnx_adapter")
 _JOURNAL = ".surgery-journal"
 
@@ -58,6 +63,7 @@ def output_folder(
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str]] = (),
     verify: Verify | None = None,
+    hashes: Sequence[str] = QUICK,
     recorded: str | None = None,
 ) -> OutputFolder:
     """Return the output folder of one job, for use in a ``with`` statement that ends with `OutputFolder.commit`.
@@ -69,6 +75,7 @@ def output_folder(
         inputs: Files and folders that are read; the output must not be, contain, or lie in one of them.
         verify: Checks whether a file that an interrupted run finished is still good. The default compares the hash
             of the whole file.
+        hashes: `QUICK`, `SIGNED` or none, of every file that is not written at once; small ones have both.
         recorded: The plan that its manifest will name, where that is another than `plan_id`.
 
     Raises:
@@ -80,11 +87,14 @@ def output_folder(
             file=path,
             hint=f"write to {show(path.with_suffix(''), 200)}",
         )
+    stage: Staging
     if isinstance(path, RemotePath):
         from surgery_formats.files.remote.stage import RemoteStage
 
-        return OutputFolder(RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs), plan_id, verify)
-    return OutputFolder(Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded), plan_id, verify)
+        stage = RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs)
+    else:
+        stage = Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
+    return OutputFolder(stage, plan_id, verify, hashes)
 
 
 class Staging(Protocol):
@@ -131,7 +141,7 @@ class OutputFolder:
 
     finished: Mapping[str, FileRecord]
 
-    def __init__(self, stage: Staging, plan_id: str, verify: Verify | None) -> None:
+    def __init__(self, stage: Staging, plan_id: str, verify: Verify | None, hashes: Sequence[str]) -> None:
         self._stage = stage
         self._plan = plan_id
         self._verify = verify or same_digest
@@ -140,8 +150,11 @@ class OutputFolder:
         self._done: dict[str, FileRecord] = {}
         self._taken: set[str] = set()
         self._journal = -1
+        self._hashes = tuple(hashes)
+        self._threads = hash_threads()
         self.finished = self._kept = Finished({}, self._is_good)
 
+    @whole
     def __enter__(self) -> Self:
         self._stage.acquire()
         try:
@@ -152,6 +165,7 @@ class OutputFolder:
             raise
         return self
 
+    @whole
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -176,7 +190,15 @@ class OutputFolder:
         """
         self._stage.reserve(nbytes)
         path = self._claim(name)
-        output = OutputFile(name, path.with_name(path.name + ".part"), self._stage.shown / name, nbytes, self._publish)
+        output = OutputFile(
+            name,
+            path.with_name(path.name + ".part"),
+            self._stage.shown / name,
+            nbytes,
+            self._publish,
+            self._hashes,
+            self._threads,
+        )
         with self._lock:
             self._open[name] = output
         return output
@@ -196,12 +218,13 @@ class OutputFolder:
 
         assert isinstance(self._stage, RemoteStage)
         self._claim(name)
-        return self._stage.upload(name, nbytes, verify=verify)
+        return self._stage.upload(name, nbytes, self._hashes, verify=verify)
 
-    def noted(self, name: str, nbytes: int, record: Mapping[str, Any]) -> None:
-        """The upload `name` has all its bytes."""
+    def noted(self, name: str, upload: Upload, record: Mapping[str, Any]) -> None:
+        """The upload has all its bytes; its hashes go into the manifest beside what is in `record`."""
+        digests = {kind: digest for kind, digest in upload.digests.items() if kind in self._hashes}
         with self._lock:
-            self._done[name] = FileRecord(name, nbytes, dict(record))
+            self._done[name] = FileRecord(name, upload.nbytes, {**record, **digests})
 
     def link(self, name: str, source: File) -> None:
         """Hard-link `source` as `name`: no bytes are written, and a write to either file changes both.
@@ -229,8 +252,17 @@ class OutputFolder:
         self._claim(name)
         self._put(name, data)
         with self._lock:
-            self._done[name] = FileRecord(name, len(data), {"xxh3": xxhash.xxh3_128_hexdigest(data)})
+            self._done[name] = FileRecord(name, len(data), digests_of(data))
 
+    def record(self, name: str) -> FileRecord:
+        """The record of a file that is finished.
+
+        Raises:
+            KeyError: it is not.
+        """
+        return self._done[name] if name in self._done else self._kept[name]
+
+    @whole
     def commit(self, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest and rename the folder to its final name. Nothing can be added afterwards.
 
@@ -267,6 +299,7 @@ class OutputFolder:
                 os.mkdir(path.parent)
         return path
 
+    @whole
     def _put(self, name: str, data: bytes) -> None:
         path = self._stage.path / name
         part = path.with_name(path.name + ".part")
@@ -279,6 +312,7 @@ class OutputFolder:
                 os.close(fd)
             os.rename(part, path)
 
+    @whole
     def _publish(self, output: OutputFile, details: Mapping[str, Any]) -> None:
         """Rename a synced file and write its journal line; called by `OutputFile.finish`."""
         record = FileRecord(output.name, output.nbytes, dict(details))
@@ -320,7 +354,7 @@ class OutputFolder:
 
     def _is_good(self, record: FileRecord) -> bool:
         path = self._stage.path / record.name
-        return has_size(path, record.size) and self._verify(path, record)
+        return has_size(path, record.size) and {*self._hashes} <= {*record.record} and self._verify(path, record)
 
     def _discard(self, name: str) -> None:
         path = self._stage.path / name
@@ -335,6 +369,9 @@ class OutputFolder:
 
     def _leave(self) -> None:
         """Close every descriptor and remove the stage, unless it became the output."""
+        for output in list(self._open.values()):
+            output.abandon()
+        self._threads.shutdown(cancel_futures=True)
         for output in list(self._open.values()):
             output.close()
         self._close_journal()

@@ -7,15 +7,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import xxhash
 
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.output.hashing import hash_threads, new_hash, root_digest
 from surgery_formats.files.places import exists
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.remote.path import RemotePath, to_path
@@ -26,6 +27,7 @@ __all__ = [
     "MANIFEST",
     "UNFINISHED",
     "FileRecord",
+    "digests_of",
     "file_digest",
     "is_safe_name",
     "manifest_bytes",
@@ -39,15 +41,13 @@ UNFINISHED = ".surgery-unfinished"
 """What stands below a prefix while its objects appear (`surgery_formats.files.remote.stage`)."""
 FORMAT = "surgery-manifest/1"
 
+Explain = Callable[[str, Mapping[str, Any]], None]
+
+_CHANGED = "its bytes have changed since it was written"
 _NAME_LIMIT = 240  # bytes; file systems allow 255, and ".part" is appended while writing
 # Device names on Windows, where an output may be copied to.
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?\Z", re.DOTALL)
 _FORBIDDEN = frozenset('<>:"|?*\\/')
-
-
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,29 +111,42 @@ def file_digest(path: str | os.PathLike[str], kind: str) -> str:
     Raises:
         NotFoundError, MalformedError: the file cannot be read.
     """
-    state: _Hash = xxhash.xxh3_128() if kind == "xxh3" else hashlib.sha256()
+    state = new_hash(kind)
     opened = open_file(path)
     for block in opened.blocks(0, opened.size):
         state.update(block)
     return state.hexdigest()
 
 
+def digests_of(data: bytes) -> dict[str, str]:
+    """The record of a small file."""
+    return {"xxh3": xxhash.xxh3_128_hexdigest(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def manifest_bytes(manifest: Mapping[str, Any], plan_id: str, files: Mapping[str, FileRecord]) -> bytes:
     """Render the manifest: sorted keys, no NaN, one newline at the end; equal inputs give equal bytes.
+
+    ``digest`` is that of all other files together (`root_digest`), where each has one.
 
     An entry ``plan`` in `manifest` replaces `plan_id`, which may depend on where the inputs lie.
     """
     entries = {name: record.as_json() for name, record in files.items()}
     document = {"plan": plan_id, **manifest, "format": FORMAT, "files": entries}
+    hashes = {name: record.record["sha256"] for name, record in files.items() if "sha256" in record.record}
+    if hashes.keys() == files.keys():  # a hard link to a file of another folder has none
+        document["digest"] = {"sha256": root_digest(hashes)}
     return json.dumps(document, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) -> dict[str, Any]:
+def verify_folder(
+    path: str | os.PathLike[str], *, added: Collection[str] = (), explain: Explain | None = None
+) -> dict[str, Any]:
     """Check that the folder holds exactly the files of its manifest, with their sizes and recorded hashes.
 
     Args:
         path: The folder.
         added: Names of files that may have been added since.
+        explain: Called with the name and the entry of a file whose hash differs; may raise an error that says more.
 
     Returns:
         The manifest.
@@ -154,14 +167,15 @@ def verify_folder(path: str | os.PathLike[str], *, added: Collection[str] = ()) 
         raise ProofError(f"missing: {listing(missing)}", file=folder)
     if extra := sorted(present - entries.keys() - set(added)):
         raise ProofError(f"not in the manifest: {listing(extra)}", file=folder)
-    verify_files(folder, entries, source)
+    verify_files(folder, entries, source, explain)
     return manifest
 
 
-def verify_files(folder: Path, entries: Mapping[str, Any], source: Path) -> None:
+def verify_files(folder: Path, entries: Mapping[str, Any], source: Path, explain: Explain | None = None) -> None:
     """Check that the files of `entries` (`FileRecord.as_json` by name) are in `folder`, with their sizes and hashes.
 
-    `source`, named in messages, is the file that holds the entries.
+    `source`, named in messages, is the file that holds the entries; `explain` is as in `verify_folder`. A thread per core
+    hashes, each one file at a time.
 
     Raises:
         MalformedError: an entry is not valid.
@@ -174,17 +188,28 @@ def verify_files(folder: Path, entries: Mapping[str, Any], source: Path) -> None
             raise MalformedError(f"'{show(name)}' cannot be the name of an output file", file=source)
     if missing := sorted(name for name in entries if not exists(folder / name, links=True)):
         raise ProofError(f"missing: {listing(missing)}", file=folder)
-    for name, entry in sorted(entries.items()):
-        _verify_file(folder / name, entry)
+    with hash_threads() as threads:
+        found = {name: threads.submit(_change, folder / name, entry) for name, entry in sorted(entries.items())}
+        try:
+            for name, change in found.items():
+                if (said := change.result()) is not None:
+                    if explain is not None and said.startswith(_CHANGED):
+                        explain(name, entries[name])
+                    raise ProofError(said, file=folder / name)
+        except BaseException:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
-def _verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+def _change(path: Path, entry: Mapping[str, Any]) -> str | None:
+    """What is not as the entry of a file says, in words."""
     size = open_file(path).size
     if size != entry["size"]:
-        raise ProofError(f"has {size} bytes, but had {entry['size']} when written", file=path)
-    for kind in ("xxh3", "sha256"):
-        if kind in entry and file_digest(path, kind) != entry[kind]:
-            raise ProofError(f"its bytes have changed since it was written ({kind})", file=path)
+        return f"has {size} bytes, but had {entry['size']} when written"
+    kind = next((kind for kind in ("sha256", "xxh3") if kind in entry), None)
+    if kind is not None and file_digest(path, kind) != entry[kind]:
+        return f"{_CHANGED} ({kind})"
+    return None
 
 
 def _files_below(folder: Path) -> set[str]:

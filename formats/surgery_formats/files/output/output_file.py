@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import bisect
 import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import ProofError, ResourceError, SurgeryError
+from surgery_formats.files.descriptors import Descriptor
+from surgery_formats.files.output.hashing import FollowingHash
 from surgery_formats.files.output.kernel_copy import copy_range, reserve, start_writeback, write_all
 from surgery_formats.files.raw import File, read_all
 from surgery_formats.text import nbytes as readable
@@ -61,6 +66,19 @@ def _free(path: Path) -> int:
     return 0
 
 
+def _reopened(path: Path, status: os.stat_result) -> int:
+    """A new descriptor of a file that is being written.
+
+    Raises:
+        ProofError: another file has its name.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not os.path.samestat(os.fstat(fd), status):
+        os.close(fd)
+        raise ProofError("was replaced while it was written", file=path)
+    return fd
+
+
 class OutputFile:
     """A staged file of known size.
 
@@ -70,7 +88,6 @@ class OutputFile:
     Attributes:
         name: Path relative to the output folder.
         path: Where it lies while it is written.
-        fd: Descriptor, read and write; -1 once closed.
         nbytes: Planned size.
     """
 
@@ -81,25 +98,27 @@ class OutputFile:
         shown: Path,
         nbytes: int,
         publish: Callable[[OutputFile, Mapping[str, Any]], None],
+        hashes: Sequence[str],
+        threads: Executor,
     ) -> None:
         self.name = name
         self.path = path
         self.nbytes = nbytes
-        self.fd = -1
         self._shown = shown
         self._publish = publish
         self._lock = threading.Lock()
-        # [start, stop) ranges written so far; a write that follows the last range extends it
-        self._spans: list[list[int]] = []
+        self._spans: list[tuple[int, int]] = []  # written so far, in order; none touches another
         self._unsynced = 0
         with output_faults(shown, nbytes):
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                reserve(self.fd, nbytes)
+                reserve(fd, nbytes)
             except BaseException:
-                self.close()
+                os.close(fd)
                 os.unlink(path)  # before the message reports the free space
                 raise
+            self._descriptor = Descriptor(fd, partial(_reopened, path, os.fstat(fd)))
+        self._hash = FollowingHash(self._descriptor, nbytes, hashes, threads)
 
     def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
         """Write all of `data` at `offset`.
@@ -110,15 +129,15 @@ class OutputFile:
         """
         view = memoryview(data).cast("B")
         self._inside(offset, len(view))
-        with output_faults(self._shown, self.nbytes):
-            write_all(self.fd, view, offset)
+        with output_faults(self._shown, self.nbytes), self._descriptor as fd:
+            write_all(fd, view, offset)
             self._note(offset, len(view))
             with self._lock:
                 self._unsynced += len(view)
                 if start := self._unsynced >= WRITEBACK_STEP:
                     self._unsynced = 0
             if start:
-                start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
+                start_writeback(fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
 
     def note_written(self, offset: int, nbytes: int) -> None:
         """Another process wrote this range, through a descriptor that it inherited."""
@@ -133,8 +152,8 @@ class OutputFile:
             ResourceError, ProofError: as `pwrite`.
         """
         self._inside(dst_offset, nbytes)
-        with output_faults(self._shown, self.nbytes):
-            copy_range(source, src_offset, self.fd, dst_offset, nbytes)
+        with output_faults(self._shown, self.nbytes), self._descriptor as fd:
+            copy_range(source, src_offset, fd, dst_offset, nbytes)
         self._note(dst_offset, nbytes)
 
     def readback(self, offset: int, nbytes: int) -> bytearray:
@@ -154,8 +173,8 @@ class OutputFile:
             ProofError: as `readback`.
         """
         self._inside(offset, len(view))
-        with output_faults(self._shown):
-            done = read_all(self.fd, view, offset)
+        with output_faults(self._shown), self._descriptor as fd:
+            done = read_all(fd, view, offset)
         if done < len(view):
             raise ProofError(f"ends at byte {offset + done} while it is written", file=self._shown)
 
@@ -165,8 +184,7 @@ class OutputFile:
         The slow part (`fsync`) holds no lock, so threads can finish several files at once.
 
         Args:
-            record: JSON values; with ``xxh3`` (xxh3-128 hex of the whole file) a later run can trust the file
-                without a check of its own.
+            record: JSON values; the hashes of the whole file are added.
 
         Raises:
             ProofError: a planned byte was never written, or the size is not the planned one.
@@ -175,17 +193,22 @@ class OutputFile:
         if (gap := self._gap()) is not None:
             raise ProofError(f"bytes {gap[0]} to {gap[1]} were never written", file=self._shown)
         with output_faults(self._shown, self.nbytes):
-            os.fsync(self.fd)
-            if (size := os.fstat(self.fd).st_size) != self.nbytes:
+            hashes = self._hash.complete()
+            with self._descriptor as fd:
+                os.fsync(fd)
+                size = os.fstat(fd).st_size
+            if size != self.nbytes:
                 raise ProofError(f"has {size} bytes instead of the planned {self.nbytes}", file=self._shown)
-            self._publish(self, record)
+            self._publish(self, {**record, **hashes.result()})
             self.close()
 
     def close(self) -> None:
         """Close the descriptor; may be called twice."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._descriptor.close()
+
+    def abandon(self) -> None:
+        """Hash no further, because the file will not be finished."""
+        self._hash.stop()
 
     def _inside(self, offset: int, nbytes: int) -> None:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
@@ -194,19 +217,30 @@ class OutputFile:
             )
 
     def _note(self, offset: int, nbytes: int) -> None:
+        if nbytes == 0:
+            return
+        start, stop = offset, offset + nbytes
         with self._lock:
-            if self._spans and self._spans[-1][1] == offset:
-                self._spans[-1][1] += nbytes
-            else:
-                self._spans.append([offset, offset + nbytes])
+            first = bisect.bisect_right(self._spans, (start, stop))
+            if first and self._spans[first - 1][1] >= start:
+                first -= 1
+                start, stop = self._spans[first][0], max(stop, self._spans[first][1])
+            last = first
+            while last < len(self._spans) and self._spans[last][0] <= stop:
+                stop = max(stop, self._spans[last][1])
+                last += 1
+            self._spans[first:last] = [(start, stop)]
+            begins, front = self._spans[0]
+        if begins == 0:
+            self._hash.reached(front, offset)
 
     def _gap(self) -> tuple[int, int] | None:
         """Return the first range never written. Its reserved blocks would read as zeros, like a zero tensor."""
         reached = 0
         with self._lock:
-            spans = sorted(self._spans)
+            spans = list(self._spans)
         for start, stop in spans:
             if start > reached:
                 return reached, start
-            reached = max(reached, stop)
+            reached = stop
         return (reached, self.nbytes) if reached < self.nbytes else None

@@ -53,7 +53,8 @@ class Finished(Mapping[str, FileRecord]):
 
 def same_digest(path: Path, record: FileRecord) -> bool:
     """Whether the whole file has the recorded hash; False if none is recorded."""
-    return "xxh3" in record.record and file_digest(path, "xxh3") == record.record["xxh3"]
+    kind = next((kind for kind in ("xxh3", "sha256") if kind in record.record), None)
+    return kind is not None and file_digest(path, kind) == record.record[kind]
 
 
 def parse_line(line: bytes, plan_id: str) -> FileRecord | None:

@@ -23,6 +23,7 @@ from surgery_formats.files.output.several import may_be_there, same_file
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
+from surgery_formats.whole import whole
 
 __all__ = ["SingleFile", "write_single"]
 
@@ -125,7 +126,7 @@ def write_single(
                 synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
         except BaseException:
-            hidden.unlink(missing_ok=True)
+            _give_up(hidden)
             raise
         finally:
             os.close(fd)
@@ -183,6 +184,12 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
+@whole
+def _give_up(hidden: Path) -> None:
+    hidden.unlink(missing_ok=True)
+
+
+@whole
 def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None:
     if overwrite:
         os.replace(hidden, final)
@@ -195,6 +202,7 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
         hidden.unlink()
 
 
+@whole
 def _open_hidden(hidden: Path, shown: Path) -> int:
     """Open the hidden file, empty and locked; a file left by a killed run is taken over.
 

@@ -130,16 +130,14 @@ class Bucket:
         """How an object is called in messages."""
         return f"{self.scheme}://{self.name}/{key}"
 
-    def listing(self, prefix: str, *, fresh: bool = False) -> Listing:
-        """What lies below `prefix`, one level deep; a few seconds old at most, unless it is to be `fresh`.
+    def listing(self, prefix: str) -> Listing:
+        """What lies below `prefix`, one level deep; a few seconds old at most.
 
         Raises:
             InputError: the bucket cannot be listed.
         """
         now = time.monotonic()
-        with self._lock:
-            when, known = self._seen.get(prefix, (-_REMEMBERED, Listing()))
-        if not fresh and now - when < _REMEMBERED:
+        if (known := self.remembered(prefix)) is not None:
             return known
         with self.faults(prefix):
             found = self.whole_answer(lambda: self.obstore.list_with_delimiter(self.store, prefix or None))
@@ -154,6 +152,12 @@ class Bucket:
         with self._lock:
             self._seen[prefix] = now, listing
         return listing
+
+    def remembered(self, prefix: str) -> Listing | None:
+        """The listing of `prefix`, if it was made in the last seconds."""
+        with self._lock:
+            when, known = self._seen.get(prefix, (0.0, None))
+        return known if known is not None and time.monotonic() - when < _REMEMBERED else None
 
     def all_below(self, prefix: str) -> dict[str, ObjectFacts]:
         """Every object below `prefix`, however deep, by its name from there.
@@ -175,6 +179,13 @@ class Bucket:
         """
         with self.faults(key):
             return _facts(self.obstore.head(self.store, key))
+
+    def facts_if_any(self, key: str) -> ObjectFacts | None:
+        """As `facts`; None if there is none."""
+        try:
+            return self.facts(key)
+        except NotFoundError:
+            return None
 
     def read(
         self, key: str, start: int = 0, stop: int | None = None, etag: str = "", version: str | None = None

@@ -14,7 +14,7 @@ from collections.abc import Generator
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
-from surgery_formats.errors import FitError, NotFoundError
+from surgery_formats.errors import FitError, InputError, NotFoundError
 
 if TYPE_CHECKING:
     from surgery_formats.files.remote.bucket import Bucket, Listing, ObjectFacts
@@ -91,10 +91,23 @@ class RemotePath(PosixPath):
         return len(self.parts) >= 2 and self.parts[0][:-1] in SCHEMES and ".." not in self.parts
 
     def facts(self) -> ObjectFacts | None:
-        """What the bucket says about the object; None if there is none."""
+        """What the bucket says about the object; None if there is none.
+
+        Raises:
+            InputError: the bucket does not tell.
+        """
         if not self.is_plain or not self.key:
             return None
-        return self.parent.listing().files.get(self.name)
+        bucket = self.bucket
+        around = bucket.remembered(self.parent.key)
+        if around is None and bucket.remembered(self.key):
+            return None  # a folder
+        try:
+            return (around or self.parent.listing()).files.get(self.name)
+        except NotFoundError:
+            raise
+        except InputError:  # who may list this prefix alone may still ask for the object
+            return bucket.facts_if_any(self.key)
 
     def listing(self) -> Listing:
         """What lies below this prefix, one level deep."""
@@ -102,7 +115,7 @@ class RemotePath(PosixPath):
 
     def exists(self, **_: Any) -> bool:
         """Whether there is an object, or one below."""
-        return self.is_file() or self.is_dir()
+        return self.is_dir() or self.is_file()
 
     def is_file(self, **_: Any) -> bool:
         """Whether there is an object of this name."""
@@ -112,9 +125,8 @@ class RemotePath(PosixPath):
         """Whether there are objects below."""
         if not self.is_plain:
             return False
-        if not self.key:
-            return bool(self.listing())
-        return self.name in self.parent.listing().folders
+        around = self.bucket.remembered(self.parent.key) if self.key else None
+        return bool(self.listing()) if around is None else self.name in around.folders
 
     def is_symlink(self) -> bool:
         """Never."""

@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import xxhash
@@ -110,9 +110,9 @@ class RemoteStage:
                 hint="write to a folder, and upload it",
             )
 
-    def upload(self, name: str, nbytes: int, *, verify: bool = False) -> Upload:
+    def upload(self, name: str, nbytes: int, hashes: Sequence[str], *, verify: bool = False) -> Upload:
         """A file of weights that goes to the bucket as it is made; with `verify` it is read back before it counts."""
-        upload = self._uploads[name] = Upload(self.bucket, self._key(name), nbytes)
+        upload = self._uploads[name] = Upload(self.bucket, self._key(name), nbytes, [*dict.fromkeys(("xxh3", *hashes))])
         if verify:
             self._checked.append(name)
         return upload
@@ -169,7 +169,7 @@ class RemoteStage:
                 found = "is not there" if name not in there else f"has {there[name].size} bytes"
                 raise ProofError(f"{found} after {size} were sent", file=self.shown / name)
         for name in self._checked:
-            if self._digest(name, there[name]) != self._uploads[name].digest:
+            if self._digest(name, there[name]) != self._uploads[name].digests["xxh3"]:
                 raise ProofError("the store gives back other bytes than were sent", file=self.shown / name)
 
     def _digest(self, name: str, facts: ObjectFacts) -> str:
@@ -197,9 +197,9 @@ class RemoteStage:
             OutputExistsError: it may not.
         """
         bucket, key = self.bucket, self.shown.key
-        if self.shown.name in bucket.listing(self.shown.parent.key, fresh=True).files:
-            raise OutputExistsError("exists and is not a folder", file=self.shown, hint="write elsewhere")
         there = bucket.all_below(key)
+        if bucket.facts_if_any(key) is not None:
+            raise OutputExistsError("exists and is not a folder", file=self.shown, hint="write elsewhere")
         if MANIFEST in there:
             if UNFINISHED in there:  # of a run that was killed after its last step
                 bucket.delete([self._key(UNFINISHED)])

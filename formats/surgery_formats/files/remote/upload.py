@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from surgery_formats.errors import NotFoundError, ProofError, ResourceError
-from surgery_formats.files.remote.bucket import Bucket, ObjectFacts
+from surgery_formats.errors import ProofError, ResourceError
+from surgery_formats.files.output.hashing import new_hash
+from surgery_formats.files.remote.bucket import Bucket
 
 __all__ = ["SMALL", "Upload", "part_size", "upload_file"]
 
@@ -72,11 +71,11 @@ class Upload:
         nbytes: Bytes it will have.
     """
 
-    def __init__(self, bucket: Bucket, key: str, nbytes: int) -> None:
+    def __init__(self, bucket: Bucket, key: str, nbytes: int, hashes: Sequence[str] = ()) -> None:
         self.key = key
         self.nbytes = nbytes
         self._bucket = bucket
-        self._hash = xxhash.xxh3_128()
+        self._hashes = {kind: new_hash(kind) for kind in hashes}
         self._given = 0
         self._blocks: queue.Queue[memoryview | None] = queue.Queue(_WAITING)
         self._decided = threading.Event()
@@ -86,9 +85,9 @@ class Upload:
         self._thread.start()
 
     @property
-    def digest(self) -> str:
-        """xxh3-128 of all bytes that were written."""
-        return self._hash.hexdigest()
+    def digests(self) -> dict[str, str]:
+        """The hashes of all bytes that were written, in hexadecimal, by kind."""
+        return {kind: state.hexdigest() for kind, state in self._hashes.items()}
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """The next bytes. They must not be changed afterwards.
@@ -101,7 +100,8 @@ class Upload:
         self._given += len(view)
         if self._given > self.nbytes:
             raise ProofError(f"{self._given} bytes for the planned {self.nbytes}", file=self._bucket.url(self.key))
-        self._hash.update(view)
+        for state in self._hashes.values():
+            state.update(view)
         self._put(view)
 
     def end(self) -> None:
@@ -121,21 +121,15 @@ class Upload:
         Raises:
             ResourceError: the store does not take it.
         """
-        before = self._now()
+        before = self._bucket.facts_if_any(self.key)
         self._wanted = True
         self._decided.set()
         self._thread.join()
         if self._error is not None:
             # The answer may be what was lost: the upload is complete then, and repeated requests do not find it.
-            after = self._now()
+            after = self._bucket.facts_if_any(self.key)
             if after is None or after.size != self.nbytes or after == before:
                 raise self._error
-
-    def _now(self) -> ObjectFacts | None:
-        try:
-            return self._bucket.facts(self.key)
-        except NotFoundError:
-            return None
 
     def abort(self) -> None:
         """Give it up; may be called twice, and after `complete`, when it does nothing."""
