@@ -44,7 +44,7 @@ class _Segment:
 
 
 @dataclass(eq=False)
-class _Work:
+class _Supply:
     """What makes one or more segments: a copy, or a weight with the tensors that it becomes.
 
     Attributes:
@@ -56,7 +56,7 @@ class _Work:
         measured: Of each part.
     """
 
-    run: Callable[[_Work], None]
+    run: Callable[[_Supply], None]
     segments: dict[int, _Segment] = field(default_factory=dict)
     copies: bool = False
     first: int = -1
@@ -80,7 +80,7 @@ class _Window:
         self._waiting: list[int] = []
         self._stop = stop
 
-    def give(self, work: _Work, segment: _Segment, data: memoryview) -> None:
+    def give(self, work: _Supply, segment: _Segment, data: memoryview) -> None:
         """The next bytes of a segment; waits while too much is ahead of the upload."""
         with self._space:
             while not self._stop.is_set() and self._held + len(data) > _AHEAD and work.first > self._at:
@@ -164,7 +164,7 @@ def stream_weights(
         ThreadPoolExecutor(_FETCHING, "surgery-copy") as fetching,
     ):
         try:
-            begun: dict[int, tuple[_Work, Future[None]]] = {}
+            begun: dict[int, tuple[_Supply, Future[None]]] = {}
             for work in works:
                 done = (fetching if work.copies else computing).submit(work.run, work)
                 done.add_done_callback(window.ended)
@@ -195,27 +195,27 @@ def stream_weights(
 
 def _arranged(
     plan: Plan, window: _Window, compute: ComputeWeight, device: str, stop: Stop
-) -> tuple[list[list[_Segment]], list[_Work]]:
+) -> tuple[list[list[_Segment]], list[_Supply]]:
     """The segments of every file in order, and the work that makes them in the order of its first segment."""
     rows: list[list[_Segment]] = []
-    works: list[_Work] = []
-    weights: dict[int, _Work] = {}
+    works: list[_Supply] = []
+    weights: dict[int, _Supply] = {}
     for file in plan.files:
         row: list[_Segment] = []
         for offset, data in ((0, file.header), *((at, bytes(nbytes)) for at, nbytes in file.padding)):
             segment = _Segment(offset, len(data))
-            works.append(_Work(_giving(window, data), {0: segment}, copies=True))
+            works.append(_Supply(_giving(window, data), {0: segment}, copies=True))
             row.append(segment)
         for chunk in copied_ranges(file, _FETCHED):
             segment = _Segment(chunk.offset, chunk.nbytes)
-            works.append(_Work(_copying(window, chunk), {0: segment}, copies=True))
+            works.append(_Supply(_copying(window, chunk), {0: segment}, copies=True))
             row.append(segment)
         for tensor in file.tensors:
             if isinstance(tensor.step, Compute):
                 segment = _Segment(tensor.offset, tensor.nbytes)
                 if (weight := weights.get(id(tensor.step))) is None:
                     run = _computing(window, compute, tensor.weight_label, tensor.step, device, stop)
-                    weight = weights[id(tensor.step)] = _Work(run)
+                    weight = weights[id(tensor.step)] = _Supply(run)
                     works.append(weight)
                 weight.segments[tensor.part] = segment
                 weight.outputs.append(tensor)
@@ -240,15 +240,15 @@ def _check_whole(file: PlannedFile, row: Sequence[_Segment]) -> None:
         raise ProofError(f"bytes {at} to {file.nbytes} have no source", file=file.name)
 
 
-def _giving(window: _Window, data: bytes) -> Callable[[_Work], None]:
-    def run(work: _Work) -> None:
+def _giving(window: _Window, data: bytes) -> Callable[[_Supply], None]:
+    def run(work: _Supply) -> None:
         window.give(work, work.segments[0], memoryview(data))
 
     return run
 
 
-def _copying(window: _Window, chunk: CopyRange) -> Callable[[_Work], None]:
-    def run(work: _Work) -> None:
+def _copying(window: _Window, chunk: CopyRange) -> Callable[[_Supply], None]:
+    def run(work: _Supply) -> None:
         source, begin = chunk.source, chunk.source_offset
         if source.remote is not None:
             data = source.remote.fetch(source.begin + begin, source.begin + begin + chunk.nbytes)
@@ -263,8 +263,8 @@ def _copying(window: _Window, chunk: CopyRange) -> Callable[[_Work], None]:
 
 def _computing(
     window: _Window, compute: ComputeWeight, label: str, step: Compute, device: str, stop: Stop
-) -> Callable[[_Work], None]:
-    def run(work: _Work) -> None:
+) -> Callable[[_Supply], None]:
+    def run(work: _Supply) -> None:
         def write(part: int, offset: int, raw: memoryview) -> None:
             segment = work.segments.get(part)
             if segment is None:
