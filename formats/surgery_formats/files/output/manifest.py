@@ -14,16 +14,20 @@ from typing import Any
 
 import xxhash
 
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, UsageError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.hashing import hash_threads, new_hash, root_digest
+from surgery_formats.files.places import exists
 from surgery_formats.files.raw import open_file
+from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "UNFINISHED",
     "FileRecord",
+    "check_output_name",
     "digests_of",
     "file_digest",
     "is_safe_name",
@@ -34,11 +38,14 @@ __all__ = [
 ]
 
 MANIFEST = "surgery_manifest.json"
+UNFINISHED = ".surgery-unfinished"
+"""What stands below a prefix while its objects appear (`surgery_formats.files.remote.stage`)."""
 FORMAT = "surgery-manifest/1"
 
 Explain = Callable[[str, Mapping[str, Any]], None]
 
 _CHANGED = "its bytes have changed since it was written"
+_LONGEST = 255  # bytes of a name, on nearly all file systems
 _NAME_LIMIT = 240  # bytes; file systems allow 255, and ".part" is appended while writing
 # Device names on Windows, where an output may be copied to.
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?\Z", re.DOTALL)
@@ -62,6 +69,16 @@ class FileRecord:
     def as_json(self) -> dict[str, Any]:
         """Return the entry in the manifest."""
         return {**self.record, "size": self.size}
+
+
+def check_output_name(path: Path) -> None:
+    """Refuse an output whose name no file system takes, before it is computed.
+
+    Raises:
+        UsageError: the name is too long.
+    """
+    if (size := len(os.fsencode(path.name))) > _LONGEST:
+        raise UsageError(f"its name has {size} bytes, and file systems allow {_LONGEST}", file=path)
 
 
 def safe_name(name: str) -> tuple[str, ...]:
@@ -151,7 +168,7 @@ def verify_folder(
         MalformedError: the manifest is not valid.
         ProofError: a file is missing, unknown, or has changed since it was written.
     """
-    folder = Path(path)
+    folder = to_path(path)
     source = folder / MANIFEST
     manifest = read_object(source, INDEX_LIMIT)
     entries = manifest.get("files")
@@ -181,7 +198,7 @@ def verify_files(folder: Path, entries: Mapping[str, Any], source: Path, explain
             raise MalformedError(f"the entry of '{show(name)}' has no size", file=source)
         if not is_safe_name(name):
             raise MalformedError(f"'{show(name)}' cannot be the name of an output file", file=source)
-    if missing := sorted(name for name in entries if not os.path.lexists(folder / name)):
+    if missing := sorted(name for name in entries if not exists(folder / name, links=True)):
         raise ProofError(f"missing: {listing(missing)}", file=folder)
     with hash_threads() as threads:
         found = {name: threads.submit(_change, folder / name, entry) for name, entry in sorted(entries.items())}
@@ -213,6 +230,8 @@ def _files_below(folder: Path) -> set[str]:
     def fail(error: OSError) -> None:
         raise NotFoundError(error.strerror or "cannot be listed", file=error.filename) from error
 
+    if isinstance(folder, RemotePath):
+        return folder.bucket.all_below(folder.key).keys() - {UNFINISHED}
     paths: set[Path] = set()
     for at, folders, files in os.walk(folder, onerror=fail):
         paths.update(Path(at, name) for name in files)

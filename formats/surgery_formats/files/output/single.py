@@ -6,19 +6,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError
+from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError, ResourceError
 from surgery_formats.files.equal_ranges import EqualRanges, holds
-from surgery_formats.files.output.kernel_copy import rename_new, reserve, start_writeback, sync_folder, write_all
+from surgery_formats.files.output.kernel_copy import (
+    exchange,
+    rename_new,
+    reserve,
+    start_writeback,
+    sync_folder,
+    write_all,
+)
+from surgery_formats.files.output.manifest import check_output_name
+from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
-from surgery_formats.files.output.scratch import sweep
+from surgery_formats.files.output.scratch import stages_of, sweep
 from surgery_formats.files.output.several import may_be_there, same_file
 from surgery_formats.files.raw import File
+from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
 from surgery_formats.whole import whole
 
@@ -94,17 +104,20 @@ def write_single(
 
     Raises:
         NotFoundError: the parent folder does not exist.
+        UsageError: the name is too long.
         OutputExistsError: the output exists.
         FitError: the output is an input, lies in one, or is there and no regular file.
         ResourceError: the disk is full or failed.
     """
+    if isinstance(remote := to_path(out), RemotePath):
+        return _write_object(remote, job, nbytes, fill, overwrite=overwrite, inputs=inputs, prove=prove)
     shown = Path(out)
     parent = Path(os.path.realpath(shown.parent))
     final = parent / shown.name
     if not parent.is_dir():
         raise NotFoundError("no such folder to write into", file=shown.parent)
+    check_output_name(final)
     _refuse(final, shown, inputs, overwrite=overwrite)
-    others = re.compile(re.escape(f".{shown.stem[:150]}.surgery-") + "[0-9a-f]{16}" + re.escape(shown.suffix) + r"\Z")
     # The suffix stays last, because readers that prove the hidden file go by it.
     hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
     with output_faults(shown, nbytes):
@@ -120,15 +133,43 @@ def write_single(
                         prove(hidden)
                 synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
+            replaced = overwrite and os.path.lexists(hidden)
         except BaseException:
             _give_up(hidden)
             raise
         finally:
             os.close(fd)
-        sync_folder(parent)
+        if replaced:
+            _remove_old(hidden, shown)
     with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
-        sweep(parent, others)
+        sweep(parent, stages_of(shown.stem[:150], shown.suffix))
     return shown
+
+
+def _write_object(
+    out: RemotePath,
+    job: str,
+    nbytes: int,
+    fill: Callable[[SingleFile], None],
+    *,
+    overwrite: bool,
+    inputs: tuple[Path, ...],
+    prove: Prove | None,
+) -> Path:
+    """An object: made and proved in memory, then uploaded, which is one step."""
+    from surgery_formats.files.remote.upload import upload_file
+
+    if any(source in (out, *out.parents) for source in inputs):
+        raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
+    if out.exists() and not overwrite:
+        raise _exists(out)
+    with TemporaryDirectory(dir=memory_folder()) as folder:
+        made = write_single(Path(folder) / out.name, job, nbytes, fill, prove=prove)
+        try:
+            upload_file(out.bucket, out.key, made, new=not overwrite)
+        except FileExistsError as error:
+            raise _exists(out) from error
+    return out
 
 
 def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
@@ -160,8 +201,17 @@ def _give_up(hidden: Path) -> None:
 
 @whole
 def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(hidden, final)
+    """Give the file its name, durably. What it replaces is at `hidden` then, and back if that fails."""
+    if overwrite and os.path.lexists(final):
+        if not exchange(hidden, final):
+            os.replace(hidden, final)
+            sync_folder(final.parent)
+            return
+        try:
+            sync_folder(final.parent)
+        except BaseException:
+            exchange(hidden, final)
+            raise
         return
     try:
         rename_new(hidden, final)
@@ -169,6 +219,24 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
         if not (may_be_there() and same_file(final, hidden)):
             raise _exists(shown) from error
         hidden.unlink()
+        return
+    try:
+        sync_folder(final.parent)
+    except BaseException:
+        os.rename(final, hidden)
+        raise
+
+
+def _remove_old(hidden: Path, shown: Path) -> None:
+    try:
+        hidden.unlink()
+        sync_folder(hidden.parent)  # or a power cut could bring it back
+    except OSError as error:
+        raise ResourceError(
+            f"the new output is complete, but the old one could not be removed ({error.strerror})",
+            file=shown,
+            hint=f"remove {show(hidden, 300)} yourself",
+        ) from error
 
 
 @whole
