@@ -25,7 +25,7 @@ from surgery.onnx.export.input_options import (
 from surgery.onnx.export.layouts import arrange, check_layout, layout_named, layout_warnings
 from surgery.onnx.export.new_assembly import new_assembly
 from surgery.onnx.export.pairs import whole_graphs
-from surgery.onnx.export.place import ExportJob, write_export
+from surgery.onnx.export.place import ExportJob, choose_mode, write_export
 from surgery.onnx.export.prompt_past import WeightLocation
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.side_files import side_files_of
@@ -172,7 +172,8 @@ def export_onnx(
     assembly = with_experts(assembly, apart)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
-    if weights == "auto" and shape.numbered and assembly.model.encoder is not None:
+    in_place = weights == "auto" and choose_mode("auto", where, checkpoint.main.folder, ()) == "reference"
+    if weights == "auto" and shape.numbered and assembly.model.encoder is not None and not in_place:
         weights = "embed"  # one file of weights would have to have two names
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
@@ -182,7 +183,7 @@ def export_onnx(
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
     assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
-    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
+    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed" or in_place)
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = weights_mode(weights, where, checkpoint.main, sources, merged, assembly, full=full)
     kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
