@@ -66,7 +66,7 @@ def test_weights_that_changed_under_another_name_are_told(tmp_path: Path) -> Non
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ProofError, match="differs from the base's"):
+    with pytest.raises(ProofError, match="its bytes have changed since it was written"):
         surgery.verify(tmp_path / "out", against=BASE)
 
 
