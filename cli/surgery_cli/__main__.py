@@ -7,35 +7,35 @@ import contextlib
 import gc
 import io
 import os
-import signal
 import sys
-from types import FrameType
+import traceback
+import warnings
 from typing import NoReturn
 
 from surgery_cli import interruption
 
 __all__ = ["main"]
 
-USAGE, INTERRUPTED = 2, 130
+USAGE = 2
 
 
 def main() -> NoReturn:
     """Run the command line of this process and leave with its exit code."""
     # Whatever an interruption hits, be it an import or the way out, the exit code is its own.
-    code = INTERRUPTED
+    code = 1
     try:
+        interruption.listen()
         code = _run()
     except KeyboardInterrupt:
+        code = interruption.exit_code()
         os.write(2, b"error: interrupted\n")
+    except Exception:
+        traceback.print_exc()
     finally:
-        os._exit(code)
+        os._exit(interruption.exit_code() if code == 1 and interruption.asked() else code)
 
 
 def _run() -> int:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # under nohup it stays ignored
-            signal.signal(number, _interrupt)
     if not _streams():
         os.write(2, b"error: stdout is closed\n  hint: send it to /dev/null if nobody reads it\n")
         return USAGE
@@ -45,12 +45,15 @@ def _run() -> int:
     # Importing torch makes a million objects that stay: looking for garbage among them costs a tenth of a short merge,
     # and taking the interpreter apart at the end a tenth more.
     gc.set_threshold(200_000, 50, 1000)
+    # What numpy makes of NaN and of numbers too large is checked where it matters, and told in words that name the tensor.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
     from surgery_cli.group import surgery  # now, where an interruption is heard
 
     try:
         surgery.main(sys.argv[1:], prog_name="surgery")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+    interruption.ignore()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -72,15 +75,6 @@ def _streams() -> bool:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name no terminal encoding has is shown, not a crash
     return stdout
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    """Handle a signal like Ctrl-C: unfinished output is removed on the way out.
-
-    The interruption is remembered, because an import in C may swallow the exception, or make another of it.
-    """
-    interruption.remember()
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from surgery_cli import interruption
 from surgery_cli.options import Settings
 from surgery_cli.output import SCHEMA_VERSION
 from surgery_formats.errors import SurgeryError
-from surgery_formats.text import clean, show
+from surgery_formats.text import clean, encodable, show
 
-__all__ = ["INTERRUPTED", "Fault", "fault_of", "guarded"]
+__all__ = ["Fault", "fault_of", "guarded"]
 
-INTERNAL, USAGE, INPUT, RESOURCE, INTERRUPTED = 1, 2, 3, 7, 130
+INTERNAL, USAGE, INPUT, RESOURCE = 1, 2, 3, 7
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM)
 _OF_THE_SYSTEM = (  # and not of what was asked for
     errno.EIO,
@@ -67,7 +67,7 @@ def fault_of(error: BaseException) -> Fault:
         case click.ClickException():
             return Fault(USAGE, "UsageError", error.format_message())
         case KeyboardInterrupt() | click.Abort():
-            return Fault(INTERRUPTED, "Interrupted", "interrupted")
+            return Fault(interruption.exit_code(), "Interrupted", "interrupted")
         case MemoryError():
             return Fault(RESOURCE, "ResourceError", "not enough memory", "try --workers 1 or a --memory-limit")
         case OSError() if error.errno in _FULL:
@@ -114,6 +114,7 @@ def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) 
     """
     try:
         work()
+        interruption.check()  # code in C may have lost the exception
         sys.stdout.flush()  # here, where a reader that went away can still be dealt with
     except click.exceptions.Exit as left:
         return left.exit_code
@@ -125,6 +126,7 @@ def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Exception, KeyboardInterrupt) as error:
+        interruption.ignore()
         # An import in C makes other errors of an interruption: "numpy.core.multiarray failed to import".
         fault = fault_of(KeyboardInterrupt() if interruption.asked() else error)
         known = words[: words.index("--")] if "--" in words else words
@@ -150,9 +152,10 @@ def _tell_human(fault: Fault, trace: str | None) -> None:
 
 def _tell_machine(fault: Fault, trace: str | None) -> None:
     error = {**asdict(fault), "message": clean(fault.message), "hint": clean(fault.hint) if fault.hint else None}
+    error |= {name: encodable(text) for name in ("file", "tensor") if (text := error[name])}
     del error["exit_code"]
     if trace is not None:
-        error["traceback"] = trace
+        error["traceback"] = encodable(trace)
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), err=True)
 
 

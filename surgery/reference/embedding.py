@@ -86,8 +86,9 @@ def position_rows(
     places: torch.Tensor,
     positions: torch.Tensor,
     front: int,
+    past: int = 0,
 ) -> torch.Tensor:
-    """Rows of the position table, ``(B, n + S)``, of the new tokens; `front` of them are virtual."""
+    """Rows of the position table, ``(B, n + S)``, of the new tokens, `front` of which are virtual, behind `past` others."""
     if embedding.position_rule == "absolute":
         return positions + embedding.position_offset
     if embedding.position_rule == "mask":
@@ -95,4 +96,4 @@ def position_rows(
     if front:  # padding among embeddings cannot be recognised, so transformers counts them all
         return torch.arange(real_new.shape[1]).expand(len(ids), -1) + embedding.position_offset
     is_token = ids != embedding.padding_token
-    return torch.where(is_token, is_token.long().cumsum(1) - 1, -1) + embedding.position_offset
+    return torch.where(is_token, past + is_token.long().cumsum(1) - 1, -1) + embedding.position_offset

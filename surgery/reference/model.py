@@ -127,13 +127,15 @@ def forward(
     places = real_all.long().cumsum(1) - 1
     offset = places.shape[1] - real_new.shape[1]
     causal = model.kind == "decoder"
-    positions = places[:, offset:].clamp(min=0) if causal else torch.arange(real_new.shape[1]).expand(batch, -1)
+    positions = (
+        places[:, offset:].clamp(min=0) if causal else offset + torch.arange(real_new.shape[1]).expand(batch, -1)
+    )
     values = embed(
         reference,
         ids,
         virtual,
         types,
-        position_rows(model.embedding, ids, real_new, places[:, offset:], positions, front),
+        position_rows(model.embedding, ids, real_new, places[:, offset:], positions, front, offset),
     )
     mask = Mask(real_all if hidden is None else real_all & ~hidden, places, positions, causal, watch, grid, images)
     if model.altup is not None:

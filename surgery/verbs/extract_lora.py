@@ -9,8 +9,6 @@ adapter is read back before it appears and must hold what was measured, where it
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +18,15 @@ from surgery.engine.calibration_file import open_calibration
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
-from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, as_path, check_counts, output_path
+from surgery.engine.inputs import (
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_path,
+    check_alpha,
+    check_counts,
+    output_path,
+)
 from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
@@ -49,6 +55,8 @@ from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
+from surgery_formats.files.output.memory import memory_folder
+from surgery_formats.files.remote.path import is_remote
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
@@ -56,7 +64,6 @@ from surgery_formats.models.component import Component
 __all__ = ["ExtractResult", "extract_lora"]
 
 _HELPFUL = 2  # threads beside a GPU: with more the proof takes longer, for they share one interpreter
-_LEAST_ALPHA, _MOST_ALPHA = 1e-12, 1e12  # factors are divided by its root: beyond, they leave the range of their type
 
 
 @timed
@@ -149,8 +156,7 @@ def extract_lora(
         pair = CheckpointPair(*sides)
         devices, why = extraction_devices(device, sum(tensor.numel for tensor in pair.new.tensors.values()))
         inputs = None if calibration is None else open_calibration(calibration)
-        parent = None if folder is None else Path(os.path.realpath(folder.parent))
-        scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
+        scratch = ScratchFile(_scratch_folder(folder))
         lanes: Lanes | None = None
         stopwatch = Stopwatch()
         try:
@@ -220,6 +226,16 @@ def _both(
         yield old or as_checkpoint(base), new or as_checkpoint(tuned, "tuned")
 
 
+def _scratch_folder(output: Path | None) -> Path | None:
+    """Beside the output; for one in a bucket in memory, and nowhere in particular without one."""
+    if output is None:
+        return None
+    if is_remote(output):
+        return memory_folder()
+    parent = output.parent.resolve()
+    return parent if parent.is_dir() else None
+
+
 def _graph(model: CheckpointLike) -> Path | None:
     """The path of a graph, or of a folder of graphs alone; None for any other model."""
     if isinstance(model, Checkpoint):
@@ -253,10 +269,7 @@ def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
 
 
 def _scaling(alpha: float | None, rslora: bool, rank: int | None) -> Scaling:
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise FitError(f"alpha is {alpha}, not a positive number")
-    if alpha is not None and not _LEAST_ALPHA <= alpha <= _MOST_ALPHA:
-        raise FitError(f"alpha is {alpha:g}; it lies between {_LEAST_ALPHA:g} and {_MOST_ALPHA:g}")
+    check_alpha(alpha)
     return Scaling(None if alpha is None else float(alpha), rslora, rank)
 
 

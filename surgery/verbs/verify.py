@@ -18,6 +18,7 @@ from surgery.verification.result import Check, Verification
 from surgery.verification.written_files import check_added, check_manifest
 from surgery_formats.errors import FitError, NotFoundError, ProofError
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import count, listing, summed_up
 
@@ -44,6 +45,7 @@ def verify(
     against: CheckpointLike | None = None,
     adapters: AdaptersLike = (),
     tolerance: float | None = None,
+    text: str | None = None,
 ) -> Verification:
     """Verify a folder that this toolkit made.
 
@@ -57,6 +59,8 @@ def verify(
         adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge
             would. A soft prompt among them must be the one the graph brings along.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
+        text: File of a text, or ``words``: tokens from all over the vocabulary, on which the logits of a graph are compared
+            with those of `against` and `adapters`: what rounding its weights cost.
 
     Raises:
         InputError: the folder or something in it cannot be read.
@@ -64,7 +68,13 @@ def verify(
         ProofError: something is not as it was meant.
     """
     where = as_path(output, "output")
+    if text is not None and against is None:
+        raise FitError(
+            "a text was named without a base", hint="name the model that the graph was made of: `against=BASE`"
+        )
     if (graph := _without_contract(where)) is not None:
+        if text is not None:
+            raise FitError("logits on a text are measured of graphs of surgery export-onnx", file=graph)
         if against is not None:
             return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
         if not adapters:
@@ -97,8 +107,11 @@ def verify(
             checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
         elif not set(manifest["files"]) <= _hashed(manifest["files"]):
             notes.append("copied tensors were not compared with the base: --against BASE does")
+    if graph is None and text is not None:
+        raise FitError("logits on a text are measured of graphs, and there is none", file=where)
     if graph is None:
         return Verification(where, "folder", tuple(checks), tuple(notes), digest)
+    on_a_disk(where, "onnxruntime runs the graph, and reads files")
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
         raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)
@@ -106,7 +119,13 @@ def verify(
     exported = manifest.get("export")
     renamed = exported.get("renamed", {}) if isinstance(exported, Mapping) else {}
     _graphs(graph, base, roles, hashed, renamed, tolerance, checks, notes)
-    return Verification(where, "graph", tuple(checks), tuple(notes), digest)
+    error = None
+    if text is not None and base is not None:
+        from surgery.verification.logit_error import error_on_text
+
+        error = error_on_text(graph, base, roles.merged, text)
+        checks.append(Check("logits on the text", error.said))
+    return Verification(where, "graph", tuple(checks), tuple(notes), digest, logits=error)
 
 
 def _without_contract(where: Path) -> Path | None:
@@ -328,7 +347,7 @@ def _reference(
 
 def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
     from surgery.verification.onnx import compare_decoder, compare_encoder, compare_prompt, compare_slots
-    from surgery.verification.session import Session, check_sizes, default_past, prompt_in_front
+    from surgery.verification.session import Session, check_sizes, default_past, keys_in_front_of, prompt_in_front
     from surgery.verification.slots import random_slots
 
     kind = "decoder" if reference.model.generates else "encoder"
@@ -338,8 +357,9 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     slots = random_slots(graph, reference)
     session, past, front = Session(graph), None, None
     if graph.contract.kind == "encoder":
-        front = prompt_in_front(graph)
-        differences = list(compare_encoder(session, reference, front))
+        past = keys_in_front_of(graph)
+        front = prompt_in_front(graph) if past is None else None
+        differences = list(compare_encoder(session, reference, front, past))
     else:
         past = default_past(graph)
         differences = list(compare_decoder(session, reference, past))

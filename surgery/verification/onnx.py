@@ -110,7 +110,7 @@ def compare_slots(
 ) -> Iterator[LogitDifference]:
     """Compare a call through a session with filled slots, every output of it, with the reference plus the same factors."""
     if session.contract.kind == "encoder":
-        found = compare_encoder(session, reference, front, padded=False)
+        found = compare_encoder(session, reference, front, default, padded=False)
     else:
         ids, _ = _prompts(reference, session.contract, 1, 0)
         found = _generated(session, reference, ids, np.ones((1, ids.shape[1]), bool), 0, default, "")
@@ -211,11 +211,17 @@ def _present(outputs: Arrays) -> Arrays:
 
 
 def compare_encoder(
-    session: Session, reference: Reference, front: torch.Tensor | None = None, *, padded: bool = True
+    session: Session,
+    reference: Reference,
+    front: torch.Tensor | None = None,
+    past: Cache | None = None,
+    *,
+    padded: bool = True,
 ) -> Iterator[LogitDifference]:
     """Compare a batch without padding and, if `padded`, one on every permitted side, with token types if supported.
 
-    `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output.
+    `front` is a soft prompt ``(n, D)``, which the graph puts before every row and omits from its output; `past` are keys and
+    values, for one row, which it puts before those of every layer.
 
     Raises:
         ProofError: the graph has other outputs than the model.
@@ -242,6 +248,7 @@ def compare_encoder(
             real=torch.from_numpy(real),
             types=None if types is None else torch.from_numpy(types),
             virtual=front,
+            past=None if past is None else past.expand(len(ids)),
         ).outputs
         where = f", padded on the {side}" if side else ""
         for name in _outputs(outputs, expected):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Facts
 from surgery.reports.summary import Summary, warning_notes
 
-__all__ = ["Check", "Verification"]
+__all__ = ["Check", "LogitError", "Verification"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,35 @@ class Check:
         return {"name": self.name, "detail": self.detail, **numbers}
 
 
+@dataclass(frozen=True)
+class LogitError:
+    """Over all tokens of a text; of a classifier over its rows.
+
+    Attributes:
+        count: Number of rows of logits.
+        error: In the norm of Frobenius, relative to the logits.
+        agreement: Share of rows whose greatest logit is the same one.
+        divergence: Mean Kullback-Leibler divergence of the graph's distribution from the model's, in nats.
+    """
+
+    count: int
+    error: float
+    agreement: float
+    divergence: float
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        return (
+            f"error {self.error:.4f} of the model's, the greatest is the same for {self.agreement:.1%} of {self.count:,} "
+            f"(KL divergence {self.divergence:.4f} nats)"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        return {name: value if name == "count" else float(f"{value:.6g}") for name, value in asdict(self).items()}
+
+
 @summarised
 @dataclass(frozen=True)
 class Verification:
@@ -48,6 +77,7 @@ class Verification:
         notes: What could not be looked at, and how it can.
         digest: sha256 of the folder as OpenSSF model signing makes it, of all files; empty where not every file has one.
         seconds: How long it took.
+        logits: How far a graph's logits are from the model's on a text, if one was given.
     """
 
     path: Path
@@ -56,6 +86,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     digest: str = ""
     seconds: float = elapsed()
+    logits: LogitError | None = None
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
     @property
@@ -76,6 +107,7 @@ class Verification:
             "difference": self.difference,
             "checks": [check.as_json() for check in self.checks],
             "notes": list(self.notes),
+            **({} if self.logits is None else {"logits": self.logits.as_json()}),
             **({"digest": {"sha256": self.digest}} if self.digest else {}),
         }
 

@@ -15,6 +15,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files, from_metadata
+from surgery.onnx.graph.virtual_tokens import key_name
 from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
 from surgery.verification.twin import SHORT_TYPES, float32_twin
@@ -115,6 +116,33 @@ def default_past(graph: GraphFile) -> Cache | None:
                     tensor=f"past_key_values.{layer}.{part}",
                 )
             pair.append(torch.from_numpy(onnx.numpy_helper.to_array(tensor).astype("float32")))
+        layers.append((pair[0], pair[1]))
+    return Cache(tuple(layers), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
+
+
+def keys_in_front_of(graph: GraphFile) -> Cache | None:
+    """The keys and values that an encoder's graph puts before every layer's, or None.
+
+    Raises:
+        ProofError: some are not of the sizes that the contract promises.
+    """
+    contract = graph.contract
+    found = {tensor.name: tensor for tensor in graph.model.graph.initializer if not tensor.external_data}
+    number = 0
+    while key_name(number, "key") in found:
+        number += 1
+    if not contract.virtual_tokens or not number:
+        return None
+    shape = (1, contract.virtual_tokens, contract.kv_heads * contract.head_dim)
+    layers = []
+    for layer in range(number):
+        pair = []
+        for name in (key_name(layer, "key"), key_name(layer, "value")):
+            if name not in found or tuple(found[name].dims) != shape:
+                text = f"the contract promises {contract.virtual_tokens} virtual tokens, but the graph lacks their keys"
+                raise ProofError(text, file=graph.path, tensor=name)
+            values = torch.from_numpy(onnx.numpy_helper.to_array(found[name]).astype("float32"))
+            pair.append(values.reshape(1, -1, contract.kv_heads, contract.head_dim).transpose(1, 2))
         layers.append((pair[0], pair[1]))
     return Cache(tuple(layers), torch.ones(1, contract.virtual_tokens, dtype=torch.bool))
 

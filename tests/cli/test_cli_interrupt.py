@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, a closed terminal and a polite kill all end the same way: exit 130, nothing left behind."""
+"""Ctrl-C, a closed terminal and a polite kill all end the same way: 128 and the signal's number, nothing left behind."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import pytest
 
 from tests.support.kit import environment
 
-# A merge that takes a minute: every step waits, and the first one says that it has begun.
+# A merge that waits at its first step, which says that it has begun, until it is interrupted, or for some seconds.
 SLOW = """
 import contextlib, sys, time
+from surgery_cli import interruption
 from surgery_cli.commands import merge
+
+waited = []
 
 @contextlib.contextmanager
 def slow(settings, what):
     def step(progress):
-        print("begun", flush=True)
-        time.sleep(2)
+        if not waited:
+            waited.append(step)
+            print("begun", flush=True)
+            end = time.monotonic() + 60
+            while time.monotonic() < end and not interruption.asked():
+                time.sleep(0.01)
+        interruption.check()
     yield step
 
 merge.bar = slow
@@ -48,13 +56,13 @@ def test_in_the_middle_of_a_merge(base, lora, tmp_path, number):
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
         told = process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(60) == 128 + number
     assert told == "error: interrupted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_under_nohup_a_closed_terminal_is_ignored(base, lora, tmp_path):
-    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SLOW.replace("sleep(2)", "sleep(0.1)")
+    script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SLOW.replace("+ 60", "+ 0.2")
     command = [sys.executable, "-c", script, "merge", str(base), str(lora), "-o", str(tmp_path / "out"), "-q"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -33,14 +33,16 @@ def test_one_byte_tells_two_ranges_apart(tmp_path: Path, at: int | None) -> None
     a, b = two(tmp_path, at)
     assert equal_ranges(a, 0, b, 5, SIZE) is (at is None)
     assert equal_ranges(a, 0, b.window(5, SIZE), 0, SIZE) is (at is None)
-    assert holds(b.fd, memoryview((tmp_path / "a").read_bytes()), 5) is (at is None)
+    with b.opened as fd:
+        assert holds(fd, memoryview((tmp_path / "a").read_bytes()), 5) is (at is None)
 
 
 def test_a_range_beyond_the_end_is_no_equal_one(tmp_path: Path) -> None:
     a, b = two(tmp_path)
     with pytest.raises(MalformedError):
         equal_ranges(a, 0, b, 5, SIZE + 1)
-    assert not holds(b.fd, memoryview((tmp_path / "a").read_bytes() + b"?"), 5)
+    with b.opened as fd:
+        assert not holds(fd, memoryview((tmp_path / "a").read_bytes() + b"?"), 5)
 
 
 def test_what_is_known_is_not_read_and_ends_with_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +50,7 @@ def test_what_is_known_is_not_read_and_ends_with_a_change(tmp_path: Path, monkey
     ranges = EqualRanges()
     ranges.add(5, a, 0, SIZE)  # a lie, which only reading would find
     assert not equal_ranges(a, 0, b, 5, SIZE)
-    with ranges.known(b.fd):
+    with b.opened as fd, ranges.known(fd):
         assert equal_ranges(a, 0, b, 5, SIZE)
         assert equal_ranges(b, 5, a, 0, SIZE)
         assert not equal_ranges(a, 0, b, 5, SIZE - 1)

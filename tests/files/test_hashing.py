@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import xxhash
 
 from surgery_formats.errors import ProofError
+from surgery_formats.files.descriptors import Descriptor
 from surgery_formats.files.output import hashing
 from surgery_formats.files.output.folder import SIGNED, output_folder
 from surgery_formats.files.output.hashing import FollowingHash, root_digest
@@ -77,7 +79,7 @@ def test_what_is_written_twice_is_hashed_as_it_is_in_the_end(tmp_path: Path) -> 
 def test_a_file_that_cannot_be_read_back_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(bytes(1000))
     with (tmp_path / "short").open("rb") as file, ThreadPoolExecutor(1) as pool:
-        state = FollowingHash(file.fileno(), SIZE, SIGNED, pool)
+        state = FollowingHash(Descriptor(os.dup(file.fileno()), None), SIZE, SIGNED, pool)
         state.reached(500_000, 0)
         with pytest.raises(OSError, match="ends at byte 1000"):
             state.complete().result(timeout=10)

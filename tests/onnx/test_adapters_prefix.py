@@ -296,15 +296,6 @@ def test_a_prompt_tuned_classifier_gives_the_logits_of_peft(name, kind, target, 
     assert len(surgery.verify(tmp_path / "out").checks) >= 3
 
 
-def test_keys_and_values_in_front_of_an_encoder_are_refused_by_name(tmp_path):
-    base = recipes.build("bert_sequence", tmp_path / "base")
-    adapter = trained.train("bert_sequence", base, trained.PROMPTS["prefix"], tmp_path / "adapter", task="SEQ_CLS")
-    with pytest.raises(FitError, match="P-tuning v2, prefix tuning") as error:
-        export_onnx(base, [adapter], output=tmp_path / "out")
-    assert "embeddings" in str(error.value.hint)
-    assert not (tmp_path / "out").exists()
-
-
 REFUSED = {
     "rows of keys and values": ("prefix", {"prompt_form": "rows"}, "are not tokens"),
     "no room": ("prompt", {"max_length": 5}, "leave no room"),

@@ -206,8 +206,9 @@ def test_a_byte_that_rots_on_its_way_fails_the_proof(
     def rotten(self: OutputFile, *args: object) -> None:
         write(self, *args)
         offset = args[1] if flip == "computed" else args[2]
-        byte = os.pread(self.fd, 1, offset)  # type: ignore[arg-type]
-        os.pwrite(self.fd, bytes([byte[0] ^ 1]), offset)  # type: ignore[arg-type]
+        with self._descriptor as fd:
+            byte = os.pread(fd, 1, offset)  # type: ignore[arg-type]
+            os.pwrite(fd, bytes([byte[0] ^ 1]), offset)  # type: ignore[arg-type]
 
     monkeypatch.setattr(OutputFile, name, rotten)
     with pytest.raises(ProofError):

@@ -32,6 +32,12 @@ __all__ = ["command"]
     metavar="X",
     help="Greatest difference of a logit, relative to the greatest logit; default: 1e-4, 1e-2 for graphs of 16 bits.",
 )
+@click.option(
+    "--text",
+    metavar="FILE|words",
+    shell_complete=complete_files,
+    help="With --against: the error of a graph's logits on this text, to those of BASE with the adapters.",
+)
 def command(settings: Settings, output: str, **options: Any) -> None:
     """Verify an output: its bytes, and what a graph computes.
 
@@ -44,6 +50,7 @@ def command(settings: Settings, output: str, **options: Any) -> None:
       surgery verify merged/
       surgery verify out/ --against llama/
       surgery verify out/ --against llama/ --adapter my-lora=0.7
+      surgery verify out/ --against llama/ --text words.txt
     """
     from surgery.verbs.verify import verify
 

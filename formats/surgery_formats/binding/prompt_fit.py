@@ -12,8 +12,10 @@ __all__ = ["check_prompt"]
 _HINT = "is this the base it was trained on?"
 
 
-def check_prompt(prompt: SoftPrompt, model: Model) -> None:
+def check_prompt(prompt: SoftPrompt, model: Model, *, encoders: bool = False) -> None:
     """Refuse a prompt for a model of other sizes, or for an encoder and its decoder.
+
+    Keys and values are refused for an encoder unless `encoders`, which holds for graphs alone, and its class takes some.
 
     Raises:
         FitError: it does not fit.
@@ -22,12 +24,13 @@ def check_prompt(prompt: SoftPrompt, model: Model) -> None:
     if prompt.submodules != 1:
         raise FitError("the soft prompt is for an encoder and its decoder", file=file, tensor=tensor)
     if prompt.prefix is not None:
-        layers = model.layers if model.kind == "decoder" else ()
+        layers = model.caching if model.kind == "decoder" or (encoders and model.takes_past) else ()
         sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in layers}
         size = (prompt.prefix.kv_heads, prompt.prefix.head_dim)
         if not layers:
             raise FitError(
-                "the prompt holds keys and values of every layer (P-tuning v2, prefix tuning), which no encoder takes here",
+                "the prompt holds keys and values of every layer (P-tuning v2, prefix tuning), which "
+                + ("this encoder's class does not take" if encoders else "no encoder takes here"),
                 file=file,
                 tensor=tensor,
                 hint="prompt tuning and P-tuning, whose virtual tokens are embeddings, work in front of an encoder",

@@ -14,11 +14,13 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
 from surgery_formats.errors import MalformedError, NotFoundError, ProofError, SurgeryError
+from surgery_formats.files.descriptors import Descriptor
 from surgery_formats.files.remote.path import RemotePath, to_path
 
 __all__ = [
@@ -52,7 +54,7 @@ class Ranges(Protocol):
         ...
 
     def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch ranges ``(offset, nbytes)`` ahead, each of which is read once, as it stands here."""
+        """Fetch ranges ``(offset, nbytes)`` ahead; each is kept until its last byte is read."""
         ...
 
     def check_unchanged(self) -> None:
@@ -67,11 +69,11 @@ class Ranges(Protocol):
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class File:
-    """An open regular file; its descriptor lives as long as this object.
+    """An open regular file, until this object and its windows are gone.
 
     Attributes:
         path: The path it was opened by.
-        fd: Read-only descriptor; its position is never used (`os.pread`).
+        descriptor: Read-only; its position is never used (`os.pread`). None where the bytes come from elsewhere.
         size: Size in bytes when opened.
         identity: What it was when opened; `check_unchanged` compares with it.
         begin: Where positions count from: 0, or where a file inside this one lies (`window`).
@@ -82,7 +84,7 @@ class File:
     """
 
     path: Path
-    fd: int
+    descriptor: Descriptor | None
     size: int
     identity: FileIdentity
     begin: int = 0
@@ -90,6 +92,12 @@ class File:
     starts: tuple[int, ...] = ()
     nameless: bool = False
     remote: Ranges | None = None
+
+    @property
+    def opened(self) -> Descriptor:
+        """Its descriptor, to be used in a ``with`` statement."""
+        assert self.descriptor is not None
+        return self.descriptor
 
     def window(self, begin: int, nbytes: int) -> File:
         """A file that lies in this one, as a file of its own. It is good as long as this one is open.
@@ -126,7 +134,8 @@ class File:
         if self.remote is not None:
             done = self.remote.read_into(buffer, self.begin + offset)
         else:
-            done = read_all(self.fd, buffer, self.begin + offset)
+            with self.opened as fd:
+                done = read_all(fd, buffer, self.begin + offset)
         if early := len(buffer) - done:
             raise MalformedError(f"the file ends at byte {offset + done}, {early} bytes early", file=self.path)
 
@@ -170,12 +179,13 @@ class File:
         if self.remote is not None:
             self.remote.check_unchanged()
             return
-        try:
-            by_name = identity_of(self.fd if self.nameless else self.path)
-        except OSError as error:
-            raise ProofError("the input disappeared while it was read", file=self.path, hint="run again") from error
-        if by_name != self.identity or identity_of(self.fd) != self.identity:
-            raise ProofError("the input changed while it was read", file=self.path, hint="run again")
+        with self.opened as fd:
+            try:
+                by_name = identity_of(fd if self.nameless else self.path)
+            except OSError as error:
+                raise _disappeared(self.path) from error
+            if by_name != self.identity or identity_of(fd) != self.identity:
+                raise _changed(self.path)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -197,7 +207,7 @@ def joined_file(pieces: Sequence[FileRange], name: str) -> File:
     digest = hashlib.sha256(repr((name, seen)).encode(errors="surrogatepass")).digest()
     identity = (-1, int.from_bytes(digest[:8]), sum(sizes), int.from_bytes(digest[8:16]))
     starts = tuple(accumulate(sizes, initial=0))[:-1]
-    return File(pieces[0].file.path, -1, sum(sizes), identity, 0, tuple(pieces), starts)
+    return File(pieces[0].file.path, None, sum(sizes), identity, 0, tuple(pieces), starts)
 
 
 def nameless_file(data: bytes, path: Path) -> File:
@@ -207,12 +217,10 @@ def nameless_file(data: bytes, path: Path) -> File:
         view, done = memoryview(data), 0
         while done < len(view):
             done += os.pwrite(fd, view[done:], done)
-        opened = File(path, fd, len(data), identity_of(fd), nameless=True)
+        return File(path, Descriptor(fd, None), len(data), identity_of(fd), nameless=True)
     except BaseException:
         os.close(fd)
         raise
-    weakref.finalize(opened, os.close, fd)
-    return opened
 
 
 def memory_file() -> int:
@@ -265,16 +273,39 @@ def open_file(path: str | os.PathLike[str]) -> File:
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         raise MalformedError("not a regular file", file=where)
-    opened = File(where, fd, status.st_size, identity_of(fd))
-    weakref.finalize(opened, os.close, fd)
-    return opened
+    identity = identity_of(fd)
+    return File(where, Descriptor(fd, partial(_reopened, where.absolute(), where, identity)), status.st_size, identity)
+
+
+def _reopened(path: Path, shown: Path, identity: FileIdentity) -> int:
+    """A new descriptor of the file that this was.
+
+    Raises:
+        ProofError: another one is there now.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _disappeared(shown) from error
+    if identity_of(fd) != identity:
+        os.close(fd)
+        raise _changed(shown)
+    return fd
+
+
+def _disappeared(path: Path) -> ProofError:
+    return ProofError("the input disappeared while it was read", file=path, hint="run again")
+
+
+def _changed(path: Path) -> ProofError:
+    return ProofError("the input changed while it was read", file=path, hint="run again")
 
 
 def _open_remote(path: RemotePath) -> File:
     from surgery_formats.files.remote.ranges import open_remote  # and its library
 
     ranges = open_remote(path)
-    opened = File(path, -1, ranges.facts.size, ranges.identity, remote=ranges)
+    opened = File(path, None, ranges.facts.size, ranges.identity, remote=ranges)
     weakref.finalize(opened, ranges.close)
     return opened
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from surgery.onnx.export.adapters import AdapterRoles, NamedAdapter, entry
 from surgery.onnx.export.genai import genai_config
 from surgery.onnx.export.inserted import INSERTED, BakedModules, ModuleSlots, values_at
-from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, stored_past
+from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, empty_past, layer_keys, stored_past
 from surgery.onnx.export.sentence import SENTENCE_FILE, SentenceFile
 from surgery.onnx.export.stored_factors import stored_array
 from surgery.onnx.graph.build import GraphOptions, GraphSet, build
@@ -49,7 +49,7 @@ Array = npt.NDArray[Any]
 
 Form = str
 """``kv``: keys and values as the default past; ``rows``: rows after the vocabulary; ``front``: before an encoder's
-tokens; empty: no prompt."""
+tokens; ``layers``: keys and values in front of every layer's of an encoder; empty: no prompt."""
 
 
 def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Form:
@@ -66,10 +66,11 @@ def prompt_form(requested: str, prompts: tuple[Prompt, ...], model: Model) -> Fo
         raise FitError("soft prompts of encoder-decoders go into no graph yet", hint="LoRAs and (IA)^3 do")
     no_embeddings = next((prompt for prompt in prompts if prompt.embeddings is None), None)
     if not model.generates:
-        if requested != "auto" or len(prompts) > 1 or no_embeddings is not None:
-            what = "keys and values" if no_embeddings is not None else "rows or keys and values, or several prompts"
+        takes = no_embeddings is None or (model.takes_past and no_embeddings.kind != TEXT)
+        if requested != "auto" or len(prompts) > 1 or not takes:
+            what = "rows or keys and values, or several prompts" if takes else "keys and values"
             raise FitError(f"an encoder takes one prompt of embeddings in front of its text, not {what}")
-        return "front"
+        return "front" if no_embeddings is None else "layers"
     if requested == "rows" and no_embeddings is not None:
         reason = "a text has token ids already" if no_embeddings.kind == TEXT else "its keys and values are not tokens"
         raise FitError(
@@ -136,7 +137,7 @@ class Assembly:
         """
         built = self._built(empty_past(self.model) if self.form == "kv" else {})
         longest = max((prompt.tokens for prompt in self.prompts), default=0)
-        if longest and built.contract.max_length < (1 if self.form == "front" else longest + 1):
+        if longest and built.contract.max_length < (1 if self.form in ("front", "layers") else longest + 1):
             raise FitError(
                 f"{longest} virtual tokens leave no room in {built.contract.max_length}",
                 hint="use a larger `max_length=`",
@@ -251,7 +252,8 @@ class Assembly:
         rows = [prompt.embeddings for prompt in self.prompts if prompt.embeddings is not None]
         table = np.concatenate(rows) if rows else None
         front = len(table) if table is not None and self.form == "front" else 0
-        virtual = Virtual(past, None if self.form == "kv" else table, front)
+        keys = layer_keys(self.prompts[0], len(self.model.layers)) if self.form == "layers" else {}
+        virtual = Virtual(past, None if self.form == "kv" else table, front, keys=keys)
         options = replace(
             self.options,
             slotted=self.slot_names,

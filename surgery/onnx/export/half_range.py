@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from surgery.onnx.run.text_rows import rows_of_text
 from surgery_formats.errors import FitError
-from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.raw import File
 from surgery_formats.text import count, listing, nbytes, show
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ _BEYOND = {_BRAIN: ("u2", 0x4780, 0x7F80), _FLOAT: ("u4", 0x477FF000, 0x7F800000
 """Bits of the first number that becomes infinite in float16, and of Inf, without their sign."""
 _BLOCK = 1 << 24  # bytes
 _WORTH_TELLING = 100 << 20  # bytes that are converted at each load
-_ROWS, _WIDTH = 8, 128  # tokens that are measured
 
 
 class Converted(NamedTuple):
@@ -183,25 +183,8 @@ def measured_values(component: Component, plan: Plan | None, task: str, text: st
     reference = open_reference(component, plan, task=task)
     if reference.model.encoder is not None:
         raise FitError("values of an encoder-decoder are not measured at an export", hint="`surgery verify` does it")
-    ids = _ids(component, text, reference.model.vocabulary, min(_WIDTH, reference.model.max_positions or _WIDTH))
+    rows = rows_of_text(component.folder, text, reference.model.vocabulary, reference.model.max_positions)
     with watched() as seen:
-        for row in ids:
+        for row in rows:
             forward(reference, torch.tensor([row]))
     return seen
-
-
-def _ids(component: Component, text: str | Path, vocabulary: int, width: int) -> list[list[int]]:
-    if text == "words":
-        chosen = min(vocabulary, _ROWS * width)
-        ids = [number * vocabulary // chosen for number in range(chosen)]
-        ids = [number for start in range(_ROWS) for number in ids[start::_ROWS]]  # each row from all over
-    else:
-        from surgery.onnx.run.tokenizer import open_tokenizer
-
-        raw = open_file(text)
-        ids = open_tokenizer(component.folder).encode(
-            bytes(raw.read(0, min(raw.size, 1 << 20))).decode(errors="replace")
-        )
-    if not ids:
-        raise FitError("the text to measure on has no tokens")
-    return [ids[start : start + width] for start in range(0, min(len(ids), _ROWS * width), width)]

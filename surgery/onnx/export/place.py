@@ -32,6 +32,7 @@ from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import show
+from surgery_formats.whole import whole
 
 if TYPE_CHECKING:
     pass
@@ -262,8 +263,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
                 _move(stage.staged / name, folder / name, added)
         sync_folder(fd)
     except BaseException:
-        for path in reversed(added):
-            _remove(path)
+        _take_back(added)
         raise
     finally:
         os.close(fd)
@@ -285,11 +285,14 @@ def _account(job: ExportJob, ledger: Ledger | None, files: Mapping[str, bytes], 
     return json.dumps(account, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # keep a folder that others have added files to
-        path.rmdir() if path.is_dir() else path.unlink()
+@whole
+def _take_back(added: Sequence[Path]) -> None:
+    for path in reversed(added):
+        with contextlib.suppress(OSError):  # keep a folder that others have added files to
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
+@whole
 def _move(staged: Path, path: Path, added: list[Path]) -> None:
     """Rename a staged file, unless a killed run already did."""
     with output_faults(path):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
-from surgery.onnx.graph.virtual_tokens import Virtual
+from surgery.onnx.graph.virtual_tokens import Virtual, key_name
 from surgery.onnx.run.ports import cpu_session
 from surgery_formats.binding.prompt_fit import check_prompt
 from surgery_formats.dtypes import DType
@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
     from surgery_formats.canonical.adapter import Adapter
 
-__all__ = ["Prompt", "WeightLocation", "computed_past", "empty_past", "of_adapter", "stored_past", "unique"]
+__all__ = [
+    "Prompt",
+    "WeightLocation",
+    "computed_past",
+    "empty_past",
+    "layer_keys",
+    "of_adapter",
+    "stored_past",
+    "unique",
+]
 
 Array = npt.NDArray[Any]
 Past = dict[str, Array]
@@ -72,7 +81,7 @@ def of_adapter(name: str, adapter: Adapter, model: Model) -> Prompt:
         raise FitError("a model with an embedding for each layer takes no virtual tokens", file=adapter.path)
     if prompt is None:
         raise FitError(f"{adapter.kind} has no virtual tokens", file=adapter.path, hint="`merge=` or `swap=`")
-    check_prompt(prompt, model)
+    check_prompt(prompt, model, encoders=True)
     if prompt.prefix is not None:
         return Prompt(name, prompt.kind, prompt.virtual_tokens, adapter)
     rows = prompt.embeddings().astype(np.float32)
@@ -88,6 +97,18 @@ def stored_past(prompt: Prompt, layers: int) -> Past:
         for part, values in zip(("key", "value"), prompt.adapter.prompt.key_values(layer), strict=True):
             past[f"past_key_values.{layer}.{part}"] = np.ascontiguousarray(values[None], np.float32)
     return past
+
+
+def layer_keys(prompt: Prompt, layers: int) -> Past:
+    """Keys and values of prefix tuning as an encoder's graph holds them, ``(1, tokens, width)`` float32."""
+    past = stored_past(prompt, layers)
+    return {
+        key_name(layer, part): past[f"past_key_values.{layer}.{part}"]
+        .transpose(0, 2, 1, 3)
+        .reshape(1, prompt.tokens, -1)
+        for layer in range(layers)
+        for part in ("key", "value")
+    }
 
 
 def empty_past(model: Model) -> Past:

@@ -124,6 +124,9 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     """
     if options.opset is not None:
         check_opset(options.opset)
+        options = replace(
+            options, target=replace(options.target, gate="apart")
+        )  # for runtimes from before the operator
     model = model or model_of(
         component.config, frozenset(component.parameters) | frozenset(options.overrides) | frozenset(options.coded)
     )
@@ -297,7 +300,7 @@ def _contract(component: Component, model: Model, options: GraphOptions, length:
         kv_heads=first.kv_heads if first else 0,
         head_dim=first.head_dim if first else 0,
         vocabulary=model.vocabulary,
-        max_length=length - options.virtual.front,
+        max_length=length - options.virtual.front - options.virtual.keyed,
         sized_late=any(isinstance(layer.mlp, Experts) for layer in model.layers),
         rope_switch=max((_switch(layer.attention.rope, length) for layer in model.layers), default=0),
     )

@@ -120,6 +120,8 @@ def _position_rows(ctx: Context, model: Model) -> str:
         padding = graph.node("Equal", [ctx.ids, graph.number(record.padding_token, DType.I64)], at)
         tokens = graph.cast(graph.node("Not", [padding], at), DType.I64, at)
         counted = graph.node("CumSum", [tokens, graph.number(1, DType.I64)], at)
+        if ctx.virtual.keyed:
+            counted = graph.node("Add", [counted, graph.ints(ctx.virtual.keyed)], at)
         positions = graph.node("Mul", [counted, tokens], at)
         shift = record.position_offset - 1
     else:
@@ -127,7 +129,7 @@ def _position_rows(ctx: Context, model: Model) -> str:
         length = graph.node("Squeeze", [graph.node("Shape", [ctx.ids], at, start=1, end=2)], at)
         row = graph.node("Range", [graph.number(0, DType.I64), length, graph.number(1, DType.I64)], at)
         positions = graph.node("Expand", [row, shape], at)
-        shift = record.position_offset
+        shift = record.position_offset + ctx.virtual.keyed
     if shift:
         positions = graph.node("Add", [positions, graph.ints(shift)], at)
     return _rows(ctx, table, positions, at)

@@ -17,7 +17,7 @@ from surgery.onnx.graph.norm import residual_norm
 from surgery.onnx.graph.patches import looked_at
 from surgery.onnx.graph.relative import masked_bias
 from surgery.onnx.graph.seen_keys import SeenKeys
-from surgery.onnx.graph.virtual_tokens import in_front
+from surgery.onnx.graph.virtual_tokens import in_front, keys_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, ClassifierHead, Model, PooledHead
 
@@ -63,14 +63,17 @@ def encoder(ctx: Context, model: Model, max_length: int) -> None:
     distances = DistanceScores(ctx, seen)
     for index, layer in enumerate(model.layers):
         before = stream
-        stream = layer_steps(ctx, model, layer, stream, _attention(ctx, model, layer.attention, seen, distances))
+        attend = _attention(ctx, model, layer.attention, seen, distances, index)
+        stream = layer_steps(ctx, model, layer, stream, attend)
         if index == 0 and model.convolution is not None:
             x, y = ctx.total(before, ""), ctx.total(stream, "")
             stream = ResidualStream(convolved(ctx, model.convolution, x, y, model.hidden))
     add_head(ctx, model, last_states(ctx, model, stream))
 
 
-def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, distances: DistanceScores) -> Body:
+def _attention(
+    ctx: Context, model: Model, record: Attention, seen: SeenKeys, distances: DistanceScores, layer: int
+) -> Body:
     at = module_of(module_of(record.output.weight))
 
     def attend(x: str, alpha: float) -> str:
@@ -83,6 +86,9 @@ def _attention(ctx: Context, model: Model, record: Attention, seen: SeenKeys, di
             q, k, v = rotated(ctx, record, parts, seen, at)
         else:
             q, k, v = (ctx.batched(part, at) if ctx.flat else part for part in parts)
+        if ctx.virtual.keys:
+            k = keys_in_front(ctx.graph, ctx.virtual, ctx.io, layer, ctx.ids, "key", k, at)
+            v = keys_in_front(ctx.graph, ctx.virtual, ctx.io, layer, ctx.ids, "value", v, at)
         if record.disentangled is not None:
             scores = distances.scores(record, q, k, model.hidden, at)
             mask = masked_bias(ctx, scores, seen.allowed(record.window))

@@ -11,6 +11,7 @@ from functools import cached_property
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.relative import masked_bias, relative_bias
 from surgery.onnx.graph.rotary import RotaryTable, RotaryTables
+from surgery.onnx.graph.virtual_tokens import mask_in_front
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Attention, RelativeBias, Rope
 
@@ -23,6 +24,7 @@ class SeenKeys:
     def __init__(self, ctx: Context, mask: str, max_length: int = 0, *, reads_padding: bool = False) -> None:
         """Keys of the tokens that the input `mask`, ``(B, S)`` int64, has ones for; an empty name for no padding.
 
+        Behind those of virtual tokens where every layer has some, which needs places of no key.
         Rotary tables have `max_length` positions. With `reads_padding`, results at padding are read; it sees the tokens of
         its row.
         """
@@ -65,8 +67,10 @@ class SeenKeys:
     def _tokens(self) -> tuple[str, str]:
         """Which keys are tokens ``(B, 1, 1, S)``, and which queries are padding ``(B, 1, S, 1)``."""
         graph = self._graph
-        token = graph.cast(self._mask, DType.BOOL, "")
-        keys = graph.node("Unsqueeze", [token, graph.ints(1, 2)], "")
+        token = seen = graph.cast(self._mask, DType.BOOL, "")
+        if self._ctx.virtual.keyed:
+            seen = graph.cast(mask_in_front(graph, self._mask, self._ctx.virtual.keyed), DType.BOOL, "")
+        keys = graph.node("Unsqueeze", [seen, graph.ints(1, 2)], "")
         padding = graph.node("Unsqueeze", [graph.node("Not", [token], ""), graph.ints(1, 3)], "")
         return keys, padding
 

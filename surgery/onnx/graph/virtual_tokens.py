@@ -19,7 +19,17 @@ from surgery.onnx.graph.graph import Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Embedding, Model
 
-__all__ = ["Virtual", "completed_mask", "front_model", "in_front", "rows_after", "types_in_front"]
+__all__ = [
+    "Virtual",
+    "completed_mask",
+    "front_model",
+    "in_front",
+    "key_name",
+    "keys_in_front",
+    "mask_in_front",
+    "rows_after",
+    "types_in_front",
+]
 
 Array = npt.NDArray[Any]
 
@@ -33,6 +43,7 @@ class Virtual:
             empty for none. Arrays without tokens make the inputs optional without a prompt.
         rows: ``(n, width)`` float32 rows after the vocabulary, or None.
         front: Number of rows in front of every text (encoders).
+        keys: Keys and values in front of every layer's, by `key_name`, each ``(1, tokens, width)`` (encoders); empty for none.
         embedded: Whether the graph takes ``inputs_embeds (B, S, width)`` instead of ids, to compute the keys and values
             of embeddings.
     """
@@ -41,6 +52,31 @@ class Virtual:
     rows: Array | None = None
     front: int = 0
     embedded: bool = False
+    keys: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def keyed(self) -> int:
+        """Number of tokens whose keys and values stand in front of every layer's."""
+        return next((int(values.shape[1]) for values in self.keys.values()), 0)
+
+
+def key_name(layer: int, part: str) -> str:
+    """Name of the keys (``key``) or values (``value``) in front of a layer's, in an encoder's graph."""
+    return f"prefix.{layer}.{part}"
+
+
+def keys_in_front(graph: Graph, virtual: Virtual, io: DType, layer: int, ids: str, part: str, own: str, at: str) -> str:
+    """`own`, keys or values ``(B, S, width)`` of a layer, behind the virtual tokens'."""
+    values = virtual.keys[key_name(layer, part)]
+    graph.initializer(key_name(layer, part), values.astype(graph.numpy_type(io)))
+    rows = graph.node("Shape", [ids], at, start=0, end=1)
+    shape = graph.node("Concat", [rows, graph.ints(*values.shape[1:])], at, axis=0)
+    return graph.node("Concat", [graph.node("Expand", [key_name(layer, part), shape], at), own], at, axis=1)
+
+
+def mask_in_front(graph: Graph, mask: str, count: int) -> str:
+    """`mask`, ``(B, S)`` int64, behind ones for virtual tokens."""
+    return _prepend(graph, 1, graph.ints(count), mask)
 
 
 def completed_mask(graph: Graph, ids: str, mask: str, past: str) -> str:

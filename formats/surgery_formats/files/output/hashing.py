@@ -17,6 +17,7 @@ from typing import Protocol
 
 import xxhash
 
+from surgery_formats.files.descriptors import Descriptor
 from surgery_formats.threads import cores
 
 __all__ = ["FollowingHash", "Hash", "hash_threads", "new_hash", "root_digest"]
@@ -52,9 +53,9 @@ def new_hash(kind: str) -> Hash:
 class FollowingHash:
     """Hashes of a file of known size that others write."""
 
-    def __init__(self, fd: int, nbytes: int, kinds: Sequence[str], threads: Executor) -> None:
+    def __init__(self, descriptor: Descriptor, nbytes: int, kinds: Sequence[str], threads: Executor) -> None:
         self._kinds = tuple(kinds)
-        self._fd = fd
+        self._descriptor = descriptor
         self._nbytes = nbytes
         self._threads = threads
         self._lock = threading.Lock()
@@ -125,7 +126,8 @@ class FollowingHash:
     def _hash(self, start: int, stop: int) -> None:
         buffer = memoryview(bytearray(min(_BLOCK, stop - start)))
         while start < stop and not self._stopped:
-            count = os.preadv(self._fd, [buffer[: stop - start]], start)
+            with self._descriptor as fd:
+                count = os.preadv(fd, [buffer[: stop - start]], start)
             if count == 0:
                 raise OSError(errno.EIO, f"ends at byte {start} while it is written")
             for state in self._states.values():

@@ -82,8 +82,12 @@ def copy_range(source: File, source_offset: int, target_fd: int, target_offset: 
     done = 0
     while done < nbytes:
         step = min(_COPY_STEP, nbytes - done)
+        if source.descriptor is None:  # an object of a bucket
+            break
+        at = source.begin + source_offset + done
         try:
-            copied = os.copy_file_range(source.fd, target_fd, step, source_offset + done, target_offset + done)
+            with source.descriptor as fd:
+                copied = os.copy_file_range(fd, target_fd, step, at, target_offset + done)
         except AttributeError:  # not Linux
             break
         except OSError as error:

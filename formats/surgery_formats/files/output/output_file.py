@@ -11,10 +11,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import ProofError, ResourceError, SurgeryError
+from surgery_formats.files.descriptors import Descriptor
 from surgery_formats.files.output.hashing import FollowingHash
 from surgery_formats.files.output.kernel_copy import copy_range, reserve, start_writeback, write_all
 from surgery_formats.files.raw import File, read_all
@@ -64,6 +66,19 @@ def _free(path: Path) -> int:
     return 0
 
 
+def _reopened(path: Path, status: os.stat_result) -> int:
+    """A new descriptor of a file that is being written.
+
+    Raises:
+        ProofError: another file has its name.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not os.path.samestat(os.fstat(fd), status):
+        os.close(fd)
+        raise ProofError("was replaced while it was written", file=path)
+    return fd
+
+
 class OutputFile:
     """A staged file of known size.
 
@@ -73,7 +88,6 @@ class OutputFile:
     Attributes:
         name: Path relative to the output folder.
         path: Where it lies while it is written.
-        fd: Descriptor, read and write; -1 once closed.
         nbytes: Planned size.
     """
 
@@ -90,21 +104,21 @@ class OutputFile:
         self.name = name
         self.path = path
         self.nbytes = nbytes
-        self.fd = -1
         self._shown = shown
         self._publish = publish
         self._lock = threading.Lock()
         self._spans: list[tuple[int, int]] = []  # written so far, in order; none touches another
         self._unsynced = 0
         with output_faults(shown, nbytes):
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
-                reserve(self.fd, nbytes)
+                reserve(fd, nbytes)
             except BaseException:
-                self.close()
+                os.close(fd)
                 os.unlink(path)  # before the message reports the free space
                 raise
-        self._hash = FollowingHash(self.fd, nbytes, hashes, threads)
+            self._descriptor = Descriptor(fd, partial(_reopened, path, os.fstat(fd)))
+        self._hash = FollowingHash(self._descriptor, nbytes, hashes, threads)
 
     def pwrite(self, data: memoryview | bytes | bytearray, offset: int) -> None:
         """Write all of `data` at `offset`.
@@ -115,15 +129,15 @@ class OutputFile:
         """
         view = memoryview(data).cast("B")
         self._inside(offset, len(view))
-        with output_faults(self._shown, self.nbytes):
-            write_all(self.fd, view, offset)
+        with output_faults(self._shown, self.nbytes), self._descriptor as fd:
+            write_all(fd, view, offset)
             self._note(offset, len(view))
             with self._lock:
                 self._unsynced += len(view)
                 if start := self._unsynced >= WRITEBACK_STEP:
                     self._unsynced = 0
             if start:
-                start_writeback(self.fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
+                start_writeback(fd, 0, 0)  # 0 bytes means to the end: only dirty pages cost anything
 
     def note_written(self, offset: int, nbytes: int) -> None:
         """Another process wrote this range, through a descriptor that it inherited."""
@@ -138,8 +152,8 @@ class OutputFile:
             ResourceError, ProofError: as `pwrite`.
         """
         self._inside(dst_offset, nbytes)
-        with output_faults(self._shown, self.nbytes):
-            copy_range(source, src_offset, self.fd, dst_offset, nbytes)
+        with output_faults(self._shown, self.nbytes), self._descriptor as fd:
+            copy_range(source, src_offset, fd, dst_offset, nbytes)
         self._note(dst_offset, nbytes)
 
     def readback(self, offset: int, nbytes: int) -> bytearray:
@@ -159,8 +173,8 @@ class OutputFile:
             ProofError: as `readback`.
         """
         self._inside(offset, len(view))
-        with output_faults(self._shown):
-            done = read_all(self.fd, view, offset)
+        with output_faults(self._shown), self._descriptor as fd:
+            done = read_all(fd, view, offset)
         if done < len(view):
             raise ProofError(f"ends at byte {offset + done} while it is written", file=self._shown)
 
@@ -180,17 +194,17 @@ class OutputFile:
             raise ProofError(f"bytes {gap[0]} to {gap[1]} were never written", file=self._shown)
         with output_faults(self._shown, self.nbytes):
             hashes = self._hash.complete()
-            os.fsync(self.fd)
-            if (size := os.fstat(self.fd).st_size) != self.nbytes:
+            with self._descriptor as fd:
+                os.fsync(fd)
+                size = os.fstat(fd).st_size
+            if size != self.nbytes:
                 raise ProofError(f"has {size} bytes instead of the planned {self.nbytes}", file=self._shown)
             self._publish(self, {**record, **hashes.result()})
             self.close()
 
     def close(self) -> None:
         """Close the descriptor; may be called twice."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._descriptor.close()
 
     def abandon(self) -> None:
         """Hash no further, because the file will not be finished."""

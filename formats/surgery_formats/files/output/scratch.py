@@ -18,6 +18,7 @@ from pathlib import Path
 
 from surgery_formats.errors import ResourceError, SurgeryError
 from surgery_formats.files.output.output_file import output_faults
+from surgery_formats.whole import whole
 
 __all__ = ["scratch_folder", "sweep"]
 
@@ -26,6 +27,7 @@ _ATTEMPTS = 100
 
 
 @contextlib.contextmanager
+@whole
 def scratch_folder(beside: Path | None) -> Iterator[Path]:
     """A new hidden folder, removed at the end whatever happens; one that a killed run left there goes first.
 

@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.files.output.scratch import sweep
 from surgery_formats.files.output.several import is_of_plan, may_be_there, same_folder
 from surgery_formats.text import show
+from surgery_formats.whole import whole
 
 __all__ = ["Stage"]
 
@@ -64,6 +66,7 @@ class Stage:
         self._recorded = recorded or plan_id
         self._parent_fd = self._fd = -1
 
+    @whole
     def acquire(self) -> None:
         """Create the stage, or take over one that a killed run left.
 
@@ -92,20 +95,25 @@ class Stage:
             self.release()
             raise
 
+    @whole
     def release(self) -> None:
         """Remove the stage, unless it became the output, and release the lock; may be called twice."""
         try:
             if self._fd >= 0 and _names(self.path, self._fd):
                 # anything left over is hidden, and the next identical run removes it
-                shutil.rmtree(self.path, ignore_errors=True)
+                _remove_all(self.path)
         finally:
             self._fd = _close(self._fd)
             self._parent_fd = _close(self._parent_fd)
+
+    def reserve(self, nbytes: int) -> None:
+        """The disk says what it has no space for."""
 
     def sync(self) -> None:
         """Make the stage's own entries durable."""
         sync_folder(self._fd)
 
+    @whole
     def publish(self) -> Path:
         """Rename the stage to the output.
 
@@ -280,6 +288,15 @@ def _names(path: Path, fd: int) -> bool:
         return os.path.samestat(os.lstat(path), os.fstat(fd))
     except OSError:
         return False
+
+
+def _remove_all(path: Path) -> None:
+    """Remove a folder that threads of an interrupted run may still write into."""
+    for _ in range(_ATTEMPTS):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.001)
 
 
 def _is_folder(path: Path) -> bool:

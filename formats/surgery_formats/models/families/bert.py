@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from surgery_formats.models.families.decoder import projection, root_of
 from surgery_formats.models.families.encoder import (
     BERT_NAMES,
@@ -36,7 +38,7 @@ def recipe(settings: ModelSettings) -> Model:
         dense, output = f"{at}.transform.dense", f"{at}.decoder"
         return language_head(settings, sizes, embedding.tokens, dense, norm, output, activation)
 
-    return encoder(
+    model = encoder(
         settings,
         sizes,
         embedding,
@@ -46,6 +48,7 @@ def recipe(settings: ModelSettings) -> Model:
         choice=(pooler, "tanh"),
         language=language,
     )
+    return replace(model, takes_past=True)
 
 
 FAMILY = Family(

@@ -44,7 +44,7 @@ def recipe(settings: ModelSettings) -> Model:
         step = (summary, settings.activation("summary_activation", default="gelu"))
         return ClassifierHead("first", (step, (projection("classifier", sizes.hidden, 1, True), None)), choices=True)
 
-    return encoder(
+    model = encoder(
         settings,
         sizes,
         embedding,
@@ -55,6 +55,7 @@ def recipe(settings: ModelSettings) -> Model:
         heads={"multiple-choice": choices},
         head_modules=("sequence_summary",),
     )
+    return replace(model, takes_past=True)
 
 
 ELECTRA = replace(

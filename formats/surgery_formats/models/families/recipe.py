@@ -167,6 +167,7 @@ class Model:
         encoder: What the `cross` of a decoder's layers read the result of, a model of its own; or None.
         convolution: Convolution behind the first layer (DeBERTa), or None.
         altup: Several streams of hidden states, which layers update by turns (Gemma 3n), or None.
+        takes_past: Whether an encoder's class takes keys and values in front of every layer's, as prefix tuning gives it them.
         images: How embeddings of images stand among those of a text: ``row``: as any others; ``blocks``: each image's tokens see
             each other (Gemma 3); ``grid``: with places in time, height and width (Qwen2-VL), see `Rope`.
         only_text: Why embeddings of anything but text cannot take the place of tokens; empty if they can.
@@ -184,6 +185,7 @@ class Model:
     encoder: Model | None = None
     convolution: Convolution | None = None
     altup: AltUp | None = None
+    takes_past: bool = False
     images: Literal["row", "blocks", "grid"] = "row"
     only_text: str = ""
 

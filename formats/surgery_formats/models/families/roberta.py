@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from surgery_formats.models.families.decoder import projection, root_of
 from surgery_formats.models.families.encoder import (
@@ -38,7 +39,7 @@ def recipe(settings: ModelSettings) -> Model:
         settings, root, epsilon, position_rule="nonpad", position_offset=padding + 1, padding_token=padding
     )
     layers = post_norm_layers(settings, sizes, f"{root}encoder.layer", BERT_NAMES, activation, epsilon)
-    return roberta_headed(settings, sizes, root, embedding, layers, epsilon)
+    return replace(roberta_headed(settings, sizes, root, embedding, layers, epsilon), takes_past=True)
 
 
 def roberta_headed(

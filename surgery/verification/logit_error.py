@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the logits of a graph are from those of the model that its weights were rounded from, on a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from surgery.engine.merge.merge_plan import plan_merge
+from surgery.onnx.run.text_rows import rows_of_text
+from surgery.reference import Reference, forward, open_reference
+from surgery.verification.result import LogitError
+from surgery.verification.sentence import own_task
+from surgery.verification.session import GraphFile, Session, read_graph
+from surgery_formats.binding.bind import bind
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError, ProofError
+from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["error_on_text"]
+
+
+def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, float]], text: str) -> LogitError:
+    """The error of a graph's logits on a text, to those of the base with what was merged into it.
+
+    Args:
+        path: The graph.
+        base: The base.
+        merged: Adapters, with their weights.
+        text: See `surgery.onnx.run.text_rows.rows_of_text`.
+
+    Raises:
+        FitError: a graph without logits of texts.
+        ProofError: logits of other sizes, or such as are no numbers.
+    """
+    graph = read_graph(path)
+    _check_measurable(graph)
+    plan = plan_merge(bind(merged, base, new_biases=True)) if merged else None
+    wanted = open_reference(base.main, plan, task=own_task(graph.contract))
+    rows = rows_of_text(base.main.folder, text, wanted.model.vocabulary, graph.contract.max_length)
+    return _measured(graph, wanted, rows)
+
+
+def _check_measurable(graph: GraphFile) -> None:
+    """Refuse graphs whose logits belong to no token of a text.
+
+    Raises:
+        FitError: there are none, or something stands in front.
+    """
+    contract, outputs = graph.contract, {port.name for port in graph.model.graph.output}
+    inputs = {port.name for port in graph.model.graph.input}
+    if contract.encoder or contract.task == "multiple-choice" or "logits" not in outputs or "pixel_values" in inputs:
+        raise FitError(
+            "logits on a text are measured of decoders and encoders of texts that have some",
+            file=graph.path,
+            hint="leave `text=` away",
+        )
+    if contract.virtual_tokens or contract.inserted:
+        raise FitError(
+            "logits on a text are measured of graphs without a soft prompt or inserted modules",
+            file=graph.path,
+            hint="leave `text=` away",
+        )
+
+
+def _measured(graph: GraphFile, wanted: Reference, rows: Sequence[Sequence[int]]) -> LogitError:
+    """Run the graph and the model that it was made of on rows of tokens."""
+    session, count, same = Session(graph), 0, 0
+    energy = error = divergence = 0.0
+    for row in rows:
+        ids = np.array([row], np.int64)
+        feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), **session.past(1)}
+        if "token_type_ids" in session.inputs:
+            feed["token_type_ids"] = np.zeros_like(ids)
+        found = torch.from_numpy(session.run(feed)["logits"]).double()
+        expected = _logits(wanted, torch.from_numpy(ids)).double()
+        if found.shape != expected.shape:
+            text = f"logits of the shape {list(found.shape)} instead of {list(expected.shape)}"
+            raise ProofError(text, file=graph.path)
+        energy += float(expected.square().sum())
+        error += float((found - expected).square().sum())
+        same += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        count += expected[..., 0].numel()
+        model, own = torch.log_softmax(expected, -1), torch.log_softmax(found, -1)
+        divergence += float((model.exp() * (model - own)).sum())
+    if not math.isfinite(error):
+        raise ProofError("logits on the text are not finite", file=graph.path)
+    return LogitError(count, math.sqrt(error / max(energy, 1e-300)), same / count, max(divergence / count, 0.0))
+
+
+def _logits(model: Reference, ids: torch.Tensor) -> torch.Tensor:
+    computed = forward(model, ids)
+    return computed.logits if model.model.generates else computed.outputs["logits"]

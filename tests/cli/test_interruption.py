@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A signal is heard at any moment, and answered where an exception is not lost and leaves nothing half done."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.kit import environment
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="without timers it is answered at once")
+
+LISTENING = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from surgery_cli import interruption
+interruption.listen()
+"""
+MODULE = """
+import os, signal
+os.kill(os.getpid(), signal.SIGINT)
+whole = [number for number in range(1000)]
+print("imported", flush=True)
+"""
+IN_AN_IMPORT = """
+sys.path.insert(0, sys.argv[1])
+try:
+    import interrupted_while_imported
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("answered", "interrupted_while_imported" in sys.modules)
+"""
+IN_A_FINALISER = """
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        print("finalised", flush=True)
+try:
+    last = Last()
+    del last
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("answered")
+"""
+IN_A_WHOLE = """
+from surgery_formats.whole import whole
+@whole
+def all_of_it():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+    print("all of it", flush=True)
+try:
+    all_of_it()
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("answered", interruption.exit_code())
+"""
+
+
+def _told(script: str, *words: str) -> tuple[str, str]:
+    command = [sys.executable, "-c", LISTENING + script, *words]
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    return ran.stdout, ran.stderr
+
+
+def test_an_import_is_finished_first(tmp_path: Path) -> None:
+    (tmp_path / "interrupted_while_imported.py").write_text(MODULE)
+    assert _told(IN_AN_IMPORT, str(tmp_path)) == ("imported\nanswered True\n", "")
+
+
+def test_so_is_a_finaliser_where_exceptions_are_lost() -> None:
+    assert _told(IN_A_FINALISER) == ("finalised\nanswered\n", "")
+
+
+def test_so_is_a_function_that_must_not_be_left_halfway() -> None:
+    assert _told(IN_A_WHOLE) == ("all of it\nanswered 143\n", "")
+
+
+STARTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from surgery_cli.__main__ import main
+print("started", flush=True)
+main()
+"""
+
+
+def _interrupted(words: list[str], number: int, after: float | None) -> tuple[int, str, float]:
+    """A command that gets a signal some seconds after its first line of code; its exit code, its words, and its own seconds."""
+    command = [sys.executable, "-c", STARTED, "-q", *words]
+    with subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        began = time.monotonic()
+        if after is not None:
+            time.sleep(after)
+            process.send_signal(number)
+        told = process.stderr.read()
+        code = process.wait(60)
+    return code, told, time.monotonic() - began
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(200, marks=pytest.mark.slow)], ids=["a few moments", "many moments"])
+def test_at_any_moment_a_signal_leaves_all_or_nothing(base, lora, tmp_path: Path, times: int) -> None:
+    """From the first line of the command to its last, imports included."""
+    work = tmp_path / "work"
+    work.mkdir()
+    out = work / "out"
+    words = ["merge", str(base), str(lora), "-o", str(out)]
+    code, told, seconds = _interrupted(words, signal.SIGINT, None)
+    assert (code, told) == (0, "")
+    draw = random.Random(times)
+    for turn in range(times):
+        if out.exists():
+            out.rename(tmp_path / f"{turn}")
+        number = draw.choice([signal.SIGINT, signal.SIGTERM])
+        code, told, _ = _interrupted(words, number, draw.random() * seconds)
+        left = [path.name for path in work.iterdir()]
+        if code == 0:
+            assert (told, left) == ("", ["out"])
+        else:
+            assert (code, told) == (128 + number, "error: interrupted\n")
+            assert left in ([], ["out"])
