@@ -15,19 +15,17 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch  # isort: skip  # before onnxruntime, which then uses the CUDA libraries that torch brings
 import numpy as np
 import onnxruntime
+from onnx_gpu_codes import beside_builder, codes, exported, spawn, with_tokenizer
 from onnx_gpu_model import EIGHT_B, export, write_model, write_prefix, write_slots
 from onnx_gpu_profile import elsewhere, kernels
 from onnx_gpu_right import right
@@ -42,8 +40,6 @@ from surgery.verbs.merge import merge
 
 STEPS = 300
 SMALL = Shape(256, 2, 4, 2, 512, 2048)  # for a rehearsal: --small
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "base"  # its tokenizer; which one it is does not matter
-
 GEMM_TUNING = {"ep.cuda.enable_gemm_auto_tune": "1"}
 NO_XQA = {"ORT_ENABLE_XQA": "0"}
 
@@ -61,6 +57,7 @@ class Variant:
 VARIANTS = (
     Variant("as exported"),
     Variant("the same once more"),  # how far apart two sessions of one graph are
+    Variant("SiLU apart from its product", lambda t: replace(t, gate="apart")),
     Variant("norms apart from sums", lambda t: replace(t, norm="standard")),
     Variant("nothing packed", lambda t: replace(t, packed="none")),
     Variant("gate and up packed", lambda t: replace(t, packed="all")),
@@ -130,6 +127,7 @@ def core(run: Run, dtype: str) -> None:
     lines, _ = run.measured(dtype, sides, [run.tokens], prefills=20)
     run.check(f"{dtype} base: decode / floor", lines[0]["ratio"], 2.25)
     run.ratio(dtype, "merged", "decode", 1.01)
+    run.ratio(dtype, "packed slots, LoRA r16 in", "decode", 1.35)
     for one in (prefix, shipped):
         run.ratio(dtype, one, "decode", 1.01)
         run.ratio(dtype, one, "first token", 1.03)
@@ -139,6 +137,44 @@ def core(run: Run, dtype: str) -> None:
     if dtype == "bf16":
         run.check("bf16 file computed in fp16: decode / floor", lines[-1]["ratio"], 2.25)
         right(run, "fp16", "of the bf16 file", folder, sides["computed in fp16"], [])
+
+
+def before(run: Run, dtype: str, tree: Path | None) -> None:
+    """The base's graph of an older tree (its `surgery`, `formats` and `cli`), in turns with today's."""
+    if tree is None:
+        run.skipped.append("before: --before names no tree")
+        return
+    tree = tree.resolve()
+    path = [str(tree), str(tree / "formats"), str(tree / "cli"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(path)}
+    out = run.work / f"{dtype}-before"
+    where = ("--target", "cuda", "--dtype", dtype) if run.device == "cuda" else ("--target", "cpu")
+    source = (run.work / dtype).resolve()
+    words = ("-m", "surgery_cli", "-q", "export-onnx", source, "-o", out.resolve(), *where, "--weights", "link")
+    spawn(*words, environment=environment, folder=tree)  # whose package is found first
+    exported(run, run.work / dtype, run.work / f"{dtype}-today", "--weights", "link")
+    sides = {
+        "of before": run.bind(out / "model.onnx"),
+        "of today": run.bind(run.work / f"{dtype}-today" / "model.onnx"),
+        "of before once more": run.bind(out / "model.onnx"),
+    }
+    label = f"{dtype} before and today"
+    run.measured(label, sides, [run.tokens], prefills=20)
+    run.ratio(label, "of today", "decode", 0.95)
+
+
+def slots(run: Run, dtype: str) -> None:
+    """Slots with kernels as cuBLAS chooses them, and as onnxruntime measures them (`surgery run`)."""
+    folder, off = run.work / dtype, {"ep.cuda.enable_gemm_auto_tune": "0"}
+    own, packed = [folder / "lora.onnx_adapter"], [folder / "packed.onnx_adapter"]
+    sides = {
+        "base": run.bind(folder / "model.onnx"),
+        "slots": run.bind(folder / "slots.onnx", adapters=own),
+        "slots, cuBLAS's choice": run.bind(folder / "slots.onnx", adapters=own, session_config=off),
+        "packed": run.bind(folder / "packed.onnx", adapters=packed),
+        "packed, cuBLAS's choice": run.bind(folder / "packed.onnx", adapters=packed, session_config=off),
+    }
+    run.measured(f"{dtype} slots", sides, [run.tokens], 200)
 
 
 def variants(run: Run, dtype: str) -> None:
@@ -194,37 +230,6 @@ def eight_b(run: Run, dtype: str) -> None:
     run.measured(f"{dtype} 8B", {"base": run.bind(path)}, [run.tokens], 40)
 
 
-CODES: dict[str, dict[str, Any]] = {
-    "int4, blocks of 32": {"weights_type": "int4"},
-    "int4, blocks of 128": {"weights_type": "int4", "block": 128},
-    "int8, blocks of 128": {"weights_type": "int8", "block": 128},
-}
-LIMITS = {"": 0.72, "8b": 0.55}
-"""What a token of 4 bits may take of one of 16."""
-
-
-def codes(run: Run, dtype: str, folder: str = "") -> None:
-    """Graphs of codes beside the base's, in turns; of the 8 B shape if its folder is named."""
-    source = run.work / (folder or dtype)
-    sides = {"base": run.bind(source / "model.onnx")}
-    for name, options in CODES.items():
-        out = run.work / f"{folder}{dtype}-{name.replace(' ', '')}"
-        kind = dtype if run.device == "cuda" else "auto"
-        export_onnx(source, output=out, target=run.target.name, dtype=kind, **options)
-        sides[name] = run.bind(out / "model.onnx")
-    label = f"{dtype} codes {folder}".strip()
-    run.measured(label, sides, [run.tokens], 40 if folder else 200)
-    reference = None
-    for name, side in sides.items():
-        assert side.decoder is not None
-        logits = side.decoder.prefill([run.tokens]).astype(np.float32)
-        reference = logits if reference is None else reference
-        error = float(np.linalg.norm(logits - reference) / np.linalg.norm(reference))
-        run.check(f"{label} {name}: error of logits", error, 0.05 if "int8" in name else 0.6)
-    run.ratio(label, "int4, blocks of 128", "decode", LIMITS[folder])
-    run.ratio(label, "int4, blocks of 128", "first token", 1.15)
-
-
 def compiled(run: Run, dtype: str) -> None:
     """torch.compile with a static cache, as transformers documents it."""
     from transformers import AutoModelForCausalLM, StaticCache
@@ -254,40 +259,29 @@ def compiled(run: Run, dtype: str) -> None:
 
 
 def genai(run: Run, dtype: str, unpacked_to: Path | None) -> None:
-    """The graph of onnxruntime-genai's builder, by our runner in turns with ours, and by their own."""
+    """Graphs of onnxruntime-genai's builder by our runner in turns with ours, and that of fp16 by their own runtime."""
     if unpacked_to is None:
         if (spec := importlib.util.find_spec("onnxruntime_genai")) is None or spec.origin is None:
             run.skipped.append("genai: onnxruntime-genai is not installed, --genai names no folder")
             return
         unpacked_to = Path(spec.origin).parents[1]
-    source, out = run.work / f"{dtype}-tokenizer", run.work / f"{dtype}-genai"
-    source.mkdir()
-    for file in (*(run.work / dtype).glob("model.safetensors"), run.work / dtype / "config.json"):
-        (source / file.name).symlink_to(file.resolve())
-    for file in EXAMPLE.glob("tokenizer*"):
-        shutil.copy(file, source)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [*filter(None, [os.environ.get("PYTHONPATH")]), str(unpacked_to.resolve())]
-    )
+    beside_builder(run, dtype, unpacked_to)
+    source, out = with_tokenizer(run, dtype), run.work / f"{dtype}-genai"
+    path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(unpacked_to.resolve())])
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     where = ("-p", dtype, "-e", "cuda") if run.device == "cuda" else ("-p", "fp32", "-e", "cpu")
     builder = unpacked_to / "onnxruntime_genai" / "models" / "builder.py"  # as a file: it needs none of the libraries
-
-    def spawn(*words: object) -> str:
-        done = subprocess.run(
-            [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=150, check=False, env=environment
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(done.stderr[-300:])
-        return done.stdout
-
-    began = time.perf_counter()
-    spawn(builder, "-i", source, "-o", out, *where, "-c", run.work / "cache")
-    print(f"  built in {time.perf_counter() - began:.1f} s", flush=True)
+    _, seconds, _ = spawn(builder, "-i", source, "-o", out, *where, "-c", run.work / "cache", environment=environment)
+    print(f"  built in {seconds:.1f} s", flush=True)
     sides = {"base": run.bind(run.work / dtype / "model.onnx"), "genai builder's graph": run.bind(out)}
     run.measured(f"{dtype} genai", sides, [run.tokens])
     del sides
-    said = spawn(Path(__file__).with_name("onnx_gpu_genai.py"), out, PROMPT, CACHE, 100)
+    if not any((unpacked_to / "onnxruntime_genai").glob("*.so")):
+        run.skipped.append("genai's own runtime: only its builder is there")
+        return
+    said, _, _ = spawn(
+        Path(__file__).with_name("onnx_gpu_genai.py"), out, PROMPT, CACHE, 100, environment=environment
+    )  # fmt: skip
     line = {"dtype": f"{dtype} genai", "graph": "genai builder's graph, their runtime", "batch": 1}
     run.rows.append(line | json.loads(said.splitlines()[-1]))
     print(f"  genai's own runtime: {run.rows[-1]['decode_ms']:.3f} ms/token", flush=True)
@@ -298,6 +292,8 @@ def main() -> int:
     parts: dict[str, Callable[[Run], None]] = {
         "fp16": lambda run: core(run, "fp16"),
         "bf16": lambda run: core(run, "bf16"),
+        "before": lambda run: before(run, "fp16", options.before),
+        "slots": lambda run: slots(run, "fp16"),
         "variants": lambda run: variants(run, "fp16"),
         "batch8": lambda run: batches(run, "fp16"),
         "codes": lambda run: codes(run, "fp16"),
@@ -313,6 +309,7 @@ def main() -> int:
         "--parts", default=",".join(parts), help="default: %(default)s; all but fp16 and bf16 need fp16's files"
     )
     parser.add_argument("--genai", type=Path, help="folder with onnxruntime_genai and onnx_ir, where not installed")
+    parser.add_argument("--before", type=Path, help="an older checkout, whose base graph is compared with today's")
     parser.add_argument("--budget", type=float, default=330, help="seconds after which no part is begun")
     parser.add_argument("--small", action="store_true", help="a tiny model: to see whether the script runs")
     parser.add_argument("--device", default="cuda")

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
 import numpy as np
 
 import surgery
-from tests.support.deployed import IDS, NEW, PAD, PAIR, PROMPT, ROWS, TEXT, TEXT_NEW, TRAINED, make_models
+from tests.support.deployed import IDS, NEW, PAD, PAIRS, PROMPT, ROWS, TEXT_NEW, TEXTS, TRAINED, make_models
 
 PAGE = ROOT / "docs" / "deploying.md"
 PEERS = ROOT / "tools" / "deploy"
@@ -38,13 +38,14 @@ KINDS = {
     "coded": "int4 decoder, text",
     "embed": "sentence encoder",
     "classify": "classifier",
+    "seq2seq": "encoder-decoder",
 }
 PROGRAMS: dict[str, tuple[str, tuple[str, ...]]] = {  # the layout of its own, and what it runs
     "onnxruntime": ("plain", ("generate", "batch", "embed", "classify")),
     "genai": ("genai", ("generate", "batch", "text", "coded")),
-    "optimum": ("optimum", ("generate", "batch", "text", "coded", "embed", "classify")),
+    "optimum": ("optimum", ("generate", "batch", "text", "coded", "embed", "classify", "seq2seq")),
     "sentence-transformers": ("sentence-transformers", ("embed", "classify")),
-    "transformers.js": ("transformers.js", ("generate", "batch", "text", "embed", "classify")),
+    "transformers.js": ("transformers.js", ("generate", "batch", "text", "coded", "embed", "classify", "seq2seq")),
 }
 LEAST = {  # columns of the table of least versions: options of an export of decoder and encoder
     "decoder, `cpu`": ("decoder", {}),
@@ -71,7 +72,7 @@ def exported(work: Path, kind: str, layout: str, **options: Any) -> Path:
 
 def asked(command: str, work: Path, program: str, kind: str, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What a program answers."""
-    told = {"ids": IDS, "rows": ROWS, "new": NEW, "pad": PAD, "text": TEXT, "pair": PAIR}
+    told = {"ids": IDS, "rows": ROWS, "new": NEW, "pad": PAD, "texts": TEXTS, "pairs": PAIRS}
     told |= {"prompt": PROMPT, "text_new": TEXT_NEW, **facts}
     (work / "wanted.json").write_text(json.dumps(told))
     if program == "transformers.js":

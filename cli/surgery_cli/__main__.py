@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from typing import NoReturn
 
 from surgery_cli import interruption
@@ -44,6 +45,8 @@ def _run() -> int:
     # Importing torch makes a million objects that stay: looking for garbage among them costs a tenth of a short merge,
     # and taking the interpreter apart at the end a tenth more.
     gc.set_threshold(200_000, 50, 1000)
+    # What numpy makes of NaN and of numbers too large is checked where it matters, and told in words that name the tensor.
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
     from surgery_cli.group import surgery  # now, where an interruption is heard
 
     try:

@@ -19,7 +19,7 @@ from surgery_cli import interruption
 from surgery_cli.options import Settings
 from surgery_cli.output import SCHEMA_VERSION
 from surgery_formats.errors import SurgeryError
-from surgery_formats.text import clean, show
+from surgery_formats.text import clean, encodable, show
 
 __all__ = ["Fault", "fault_of", "guarded"]
 
@@ -152,9 +152,10 @@ def _tell_human(fault: Fault, trace: str | None) -> None:
 
 def _tell_machine(fault: Fault, trace: str | None) -> None:
     error = {**asdict(fault), "message": clean(fault.message), "hint": clean(fault.hint) if fault.hint else None}
+    error |= {name: encodable(text) for name in ("file", "tensor") if (text := error[name])}
     del error["exit_code"]
     if trace is not None:
-        error["traceback"] = trace
+        error["traceback"] = encodable(trace)
     click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": error}), err=True)
 
 

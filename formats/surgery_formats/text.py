@@ -5,11 +5,30 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["clean", "closest", "count", "listing", "local_name", "nbytes", "show", "summed_up", "without_local_paths"]
+__all__ = [
+    "clean",
+    "closest",
+    "count",
+    "encodable",
+    "listing",
+    "local_name",
+    "markdown",
+    "markdown_code",
+    "nbytes",
+    "show",
+    "summed_up",
+    "verbatim",
+    "without_local_paths",
+]
 
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
+_ACTING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
+"""Categories of characters that no glyph shows: controls, bidirectional and other formats, half surrogates, separators of lines."""
 _LOCAL = re.compile(r"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[\\/]|\\\\)[^\r\n]*")
 
 
@@ -27,6 +46,29 @@ def show(text: object, limit: int = 120) -> str:
 def clean(text: str) -> str:
     """`text` without anything a terminal would act upon. Unlike `show` it leaves what `show` has escaped as it is."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def verbatim(text: str) -> str:
+    """Text of many lines made safe for a terminal: line breaks, tabs and spaces of all widths stay, what acts is escaped."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _ACTING and c not in "\n\t" else c for c in text)
+
+
+def markdown(text: str) -> str:
+    """One line of our own words, or of a message, as Markdown without any markup or HTML in it."""
+    return _MARKUP.sub(r"\\\1", clean(text))
+
+
+def markdown_code(text: str) -> str:
+    """What `show` returned as a code span; it ends neither the span nor the cell of a table."""
+    bare = clean(text).replace("`", "'").replace("|", "\u00a6").strip()
+    return f"`{bare}`" if bare else ""
+
+
+def encodable(text: str) -> str:
+    """`text` as it may stand in JSON: half of a surrogate pair, which no encoding has, becomes an escape."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def listing(names: Iterable[str], limit: int = 4) -> str:

@@ -142,8 +142,8 @@ class MovePlan:
         moved = self.moved
         return AdapterBeside(output, len(moved.adapter.updates), moved.dropped, moved.copied)
 
-    def write(self, output: Path, *, overwrite: bool, progress: Callback | None) -> ConvertResult:
-        """Write it, and prove it by reading it back.
+    def write(self, output: Path, base: Path, *, overwrite: bool, progress: Callback | None) -> ConvertResult:
+        """Write it, and prove it by reading it back; `base` is where the original's lies.
 
         Raises:
             ProofError, OutputExistsError, ResourceError: as `surgery.engine.conversion.write_conversion`.
@@ -158,7 +158,7 @@ class MovePlan:
             (*original.known_issues(), *what_to_tell(conversion.rendering, conversion.target)),
             original.path,
         )
-        options = WriteOptions(output, (original.path,), original.files_beside, overwrite, progress)
+        options = WriteOptions(output, (original.path, base), original.files_beside, overwrite, progress)
         with unrecorded():
             return write_conversion(conversion, options, result)
 

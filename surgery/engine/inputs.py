@@ -43,12 +43,15 @@ __all__ = [
     "as_opened",
     "as_path",
     "as_weighted",
+    "check_alpha",
     "check_counts",
     "local_path",
     "open",
     "opened_or_graph",
     "output_path",
 ]
+
+_LEAST_ALPHA, _MOST_ALPHA = 1e-12, 1e12  # factors are divided by its root: beyond, they leave the range of their type
 
 StrPath = str | os.PathLike[str]
 CheckpointLike = StrPath | Checkpoint
@@ -195,7 +198,7 @@ def _no_graph(checkpoint: Checkpoint) -> Checkpoint:
         raise FitError(
             "an ONNX graph where the model's own weights were expected",
             file=checkpoint.path,
-            hint="give the checkpoint that the graph was exported from",
+            hint="give the checkpoint that the graph was exported from; `merge` and `insert` change a graph itself",
         )
     return checkpoint
 
@@ -267,6 +270,18 @@ def local_path(value: StrPath, argument: str) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise wrong_type(value, argument, "a path")
     return to_path(value)
+
+
+def check_alpha(alpha: float | None) -> None:
+    """Check a ``lora_alpha`` that is to be written.
+
+    Raises:
+        FitError: not a positive number, or one beyond those that factors can be divided by the root of.
+    """
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise FitError(f"alpha is {alpha:g}, not a positive number")
+    if alpha is not None and not _LEAST_ALPHA <= alpha <= _MOST_ALPHA:
+        raise FitError(f"alpha is {alpha:g}; it lies between {_LEAST_ALPHA:g} and {_MOST_ALPHA:g}")
 
 
 def check_counts(*, least: int = 1, **counts: int | None) -> None:

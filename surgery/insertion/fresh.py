@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from surgery.engine.calibration_file import Calibration
 from surgery.engine.conversion import Conversion, bound_source, conversion_id, plan_conversion, prove_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.execute import Run, execute
+from surgery.engine.inputs import check_alpha
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.model_card import merge_card
 from surgery.engine.recorded import recorded_recipe
@@ -98,8 +98,7 @@ class FreshOptions:
             raise FitError(f"rank is {self.rank}, and at most {_MOST}")
         if self.seed > _LARGEST_SEED:
             raise FitError(f"seed is {self.seed}, and at most {_LARGEST_SEED}")
-        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise FitError(f"alpha is {self.alpha:g}, not a positive number")
+        check_alpha(self.alpha)
         if self.init not in ("default", "text") and self.kind not in _OF_LORAS:
             raise FitError(f"{self.init} is a way to begin a LoRA, and {self.kind} is none")
         if self.init == "text" and self.kind != "prompt":

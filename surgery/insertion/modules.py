@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -43,9 +44,16 @@ class LinearModule:
     transposed: bool
 
     def weight(self) -> Array:
-        """Its values, float64, ``(out, in)``."""
+        """Its values, float64, ``(out, in)``.
+
+        Raises:
+            FitError: NaN or Inf, of which nothing can begin.
+        """
         parts = [piece.parameter.get(DType.F64) for piece in sorted(self.pieces, key=_row)]
-        return parts[0] if len(parts) == 1 else namespace(*parts).concat(parts)
+        values: Array = parts[0] if len(parts) == 1 else namespace(*parts).concat(parts)
+        if not math.isfinite(float(values.sum())):
+            raise FitError("NaN or Inf", tensor=self.pieces[0].parameter.name)
+        return values
 
 
 def _row(piece: WeightSlice) -> int:

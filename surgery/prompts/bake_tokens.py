@@ -86,7 +86,8 @@ def plan_tokens(adapter: Adapter, prompt: SoftPrompt, base: Checkpoint, name: st
     new = [SideFile(file, data=data) for file, data in files.files.items() if file not in side_files]
     facts = {**plan.facts, "prompt": fingerprint_of_rows(rows), "name": name}
     digest = hashlib.sha256(f"{plan.id} {facts['prompt']} {name} {keep_tie}".encode()).hexdigest()
-    plan = replace(plan, verb="prompt bake", id=digest, side_files=(*plan.side_files, *new), facts=facts)
+    roots = (*plan.roots, adapter.path)
+    plan = replace(plan, verb="prompt bake", id=digest, side_files=(*plan.side_files, *new), facts=facts, roots=roots)
     result = BakeResult(
         None,
         "tokens",

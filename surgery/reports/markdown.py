@@ -6,21 +6,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from surgery.reports.markdown_parts import code, table_lines
+from surgery.reports.markdown_parts import table_lines
 from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
-from surgery.reports.text import verbatim
 from surgery.reports.values import Cell, Notation, cell_text, phrase_text
-from surgery_formats.text import clean
+from surgery_formats.text import markdown, markdown_code, verbatim
 
 __all__ = ["as_markdown"]
 
-_MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~$&])")
 _INDENT = "\u2003"  # an em space for each two of indentation, which HTML would swallow
 
 
 def as_markdown(title: str, sections: Iterable[Section]) -> str:
     """Render sections under the heading `title`."""
-    lines = [f"# {_words(title)}", ""] if title else []
+    lines = [f"# {markdown(title)}", ""] if title else []
     for section in sections:
         match section:
             case Facts(rows):
@@ -39,7 +37,7 @@ def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[st
     cells = [[_cell(cell, column) for cell, column in zip(row, columns, strict=True)] for row in rows]
     shown = [index for index in range(len(columns)) if not cells or any(row[index] for row in cells)]
     right = [place for place, index in enumerate(shown) if columns[index].numeric]
-    headings = [_words(columns[index].heading) for index in shown]
+    headings = [markdown(columns[index].heading) for index in shown]
     return table_lines(headings, ([row[index] for index in shown] for row in cells), right)
 
 
@@ -56,9 +54,4 @@ def _fenced(text: str) -> list[str]:
     return [fence, *text.split("\n"), fence]
 
 
-def _words(text: str) -> str:
-    """Escape all markup in our own words and in messages."""
-    return _MARKUP.sub(r"\\\1", clean(text))
-
-
-_MARKDOWN = Notation(code, _words)
+_MARKDOWN = Notation(markdown_code, markdown)

@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code spans and tables of Markdown, for model cards as well as for reports."""
+"""Tables of Markdown, for model cards as well as for reports."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-__all__ = ["code", "table_lines"]
-
-
-def code(text: str) -> str:
-    """Escaped text as a code span.
-
-    Backticks and bars are replaced, so that it ends neither the span nor a table cell.
-    """
-    bare = text.replace("`", "'").replace("|", "\u00a6").strip()
-    return f"`{bare}`" if bare else ""
+__all__ = ["table_lines"]
 
 
 def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int] = ()) -> list[str]:

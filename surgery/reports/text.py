@@ -9,12 +9,12 @@ from itertools import zip_longest
 
 from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.values import cell_text, phrase_text
+from surgery_formats.text import verbatim
 
-__all__ = ["as_text", "section_lines", "verbatim"]
+__all__ = ["as_text", "section_lines"]
 
 _GAP = 2  # between columns
 _LEAST = 8  # characters that a column of words is never narrower than
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 Style = Callable[[str], str]
 
@@ -45,16 +45,6 @@ def section_lines(section: Section, width: int | None = None, strong: Style = st
             return [f"{'warning: ' if level == 'warning' else ''}{phrase_text(text)}"]
         case Verbatim(text):
             return verbatim(text).split("\n")
-
-
-def verbatim(text: str) -> str:
-    """Text made safe for a terminal.
-
-    Line breaks and tabs stay; other control characters and bidirectional overrides are escaped.
-    """
-    return "".join(
-        ascii(c)[1:-1] if (c < " " and c not in "\n\t") or "\x7f" <= c <= "\x9f" or c in _BIDI else c for c in text
-    )
 
 
 def cells(text: str) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from surgery_formats.text import encodable
+
 __all__ = ["plain", "without_empty"]
 
 
@@ -21,7 +23,9 @@ def plain(value: Any) -> Any:
     Raises:
         TypeError: a value of another type; a report that holds one is a defect.
     """
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return encodable(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -32,11 +36,11 @@ def plain(value: Any) -> Any:
             if field.metadata.get("json", True)
         }
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {encodable(str(key)): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
     if isinstance(value, PurePath):
-        return str(value)
+        return encodable(str(value))
     raise TypeError(f"{type(value).__name__} is not a plain value")
 
 

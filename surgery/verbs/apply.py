@@ -20,6 +20,7 @@ from surgery.recipes.reading import read_recipe
 from surgery.recipes.recipe import Recipe, Step
 from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
+from surgery_formats.errors import SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.output.scratch import scratch_folder
 from surgery_formats.files.output.several import several_outputs
@@ -57,7 +58,29 @@ def apply(
         FitError: an input is another than the manifest's.
         SurgeryError: as the verb of a step, whose number and line the message has.
     """
-    read = read_recipe(as_path(recipe, "recipe"))
+    path = as_path(recipe, "recipe")
+    with _naming(path):
+        return _applied(read_recipe(path), output, inputs or {}, overwrite, dry_run, progress)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors inside that name no file are the recipe's."""
+    try:
+        yield
+    except SurgeryError as error:
+        error.file = error.file or str(path)
+        raise
+
+
+def _applied(
+    read: Recipe,
+    output: StrPath | None,
+    inputs: Mapping[str, StrPath],
+    overwrite: bool,
+    dry_run: bool,
+    progress: Callback | None,
+) -> ApplyResult:
     if output is not None:
         last = read.steps[-1]
         steps = (*read.steps[:-1], replace(last, output=str(local_path(output, "output"))))
@@ -65,7 +88,7 @@ def apply(
     elif dry_run and not read.steps[-1].output and read.recorded is not None:
         read = replace(read, steps=(*read.steps[:-1], replace(read.steps[-1], output="OUT")))
     placed = placed_steps(read)
-    found = found_inputs(read, inputs or {})
+    found = found_inputs(read, inputs)
     if dry_run:
         return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
     several = sum(place == "output" for _, place in placed) > 1

@@ -60,6 +60,8 @@ def convert_graph(
         )
     rebuilt = recovered(graph_at(path), source, base, allow_loss=allow_loss)
     plan = replace(plan_rebuilt(rebuilt, dtype), verb="convert")
+    if base is not None:
+        plan = replace(plan, roots=(*plan.roots, base.path))
     result = RecoveryResult(None, Ledger(plan), str(rebuilt.facts["names"]), plan.warnings)
     if output is None:
         return result

@@ -9,7 +9,6 @@ adapter is read back before it appears and must hold what was measured, where it
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,15 @@ from surgery.engine.calibration_file import open_calibration
 from surgery.engine.conversion import coded_as
 from surgery.engine.devices import devices_of, extraction_devices
 from surgery.engine.execute import default_workers
-from surgery.engine.inputs import CheckpointLike, StrPath, as_checkpoint, as_path, check_counts, output_path
+from surgery.engine.inputs import (
+    CheckpointLike,
+    StrPath,
+    as_checkpoint,
+    as_path,
+    check_alpha,
+    check_counts,
+    output_path,
+)
 from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
@@ -56,7 +63,6 @@ from surgery_formats.models.component import Component
 __all__ = ["ExtractResult", "extract_lora"]
 
 _HELPFUL = 2  # threads beside a GPU: with more the proof takes longer, for they share one interpreter
-_LEAST_ALPHA, _MOST_ALPHA = 1e-12, 1e12  # factors are divided by its root: beyond, they leave the range of their type
 
 
 @timed
@@ -253,10 +259,7 @@ def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
 
 
 def _scaling(alpha: float | None, rslora: bool, rank: int | None) -> Scaling:
-    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise FitError(f"alpha is {alpha}, not a positive number")
-    if alpha is not None and not _LEAST_ALPHA <= alpha <= _MOST_ALPHA:
-        raise FitError(f"alpha is {alpha:g}; it lies between {_LEAST_ALPHA:g} and {_MOST_ALPHA:g}")
+    check_alpha(alpha)
     return Scaling(None if alpha is None else float(alpha), rslora, rank)
 
 

@@ -115,7 +115,8 @@ def layers(
     if adapter is not None:
         from surgery.algebra.moved_adapter import plan_move
 
-        move = plan_move(as_adapter(adapter), rebuilt)
+        moved = as_adapter(adapter)
+        move, plan = plan_move(moved, rebuilt), replace(plan, roots=(*plan.roots, moved.path))
         result = replace(result, adapter=move.account(None))
     if folder is None:
         return result
@@ -126,7 +127,7 @@ def layers(
     warnings: list[str] = []
 
     def last(staged: OutputFolder) -> None:  # before the model appears, so that neither is there without the other
-        warnings.extend(move.write(beside, overwrite=overwrite, progress=progress).warnings)
+        warnings.extend(move.write(beside, checkpoint.path, overwrite=overwrite, progress=progress).warnings)
 
     with several_outputs():
         ledger = execute(plan, folder, run, last=last)

@@ -11,14 +11,15 @@ import peft
 import torch
 import transformers
 
-__all__ = ["IDS", "NEW", "PAD", "PAIR", "PROMPT", "ROWS", "TEXT", "TEXT_NEW", "TRAINED", "make_models"]
+__all__ = ["IDS", "NEW", "PAD", "PAIRS", "PROMPT", "ROWS", "TEXTS", "TEXT_NEW", "TRAINED", "make_models"]
 
 IDS = [5, 17, 33, 9, 101, 44]
 ROWS = [IDS, [8, 61, 12]]
 NEW, PAD, END = 8, 0, 255
 PROMPT, TEXT_NEW = "def add(a, b):", 24  # of TRAINED, whose text differs without the token of the beginning
 TRAINED = Path(__file__).resolve().parents[2] / "examples" / "base"
-TEXT, PAIR = "w9 w17 w44", ("w9 w10", "w17")
+TEXTS = ["w9 w17 w44", "w8"]  # of different length, for a batch
+PAIRS = [("w9 w10", "w17"), ("w8", "w61 w12 w77")]
 
 
 def spread(model: Any) -> Any:
@@ -83,21 +84,31 @@ def make_models(work: Path) -> dict[str, Any]:
         )
     bert = transformers.BertConfig(**sizes)
     wanted: dict[str, Any] = {"generate": rows[0], "batch": rows, "text": text_of_trained()}
+    t5 = transformers.T5Config(
+        vocab_size=256, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, pad_token_id=PAD, eos_token_id=END,
+        decoder_start_token_id=PAD,
+    )  # fmt: skip
+    pair = spread(transformers.T5ForConditionalGeneration(t5))
+    pair.save_pretrained(work / "seq2seq")
     ids = torch.tensor([IDS])
+    wanted["seq2seq"] = pair.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, 1:].tolist()
     for kind, model in (
         ("embed", transformers.BertModel(bert)),
         ("classify", transformers.BertForSequenceClassification(bert)),
     ):
         spread(model).save_pretrained(work / kind)
         write_tokenizer(work / kind)
+        text = transformers.AutoTokenizer.from_pretrained(work / kind)
+        wanted[kind], wanted[f"{kind} text"] = [], []
         with torch.no_grad():
-            found = model(input_ids=ids)
-            wanted[kind] = (found.last_hidden_state if kind == "embed" else found.logits).ravel().tolist()
-            text = transformers.AutoTokenizer.from_pretrained(work / kind)
-            given = dict(text(TEXT, return_tensors="pt") if kind == "embed" else text(*PAIR, return_tensors="pt"))
-            second = given["input_ids"][0].tolist().index(2) + 1  # where the pair's other text begins
-            types = (torch.arange(given["input_ids"].shape[1]) >= second).long()[None]
-            found = model(**given | {"token_type_ids": types if kind == "classify" else types * 0})
-            from_text = found.last_hidden_state.mean(1) if kind == "embed" else found.logits
-            wanted[f"{kind} text"] = from_text.ravel().tolist()
+            for row in (IDS, *ROWS):  # alone, then the rows of a batch
+                found = model(input_ids=torch.tensor([row]))
+                wanted[kind] += (found.last_hidden_state if kind == "embed" else found.logits).ravel().tolist()
+            for one in TEXTS if kind == "embed" else PAIRS:
+                given = dict(text(*([one] if kind == "embed" else one), return_tensors="pt"))
+                second = given["input_ids"][0].tolist().index(2) + 1  # where the pair's other text begins
+                types = (torch.arange(given["input_ids"].shape[1]) >= second).long()[None]
+                found = model(**given | {"token_type_ids": types if kind == "classify" else types * 0})
+                from_text = found.last_hidden_state.mean(1) if kind == "embed" else found.logits
+                wanted[f"{kind} text"] += from_text.ravel().tolist()
     return wanted

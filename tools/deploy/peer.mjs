@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Run a folder in transformers.js: node peer.mjs KIND FOLDER WANTED. Prints version and result as JSON, as peer.py does.
 import { readFileSync } from 'node:fs';
-import { AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Tensor, env } from '@huggingface/transformers';
+import { AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer, Tensor, env } from '@huggingface/transformers';
 
 const [kind, folder, file] = process.argv.slice(2);
 const wanted = JSON.parse(readFileSync(file));
@@ -22,17 +22,29 @@ try {
     const out = await model.generate({ inputs, attention_mask: mask, max_new_tokens: wanted.new, do_sample: false });
     const whole = out.tolist().map((line) => line.map(Number).slice(longest));
     result = kind === 'batch' ? whole : whole[0];
-  } else if (kind === 'text') {
+  } else if (kind === 'text' || kind === 'coded') {
     const tokenizer = await AutoTokenizer.from_pretrained(folder);
     const model = await AutoModelForCausalLM.from_pretrained(folder, options);
     const given = tokenizer(wanted.prompt);
     const out = (await model.generate({ ...given, max_new_tokens: wanted.text_new })).tolist()[0].map(Number);
     result = tokenizer.decode(out.slice(given.input_ids.dims[1]));
+  } else if (kind === 'seq2seq') {
+    const model = await AutoModelForSeq2SeqLM.from_pretrained(folder, options);
+    const inputs = row(wanted.ids);
+    const mask = row(wanted.ids.map(() => 1));
+    const out = await model.generate({ inputs, attention_mask: mask, max_new_tokens: wanted.new, do_sample: false });
+    result = out.tolist()[0].map(Number).slice(1);
   } else {
     const model = await (kind === 'classify' ? AutoModelForSequenceClassification : AutoModel).from_pretrained(folder, options);
-    const ids = wanted.ids;
-    const out = await model({ input_ids: row(ids), attention_mask: row(ids.map(() => 1)), token_type_ids: row(ids.map(() => 0)) });
-    result = Array.from((out.logits ?? out.last_hidden_state).data);
+    result = [];
+    for (const given of [[wanted.ids], wanted.rows]) { // alone, then in a batch
+      const longest = Math.max(...given.map((one) => one.length));
+      const filled = (value) => rows(given.map((one) => [...one.map(value), ...Array(longest - one.length).fill(0)]));
+      const out = await model({ input_ids: filled((id) => id), attention_mask: filled(() => 1), token_type_ids: filled(() => 0) });
+      const state = (out.logits ?? out.last_hidden_state).tolist();
+      // what it says of padding is not asked
+      state.forEach((one, n) => result.push(...(kind === 'embed' ? one.slice(0, given[n].length) : one).flat()));
+    }
   }
   console.log(JSON.stringify({ version: env.version, result }));
 } catch (error) {

@@ -2,7 +2,7 @@
 """Run a folder as the users of one program do, and print what comes out as JSON: ``peer.py PROGRAM KIND FOLDER WANTED``.
 
 It runs in that program's own environment, without this toolkit. KIND is ``generate``, ``batch``, ``text``, ``coded``
-(``text`` of an int4 graph), ``embed`` or ``classify``; WANTED is a JSON file with token ids, texts and numbers of new
+(``text`` of an int4 graph), ``embed``, ``classify`` or ``seq2seq``; WANTED is a JSON file with token ids, texts and numbers of new
 tokens.
 """
 
@@ -25,6 +25,19 @@ def graph_of(folder: Path) -> Path:
     )
 
 
+def padded(rows: list[list[int]]) -> tuple[Any, Any]:
+    """Token ids and mask of rows that are padded on the right."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
+    return ids, (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+
+
+def own_numbers(found: Any, rows: list[list[int]], kind: str) -> list[float]:
+    """What an encoder says of the rows themselves, without that of padding."""
+    parts = [one[: len(row)] if kind == "embed" else one for one, row in zip(found, rows, strict=True)]
+    return [float(number) for part in parts for number in np.ravel(part)]
+
+
 def onnxruntime_alone(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
     """Arrays in, arrays out; a batch is padded on the right."""
     import onnxruntime
@@ -32,14 +45,16 @@ def onnxruntime_alone(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(str(graph_of(folder)), providers=["CPUExecutionProvider"])
     ports = session.get_inputs()
+    if kind not in ("generate", "batch"):
+        numbers: list[float] = []
+        for rows in ([wanted["ids"]], wanted["rows"]):  # alone, then in a batch
+            ids, mask = padded(rows)
+            given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 0}
+            numbers += own_numbers(session.run(None, {port.name: given[port.name] for port in ports})[0], rows, kind)
+        return onnxruntime.__version__, numbers
     rows = wanted["rows"] if kind == "batch" else [wanted["ids"]]
     lengths = np.array([len(row) for row in rows])
-    ids = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
-    mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-    if kind not in ("generate", "batch"):
-        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": ids * 0}
-        feed = {port.name: given[port.name] for port in ports}
-        return onnxruntime.__version__, session.run(None, feed)[0].ravel().tolist()
+    ids, mask = padded(rows)
     past = {
         port.name: np.zeros((len(rows), port.shape[1], 0, port.shape[3]), np.float32)
         for port in ports
@@ -100,6 +115,7 @@ def optimum(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
     from optimum.onnxruntime import (
         ORTModelForCausalLM,
         ORTModelForFeatureExtraction,
+        ORTModelForSeq2SeqLM,
         ORTModelForSequenceClassification,
     )
 
@@ -112,6 +128,10 @@ def optimum(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
         out = ORTModelForCausalLM.from_pretrained(folder).generate(**given, max_new_tokens=wanted["text_new"])
         return version, tokenizer.decode(out[0, given["input_ids"].shape[1] :])
     ids = torch.tensor([wanted["ids"]])
+    if kind == "seq2seq":
+        options = {"max_new_tokens": wanted["new"], "do_sample": False, "num_beams": 1, "eos_token_id": None}
+        pair = ORTModelForSeq2SeqLM.from_pretrained(folder)
+        return version, pair.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, 1:].tolist()
     if kind in ("generate", "batch"):
         rows = wanted["rows"] if kind == "batch" else [wanted["ids"]]
         longest = max(map(len, rows))
@@ -127,8 +147,13 @@ def optimum(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
         out = model.generate(input_ids=ids, attention_mask=mask, **options)[:, longest:].tolist()
         return version, out if kind == "batch" else out[0]
     one = ORTModelForFeatureExtraction if kind == "embed" else ORTModelForSequenceClassification
-    found = one.from_pretrained(folder)(input_ids=ids, attention_mask=torch.ones_like(ids), token_type_ids=ids * 0)
-    return version, (found.last_hidden_state if kind == "embed" else found.logits).detach().ravel().tolist()
+    encoder, numbers = one.from_pretrained(folder), list[float]()
+    for rows in ([wanted["ids"]], wanted["rows"]):  # alone, then in a batch
+        ids, mask = map(torch.tensor, padded(rows))
+        found = encoder(input_ids=ids, attention_mask=mask, token_type_ids=ids * 0)
+        state = found.last_hidden_state if kind == "embed" else found.logits
+        numbers += own_numbers(state.detach().numpy(), rows, kind)
+    return version, numbers
 
 
 def sentence_transformers(kind: str, folder: Path, wanted: dict[str, Any]) -> tuple[str, Any]:
@@ -137,9 +162,9 @@ def sentence_transformers(kind: str, folder: Path, wanted: dict[str, Any]) -> tu
 
     if kind == "embed":
         model = st.SentenceTransformer(str(folder), backend="onnx", device="cpu")
-        return st.__version__, model.encode([wanted["text"]])[0].ravel().tolist()
+        return st.__version__, model.encode(wanted["texts"]).ravel().tolist()
     model = st.CrossEncoder(str(folder), backend="onnx", device="cpu", max_length=64)
-    return st.__version__, np.ravel(model.predict([tuple(wanted["pair"])], apply_softmax=False)).tolist()
+    return st.__version__, np.ravel(model.predict(list(map(tuple, wanted["pairs"])), apply_softmax=False)).tolist()
 
 
 PROGRAMS = {

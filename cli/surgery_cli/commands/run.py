@@ -117,8 +117,8 @@ def command(
     from surgery.onnx.run.batch_file import read_batch
     from surgery.onnx.run.sampling import Sampling
     from surgery.reports.summary import Summary
-    from surgery.reports.text import verbatim
     from surgery.verbs.run import run
+    from surgery_formats.text import verbatim
 
     inputs: list[Any] = [*texts, *pairs, *ids, *(read_batch(batch) if batch is not None else [])]
     if not inputs and not options["audio"] and not options["images"]:

@@ -11,10 +11,10 @@ import math
 from surgery._version import __version__
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.card_metadata import card_metadata
-from surgery.reports.markdown_parts import code, table_lines
+from surgery.reports.markdown_parts import table_lines
 from surgery_formats.binding.bind import Binding
 from surgery_formats.models.module_tree import module_graph
-from surgery_formats.text import count, nbytes, show
+from surgery_formats.text import count, markdown, markdown_code, nbytes, show
 
 __all__ = ["merge_card"]
 
@@ -22,11 +22,11 @@ __all__ = ["merge_card"]
 def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> bytes:
     """README.md of a merged model; with `residual`, of one whose weights are to be used with the LoRA beside them."""
     base = binding.checkpoint
-    names = [code(show(adapter.path.resolve().name)) for adapter, _ in binding.adapters]
+    names = [markdown_code(show(adapter.path.resolve().name)) for adapter, _ in binding.adapters]
     rows = [
         (
-            code(show(adapter.path.resolve().name)),
-            f"{adapter.format} {adapter.kind}",
+            markdown_code(show(adapter.path.resolve().name)),
+            markdown(show(f"{adapter.format} {adapter.kind}")),
             f"{weight:g}",
             count(adapter.parameters),
         )
@@ -39,11 +39,11 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
         *card_metadata(binding),
         "---",
         "",
-        f"# {code(show(base.path.resolve().name))} with {', '.join(names)} {'beside it' if residual else 'merged in'}",
+        f"# {markdown_code(show(base.path.resolve().name))} with {', '.join(names)} {'beside it' if residual else 'merged in'}",
         "",
         *table_lines(("adapter", "kind", "weight", "trained parameters"), rows),
         "",
-        f"- Base: {code(show(base.path.resolve().name))}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
+        f"- Base: {markdown_code(show(base.path.resolve().name))}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
         f"- Tensors: {classes}.",
     ]
     if residual:
@@ -55,6 +55,6 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
             f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} "
             "of its norm)."
         )
-    lines += [f"- Warning: {show(warning, 500)}" for warning in ledger.plan.warnings]
+    lines += [f"- Warning: {markdown(show(warning, 500))}" for warning in ledger.plan.warnings]
     lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
     return "\n".join(lines).encode()

@@ -106,6 +106,8 @@ def _session(contract: Contract) -> dict[str, Any]:
     # Codes are slow unless they are repacked.
     mapped = {} if contract.quantised else {"session.disable_prepacking": "1"}
     mapped |= {"session.disable_quant_qdq": "1"} if contract.has_float_codes else {}
+    if cuda and contract.slots:  # as `surgery.onnx.run.opening` has it
+        mapped["ep.cuda.enable_gemm_auto_tune"] = "1"
     return {"log_id": "onnxruntime-genai", **mapped, "provider_options": cuda}
 
 

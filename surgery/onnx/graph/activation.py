@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from surgery.onnx.graph.context import Context
 from surgery.onnx.graph.graph import MICROSOFT, Graph
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Activation
 
-__all__ = ["activate", "gelu_in_steps", "xielu"]
+__all__ = ["activate", "gated_silu", "gelu_in_steps", "xielu"]
 
 _GELU = 20  # the first operator set that has it
+_MEAN = 256
+"""Values that share a mean in `gated_silu`: a block of threads reads so many, and a token has enough of them to fill a GPU."""
+_LEAST_MEAN = 32
 
 
 def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
@@ -39,6 +44,21 @@ def activate(ctx: Context, kind: Activation, x: str, at: str) -> str:
     if kind == "gelu_tanh":
         return ctx.graph.node("Gelu", [x], at, approximate="tanh")
     return ctx.graph.node({"relu": "Relu", "tanh": "Tanh", "sigmoid": "Sigmoid"}[kind], [x], at)
+
+
+def gated_silu(ctx: Context, gate: str, up: str, width: int, at: str) -> str | None:
+    """``silu(gate) * up`` in one kernel, computed in fp32 and rounded once; None if `width` has no divisor that suits it.
+
+    com.microsoft.GatedRMSNorm is ``up / sqrt(mean(up^2) + epsilon) * scale * silu(gate)``. With an epsilon beside which the mean is
+    nothing and its root as the scale, the norm is a factor of 1: it is off by ``mean(up^2) / (2 epsilon)``, which in fp16, where the
+    scale must be a number of the type, is half a unit in the last place once 256 neighbours have a root mean square of 1,024.
+    """
+    count = math.gcd(width, _MEAN)
+    if count < _LEAST_MEAN:
+        return None
+    root = 2.0**15 if ctx.io is DType.F16 else 2.0**40
+    scale = ctx.graph.constant(np.full(count, root, ctx.graph.numpy_type(ctx.io)))
+    return ctx.graph.node("GatedRMSNorm", [up, scale, gate], at, domain=MICROSOFT, epsilon=root * root)
 
 
 def _silu(ctx: Context, x: str, at: str) -> str:

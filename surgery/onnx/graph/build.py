@@ -124,6 +124,9 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     """
     if options.opset is not None:
         check_opset(options.opset)
+        options = replace(
+            options, target=replace(options.target, gate="apart")
+        )  # for runtimes from before the operator
     model = model or model_of(
         component.config, frozenset(component.parameters) | frozenset(options.overrides) | frozenset(options.coded)
     )

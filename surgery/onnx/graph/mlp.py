@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from statistics import NormalDist
 
-from surgery.onnx.graph.activation import activate, xielu
+from surgery.onnx.graph.activation import activate, gated_silu, xielu
 from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.graph import END
 from surgery.onnx.graph.linear import joined, linear
@@ -42,8 +42,10 @@ def mlp(ctx: Context, record: MLP, x: str, *, alpha: float = 1.0) -> str:
         gate = _cut_off(ctx, gate, record.sparsity, at)
     if record.up_plus:
         up = ctx.graph.node("Add", [up, ctx.graph.number(record.up_plus, ctx.io)], at)
-    inner = ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
-    return linear(ctx, record.output, inner, alpha=alpha)
+    fused = record.activation == "silu" and ctx.target.gate == "fused"
+    product = gated_silu(ctx, gate, up, record.output.inputs, at) if fused else None
+    product = product or ctx.graph.node("Mul", [activate(ctx, record.activation, gate, at), up], at)
+    return linear(ctx, record.output, product, alpha=alpha)
 
 
 def _cut_off(ctx: Context, gate: str, share: float, at: str) -> str:

@@ -26,6 +26,8 @@ class OperatorSet:
             ``standard``: Attention of opset 23.
         norm: ``fused``: the residual sum and the norm are one com.microsoft operator; ``standard``: RMSNormalization of
             opset 23.
+        gate: ``fused``: ``silu(gate) * up`` is one com.microsoft.GatedRMSNorm (onnxruntime 1.30 and later), see `gated_silu`;
+            ``apart``: the activation, then Mul.
         silu: ``quick_gelu``: one com.microsoft.QuickGelu; ``sigmoid``: Sigmoid and Mul, which onnxruntime fuses into one;
             ``division``: ``x / (1 + exp(-x))`` in float32, the nearest number; ``scaled``: one com.microsoft.ScaledSiLU, as
             near, which older onnxruntimes lack.
@@ -44,11 +46,14 @@ class OperatorSet:
     silu: Literal["quick_gelu", "sigmoid", "division", "scaled"]
     packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
+    gate: Literal["fused", "apart"] = "apart"
     experts: Literal["apart", "fused"] = "apart"
 
 
 TARGETS = {
-    "cuda": OperatorSet("cuda", "fused", "gqa", "fused", "quick_gelu", packed="attention", qk_norm="fused"),
+    "cuda": OperatorSet(
+        "cuda", "fused", "gqa", "fused", "quick_gelu", packed="attention", qk_norm="fused", gate="fused"
+    ),
     "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "quick_gelu", experts="fused"),
     "portable": OperatorSet("portable", "gemm", "standard", "standard", "sigmoid"),
 }
@@ -81,7 +86,7 @@ def io_type(target: str, dtype: str, stored: DType) -> DType:
 def choose(target: str, io: DType) -> OperatorSet:
     """Choose the operators for a target and a type: on CUDA, GroupQueryAttention has kernels for 16 bits only."""
     operators = TARGETS[target]
-    return standard(operators) if target == "cuda" and io is DType.F32 else operators
+    return replace(standard(operators), gate="apart") if target == "cuda" and io is DType.F32 else operators
 
 
 def standard(target: OperatorSet) -> OperatorSet:

@@ -297,6 +297,9 @@ def _session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
+    if memory.device == "cuda" and contract is not None and contract.slots:
+        # x A has few columns, for which cuBLAS picks a kernel of one block; those it measures take 4 % off a step (docs/benchmarks.md).
+        options.add_session_config_entry("ep.cuda.enable_gemm_auto_tune", "1")
     for key, value in session_config.items():
         options.add_session_config_entry(key, value)
     providers: list[Any] = ["CPUExecutionProvider"]
