@@ -68,7 +68,7 @@ def _mode(
             )
         if anew and choose_mode("auto", output, base.folder, ()) == "reference":
             raise FitError(
-                "all weights of this graph are written anew, and this is the base's folder",
+                "all weights of this graph are written anew, which needs a folder of its own",
                 file=output,
                 hint="write to another folder",
             )
