@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from surgery.verbs.export_onnx import export_onnx as export_onnx
     from surgery.verbs.extract_lora import ExtractResult as ExtractResult
     from surgery.verbs.extract_lora import extract_lora as extract_lora
+    from surgery.verbs.fingerprint import FingerprintResult as FingerprintResult
+    from surgery.verbs.fingerprint import fingerprint as fingerprint
     from surgery.verbs.fold import FoldResult as FoldResult
     from surgery.verbs.fold import fold as fold
     from surgery.verbs.formats import Catalogue as Catalogue
@@ -107,6 +109,7 @@ else:
             "surgery.verbs.env": ["EnvironmentReport", "env"],
             "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
+            "surgery.verbs.fingerprint": ["FingerprintResult", "fingerprint"],
             "surgery.verbs.fold": ["FoldResult", "fold"],
             "surgery.verbs.formats": ["Catalogue", "formats"],
             "surgery.verbs.insert": ["DeltaResult", "FreshResult", "insert"],

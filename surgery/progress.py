@@ -16,7 +16,7 @@ class Progress:
     Attributes:
         done: Bytes written so far.
         total: Bytes the plan will write.
-        phase: ``writing`` or ``syncing``.
+        phase: ``writing``, ``syncing``, ``reading``.
     """
 
     done: int

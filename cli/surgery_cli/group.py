@@ -35,6 +35,7 @@ COMMANDS = {
     "layers": "Write a model with other layers, projections or rows.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
+    "fingerprint": "Show one hash of what a model, an adapter or a graph holds.",
     "check": "Show what programs make of an adapter.",
     "inspect": "Show what a model, an adapter or an ONNX graph is made of.",
     "diff": "Show what differs between two models, two adapters or two ONNX graphs.",
@@ -54,7 +55,7 @@ COMPLETE = "_SURGERY_COMPLETE"  # click's name for it; the scripts of ``surgery 
 _EPILOG = """\b
 Exit codes: 0 done; 1 internal error; 2 usage; 3 input missing, unreadable or
 malformed; 4 does not fit; 5 proof failed; 6 findings (diff --fail-on,
-check --for); 7 not enough disk or memory; 130 interrupted.
+check --for, fingerprint --against); 7 not enough disk or memory; 130 interrupted.
 """
 
 

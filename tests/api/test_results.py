@@ -38,6 +38,7 @@ LOOKERS: dict[str, Callable[[], Any]] = {
     "inspect a model": lambda: surgery.inspect(BASE),
     "inspect an adapter": lambda: surgery.inspect(LORA),
     "diff of models": lambda: surgery.diff(BASE, TUNED),
+    "fingerprint": lambda: surgery.fingerprint([BASE, TUNED], against=BASE),
     "inspect a graph": lambda: surgery.inspect(GRAPHS / "optimum-bert"),
     "diff of graphs": lambda: surgery.diff(GRAPHS / "optimum-bert", GRAPHS / "script-bert"),
     "diff of adapters": lambda: surgery.diff(LORA, DORA),

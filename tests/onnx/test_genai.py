@@ -107,6 +107,12 @@ def test_what_genai_cannot_be_told_is_warned_of(tmp_path: Path, name: str) -> No
     assert settings_of(tmp_path / "out") == settings_of(tmp_path / "base")
 
 
+def test_settings_that_contradict_the_tokenizer_are_warned_of(tmp_path: Path) -> None:
+    result = exported(tmp_path, BYTES, {"add_bos_token": True})
+    assert any("something else than the tokenizer does" in text for text in result.warnings)
+    assert settings_of(tmp_path / "out") == settings_of(tmp_path / "base")
+
+
 def test_other_layouts_keep_the_tokenizer_as_it_is(tmp_path: Path) -> None:
     result = exported(tmp_path, template("<|pad|>", "A"), {"tokenizer_class": "LlamaTokenizer"}, layout="plain")
     assert (tmp_path / "out/tokenizer_config.json").read_bytes() == (
@@ -118,6 +124,26 @@ def test_other_layouts_keep_the_tokenizer_as_it_is(tmp_path: Path) -> None:
 def test_a_template_of_tokens_that_are_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MalformedError, match="the template has no token"):
         exported(tmp_path, template("<|begin|>", "A") | {"special_tokens": {}}, {})
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        {"type": "TemplateProcessing", "single": [5]},
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {}}]},
+        {"type": "BertProcessing"},
+        {"type": "Sequence", "processors": 5},
+    ],
+    ids=str,
+)
+def test_a_post_processor_of_another_form_is_refused(tmp_path: Path, processor: dict[str, Any]) -> None:
+    with pytest.raises(MalformedError, match="has not the form of its type"):
+        exported(tmp_path, processor, {})
+
+
+def test_a_post_processor_that_is_not_known_stays(tmp_path: Path) -> None:
+    assert not exported(tmp_path, {"type": "Unheard"}, {}).warnings
+    assert settings_of(tmp_path / "out") == settings_of(tmp_path / "base")
 
 
 def test_the_pages_program_says_what_run_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

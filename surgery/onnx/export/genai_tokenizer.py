@@ -37,13 +37,22 @@ def with_special_tokens(side_files: Sequence[SideFile]) -> tuple[list[SideFile],
     """
     files = {file.name: file for file in side_files}
     config, tokenizer = _object(files.get(_CONFIG)), _object(files.get("tokenizer.json"))
-    wanted = _around(tokenizer.get("post_processor")) if tokenizer else None
-    if wanted is None or not config.get("tokenizer_class") or tokenizer.get("model", {}).get("type") != "BPE":
+    model = tokenizer.get("model")
+    if not config.get("tokenizer_class") or not isinstance(model, Mapping) or model.get("type") != "BPE":
         return list(side_files), []  # nothing is guessed
-    if any(isinstance(config.get(key), bool) for key in ("add_bos_token", "add_eos_token")):
-        return list(side_files), []  # as the tokenizer's author wrote; transformers follows that, too, class by class
+    try:
+        wanted = _around(tokenizer.get("post_processor"))
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise MalformedError("the post-processor has not the form of its type", file="tokenizer.json") from error
+    if wanted is None:
+        return list(side_files), []  # one of which nothing is known
     if _guessed(config, tokenizer) == wanted:
         return list(side_files), []
+    if any(isinstance(config.get(key), bool) for key in ("add_bos_token", "add_eos_token")):
+        return list(side_files), [
+            f"add_bos_token and add_eos_token of {_CONFIG} say something else than the tokenizer does: onnxruntime-genai "
+            "follows them, transformers some classes"
+        ]  # which are the author's words
     told = {**config, "add_bos_token": bool(wanted[0]), "add_eos_token": bool(wanted[1])}
     if _guessed(told, tokenizer) != wanted:
         front, behind = (show(" ".join(names)) or "nothing" for names in wanted)
