@@ -24,9 +24,10 @@ from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
 from surgery.engine.recorded import recorded_recipe, versions_of
 from surgery.progress import Callback
-from surgery_formats.errors import ResourceError
+from surgery_formats.errors import FitError, ResourceError
 from surgery_formats.files.output.folder import QUICK, SIGNED, FileRecord, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
+from surgery_formats.files.remote.path import is_remote, to_path
 from surgery_formats.text import nbytes as human
 from surgery_formats.threads import cores, one_thread
 
@@ -147,6 +148,12 @@ def execute(
     Raises:
         OutputExistsError, ResourceError, FitError, ProofError: nothing is left behind.
     """
+    if last is not None and is_remote(output):
+        raise FitError(
+            "what is asked for reads the output back while it is made, which a bucket does not allow",
+            file=output,
+            hint="write to a folder, and upload it",
+        )
     staged = output_folder(
         output,
         _job(plan),
@@ -156,7 +163,7 @@ def execute(
         hashes=run.hashes,
         recorded=plan.id,
     )
-    with (engine or ThisProcess()).computing(plan, Path(output)) as compute, staged as folder:
+    with (engine or ThisProcess()).computing(plan, to_path(output)) as compute, staged as folder:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
@@ -206,6 +213,8 @@ def write_weights(
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
     """
+    if folder.in_order:
+        return _streamed(plan, folder, run, compute)
     # Copies start in threads of their own, while libraries are still being imported for the rest; processes are forked
     # before there are threads.
     measured: dict[str, Measurement] = {}
@@ -247,6 +256,16 @@ def write_weights(
     for job in jobs:
         measured |= job.measured
     return measured
+
+
+def _streamed(plan: Plan, folder: OutputFolder, run: Run, compute: ComputeWeight) -> dict[str, Measurement]:
+    from surgery.engine.streaming import stream_weights
+
+    workers = min(
+        _affordable(plan, run) if plan.computed() else 1, default_workers() if run.workers is None else run.workers
+    )
+    verify, progress = run.verify_copies, run.progress
+    return stream_weights(plan, folder, compute, workers, run.device, verify=verify, progress=progress)
 
 
 @contextlib.contextmanager

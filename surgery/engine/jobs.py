@@ -17,7 +17,7 @@ from surgery_formats.errors import ProofError
 from surgery_formats.files.output.folder import OutputFile, OutputFolder
 from surgery_formats.files.raw import File
 
-__all__ = ["ByteMeter", "ComputeWeight", "Computed", "FileJob", "WeightJob", "Write"]
+__all__ = ["ByteMeter", "ComputeWeight", "Computed", "CopyRange", "FileJob", "WeightJob", "Write", "copied_ranges"]
 
 _COPY_CHUNK = 64 << 20
 
@@ -27,7 +27,7 @@ ComputeWeight = Callable[[str, Compute, Write, Callable[[], bool], str], tuple[M
 
 
 @dataclass(frozen=True, slots=True)
-class _CopyRange:
+class CopyRange:
     """Bytes of one input that go to one output unchanged."""
 
     source: File
@@ -36,12 +36,12 @@ class _CopyRange:
     nbytes: int
 
 
-def _chunks(file: PlannedFile) -> list[_CopyRange]:
-    """Join ranges that are adjacent in both source and output.
+def copied_ranges(file: PlannedFile, most: int = _COPY_CHUNK) -> list[CopyRange]:
+    """What a file has of others, unchanged: ranges that are adjacent in both source and output are joined.
 
-    The result is then cut into pieces, so that several threads can share it and Ctrl-C is answered soon.
+    The result is then cut into pieces of at most `most` bytes, so that several threads can share it and Ctrl-C is answered soon.
     """
-    runs: list[_CopyRange] = []
+    runs: list[CopyRange] = []
     for tensor in sorted(file.tensors, key=lambda tensor: tensor.offset):
         if not isinstance(tensor.step, Copy) or tensor.nbytes == 0:
             continue
@@ -54,14 +54,14 @@ def _chunks(file: PlannedFile) -> list[_CopyRange]:
                 and last.source_offset + last.nbytes == offset
                 and last.offset + last.nbytes == target
             ):
-                runs[-1] = _CopyRange(last.source, last.source_offset, last.offset, last.nbytes + nbytes)
+                runs[-1] = CopyRange(last.source, last.source_offset, last.offset, last.nbytes + nbytes)
             else:
-                runs.append(_CopyRange(origin, offset, target, nbytes))
+                runs.append(CopyRange(origin, offset, target, nbytes))
             target += nbytes
     return [
-        _CopyRange(run.source, run.source_offset + at, run.offset + at, min(_COPY_CHUNK, run.nbytes - at))
+        CopyRange(run.source, run.source_offset + at, run.offset + at, min(most, run.nbytes - at))
         for run in runs
-        for at in range(0, run.nbytes, _COPY_CHUNK)
+        for at in range(0, run.nbytes, most)
     ]
 
 
@@ -95,13 +95,13 @@ class FileJob:
 
     def start(self, copiers: ThreadPoolExecutor, verify: bool, stop: Stop, meter: ByteMeter) -> list[Future[None]]:
         """Submit the copies."""
-        chunks = _chunks(self.file)
+        chunks = copied_ranges(self.file)
         self._parts = 1 + len(chunks) + len(self.computed)
         self._copiers = copiers
         self._part_done()
         return [copiers.submit(self.copy, chunk, verify, stop, meter) for chunk in chunks]
 
-    def copy(self, chunk: _CopyRange, verify: bool, stop: Stop, meter: ByteMeter) -> None:
+    def copy(self, chunk: CopyRange, verify: bool, stop: Stop, meter: ByteMeter) -> None:
         """One run of unchanged bytes, by the kernel."""
         if stop.is_set():
             return

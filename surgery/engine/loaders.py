@@ -11,6 +11,7 @@ from surgery.reports.output import PATH
 from surgery.reports.values import Name
 from surgery_formats.adapters.format import Format
 from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.files.remote.path import is_remote
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.layouts.parts import parts_of
 from surgery_formats.models.layouts.registry import indexes_of
@@ -110,6 +111,8 @@ def attaching(
 ) -> tuple[str | Name, ...]:
     """How to load what is written at `output`, in `tensor_file` of a folder; empty for formats that no one call loads."""
     path, name = Name(output, PATH), target.name
+    if is_remote(output):  # programs load what lies on a disk
+        return ()
     if around := _OF_FOLDER.get(name):
         return around[0], path, around[1]
     if around := _OF_FILE.get(name):

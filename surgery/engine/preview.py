@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 from surgery.engine.blocks import block_bytes
 from surgery.engine.execute import most_workers
 from surgery.engine.plan import Plan
+from surgery_formats.files.places import exists
+from surgery_formats.files.remote.path import is_remote
 from surgery_formats.text import nbytes, show
 
 __all__ = ["Preview", "obstacles", "preview"]
@@ -55,13 +56,15 @@ def obstacles(plan: Plan, preview: Preview, *, overwrite: bool) -> Iterator[str]
         yield f"there is no folder {show(output.absolute().parent, _PATH)} to write into"
     elif preview.free_nbytes < (needed := plan.nbytes + preview.beside_nbytes):
         yield f"{nbytes(needed)} will not fit into {nbytes(preview.free_nbytes)} of free disk"
-    if os.path.lexists(output) and not overwrite:
+    if exists(output, links=True) and not overwrite:
         yield f"{show(output, _PATH)} is already there; the merge needs another name, or --overwrite"
-    if any(os.path.realpath(output) == os.path.realpath(root) for root in plan.roots):
+    if any(output.resolve() == root.resolve() for root in plan.roots):
         yield f"{show(output, _PATH)} is one of the inputs; the merge needs a folder outside them"
 
 
 def _free(output: Path) -> int | None:
+    if is_remote(output):  # a bucket has space
+        return sys.maxsize
     try:
         return shutil.disk_usage(output.absolute().parent).free
     except OSError:

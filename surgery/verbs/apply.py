@@ -24,6 +24,7 @@ from surgery_formats.errors import SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.output.scratch import scratch_folder
 from surgery_formats.files.output.several import several_outputs
+from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.text import listing
 
 __all__ = ["ApplyResult", "apply"]
@@ -59,8 +60,13 @@ def apply(
         SurgeryError: as the verb of a step, whose number and line the message has.
     """
     path = as_path(recipe, "recipe")
+    _needs_a_disk(path)
     with _naming(path):
         return _applied(read_recipe(path), output, inputs or {}, overwrite, dry_run, progress)
+
+
+def _needs_a_disk(place: StrPath) -> None:
+    on_a_disk(place, "a recipe looks for its inputs, and keeps its steps, in folders beside it")
 
 
 @contextmanager
@@ -81,6 +87,8 @@ def _applied(
     dry_run: bool,
     progress: Callback | None,
 ) -> ApplyResult:
+    for place in (output or "", *(step.output for step in read.steps)):
+        _needs_a_disk(place)
     if output is not None:
         last = read.steps[-1]
         steps = (*read.steps[:-1], replace(last, output=str(local_path(output, "output"))))

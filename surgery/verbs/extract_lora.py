@@ -9,7 +9,6 @@ adapter is read back before it appears and must hold what was measured, where it
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -56,6 +55,8 @@ from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
+from surgery_formats.files.output.memory import memory_folder
+from surgery_formats.files.remote.path import is_remote
 from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
@@ -155,8 +156,7 @@ def extract_lora(
         pair = CheckpointPair(*sides)
         devices, why = extraction_devices(device, sum(tensor.numel for tensor in pair.new.tensors.values()))
         inputs = None if calibration is None else open_calibration(calibration)
-        parent = None if folder is None else Path(os.path.realpath(folder.parent))
-        scratch = ScratchFile(parent if parent is not None and parent.is_dir() else None)
+        scratch = ScratchFile(_scratch_folder(folder))
         lanes: Lanes | None = None
         stopwatch = Stopwatch()
         try:
@@ -224,6 +224,16 @@ def _both(
     beside = folder.absolute().parent if folder is not None and folder.absolute().parent.is_dir() else None
     with as_checkpoints(paths[0], paths[1], names, beside, workers) as (old, new):
         yield old or as_checkpoint(base), new or as_checkpoint(tuned, "tuned")
+
+
+def _scratch_folder(output: Path | None) -> Path | None:
+    """Beside the output; for one in a bucket in memory, and nowhere in particular without one."""
+    if output is None:
+        return None
+    if is_remote(output):
+        return memory_folder()
+    parent = output.parent.resolve()
+    return parent if parent.is_dir() else None
 
 
 def _graph(model: CheckpointLike) -> Path | None:

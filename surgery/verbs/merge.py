@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
@@ -31,6 +30,7 @@ from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.threads import one_thread
 
@@ -182,7 +182,7 @@ def merge(
             from surgery.engine.quantised.residual import most_nbytes
 
             beside = most_nbytes(binding, quantised)
-        ahead = preview(plan, None if output is None else Path(output), workers, beside)
+        ahead = preview(plan, None if output is None else to_path(output), workers, beside)
         return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
     warnings: list[str] = list(plan.warnings)
     if undone is not None and not undone.exact:

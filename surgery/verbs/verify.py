@@ -18,6 +18,7 @@ from surgery.verification.result import Check, Verification
 from surgery.verification.written_files import check_added, check_manifest
 from surgery_formats.errors import FitError, NotFoundError, ProofError
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import count, listing, summed_up
 
@@ -110,6 +111,7 @@ def verify(
         raise FitError("logits on a text are measured of graphs, and there is none", file=where)
     if graph is None:
         return Verification(where, "folder", tuple(checks), tuple(notes), digest)
+    on_a_disk(where, "onnxruntime runs the graph, and reads files")
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
         raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)

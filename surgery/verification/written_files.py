@@ -15,6 +15,7 @@ from surgery_formats.errors import InputError, MalformedError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.hashing import root_digest
 from surgery_formats.files.output.manifest import MANIFEST, file_digest, verify_files, verify_folder
+from surgery_formats.files.places import names_in
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.models.side_files import EXPORT_ACCOUNT
 from surgery_formats.text import count
@@ -42,7 +43,7 @@ def check_manifest(
     Raises:
         ProofError: a file has changed. The message names the tensor, where that is known.
     """
-    added = [name for name in os.listdir(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
+    added = [name for name in names_in(where) if name.endswith((".onnx", ".onnx_adapter")) or name in _PER_GRAPH]
     manifest = verify_folder(
         where, added=[*added, *recorded, SIGNATURE], explain=partial(_explain, where=where, base=base)
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -23,7 +24,7 @@ def server() -> Iterator[str]:
 @pytest.fixture
 def storage(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Storage]:
     """An empty bucket, which ``s3://`` leads to."""
-    name = f"bucket-{next(_NUMBER)}"
+    name = f"bucket-{os.getpid()}-{next(_NUMBER)}"  # what waits in memory is told by it
     for variable, value in {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",

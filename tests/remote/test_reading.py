@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import surgery
-from surgery_formats.errors import InputError, MalformedError, NotFoundError, ProofError
+from surgery_formats.errors import FitError, InputError, MalformedError, NotFoundError, ProofError, SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import open_file
-from surgery_formats.files.remote import ranges
+from surgery_formats.files.remote import bucket, ranges
 from surgery_formats.files.remote.path import RemotePath, to_path
-from tests.support.s3 import Storage
+from tests.support.s3 import Storage, refusing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -119,8 +121,6 @@ def test_what_is_not_there_is_said_to_be_so(storage: Storage) -> None:
 
 
 def test_a_dropped_connection_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch, storage: Storage) -> None:
-    from surgery_formats.files.remote import bucket
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     bucket.connect.cache_clear()
     with pytest.raises(InputError, match="the connection failed, and 2 repetitions did not help") as caught:
@@ -130,8 +130,6 @@ def test_a_dropped_connection_is_an_error_of_one_line(monkeypatch: pytest.Monkey
 
 
 def test_without_its_library_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from surgery_formats.files.remote import bucket
-
     bucket.connect.cache_clear()
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(InputError, match="object storage needs the package obstore") as caught:
@@ -145,3 +143,86 @@ def test_copies_of_a_folder_are_one_input(storage: Storage, tmp_path: Path) -> N
     from surgery.engine.recorded import input_digest
 
     assert input_digest(to_path(storage.upload(EXAMPLES / "lora", "lora"))) == input_digest(tmp_path / "copy")
+
+
+def test_a_version_is_recorded_where_the_bucket_keeps_them(storage: Storage, tmp_path: Path) -> None:
+    storage.client.put_bucket_versioning(Bucket=storage.name, VersioningConfiguration={"Status": "Enabled"})
+    base, lora = storage.upload(EXAMPLES / "base", "base"), storage.upload(EXAMPLES / "lora", "lora")
+    surgery.merge(base, lora, output=tmp_path / "merged")
+    objects = json.loads((tmp_path / "merged" / MANIFEST).read_bytes())["objects"]
+    versions = storage.client.list_object_versions(Bucket=storage.name)["Versions"]
+    assert {entry["version"] for entry in objects} <= {version["VersionId"] for version in versions}
+    assert all(entry["etag"] for entry in objects)
+
+
+REFUSALS = [
+    (403, b"<Error><Code>AccessDenied</Code></Error>", "access is denied"),
+    (401, b"", "the credentials are not accepted"),
+    (301, b"<Error><Code>PermanentRedirect</Code></Error>", "the bucket is in another region"),
+    (400, b"<Error><Code>AuthorizationHeaderMalformed</Code></Error>", "the bucket is in another region"),
+    (500, b"", "the store answers 500 Internal Server Error"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "what"), REFUSALS, ids=[str(status) for status, _, _ in REFUSALS])
+def test_a_store_that_refuses_is_an_error_of_one_line(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, what: str
+) -> None:
+    with refusing(status, body) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        bucket.connect.cache_clear()
+        for verb in (
+            lambda: surgery.inspect(storage.url("base")),
+            lambda: surgery.merge(EXAMPLES / "base", EXAMPLES / "lora", output=storage.url("out")),
+        ):
+            with pytest.raises(SurgeryError, match=what) as caught:
+                verb()
+            assert caught.value.exit_code in (3, 7)
+            assert caught.value.hint
+            assert "\n" not in str(caught.value)
+
+
+def test_other_stores_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("AZURE_STORAGE_ACCOUNT_NAME", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(InputError, match="Account must be specified") as caught:
+        surgery.inspect("az://container/base")
+    assert "AZURE_STORAGE_ACCOUNT_NAME" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [lambda url: surgery.bench(url), lambda url: surgery.verify(url)],
+)
+def test_what_needs_a_disk_says_so(storage: Storage, verb: Callable[[str], object]) -> None:
+    surgery.export_onnx(EXAMPLES / "base", output=storage.url("model"))
+    with pytest.raises(FitError, match="which a bucket does not have"):
+        verb(storage.url("model"))
+
+
+def test_an_object_is_closed_without_a_lock(storage: Storage) -> None:
+    """The collector may close it while its thread holds the lock of the blocks, or one that another waits for there."""
+    storage.put("data", bytes(1000))
+    blocks = ranges._BLOCKS
+    with blocks._lock:
+        file = open_file(storage.url("data"))
+        del file
+        gc.collect()
+    assert blocks._closed
+
+
+def test_who_may_list_a_prefix_alone_reads_what_is_below(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, lora = storage.upload(EXAMPLES / "base", "mine/base"), storage.upload(EXAMPLES / "lora", "mine/lora")
+    listing = bucket.Bucket.listing
+
+    def restricted(self: bucket.Bucket, prefix: str) -> bucket.Listing:
+        if not prefix.startswith("mine/"):
+            raise InputError("access is denied", file=self.url(prefix))
+        return listing(self, prefix)
+
+    monkeypatch.setattr(bucket.Bucket, "listing", restricted)
+    surgery.merge(base, lora, output=storage.url("mine/out"))
+    assert surgery.inspect(storage.url("mine/out")).parameters
+    assert surgery.inspect(storage.url("mine/out/model.safetensors")).parameters

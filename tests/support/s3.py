@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
 from moto.server import ThreadedMotoServer
+
+from surgery_formats.files.output.memory import memory_folder
 
 
 @contextmanager
@@ -56,7 +62,106 @@ class Storage:
             for key in keys
         }
 
+    def clear(self, prefix: str) -> None:
+        for name in self.objects(prefix):
+            self.client.delete_object(Bucket=self.name, Key=prefix + name)
+
+    def waiting(self, key: str) -> list[str]:
+        """What waits in memory for an output."""
+        name = hashlib.sha256(self.url(key).encode()).hexdigest()[:16]
+        return [path.name for path in memory_folder().iterdir() if name in path.name]
+
     def unfinished(self) -> list[str]:
         """The names of uploads that were begun, and neither completed nor given up."""
         found = self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", [])
         return sorted(upload["Key"] for upload in found)
+
+
+@contextmanager
+def refusing(status: int, body: bytes) -> Iterator[str]:
+    """The address of a server that has one answer to everything."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Faults:
+    """A way to a server that counts requests and fails some: the server ends every connection after one.
+
+    Attributes:
+        url: Its address.
+        count: Requests so far.
+        fail: Numbers of the requests that fail, from 1.
+        how: ``refused`` before anything was sent; ``request`` while it is sent; ``answer``: the server has done it, and
+            half of the answer arrives.
+        also: Called with the number of every request.
+    """
+
+    def __init__(self, server: str) -> None:
+        self._server = server.removeprefix("http://").split(":")
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.count = 0
+        self.fail: Callable[[int], bool] = lambda number: False
+        self.also: Callable[[int], None] = lambda number: None
+        self.how = "refused"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def begin(self, how: str = "refused", fail: Callable[[int], bool] = lambda number: False) -> None:
+        self.count, self.how, self.fail, self.also = 0, how, fail, lambda number: None
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._socket.accept()
+                self.count += 1
+                threading.Thread(target=self._serve, args=(client, self.count), daemon=True).start()
+
+    def _serve(self, client: socket.socket, number: int) -> None:
+        self.also(number)
+        failing = self.how if self.fail(number) else ""
+        with suppress(OSError), client:
+            if failing == "refused":
+                return
+            with socket.create_connection((self._server[0], int(self._server[1]))) as server:
+                sender = threading.Thread(target=_copy, args=(client, server, 200 if failing == "request" else None))
+                sender.start()
+                if failing == "answer":
+                    answer = b"".join(iter(lambda: server.recv(1 << 16), b""))
+                    client.sendall(answer[: len(answer) // 2])
+                elif failing != "request":
+                    _copy(server, client, None)
+                else:
+                    sender.join()
+                client.shutdown(socket.SHUT_RDWR)
+
+
+def _copy(source: socket.socket, target: socket.socket, most: int | None) -> None:
+    """Pass on what comes, or the first `most` bytes of it."""
+    with suppress(OSError):
+        while data := source.recv(1 << 16 if most is None else most):
+            target.sendall(data)
+            if most is not None:
+                return

@@ -54,7 +54,7 @@ class Ranges(Protocol):
         ...
 
     def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch ranges ``(offset, nbytes)`` ahead, each of which is read once, as it stands here."""
+        """Fetch ranges ``(offset, nbytes)`` ahead; each is kept until its last byte is read."""
         ...
 
     def check_unchanged(self) -> None:

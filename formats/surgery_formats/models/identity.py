@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import xxhash
 
-from surgery_formats.files.raw import File
+from surgery_formats.files.raw import File, FileIdentity
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.tensor import StoredTensor
 
@@ -19,6 +19,7 @@ _HEAD = 1 << 20
 _SAMPLES = 64
 _SAMPLE = 16 << 10
 _WHOLE = 8 << 20  # files up to this size are hashed whole
+_OF_OBJECTS: dict[FileIdentity, str] = {}
 _PIECE = 64 << 10  # read at a time: the head alone would be a tenth of what an export takes beside its imports
 
 
@@ -28,7 +29,14 @@ def fingerprint(file: File) -> str:
     It identifies a job, so that an interrupted run can resume. It is no proof of equality: files are watched for change
     while they are used.
     """
-    return fingerprint_of(file.size, lambda offset, nbytes: file.blocks(offset, nbytes, _PIECE))
+    if file.remote is None:
+        return fingerprint_of(file.size, lambda offset, nbytes: file.blocks(offset, nbytes, _PIECE))
+    if file.identity not in _OF_OBJECTS:  # each sample is a request
+        file.remote.warm(list(_ranges(file.size)))
+        _OF_OBJECTS[file.identity] = fingerprint_of(
+            file.size, lambda offset, nbytes: file.blocks(offset, nbytes, nbytes)
+        )
+    return _OF_OBJECTS[file.identity]
 
 
 def fingerprint_of(size: int, read: Callable[[int, int], Iterable[bytes | bytearray | memoryview]]) -> str:

@@ -17,6 +17,7 @@ from surgery.reports.output import DRY_RUN, PATH, counted
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, NameList, Phrase, Value
+from surgery_formats.files.remote.path import is_remote
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
 
@@ -69,7 +70,7 @@ def _would_write(plan: Plan, preview: Preview | None) -> Iterator[tuple[str, Phr
         if preview.beside_nbytes:
             yield "adapter/", ("at most ", Value(preview.beside_nbytes, "bytes"))
         free = preview.free_nbytes
-        if preview.output is not None:
+        if preview.output is not None and not is_remote(preview.output):
             yield "free disk", "unknown" if free is None else Value(free, "bytes")
         yield "peak memory", ("about ", Value(preview.peak_nbytes, "bytes"))
 

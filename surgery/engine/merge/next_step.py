@@ -14,6 +14,7 @@ from surgery.reports.output import PATH
 from surgery.reports.values import Name
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.bounded_json import parse_object, read_object
+from surgery_formats.files.remote.path import is_remote
 
 if TYPE_CHECKING:
     from surgery.engine.quantised.residual import ResidualLoRA
@@ -29,6 +30,8 @@ def next_step(plan: Plan, output: Path, residual: ResidualLoRA | None) -> tuple[
     """A sentence with a command, for the summary of a merge."""
     names = {side.name for side in plan.side_files}
     path = Name(output, PATH)
+    if is_remote(output):  # libraries load what lies on a disk
+        return "look at it: surgery inspect ", path
     found = next(filter(None, (_VARIANT.fullmatch(file.name) for file in plan.files)), None)
     end = f'", variant="{found[1]}")' if found else '")'
     if residual is not None:  # the weights alone lack the update

@@ -14,6 +14,7 @@ from surgery.engine.ledger import CodeError, Ledger
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.contract import Contract
 from surgery.reports.result import elapsed, summarised
+from surgery_formats.files.remote.path import is_remote
 from surgery_formats.models.families.tasks import IMAGE_TASKS
 from surgery_formats.text import show
 
@@ -118,7 +119,7 @@ class ExportResult:
             ("weights", weights),
             ("written", (Value(self.nbytes, "bytes"), *took)),
         ]
-        if not contract.embedder:
+        if not contract.embedder and not is_remote(self.output):  # onnxruntime reads files
             facts.append(("next", tuple(self._command())))
         return Summary("Export", (Facts(tuple(facts)), *warning_notes(self.warnings)))
 

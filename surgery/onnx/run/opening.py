@@ -24,6 +24,7 @@ from surgery.onnx.run.ports import Port, ports
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
+from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def find_graph(model: str | os.PathLike[str]) -> Path:
     Raises:
         NotFoundError: it does not exist, or is a folder without ``model.onnx``.
     """
+    on_a_disk(model, "onnxruntime reads files")
     path = Path(model)
     if path.is_dir():
         if (found := placed_graph(path)) is None:

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from surgery_formats.errors import FitError, ProofError, UsageError
 from surgery_formats.files.output.hashing import hash_threads
@@ -37,8 +37,12 @@ from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.resume import Finished, has_size, parse_line, same_digest
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.raw import File
+from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
 from surgery_formats.whole import whole
+
+if TYPE_CHECKING:
+    from surgery_formats.files.remote.upload import Upload
 
 __all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
 
@@ -77,14 +81,54 @@ def output_folder(
     Raises:
         UsageError: the name is that of a file.
     """
-    if (path := Path(out)).suffix in _OF_FILES and not path.is_dir():
+    if (path := to_path(out)).suffix in _OF_FILES and not path.is_dir():
         raise UsageError(
             "a folder is written, and the name is that of a file",
             file=path,
             hint=f"write to {show(path.with_suffix(''), 200)}",
         )
-    stage = Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
+    stage: Staging
+    if isinstance(path, RemotePath):
+        from surgery_formats.files.remote.stage import RemoteStage
+
+        stage = RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs)
+    else:
+        stage = Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
     return OutputFolder(stage, plan_id, verify, hashes)
+
+
+class Staging(Protocol):
+    """Where the files of a job lie until they are complete: beside the output, or in memory and in uploads for a bucket."""
+
+    @property
+    def path(self) -> Path:
+        """The folder of finished files."""
+        ...
+
+    @property
+    def shown(self) -> Path:
+        """The output as the user wrote it."""
+        ...
+
+    def acquire(self) -> None:
+        """Begin, as the only writer."""
+        ...
+
+    def release(self) -> None:
+        """Remove what has not become the output; may be called twice."""
+        ...
+
+    def reserve(self, nbytes: int) -> None:
+        """Raise a `FitError` if no file of this size can be staged."""
+        ...
+
+    def sync(self) -> None:
+        """Make the entries of `path` durable."""
+        ...
+
+    def publish(self) -> Path:
+        """Let the output appear."""
+        ...
 
 
 class OutputFolder:
@@ -97,7 +141,7 @@ class OutputFolder:
 
     finished: Mapping[str, FileRecord]
 
-    def __init__(self, stage: Stage, plan_id: str, verify: Verify | None, hashes: Sequence[str]) -> None:
+    def __init__(self, stage: Staging, plan_id: str, verify: Verify | None, hashes: Sequence[str]) -> None:
         self._stage = stage
         self._plan = plan_id
         self._verify = verify or same_digest
@@ -144,6 +188,7 @@ class OutputFolder:
             FitError: the name is unsafe or already taken.
             ResourceError: no space.
         """
+        self._stage.reserve(nbytes)
         path = self._claim(name)
         output = OutputFile(
             name,
@@ -157,6 +202,29 @@ class OutputFolder:
         with self._lock:
             self._open[name] = output
         return output
+
+    @property
+    def in_order(self) -> bool:
+        """Whether weights are uploaded as they are made, so that they have to come in the order of their files."""
+        return not isinstance(self._stage, Stage)
+
+    def upload(self, name: str, nbytes: int, *, verify: bool = False) -> Upload:
+        """As `create` for an output in a bucket, byte by byte in order; it counts once it is `noted`.
+
+        Raises:
+            FitError: as `create`.
+        """
+        from surgery_formats.files.remote.stage import RemoteStage
+
+        assert isinstance(self._stage, RemoteStage)
+        self._claim(name)
+        return self._stage.upload(name, nbytes, self._hashes, verify=verify)
+
+    def noted(self, name: str, upload: Upload, record: Mapping[str, Any]) -> None:
+        """The upload has all its bytes; its hashes go into the manifest beside what is in `record`."""
+        digests = {kind: digest for kind, digest in upload.digests.items() if kind in self._hashes}
+        with self._lock:
+            self._done[name] = FileRecord(name, upload.nbytes, {**record, **digests})
 
     def link(self, name: str, source: File) -> None:
         """Hard-link `source` as `name`: no bytes are written, and a write to either file changes both.

@@ -17,12 +17,15 @@ import xxhash
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.hashing import hash_threads, new_hash, root_digest
+from surgery_formats.files.places import exists
 from surgery_formats.files.raw import open_file
+from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "UNFINISHED",
     "FileRecord",
     "digests_of",
     "file_digest",
@@ -34,6 +37,8 @@ __all__ = [
 ]
 
 MANIFEST = "surgery_manifest.json"
+UNFINISHED = ".surgery-unfinished"
+"""What stands below a prefix while its objects appear (`surgery_formats.files.remote.stage`)."""
 FORMAT = "surgery-manifest/1"
 
 Explain = Callable[[str, Mapping[str, Any]], None]
@@ -151,7 +156,7 @@ def verify_folder(
         MalformedError: the manifest is not valid.
         ProofError: a file is missing, unknown, or has changed since it was written.
     """
-    folder = Path(path)
+    folder = to_path(path)
     source = folder / MANIFEST
     manifest = read_object(source, INDEX_LIMIT)
     entries = manifest.get("files")
@@ -181,7 +186,7 @@ def verify_files(folder: Path, entries: Mapping[str, Any], source: Path, explain
             raise MalformedError(f"the entry of '{show(name)}' has no size", file=source)
         if not is_safe_name(name):
             raise MalformedError(f"'{show(name)}' cannot be the name of an output file", file=source)
-    if missing := sorted(name for name in entries if not os.path.lexists(folder / name)):
+    if missing := sorted(name for name in entries if not exists(folder / name, links=True)):
         raise ProofError(f"missing: {listing(missing)}", file=folder)
     with hash_threads() as threads:
         found = {name: threads.submit(_change, folder / name, entry) for name, entry in sorted(entries.items())}
@@ -213,6 +218,8 @@ def _files_below(folder: Path) -> set[str]:
     def fail(error: OSError) -> None:
         raise NotFoundError(error.strerror or "cannot be listed", file=error.filename) from error
 
+    if isinstance(folder, RemotePath):
+        return folder.bucket.all_below(folder.key).keys() - {UNFINISHED}
     paths: set[Path] = set()
     for at, folders, files in os.walk(folder, onerror=fail):
         paths.update(Path(at, name) for name in files)

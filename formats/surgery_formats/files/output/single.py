@@ -11,14 +11,17 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError
 from surgery_formats.files.equal_ranges import EqualRanges, holds
 from surgery_formats.files.output.kernel_copy import rename_new, reserve, start_writeback, sync_folder, write_all
+from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
 from surgery_formats.files.output.scratch import sweep
 from surgery_formats.files.output.several import may_be_there, same_file
 from surgery_formats.files.raw import File
+from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
 from surgery_formats.whole import whole
 
@@ -98,6 +101,8 @@ def write_single(
         FitError: the output is an input, lies in one, or is there and no regular file.
         ResourceError: the disk is full or failed.
     """
+    if isinstance(remote := to_path(out), RemotePath):
+        return _write_object(remote, job, nbytes, fill, overwrite=overwrite, inputs=inputs, prove=prove)
     shown = Path(out)
     parent = Path(os.path.realpath(shown.parent))
     final = parent / shown.name
@@ -129,6 +134,32 @@ def write_single(
     with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
         sweep(parent, others)
     return shown
+
+
+def _write_object(
+    out: RemotePath,
+    job: str,
+    nbytes: int,
+    fill: Callable[[SingleFile], None],
+    *,
+    overwrite: bool,
+    inputs: tuple[Path, ...],
+    prove: Prove | None,
+) -> Path:
+    """An object: made and proved in memory, then uploaded, which is one step."""
+    from surgery_formats.files.remote.upload import upload_file
+
+    if any(source in (out, *out.parents) for source in inputs):
+        raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
+    if out.exists() and not overwrite:
+        raise _exists(out)
+    with TemporaryDirectory(dir=memory_folder()) as folder:
+        made = write_single(Path(folder) / out.name, job, nbytes, fill, prove=prove)
+        try:
+            upload_file(out.bucket, out.key, made, new=not overwrite)
+        except FileExistsError as error:
+            raise _exists(out) from error
+    return out
 
 
 def _refuse(final: Path, shown: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:

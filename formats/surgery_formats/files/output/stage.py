@@ -106,6 +106,9 @@ class Stage:
             self._fd = _close(self._fd)
             self._parent_fd = _close(self._parent_fd)
 
+    def reserve(self, nbytes: int) -> None:
+        """The disk says what it has no space for."""
+
     def sync(self) -> None:
         """Make the stage's own entries durable."""
         sync_folder(self._fd)

@@ -11,15 +11,16 @@ import contextlib
 import functools
 import importlib
 import os
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from surgery_formats.errors import InputError, NotFoundError, ProofError, ResourceError, SurgeryError
+from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
 from surgery_formats.text import show
 
 __all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
@@ -27,8 +28,10 @@ __all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
 _REMEMBERED = 10.0  # seconds
+_ASKED_AGAIN = 2
 _ANSWER = timedelta(minutes=5)  # for one request with its body
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+Answer = TypeVar("Answer")
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 
 
@@ -82,7 +85,8 @@ def connect(scheme: str, name: str) -> Bucket:
         kind = getattr(importlib.import_module("obstore.store"), _STORES[scheme])
         store = kind(name, client_options=options, retry_config=retries, **_credentials(scheme))
     except Exception as error:  # of settings in the environment: many types
-        raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}") from error
+        hint = _CREDENTIALS.get(scheme)
+        raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}", hint=hint) from error
     return Bucket(scheme, name, obstore, store)
 
 
@@ -126,19 +130,17 @@ class Bucket:
         """How an object is called in messages."""
         return f"{self.scheme}://{self.name}/{key}"
 
-    def listing(self, prefix: str, *, fresh: bool = False) -> Listing:
-        """What lies below `prefix`, one level deep; a few seconds old at most, unless it is to be `fresh`.
+    def listing(self, prefix: str) -> Listing:
+        """What lies below `prefix`, one level deep; a few seconds old at most.
 
         Raises:
             InputError: the bucket cannot be listed.
         """
         now = time.monotonic()
-        with self._lock:
-            when, known = self._seen.get(prefix, (-_REMEMBERED, Listing()))
-        if not fresh and now - when < _REMEMBERED:
+        if (known := self.remembered(prefix)) is not None:
             return known
         with self.faults(prefix):
-            found = self.obstore.list_with_delimiter(self.store, prefix or None)
+            found = self.whole_answer(lambda: self.obstore.list_with_delimiter(self.store, prefix or None))
         inside = f"{prefix}/" if prefix else ""
         files = {
             meta["path"].removeprefix(inside): _facts(meta)
@@ -151,6 +153,12 @@ class Bucket:
             self._seen[prefix] = now, listing
         return listing
 
+    def remembered(self, prefix: str) -> Listing | None:
+        """The listing of `prefix`, if it was made in the last seconds."""
+        with self._lock:
+            when, known = self._seen.get(prefix, (0.0, None))
+        return known if known is not None and time.monotonic() - when < _REMEMBERED else None
+
     def all_below(self, prefix: str) -> dict[str, ObjectFacts]:
         """Every object below `prefix`, however deep, by its name from there.
 
@@ -159,7 +167,7 @@ class Bucket:
         """
         inside = f"{prefix}/" if prefix else ""
         with self.faults(prefix):
-            chunks = list(self.obstore.list(self.store, prefix or None))
+            chunks = self.whole_answer(lambda: list(self.obstore.list(self.store, prefix or None)))
         return {meta["path"].removeprefix(inside): _facts(meta) for chunk in chunks for meta in chunk}
 
     def facts(self, key: str) -> ObjectFacts:
@@ -171,6 +179,13 @@ class Bucket:
         """
         with self.faults(key):
             return _facts(self.obstore.head(self.store, key))
+
+    def facts_if_any(self, key: str) -> ObjectFacts | None:
+        """As `facts`; None if there is none."""
+        try:
+            return self.facts(key)
+        except NotFoundError:
+            return None
 
     def read(
         self, key: str, start: int = 0, stop: int | None = None, etag: str = "", version: str | None = None
@@ -195,16 +210,23 @@ class Bucket:
         if version is not None:
             options["version"] = version
         with self.faults(key):
-            for attempt in range(3):
-                try:
-                    got = self.obstore.get(self.store, key, options=options)
-                    return Reply(memoryview(got.bytes()), _facts(got.meta))
-                except self.obstore.exceptions.GenericError:  # dropped in the middle of the body
-                    if attempt == 2:
-                        raise
-        raise AssertionError
+            return self.whole_answer(lambda: self._read(key, options))
 
-    def put(self, key: str, data: bytes, *, new: bool = False) -> ObjectFacts:
+    def _read(self, key: str, options: dict[str, Any]) -> Reply:
+        got = self.obstore.get(self.store, key, options=options)
+        return Reply(memoryview(got.bytes()), _facts(got.meta))
+
+    def whole_answer(self, ask: Callable[[], Answer], again: Callable[[], bool] = lambda: True) -> Answer:
+        """Ask again if a connection was dropped in the middle of an answer, which obstore does not, as long as `again`."""
+        for _ in range(_ASKED_AGAIN):
+            try:
+                return ask()
+            except self.obstore.exceptions.GenericError as error:
+                if "body error" not in str(error) or not again():
+                    raise
+        return ask()
+
+    def put(self, key: str, data: bytes, *, new: bool = False) -> None:
         """Write a small object in one request.
 
         Args:
@@ -216,11 +238,15 @@ class Bucket:
             OutputExistsError: it is there.
             ResourceError: it cannot be written.
         """
-        with self.faults(key, writing=True):
-            mode = "create" if new else "overwrite"
-            done = self.obstore.put(self.store, key, data, mode=mode, use_multipart=False)
+        mode = "create" if new else "overwrite"
         self.forget()
-        return ObjectFacts(len(data), done["e_tag"] or "", done["version"])
+        try:
+            with self.faults(key, writing=True):
+                self.obstore.put(self.store, key, data, mode=mode, use_multipart=False)
+        except OutputExistsError:
+            # What is there may be this, if the answer to the first request was lost.
+            if self.read(key).data != data:
+                raise
 
     def delete(self, keys: list[str]) -> None:
         """Delete objects, there or not.
@@ -251,30 +277,36 @@ class Bucket:
             raise self._fault(error, key, writing) from error
 
     def _fault(self, error: Exception, key: str, writing: bool) -> SurgeryError:
-        faults, text, file = self.obstore.exceptions, str(error), self.url(key)
+        faults, file = self.obstore.exceptions, self.url(key)
+        text = str(error).partition("\n\nDebug source")[0]
         kind = ResourceError if writing else InputError
+        status = found[1] if (found := _STATUS.search(text)) else ""
         if "NoSuchBucket" in text:
             return NotFoundError("no such bucket", file=file)
+        if isinstance(error, faults.AlreadyExistsError):
+            return OutputExistsError("exists", file=file)
         if isinstance(error, faults.PreconditionError):
             return ProofError("the input changed while it was read", file=file, hint="run again")
-        if isinstance(error, faults.PermissionDeniedError):
+        if status == "403":
             hint = (
                 "check what these credentials may do here; a region or an endpoint that is not the bucket's looks alike"
             )
             return kind("access is denied", file=file, hint=hint)
-        if isinstance(error, faults.UnauthenticatedError):
+        if status == "401":
             return kind("the credentials are not accepted", file=file, hint="they may be wrong, or no longer good")
         if "169.254.169.254" in text or "metadata.google" in text:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
             return kind("no credentials were found", file=file, hint=_CREDENTIALS.get(self.scheme, hint))
-        if "LOCATION" in text or "301 " in text:
+        if "without LOCATION" in text or "AuthorizationHeaderMalformed" in text:
             return kind("the bucket is in another region", file=file, hint="name it with AWS_REGION")
-        if "error sending request" in text or "body" in text or "error decoding" in text:
-            hint = "check the endpoint and the network, and run again"
-            return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
-        return kind(f"the store answers: {_said(error)}", file=file)
+        if status:
+            said = text[text.index("status code: ") + len("status code: ") :]
+            return kind(f"the store answers {_said(said.rstrip(': '))}", file=file, hint="run again, or ask its keeper")
+        hint = "check the endpoint and the network, and run again"
+        return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
 
 
+_STATUS = re.compile(r"status code: (\d+)")
 _CREDENTIALS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run 'gcloud auth application-default login'",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
@@ -290,6 +322,6 @@ def _facts(meta: Any) -> ObjectFacts:
     return ObjectFacts(int(meta["size"]), meta.get("e_tag") or "", None if version == "null" else version)
 
 
-def _said(error: Exception) -> str:
+def _said(error: object) -> str:
     """The first line of what a library says, as one line that can be shown."""
     return show(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)

@@ -14,12 +14,12 @@ from collections.abc import Generator
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
-from surgery_formats.errors import NotFoundError
+from surgery_formats.errors import FitError, InputError, NotFoundError
 
 if TYPE_CHECKING:
     from surgery_formats.files.remote.bucket import Bucket, Listing, ObjectFacts
 
-__all__ = ["SCHEMES", "RemotePath", "is_remote", "to_path"]
+__all__ = ["SCHEMES", "RemotePath", "is_remote", "on_a_disk", "to_path"]
 
 SCHEMES = ("s3", "gs", "az")
 _STARTS = tuple(f"{scheme}:/" for scheme in SCHEMES)  # a path has lost one of the two slashes
@@ -38,6 +38,16 @@ def to_path(value: str | os.PathLike[str]) -> Path:
     if isinstance(value, RemotePath):
         return value
     return RemotePath(value) if is_remote(value) else Path(value)
+
+
+def on_a_disk(value: str | os.PathLike[str], what: str) -> None:
+    """Refuse a name in a bucket; `what` needs files of a disk.
+
+    Raises:
+        FitError: it is one.
+    """
+    if is_remote(value):
+        raise FitError(f"{what}, which a bucket does not have", file=str(to_path(value)), hint="use a folder of a disk")
 
 
 class RemotePath(PosixPath):
@@ -81,10 +91,23 @@ class RemotePath(PosixPath):
         return len(self.parts) >= 2 and self.parts[0][:-1] in SCHEMES and ".." not in self.parts
 
     def facts(self) -> ObjectFacts | None:
-        """What the bucket says about the object; None if there is none."""
+        """What the bucket says about the object; None if there is none.
+
+        Raises:
+            InputError: the bucket does not tell.
+        """
         if not self.is_plain or not self.key:
             return None
-        return self.parent.listing().files.get(self.name)
+        bucket = self.bucket
+        around = bucket.remembered(self.parent.key)
+        if around is None and bucket.remembered(self.key):
+            return None  # a folder
+        try:
+            return (around or self.parent.listing()).files.get(self.name)
+        except NotFoundError:
+            raise
+        except InputError:  # who may list this prefix alone may still ask for the object
+            return bucket.facts_if_any(self.key)
 
     def listing(self) -> Listing:
         """What lies below this prefix, one level deep."""
@@ -92,7 +115,7 @@ class RemotePath(PosixPath):
 
     def exists(self, **_: Any) -> bool:
         """Whether there is an object, or one below."""
-        return self.is_file() or self.is_dir()
+        return self.is_dir() or self.is_file()
 
     def is_file(self, **_: Any) -> bool:
         """Whether there is an object of this name."""
@@ -102,9 +125,8 @@ class RemotePath(PosixPath):
         """Whether there are objects below."""
         if not self.is_plain:
             return False
-        if not self.key:
-            return bool(self.listing())
-        return self.name in self.parent.listing().folders
+        around = self.bucket.remembered(self.parent.key) if self.key else None
+        return bool(self.listing()) if around is None else self.name in around.folders
 
     def is_symlink(self) -> bool:
         """Never."""

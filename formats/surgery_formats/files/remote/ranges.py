@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -25,6 +26,7 @@ _RUN = 512 << 10  # a read of so many bytes belongs to a run, and so does one th
 _KEPT = 16  # blocks of all objects together
 _AHEAD = 2  # blocks
 _THREADS = 8
+_SERIALS = itertools.count()
 _LEAST = 4  # bytes of a header that a first request must have to be worth it
 
 
@@ -39,11 +41,16 @@ class _Blocks:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._blocks: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
+        self._closed: deque[int] = deque()
 
     def get(self, source: RemoteObject, number: int) -> Future[memoryview]:
         """The block, fetched if it is not there."""
-        key = (id(source), number)
+        key = (source.serial, number)
         with self._lock:
+            while self._closed:
+                gone = self._closed.popleft()
+                for old in [old for old in self._blocks if old[0] == gone]:
+                    del self._blocks[old]
             found = self._blocks.get(key)
             if found is None or (found.done() and found.exception() is not None):
                 found = self._blocks[key] = _pool().submit(source.fetch, number * BLOCK, (number + 1) * BLOCK)
@@ -56,13 +63,15 @@ class _Blocks:
     def has(self, source: RemoteObject, number: int) -> bool:
         """Whether it is there."""
         with self._lock:
-            return (id(source), number) in self._blocks
+            return (source.serial, number) in self._blocks
 
     def drop(self, source: RemoteObject) -> None:
-        """Forget the blocks of an object that is closed."""
-        with self._lock:
-            for key in [key for key in self._blocks if key[0] == id(source)]:
-                del self._blocks[key]
+        """Forget the blocks of an object that is closed.
+
+        This may happen in the middle of anything, also while this thread holds a lock that another one waits for in
+        `get`. So it takes none.
+        """
+        self._closed.append(source.serial)
 
 
 _BLOCKS = _Blocks()
@@ -72,12 +81,13 @@ class RemoteObject:
     """The bytes of one object, as it was when it was opened."""
 
     def __init__(self, bucket: Bucket, key: str, facts: ObjectFacts, head: memoryview) -> None:
+        self.serial = next(_SERIALS)
         self.bucket = bucket
         self.key = key
         self.facts = facts
         self._head = head
         self._ends: OrderedDict[int, None] = OrderedDict()
-        self._warm: dict[tuple[int, int], Future[memoryview]] = {}
+        self._warm: list[tuple[int, int, Future[memoryview]]] = []
         self._lock = threading.Lock()
 
     @property
@@ -119,32 +129,34 @@ class RemoteObject:
             self._ends[offset + size] = None
             while len(self._ends) > 64:
                 self._ends.popitem(last=False)
-            warm = self._warm.pop((offset, size), None)
+            warm = next((one for one in self._warm if one[0] <= offset and offset + size <= one[1]), None)
+            if warm is not None and offset + size == warm[1]:
+                self._warm.remove(warm)
         if warm is not None:
-            buffer[:size] = warm.result()[:size]
+            buffer[:size] = warm[2].result()[offset - warm[0] : offset - warm[0] + size]
         elif run or _BLOCKS.has(self, offset // BLOCK):
-            self._by_blocks(buffer[:size], offset)
+            self._by_blocks(buffer[:size], offset, _AHEAD if run else 0)
         else:
             buffer[:size] = self.fetch(offset, offset + size)
         return size
 
-    def _by_blocks(self, buffer: memoryview, offset: int) -> None:
+    def _by_blocks(self, buffer: memoryview, offset: int, ahead: int) -> None:
         end = offset + len(buffer)
         last = (self.facts.size - 1) // BLOCK
         for number in range(offset // BLOCK, (end - 1) // BLOCK + 1):
             block = _BLOCKS.get(self, number)
-            for ahead in range(number + 1, min(number + _AHEAD, last) + 1):
-                _BLOCKS.get(self, ahead)
+            for following in range(number + 1, min(number + ahead, last) + 1):
+                _BLOCKS.get(self, following)
             data, begin = block.result(), number * BLOCK
             start, stop = max(offset, begin), min(end, begin + BLOCK)
             buffer[start - offset : stop - offset] = data[start - begin : stop - begin]
 
     def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Fetch ranges ``(offset, nbytes)`` at the same time; each is kept until it is read, once."""
+        """Fetch ranges ``(offset, nbytes)`` at the same time; each is kept until its last byte is read."""
         with self._lock:
             for offset, nbytes in ranges:
-                if offset + nbytes > len(self._head) and (offset, nbytes) not in self._warm:
-                    self._warm[offset, nbytes] = _pool().submit(self.fetch, offset, offset + nbytes)
+                if (stop := min(offset + nbytes, self.facts.size)) > len(self._head):
+                    self._warm.append((offset, stop, _pool().submit(self.fetch, offset, stop)))
 
     def check_unchanged(self) -> None:
         """Ask the bucket whether the object is still the one that was opened.
