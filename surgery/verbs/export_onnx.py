@@ -235,7 +235,8 @@ def export_onnx(
     if chosen != "embed":
         beside = (file.path.name for file in draft.files if file.path.name not in own_files)
         held = own_files | {name: open_file(where / arrangement.path(name)) for name in beside}
-    warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen)
+    read = chosen in ("copy", "embed") or verify_copies  # a graph beside its weights costs no look at them
+    warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen, read=read)
     return ExportResult(
         where,
         done.contract,

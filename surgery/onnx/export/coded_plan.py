@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,10 +144,10 @@ class _Draft:
 
 def _drafts(merged: Plan, component: Component, model: Model, coding: WeightCoding, io: DType) -> Iterator[_Draft]:
     uses = uses_of(model)
-    needed = {_stored(component, name): name for name in parameters(model)}
     weights: dict[str, list[PlannedTensor]] = {}
     for tensor in merged.tensors:
         weights.setdefault(tensor.weight, []).append(tensor)
+    needed = {_stored(component, name, weights): name for name in parameters(model)}
     for name, tensors in weights.items():
         recipe = needed.get(name)
         if recipe is None:
@@ -223,7 +223,7 @@ def _within_budget(
     fixed = PAGE + file.nbytes - sum(tensor.nbytes for tensor in file.tensors)
     candidates = []
     for draft in drafts.values():
-        recipe = next((name for name in free if _stored(component, name) == draft.name), None)
+        recipe = next((name for name in free if _stored(component, name, drafts) == draft.name), None)
         step = draft.codes[0].step if draft.codes else None
         own = isinstance(step, Compute) and isinstance(step.target, NBits) and step.target.exact is not None
         fixed += sum(tensor.nbytes for tensor in draft.kept)
@@ -338,8 +338,9 @@ def _alike(one: _Draft | None, other: _Draft) -> bool:
     return one is not None and one.form == other.form
 
 
-def _stored(component: Component, name: str) -> str:
-    if name in component.parameters:
+def _stored(component: Component, name: str, written: Collection[str]) -> str:
+    """The name of a recipe's weight among those `written`; a head that adapters part from the table has one of its own."""
+    if name in component.parameters or name in written:
         return name
     slices = component.names.resolve(name)
     return slices[0].parameter.name if len(slices) == 1 else name

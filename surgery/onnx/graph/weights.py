@@ -138,7 +138,8 @@ class GraphWeights:
         return tensor
 
     def _stored_name(self, name: str) -> str:
-        if name in self._component.parameters or name in self._overrides or name in self._coded:
+        given = name in self._overrides or f"{name}{ACROSS}" in self._overrides or name in self._coded
+        if given or name in self._component.parameters:
             return name
         slices = self._component.names.resolve(name)
         if len(slices) != 1:
