@@ -15,6 +15,7 @@ from surgery.onnx.export.graph_files import GraphFiles, graph_files
 from surgery.onnx.export.half_range import issues_of_types, measured_values, reach_of_values
 from surgery.onnx.export.identity import export_facts, export_id
 from surgery.onnx.export.input_options import (
+    check_fused,
     with_embeddings,
     with_experts,
     with_logits,
@@ -122,8 +123,9 @@ def export_onnx(
         budget: Of ``mixed``: most bytes of all weights.
         linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
             for; all weights are written, in the graph's type.
-        experts: Of codes: ``auto``: those of a layer in one com.microsoft.QMoE, where the target computes exactly what they
-            stand for (4 bits on ``cpu``), which needs onnxruntime 1.31; ``apart``: each by itself, as with `opset` and for
+        experts: ``auto``: codes of a layer's experts in one com.microsoft.QMoE, where the target computes exactly what they
+            stand for (4 bits on ``cpu``), which needs onnxruntime 1.31; ``fused``: stored weights in one com.microsoft.MoE,
+            too, which a runtime puts together when it loads the graph; ``apart``: each by itself, as with `opset` and for
             transformers.js.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
@@ -158,10 +160,10 @@ def export_onnx(
     coding = WeightOptions(
         weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear, experts
     ).coding(target)
-    apart = experts == "apart" or opset is not None or layout == "transformers.js"  # QMoE needs onnxruntime 1.31
+    older = opset is not None or layout == "transformers.js"  # QMoE needs onnxruntime 1.31
     if coding is not None:
         merge_to = "full"  # all weights are written
-        coding = replace(coding, stacked=coding.stacked and not apart)
+        coding = replace(coding, stacked=coding.stacked and not older)
     check_task(task)
     shape = layout_named(layout)
     full = merge_to == "full"
@@ -169,7 +171,7 @@ def export_onnx(
     binding, merged = weights_to_write(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
-    assembly = with_experts(assembly, apart)
+    assembly = with_experts(assembly, experts, older=older)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     if weights == "auto" and shape.numbered and assembly.model.encoder is not None:
@@ -182,6 +184,7 @@ def export_onnx(
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
     assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
+    check_fused(draft, experts)
     check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = weights_mode(weights, where, checkpoint.main, sources, merged, assembly, full=full)
