@@ -12,7 +12,7 @@ from surgery.engine.ledger import Ledger
 from surgery.onnx.export.adapters import sort_adapters
 from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
 from surgery.onnx.export.graph_files import GraphFiles, graph_files
-from surgery.onnx.export.half_range import issues_of_types, measured_values
+from surgery.onnx.export.half_range import issues_of_types, measured_values, reach_of_values
 from surgery.onnx.export.identity import export_facts, export_id
 from surgery.onnx.export.input_options import (
     check_fused,
@@ -242,5 +242,13 @@ def export_onnx(
     read = chosen in ("copy", "embed") or verify_copies  # a graph beside its weights costs no look at them
     warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen, read=read)
     return ExportResult(
-        where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
+        where,
+        done.contract,
+        placed.files,
+        chosen,
+        placed.nbytes,
+        done.nodes,
+        tuple(warnings),
+        placed.ledger,
+        value_range="" if seen is None else reach_of_values(seen, done.contract.dtype),
     )
