@@ -29,6 +29,7 @@ RETRIES = 8
 """How often a request is repeated: within about half a minute."""
 _REMEMBERED = 10.0  # seconds
 _ASKED_AGAIN = 2
+_PAUSE = 0.2  # seconds
 _ANSWER = timedelta(minutes=5)  # for one request with its body
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 Answer = TypeVar("Answer")
@@ -256,8 +257,19 @@ class Bucket:
         """
         with self.faults(keys[0] if keys else "", writing=True), contextlib.suppress(FileNotFoundError):
             for key in keys:
-                self.obstore.delete(self.store, key)
+                self._delete(key)
         self.forget()
+
+    def _delete(self, key: str) -> None:
+        """One object. S3 is asked with a POST, which obstore does not repeat, though it does no harm."""
+        for attempt in range(1 + _ASKED_AGAIN):
+            try:
+                self.obstore.delete(self.store, key)
+                return
+            except self.obstore.exceptions.GenericError as error:
+                if attempt == _ASKED_AGAIN or _STATUS.search(str(error)):
+                    raise
+                time.sleep(_PAUSE * 4**attempt)
 
     def forget(self) -> None:
         """Forget the listings: something was written."""

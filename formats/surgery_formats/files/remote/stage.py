@@ -80,7 +80,13 @@ class RemoteStage:
             OutputExistsError: something is there, or another process of this machine is writing it.
         """
         self._refuse_unsafe()
-        self._there()
+        try:
+            self._there()
+        except OutputExistsError:  # what waited in memory for it when its run was killed, waits for nobody
+            with contextlib.suppress(SurgeryError):
+                self._local.acquire()
+                self._local.release()
+            raise
         self._local.acquire()
         abort_unfinished(self.bucket, self.shown.key)
 
