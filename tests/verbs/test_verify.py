@@ -8,8 +8,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -18,6 +20,7 @@ from click.testing import CliRunner
 import surgery
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.verify import TOLERANCE
+from surgery.verification.onnx import compare_prompt
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
@@ -270,6 +273,16 @@ def test_an_account_of_files_that_is_none(files: object, added_to: Path, tmp_pat
     (tmp_path / "out" / "surgery_export.json").write_text(json.dumps({"files": files}))
     with pytest.raises(MalformedError):
         surgery.verify(tmp_path / "out")
+
+
+def test_a_prompt_that_is_no_number_in_a_later_layer_is_no_match() -> None:
+    zeros = np.zeros((1, 2, 3, 4), np.float32)
+    prompt = SimpleNamespace(prefix=SimpleNamespace(layers=2), key_values=lambda layer: (zeros[0], zeros[0]))
+    whole, broken = torch.zeros(1, 2, 3, 4), torch.full((1, 2, 3, 4), torch.nan)
+    past: Any = SimpleNamespace(layers=[(whole, whole), (whole, broken)])
+    adapter: Any = SimpleNamespace(prompt=prompt, path=Path("a"))
+    found = compare_prompt(Path("model.onnx"), adapter, None, past, None)  # type: ignore[arg-type]
+    assert not found.within(1.0)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
