@@ -24,13 +24,14 @@ from pathlib import Path
 
 import torch  # isort: skip  # before onnxruntime, which then uses the CUDA libraries that torch brings
 import numpy as np
+import onnx
 import onnxruntime
 from onnx_gpu_codes import beside_builder, codes, exported, spawn, with_tokenizer
 from onnx_gpu_model import EIGHT_B, export, write_model, write_prefix, write_slots
 from onnx_gpu_profile import elsewhere, kernels
 from onnx_gpu_right import right
 from onnx_gpu_run import CACHE, PROMPT, VIRTUAL, Run, tables
-from shapes import LARGE, Shape, write_adapter
+from shapes import LARGE, LINEAR, Shape, write_adapter
 
 from surgery.onnx.graph.target import OperatorSet
 from surgery.onnx.run.adapter_file import adapter_bytes
@@ -41,7 +42,7 @@ from surgery.verbs.merge import merge
 STEPS = 300
 SMALL = Shape(256, 2, 4, 2, 512, 2048)  # for a rehearsal: --small
 GEMM_TUNING = {"ep.cuda.enable_gemm_auto_tune": "1"}
-NO_XQA = {"ORT_ENABLE_XQA": "0"}
+XQA = {"ORT_ENABLE_XQA": "1"}  # which `open_graph` switches off
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class Variant:
     target: Callable[[OperatorSet], OperatorSet] = lambda target: target
     session: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
+    edit: Callable[[onnx.ModelProto], None] | None = None
+
+
+def windowed(model: onnx.ModelProto) -> None:
+    """Attention with a window that no sequence leaves, for which onnxruntime takes other kernels."""
+    for node in model.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            node.attribute.append(onnx.helper.make_attribute("local_window_size", 8 * CACHE))
 
 
 VARIANTS = (
@@ -66,9 +75,9 @@ VARIANTS = (
     Variant("GEMM tuning", session=GEMM_TUNING),
     Variant("GEMM tuning, Gemm", lambda t: replace(t, linear="gemm"), session=GEMM_TUNING),
     Variant("GEMM tuning by replay", session=GEMM_TUNING, environment={"ORT_CUDA_GEMM_GRAPH_REPLAY_TUNING": "1"}),
-    Variant("no XQA attention", environment=NO_XQA),
-    Variant("no XQA attention, no flash decoding", environment=NO_XQA | {"ORT_DISABLE_FLASH_DECODE": "1"}),
-    Variant("no XQA attention, GEMM tuning", session=GEMM_TUNING, environment=NO_XQA),
+    Variant("XQA attention", environment=XQA),
+    Variant("no flash decoding", environment={"ORT_DISABLE_FLASH_DECODE": "1"}),
+    Variant("a window longer than the cache", edit=windowed),
     Variant("no CUDA graph"),
 )  # fmt: skip
 
@@ -127,7 +136,6 @@ def core(run: Run, dtype: str) -> None:
     lines, _ = run.measured(dtype, sides, [run.tokens], prefills=20)
     run.check(f"{dtype} base: decode / floor", lines[0]["ratio"], 2.25)
     run.ratio(dtype, "merged", "decode", 1.01)
-    run.ratio(dtype, "packed slots, LoRA r16 in", "decode", 1.35)
     for one in (prefix, shipped):
         run.ratio(dtype, one, "decode", 1.01)
         run.ratio(dtype, one, "first token", 1.03)
@@ -153,28 +161,38 @@ def before(run: Run, dtype: str, tree: Path | None) -> None:
     words = ("-m", "surgery_cli", "-q", "export-onnx", source, "-o", out.resolve(), *where, "--weights", "link")
     spawn(*words, environment=environment, folder=tree)  # whose package is found first
     exported(run, run.work / dtype, run.work / f"{dtype}-today", "--weights", "link")
-    sides = {
-        "of before": run.bind(out / "model.onnx"),
-        "of today": run.bind(run.work / f"{dtype}-today" / "model.onnx"),
-        "of before once more": run.bind(out / "model.onnx"),
-    }
+    today = run.work / f"{dtype}-today" / "model.onnx"
+    with setting(XQA):  # as the runner of before had it
+        sides = {"of before": run.bind(out / "model.onnx"), "of before once more": run.bind(out / "model.onnx")}
+    sides |= {"of before, today's runner": run.bind(out / "model.onnx"), "of today": run.bind(today)}
     label = f"{dtype} before and today"
     run.measured(label, sides, [run.tokens], prefills=20)
     run.ratio(label, "of today", "decode", 0.95)
 
 
+SLOTTED = {
+    "all seven weights": LINEAR,
+    "attention": [module for module in LINEAR if "attn" in module],
+    "q and v": ["self_attn.q_proj", "self_attn.v_proj"],
+}
+
+
 def slots(run: Run, dtype: str) -> None:
-    """Slots with kernels as cuBLAS chooses them, and as onnxruntime measures them (`surgery run`)."""
+    """Packed slots by the weights that have some, and with kernels as cuBLAS chooses them instead of measured ones."""
     folder, off = run.work / dtype, {"ep.cuda.enable_gemm_auto_tune": "0"}
-    own, packed = [folder / "lora.onnx_adapter"], [folder / "packed.onnx_adapter"]
-    sides = {
-        "base": run.bind(folder / "model.onnx"),
-        "slots": run.bind(folder / "slots.onnx", adapters=own),
-        "slots, cuBLAS's choice": run.bind(folder / "slots.onnx", adapters=own, session_config=off),
-        "packed": run.bind(folder / "packed.onnx", adapters=packed),
-        "packed, cuBLAS's choice": run.bind(folder / "packed.onnx", adapters=packed, session_config=off),
-    }
-    run.measured(f"{dtype} slots", sides, [run.tokens], 200)
+    sides = {"base": run.bind(folder / "model.onnx")}
+    for name, modules in SLOTTED.items():
+        stem = f"slots-{name.replace(' ', '-')}"
+        path, contract = export(
+            folder, f"{stem}.onnx", run.target, dtype, True, run.shape, packed=True, modules=modules
+        )
+        write_slots(folder / f"{stem}.onnx_adapter", contract, run.work / "lora", dtype)
+        adapters = [folder / f"{stem}.onnx_adapter"]
+        sides[f"slots of {name}"] = run.bind(path, adapters=adapters)
+        if modules is LINEAR:
+            sides["as cuBLAS chooses"] = run.bind(path, adapters=adapters, session_config=off)
+    run.measured(f"{dtype} slots", sides, [run.tokens], 200, prefills=20)
+    run.ratio(f"{dtype} slots", "slots of all seven weights", "decode", 1.35)
 
 
 def variants(run: Run, dtype: str) -> None:
@@ -185,11 +203,15 @@ def variants(run: Run, dtype: str) -> None:
         target = variant.target(run.target)
         if target not in graphs:
             graphs[target], _ = export(folder, f"variant{len(graphs)}.onnx", target, dtype)
+        graph = graphs[target]
+        if variant.edit is not None:
+            model = onnx.load(graph, load_external_data=False)
+            variant.edit(model)
+            graph = folder / "edited.onnx"
+            graph.write_bytes(model.SerializeToString())
         try:
             with setting(variant.environment):
-                side = run.bind(
-                    graphs[target], session_config=variant.session, cuda_graph=variant.name != "no CUDA graph"
-                )
+                side = run.bind(graph, session_config=variant.session, cuda_graph=variant.name != "no CUDA graph")
                 assert side.decoder is not None
                 side.decoder.prefill([run.tokens])
                 for _ in range(3):
@@ -209,9 +231,9 @@ def variants(run: Run, dtype: str) -> None:
 
 
 def profiled(run: Run, dtype: str) -> None:
-    """Kernels of a step as exported and without XQA attention; what is not on the device."""
+    """Kernels of a step as exported and with XQA attention; what is not on the device."""
     path = run.work / dtype / "model.onnx"
-    for name, environment in (("as exported", {}), ("no XQA attention", NO_XQA)):
+    for name, environment in (("as exported", {}), ("XQA attention", XQA)):
         with setting(environment):
             lines = kernels(run.bind(path), run.tokens, run.work)
         run.profile += [line | {"what": f"{name}: {line['what']}"} for line in lines]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from surgery.rank import Rank
 
 __all__ = [
+    "PATH",
     "Settings",
     "adapter_format",
     "adapters",
@@ -59,6 +60,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
+
+
+class _PathType(click.Path):
+    """A path that says something: an empty one, as of a variable that is not set, would be the working folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _PathType(path_type=Path)
 
 
 @dataclass
@@ -150,7 +163,7 @@ def reference(name: str, *, metavar: str, help: str) -> Callable[[F], F]:
 
 def path(*names: str, metavar: str, help: str, **more: Any) -> Callable[[F], F]:
     """An option that is a file or folder; whether it is there is seen where it is opened."""
-    return click.option(*names, type=click.Path(path_type=Path), metavar=metavar, help=help, **more)
+    return click.option(*names, type=PATH, metavar=metavar, help=help, **more)
 
 
 def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
@@ -162,7 +175,7 @@ def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
         metavar="OUT",
         required=not rehearsed,
         callback=_needed if rehearsed else None,
-        type=click.Path(path_type=Path),
+        type=PATH,
         help=needed,
     )
 

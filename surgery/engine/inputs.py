@@ -269,6 +269,8 @@ def local_path(value: StrPath, argument: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise wrong_type(value, argument, "a path")
+    if os.fspath(value) == "":
+        raise UsageError(f"{argument} is empty", hint="it is to name a file or a folder")
     return to_path(value)
 
 

@@ -121,9 +121,9 @@ def layers(
     if folder is None:
         return result
     run = Run(workers, None, "cpu", verify_copies, overwrite, progress)
-    if move is None:
+    if move is None or adapter_output is None:
         return replace(result, output=folder, ledger=execute(plan, folder, run))
-    beside = local_path(adapter_output if adapter_output is not None else "", "adapter_output")
+    beside = local_path(adapter_output, "adapter_output")
     warnings: list[str] = []
 
     def last(staged: OutputFolder) -> None:  # before the model appears, so that neither is there without the other

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from surgery_formats.errors import OutputExistsError, ResourceError
+from surgery_formats.errors import OutputExistsError, ResourceError, UsageError
 from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.files.output.scratch import scratch_folder
 from surgery_formats.files.output.several import several_outputs
@@ -82,6 +82,40 @@ class TestWhatOthersBegan:
         (tmp_path / f".out.surgery-{OTHER[:16]}.bin").write_bytes(b"half")
         write_single(tmp_path / "out.bin", PLAN, 1, lambda file: file.pwrite(b"x", 0))
         assert os.listdir(tmp_path) == ["out.bin"]
+
+
+class TestSingleFile:
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_a_name_that_cannot_be_made_durable_is_taken_back(
+        self, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out.bin"
+        if overwrite:
+            out.write_bytes(b"old")
+
+        def fails(folder: Path) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("surgery_formats.files.output.single.sync_folder", fails)
+        with pytest.raises(ResourceError, match="Input/output error"):
+            write_single(out, PLAN, 3, lambda file: file.pwrite(b"new", 0), overwrite=overwrite)
+        assert os.listdir(tmp_path) == (["out.bin"] if overwrite else [])
+        assert not overwrite or out.read_bytes() == b"old"
+
+    def test_what_is_replaced_is_gone(self, tmp_path: Path) -> None:
+        out = tmp_path / "out.bin"
+        out.write_bytes(b"old")
+        write_single(out, PLAN, 3, lambda file: file.pwrite(b"new", 0), overwrite=True)
+        assert out.read_bytes() == b"new"
+        assert os.listdir(tmp_path) == ["out.bin"]
+
+    def test_a_name_that_is_too_long_is_refused_at_once(self, tmp_path: Path) -> None:
+        for write in (
+            lambda out: write_single(out, PLAN, 1, lambda file: pytest.fail("written")),
+            lambda out: write_output(out),
+        ):
+            with pytest.raises(UsageError, match="256 bytes"):
+                write(tmp_path / ("n" * 256))
 
 
 class TestSeveralOutputs:

@@ -67,7 +67,7 @@ def test_the_norm_is_a_factor_of_one(scale: float) -> None:
     )  # where the CPU's sigmoid is good to more digits than fp16 has
     wanted = exact(gate, up)
     wanted, found = wanted[np.abs(wanted) > 6.2e-5], product(DType.F16, gate, up, fused=True)[np.abs(wanted) > 6.2e-5]
-    rounding = 2.0**-11 + (scale / 2**15) ** 2 / 2 * 1.3  # half a unit, and the mean of squares beside epsilon
+    rounding = 2.0**-11 + (scale / 2**15) ** 2 / 2 * 1.5  # half a unit, and the mean of squares beside epsilon
     assert (np.abs(found.astype(np.float64) - wanted) / np.abs(wanted)).max() <= rounding * 1.01
 
 
@@ -83,7 +83,7 @@ def test_a_width_without_a_divisor_keeps_separate_operators() -> None:
     assert gated_silu(ctx, "gate", "up", 48, "mlp") is None
     assert gated_silu(ctx, "gate", "up", 11008, "mlp")
     (scale,) = ctx.graph.proto.initializer
-    assert list(scale.dims) == [256]
+    assert list(scale.dims) == [128]
 
 
 def test_only_graphs_for_cuda_of_16_bits_have_it(tmp_path: Path) -> None:

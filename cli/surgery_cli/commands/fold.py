@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 
 @subcommand("fold")
-@click.argument("model", type=click.Path(path_type=Path), shell_complete=complete_files)
+@click.argument("model", type=option.PATH, shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make; it must not exist yet.")
 @option.dry_run("Say what would be folded; write nothing.")

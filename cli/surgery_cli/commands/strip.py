@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 @subcommand("strip")
-@click.argument("model", type=click.Path(path_type=Path), shell_complete=complete_files)
+@click.argument("model", type=option.PATH, shell_complete=complete_files)
 @option.output("Folder to make; it must not exist yet.")
 @click.option("--all-metadata", is_flag=True, help="All metadata and documentation of nodes, names of modules too.")
 @option.dry_run("Say what would be taken out; write nothing.")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from surgery.engine.arithmetic import check_finite
 from surgery.onnx.export.code_inputs import moment_of
 from surgery.onnx.export.weight_coding import WeightCoding
 from surgery_formats.dtypes import DType
@@ -96,6 +97,7 @@ def _measured(candidate: BudgetedWeight, coding: WeightCoding, io: DType) -> lis
     else:
         starts = np.unique(np.linspace(0, rows - 1, min(_ROWS, rows)).astype(np.int64))
         values = np.concatenate([read_values(source, int(row), int(row) + 1, DType.F32) for row in starts])
+    check_finite(values, DType.F32, candidate.name)
     moment = moment_of(candidate.stored, coding)
     whole = _size(values, moment)
     found = []

@@ -6,10 +6,12 @@ A graph reads weights as they are stored and casts those of another type. In flo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from surgery.engine.execute import default_workers
 from surgery.onnx.run.text_rows import rows_of_text
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
@@ -23,13 +25,23 @@ if TYPE_CHECKING:
     from surgery.reference.stored import Stored
     from surgery_formats.models.component import Component
 
-__all__ = ["Converted", "converted_weights", "issues_of_types", "load_cost", "measured_values", "too_large"]
+__all__ = [
+    "Converted",
+    "converted_weights",
+    "issues_of_types",
+    "load_cost",
+    "measured_values",
+    "reach_of_values",
+    "too_large",
+]
 
 LARGEST_HALF = 65504.0
-_HALF, _BRAIN, _FLOAT = 10, 16, 1  # of TensorProto.DataType
-_BEYOND = {_BRAIN: ("u2", 0x4780, 0x7F80), _FLOAT: ("u4", 0x477FF000, 0x7F800000)}
-"""Bits of the first number that becomes infinite in float16, and of Inf, without their sign."""
-_BLOCK = 1 << 24  # bytes
+_HALF, _BRAIN, _FLOAT, _DOUBLE = 10, 16, 1, 11  # of TensorProto.DataType
+_BITS = {_HALF: ("u2", 0x7C00), _BRAIN: ("u2", 0x7F80), _FLOAT: ("u4", 0x7F800000), _DOUBLE: ("u8", 0x7FF0 << 48)}
+"""The bits of a number of each type, and those of Inf, without their sign."""
+_BEYOND = {_BRAIN: 0x4780, _FLOAT: 0x477FF000}
+"""Bits of the first number that becomes infinite in float16."""
+_BLOCK = 1 << 22  # bytes
 _WORTH_TELLING = 100 << 20  # bytes that are converted at each load
 
 
@@ -54,7 +66,7 @@ class Converted(NamedTuple):
 
 
 def issues_of_types(
-    graphs: Iterable[onnx.ModelProto], dtype: str, held: Mapping[str, File], seen: Stored | None
+    graphs: Sequence[onnx.ModelProto], dtype: str, held: Mapping[str, File], seen: Stored | None, *, read: bool = False
 ) -> list[str]:
     """What a user is told of the types of an export: what does not fit, and what loading costs.
 
@@ -63,10 +75,12 @@ def issues_of_types(
         dtype: Their type.
         held: The files of weights, by their names in a graph.
         seen: Values that were measured.
+        read: Look at every weight, whether it is converted or not.
     """
     every = (one for graph in graphs for one in converted_weights(graph, held))
     converted = list({(one.file, one.start): one for one in every}.values())
-    issues = too_large(converted)
+    stored = (one for graph in graphs for one in stored_weights(graph, held)) if read else ()
+    issues = too_large([*stored, *(one for one in converted if read or one.target == _HALF)])
     if seen is not None and seen.beyond:
         issues.append(f"values are not finite, first those of {show(seen.beyond, 160)}: the weights are damaged")
     elif seen is not None and dtype == "fp16" and seen.largest > LARGEST_HALF:
@@ -82,6 +96,15 @@ def issues_of_types(
     if cost := load_cost(converted):
         issues.append(cost)
     return issues
+
+
+def reach_of_values(seen: Stored, dtype: str) -> str:
+    """How large measured values get, and whether the graph's type holds them."""
+    if seen.beyond:
+        return f"not finite, first those of {show(seen.beyond, 160)}"
+    return f"{seen.largest:,.1f} at most ({show(seen.where, 160)}); fp16 ends at 65,504" + (
+        "" if dtype == "fp16" else f", {dtype} far beyond"
+    )
 
 
 def converted_weights(graph: onnx.ModelProto, held: Mapping[str, File]) -> Iterator[Converted]:
@@ -117,18 +140,26 @@ def load_cost(converted: list[Converted]) -> str:
     )
 
 
-def too_large(converted: list[Converted]) -> list[str]:
+def stored_weights(graph: onnx.ModelProto, held: Mapping[str, File]) -> Iterator[Converted]:
+    """Weights in files as they are."""
+    for tensor in graph.graph.initializer:
+        entry = {field.key: field.value for field in tensor.external_data}
+        if entry and tensor.data_type in _BITS and entry["location"] in held:
+            place = held[entry["location"]], int(entry["offset"]), int(entry["length"])
+            yield Converted(tensor.name, *place, tensor.data_type, tensor.data_type)
+
+
+def too_large(weights: Iterable[Converted]) -> list[str]:
     """Warnings of weights that float16 cannot hold, and of those that are no numbers; they are read for it."""
+    each = list({(one.file, one.start): one for one in weights if one.source in _BITS and one.nbytes}.values())
+    with ThreadPoolExecutor(default_workers(), "surgery-range") as pool:
+        greatest = list(pool.map(_greatest_bits, each))
     beyond: list[str] = []
     damaged: list[str] = []
-    for one in converted:
-        if one.target != _HALF or one.source not in _BEYOND:
-            continue
-        kind, first, infinite = _BEYOND[one.source]
-        greatest = _greatest_bits(one, kind)
-        if greatest >= infinite:
+    for one, bits in zip(each, greatest, strict=True):
+        if bits >= _BITS[one.source][1]:
             damaged.append(one.name)
-        elif greatest >= first:
+        elif one.target == _HALF and bits >= _BEYOND.get(one.source, bits + 1):
             beyond.append(one.name)
     warnings = []
     if damaged:
@@ -145,11 +176,11 @@ def _weights(names: list[str]) -> str:
     return "one weight holds" if len(names) == 1 else f"{count(len(names))} weights hold"
 
 
-def _greatest_bits(one: Converted, kind: str) -> int:
+def _greatest_bits(one: Converted) -> int:
     """The greatest bits without their sign: they are in the order of the magnitudes, NaN behind Inf."""
     import numpy as np
 
-    greatest = 0
+    kind, greatest = _BITS[one.source][0], 0
     size = np.dtype(kind).itemsize
     sign = 1 << (8 * size - 1)
     buffer = np.empty(min(_BLOCK, one.nbytes), "u1")

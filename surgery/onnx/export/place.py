@@ -28,6 +28,7 @@ from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_fol
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
 from surgery_formats.files.output.manifest import digests_of
 from surgery_formats.files.output.output_file import OutputFile, output_faults
+from surgery_formats.files.output.scratch import stages_of, sweep
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.models.side_files import EXPORT_ACCOUNT
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     pass
 
 __all__ = ["MODES", "ExportJob", "ExportOutcome", "Mode", "choose_mode", "write_export"]
+
+_STAGED = "surgery-export"  # files on their way into an existing folder
 
 Mode = Literal["reference", "link", "copy", "embed"]
 MODES = ("auto", "reference", "link", "copy", "embed")
@@ -243,12 +246,14 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
     leftovers.
     """
     if os.path.lexists(folder / job.names[-1]):
+        with contextlib.suppress(OSError):  # a run may have been killed when all was there but its own folder gone
+            sweep(folder, stages_of(_STAGED))
         raise _taken(folder / job.names[-1])
     planned = [file.name for file in job.plan.files] if job.plan else []
     added: list[Path] = []
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with output_folder(folder / "surgery-export", _stage_id(job, mode), verify=still_good) as stage:
+        with output_folder(folder / _STAGED, _stage_id(job, mode), verify=still_good) as stage:
             ledger = _compute(job, stage, run)
             location = (
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)

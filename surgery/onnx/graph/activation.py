@@ -15,7 +15,7 @@ from surgery_formats.models.families.recipe import Activation
 __all__ = ["activate", "gated_silu", "gelu_in_steps", "xielu"]
 
 _GELU = 20  # the first operator set that has it
-_MEAN = 256
+_MEAN = 128
 """Values that share a mean in `gated_silu`: a block of threads reads so many, and a token has enough of them to fill a GPU."""
 _LEAST_MEAN = 32
 
@@ -51,7 +51,7 @@ def gated_silu(ctx: Context, gate: str, up: str, width: int, at: str) -> str | N
 
     com.microsoft.GatedRMSNorm is ``up / sqrt(mean(up^2) + epsilon) * scale * silu(gate)``. With an epsilon beside which the mean is
     nothing and its root as the scale, the norm is a factor of 1: it is off by ``mean(up^2) / (2 epsilon)``, which in fp16, where the
-    scale must be a number of the type, is half a unit in the last place once 256 neighbours have a root mean square of 1,024.
+    scale must be a number of the type, is half a unit in the last place once 128 neighbours have a root mean square of 1,024.
     """
     count = math.gcd(width, _MEAN)
     if count < _LEAST_MEAN:

@@ -73,10 +73,10 @@ class Frame:
         return self._graph.cast(last, DType.I32, ""), self._graph.cast(scalar, DType.I32, "")
 
     def guarded(self, value: str, at: str) -> str:
-        """``value (B, S, ...)``, but NaN in rows that are padded on the left, in the first layer that asks.
+        """``value (B, S, ...)``, but without a finite number in rows that are padded on the left, in the first layer that asks.
 
-        GroupQueryAttention would take their last tokens for padding, and give numbers that are wrong without a word.
-        A factor of 0 / 0 costs four operators on one number of each row, once per graph.
+        GroupQueryAttention would take their last tokens for padding, and give numbers that are wrong without a word. What is divided
+        by the mask's 0 is infinite, and the softmax of it NaN. That costs three operators, once per graph.
         """
         if self._is_guarded:
             return value
@@ -84,7 +84,7 @@ class Frame:
         graph = self._graph
         first = graph.node("Gather", [self._own, graph.constant(np.zeros((1, 1), np.int64))], "", axis=1)
         one = graph.cast(first, self._ctx.io, "")
-        return graph.node("Mul", [value, graph.node("Div", [one, one], "")], at)
+        return graph.node("Div", [value, one], at)
 
     @cached_property
     def positions(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import xxhash
 
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, UsageError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.files.output.hashing import hash_threads, new_hash, root_digest
 from surgery_formats.files.places import exists
@@ -27,6 +27,7 @@ __all__ = [
     "MANIFEST",
     "UNFINISHED",
     "FileRecord",
+    "check_output_name",
     "digests_of",
     "file_digest",
     "is_safe_name",
@@ -44,6 +45,7 @@ FORMAT = "surgery-manifest/1"
 Explain = Callable[[str, Mapping[str, Any]], None]
 
 _CHANGED = "its bytes have changed since it was written"
+_LONGEST = 255  # bytes of a name, on nearly all file systems
 _NAME_LIMIT = 240  # bytes; file systems allow 255, and ".part" is appended while writing
 # Device names on Windows, where an output may be copied to.
 _DEVICE = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?\Z", re.DOTALL)
@@ -67,6 +69,16 @@ class FileRecord:
     def as_json(self) -> dict[str, Any]:
         """Return the entry in the manifest."""
         return {**self.record, "size": self.size}
+
+
+def check_output_name(path: Path) -> None:
+    """Refuse an output whose name no file system takes, before it is computed.
+
+    Raises:
+        UsageError: the name is too long.
+    """
+    if (size := len(os.fsencode(path.name))) > _LONGEST:
+        raise UsageError(f"its name has {size} bytes, and file systems allow {_LONGEST}", file=path)
 
 
 def safe_name(name: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from surgery_formats.errors import ResourceError, SurgeryError
 from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.whole import whole
 
-__all__ = ["scratch_folder", "sweep"]
+__all__ = ["scratch_folder", "stages_of", "sweep"]
 
 _NAME = re.compile(r"\.surgery-scratch-[0-9a-f]{16}\Z")
 _ATTEMPTS = 100
@@ -68,6 +68,11 @@ def _made(parent: Path) -> tuple[Path, int]:
         if fd is not None:
             return path, fd
     raise ResourceError("other processes keep removing what is made in it", file=parent)
+
+
+def stages_of(name: str, suffix: str = "") -> re.Pattern[str]:
+    """The hidden names under which commands write the output `name`."""
+    return re.compile(re.escape(f".{name}.surgery-") + r"[0-9a-f]{16}" + re.escape(suffix) + r"\Z")
 
 
 def sweep(parent: Path, names: re.Pattern[str]) -> None:

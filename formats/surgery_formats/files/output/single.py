@@ -6,19 +6,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError
+from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError, ResourceError
 from surgery_formats.files.equal_ranges import EqualRanges, holds
-from surgery_formats.files.output.kernel_copy import rename_new, reserve, start_writeback, sync_folder, write_all
+from surgery_formats.files.output.kernel_copy import (
+    exchange,
+    rename_new,
+    reserve,
+    start_writeback,
+    sync_folder,
+    write_all,
+)
+from surgery_formats.files.output.manifest import check_output_name
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
-from surgery_formats.files.output.scratch import sweep
+from surgery_formats.files.output.scratch import stages_of, sweep
 from surgery_formats.files.output.several import may_be_there, same_file
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
@@ -97,6 +104,7 @@ def write_single(
 
     Raises:
         NotFoundError: the parent folder does not exist.
+        UsageError: the name is too long.
         OutputExistsError: the output exists.
         FitError: the output is an input, lies in one, or is there and no regular file.
         ResourceError: the disk is full or failed.
@@ -108,8 +116,8 @@ def write_single(
     final = parent / shown.name
     if not parent.is_dir():
         raise NotFoundError("no such folder to write into", file=shown.parent)
+    check_output_name(final)
     _refuse(final, shown, inputs, overwrite=overwrite)
-    others = re.compile(re.escape(f".{shown.stem[:150]}.surgery-") + "[0-9a-f]{16}" + re.escape(shown.suffix) + r"\Z")
     # The suffix stays last, because readers that prove the hidden file go by it.
     hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
     with output_faults(shown, nbytes):
@@ -125,14 +133,16 @@ def write_single(
                         prove(hidden)
                 synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
+            replaced = overwrite and os.path.lexists(hidden)
         except BaseException:
             _give_up(hidden)
             raise
         finally:
             os.close(fd)
-        sync_folder(parent)
+        if replaced:
+            _remove_old(hidden, shown)
     with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
-        sweep(parent, others)
+        sweep(parent, stages_of(shown.stem[:150], shown.suffix))
     return shown
 
 
@@ -191,8 +201,17 @@ def _give_up(hidden: Path) -> None:
 
 @whole
 def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(hidden, final)
+    """Give the file its name, durably. What it replaces is at `hidden` then, and back if that fails."""
+    if overwrite and os.path.lexists(final):
+        if not exchange(hidden, final):
+            os.replace(hidden, final)
+            sync_folder(final.parent)
+            return
+        try:
+            sync_folder(final.parent)
+        except BaseException:
+            exchange(hidden, final)
+            raise
         return
     try:
         rename_new(hidden, final)
@@ -200,6 +219,24 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
         if not (may_be_there() and same_file(final, hidden)):
             raise _exists(shown) from error
         hidden.unlink()
+        return
+    try:
+        sync_folder(final.parent)
+    except BaseException:
+        os.rename(final, hidden)
+        raise
+
+
+def _remove_old(hidden: Path, shown: Path) -> None:
+    try:
+        hidden.unlink()
+        sync_folder(hidden.parent)  # or a power cut could bring it back
+    except OSError as error:
+        raise ResourceError(
+            f"the new output is complete, but the old one could not be removed ({error.strerror})",
+            file=shown,
+            hint=f"remove {show(hidden, 300)} yourself",
+        ) from error
 
 
 @whole

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ResourceError
 from surgery_formats.files.output.kernel_copy import exchange, sync_folder
-from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.output.manifest import MANIFEST, check_output_name
 from surgery_formats.files.output.output_file import output_faults
-from surgery_formats.files.output.scratch import sweep
+from surgery_formats.files.output.scratch import stages_of, sweep
 from surgery_formats.files.output.several import is_of_plan, may_be_there, same_folder
 from surgery_formats.text import show
 from surgery_formats.whole import whole
@@ -59,7 +59,7 @@ class Stage:
         self._final = self._parent / absolute.name
         name = os.fsdecode(os.fsencode(absolute.name)[:_NAME_LIMIT])
         self.path = self._parent / f".{name}.surgery-{plan_id[:16]}"
-        self._others = re.compile(re.escape(f".{name}.surgery-") + r"[0-9a-f]{16}\Z")
+        self._others = stages_of(name)
         self._aside = self._parent / f"{self.path.name}.old"
         self._overwrite = overwrite
         self._inputs = [Path(path) for path in inputs]
@@ -72,6 +72,7 @@ class Stage:
 
         Raises:
             NotFoundError: the parent folder does not exist.
+            UsageError: the name is too long.
             FitError: the output overlaps an input.
             OutputExistsError: the output exists, or another process is writing it.
             ResourceError: the parent cannot be written.
@@ -82,6 +83,7 @@ class Stage:
                 file=self.shown.parent,
                 hint=f"mkdir -p {show(self.shown.parent, 200)}",
             )
+        check_output_name(self._final)
         self._refuse_unsafe()
         self._refuse_existing()
         try:
