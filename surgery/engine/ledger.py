@@ -63,7 +63,7 @@ class CodeChange:
 
 @dataclass(frozen=True, slots=True)
 class CodeError:
-    """What became of the values of one weight that is written as codes anew, over all of it.
+    """How far codes, or other numbers, are from the values of a weight that they stand for, over all of it.
 
     Attributes:
         energy: ``sum(W * W)``.
@@ -77,8 +77,10 @@ class CodeError:
 
     @property
     def relative(self) -> float:
-        """Relative to the values, in the norm of Frobenius."""
-        return math.sqrt(self.error / self.energy) if self.energy else 0.0
+        """Relative to the values, in the norm of Frobenius; infinite where these are zeros and the codes are not."""
+        if not self.energy:
+            return math.inf if self.error else 0.0
+        return math.sqrt(self.error / self.energy)
 
     def __add__(self, other: CodeError) -> CodeError:
         return CodeError(self.energy + other.energy, self.error + other.error, max(self.worst, other.worst))

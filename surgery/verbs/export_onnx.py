@@ -12,9 +12,10 @@ from surgery.engine.ledger import Ledger
 from surgery.onnx.export.adapters import sort_adapters
 from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
 from surgery.onnx.export.graph_files import GraphFiles, graph_files
-from surgery.onnx.export.half_range import issues_of_types, measured_values
+from surgery.onnx.export.half_range import issues_of_types, measured_values, reach_of_values
 from surgery.onnx.export.identity import export_facts, export_id
 from surgery.onnx.export.input_options import (
+    check_fused,
     with_embeddings,
     with_experts,
     with_logits,
@@ -25,7 +26,7 @@ from surgery.onnx.export.input_options import (
 from surgery.onnx.export.layouts import arrange, check_layout, layout_named, layout_warnings
 from surgery.onnx.export.new_assembly import new_assembly
 from surgery.onnx.export.pairs import whole_graphs
-from surgery.onnx.export.place import ExportJob, write_export
+from surgery.onnx.export.place import ExportJob, choose_mode, write_export
 from surgery.onnx.export.prompt_past import WeightLocation
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.side_files import side_files_of
@@ -122,8 +123,9 @@ def export_onnx(
         budget: Of ``mixed``: most bytes of all weights.
         linear: ``matmul``: linear maps as MatMul with weights of inputs by outputs, which onnxruntime's quantisers look
             for; all weights are written, in the graph's type.
-        experts: Of codes: ``auto``: those of a layer in one com.microsoft.QMoE, where the target computes exactly what they
-            stand for (4 bits on ``cpu``), which needs onnxruntime 1.31; ``apart``: each by itself, as with `opset` and for
+        experts: ``auto``: codes of a layer's experts in one com.microsoft.QMoE, where the target computes exactly what they
+            stand for (4 bits on ``cpu``), which needs onnxruntime 1.31; ``fused``: stored weights in one com.microsoft.MoE,
+            too, which a runtime puts together when it loads the graph; ``apart``: each by itself, as with `opset` and for
             transformers.js.
         range_text: File of a text on which the values are measured that a graph of fp16 stores, or ``words``: tokens from
             all over the vocabulary; None does not measure. The model is computed for it once, in float32.
@@ -158,10 +160,10 @@ def export_onnx(
     coding = WeightOptions(
         weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear, experts
     ).coding(target)
-    apart = experts == "apart" or opset is not None or layout == "transformers.js"  # QMoE needs onnxruntime 1.31
+    older = opset is not None or layout == "transformers.js"  # QMoE needs onnxruntime 1.31
     if coding is not None:
         merge_to = "full"  # all weights are written
-        coding = replace(coding, stacked=coding.stacked and not apart)
+        coding = replace(coding, stacked=coding.stacked and not older)
     check_task(task)
     shape = layout_named(layout)
     full = merge_to == "full"
@@ -169,10 +171,11 @@ def export_onnx(
     binding, merged = weights_to_write(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
-    assembly = with_experts(assembly, apart)
+    assembly = with_experts(assembly, experts, older=older)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
-    if weights == "auto" and shape.numbered and assembly.model.encoder is not None:
+    in_place = weights == "auto" and choose_mode("auto", where, checkpoint.main.folder, ()) == "reference"
+    if weights == "auto" and shape.numbered and assembly.model.encoder is not None and not in_place:
         weights = "embed"  # one file of weights would have to have two names
     if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
         assembly = replace(assembly, options=replace(assembly.options, prefill=False))
@@ -182,7 +185,8 @@ def export_onnx(
     options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
     assembly = replace(assembly, options=options, companions=shape.companions)
     draft = assembly.draft()
-    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed")
+    check_fused(draft, experts)
+    check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed" or in_place)
     sources = tuple(file for file in draft.files if isinstance(file, File))
     chosen = weights_mode(weights, where, checkpoint.main, sources, merged, assembly, full=full)
     kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
@@ -238,5 +242,13 @@ def export_onnx(
     read = chosen in ("copy", "embed") or verify_copies  # a graph beside its weights costs no look at them
     warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen, read=read)
     return ExportResult(
-        where, done.contract, placed.files, chosen, placed.nbytes, done.nodes, tuple(warnings), placed.ledger
+        where,
+        done.contract,
+        placed.files,
+        chosen,
+        placed.nbytes,
+        done.nodes,
+        tuple(warnings),
+        placed.ledger,
+        value_range="" if seen is None else reach_of_values(seen, done.contract.dtype),
     )

@@ -16,11 +16,11 @@ from surgery.reports.result import timed
 from surgery.verification.bytes import compare_copied, compare_files, data_shard
 from surgery.verification.result import Check, Verification
 from surgery.verification.written_files import check_added, check_manifest
-from surgery_formats.errors import FitError, NotFoundError, ProofError
+from surgery_formats.errors import FitError, NotFoundError, ProofError, UsageError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.remote.path import on_a_disk
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.text import count, listing, summed_up
+from surgery_formats.text import count, listing, show, summed_up
 
 if TYPE_CHECKING:
     from surgery.reference import Reference
@@ -44,6 +44,7 @@ def verify(
     *,
     against: CheckpointLike | None = None,
     adapters: AdaptersLike = (),
+    recompute: int | str | None = None,
     tolerance: float | None = None,
     text: str | None = None,
 ) -> Verification:
@@ -58,6 +59,8 @@ def verify(
             computed from it.
         adapters: What was merged into `against`, as `surgery.merge` takes it: a graph must compute what the merge
             would. A soft prompt among them must be the one the graph brings along.
+        recompute: How many weights of a merged folder are computed once more from `against` and `adapters`, drawn anew each
+            time, or ``all``; None is 8.
         tolerance: Greatest difference of a logit, see `TOLERANCE`; None for the default.
         text: File of a text, or ``words``: tokens from all over the vocabulary, on which the logits of a graph are compared
             with those of `against` and `adapters`: what rounding its weights cost.
@@ -68,6 +71,7 @@ def verify(
         ProofError: something is not as it was meant.
     """
     where = as_path(output, "output")
+    number = _number(recompute)
     if text is not None and against is None:
         raise FitError(
             "a text was named without a base", hint="name the model that the graph was made of: `against=BASE`"
@@ -103,8 +107,16 @@ def verify(
             notes.append("an adapter has no tensors of the base: --against has nothing to compare")
     elif not has_graph:
         if base is not None:
-            number = compare_copied(open_checkpoint(where), base, manifest)
-            checks.append(Check("copied tensors", f"{count(number)}, each the base's"))
+            copied = compare_copied(open_checkpoint(where), base, manifest)
+            checks.append(Check("copied tensors", f"{count(copied)}, each the base's"))
+            if weighted := as_weighted(adapters):
+                from surgery.verification.recomputed import recomputed_weights
+
+                done, all_of_them = recomputed_weights(where, manifest, base, weighted, number)
+                which = "" if done == all_of_them else f" of {count(all_of_them)}, drawn anew each time"
+                checks.append(Check("recomputed weights", f"{count(done)}{which}, as base and adapters make them"))
+            elif recompute is not None:
+                raise UsageError("what was merged is not named", hint="name the adapters: `adapters=`")
         elif not set(manifest["files"]) <= _hashed(manifest["files"]):
             notes.append("copied tensors were not compared with the base: --against BASE does")
     if graph is None and text is not None:
@@ -126,6 +138,21 @@ def verify(
         error = error_on_text(graph, base, roles.merged, text)
         checks.append(Check("logits on the text", error.said))
     return Verification(where, "graph", tuple(checks), tuple(notes), digest, logits=error)
+
+
+def _number(recompute: int | str | None) -> int | None:
+    """How many weights are computed once more; None is all.
+
+    Raises:
+        UsageError: no number.
+    """
+    from surgery.verification.recomputed import SAMPLE
+
+    if recompute is None or recompute == "all":
+        return SAMPLE if recompute is None else None
+    if isinstance(recompute, bool) or not isinstance(recompute, int) or recompute < 1:
+        raise UsageError(f"'{show(recompute)}' is no number of weights", hint="a number above 0, or all")
+    return recompute
 
 
 def _without_contract(where: Path) -> Path | None:

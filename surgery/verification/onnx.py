@@ -331,5 +331,7 @@ def compare_prompt(
     if [part.shape for part in computed] != [part.shape for part in expected]:
         raise ProofError(f"the graph's soft prompt and that of {adapter.path.name} differ in size", file=graph)
     pairs_of_parts = list(zip(computed, expected, strict=True))
-    difference = max(float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts)
-    return LogitDifference("soft prompt", difference, max(float(b.abs().max()) for _, b in pairs_of_parts))
+    # numpy's maximum is NaN where one is, and Python's need not be
+    difference = np.max([float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts])
+    size = np.max([float(b.abs().max()) for _, b in pairs_of_parts])
+    return LogitDifference("soft prompt", float(difference), float(size))

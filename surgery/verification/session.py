@@ -14,7 +14,7 @@ import onnx
 import torch
 from google.protobuf.message import DecodeError
 
-from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files, from_metadata
+from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files, contract_of
 from surgery.onnx.graph.virtual_tokens import key_name
 from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
@@ -84,7 +84,7 @@ def read_graph(path: Path) -> GraphFile:
         model = onnx.ModelProto.FromString(bytes(source.read(0, source.size)))
     except DecodeError as error:
         raise MalformedError("not an ONNX graph", file=path) from error
-    contract = from_metadata({prop.key: prop.value for prop in model.metadata_props}, path)
+    contract = contract_of(model, path)
     if contract is None:
         raise FitError("the graph has no contract: it was not written by surgery export-onnx", file=path)
     foreign = sorted({node.domain for node in model.graph.node} - set(_DOMAINS))
@@ -311,7 +311,7 @@ class Session:
             feed = {name: value for name, value in feed.items() if name not in ids} | self._embedder.run(ids)
         try:
             return dict(zip(self._outputs, self._session.run(None, {**self.slot_arrays, **feed}), strict=True))
-        except Exception as error:
+        except Exception as error:  # as above: a kernel that fails raises any of them
             raise self._refused(error) from error
 
     def _positions(self, feed: Mapping[str, Any]) -> np.ndarray[Any, Any]:

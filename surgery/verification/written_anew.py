@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from surgery.engine.ledger import CodeError
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.coded_weights import HEAD, CodedWeights
@@ -23,7 +23,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.families.parameters import parameters
 
-__all__ = ["StoredError", "check_codes", "check_kept"]
+__all__ = ["check_codes", "check_kept"]
 
 _RECORDED = 1e-3
 """Share by which an error of codes may differ from what was written down."""
@@ -33,28 +33,6 @@ _UNRECORDED = 0.5
 """The greatest error of codes of which nothing was written down: that of no rounding to 4 bits."""
 _BLOCK = 1 << 22  # elements compared at a time
 _HINT = "`against=` names another base, or the adapters that were merged are not named"
-
-
-@dataclass(frozen=True)
-class StoredError:
-    """How far a weight is from the base's values.
-
-    Attributes:
-        name: Stored name.
-        energy: ``sum(W * W)``.
-        error: ``sum((Q - W) ** 2)``.
-    """
-
-    name: str
-    energy: float
-    error: float
-
-    @property
-    def relative(self) -> float:
-        """In the norm of Frobenius, relative to the values; infinite where these are zeros and the weight is not."""
-        if not self.energy:
-            return math.inf if self.error else 0.0
-        return math.sqrt(self.error / self.energy)
 
 
 def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, folder: Path, *, merged: bool) -> str:
@@ -71,18 +49,18 @@ def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights
         ProofError: a weight is farther from them than was written down.
     """
     recorded, errors = recorded_errors(folder), _code_errors(_weights(reference), wanted)
-    for found in errors:
-        limit = recorded.get(found.name)
+    for name, found in errors.items():
+        limit = recorded.get(name)
         if limit is None and not found.relative <= _UNRECORDED:
             text = f"its codes are off by {found.relative:.3g} of the base"
-            raise ProofError(text, file=graph.path, tensor=found.name, hint=_HINT)
+            raise ProofError(text, file=graph.path, tensor=name, hint=_HINT)
         allowed = math.hypot(limit or 0.0, _STORED if merged else 0.0) * (1 + _RECORDED)
         if limit is not None and not found.relative <= allowed + _RECORDED**2:
             text = f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down"
-            raise ProofError(text, file=graph.path, tensor=found.name, hint=_HINT)
-    total = math.sqrt(sum(e.error for e in errors) / max(sum(e.energy for e in errors), 1e-300))
-    worst = max(errors, key=lambda each: each.relative)
-    return f"error {total:.3g} of the base, at most {worst.relative:.3g} ({worst.name})"
+            raise ProofError(text, file=graph.path, tensor=name, hint=_HINT)
+    total = sum(errors.values(), CodeError(0.0, 0.0, 0.0))
+    worst = max(errors, key=lambda name: errors[name].relative)
+    return f"error {total.relative:.3g} of the base, at most {errors[worst].relative:.3g} ({worst})"
 
 
 def check_kept(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, *, merged: bool) -> int:
@@ -100,7 +78,7 @@ def check_kept(graph: GraphFile, reference: Reference, wanted: ReferenceWeights,
         allowed = between + torch.finfo(_torch(dtype)).eps if merged else 0.0
         if not found.relative <= allowed:
             text = f"differs from what base and adapters make, by {found.relative:.3g} of it"
-            raise ProofError(text, file=graph.path, tensor=found.name, hint=_HINT)
+            raise ProofError(text, file=graph.path, tensor=weights.stored(name), hint=_HINT)
         number += 1
     return number
 
@@ -110,36 +88,40 @@ def _weights(reference: Reference) -> CodedWeights:
     return reference.weights
 
 
-def _code_errors(weights: CodedWeights, wanted: ReferenceWeights) -> list[StoredError]:
-    errors = []
+def _code_errors(weights: CodedWeights, wanted: ReferenceWeights) -> dict[str, CodeError]:
+    """By stored name."""
+    errors = {}
     for name, (outputs, inputs) in weights.shapes.items():
-        energy, error = 0.0, 0.0
+        found = CodeError(0.0, 0.0, 0.0)
         whole = name in weights.turned and name not in weights.stacks
         rows, width = (weights.stacks[name], outputs * inputs) if name in weights.stacks else (outputs, inputs)
         for start, stop in [(0, None)] if whole else _blocks(rows, width):
             own = weights.load(f"{name} {HEAD}" if weights.parted(name) else name, start, stop).double()
             values = wanted.load(name, start, stop).double()
-            energy += float(values.square().sum())
-            error += float((own - values).square().sum())
-        errors.append(StoredError(weights.stored(name), energy, error))
+            found += _between(own, values)
+        errors[weights.stored(name)] = found
     return errors
 
 
 def _kept_error(
     weights: CodedWeights, name: str, shape: tuple[int, ...], wanted: ReferenceWeights, dtype: DType
-) -> tuple[StoredError, float]:
+) -> tuple[CodeError, float]:
     """Of one weight; and the relative step of the type that `wanted` has it in."""
-    energy, error, between = 0.0, 0.0, 0.0
+    error, between = CodeError(0.0, 0.0, 0.0), 0.0
     whole = len(shape) < 2 or shape[0] < 0 or weights.is_across(name)
     for start, stop in [(0, None)] if whole else _blocks(shape[0], math.prod(shape[1:])):
         values = wanted.load(name, start, stop)
         between = torch.finfo(values.dtype).eps
         own, values = weights.load(name, start, stop).double(), values.to(_torch(dtype)).double()
         if own.shape != values.shape:
-            return StoredError(weights.stored(name), 0.0, math.inf), between
-        energy += float(values.square().sum())
-        error += float((own - values).square().sum())
-    return StoredError(weights.stored(name), energy, error), between
+            return CodeError(0.0, math.inf, math.inf), between
+        error += _between(own, values)
+    return error, between
+
+
+def _between(own: torch.Tensor, values: torch.Tensor) -> CodeError:
+    difference = own - values
+    return CodeError(float(values.square().sum()), float(difference.square().sum()), float(difference.abs().max()))
 
 
 def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:

@@ -127,6 +127,26 @@ def test_other_inputs_are_refused(arrays: dict[str, np.ndarray], fault: str, tmp
         read_adapter(tmp_path / "x.onnx_adapter")
 
 
+def test_arrays_that_share_bytes_and_endless_names_are_refused(tmp_path: Path) -> None:
+    """So that a small file stands for no more values than it holds, however often it names them."""
+    path = tmp_path / "x.onnx_adapter"
+    whole = bytearray(adapter_bytes({"a": draw(1, 400), "b": draw(2, 400)}))
+    path.write_bytes(whole)
+    first = min(open_onnx_adapter(path).tensors, key=lambda tensor: tensor.offset)
+    struct.pack_into("<I", whole, first.offset - 4, 3200)  # it now reaches into the other
+    said = []
+    for at in (at for at in range(0, len(whole) - 8, 4) if struct.unpack_from("<q", whole, at)[0] == 400):
+        longer = bytearray(whole)
+        struct.pack_into("<q", longer, at, 800)
+        path.write_bytes(longer)
+        with pytest.raises(MalformedError) as caught:
+            open_onnx_adapter(path)
+        said.append(caught.value.message)
+    assert any("its arrays share bytes: they take 4800 of" in message for message in said)
+    with pytest.raises(MalformedError, match="a name of 70000 bytes"):
+        adapter_bytes({"a" * 70_000: draw(1, 4)})  # which are read back
+
+
 def test_slots_of_rank_0_do_nothing(tmp_path: Path) -> None:
     arrays = {f"{Q}.lora_A.weight": draw(1, 8, 2), f"{Q}.lora_B.weight": draw(2, 2, 12)}
     arrays |= {

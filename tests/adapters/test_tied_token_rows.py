@@ -70,3 +70,15 @@ def test_copies_that_differ_are_refused(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(MalformedError, match=r"differ from those of 'model\.embed_tokens\.weight'"):
         read_adapter(tmp_path / "adapter")
+
+
+def test_copies_are_compared_where_the_named_layer_has_no_rows(tmp_path: Path) -> None:
+    trained(tmp_path, "dict", tied=True)
+    file, leaf = tmp_path / "adapter" / "adapter_model.safetensors", "token_adapter.trainable_tokens_delta"
+    tensors = load_file(file)
+    copy = tensors.pop(f"base_model.model.model.embed_tokens.{leaf}")
+    save_file(tensors | {f"base_model.model.model.wte.{leaf}": copy}, file, metadata={"format": "pt"})
+    assert read_adapter(tmp_path / "adapter").updates
+    save_file(tensors | {f"base_model.model.model.wte.{leaf}": copy + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(MalformedError, match=r"its rows differ from those of '.*', and the configuration names"):
+        read_adapter(tmp_path / "adapter")

@@ -110,6 +110,10 @@ def test_slots_are_the_base_and_the_adapter(base, tmp_path):
         assert np.abs(found - alone).max() <= 1e-4
     for found in plain.logits(name, "every"):
         assert np.abs(found - wanted).max() <= 1e-4
+    states = [
+        plain.run(ENCODER, source_of(name), file)["last_hidden_state"] for file in ("none.encoder.onnx_adapter", "")
+    ]
+    assert np.array_equal(*states)
     surgery.verify(tmp_path / "out")
 
 
@@ -145,6 +149,7 @@ def test_run_gives_each_graph_its_part_of_an_adapter(tmp_path):
     assert surgery.run(out, rows, max_new=8, adapters=f"{file}=0").texts == alone.texts
     assert surgery.run(out, rows, max_new=8, adapters="style").texts == found.texts
     assert surgery.run(out, rows, max_new=8, adapters="style=0").texts == alone.texts
+    assert surgery.run(out, rows, max_new=8, adapters=out / "none.onnx_adapter").texts == alone.texts
     beside = file.with_name("style.encoder.onnx_adapter")
     assert surgery.run(out, rows, max_new=8, adapters=[file, beside]).texts == found.texts
     elsewhere = shutil.copytree(out / "adapters", tmp_path / "copies")

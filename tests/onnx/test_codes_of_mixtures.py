@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.verify import verify
-from surgery_formats.errors import ProofError, UsageError
+from surgery_formats.errors import ProofError
 from tests.oracles import recipes
 from tests.support import trained
 from tests.support.block_codes import decoded
@@ -147,11 +147,6 @@ def test_where_experts_have_slots_each_is_by_itself(tmp_path):
     export_onnx(base, swap=[attention], output=tmp_path / "other", weights_type="int4")
     assert _operators(tmp_path / "other").count("QMoE") == 2
     verify(tmp_path / "other", against=base)
-
-
-def test_experts_are_about_codes(tmp_path):
-    with pytest.raises(UsageError, match="experts is about weights that become codes"):
-        export_onnx(_built("mixtral", tmp_path), output=tmp_path / "out", experts="apart")
 
 
 def test_codes_of_merged_experts_and_in_one_file(tmp_path):

@@ -66,7 +66,7 @@ def test_weights_that_changed_under_another_name_are_told(tmp_path: Path) -> Non
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ProofError, match="differs from the base's"):
+    with pytest.raises(ProofError, match="its bytes have changed since it was written"):
         surgery.verify(tmp_path / "out", against=BASE)
 
 
@@ -120,6 +120,8 @@ def test_transformers_js_finds_both_graphs_of_a_pair(tmp_path: Path, suffix: str
     wanted = surgery.run(tmp_path / "own", [IDS], max_new=4).texts[0].tokens
     assert surgery.run(tmp_path / "out", [IDS], max_new=4).texts[0].tokens == wanted
     surgery.verify(tmp_path / "out", against=base)
+    with pytest.raises(FitError, match="needs a folder of its own"):
+        surgery.export_onnx(base, output=base, layout="transformers.js", **options)
 
 
 def test_what_a_program_would_pass_over_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,24 @@ def test_quantisers_take_every_linear_map(name, target, tmp_path):
     assert len(products) == LINEAR[name]  # what MatMulNBitsQuantizer takes; benchmarks/quantised_graphs.py runs it
 
 
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("name", ["qwen2", "bert_sequence"])
+def test_told_what_to_take_quantize_dynamic_takes_every_gemm(name, target, tmp_path):
+    """As docs/quantised-graphs.md has it, for graphs that were exported without the option."""
+    out = tmp_path / "out"
+    export_onnx(recipes.build(name, tmp_path / "base", **WIDE), output=out, target=target)
+    expected = answers(name, out / "model.onnx")
+    quantisation.quantize_dynamic(
+        out / "model.onnx",
+        out / "int8.onnx",
+        weight_type=quantisation.QuantType.QInt8,
+        op_types_to_quantize=["MatMul"],
+        extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+    )
+    assert kinds(out / "int8.onnx")["MatMulInteger"] == kinds(out / "model.onnx")["Gemm"] > 0
+    assert np.abs(answers(name, out / "int8.onnx") - expected).max() < 0.15 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("name", ["qwen3", "opt_350m", "granite", "gpt_neox", "gemma2", "mixtral"])
 def test_graphs_of_matmul_are_transformers(name, tmp_path):
     base = recipes.build(name, tmp_path / "base")

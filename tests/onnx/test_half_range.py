@@ -99,6 +99,14 @@ def test_values_are_measured_on_a_text(tmp_path: Path) -> None:
         range_text=str(tmp_path / "text"),
     )
     assert result.warnings == ()
+    assert "fp16 ends at 65,504" in str(result.summary())
+
+
+def test_what_was_measured_is_said_of_every_type(tmp_path: Path) -> None:
+    result = surgery.export_onnx(ROOT / "examples" / "base", output=tmp_path / "out", range_text="words")
+    assert result.contract.dtype == "fp32"
+    assert result.value_range.endswith("); fp16 ends at 65,504, fp32 far beyond")
+    assert result.as_json()["range"] == result.value_range
 
 
 def test_a_text_that_is_not_there_is_told_before_anything_is_written(tmp_path: Path) -> None:

@@ -240,3 +240,16 @@ def test_experts_encoder_decoders_and_new_encoders_have_codes_too(name, tmp_path
         check for check in surgery.verify(tmp_path / "out", against=base).checks if check.name == "quantised weights"
     ]
     assert len(checks) == 1
+
+
+def test_what_is_written_is_not_called_copied_and_cannot_be_linked(tmp_path):
+    base = recipes.build("llama", tmp_path / "base", **WIDE)
+    adapter = trained.train("llama", base, trained.MERGED["lora q v"], tmp_path / "adapter")
+    codes = export_onnx(base, output=tmp_path / "out", weights_type="int8")
+    assert "quantised.safetensors: written" in str(codes.summary())
+    merged = export_onnx(base, [adapter], output=tmp_path / "merged")
+    assert "base.safetensors: copied, delta.safetensors: written" in str(merged.summary())
+    for options in ({"weights_type": "int4"}, {"linear": "matmul"}):
+        with pytest.raises(FitError, match="written anew, and no file of the base has them") as refused:
+            export_onnx(base, output=tmp_path / "linked", weights="link", **options)
+        assert "embed" in refused.value.hint

@@ -8,7 +8,10 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -17,8 +20,9 @@ from click.testing import CliRunner
 import surgery
 from surgery.verbs.export_onnx import export_onnx
 from surgery.verbs.verify import TOLERANCE
+from surgery.verification.onnx import compare_prompt
 from surgery_cli.group import surgery as command
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
 from tests.support import trained
@@ -271,6 +275,16 @@ def test_an_account_of_files_that_is_none(files: object, added_to: Path, tmp_pat
         surgery.verify(tmp_path / "out")
 
 
+def test_a_prompt_that_is_no_number_in_a_later_layer_is_no_match() -> None:
+    zeros = np.zeros((1, 2, 3, 4), np.float32)
+    prompt = SimpleNamespace(prefix=SimpleNamespace(layers=2), key_values=lambda layer: (zeros[0], zeros[0]))
+    whole, broken = torch.zeros(1, 2, 3, 4), torch.full((1, 2, 3, 4), torch.nan)
+    past: Any = SimpleNamespace(layers=[(whole, whole), (whole, broken)])
+    adapter: Any = SimpleNamespace(prompt=prompt, path=Path("a"))
+    found = compare_prompt(Path("model.onnx"), adapter, None, past, None)  # type: ignore[arg-type]
+    assert not found.within(1.0)
+
+
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "prefix"])
 @pytest.mark.parametrize(("name", "target", "dtype"), [("llama", "cpu", "fp32"), ("gemma2", "cuda", "bf16")])
 def test_a_soft_prompt_is_what_its_adapter_makes_of_the_model(
@@ -401,6 +415,29 @@ class TestWholeFiles:
         (merged / "surgery_manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(MalformedError, match="digest is not that of its files"):
             surgery.verify(merged)
+
+    def test_computed_weights_are_computed_once_more(self, merged: Path) -> None:
+        base, lora = EXAMPLES / "base", EXAMPLES / "lora"
+
+        def checks(**options: Any) -> dict[str, str]:
+            found = surgery.verify(merged, against=base, adapters=lora, **options)
+            return {check.name: check.detail for check in found.checks}
+
+        assert checks()["recomputed weights"].startswith("8 of 42, drawn anew")
+        assert checks(recompute=3)["recomputed weights"].startswith("3 of 42")
+        assert checks(recompute="all")["recomputed weights"] == "42, as base and adapters make them"
+        with pytest.raises(ProofError, match="not what base and adapters make"):
+            surgery.verify(merged, against=base, adapters=(lora, 0.9))
+        with pytest.raises(UsageError, match="what was merged is not named"):
+            surgery.verify(merged, against=base, recompute=1)
+        for wrong in (0, "some", True):
+            with pytest.raises(UsageError, match="is no number of weights"):
+                surgery.verify(merged, against=base, adapters=lora, recompute=wrong)
+
+    def test_what_base_and_adapters_do_not_tell_is_not_computed(self, tmp_path: Path) -> None:
+        surgery.layers(EXAMPLES / "base", drop="1", output=tmp_path / "out")
+        with pytest.raises(FitError, match="not written by a merge alone"):
+            surgery.verify(tmp_path / "out", against=EXAMPLES / "base", adapters=EXAMPLES / "lora")
 
     def test_a_copy_of_a_graphs_weights_has_a_hash(self, exported: tuple[Path, Path], tmp_path: Path) -> None:
         shutil.copytree(exported[1], tmp_path / "out")

@@ -111,8 +111,8 @@ __all__ = ["command"]
 )
 @option.choice(
     "--experts",
-    values=("auto", "apart"),
-    help="Of codes: auto: a layer's in one QMoE where that is exact (int4 on cpu); apart: for onnxruntime before 1.31.",
+    values=("auto", "fused", "apart"),
+    help="auto: a layer's int4 codes in one QMoE on cpu; fused: stored weights in one MoE, too; apart: each by itself.",
 )
 @option.choice("--head", values=("auto", "keep", "int8", "int4"), help="Of codes: the head; auto: as the weights.")
 @click.option(

@@ -14,6 +14,15 @@ from surgery_cli.output import show_result
 __all__ = ["command"]
 
 
+def some_or_all(text: str) -> int | str:
+    """A number, or ``all``."""
+    if text == "all":
+        return text
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < 1:
+        raise click.BadParameter("a number above 0, or all")
+    return int(text)
+
+
 @subcommand("verify")
 @click.argument("output", metavar="OUT", shell_complete=complete_files)
 @option.reference("--against", metavar="BASE", help="Compare with this base what came of it.")
@@ -24,7 +33,13 @@ __all__ = ["command"]
     type=weighted,
     metavar="ADAPTER[=WEIGHT]",
     shell_complete=complete_files,
-    help="With --against: a graph must compute the merge of these; may be given several times.",
+    help="With --against: the output must be the merge of these; may be given several times.",
+)
+@click.option(
+    "--recompute",
+    type=some_or_all,
+    metavar="N|all",
+    help="With --adapter, of a folder of weights: how many of them are computed once more; default: 8.",
 )
 @click.option(
     "--tolerance",

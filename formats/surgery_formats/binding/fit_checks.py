@@ -233,7 +233,7 @@ def check_missing(missing: Sequence[Site], adapter: Adapter, checkpoint: Checkpo
         parameters if len(missing) == 1 else [name for name in parameters if _module_of(name) == _module_of(site.path)]
     )
     rest = f" to use the rest, {_leaving_out('PATTERN')}" if len(missing) < len(adapter.updates) else ""
-    if adapter.format == "onnx-adapter" and "+" in site.path:
+    if adapter.shares_factors(site):
         raise FitError(
             "is of a packed slot: several weights share the factors",
             file=tensor.path,

@@ -168,6 +168,10 @@ class Adapter:
         """Sites with updates that no weight can hold."""
         return frozenset(site for site, chain in self.updates.items() if any(is_refusing(update) for update in chain))
 
+    def shares_factors(self, site: Site) -> bool:
+        """Whether a site is of a packed slot of a graph, ``q_proj+k_proj+v_proj``: no module of a model, and no weight by itself."""
+        return self.format == "onnx-adapter" and "+" in site.path
+
     def known_issues(self) -> tuple[str, ...]:
         """What makes this adapter easy to use wrongly; reads at most one factor."""
         return (*self.stated_issues, *self.examine())

@@ -44,6 +44,7 @@ ELEMENTS = {
 _BY_NUMBER = {number: dtype for dtype, number in ELEMENTS.items()}
 _FORMAT_VERSION = 1
 _PARAMETERS = 1_000_000
+_NAME_LIMIT = 1 << 16  # bytes
 _ALIGNMENT = 16  # of the data; onnxruntime asks for 8
 
 
@@ -57,7 +58,8 @@ def open_onnx_adapter(path: str | os.PathLike[str]) -> Shard:
 
     Raises:
         NotFoundError: no such file.
-        MalformedError: not such a file, an offset outside the file, sizes that do not fit, or a repeated name.
+        MalformedError: not such a file, an offset outside the file, sizes that do not fit, a repeated name, or more
+            values than the file has bytes for.
     """
     file = open_file(path)
     if file.size > LIMIT:
@@ -76,12 +78,16 @@ def open_onnx_adapter(path: str | os.PathLike[str]) -> Shard:
         tensors[tensor.name] = tensor
     if not tensors:
         raise MalformedError("the adapter has no arrays", file=path)
+    if (total := sum(tensor.nbytes for tensor in tensors.values())) > file.size:
+        raise MalformedError(f"its arrays share bytes: they take {total} of {file.size}", file=path)
     return Shard(file.path, "onnx_adapter", file, tuple(tensors.values()))
 
 
 def _parameter(reader: _Flatbuffer, table: int) -> StoredTensor:
     file = reader.file
     begin, nbytes = reader.vector(table, 0, 1)
+    if nbytes > _NAME_LIMIT:
+        raise MalformedError(f"a name of {nbytes} bytes (at most {_NAME_LIMIT} are read)", file=file.path)
     try:
         name = bytes(file.read(begin, nbytes)).decode()
     except UnicodeDecodeError as error:

@@ -18,6 +18,7 @@ CONFIG_LIMIT = 4 << 20
 INDEX_LIMIT = 64 << 20
 TOKENIZER_LIMIT = 256 << 20
 _DEPTH = 64
+_OPENINGS = 8_000_000  # brackets and braces; a list or object of nothing takes 64 bytes, and two or three in the file
 _DIGITS = 300  # per number; Python parses integers in quadratic time
 
 
@@ -25,7 +26,7 @@ def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dic
     """Parse the JSON object in `raw`.
 
     Raises:
-        MalformedError: not UTF-8, not JSON, not an object, nested too deep, a repeated key, NaN or Infinity, or a
+        MalformedError: not UTF-8, not JSON, not an object, nested too deep, too many values, a repeated key, NaN or Infinity, or a
             number that float64 cannot hold.
     """
 
@@ -53,6 +54,8 @@ def parse_object(raw: bytes | bytearray, *, file: str | os.PathLike[str]) -> dic
             raise fail(f"the number {show(text, 40)} does not fit a double")
         return value
 
+    if raw.count(b"[") + raw.count(b"{") > _OPENINGS:
+        raise fail(f"more than {_OPENINGS} lists and objects")
     try:
         document = json.loads(
             raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant, parse_int=integer, parse_float=real

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
-from surgery.onnx.graph.contract import from_metadata
+from surgery.onnx.graph.contract import contract_of
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.weight_files import holds_weights
@@ -134,7 +134,7 @@ def write_edited(
 def _forget_companion(model: onnx.ModelProto, path: Path) -> None:
     """A second graph for several rows on top of a past is not edited with the first: rows then go one by one."""
     props = {prop.key: prop.value for prop in model.metadata_props}
-    contract = from_metadata(props, path)
+    contract = contract_of(model, path)
     if contract is None or not contract.prefill:
         return
     props |= replace(contract, prefill="").as_metadata()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NONE", "ROWS", "Assembly", "Form", "prompt_form"]
 
-NONE = "none.onnx_adapter"
+NONE, NONE_OF_ENCODER = "none.onnx_adapter", "none.encoder.onnx_adapter"
 """The adapter that does nothing: for slots that are required, and against a default past."""
 
 ROWS = "rows.onnx"
@@ -154,7 +154,7 @@ class Assembly:
         if self.form == "kv":
             names += [self._prompt_file(prompt) for prompt in self.prompts]
         names += self._brought
-        names += [NONE] if self._nothing(draft) else []
+        names += self._nothing(draft)
         names += [INSERTED] if self.baked is not None else []
         names += [SENTENCE_FILE] if self.sentence is not None and self.sentence.layout is not None else []
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
@@ -186,8 +186,8 @@ class Assembly:
         for name, path in self._brought.items():
             source = open_file(path)
             files[name] = bytes(source.read(0, source.size))
-        if nothing := self._nothing(built):
-            files[NONE] = adapter_bytes({name: np.zeros(shape, kind) for name, shape in nothing.items()})
+        for name, nothing in self._nothing(built).items():
+            files[name] = adapter_bytes({value: np.zeros(shape, kind) for value, shape in nothing.items()})
         if self.baked is not None:
             files[INSERTED] = self.baked.data()
         if self.sentence is not None and self.sentence.layout is not None:
@@ -218,15 +218,16 @@ class Assembly:
                 found |= {f"{_tokenizer(named)}/{name}": path for name, path in theirs.items() if "/" not in name}
         return found
 
-    def _nothing(self, built: GraphSet) -> dict[str, tuple[int, ...]]:
-        """Shapes of factors of rank 0, and of a past without tokens: what switches everything off."""
+    def _nothing(self, built: GraphSet) -> dict[str, dict[str, tuple[int, ...]]]:
+        """What switches everything off, by file: shapes of factors of rank 0, and of a past without tokens."""
         sizes = _slot_sizes(built)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for slot in built.contract.slots:
-            rows, columns = sizes[slot.weight]
-            shapes |= {slot.A: (rows, 0), slot.B: (0, columns)}
         past = empty_past(self.model) if self.form == "kv" else {}
-        return shapes | {name: array.shape for name, array in past.items()}
+        found: dict[str, dict[str, tuple[int, ...]]] = {NONE: {name: array.shape for name, array in past.items()}}
+        for name, contract in ((NONE, built.contract), (NONE_OF_ENCODER, built.encoder)):
+            for slot in contract.slots if contract is not None else ():
+                rows, columns = sizes[slot.weight]
+                found.setdefault(name, {}).update({slot.A: (rows, 0), slot.B: (0, columns)})
+        return {name: shapes for name, shapes in found.items() if shapes}
 
     def for_genai(self, built: GraphSet) -> str:
         """The graph for onnxruntime-genai, or empty. It always passes its own past, so a default past has no effect."""

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from surgery.reference.stored import Stored
     from surgery_formats.models.component import Component
 
-__all__ = ["Converted", "converted_weights", "issues_of_types", "load_cost", "measured_values", "too_large"]
+__all__ = [
+    "Converted",
+    "converted_weights",
+    "issues_of_types",
+    "load_cost",
+    "measured_values",
+    "reach_of_values",
+    "too_large",
+]
 
 LARGEST_HALF = 65504.0
 _HALF, _BRAIN, _FLOAT, _DOUBLE = 10, 16, 1, 11  # of TensorProto.DataType
@@ -88,6 +96,15 @@ def issues_of_types(
     if cost := load_cost(converted):
         issues.append(cost)
     return issues
+
+
+def reach_of_values(seen: Stored, dtype: str) -> str:
+    """How large measured values get, and whether the graph's type holds them."""
+    if seen.beyond:
+        return f"not finite, first those of {show(seen.beyond, 160)}"
+    return f"{seen.largest:,.1f} at most ({show(seen.where, 160)}); fp16 ends at 65,504" + (
+        "" if dtype == "fp16" else f", {dtype} far beyond"
+    )
 
 
 def converted_weights(graph: onnx.ModelProto, held: Mapping[str, File]) -> Iterator[Converted]:

@@ -8,10 +8,20 @@ from dataclasses import replace
 from surgery.onnx.export.assemble import Assembly
 from surgery.onnx.export.pairs import check_pair
 from surgery.onnx.export.sentence import sentence_file
+from surgery.onnx.graph.build import GraphSet
 from surgery_formats.errors import FitError
+from surgery_formats.models.families.recipe import Experts
 from surgery_formats.text import show
 
-__all__ = ["with_embeddings", "with_experts", "with_logits", "with_positions", "with_required", "with_sentence"]
+__all__ = [
+    "check_fused",
+    "with_embeddings",
+    "with_experts",
+    "with_logits",
+    "with_positions",
+    "with_required",
+    "with_sentence",
+]
 
 
 def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
@@ -34,12 +44,44 @@ def with_required(assembly: Assembly, required: bool, packed: bool) -> Assembly:
     return replace(assembly, options=replace(assembly.options, required=required, packed=packed))
 
 
-def with_experts(assembly: Assembly, apart: bool) -> Assembly:
-    """The same with experts by themselves, if they are to be."""
-    if not apart:
-        return assembly
-    target = replace(assembly.options.target, experts="apart")
-    return replace(assembly, options=replace(assembly.options, target=target))
+def with_experts(assembly: Assembly, asked: str, *, older: bool) -> Assembly:
+    """The same with a layer's experts in one operator or each by itself.
+
+    Args:
+        assembly: What the graphs are made of.
+        asked: ``auto``, ``fused`` or ``apart``.
+        older: Whether the graph is for runtimes without such an operator, or with one that is slow.
+
+    Raises:
+        FitError: one operator is asked for, and the target or the model has no use for it.
+    """
+    target = assembly.options.target
+    if asked == "fused":
+        mixed = any(isinstance(layer.mlp, Experts) for layer in assembly.model.layers)
+        if target.experts == "apart" or not mixed or older:
+            what = (
+                "the model has no experts" if not mixed else f"the target {target.name} has no operator for all experts"
+            )
+            what = "older runtimes have no operator for all experts" if older and mixed else what
+            raise FitError(f"{what} that is known to be right", hint='`experts="auto"`')
+        return replace(assembly, options=replace(assembly.options, target=replace(target, experts="fused")))
+    if asked == "apart" or older:
+        return replace(assembly, options=replace(assembly.options, target=replace(target, experts="apart")))
+    return assembly
+
+
+def check_fused(draft: GraphSet, asked: str) -> None:
+    """Refuse graphs of which no layer has its experts in one operator, where that is asked for.
+
+    Raises:
+        FitError: there is none.
+    """
+    nodes = (node.op_type for graph in draft.graphs.values() for node in graph.graph.node)
+    if asked == "fused" and not {"MoE", "QMoE"} & set(nodes):
+        raise FitError(
+            "no layer has experts that one operator computes exactly: their router, activation, slots or codes are others",
+            hint='`experts="auto"`',
+        )
 
 
 def with_logits(assembly: Assembly, asked: str) -> Assembly:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.build import GraphSet
-from surgery.onnx.graph.contract import Contract, from_metadata
+from surgery.onnx.graph.contract import Contract, contract_of
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.families.tasks import FEATURES
@@ -172,7 +172,7 @@ class Arrangement:
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = self.weights.get(entry.value, entry.value)
-        contract = from_metadata({entry.key: entry.value for entry in model.metadata_props})
+        contract = contract_of(model)
         assert contract is not None
         stated = self.contract(contract).as_metadata()
         for entry in model.metadata_props:

@@ -48,6 +48,7 @@ class ExportResult:
         nodes: Number of nodes of ``model.onnx``.
         warnings: Warnings for the user.
         ledger: The ledger of merged weights, or None.
+        value_range: How large values get that the graph stores, where that was measured, or empty.
         seconds: Duration of the export.
     """
 
@@ -59,6 +60,7 @@ class ExportResult:
     nodes: int
     warnings: tuple[str, ...]
     ledger: Ledger | None = None
+    value_range: str = ""
     seconds: float = elapsed()
 
     def as_json(self) -> dict[str, Any]:
@@ -82,6 +84,7 @@ class ExportResult:
             "nbytes": self.nbytes,
             "seconds": round(self.seconds, 3),
             "nodes": self.nodes,
+            **({"range": self.value_range} if self.value_range else {}),
             "warnings": list(self.warnings),
             "ledger": self.ledger.as_json() if self.ledger else None,
         }
@@ -102,14 +105,18 @@ class ExportResult:
             reach = f" tokens; rows of a batch are padded on the {side}"
             facts.append(("reach", (Value(contract.max_length, "count"), reach)))
         facts += map(_adapter, contract.adapters)
+        if self.value_range:
+            facts.append(("range", self.value_range))
         if self.ledger is not None:
             changed, written = Value(len(self.ledger.plan.computed()), "count"), Value(self.ledger.plan.nbytes, "bytes")
             facts.append(("changed", (changed, " tensors, ", written, " written for them")))
             facts += _codes(contract, self.ledger)
-        weights = ", ".join(file.name for file in contract.weights)
+        computed = {Path(file.name).name for file in self.ledger.plan.files} if self.ledger is not None else set[str]()
+        placed = ((file.name, file.name in computed and self.weights != "embed") for file in contract.weights)
+        weights = ", ".join(f"{name}: {'written' if own else _WEIGHTS[self.weights]}" for name, own in placed)
         took: tuple[Piece, ...] = (" in ", Value(self.seconds, "seconds")) if self.seconds else ()
         facts += [
-            ("weights", f"{weights}: {_WEIGHTS[self.weights]}"),
+            ("weights", weights),
             ("written", (Value(self.nbytes, "bytes"), *took)),
         ]
         if not contract.embedder and not is_remote(self.output):  # onnxruntime reads files

@@ -55,10 +55,9 @@ def stored_factors(A: Array, B: Array, dtype: Any, name: str, file: Path | None 
     """
     stored = stored_array(A, dtype, name, file), stored_array(B, dtype, name, file)
     if stored[0].dtype.itemsize < A.dtype.itemsize and (lost := _lost(A, B, *stored)) > LARGEST_LOSS:
-        what = (
-            f"{np.dtype(dtype).name} loses {min(lost, 1.0):.0%} of the change: its factors are too small for that type"
-        )
-        raise FitError(what, tensor=name, hint=_HINT)
+        kind = _SHORT.get(np.dtype(dtype).name, "its type")
+        what = f"{kind} loses {min(lost, 1.0):.0%} of the change: its factors are too small for that"
+        raise FitError(what, file=file, tensor=name, hint=_HINT)
     return stored
 
 

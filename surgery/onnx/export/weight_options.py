@@ -64,7 +64,9 @@ class WeightOptions:
 
         opened = None if self.calibration is None else open_calibration(self.calibration)
         bits, rounding = BITS.get(self.weights_type, 4), self.rounding or ("nearest" if opened is None else "feedback")
-        fused = target in TARGETS and TARGETS[target].experts == "fused" and self.experts == "auto"
+        if self.weights_type == "stored" and self.linear != "matmul":
+            return None
+        fused = target in TARGETS and TARGETS[target].experts == "codes" and self.experts != "apart"
         return WeightCoding(
             bits,
             self.block,
@@ -86,7 +88,7 @@ class WeightOptions:
             ("embeddings", self.embeddings, _TABLES),
             ("head", self.head, _TABLES),
             ("linear", self.linear, ("auto", "matmul")),
-            ("experts", self.experts, ("auto", "apart")),
+            ("experts", self.experts, ("auto", "fused", "apart")),
         ):
             if value not in known:
                 raise FitError(f"{name} is one of {', '.join(known)}, not '{show(value)}'")
@@ -94,7 +96,7 @@ class WeightOptions:
             raise FitError(f"block is 32, 64 or 128, not {self.block}")
         default = WeightOptions()
         given = [field.name for field in fields(self) if getattr(self, field.name) != getattr(default, field.name)]
-        about = [name for name in given if name not in ("weights_type", "linear")]
+        about = [name for name in given if name not in ("weights_type", "linear", "experts")]
         if self.weights_type == "stored" and about:
             raise UsageError(
                 f"{_SPOKEN.get(about[0], about[0])} is about weights that become codes, and these stay as they are stored",

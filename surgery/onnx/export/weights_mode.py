@@ -60,6 +60,18 @@ def _mode(
     if merged is None:
         return choose_mode(asked, output, base.folder, sources)
     if full:
+        anew = bool(merged.coded) or merged.across
+        if anew and asked not in ("auto", "copy", "embed"):
+            raise FitError(
+                "all weights of this graph are written anew, and no file of the base has them",
+                hint='`weights="auto"`, or `weights="embed"` for one file',
+            )
+        if anew and choose_mode("auto", output, base.folder, ()) == "reference":
+            raise FitError(
+                "all weights of this graph are written anew, which needs a folder of its own",
+                file=output,
+                hint="write to another folder",
+            )
         if asked not in ("auto", "copy", "embed"):
             raise FitError("a full merge writes its weights itself", hint='`weights="auto"`, or `merge_to="delta"`')
         if choose_mode("auto", output, base.folder, ()) == "reference":

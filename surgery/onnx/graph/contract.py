@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import xxhash
 
@@ -24,6 +24,9 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
+if TYPE_CHECKING:
+    import onnx
+
 __all__ = [
     "FLOAT_CODES",
     "KEEP",
@@ -33,6 +36,7 @@ __all__ = [
     "Slot",
     "WeightFile",
     "check_weight_files",
+    "contract_of",
     "from_metadata",
 ]
 
@@ -248,6 +252,11 @@ def from_metadata(props: Mapping[str, str], file: str | os.PathLike[str] = "mode
     if (fault := _fault(contract)) is not None:
         raise MalformedError(f"the graph's contract has no valid '{fault}'", file=file, hint="export it again")
     return contract
+
+
+def contract_of(model: onnx.ModelProto, file: str | os.PathLike[str] = "model.onnx") -> Contract | None:
+    """The contract of a graph that is in memory, see `from_metadata`."""
+    return from_metadata({entry.key: entry.value for entry in model.metadata_props}, file)
 
 
 def _fault(contract: Contract) -> str | None:

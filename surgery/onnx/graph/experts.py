@@ -17,6 +17,7 @@ from surgery.onnx.graph.context import Context, module_of
 from surgery.onnx.graph.fused_experts import expert_stacks, fused_experts
 from surgery.onnx.graph.linear import linear
 from surgery.onnx.graph.mlp import mlp
+from surgery.onnx.graph.stored_experts import stored_at_once, stored_experts
 from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import Experts
 
@@ -30,10 +31,13 @@ def experts(ctx: Context, record: Experts, x: str, width: int, *, alpha: float =
     graph, at = ctx.graph, module_of(module_of(record.router.weight))
     rows = x if ctx.flat else ctx.reshaped(x, (-1, width), at)
     stacks = expert_stacks(ctx, record)
-    if stacks is None:
+    if stacks is None and not stored_at_once(ctx, record):
         y = _one_by_one(ctx, record, rows, width, at, alpha)
     else:
-        y = fused_experts(ctx, record, stacks, rows, _routing(ctx, record, rows, at), at)
+        if stacks is not None:
+            y = fused_experts(ctx, record, stacks, rows, _routing(ctx, record, rows, at), at)
+        else:
+            y = stored_experts(ctx, record, rows, _logits(ctx, record, rows), at)
         y = graph.node("Mul", [y, graph.number(alpha * record.scale, ctx.io)], at) if alpha * record.scale != 1.0 else y
     y = y if ctx.flat else ctx.batched(y, at)
     if record.shared is None:

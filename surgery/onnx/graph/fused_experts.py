@@ -20,9 +20,9 @@ from surgery_formats.dtypes import DType
 from surgery_formats.models.families.recipe import MLP, Experts, Projection
 from surgery_formats.storage.block_format import BlockFormat
 
-__all__ = ["ExpertStacks", "expert_stacks", "fused_experts"]
+__all__ = ["ALPHA", "ExpertStacks", "are_alike", "expert_stacks", "fused_experts", "weights_of"]
 
-_ALPHA = {"silu": 1.0, "quick_gelu": 1.702}
+ALPHA = {"silu": 1.0, "quick_gelu": 1.702}
 """Of activations ``x sigmoid(alpha x)``."""
 _BITS = 4
 _SMALLEST = 16
@@ -47,8 +47,8 @@ class ExpertStacks:
 
 def expert_stacks(ctx: Context, record: Experts) -> ExpertStacks | None:
     """The stacks that one operator can compute exactly; None where experts are computed one by one."""
-    first, weights = record.experts[0], _weights(record)
-    if ctx.target.experts != "fused" or ctx.io is not DType.F32 or not all(_fits(one, first) for one in record.experts):
+    first, weights = record.experts[0], weights_of(record)
+    if ctx.target.experts == "apart" or ctx.io is not DType.F32 or not are_alike(record):
         return None
     if not ctx.slotted.isdisjoint(weights) or not all(map(ctx.weights.is_coded, weights)):
         return None
@@ -93,7 +93,7 @@ def fused_experts(
         expert_weight_bits=form.bits,
         block_size=form.block,
         activation_type="swiglu",
-        activation_alpha=_ALPHA[expert.activation],
+        activation_alpha=ALPHA[expert.activation],
         activation_beta=float(expert.up_plus),
         swiglu_fusion=1,
         normalize_routing_weights=int(record.normalised and not record.floor),
@@ -104,8 +104,14 @@ def fused_experts(
     )
 
 
-def _weights(record: Experts) -> list[str]:
+def weights_of(record: Experts) -> list[str]:
+    """The weights of all experts."""
     return [part.weight for one in record.experts for part in (*one.inputs, one.output)]
+
+
+def are_alike(record: Experts) -> bool:
+    """Whether all experts are of the kind that one operator computes."""
+    return all(_fits(one, record.experts[0]) for one in record.experts)
 
 
 def _fits(one: MLP, first: MLP) -> bool:
@@ -118,7 +124,7 @@ def _fits(one: MLP, first: MLP) -> bool:
     whole = stacked or not any(part.stack is not None or part.bias for part in parts)
     biased = len({bool(part.bias) for part in parts}) == 1
     alike = one == form and len(one.inputs) == len(first.inputs)
-    return alike and one.activation in _ALPHA and whole and biased
+    return alike and one.activation in ALPHA and whole and biased
 
 
 def _joined(ctx: Context, parts: list[Projection]) -> GraphCodes | None:

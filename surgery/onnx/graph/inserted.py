@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.graph.contract import Slot, from_metadata
+from surgery.onnx.graph.contract import Slot, contract_of
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.models.families.inserted import from_fields
@@ -82,10 +82,9 @@ def stated_inserted(model: onnx.ModelProto, file: str | os.PathLike[str]) -> Ins
     Raises:
         MalformedError: it cannot be read.
     """
-    props = {one.key: one.value for one in model.metadata_props}
-    contract = from_metadata(props, file)
+    contract = contract_of(model, file)
     if contract is None:
-        return inserted_in(props, file)
+        return inserted_in({one.key: one.value for one in model.metadata_props}, file)
     return Inserted(contract.slots, contract.adapters, contract.replaceable, contract.inserted)
 
 
@@ -96,7 +95,7 @@ def state_inserted(model: onnx.ModelProto, inserted: Inserted, file: str | os.Pa
         MalformedError: its contract cannot be read.
     """
     props = {one.key: one.value for one in model.metadata_props}
-    contract = from_metadata(props, file)
+    contract = contract_of(model, file)
     if contract is not None:
         props |= replace(
             contract,

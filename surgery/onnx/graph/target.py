@@ -33,8 +33,8 @@ class OperatorSet:
             near, which older onnxruntimes lack.
         packed: Which adjacent weights of a file are joined: ``all``; ``attention``: those of an MLP stay separate,
             which costs a multiplication and saves a Split; ``none``.
-        experts: ``fused``: those of a layer in one com.microsoft.QMoE, where their codes allow it; ``apart``: from operators
-            that every runtime has.
+        experts: ``codes``: those of a layer in one com.microsoft.QMoE, where their codes allow it; ``fused``: those of stored
+            weights in one com.microsoft.MoE, too; ``apart``: from operators that every runtime has.
         qk_norm: ``fused``: norms of queries and keys inside GroupQueryAttention (CUDA only); ``standard``: as separate
             operators.
     """
@@ -47,14 +47,14 @@ class OperatorSet:
     packed: Literal["all", "attention", "none"] = "all"
     qk_norm: Literal["fused", "standard"] = "standard"
     gate: Literal["fused", "apart"] = "apart"
-    experts: Literal["apart", "fused"] = "apart"
+    experts: Literal["apart", "codes", "fused"] = "apart"
 
 
 TARGETS = {
     "cuda": OperatorSet(
         "cuda", "fused", "gqa", "fused", "quick_gelu", packed="attention", qk_norm="fused", gate="fused"
     ),
-    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "quick_gelu", experts="fused"),
+    "cpu": OperatorSet("cpu", "gemm", "gqa", "fused", "quick_gelu", experts="codes"),
     "portable": OperatorSet("portable", "gemm", "standard", "standard", "sigmoid"),
 }
 

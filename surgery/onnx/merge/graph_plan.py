@@ -21,7 +21,7 @@ from surgery.engine.ledger import Measurement
 from surgery.engine.merge.merge_plan import merge_facts
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile, TensorOutcome
 from surgery.onnx.edit.ranges import warning_of_ranges
-from surgery.onnx.graph.contract import from_metadata
+from surgery.onnx.graph.contract import contract_of
 from surgery.onnx.locate.matrix import Matrix
 from surgery.onnx.merge.changes import TensorChange
 from surgery.onnx.merge.coded_weight import CodedWeight
@@ -228,7 +228,7 @@ def _companion(graph: OnnxGraph, files: Collection[str]) -> list[SideFile]:
     """The second graph of an export, for several rows on top of a past, where it has its weights in the same files."""
     from surgery_formats.containers.onnx import open_graph
 
-    contract = from_metadata({prop.key: prop.value for prop in graph.proto.metadata_props}, graph.path)
+    contract = contract_of(graph.proto, graph.path)
     if contract is None or not contract.prefill or not is_safe_name(contract.prefill):
         return []
     path = graph.path.parent / contract.prefill

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.edit.uses import graphs_in
-from surgery.onnx.graph.contract import Contract, from_metadata
+from surgery.onnx.graph.contract import Contract, contract_of
 from surgery.onnx.survey.modules import module_names
 from surgery.onnx.survey.ports import inputs_of, is_factor_name, outputs_of
 from surgery.onnx.survey.runtime import what_runs_where
@@ -46,7 +46,7 @@ def survey(graph: OnnxGraph, config: Mapping[str, Any] | None = None) -> GraphRe
         MalformedError: it cannot be parsed, or its contract cannot be read.
     """
     model = graph.proto
-    contract = from_metadata({entry.key: entry.value for entry in model.metadata_props}, graph.path)
+    contract = contract_of(model, graph.path)
     counts = operator_counts(model)
     weights = computed_weights(graph)
     slots = {name for slot in contract.slots for name in (slot.A, slot.B)} if contract else set[str]()

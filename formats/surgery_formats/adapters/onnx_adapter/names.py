@@ -130,8 +130,8 @@ def check_apart(adapter: Adapter) -> None:
     Raises:
         FitError: there are some.
     """
-    for site in adapter.updates if adapter.format == "onnx-adapter" else ():
-        if "+" in site.path:
+    for site in adapter.updates:
+        if adapter.shares_factors(site):
             raise FitError(
                 "is of a packed slot: several weights share the factors",
                 file=adapter.path,

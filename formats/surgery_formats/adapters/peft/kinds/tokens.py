@@ -44,6 +44,8 @@ def read_rows(path: str, tensor: StoredTensor, config: PeftConfig) -> TokenRows:
 def check_copies(updates: Mapping[Site, Sequence[Update]], config: PeftConfig) -> None:
     """Compare the rows of a layer that the configuration does not name with those of the layer that it is tied to.
 
+    Where the file has no rows of the named one, all that it has are copies of them.
+
     Raises:
         MalformedError: they differ.
     """
@@ -53,6 +55,7 @@ def check_copies(updates: Mapping[Site, Sequence[Update]], config: PeftConfig) -
     name = next(iter(indices))
     rows = {site.path: one for site, chain in updates.items() for one in chain if isinstance(one, TokenRows)}
     named = [path for path in rows if _names(name, path.removesuffix(".weight"))]
+    named = named or [*rows][:1]
     for path in rows:
         if path not in named and len(named) == 1 and not same_update(rows[path], rows[named[0]]):
             raise MalformedError(
