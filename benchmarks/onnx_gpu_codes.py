@@ -27,7 +27,10 @@ CODES: dict[str, tuple[str, ...]] = {
     "int4, blocks of 128": ("--weights-type", "int4", "--block", "128"),
     "int8, blocks of 128": ("--weights-type", "int8", "--block", "128"),
 }
-FAST = "int4, blocks of 64"
+FAST = "int4, blocks of 128"
+SMALL = "int4, blocks of 32"
+MIXED = {"ep.cuda.fpa_intb_gemm": "1"}
+"""Has onnxruntime repack blocks of 32 for CUTLASS's kernels of mixed types."""
 LIMITS = {"": 0.72, "8b": 0.55}
 """What a token of 4 bits may take of one of 16."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -76,13 +79,17 @@ def codes(run: Run, dtype: str, folder: str = "") -> None:
     source = run.work / (folder or dtype)
     sides = {"base": run.bind(source / "model.onnx")}
     for name, options in CODES.items():
-        if folder and name != FAST:
+        if folder and name not in (FAST, SMALL):
             continue
         out = run.work / f"{folder}{dtype}-{name.replace(' ', '')}"
         seconds, held = exported(run, source, out, *options)
         print(f"  {name}: exported in {seconds:.1f} s, {held:.0f} MB", flush=True)
         run.check(f"{folder} {name}: MB held by the export".strip(), held, 500)
         sides[name] = run.bind(out / "model.onnx")
+        if name == SMALL and run.device == "cuda":
+            sides[f"{name}, CUTLASS"] = run.bind(out / "model.onnx", session_config=MIXED)
+            paired = MIXED | {"ep.cuda.fpa_intb_gemv_paired_k": "1", "ep.cuda.fpa_intb_gemv_wave_aware": "1"}
+            sides[f"{name}, CUTLASS paired"] = run.bind(out / "model.onnx", session_config=paired)
     label = f"{dtype} codes {folder}".strip()
     run.measured(label, sides, [run.tokens], 40 if folder else 200, prefills=20)
     for name, error in errors(run, sides).items():

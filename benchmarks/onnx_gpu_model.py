@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,11 @@ def export(
     slots: bool = False,
     shape: Shape | None = None,
     packed: bool = False,
+    modules: Sequence[str] = LINEAR,
 ) -> tuple[Path, Contract]:
-    """A graph beside the weights."""
+    """A graph beside the weights; `modules` have slots."""
     slotted = frozenset(
-        f"model.layers.{layer}.{module}.weight" for layer in range(shape.layers if shape else 0) for module in LINEAR
+        f"model.layers.{layer}.{module}.weight" for layer in range(shape.layers if shape else 0) for module in modules
     )
     options = GraphOptions(
         target, NUMPY[dtype][0], prefill=False, slotted=slotted if slots else frozenset(), packed=packed
