@@ -109,14 +109,15 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         folded += [held.folded] if held.folded else []
         ledger.keep(site, held.update, "folded" if folded else "exact", ", ".join(folded))
     tensors: list[NewTensor] = []
+    moved = _is_moved(base)
     for module in sorted(plain):
         embedding = is_embedding(module, base)
-        tensors += _linear(_in_mlx(module, base), plain[module], scale, rank, embedding=embedding)
+        tensors += _linear(_in_mlx(module, moved=moved), plain[module], scale, rank, embedding=embedding)
     for path, stack in sorted(stacks.items()):
-        tensors += _switch(_in_mlx(path.removesuffix(".weight"), base), stack, scale, rank)
+        tensors += _switch(_in_mlx(path.removesuffix(".weight"), moved=moved), stack, scale, rank)
     ledger.drop_prompt(adapter)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
-    keys, layers = _keys([_in_mlx(path.removesuffix(".weight"), base) for path in (*plain, *stacks)])
+    keys, layers = _keys([_in_mlx(path.removesuffix(".weight"), moved=moved) for path in (*plain, *stacks)])
     config = _config(adapter, "dora" if dora else "lora") | {
         "num_layers": layers,
         "lora_parameters": {**parameters, "keys": keys},
@@ -148,10 +149,16 @@ def _rendering(
     return Rendering(TENSOR_FILE, tuple(tensors), metadata, small, tuple(ledger.entries), ledger.held)
 
 
-def _in_mlx(path: str, base: Checkpoint | None) -> str:
-    """The path in mlx-lm's class, which holds the language model of a composite under ``language_model``."""
-    composite = base is not None and any(name.startswith(_COMPOSITE) for name in base.main.parameters)
-    if not composite or base is None or str(base.main.config.get("model_type")) in _AS_TRANSFORMERS:
+def _is_moved(base: Checkpoint | None) -> bool:
+    """Whether mlx-lm's class holds the language model of this composite under ``language_model``."""
+    if base is None or str(base.main.config.get("model_type")) in _AS_TRANSFORMERS:
+        return False
+    return any(name.startswith(_COMPOSITE) for name in base.main.parameters)
+
+
+def _in_mlx(path: str, *, moved: bool) -> str:
+    """The path in mlx-lm's class."""
+    if not moved:
         return path
     if path.startswith(_COMPOSITE):
         return f"language_model.model.{path.removeprefix(_COMPOSITE)}"

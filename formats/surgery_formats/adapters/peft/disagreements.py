@@ -8,6 +8,7 @@ the configured one is no issue but an error (`PeftConfig.check_rank`): it leaves
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
@@ -101,7 +102,8 @@ def _targets(config: PeftConfig, trained: Collection[str], plain: Collection[str
     paths |= {path.rpartition(".")[0] for path in plain}
     if isinstance(listed, list):
         names = [name for name in listed if isinstance(name, str)]
-        if empty := sorted(name for name in names if not any(_ends(path, name) for path in paths)):
+        known = {end for path in paths for end in _path_ends(path)}
+        if empty := sorted(name for name in names if bare_pattern(name) not in known):
             yield f"target_modules names {_some(empty)}, for which the file has no tensors"
     if beyond := beyond_targets(config, trained):
         yield f"{_some(beyond)}: beyond the targets of its configuration, PEFT leaves them out"
@@ -159,11 +161,13 @@ def _saved(config: PeftConfig, trained: Collection[str], plain: Collection[str])
 
 def empty_saved(config: PeftConfig, trained: Collection[str], plain: Collection[str]) -> list[str]:
     """Names in ``modules_to_save`` without a tensor. PEFT adds those of all heads of a task, of which a model has one."""
-    empty = [name for name in config.modules_to_save if not any(_saves(name, path) for path in plain)]
+    modules = _modules_of(plain)
+    empty = [name for name in config.modules_to_save if f"{name}\n" not in modules]
     heads = HEADS & set(config.modules_to_save)
     if heads and not heads <= set(empty):
         empty = [name for name in empty if name not in heads]
-    return [name for name in empty if not any(_saves(name, f"{unwrapped(path)}.weight") for path in trained)]
+    modules = _modules_of(f"{unwrapped(path)}.weight" for path in trained)
+    return [name for name in empty if f"{name}\n" not in modules]
 
 
 def _names_of(module: str) -> set[str]:
@@ -176,13 +180,13 @@ def _selected(config: PeftConfig, module: str) -> bool | None:
     targets, excluded = config.raw.get("target_modules"), config.raw.get("exclude_modules")
     if isinstance(excluded, str) and config.selects("exclude_modules", module):
         return False
-    if isinstance(excluded, list | Mapping) and any(isinstance(name, str) and _ends(module, name) for name in excluded):
+    if isinstance(excluded, list | Mapping) and _ends(module, excluded):
         return False
     if isinstance(targets, str):
         return None if targets == "all-linear" else config.selects("target_modules", module)
     if not isinstance(targets, list | Mapping):
         return None
-    if not any(isinstance(name, str) and _ends(module, name) for name in targets):
+    if not _ends(module, targets):
         return False
     wanted = _wanted_layers(config)
     return wanted is None or _layer(config, module) in wanted
@@ -223,8 +227,26 @@ def _one_expert(name: str) -> bool:
     return any(one == "experts" and other.isdecimal() for one, other in pairwise(segments))
 
 
-def _ends(path: str, name: str) -> bool:
-    return f".{path}".endswith(f".{bare_pattern(name)}")
+def _ends(path: str, names: Iterable[Any]) -> bool:
+    """Whether a path ends as one of the names, of which a file may have as many as modules."""
+    bare = _bare_patterns(tuple(name for name in names if isinstance(name, str)))
+    return not bare.isdisjoint(_path_ends(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _bare_patterns(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(bare_pattern(name) for name in names)
+
+
+def _path_ends(path: str) -> list[str]:
+    """``c``, ``b.c`` and ``a.b.c`` of ``a.b.c``."""
+    segments = path.split(".")
+    return [".".join(segments[start:]) for start in range(len(segments))]
+
+
+def _modules_of(paths: Iterable[str]) -> str:
+    """All modules that hold these parameters, a line each: one search tells whether any ends as a name."""
+    return "".join(f"{module}\n" for module in {m for path in paths for m in ancestors(path.rpartition(".")[0])})
 
 
 def _some(names: Iterable[str]) -> str:
