@@ -116,7 +116,7 @@ def verify(
                 which = "" if done == all_of_them else f" of {count(all_of_them)}, drawn anew each time"
                 checks.append(Check("recomputed weights", f"{count(done)}{which}, as base and adapters make them"))
             elif recompute is not None:
-                raise UsageError("what was merged is not named", hint="name the adapters: `adapters=`")
+                raise UsageError("what was merged is not named", hint="name the adapters that were merged")
         elif not set(manifest["files"]) <= _hashed(manifest["files"]):
             notes.append("copied tensors were not compared with the base: --against BASE does")
     if graph is None and text is not None:
