@@ -79,3 +79,13 @@ def test_an_odd_output_changes_nothing(writer, odd, run, base, lora, tmp_path: P
         assert result.stderr.count("error: ") == 1
         assert sorted(path.name for path in place.rglob("*")) == before
         assert (place / "file").read_text() == (place / "full/notes").read_text() == "mine"
+
+
+def test_an_empty_working_folder_is_not_replaced(run, base, lora, tmp_path: Path, monkeypatch) -> None:
+    """Whoever stands in it would see nothing of the output."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    result = run("-q", "merge", base, lora, "-o", ".")
+    assert result.exit_code == 4
+    assert "working folder" in result.stderr
+    assert os.listdir() == []

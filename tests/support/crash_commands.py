@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from tests.support.crash_table import CASES, Case
 
 __all__ = ["run_case"]
 
+ROOT = Path(__file__).parents[2]
 KILLED = 137
 LIMIT = 120  # seconds of one run
 CALLS = (
@@ -147,7 +149,9 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
         if done and len(wanted) == 1 and not place.litter():
             if code not in (0, 2):
                 failures.append(f"{point}: complete, and again: exit {code}, {said}")
-        elif code != 0 or place.states() != wanted or place.litter():
+            return
+        told = code == 2 and case.adds and "already exists" in said  # all was there but the end of a hidden folder
+        if (code != 0 and not told) or place.states() != wanted or place.litter():
             differ = [name for name, state in place.states().items() if state != wanted[name]]
             failures.append(f"{point}: again: exit {code}, wrong {differ}, left {place.litter()}, {said}")
 
@@ -404,12 +408,28 @@ def prepare(home: Path, cases: Sequence[Case]) -> None:
     home.mkdir()
     write_inputs(home / "in")
     (home / "made").mkdir()
+    (home / "golden").symlink_to(ROOT / "tests/golden/gguf/llama")
     for words in dict.fromkeys(words for case in cases for words in case.makes):
+        if words.startswith("quantise "):
+            _quantise(home, words.split()[1])
+            continue
         place = _Place(home, Case("inputs", words))
         place.fresh()
         code, said = _child(place, words.split(), None)
         if code != 0:
             raise AssertionError(f"surgery {words}: exit {code}, {said}")
+
+
+def _quantise(home: Path, format_name: str) -> None:
+    """In a process of its own: torch would make the forks slow."""
+    code = (
+        "import sys, pathlib; from tests.support.quantised_folders import quantise_folder\n"
+        "quantise_folder(pathlib.Path('in/base'), pathlib.Path('made', sys.argv[1]), sys.argv[1])"
+    )
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "formats", "cli"))
+    subprocess.run(
+        [sys.executable, "-c", code, format_name], check=True, env={**os.environ, "PYTHONPATH": path}, cwd=home
+    )
 
 
 def main(words: Sequence[str]) -> None:

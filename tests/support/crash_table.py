@@ -16,7 +16,7 @@ class Case:
         name: What it covers.
         words: After ``surgery``. Inputs lie in ``in``, and what is written in ``work``.
         outputs: What is written into ``work``; more than one where a command has several outputs.
-        makes: Commands that make further inputs, in ``made``; equal ones run once.
+        makes: Commands that make further inputs, in ``made``; equal ones run once. ``quantise FORMAT`` is the base in it.
         brings: Folders that are copied into ``work`` first, with their names there.
         adds: Whether files are added to an output that is there: each is complete or absent.
         recipe: Text of ``work``'s neighbour ``recipe.yaml``.
@@ -60,6 +60,15 @@ CASES = (
         makes=("merge in/base in/other -o made/old",),
     ),
     Case("merge-graph", "merge made/graph/model.onnx in/lora --base in/base -o work/out --workers 1", makes=(_GRAPH,)),
+    Case("merge-gguf", "merge golden/base.gguf golden/lora/peft -o work/out --workers 1"),
+    Case(
+        "merge-codes", "merge made/mlx in/lora -o work/out --quantized requantize --workers 1", makes=("quantise mlx",)
+    ),
+    Case(
+        "merge-residual",
+        "merge made/mlx in/lora -o work/out --quantized residual --rank 2 --workers 1",
+        makes=("quantise mlx",),
+    ),
     Case("unmerge", "unmerge made/merged in/lora -o work/out --workers 1", makes=(_MERGED,)),
     Case("unmerge-lora", "unmerge in/base made/merged -o work/out --workers 1", makes=(_MERGED,)),
     Case("layers", "layers in/base -o work/out --keep 0 --workers 1"),

@@ -265,7 +265,8 @@ class Stage:
             if input_id is not None and input_id in map(_identity, final.parents):
                 raise FitError(f"the output lies in the input {show(named, 200)}", file=self.shown, hint=hint)
         output_id = _identity(final)
-        if self._overwrite and output_id is not None:
+        replaces = self._overwrite or (_is_folder(final) and not _has_entries(final))
+        if output_id is not None and replaces:
             for name in (os.curdir, os.path.expanduser("~")):
                 protected = Path(os.path.realpath(name))
                 if output_id in map(_identity, (protected, *protected.parents)):
