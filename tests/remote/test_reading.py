@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -33,6 +34,12 @@ def test_a_path_of_a_bucket_keeps_its_slashes_and_is_known_by_them(tmp_path: Pat
     assert isinstance(path, RemotePath)
     assert str(path / "config.json") == "s3://bucket/models/base/config.json"
     assert (path.parent.key, path.name) == ("models", "base")
+    assert [type(one) for one in (path / "x", path.parent, path.with_name("y"))] == [RemotePath] * 3
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert path in (path / "a/b").parents
+    assert path.is_plain
+    assert not (path / "../other").is_plain
+    assert not (path / "/etc/passwd").is_plain
     assert to_path(Path("s3://bucket/x")) == to_path("s3://bucket/x")
     assert not isinstance(to_path(tmp_path), RemotePath)
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -243,7 +244,7 @@ class Bucket:
         self.forget()
         try:
             with self.faults(key, writing=True):
-                self.obstore.put(self.store, key, data, mode=mode, use_multipart=False)
+                self._repeated(partial(self.obstore.put, self.store, key, data, mode=mode, use_multipart=False))
         except OutputExistsError:
             # What is there may be this, if the answer to the first request was lost.
             if self.read(key).data != data:
@@ -257,19 +258,20 @@ class Bucket:
         """
         with self.faults(keys[0] if keys else "", writing=True), contextlib.suppress(FileNotFoundError):
             for key in keys:
-                self._delete(key)
+                self._repeated(partial(self.obstore.delete, self.store, key))  # S3: a POST
         self.forget()
 
-    def _delete(self, key: str) -> None:
-        """One object. S3 is asked with a POST, which obstore does not repeat, though it does no harm."""
-        for attempt in range(1 + _ASKED_AGAIN):
+    def _repeated(self, ask: Callable[[], object]) -> None:
+        """Make a request that does no harm if it is made twice, though obstore does not know that and would not repeat it."""
+        for attempt in range(_ASKED_AGAIN):
             try:
-                self.obstore.delete(self.store, key)
+                ask()
                 return
             except self.obstore.exceptions.GenericError as error:
-                if attempt == _ASKED_AGAIN or _STATUS.search(str(error)):
+                if _STATUS.search(str(error)):
                     raise
                 time.sleep(_PAUSE * 4**attempt)
+        ask()
 
     def forget(self) -> None:
         """Forget the listings: something was written."""
