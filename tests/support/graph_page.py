@@ -47,6 +47,8 @@ SEEN = """## What exporters and runtimes do
   feed-forward part is as wide as its vocabulary (0.18.0).
 - onnxruntime's convolution of no channels [gives NaN](../findings/onnxruntime_empty_convolution_keeps_garbage.sh) where NaN or Inf lay in
   memory (1.22 to 1.31.1), so slots beside convolutions have a kernel of zeros.
+- onnxruntime's Attention (opset 23) of earlier keys [cannot run](../findings/onnxruntime_attention_wants_present.sh) without both
+  `present_*` outputs (1.31.1, 1.32.0), so graphs name them where nothing reads them, too.
 - Olive lists every optional slot twice among the inputs (0.13.0): onnxruntime runs it, `onnx.checker` refuses it.
 - onnxruntime on the CPU computes float16 in float32 and rounds where its casts are: an empty slot in a graph of MatMulNBits in float16
   (transformers.js' `q4f16`) moved rounding by 0.004 of answers of 3. In float32 the bits stay.
