@@ -27,23 +27,20 @@ __all__ = ["check_codes", "check_kept"]
 
 _RECORDED = 1e-3
 """Share by which an error of codes may differ from what was written down."""
-_STORED = 2.0**-8
-"""What a merge adds to it that stores bf16 in between."""
 _UNRECORDED = 0.5
 """The greatest error of codes of which nothing was written down: that of no rounding to 4 bits."""
 _BLOCK = 1 << 22  # elements compared at a time
 _HINT = "`against=` names another base, or the adapters that were merged are not named"
 
 
-def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, folder: Path, *, merged: bool) -> str:
+def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, folder: Path) -> str:
     """What is said of codes that are near enough to the values that they were made of.
 
     Args:
         graph: The graph.
         reference: What its files hold, see `surgery.verification.coded_weights.coded_reference`.
-        wanted: The values.
+        wanted: The values; of a merge in float32, since codes are made of them before they are rounded to another type.
         folder: Where the manifest is that tells how far they were when they were written, if there is one.
-        merged: Whether `wanted` are a merge's, which are rounded to the base's type.
 
     Raises:
         ProofError: a weight is farther from them than was written down.
@@ -54,8 +51,7 @@ def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights
         if limit is None and not found.relative <= _UNRECORDED:
             text = f"its codes are off by {found.relative:.3g} of the base"
             raise ProofError(text, file=graph.path, tensor=name, hint=_HINT)
-        allowed = math.hypot(limit or 0.0, _STORED if merged else 0.0) * (1 + _RECORDED)
-        if limit is not None and not found.relative <= allowed + _RECORDED**2:
+        if limit is not None and not found.relative <= limit * (1 + _RECORDED) + _RECORDED**2:
             text = f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down"
             raise ProofError(text, file=graph.path, tensor=name, hint=_HINT)
     total = sum(errors.values(), CodeError(0.0, 0.0, 0.0))
@@ -65,6 +61,8 @@ def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights
 
 def check_kept(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, *, merged: bool) -> int:
     """The number of weights that are kept as numbers, each as `wanted` has it; see `check_codes` for the arguments.
+
+    `merged` says whether `wanted` are a merge's, as it would store them.
 
     Raises:
         ProofError: a weight has other values; those of a merge may differ by the rounding of both types.
