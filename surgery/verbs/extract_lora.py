@@ -9,6 +9,7 @@ adapter is read back before it appears and must hold what was measured, where it
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -232,7 +233,7 @@ def _scratch_folder(output: Path | None) -> Path | None:
         return None
     if is_remote(output):
         return memory_folder()
-    parent = output.parent.resolve()
+    parent = Path(os.path.realpath(output.parent))  # unlike resolve, no loop of links is a fault
     return parent if parent.is_dir() else None
 
 

@@ -401,7 +401,7 @@ for _field, _value in {
         some=2,
     )
 for _field, _value in {
-    "r": "2", "lora_alpha": [4], "peft_type": "FROB", "use_rslora": "false", "use_dora": True, "alpha_pattern": {"q(": 3},
+    "r": "2", "lora_alpha": 1e300, "peft_type": "FROB", "use_rslora": "false", "use_dora": True, "alpha_pattern": {"q(": 3},
     "rank_pattern": {"q_proj": HUGE}, "modules_to_save": 5, "layer_replication": [[0, 2]],
     "target_parameters": {"a": 1}, "use_frob": True,
 }.items():  # fmt: skip

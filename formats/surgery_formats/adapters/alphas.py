@@ -8,11 +8,11 @@ from pathlib import Path
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.text import show
 
-__all__ = ["TELL_ALPHA", "agreed_alpha", "stated_alpha", "written_alpha"]
+__all__ = ["LARGEST_ALPHA", "TELL_ALPHA", "agreed_alpha", "stated_alpha", "written_alpha"]
 
 TELL_ALPHA = "give the alpha that it was trained with as `alpha=`, which inspect, merge and convert take"
 """What to do about a file that states no scale, whichever command opened it."""
-_LARGEST = 1e30  # products with weights stay finite in float32
+LARGEST_ALPHA = 1e30  # products with weights stay finite in float32
 
 
 def stated_alpha(value: object, file: Path) -> float:
@@ -21,7 +21,7 @@ def stated_alpha(value: object, file: Path) -> float:
     Raises:
         MalformedError: no finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_ALPHA:
         raise MalformedError(f"its alpha is {show(repr(value), 40)}, not a finite number", file=file)
     return float(value)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from surgery_formats.adapters.alphas import LARGEST_ALPHA
 from surgery_formats.adapters.peft.keys import bare_pattern
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
@@ -334,8 +335,8 @@ class _FieldReader:
         return value
 
     def check_number(self, key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.fail(key, value, "a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_ALPHA:
+            raise self.fail(key, value, f"a finite number of at most {LARGEST_ALPHA:g}")
         return float(value)
 
     def integer(self, key: str, default: int, low: int) -> int:
