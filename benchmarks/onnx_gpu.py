@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx_gpu_codes import beside_builder, codes, exported, spawn, with_tokenizer
+from onnx_gpu_gate import gate
 from onnx_gpu_model import EIGHT_B, export, write_model, write_prefix, write_slots
 from onnx_gpu_profile import elsewhere, kernels
 from onnx_gpu_right import right
@@ -245,6 +246,30 @@ def batches(run: Run, dtype: str) -> None:
     run.measured(dtype, {"base": run.bind(run.work / dtype / "model.onnx", batch=8)}, rows, 100)
 
 
+SHAPES = (
+    (1, PROMPT, CACHE),
+    (8, PROMPT, CACHE),
+    (32, PROMPT, CACHE),
+    (1, PROMPT, 8192),
+    (1, 6000, 8192),
+    (4, 6000, 8192),
+)
+
+
+def attention(run: Run, dtype: str) -> None:
+    """The base with XQA and without, by rows, tokens before and the size of the cache."""
+    if not (run.work / dtype).exists():
+        write_model(run.shape, run.work / dtype, dtype)
+        export(run.work / dtype, "model.onnx", run.target, dtype)
+    graph = run.work / dtype / "model.onnx"
+    for rows, tokens, cache in SHAPES:
+        with setting(XQA):
+            sides = {"XQA": run.bind(graph, batch=rows, max_length=cache)}
+        sides["as opened"] = run.bind(graph, batch=rows, max_length=cache)
+        ids = np.random.default_rng(3).integers(3, run.shape.vocabulary, (rows, tokens)).tolist()
+        run.measured(f"{dtype} {rows} x {tokens} of {cache}", sides, ids, 80, prefills=3)
+
+
 def eight_b(run: Run, dtype: str) -> None:
     shape = EIGHT_B if run.shape == LARGE else run.shape
     write_model(shape, run.work / "8b", dtype)
@@ -317,6 +342,8 @@ def main() -> int:
         "before": lambda run: before(run, "fp16", options.before),
         "slots": lambda run: slots(run, "fp16"),
         "variants": lambda run: variants(run, "fp16"),
+        "attention": lambda run: attention(run, "fp16"),
+        "gate": gate,
         "batch8": lambda run: batches(run, "fp16"),
         "codes": lambda run: codes(run, "fp16"),
         "8b": lambda run: eight_b(run, "fp16"),

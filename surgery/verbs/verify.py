@@ -35,7 +35,6 @@ TOLERANCE = 1e-4
 SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 _GRAPH = "model.onnx"
-_PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
 @timed

@@ -73,14 +73,23 @@ def test_a_merge_by_another_weight_is_refused(base, tmp_path):
             surgery.verify(tmp_path / "out", against=base, adapters=adapters)
 
 
-@pytest.mark.parametrize("options", [{"linear": "matmul"}, {"weights_type": "int4"}])
-def test_stacks_of_experts_inside_the_graph_are_compared_too(tmp_path, options):
+@pytest.mark.parametrize(
+    ("options", "name", "change"),
+    [
+        ({"linear": "matmul"}, "down_proj", half_a_step),
+        # Codes are as far from the base as was written down: they tell another weight, and no bit that is lost in rounding.
+        ({"weights_type": "int4"}, "down_proj", lambda t: t.mul_(1.05)),
+        ({"weights_type": "int4"}, "down_proj", lambda t: t[1].zero_()),
+        ({"weights_type": "int4"}, "down_proj_bias", half_a_step),
+    ],
+)
+def test_stacks_of_experts_inside_the_graph_are_compared_too(tmp_path, options, name, change):
     base = recipes.build("gpt_oss", tmp_path / "base")
     surgery.export_onnx(base, output=tmp_path / "out", weights="embed", **options)
     assert surgery.verify(tmp_path / "out", against=base).difference < 1e-4
-    name = "model.layers.1.mlp.experts.down_proj"
+    stored = f"model.layers.1.mlp.experts.{name}"
     tensors = load_file(base / "model.safetensors")
-    half_a_step(tensors[name])
+    change(tensors[stored])
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ProofError, match=name):
+    with pytest.raises(ProofError, match=stored):
         surgery.verify(tmp_path / "out", against=base)
