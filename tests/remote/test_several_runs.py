@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import obstore
@@ -18,6 +19,8 @@ from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.remote import upload
 from surgery_formats.files.remote.bucket import Bucket
+from surgery_formats.files.remote.stage import RemoteStage
+from surgery_formats.whole import is_within_whole
 from tests.support.folder_jobs import OTHER, PLAN
 from tests.support.s3 import Storage
 
@@ -85,6 +88,25 @@ def test_a_manifest_whose_answer_fails_does_not_stay_alone(storage: Storage, mon
     with pytest.raises(ResourceError):
         folder.commit({})
     folder.__exit__(None, None, None)
+    assert storage.objects("out") == {}
+
+
+def test_a_commit_into_a_bucket_is_interrupted_at_once_and_undone(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests may take minutes, and with ``--verify full`` it reads everything again."""
+    harm: list[bool] = []
+
+    def interrupt(*_: object) -> None:
+        harm.append(is_within_whole(sys._getframe()))
+        raise KeyboardInterrupt
+
+    folder = _begun(storage)
+    monkeypatch.setattr(RemoteStage, "_prove", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        folder.commit({})
+    folder.__exit__(None, None, None)
+    assert harm == [False]
     assert storage.objects("out") == {}
 
 

@@ -34,6 +34,7 @@ from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.files.remote.unfinished import abort_unfinished
 from surgery_formats.files.remote.upload import Upload, upload_file
 from surgery_formats.text import nbytes as readable
+from surgery_formats.whole import interruptible
 
 __all__ = ["RemoteStage"]
 
@@ -77,6 +78,7 @@ class RemoteStage:
         """The bucket that is written to."""
         return self.shown.bucket
 
+    @interruptible
     def acquire(self) -> None:
         """Make the folder in memory, and give up uploads that a killed run began.
 
@@ -94,8 +96,12 @@ class RemoteStage:
             raise
         with contextlib.suppress(OSError):  # what killed runs left in memory: every run begins anew
             sweep(self.path.parent, _STAGES)
-        self._local.acquire()
-        abort_unfinished(self.bucket, self.shown.key)
+        try:
+            self._local.acquire()
+            abort_unfinished(self.bucket, self.shown.key)
+        except BaseException:
+            self._local.release()
+            raise
 
     def release(self) -> None:
         """Give up everything that has not appeared; may be called twice."""
@@ -130,6 +136,7 @@ class RemoteStage:
             self._checked.append(name)
         return upload
 
+    @interruptible
     def publish(self) -> RemotePath:
         """Let the output appear.
 
