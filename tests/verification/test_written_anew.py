@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery_formats.errors import ProofError
+from surgery_formats.files.output.manifest import MANIFEST
 from tests.oracles import recipes
 from tests.support import trained
 from tests.support.quantised_folders import quantise_folder
@@ -107,3 +110,21 @@ def test_stacks_of_experts_inside_the_graph_are_compared_too(tmp_path, options, 
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ProofError, match=stored):
         surgery.verify(tmp_path / "out", against=base)
+
+
+def test_codes_that_no_weight_of_the_model_has_are_not_counted(base, tmp_path):
+    out = tmp_path / "out"
+    surgery.export_onnx(base, output=out, **FORMS["codes in the graph"])
+    (out / MANIFEST).unlink()
+    model = onnx.load(out / "model.onnx")
+    (prop,) = [prop for prop in model.metadata_props if prop.key == "surgery.contract"]
+    contract = json.loads(prop.value)
+    contract["quantised"][0]["weights"].append("model.layers.9.mlp.down_proj.weight")
+    prop.value = json.dumps(contract)
+    for tensor in list(model.graph.initializer):
+        if tensor.name.startswith("model.layers.0.mlp.down_proj.weight."):
+            model.graph.initializer.add().CopyFrom(tensor)
+            model.graph.initializer[-1].name = tensor.name.replace("layers.0", "layers.9")
+    onnx.save(model, out / "model.onnx")
+    with pytest.raises(ProofError, match=r"codes that the model does not read: model\.layers\.9\.mlp\.down_proj"):
+        surgery.verify(out, against=base)
