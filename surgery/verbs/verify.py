@@ -230,7 +230,7 @@ def _graphs(
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
     from surgery.verification.pair import halves, measure_half
     from surgery.verification.sentence import own_task, with_sentence_modules
-    from surgery.verification.session import check_weights, read_graph
+    from surgery.verification.session import check_weights, embedder_of, read_graph
     from surgery.verification.slots import with_defaults
 
     where, main = path.parent, read_graph(path)
@@ -238,9 +238,11 @@ def _graphs(
     graphs = [main, *halves(main)]
     if main.contract.prefill:
         graphs.append(read_graph(where / Path(main.contract.prefill).name))
-    for graph in graphs:
+    embedder = embedder_of(main)
+    holding = graphs if embedder is None else [*graphs, embedder]
+    for graph in holding:
         check_weights(graph)
-    names = list(dict.fromkeys(file.name for graph in graphs for file in graph.weight_files))
+    names = list(dict.fromkeys(file.name for graph in holding for file in graph.weight_files))
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
     if base is not None and not roles.merged:  # a merge may have put them under the names of the base's files
@@ -251,7 +253,7 @@ def _graphs(
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif base is None and not is_written_anew(main) and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(graphs, names, base, roles, own)
+    reference = _reference(holding, names, base, roles, own)
     if is_written_anew(main):
         checks += _written_anew(main, reference, base, roles.merged, notes)
     for graph in graphs if main.contract.encoder else (main,):
