@@ -17,6 +17,7 @@ from surgery_formats.errors import ProofError
 from surgery_formats.files.output.manifest import MANIFEST
 from tests.oracles import recipes
 from tests.support import trained
+from tests.support.quantised_folders import quantise_folder
 
 NORM, TABLE = "model.layers.0.input_layernorm.weight", "model.embed_tokens.weight"
 MATRIX = "model.layers.1.mlp.up_proj.weight"
@@ -74,6 +75,19 @@ def test_a_merge_by_another_weight_is_refused(base, tmp_path):
     for adapters in ((), (adapter, 0.999)):
         with pytest.raises(ProofError, match="q_proj"):
             surgery.verify(tmp_path / "out", against=base, adapters=adapters)
+
+
+def test_codes_of_a_merge_are_compared_with_what_they_were_made_of_and_not_with_what_a_merge_stores(tmp_path):
+    """A merge into this base stores bf16, whose rounding adds to an error of codes in part, and not only as chance would."""
+    plain = recipes.build("llama", tmp_path / "plain", intermediate_size=32)
+    adapter = trained.train(
+        "llama", plain, ("LoraConfig", {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}), tmp_path / "adapter"
+    )
+    base = quantise_folder(plain, tmp_path / "base", "fp8 tensor")
+    surgery.export_onnx(base, [adapter], output=tmp_path / "out", weights_type="int4")
+    assert surgery.verify(tmp_path / "out", against=base, adapters=adapter).difference < 1e-4
+    with pytest.raises(ProofError, match="q_proj"):
+        surgery.verify(tmp_path / "out", against=base, adapters=(adapter, 0.9))
 
 
 @pytest.mark.parametrize(
