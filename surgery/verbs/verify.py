@@ -16,6 +16,7 @@ from surgery.reports.result import timed
 from surgery.verification.bytes import compare_copied, compare_files, data_shard
 from surgery.verification.result import Check, Verification
 from surgery.verification.written_files import check_added, check_manifest
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NotFoundError, ProofError, UsageError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.remote.path import on_a_disk
@@ -305,9 +306,11 @@ def _written_anew(
             yield Check("quantised weights", said)
         notes.append(f"the {'codes' if quantised else 'weights'} were not compared with the base: --against BASE does")
         return
-    wanted = planned_weights(plan_merge(bind(merged, base, new_biases=True))) if merged else stored_weights(base.main)
+    binding = bind(merged, base, new_biases=True) if merged else None
+    wanted = stored_weights(base.main) if binding is None else planned_weights(plan_merge(binding))
     if quantised:
-        found = check_codes(graph, reference, wanted, folder, merged=bool(merged))
+        exact = wanted if binding is None else planned_weights(plan_merge(binding, dtype=DType.F32))
+        found = check_codes(graph, reference, exact, folder)
         yield Check("quantised weights", f"{said}: {found}")
         if not recorded_errors(folder):
             notes.append(f"no {MANIFEST} says how far the codes were from the base when they were written")
