@@ -27,7 +27,7 @@ from surgery_formats.threads import one_thread
 
 __all__ = ["stream_weights"]
 
-_AHEAD = 96 << 20  # bytes that are made and not sent yet; what one weight has in several places comes on top
+_AHEAD = 64 << 20  # bytes that are made and not sent yet; what one weight has in several places comes on top
 _FETCHED = 8 << 20  # bytes of a copy that are fetched at a time
 _FETCHING = 6  # threads
 

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.comparison.fingerprint_result import FingerprintResult, ModelContent
 from surgery.engine.inputs import Openable, as_list, opened_or_graph
 from surgery.progress import Callback, Progress
 from surgery.reports.result import timed
-from surgery_formats.containers.onnx import open_graph
+from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.content import content_of, merkle_root
+from surgery_formats.models.content import TensorContent, content_of, merkle_root
 from surgery_formats.tensors.tensor import Tensor
 
 __all__ = ["FingerprintResult", "fingerprint"]
@@ -41,7 +42,7 @@ def fingerprint(
     Raises:
         UsageError: no model.
         InputError: one of them cannot be read.
-        FitError: it has no tensors.
+        FitError: it has no tensors, or some of text.
     """
     named: list[Openable] = as_list(models)
     listed = [opened_or_graph(model, "models") for model in named]
@@ -49,38 +50,62 @@ def fingerprint(
         raise UsageError("no model was named")
     other = None if against is None else opened_or_graph(against, "against")
     opened = [_tensors(one) for one in (*listed, *([] if other is None else [other]))]
-    meter = _meter(sum(tensor.nbytes for _, tensors in opened for tensor in tensors.values()), progress)
-    found = [_content(path, tensors, meter) for path, tensors in opened]
+    meter = _meter(sum(tensor.nbytes for one in opened for tensor in one.tensors.values()), progress)
+    found = [_content(one, meter) for one in opened]
     if other is None:
         return FingerprintResult(tuple(found))
     return FingerprintResult(tuple(_compared(one, found[-1]) for one in found[:-1]), found[-1])
 
 
-def _tensors(opened: object) -> tuple[Path, Mapping[str, Tensor]]:
-    """Where it lies, and its tensors by name; those of a pipeline with the network that they are of."""
+@dataclass(frozen=True)
+class _Named:
+    """The tensors of a model where it lies, those of a pipeline with the network that they are of; and the graph, if it is one."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    graph: OnnxGraph | None = None
+
+
+def _tensors(opened: object) -> _Named:
     if isinstance(opened, Path):
-        return opened, open_graph(opened).tensors
+        graph = open_graph(opened)
+        if graph.strings:
+            raise FitError("a tensor of text, which has no bytes", file=opened, tensor=graph.strings[0])
+        return _Named(opened, graph.tensors, graph)
     if isinstance(opened, Checkpoint):
         named: dict[str, Tensor] = {
             f"{component.name}:{tensor.name}" if component.name else tensor.name: tensor
             for component in opened.components.values()
             for tensor in component.tensors.values()
         }
-        return opened.path, named
+        return _Named(opened.path, named)
     tensors: tuple[Tensor, ...] = opened.tensors  # type: ignore[attr-defined]
     path: Path = opened.path  # type: ignore[attr-defined]
     several: dict[str, Tensor] = {}
     for tensor in tensors:
         if several.setdefault(tensor.name, tensor) is not tensor:
             raise FitError("two tensors of this name", file=path, tensor=tensor.name, hint="of several files: name one")
-    return path, several
+    return _Named(path, several)
 
 
-def _content(path: Path, tensors: Mapping[str, Tensor], read: Callable[[int], None]) -> ModelContent:
-    if not tensors:
-        raise FitError("it has no tensors", file=path)
-    content = content_of(tensors, read)
-    return ModelContent(path, merkle_root([one.leaf(name) for name, one in content.items()]), content)
+def _content(named: _Named, read: Callable[[int], None]) -> ModelContent:
+    content = content_of(named.tensors, read)
+    if named.graph is not None:
+        content = _of_graph(named.graph, content)
+    if not content:
+        raise FitError("it has no tensors", file=named.path)
+    return ModelContent(named.path, merkle_root([one.leaf(name) for name, one in content.items()]), content)
+
+
+def _of_graph(graph: OnnxGraph, content: Mapping[str, TensorContent]) -> dict[str, TensorContent]:
+    """With shapes as the graph has them, also of what is bytes here; and with the tensors that are written value by value."""
+    found = {name: replace(one, shape=graph.shapes[name]) for name, one in content.items()}
+    for name in graph.small:
+        raw = graph.small.raw(name)
+        found[name] = TensorContent(
+            graph.small.label(name), graph.shapes[name], hashlib.sha256(raw).hexdigest(), len(raw)
+        )
+    return {name: found[name] for name in sorted(found)}
 
 
 def _compared(model: ModelContent, other: ModelContent) -> ModelContent:

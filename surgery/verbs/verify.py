@@ -16,6 +16,7 @@ from surgery.reports.result import timed
 from surgery.verification.bytes import compare_copied, compare_files, data_shard
 from surgery.verification.result import Check, Verification
 from surgery.verification.written_files import check_added, check_manifest
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NotFoundError, ProofError, UsageError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.remote.path import on_a_disk
@@ -35,7 +36,6 @@ TOLERANCE = 1e-4
 SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 _GRAPH = "model.onnx"
-_PER_GRAPH = ("genai_config.json",)  # what an export adds besides graphs
 
 
 @timed
@@ -230,7 +230,7 @@ def _graphs(
     from surgery.verification.inserted import with_adapter_modules, with_baked_modules
     from surgery.verification.pair import halves, measure_half
     from surgery.verification.sentence import own_task, with_sentence_modules
-    from surgery.verification.session import check_weights, read_graph
+    from surgery.verification.session import check_weights, embedder_of, read_graph
     from surgery.verification.slots import with_defaults
 
     where, main = path.parent, read_graph(path)
@@ -238,9 +238,11 @@ def _graphs(
     graphs = [main, *halves(main)]
     if main.contract.prefill:
         graphs.append(read_graph(where / Path(main.contract.prefill).name))
-    for graph in graphs:
+    embedder = embedder_of(main)
+    holding = graphs if embedder is None else [*graphs, embedder]
+    for graph in holding:
         check_weights(graph)
-    names = list(dict.fromkeys(file.name for graph in graphs for file in graph.weight_files))
+    names = list(dict.fromkeys(file.name for graph in holding for file in graph.weight_files))
     if names:
         checks.append(Check("weight files", f"{', '.join(names)}: size and header as when the graph was made"))
     if base is not None and not roles.merged:  # a merge may have put them under the names of the base's files
@@ -251,7 +253,7 @@ def _graphs(
             checks.append(Check("weight bytes", f"{', '.join(same)}: the base's"))
     elif base is None and not is_written_anew(main) and not set(names) <= {Path(name).name for name in hashed}:
         notes.append("the weights' bytes were not compared with the base: --against BASE does")
-    reference = _reference(graphs, names, base, roles, own)
+    reference = _reference(holding, names, base, roles, own)
     if is_written_anew(main):
         checks += _written_anew(main, reference, base, roles.merged, notes)
     for graph in graphs if main.contract.encoder else (main,):
@@ -306,9 +308,11 @@ def _written_anew(
             yield Check("quantised weights", said)
         notes.append(f"the {'codes' if quantised else 'weights'} were not compared with the base: --against BASE does")
         return
-    wanted = planned_weights(plan_merge(bind(merged, base, new_biases=True))) if merged else stored_weights(base.main)
+    binding = bind(merged, base, new_biases=True) if merged else None
+    wanted = stored_weights(base.main) if binding is None else planned_weights(plan_merge(binding))
     if quantised:
-        found = check_codes(graph, reference, wanted, folder, merged=bool(merged))
+        exact = wanted if binding is None else planned_weights(plan_merge(binding, dtype=DType.F32))
+        found = check_codes(graph, reference, exact, folder)
         yield Check("quantised weights", f"{said}: {found}")
         if not recorded_errors(folder):
             notes.append(f"no {MANIFEST} says how far the codes were from the base when they were written")

@@ -30,7 +30,7 @@ from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.names import Names
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.computed import zeros
-from surgery_formats.text import show
+from surgery_formats.text import listing, show
 
 __all__ = ["HEAD", "CodedWeights", "coded_reference", "is_written_anew"]
 
@@ -154,7 +154,7 @@ def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Refere
     """The model that graphs of codes are together, the main one first; `names` are those of all their files.
 
     Raises:
-        ProofError: the contract names a weight that the files lack.
+        ProofError: the contract names a weight that the files lack, or the model.
         MalformedError: codes and scales of other sizes than they must have.
     """
     graph = graphs[0]
@@ -180,6 +180,9 @@ def coded_reference(graphs: Sequence[GraphFile], names: Sequence[str]) -> Refere
         weights.turned |= {name} if turned else set()
         weights.stacks |= {name: count} if count else {}
         _check(weights.codes_of(weights.stored(name.removesuffix(f" {HEAD}"))), outputs * (count or 1), inputs, graph)
+    compared = {weights.stored(name) for name in weights.shapes}
+    if unread := sorted(codes.keys() - compared):
+        raise ProofError(f"the contract has codes that the model does not read: {listing(unread)}", file=graph.path)
     return Reference(model, weights)
 
 

@@ -55,7 +55,7 @@ def _check_measurable(graph: GraphFile) -> None:
     inputs = {port.name for port in graph.model.graph.input}
     if contract.encoder or contract.task == "multiple-choice" or "logits" not in outputs or "pixel_values" in inputs:
         raise FitError(
-            "logits on a text are measured of decoders and encoders of texts that have some",
+            "logits on a text are measured of decoders, and of encoders of texts with logits, one graph by itself",
             file=graph.path,
             hint="leave `text=` away",
         )

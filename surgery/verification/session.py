@@ -25,7 +25,17 @@ from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
 
-__all__ = ["GraphFile", "Session", "check_sizes", "check_weights", "default_past", "prompt_in_front", "read_graph"]
+__all__ = [
+    "GraphFile",
+    "Session",
+    "check_sizes",
+    "check_weights",
+    "default_past",
+    "embedder_of",
+    "keys_in_front_of",
+    "prompt_in_front",
+    "read_graph",
+]
 
 _LIMIT = (1 << 31) - 1  # bytes of a protocol buffer
 _ROTARY = "rotary"  # what the values of a table of angles are called
@@ -91,6 +101,23 @@ def read_graph(path: Path) -> GraphFile:
     if foreign or model.functions:
         raise FitError(f"has operators of '{show(foreign[0] if foreign else 'local functions')}'", file=path)
     return GraphFile(path, model, contract)
+
+
+def embedder_of(graph: GraphFile) -> GraphFile | None:
+    """The graph that makes the embeddings that `graph` takes, if it takes some.
+
+    Raises:
+        InputError: it is not there, or none.
+    """
+    name = graph.contract.embedder
+    if not name:
+        return None
+    if not is_safe_name(name) or "/" in name or name == graph.path.name:
+        raise MalformedError(f"the graph refers to '{show(name)}' for its embeddings", file=graph.path)
+    own = read_graph(graph.path.parent / name)
+    if own.contract.embedder:
+        raise MalformedError("the graph of embeddings takes embeddings itself", file=own.path)
+    return own
 
 
 def default_past(graph: GraphFile) -> Cache | None:
@@ -271,12 +298,7 @@ class Session:
             self._session = cpu_session(model.SerializeToString(), graph.path.parent)
         except Exception as error:  # onnxruntime has a dozen types without a common base
             raise self._refused(error) from error
-        name = graph.contract.embedder
-        if name and (not is_safe_name(name) or "/" in name or name == graph.path.name):
-            raise MalformedError(f"the graph refers to '{show(name)}' for its embeddings", file=graph.path)
-        own = read_graph(graph.path.parent / name) if name else None
-        if own is not None and own.contract.embedder:
-            raise MalformedError("the graph of embeddings takes embeddings itself", file=own.path)
+        own = embedder_of(graph)
         self._embedder = Session(own) if own is not None else None
         ports = self._session.get_inputs()
         self.inputs = {port.name for port in ports}

@@ -27,44 +27,46 @@ __all__ = ["check_codes", "check_kept"]
 
 _RECORDED = 1e-3
 """Share by which an error of codes may differ from what was written down."""
-_STORED = 2.0**-8
-"""What a merge adds to it that stores bf16 in between."""
-_UNRECORDED = 0.5
-"""The greatest error of codes of which nothing was written down: that of no rounding to 4 bits."""
+_UNRECORDED = {4: 0.5, 8: 0.1}
+"""The greatest error of codes of which nothing was written down, by their bits: that of no rounding to them."""
+_NONE = CodeError(0.0, 0.0, 0.0)
 _BLOCK = 1 << 22  # elements compared at a time
 _HINT = "`against=` names another base, or the adapters that were merged are not named"
 
 
-def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, folder: Path, *, merged: bool) -> str:
+def check_codes(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, folder: Path) -> str:
     """What is said of codes that are near enough to the values that they were made of.
 
     Args:
         graph: The graph.
         reference: What its files hold, see `surgery.verification.coded_weights.coded_reference`.
-        wanted: The values.
+        wanted: The values; of a merge in float32, since codes are made of them before they are rounded to another type.
         folder: Where the manifest is that tells how far they were when they were written, if there is one.
-        merged: Whether `wanted` are a merge's, which are rounded to the base's type.
 
     Raises:
         ProofError: a weight is farther from them than was written down.
     """
-    recorded, errors = recorded_errors(folder), _code_errors(_weights(reference), wanted)
-    for name, found in errors.items():
-        limit = recorded.get(name)
-        if limit is None and not found.relative <= _UNRECORDED:
-            text = f"its codes are off by {found.relative:.3g} of the base"
+    weights, recorded = _weights(reference), recorded_errors(folder)
+    errors: dict[str, CodeError] = {}
+    for name, matrices in _code_errors(weights, wanted):
+        found = errors[name] = sum(matrices, _NONE)
+        limit, most = recorded.get(name), _UNRECORDED.get(weights.codes_of(name).bits, _UNRECORDED[4])
+        off = next((one.relative for one in matrices if not one.relative <= most), None)
+        if limit is None and off is not None:
+            text = f"its codes are off by {off:.3g} of the base"
             raise ProofError(text, file=graph.path, tensor=name, hint=_HINT)
-        allowed = math.hypot(limit or 0.0, _STORED if merged else 0.0) * (1 + _RECORDED)
-        if limit is not None and not found.relative <= allowed + _RECORDED**2:
+        if limit is not None and not found.relative <= limit * (1 + _RECORDED) + _RECORDED**2:
             text = f"its codes are off by {found.relative:.3g} of the base, and {limit:.3g} was written down"
             raise ProofError(text, file=graph.path, tensor=name, hint=_HINT)
-    total = sum(errors.values(), CodeError(0.0, 0.0, 0.0))
+    total = sum(errors.values(), _NONE)
     worst = max(errors, key=lambda name: errors[name].relative)
     return f"error {total.relative:.3g} of the base, at most {errors[worst].relative:.3g} ({worst})"
 
 
 def check_kept(graph: GraphFile, reference: Reference, wanted: ReferenceWeights, *, merged: bool) -> int:
     """The number of weights that are kept as numbers, each as `wanted` has it; see `check_codes` for the arguments.
+
+    `merged` says whether `wanted` are a merge's, as it would store them.
 
     Raises:
         ProofError: a weight has other values; those of a merge may differ by the rounding of both types.
@@ -88,26 +90,27 @@ def _weights(reference: Reference) -> CodedWeights:
     return reference.weights
 
 
-def _code_errors(weights: CodedWeights, wanted: ReferenceWeights) -> dict[str, CodeError]:
-    """By stored name."""
-    errors = {}
+def _code_errors(weights: CodedWeights, wanted: ReferenceWeights) -> Iterator[tuple[str, list[CodeError]]]:
+    """By stored name, of each matrix of a stack by itself."""
     for name, (outputs, inputs) in weights.shapes.items():
-        found = CodeError(0.0, 0.0, 0.0)
-        whole = name in weights.turned and name not in weights.stacks
-        rows, width = (weights.stacks[name], outputs * inputs) if name in weights.stacks else (outputs, inputs)
-        for start, stop in [(0, None)] if whole else _blocks(rows, width):
-            own = weights.load(f"{name} {HEAD}" if weights.parted(name) else name, start, stop).double()
-            values = wanted.load(name, start, stop).double()
-            found += _between(own, values)
-        errors[weights.stored(name)] = found
-    return errors
+        if count := weights.stacks.get(name):
+            found = [_code_error(weights, name, wanted, number, number + 1) for number in range(count)]
+        else:
+            blocks = [(0, None)] if name in weights.turned else _blocks(outputs, inputs)
+            found = [sum((_code_error(weights, name, wanted, *block) for block in blocks), _NONE)]
+        yield weights.stored(name), found
+
+
+def _code_error(weights: CodedWeights, name: str, wanted: ReferenceWeights, start: int, stop: int | None) -> CodeError:
+    own = weights.load(f"{name} {HEAD}" if weights.parted(name) else name, start, stop)
+    return _between(own.double(), wanted.load(name, start, stop).double())
 
 
 def _kept_error(
     weights: CodedWeights, name: str, shape: tuple[int, ...], wanted: ReferenceWeights, dtype: DType
 ) -> tuple[CodeError, float]:
     """Of one weight; and the relative step of the type that `wanted` has it in."""
-    error, between = CodeError(0.0, 0.0, 0.0), 0.0
+    error, between = _NONE, 0.0
     whole = len(shape) < 2 or shape[0] < 0 or weights.is_across(name)
     for start, stop in [(0, None)] if whole else _blocks(shape[0], math.prod(shape[1:])):
         values = wanted.load(name, start, stop)

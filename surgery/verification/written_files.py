@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -74,7 +73,7 @@ def _explain(name: str, entry: Mapping[str, Any], where: Path, base: Checkpoint 
         ProofError: this one.
     """
     try:
-        changed_tensors(where, name, entry, [other for other in os.listdir(where) if other.endswith(".onnx")])
+        changed_tensors(where, name, entry, [other for other in names_in(where) if other.endswith(".onnx")])
         if base is not None:
             compare_copied(open_checkpoint(where), base, read_object(where / MANIFEST, INDEX_LIMIT))
     except InputError:  # its header is damaged: that the file has changed says it all

@@ -62,6 +62,24 @@ except KeyboardInterrupt:
     print("answered", interruption.exit_code())
 """
 
+IN_WHAT_UNDOES_ITSELF = """
+from surgery_formats.whole import interruptible, whole
+@interruptible
+def long():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    finally:
+        print("undone", flush=True)
+@whole
+def all_of_it():
+    long()
+try:
+    all_of_it()
+except KeyboardInterrupt:
+    print("answered", interruption.exit_code())
+"""
+
 
 def _told(script: str, *words: str) -> tuple[str, str]:
     command = [sys.executable, "-c", LISTENING + script, *words]
@@ -80,6 +98,10 @@ def test_so_is_a_finaliser_where_exceptions_are_lost() -> None:
 
 def test_so_is_a_function_that_must_not_be_left_halfway() -> None:
     assert _told(IN_A_WHOLE) == ("all of it\nanswered 143\n", "")
+
+
+def test_a_long_part_of_it_that_undoes_itself_is_left() -> None:
+    assert _told(IN_WHAT_UNDOES_ITSELF) == ("undone\nanswered 143\n", "")
 
 
 STARTED = """

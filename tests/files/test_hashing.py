@@ -85,6 +85,37 @@ def test_a_file_that_cannot_be_read_back_is_an_error(tmp_path: Path) -> None:
             state.complete().result(timeout=10)
 
 
+def test_a_hash_that_is_given_up_midway_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "whole").write_bytes(bytes(SIZE))
+    preadv = os.preadv
+    with (tmp_path / "whole").open("rb") as file, ThreadPoolExecutor(1) as pool:
+        state = FollowingHash(Descriptor(os.dup(file.fileno()), None), SIZE, SIGNED, pool)
+
+        def last(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if offset >= SIZE - 50_000:
+                state.stop()
+            return preadv(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", last)
+        with pytest.raises(OSError, match="canceled"):
+            state.complete().result(timeout=10)
+
+
+def test_threads_that_are_late_make_no_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    with output_folder(tmp_path / "out", PLAN) as folder:
+        file = folder.create("weights", SIZE)
+
+        def reached(written: int, changed_from: int) -> None:
+            assert file._lock.locked()  # so that what is told is in the order of what was noted
+            told.append((written, changed_from))
+
+        monkeypatch.setattr(file._hash, "reached", reached)
+        file.pwrite(bytes(10), 0)
+        file.pwrite(bytes(10), 10)
+    assert told == [(10, 0), (20, 10)]
+
+
 def test_a_folder_that_is_given_up_waits_for_no_hash(tmp_path: Path) -> None:
     with output_folder(tmp_path / "out", PLAN) as folder:
         folder.create("weights", SIZE).pwrite(bytes(SIZE), 0)

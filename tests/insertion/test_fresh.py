@@ -255,7 +255,7 @@ REFUSED = {
     "no raw pissa": {"new": "lora", "init": "pissa", "format": "mlx"},
     "is at least 1": {"new": "lora", "rank": 0},
     "rank is 1000000000, and at most 1048576": {"new": "prompt", "rank": 10**9},
-    "seed is 9223372036854775808, and at most": {"new": "vera", "seed": 2**63},
+    "seed is 9223372036854775808; it is at most": {"new": "vera", "seed": 2**63},
     "not a positive number": {"new": "lora", "alpha": -1.0},
 }
 

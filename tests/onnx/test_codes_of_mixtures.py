@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -222,6 +224,28 @@ def test_experts_in_wrong_places_of_one_operator_are_found(fault, tmp_path):
             manifest.unlink()
     with pytest.raises(ProofError, match="its codes are off" if fault == "in the file" else None):
         verify(out, against=base if fault == "in the file" else None)
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_one_expert_of_many_in_another_ones_place_is_found_without_a_manifest(kind, tmp_path):
+    """Of twenty experts two make a third of the whole stack's norm: each is compared by itself."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 20, "num_hidden_layers": 1}
+    base, out = recipes.build("granitemoe", tmp_path / "base", **sizes), tmp_path / "out"
+    export_onnx(base, output=out, weights_type=kind)
+    (out / "surgery_manifest.json").unlink()
+    verify(out, against=base)
+    path = out / "quantised.safetensors"
+    raw = bytearray(path.read_bytes())
+    data = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:data])
+    begin, end = next(
+        entry["data_offsets"] for name, entry in header.items() if name.endswith("output_linear.weight.codes")
+    )
+    stack = np.frombuffer(raw, np.uint8)[data + begin : data + end].reshape(20, -1)
+    stack[[3, 7]] = stack[[7, 3]]
+    path.write_bytes(raw)
+    with pytest.raises(ProofError, match="its codes are off"):
+        verify(out, against=base)
 
 
 def test_codes_of_8_bits_hold_mxfp4(tmp_path):

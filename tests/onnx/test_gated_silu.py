@@ -104,6 +104,16 @@ def test_only_graphs_for_cuda_of_16_bits_have_it(tmp_path: Path) -> None:
         surgery.verify(tmp_path / name, against=base)
 
 
+def test_an_opset_leaves_out_what_older_runtimes_lack(tmp_path: Path) -> None:
+    base = recipes.build("qwen3", tmp_path / "base", num_hidden_layers=1)
+    for name, opset, norms in (("now", None, True), ("older", 21, False)):
+        surgery.export_onnx(base, output=tmp_path / name, weights="copy", target="cuda", dtype="fp16", opset=opset)
+        nodes = onnx.load(tmp_path / name / "model.onnx", load_external_data=False).graph.node
+        (attention,) = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+        assert any("norm" in one for one in attention.input) == norms
+    surgery.verify(tmp_path / "older", against=base)
+
+
 def test_bfloat16_holds_the_scale_and_its_square() -> None:
     ctx: Any = SimpleNamespace(graph=Graph(), io=DType.BF16, target=TARGETS["cuda"])
     gated_silu(ctx, "gate", "up", 64, "mlp")

@@ -51,6 +51,14 @@ def test_embeddings_of_a_text_and_any_others_give_what_they_give_in_transformers
     assert not (tmp_path / "out" / "genai_config.json").exists()
 
 
+@pytest.mark.parametrize("options", [{"weights_type": "int4"}, {"linear": "matmul"}], ids=str)
+def test_weights_inside_both_graphs_are_verified_together(options, tmp_path):
+    base = recipes.build("llama", tmp_path / "base")
+    export_onnx(base, output=tmp_path / "out", inputs_embeds=True, weights="embed", **options)
+    for against in (base, None):
+        assert surgery.verify(tmp_path / "out", against=against).difference <= TOLERANCE
+
+
 def test_lora_in_slots_reaches_embeddings_too(tmp_path):
     base = recipes.build("llama", tmp_path / "base")
     adapter = trained.train("llama", base, trained.MERGED["lora all-linear"], tmp_path / "adapter")

@@ -133,8 +133,10 @@ def _model(case: recipes.Case) -> Model:
     return model_of(json.loads(config.to_json_string(use_diff=True)), {"lm_head.weight", "embed_out.weight"})
 
 
-def _task(case: recipes.Case) -> str:
+def _task(case: recipes.Case, model: Model) -> str:
     endings = sorted((end for end in _TASKS if case.cls.endswith(end)), key=len)
+    if endings[-1] == "ForConditionalGeneration" and model.encoder is None:  # the language model of one that sees
+        return _TASKS["ForCausalLM"]
     return _TASKS[endings[-1]]
 
 
@@ -152,7 +154,7 @@ def exported() -> list[Exported]:
                 Exported(
                     type=name,
                     kind=", ".join(dict.fromkeys(_class(model) for model in models)),
-                    tasks=tuple(dict.fromkeys(_task(case) for case in own.values())),
+                    tasks=tuple(dict.fromkeys(map(_task, own.values(), models))),
                     cases=len(own),
                     lora=any(key in LORA for key in own),
                     grouped=any(all(takes_grouped(one.attention) for one in model.layers) for model in models)

@@ -8,6 +8,7 @@ import json
 import random
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery_cli.group import surgery as command
+from surgery_formats.errors import FitError
 from surgery_formats.models.content import merkle_root
 from tests.support.kit import ROOT
 
@@ -82,6 +84,37 @@ def test_an_adapter_has_one_of_its_factors(tmp_path: Path) -> None:
 def test_a_graph_has_one_too() -> None:
     graph = ROOT / "tests" / "golden" / "onnx_graphs" / "optimum-bert" / "model.onnx"
     assert surgery.fingerprint(graph, against=graph).equal
+
+
+def _graph(path: Path, tensors: list[onnx.TensorProto]) -> Path:
+    output = onnx.helper.make_tensor_value_info("y", tensors[0].data_type, None)
+    node = onnx.helper.make_node("Identity", [tensors[0].name], ["y"])
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", [], [output], tensors)), path)
+    return path
+
+
+KINDS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT64", "INT32", "UINT8", "BOOL", "INT4", "UINT4", "FLOAT8E4M3FN")
+
+
+def test_values_that_a_graph_writes_one_by_one_are_those_of_raw_data(tmp_path: Path) -> None:
+    numbers = [0, 1, 1, 0, 1, 1]
+    typed = [onnx.helper.make_tensor(kind, onnx.TensorProto.DataType.Value(kind), (2, 3), numbers) for kind in KINDS]
+    raw = [onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(one), one.name) for one in typed]
+    written, packed = _graph(tmp_path / "typed.onnx", typed), _graph(tmp_path / "raw.onnx", raw)
+    assert _id(written) == _id(packed)
+    assert len(surgery.fingerprint(written).models[0].tensors) == len(KINDS)
+    for place, kind in enumerate(KINDS):
+        number = onnx.TensorProto.DataType.Value(kind)
+        for shape, values in (((2, 3), [*numbers[:5], 0]), ((3, 2), numbers)):
+            others = [*typed[:place], onnx.helper.make_tensor(kind, number, shape, values), *typed[place + 1 :]]
+            found = surgery.fingerprint(_graph(tmp_path / "other.onnx", others), against=packed).models[0]
+            assert (found.added, found.missing, found.changed) == ((), (), (kind,))
+
+
+def test_text_in_a_graph_is_refused(tmp_path: Path) -> None:
+    text = onnx.helper.make_tensor("words", onnx.TensorProto.STRING, (1,), [b"one"])
+    with pytest.raises(FitError, match="a tensor of text"):
+        surgery.fingerprint(_graph(tmp_path / "text.onnx", [text]))
 
 
 def test_the_command_says_which_tensors_differ_and_ends_with_6(values: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -124,9 +124,8 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     """
     if options.opset is not None:
         check_opset(options.opset)
-        options = replace(
-            options, target=replace(options.target, gate="apart")
-        )  # for runtimes from before the operator
+        # For runtimes from before these: GatedRMSNorm (1.30), and norms inside GroupQueryAttention (1.28).
+        options = replace(options, target=replace(options.target, gate="apart", qk_norm="standard"))
     model = model or model_of(
         component.config, frozenset(component.parameters) | frozenset(options.overrides) | frozenset(options.coded)
     )

@@ -84,6 +84,7 @@ def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
     try:
         _export(f"/dev/fd/{fd}", contiguous)
         with open(fd, "rb", closefd=False) as file:
+            file.seek(0)  # where /dev/fd/N is the same open file, writing has moved its position
             return file.read()
     finally:
         os.close(fd)

@@ -123,9 +123,9 @@ def test_a_folder_that_cannot_be_written_to_is_told(
 ) -> None:
     path = graph(tmp_path / "g.onnx", WEIGHTS)
 
-    def refuse(*given: object, **named: object) -> str:
+    def refuse(*given: object, **named: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("surgery_formats.files.output.scratch.os.mkdir", refuse)
     with pytest.raises(ResourceError, match="Permission denied"):
         surgery.extract_lora(path, path, graph_of=base, output=tmp_path / "out")

@@ -116,6 +116,17 @@ class TypedTensors(Mapping[str, Array]):
             ) from error
         return values
 
+    def raw(self, name: str) -> bytes:
+        """The values as raw data has them, those of less than a byte packed.
+
+        Raises:
+            MalformedError: see `__getitem__`.
+        """
+        import onnx
+
+        data: bytes = onnx.numpy_helper.from_array(self[name]).raw_data
+        return data
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 

@@ -119,7 +119,9 @@ class FollowingHash:
             if start < self._hashed and not self._stopped:
                 return start, self._hashed
             self._running = False
-            if self._complete is not None and start == self._nbytes:
+            if self._complete is not None and self._stopped:  # perhaps in the middle of a piece
+                self._complete.set_exception(OSError(errno.ECANCELED, os.strerror(errno.ECANCELED)))
+            elif self._complete is not None and start == self._nbytes:
                 self._complete.set_result({kind: state.hexdigest() for kind, state in self._states.items()})
             return None
 

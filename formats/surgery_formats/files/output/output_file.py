@@ -231,8 +231,8 @@ class OutputFile:
                 last += 1
             self._spans[first:last] = [(start, stop)]
             begins, front = self._spans[0]
-        if begins == 0:
-            self._hash.reached(front, offset)
+            if begins == 0:  # still under the lock: what is told late would look as if it were written twice
+                self._hash.reached(front, offset)
 
     def _gap(self) -> tuple[int, int] | None:
         """Return the first range never written. Its reserved blocks would read as zeros, like a zero tensor."""

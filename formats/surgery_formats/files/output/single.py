@@ -10,7 +10,6 @@ import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from surgery_formats.errors import FitError, NotFoundError, OutputExistsError, ProofError, ResourceError
 from surgery_formats.files.equal_ranges import EqualRanges, holds
@@ -25,7 +24,7 @@ from surgery_formats.files.output.kernel_copy import (
 from surgery_formats.files.output.manifest import check_output_name
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.output_file import WRITEBACK_STEP, output_faults
-from surgery_formats.files.output.scratch import stages_of, sweep
+from surgery_formats.files.output.scratch import scratch_folder, stages_of, sweep
 from surgery_formats.files.output.several import may_be_there, same_file
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
@@ -163,8 +162,8 @@ def _write_object(
         raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
     if out.exists() and not overwrite:
         raise _exists(out)
-    with TemporaryDirectory(dir=memory_folder()) as folder:
-        made = write_single(Path(folder) / out.name, job, nbytes, fill, prove=prove)
+    with scratch_folder(memory_folder()) as folder:
+        made = write_single(folder / out.name, job, nbytes, fill, prove=prove)
         try:
             upload_file(out.bucket, out.key, made, new=not overwrite)
         except FileExistsError as error:

@@ -256,8 +256,8 @@ class Bucket:
         Raises:
             ResourceError: they cannot be deleted.
         """
-        with self.faults(keys[0] if keys else "", writing=True), contextlib.suppress(FileNotFoundError):
-            for key in keys:
+        for key in keys:  # of one that is not there S3 says nothing, and other stores an error
+            with self.faults(key, writing=True), contextlib.suppress(FileNotFoundError):
                 self._repeated(partial(self.obstore.delete, self.store, key))  # S3: a POST
         self.forget()
 

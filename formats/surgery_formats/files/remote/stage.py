@@ -17,20 +17,24 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import xxhash
 
 from surgery_formats.errors import FitError, OutputExistsError, ProofError, SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
 from surgery_formats.files.output.memory import memory_folder
+from surgery_formats.files.output.scratch import sweep
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.remote.bucket import Bucket, ObjectFacts
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.files.remote.unfinished import abort_unfinished
 from surgery_formats.files.remote.upload import Upload, upload_file
 from surgery_formats.text import nbytes as readable
+from surgery_formats.whole import interruptible
 
 __all__ = ["RemoteStage"]
 
@@ -38,6 +42,7 @@ _LAST = ("config.json", "model_index.json", ".index.json")  # what programs look
 _AT_ONCE = 8
 _MOST_WAITING = 2 << 30  # bytes of files that are made at once and proved before they appear, such as adapters
 _MARKER_LIMIT = 16 << 20
+_STAGES = re.compile(r"\.[0-9a-f]{16}\.surgery-[0-9a-f]{16}\Z")  # in memory, of every output
 
 
 class RemoteStage:
@@ -66,12 +71,14 @@ class RemoteStage:
         self._uploads: dict[str, Upload] = {}
         self._checked: list[str] = []
         self._waiting = 0
+        self._left: ObjectFacts | None = None  # the marker of a killed run, as this one has found it
 
     @property
     def bucket(self) -> Bucket:
         """The bucket that is written to."""
         return self.shown.bucket
 
+    @interruptible
     def acquire(self) -> None:
         """Make the folder in memory, and give up uploads that a killed run began.
 
@@ -81,14 +88,20 @@ class RemoteStage:
         """
         self._refuse_unsafe()
         try:
-            self._there()
+            self._left = self._there().get(UNFINISHED)
         except OutputExistsError:  # what waited in memory for it when its run was killed, waits for nobody
             with contextlib.suppress(SurgeryError):
                 self._local.acquire()
                 self._local.release()
             raise
-        self._local.acquire()
-        abort_unfinished(self.bucket, self.shown.key)
+        with contextlib.suppress(OSError):  # what killed runs left in memory: every run begins anew
+            sweep(self.path.parent, _STAGES)
+        try:
+            self._local.acquire()
+            abort_unfinished(self.bucket, self.shown.key)
+        except BaseException:
+            self._local.release()
+            raise
 
     def release(self) -> None:
         """Give up everything that has not appeared; may be called twice."""
@@ -123,6 +136,7 @@ class RemoteStage:
             self._checked.append(name)
         return upload
 
+    @interruptible
     def publish(self) -> RemotePath:
         """Let the output appear.
 
@@ -146,20 +160,33 @@ class RemoteStage:
             self.bucket.put(self._key(MANIFEST), small[MANIFEST].read_bytes(), new=True)
         except BaseException:
             with contextlib.suppress(SurgeryError):  # the first fault is reported; the marker lists what is left
-                self.bucket.delete([self._key(name) for name in names])
-                self.bucket.delete([self._key(UNFINISHED)])
+                self._take_back(names, small[MANIFEST].read_bytes())
             raise
         with contextlib.suppress(SurgeryError):  # the output is complete, and the next run removes the marker
             self.bucket.delete([self._key(UNFINISHED)])
         abort_unfinished(self.bucket, self.shown.key)  # a request that was repeated has begun two
         return self.shown
 
+    def _take_back(self, names: list[str], manifest: bytes) -> None:
+        """Remove what has appeared, first the manifest, whose answer may be what failed; not the output of another run."""
+        if self.bucket.facts_if_any(self._key(MANIFEST)) is not None:
+            if self.bucket.read(self._key(MANIFEST)).data != manifest:
+                return
+            self.bucket.delete([self._key(MANIFEST)])
+        self.bucket.delete([self._key(name) for name in (*names, UNFINISHED)])
+
     def _claim(self, names: list[str]) -> set[str]:
-        """Say what is going to be written, and take an old manifest away; the names that the old output had."""
+        """Say what is going to be written, and take an old manifest away; the names that the old output had.
+
+        Raises:
+            OutputExistsError: another run has said so since this one began.
+        """
         there = self._there()
-        marker = json.dumps({"job": self._job, "files": sorted({*names, *there} - {MANIFEST, UNFINISHED})}).encode()
+        if (marker := there.get(UNFINISHED)) not in (None, self._left) and self._told(marker).get("job") != self._job:
+            raise OutputExistsError("another process is writing it", file=self.shown)
+        told = json.dumps({"job": self._job, "files": sorted({*names, *there} - {MANIFEST, UNFINISHED})}).encode()
         try:
-            self.bucket.put(self._key(UNFINISHED), marker, new=UNFINISHED not in there)
+            self.bucket.put(self._key(UNFINISHED), told, new=marker is None)
         except FileExistsError as error:
             raise OutputExistsError("another process is writing it", file=self.shown) from error
         if MANIFEST in there:
@@ -226,11 +253,18 @@ class RemoteStage:
 
     def _listed(self, marker: ObjectFacts) -> set[str]:
         """The names in the marker of a killed run."""
+        files = self._told(marker).get("files")
+        return {str(name) for name in files} if isinstance(files, list) else set()
+
+    def _told(self, marker: ObjectFacts) -> dict[str, Any]:
+        """What a marker says; nothing if it is none of ours."""
+        if not 0 < marker.size <= _MARKER_LIMIT:
+            return {}
         try:
-            raw = self.bucket.read(self._key(UNFINISHED), 0, min(marker.size, _MARKER_LIMIT)).data
-            return {str(name) for name in json.loads(bytes(raw))["files"]}
-        except (ValueError, KeyError, TypeError):
-            return set()
+            told = json.loads(bytes(self.bucket.read(self._key(UNFINISHED), 0, marker.size).data))
+        except ValueError:
+            return {}
+        return told if isinstance(told, dict) else {}
 
     def _refuse_unsafe(self) -> None:
         if not self.shown.is_plain or not self.shown.key:

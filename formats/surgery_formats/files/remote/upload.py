@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.errors import ProofError, ResourceError
+from surgery_formats.errors import OutputExistsError, ProofError, ResourceError
 from surgery_formats.files.output.hashing import new_hash
 from surgery_formats.files.remote.bucket import Bucket
 
@@ -38,7 +38,7 @@ def part_size(nbytes: int) -> int:
 def upload_file(bucket: Bucket, key: str, path: Path, *, new: bool = False) -> None:
     """Upload a whole file; a `new` object does not replace one that is there.
 
-    A large one is found there before it is uploaded, and not when it appears: uploads in parts know no such condition.
+    Of a large one it is asked once more right before it appears: uploads in parts know no such condition.
 
     Raises:
         OutputExistsError: it is there.
@@ -53,6 +53,8 @@ def upload_file(bucket: Bucket, key: str, path: Path, *, new: bool = False) -> N
             while block := file.read(_READ):
                 sent.write(block)
         sent.end()
+        if new and bucket.facts_if_any(key) is not None:
+            raise OutputExistsError("exists", file=bucket.url(key))
         sent.complete()
     finally:
         sent.abort()
