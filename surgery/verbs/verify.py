@@ -124,6 +124,10 @@ def verify(
     if graph is None:
         return Verification(where, "folder", tuple(checks), tuple(notes), digest)
     on_a_disk(where, "onnxruntime runs the graph, and reads files")
+    if text is not None:  # before the proofs, which take minutes
+        from surgery.verification.logit_error import check_measurable
+
+        check_measurable(graph)
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
         raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)

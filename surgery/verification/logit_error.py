@@ -21,7 +21,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["error_on_text"]
+__all__ = ["check_measurable", "error_on_text"]
 
 
 def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, float]], text: str) -> LogitError:
@@ -34,23 +34,24 @@ def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, 
         text: See `surgery.onnx.run.text_rows.rows_of_text`.
 
     Raises:
-        FitError: a graph without logits of texts.
+        FitError: a graph without logits of texts, see `check_measurable`.
         ProofError: logits of other sizes, or such as are no numbers.
     """
+    check_measurable(path)
     graph = read_graph(path)
-    _check_measurable(graph)
     plan = plan_merge(bind(merged, base, new_biases=True)) if merged else None
     wanted = open_reference(base.main, plan, task=own_task(graph.contract))
     rows = rows_of_text(base.main.folder, text, wanted.model.vocabulary, graph.contract.max_length)
     return _measured(graph, wanted, rows)
 
 
-def _check_measurable(graph: GraphFile) -> None:
+def check_measurable(path: Path) -> None:
     """Refuse graphs whose logits belong to no token of a text.
 
     Raises:
         FitError: there are none, or something stands in front.
     """
+    graph = read_graph(path)
     contract, outputs = graph.contract, {port.name for port in graph.model.graph.output}
     inputs = {port.name for port in graph.model.graph.input}
     if contract.encoder or contract.task == "multiple-choice" or "logits" not in outputs or "pixel_values" in inputs:
