@@ -75,7 +75,7 @@ def test_a_classifier_has_logits_for_a_row(tmp_path):
 def test_what_has_no_logits_of_a_text_is_refused_before_anything_is_proved(tmp_path, monkeypatch):
     base = recipes.build("t5", tmp_path / "base")
     export_onnx(base, output=tmp_path / "out")
-    monkeypatch.setattr("surgery.verbs.verify._graphs", None)
+    monkeypatch.setattr("surgery.verification.graph_proof.prove_graphs", None)
     with pytest.raises(FitError, match="of decoders, and of encoders of texts"):
         surgery.verify(tmp_path / "out", against=base, text="words")
     with pytest.raises(FitError, match="a text was named without a base"):

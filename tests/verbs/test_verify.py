@@ -19,7 +19,7 @@ from click.testing import CliRunner
 
 import surgery
 from surgery.verbs.export_onnx import export_onnx
-from surgery.verbs.verify import TOLERANCE
+from surgery.verification.graph_proof import TOLERANCE
 from surgery.verification.onnx import compare_prompt
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, UsageError
