@@ -13,8 +13,9 @@ from surgery_formats.arrays import Array, cast, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Encoding, PartBytes, StoredPart
 from surgery_formats.storage.block_format import BlockFormat
-from surgery_formats.storage.nbits import NBits, across
+from surgery_formats.storage.nbits import NBits
 from surgery_formats.storage.small_floats import E4M3
+from surgery_formats.storage.turned_stacks import across, by_outputs, rows_at_once
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
@@ -57,14 +58,13 @@ class Float8Codes:
 
     @property
     def group(self) -> int:
-        """All rows of a matrix where outputs are columns."""
-        return max(self.sizes[0] // self.count, 1) if self.turned else 1
+        """See `rows_at_once`."""
+        return rows_at_once(self.sizes, self.count, self.turned)
 
     @property
     def outputs(self) -> tuple[int, int]:
-        """``(out, in)``, with the outputs of all matrices of a stack."""
-        rows, columns = self.shape
-        return (columns * self.count, rows // self.count) if self.turned else (rows, columns)
+        """See `by_outputs`."""
+        return by_outputs(self.sizes, self.count, self.turned)
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """Codes and scales: a vector of them where an output has one."""

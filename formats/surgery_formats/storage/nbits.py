@@ -21,12 +21,13 @@ from surgery_formats.storage.block_grids import block_grid
 from surgery_formats.storage.grouped_grid import GroupedGrid
 from surgery_formats.storage.own_codes import own_codes
 from surgery_formats.storage.packing import pack
+from surgery_formats.storage.turned_stacks import across, by_outputs, rows_at_once
 from surgery_formats.tensors.tensor import as_bytes
 
 if TYPE_CHECKING:
     from surgery_formats.storage.quantised import Quantised
 
-__all__ = ["NBits", "across"]
+__all__ = ["NBits"]
 
 T = TypeVar("T")
 
@@ -86,14 +87,13 @@ class NBits:
 
     @property
     def group(self) -> int:
-        """All rows of a matrix where outputs are columns."""
-        return max(self.sizes[0] // self.count, 1) if self.turned else 1
+        """See `rows_at_once`."""
+        return rows_at_once(self.sizes, self.count, self.turned)
 
     @property
     def outputs(self) -> tuple[int, int]:
-        """``(out, in)``, with the outputs of all matrices of a stack."""
-        rows, columns = self.shape
-        return (columns * self.count, rows // self.count) if self.turned else (rows, columns)
+        """See `by_outputs`."""
+        return by_outputs(self.sizes, self.count, self.turned)
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """Codes, scales, and zero points if they are stored."""
@@ -158,14 +158,6 @@ class NBits:
             PartBytes(part, first * (array.nbytes // max(outputs, 1)), as_bytes(np.ascontiguousarray(array)))
             for part, array in enumerate(raw)
         )
-
-
-def across(values: Array, rows: int) -> Array:
-    """Every matrix of `rows` rows, one under the other, with its axes exchanged."""
-    import numpy as np
-
-    found: Array = np.ascontiguousarray(values.reshape(-1, rows, values.shape[1]).mT).reshape(-1, rows)
-    return found
 
 
 def _row_bytes(codes: Array, bits: int) -> Array:
