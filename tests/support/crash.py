@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from surgery_formats.files.output.folder import verify_folder
 
-__all__ = ["ERRORS", "Event", "Report", "digest", "lint", "matrix", "spread"]
+__all__ = ["ERRORS", "Action", "Event", "Report", "at_call", "digest", "lint", "matrix", "spread"]
 
 SYSCALLS = (
     "openat,write,pwrite64,copy_file_range,sendfile,ftruncate,fallocate,fsync,fdatasync,"
@@ -44,6 +44,8 @@ POSSIBLE = {
     "flock": ("EIO",),
 }
 _T = TypeVar("_T")
+Action = Callable[[str, Callable[[], Any], tuple[Any, ...]], Any]
+"""What is done in the place of a call, of which it gets the name, the call itself and its arguments."""
 _WRITES = (
     "pwrite",
     "pwrite64",
@@ -276,3 +278,15 @@ def spread(items: Sequence[_T], limit: int | None) -> Sequence[_T]:
     if limit is None or len(items) <= limit:
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def at_call(number: int, then: Action) -> Action:
+    """Calls as they are, but for the one of this number, counted from 1."""
+    seen = 0
+
+    def action(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
+        nonlocal seen
+        seen += 1
+        return then(name, real, given) if seen == number else real()
+
+    return action

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.files.output import kernel_copy
-from tests.support.crash import POSSIBLE, digest, spread
+from tests.support.crash import POSSIBLE, Action, at_call, digest, spread
 from tests.support.crash_inputs import write_inputs
 from tests.support.crash_table import CASES, Case
 
@@ -68,7 +68,6 @@ ERRORS = {
     "ftruncate": ("EIO",),
 }
 # What happens at a call: given its name, the call and its arguments; returns what the call returns.
-Action = Callable[[str, Callable[[], Any], tuple[Any, ...]], Any]
 
 
 class _Place:
@@ -160,7 +159,7 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
     for number, name, how in spread(points, limit):
         place.fresh()
         report["kills"] += 1
-        code, said = _child(place, place.words, _at(number, _killed if how == "kill" else _torn))
+        code, said = _child(place, place.words, at_call(number, _killed if how == "kill" else _torn))
         point = f"{how} at {number} ({name})"
         if code != KILLED:
             failures.append(f"{point}: exit {code}, {said}")
@@ -171,7 +170,7 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
     for number, name, error in spread(faults, limit):
         place.fresh()
         report["faults"] += 1
-        code, said = _child(place, place.words, _at(number, _fail(getattr(errno, error))))
+        code, said = _child(place, place.words, at_call(number, _fail(getattr(errno, error))))
         point = f"{error} at {number} ({name})"
         states, left = place.states(), place.litter()
         if code == 0:
@@ -190,7 +189,7 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
     for number, name in spread(shorts, limit):
         place.fresh()
         report["short"] += 1
-        code, said = _child(place, place.words, _at(number, _short))
+        code, said = _child(place, place.words, at_call(number, _short))
         if code != 0 or place.states() != wanted or place.litter():
             failures.append(f"short {name} at {number}: exit {code}, left {place.litter()}, {said}")
     report["seconds"] = round(time.monotonic() - started, 1)
@@ -327,17 +326,6 @@ def _replace(action: Action, roots: tuple[str, ...]) -> None:
                     return native.read_adapter(path)
 
             onnxruntime.AdapterFormat = Watched
-
-
-def _at(number: int, then: Action) -> Action:
-    seen = 0
-
-    def action(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-        nonlocal seen
-        seen += 1
-        return then(name, real, given) if seen == number else real()
-
-    return action
 
 
 def _killed(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.output import stage
 from surgery_formats.files.output.folder import verify_folder
-from tests.support.crash import ERRORS, Event, digest, lint
+from tests.support.crash import ERRORS, Action, Event, at_call, digest, lint
 from tests.support.crash_job import job
 
 CALLS = (
@@ -39,7 +39,6 @@ CALLS = (
 KILLED, UNTYPED = 137, 99
 
 # What happens at a call: given its name, the real function and the call; returns what the call returns.
-Action = Callable[[str, Callable[[], Any], tuple[Any, ...]], Any]
 
 
 def main(scenario: str, home: Path) -> dict[str, Any]:
@@ -97,7 +96,7 @@ def main(scenario: str, home: Path) -> dict[str, Any]:
         _child(lambda: write(out), _count(home / "calls"))
         renames = [at for at, name in enumerate((home / "calls").read_text().splitlines(), 1) if name == "rename"]
         shutil.rmtree(out)
-        _child(lambda: write(out), _at(renames[1], _kill))
+        _child(lambda: write(out), at_call(renames[1], _kill))
         work.rename(left_behind)
 
     fresh()
@@ -133,7 +132,7 @@ def main(scenario: str, home: Path) -> dict[str, Any]:
                 continue
             fresh()
             point = f"{how} at {number} ({names[number - 1]})"
-            code, said = _child(lambda: write(out), _at(number, action))
+            code, said = _child(lambda: write(out), at_call(number, action))
             left = state()
             report["kills"][left] = report["kills"].get(left, 0) + 1
             allowed = {*home_states, "complete"} | ({"absent"} if scenario == "two-step" else set())
@@ -145,7 +144,7 @@ def main(scenario: str, home: Path) -> dict[str, Any]:
         for error in ERRORS:
             fresh()
             point = f"{error} at {number} ({names[number - 1]})"
-            code, said = _child(lambda: write(out), _at(number, _fail(getattr(errno, error))))
+            code, said = _child(lambda: write(out), at_call(number, _fail(getattr(errno, error))))
             report["faults"] += 1
             named = "could not be removed" in said
             if code == 0:
@@ -200,17 +199,6 @@ def _replace(action: Action) -> None:
             return action(_name, lambda: _real(*given, **more), given)
 
         setattr(module, name, wrapped)
-
-
-def _at(number: int, then: Action) -> Action:
-    seen = 0
-
-    def action(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-        nonlocal seen
-        seen += 1
-        return then(name, real, given) if seen == number else real()
-
-    return action
 
 
 def _kill(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
