@@ -29,7 +29,7 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         code = interruption.exit_code()
         os.write(2, b"error: interrupted\n")
-    except Exception:
+    except Exception:  # what the error map does not know, or fails in itself: os._exit would hide it
         traceback.print_exc()
     finally:
         os._exit(interruption.exit_code() if code == 1 and interruption.asked() else code)
