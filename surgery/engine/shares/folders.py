@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,13 @@ def assignments(request: WorkRequest, work: Work, output: str | os.PathLike[str]
     return tuple(Assignment(request, work.id, job, index, count, place) for index in range(count))
 
 
-def write_share(assignment: Assignment, run: Run | None = None) -> Path:
+def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[], Work] | None = None) -> Path:
     """Plan again, and write a share, unless that was done before.
+
+    Args:
+        assignment: Which share.
+        run: How.
+        plan: The request's work, by whoever keeps it; None asks the request.
 
     Returns:
         The folder of the share.
@@ -92,7 +97,7 @@ def write_share(assignment: Assignment, run: Run | None = None) -> Path:
             f"a worker has version {__version__} of surgery, and the driver {show(assignment.version, 40)}",
             hint="install the same version everywhere",
         )
-    work = assignment.request.work()
+    work = (plan or assignment.request.work)()
     if work.id != assignment.work:
         raise ProofError(
             f"planned by a worker, it is other work ({work.id[:16]} instead of {assignment.work[:16]})",

@@ -8,6 +8,7 @@ Nothing but an assignment, a few hundred bytes, and the name of a folder goes th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -155,7 +156,14 @@ def _do_share(assignment: Assignment, threads: int, memory_limit: int | None, de
     """On a worker."""
     from surgery.engine.devices import device_of
 
-    write_share(assignment, Run(workers=threads, memory_limit=memory_limit, device=device_of(device)))
+    run = Run(workers=threads, memory_limit=memory_limit, device=device_of(device))
+    write_share(assignment, run, lambda: _planned(assignment.request, assignment.job))
+
+
+@functools.lru_cache(maxsize=1)
+def _planned(request: WorkRequest, job: str) -> Work:
+    """A worker does many shares of one job, and the headers of a large model take seconds; inputs are checked with every share."""
+    return request.work()
 
 
 def _teller(progress: Callback | None, nbytes: int, count: int) -> Any:
@@ -228,7 +236,7 @@ def _connected(address: str) -> Iterator[ModuleType]:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise ResourceError(
                 f"the Ray cluster cannot be used from here: {show(first, 300)}",
-                hint="run the command on a node of the cluster ('ray start --address=HOST:PORT' makes this machine one)",
+                hint="run the command on a node of the cluster, which 'ray start' makes this machine (docs/scale-out.md)",
             ) from error
     try:
         yield ray
@@ -259,7 +267,7 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
     except (OSError, ValueError) as error:
         raise ResourceError(
-            f"no Ray cluster answers at {show(address, 100)}", hint="'ray start --head' prints the address"
+            f"no Ray cluster answers at {show(address, 100)}", hint="'ray start' of the head prints the address"
         ) from error
 
 

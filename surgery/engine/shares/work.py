@@ -28,6 +28,10 @@ __all__ = ["Cluster", "EngineLike", "Work", "WorkRequest", "portable"]
 class WorkRequest(Protocol):
     """All that decides a piece of work, as plain values that can be sent; a frozen dataclass."""
 
+    def __hash__(self) -> int:
+        """Equal requests have one: a worker keeps the work of the last."""
+        ...
+
     def work(self) -> Work:
         """Plan it: open the inputs. Equal requests on equal inputs give works of the same id.
 
