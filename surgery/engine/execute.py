@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,16 +109,23 @@ class ThisProcess:
 
     @contextlib.contextmanager
     def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
-        """The arithmetic itself; its libraries are imported when the first weight is computed."""
-        yield _compute_here
+        """The arithmetic itself; its libraries are imported when the first weight is computed.
+
+        What goes to a bucket is sent in order, so there all threads share the blocks of one weight.
+        """
+        if not is_remote(output):
+            yield _compute_here
+            return
+        with ThreadPoolExecutor(min(cores(), _MAX_DEFAULT_WORKERS), "surgery-blocks") as pool:
+            yield partial(_compute_here, blocks=pool)
 
 
 def _compute_here(
-    label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str
+    label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str, blocks: Executor | None = None
 ) -> tuple[Measurement, ...]:
     from surgery.engine.arithmetic import compute
 
-    return compute(label, step, write, stop, device)
+    return compute(label, step, write, stop, device, blocks=blocks)
 
 
 def execute(
