@@ -51,6 +51,7 @@ _FEW = 4
 """Workers up to which threads are as fast as processes (docs/benchmarks.md)."""
 _WORTH_IT = 32 << 20  # bytes for each process, which takes a few ms to start
 _IO_THREADS = 2
+_CORES_FOR_BLOCKS = 4
 _SMALL = 16 << 20  # a tokenizer is read whole; anything larger is copied by the kernel
 
 
@@ -111,9 +112,10 @@ class ThisProcess:
     def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
         """The arithmetic itself; its libraries are imported when the first weight is computed.
 
-        What goes to a bucket is sent in order, so there all threads share the blocks of one weight.
+        What goes to a bucket is sent in order, so there all threads share the blocks of one weight. On few cores that costs
+        a tenth more time of cores than it saves.
         """
-        if not is_remote(output):
+        if not is_remote(output) or cores() < _CORES_FOR_BLOCKS:
             yield _compute_here
             return
         with ThreadPoolExecutor(min(cores(), _MAX_DEFAULT_WORKERS), "surgery-blocks") as pool:
