@@ -21,6 +21,7 @@ from surgery._version import __version__
 from surgery.engine.devices import devices_of, on_gpus
 from surgery.engine.execute import Run
 from surgery.engine.inputs import as_checkpoint
+from surgery.engine.sharing import one_of_shares
 from surgery.extraction.extraction_plan import CheckpointPair
 from surgery.extraction.pairing import Pair
 from surgery.extraction.pass_options import PassOptions, pass_options
@@ -175,7 +176,7 @@ class ExtractWork:
             raise FitError(f"planned for {'GPUs' if self.on_gpus else 'the CPU'}, and run on {devices[0]}")
         units = {
             number: unit
-            for number, unit in self.plan.share(index, count).items()
+            for number, unit in one_of_shares(self.plan.shares(count), index).items()
             if unit_name(number) not in staged.finished
         }
         numbers = {unit.names: number for number, unit in units.items()}
@@ -207,9 +208,9 @@ class ExtractWork:
         """
         result = ScanResult({}, {}, time.monotonic())
         pairs = self._pairs
-        for index, folder in enumerate(folders):
+        for folder, share in zip(folders, self.plan.shares(len(folders)), strict=True):
             files = read_object(folder / MANIFEST, INDEX_LIMIT)["files"]
-            for number, unit in self.plan.share(index, len(folders)).items():
+            for number, unit in share.items():
                 if (record := files.get(unit_name(number))) is None:
                     raise ProofError(
                         f"lacks {unit_name(number)}", file=folder, hint="remove it, and run the share again"

@@ -7,6 +7,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,11 @@ from surgery.extraction.stream.unit_file import unit_name
 from surgery_formats.errors import FitError, ProofError, UsageError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import open_checkpoint
-from tests.oracles import disk
-from tests.support.kit import environment, make_base
+from tests.oracles import disk, recipes
+from tests.support import expert_models
+from tests.support.extractions import everything, only, tune
+from tests.support.kit import ROOT, environment, make_base
+from tests.support.quantised_folders import quantise_folder
 
 WORKER = """
 import os, pickle, signal, sys
@@ -110,13 +115,11 @@ def test_three_processes_in_any_order(order: tuple[int, ...], pair: tuple[str, s
 @pytest.mark.parametrize("count", [1, 3, 1000])
 def test_every_tensor_is_in_one_share(pair: tuple[str, str], count: int) -> None:
     work = ExtractRequest(*pair).work()
-    shares = [work.plan.share(index, count) for index in range(count)]
+    shares = work.plan.shares(count)
     assert sorted(number for share in shares for number in share) == list(range(work.pieces))
     names = [name for share in shares for unit in share.values() for name in unit.names]
     assert sorted(names) == sorted(open_checkpoint(pair[1]).main.tensors)
-    assert [*work.plan.share(0, count)] == [*ExtractRequest(*pair).work().plan.share(0, count)]
-    with pytest.raises(FitError, match=f"no share {count} of {count}"):
-        work.plan.share(count, count)
+    assert [*map(list, shares)] == [*map(list, ExtractRequest(*pair).work().plan.shares(count))]
 
 
 def test_what_the_driver_decides_needs_no_other_shares(pair: tuple[str, str], tmp_path: Path) -> None:
@@ -266,3 +269,60 @@ def test_what_cannot_travel_is_refused(pair: tuple[str, str], tmp_path: Path) ->
     with pytest.raises(FitError, match="planned for GPUs, and run on cpu"):
         write_share(assignments(request, request.work(), tmp_path / "out", 1)[0])
     assert left_beside(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["experts", "tied head", "nf4"])
+def test_shares_of_unusual_models_are_one_extraction(name: str, tmp_path: Path) -> None:
+    """Several matrices in one unit; a tensor of BASE that two units read; rounding to codes, which the driver tells."""
+    if name == "nf4":
+        base, tuned = (quantise_folder(ROOT / "examples" / part, tmp_path / part, "nf4") for part in ("base", "tuned"))
+    elif name == "experts":
+        base = expert_models.build("mixtral", tmp_path / "base")
+        tuned = tune(base, tmp_path / "tuned", everything)
+    else:
+        base = recipes.build("llama", tmp_path / "base", tie_word_embeddings=True)
+        tuned = tune(base, tmp_path / "tuned", only("norm", everything))
+        tensors = disk.read_tensors(tuned)
+        head = tensors["model.embed_tokens.weight"]
+        tensors["lm_head.weight"] = head + 0.1 * torch.randn(head.shape, generator=torch.Generator().manual_seed(3))
+        disk.write_safetensors(tuned / "model.safetensors", tensors)
+    rank = Rank.auto if name == "nf4" else 2
+    single = surgery.extract_lora(base, tuned, output=tmp_path / "single", rank=rank)
+    request = ExtractRequest(str(base), str(tuned), rank)
+    for assignment in assignments(request, request.work(), tmp_path / "shared", 3):
+        write_share(assignment)
+    shared = surgery.extract_lora(base, tuned, output=tmp_path / "shared", rank=rank, engine=Shares(3))
+    assert contents(tmp_path / "shared") == contents(tmp_path / "single")
+    assert shared.quantised == single.quantised
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Of a worker, and of the driver: numpy tells of what it allocates."""
+    peaks: dict[int, list[int]] = {}
+    for layers in (1, 6):
+        folder = tmp_path / str(layers)
+        folder.mkdir()
+        sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+        base = recipes.build("llama", folder / "base", num_hidden_layers=layers, **sizes)
+        tuned = tune(base, folder / "tuned", only("_proj", everything))
+        request = ExtractRequest(str(base), str(tuned), 64, dtype="bf16")
+        shares = assignments(request, request.work(), folder / "out", 1)
+        peaks[layers] = [
+            peak_of(lambda shares=shares: write_share(shares[0], Run(workers=1))),
+            peak_of(
+                lambda base=base, tuned=tuned, out=folder / "out": surgery.extract_lora(
+                    base, tuned, output=out, rank=64, dtype="bf16", kind="lora", workers=1, engine=Shares(1)
+                )
+            ),
+        ]
+    assert all(large < 1.5 * small for small, large in zip(peaks[1], peaks[6], strict=True)), peaks
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes of arrays that a call holds at most."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

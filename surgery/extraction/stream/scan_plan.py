@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from surgery.engine.sharing import check_share, shared_out
+from surgery.engine.sharing import shared_out
 from surgery.extraction.factorise import StoredFactorSpec
 from surgery.extraction.pairing import Pair, pair_up
 from surgery.extraction.ranks import RankGoal
@@ -98,15 +98,10 @@ class ScanPlan:
         """Bytes of TUNED to read."""
         return sum(unit.nbytes for unit in self.units)
 
-    def share(self, index: int, count: int) -> Mapping[int, ScanUnit]:
-        """The units of share `index` of `count`, by number: about as many bytes as those of each other share.
-
-        Raises:
-            FitError: there is no such share.
-        """
-        check_share(index, count)
+    def shares(self, count: int) -> list[dict[int, ScanUnit]]:
+        """The units of each of `count` shares, by number: all are about as many bytes."""
         shares = shared_out([unit.nbytes for unit in self.units], count)
-        return {number: unit for number, unit in enumerate(self.units) if shares[number] == index}
+        return [{number: self.units[number] for number in sorted(own)} for own in shares]
 
     def of(self, units: Mapping[int, ScanUnit]) -> ScanPlan:
         """The pass over some units alone."""
