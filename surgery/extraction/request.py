@@ -148,10 +148,8 @@ class ExtractWork:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of factors, at most; of an energy or an error, whose ranks are yet to be found, of full ones."""
-        layout, goal = self.plan.layout, self.plan.goal
-        ranks = [(target, goal.limit(target) or target.largest_rank) for target in layout.factorised]
-        return sum(4 * target.cost * min(rank, target.largest_rank) for target, rank in ranks)
+        """Bytes of TUNED to read: factors are few beside them."""
+        return self.plan.nbytes
 
     @property
     def pieces(self) -> int:

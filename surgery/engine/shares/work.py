@@ -63,7 +63,7 @@ class Work(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all shares hold together, about."""
+        """Bytes that all shares hold together, about, or that are read for them where these are more: what they take time for."""
         ...
 
     @property
