@@ -10,8 +10,8 @@ import io
 import random
 import zipfile
 
-from fuzz_documents import another_name, change_document, change_tensors
-from fuzz_words import Words, json_of, safetensors_of
+from .documents import another_name, change_document, change_tensors
+from .words import Words, json_of, safetensors_of
 
 __all__ = ["mutated"]
 
