@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from tempfile import mkdtemp
@@ -49,16 +50,21 @@ class Fuzzer:
 
     Attributes:
         targets: What is executed.
+        words: What all seeds hold.
         outcomes: How often executions ended in which way, by target.
     """
 
     def __init__(self, targets: Sequence[Target], seed: int) -> None:
         self.targets = list(targets)
+        for name in dict.fromkeys(name for target in self.targets for name in target.needs):
+            import_module(name)  # which may do what an execution must not
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self._seed = seed
         self._seeds = {target.name: list(target.seeds()) for target in self.targets}
         self._shares = list(accumulate(target.share for target in self.targets))
-        self._words = Words.of(dict.fromkeys(raw for some in self._seeds.values() for s in some for raw in s.files.values()))
+        self.words = Words.of(
+            dict.fromkeys(raw for some in self._seeds.values() for s in some for raw in s.files.values())
+        )
         self._folder = Path()
         self._last: Path | None = None
 
@@ -81,7 +87,7 @@ class Fuzzer:
         draw = random.Random(f"{self._seed}-{number}")
         (target,) = draw.choices(self.targets, cum_weights=self._shares)
         seed = draw.choice(self._seeds[target.name])
-        return draw, target, seed, mutated(draw, dict(seed.files), self._words)
+        return draw, target, seed, mutated(draw, dict(seed.files), self.words)
 
     def run(self, number: int) -> Fault | None:
         """One execution."""
@@ -100,7 +106,11 @@ class Fuzzer:
                 outcome = target.execute(case)
         except SurgeryError as error:
             outcome = type(error).__name__
-            if type(error) is SurgeryError or not error.message.strip() or not str(error).replace("\n", "").isprintable():
+            if (
+                type(error) is SurgeryError
+                or not error.message.strip()
+                or not str(error).replace("\n", "").isprintable()
+            ):
                 fault = _fault(number, target, seed, error)
         except (Exception, TooSlowError, ForbiddenError) as error:
             fault = _fault(number, target, seed, error)

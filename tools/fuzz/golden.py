@@ -41,7 +41,11 @@ SITES = {
 def seeds_of() -> dict[str, Sequence[Seed]]:
     """Seeds by ``format:NAME`` or ``container:NAME``, in an order that depends on the tree alone."""
     found: dict[str, list[Seed]] = {}
-    for reader, seed in (*(pair for place in PLACES for pair in _within(ROOT / place)), *_rendered(), *_several_files()):
+    for reader, seed in (
+        *(pair for place in PLACES for pair in _within(ROOT / place)),
+        *_rendered(),
+        *_several_files(),
+    ):
         found.setdefault(reader, []).append(seed)
     return dict(found)
 

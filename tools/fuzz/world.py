@@ -54,7 +54,15 @@ TOKENIZER: dict[str, Any] = {
     "truncation": None,
     "padding": None,
     "added_tokens": [
-        {"id": number, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {
+            "id": number,
+            "content": word,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
         for number, word in enumerate(_WORDS[:3])
     ],
     "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]},
@@ -86,7 +94,9 @@ _SETTINGS = {
 }
 
 
-def safetensors_bytes(tensors: Mapping[str, numpy.ndarray[Any, Any]], metadata: Mapping[str, str] | None = None) -> bytes:
+def safetensors_bytes(
+    tensors: Mapping[str, numpy.ndarray[Any, Any]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """A file of arrays of float32."""
     header, ranges = layout([(name, DType.F32, value.shape) for name, value in tensors.items()], dict(metadata or {}))
     parts = sorted((ranges[name][0], value.astype("<f4").tobytes()) for name, value in tensors.items())
@@ -95,7 +105,9 @@ def safetensors_bytes(tensors: Mapping[str, numpy.ndarray[Any, Any]], metadata: 
 
 def files_below(folder: Path) -> dict[str, bytes]:
     """The files of a folder by name."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @cache
@@ -159,7 +171,13 @@ def _lora() -> dict[str, bytes]:
         stem = f"base_model.model.model.layers.0.{name}"
         tensors[f"{stem}.lora_A.weight"] = draw.standard_normal((RANK, cols))
         tensors[f"{stem}.lora_B.weight"] = draw.standard_normal((rows, RANK))
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+    }
     return {"adapter_model.safetensors": safetensors_bytes(tensors), "adapter_config.json": json.dumps(config).encode()}
 
 

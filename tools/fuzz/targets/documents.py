@@ -147,7 +147,7 @@ def _yaml(case: Case) -> str:
     import yaml
 
     mine = _form(read_document(case.path))
-    theirs = yaml.load(case.raw.decode(), Loader=yaml.BaseLoader)  # noqa: S506 (it makes texts alone)
+    theirs = yaml.load(case.raw.decode(), Loader=yaml.BaseLoader)
     if mine != theirs:
         raise DisagreementError(f"{mine!r:.300} is not {theirs!r:.300}")
     return "the same"
@@ -218,7 +218,9 @@ def _contracts() -> Sequence[Seed]:
     seeds = []
     for name in ("graph", "swap"):
         props = onnx.load_model_from_string(world()[name]["model.onnx"]).metadata_props
-        seeds += [Seed(f"{name} {entry.key}", {entry.key: entry.value.encode()}) for entry in props if entry.value[:1] == "{"]
+        seeds += [
+            Seed(f"{name} {entry.key}", {entry.key: entry.value.encode()}) for entry in props if entry.value[:1] == "{"
+        ]
     return seeds
 
 
@@ -237,7 +239,12 @@ def _contract(case: Case) -> str:
 def _tokenizers() -> Sequence[Seed]:
     files = {name: world()["base"][name] for name in TOKENIZER_FILES}
     word_level = {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1, "b": 2}, "unk_token": "<unk>"}
-    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.5], ["ab", -2.0]], "byte_fallback": False}
+    unigram = {
+        "type": "Unigram",
+        "unk_id": 0,
+        "vocab": [["<unk>", 0.0], ["a", -1.5], ["ab", -2.0]],
+        "byte_fallback": False,
+    }
     seeds = [Seed("BPE", {**files, "chat_template.jinja": b"{{ messages[0].content }}"}, alone=False)]
     for model in (word_level, unigram):
         whole = {**json.loads(files["tokenizer.json"]), "model": model, "post_processor": None, "added_tokens": []}
@@ -246,7 +253,9 @@ def _tokenizers() -> Sequence[Seed]:
 
 
 def _tokenizer(case: Case) -> str:
-    files = {name: case.path / name for name in (*TOKENIZER_FILES, "chat_template.jinja") if (case.path / name).is_file()}
+    files = {
+        name: case.path / name for name in (*TOKENIZER_FILES, "chat_template.jinja") if (case.path / name).is_file()
+    }
     choice = case.draw.random()
     if choice < 0.3:
         first = first_id(files)
@@ -284,7 +293,12 @@ def _sentences() -> Sequence[Seed]:
         {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
     ]
     pooling = {"word_embedding_dimension": 8, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    dense = {"in_features": 8, "out_features": 4, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+    dense = {
+        "in_features": 8,
+        "out_features": 4,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
     weights = {"linear.weight": numpy.ones((4, 8)), "linear.bias": numpy.ones(4)}
     files = {
         "modules.json": json.dumps(modules).encode(),
@@ -304,7 +318,9 @@ def _sentence(case: Case) -> str:
 def _calibrations() -> Sequence[Seed]:
     raw = {"model.layers.0.mlp.down_proj.activations": numpy.ones((8, 4))}
     gram = {"a.b.gram": numpy.eye(4), "a.b.mean": numpy.ones(4), "a.c.gram": numpy.eye(2)}
-    return [Seed(str(number), {"c.safetensors": safetensors_bytes(tensors)}) for number, tensors in enumerate((raw, gram))]
+    return [
+        Seed(str(number), {"c.safetensors": safetensors_bytes(tensors)}) for number, tensors in enumerate((raw, gram))
+    ]
 
 
 def _calibration(case: Case) -> str:

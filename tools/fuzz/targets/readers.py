@@ -28,7 +28,10 @@ __all__ = ["read_all", "targets"]
 def targets() -> list[Target]:
     """One for each."""
     formats_ = [Target(f"format:{n}", partial(_format, n), partial(_seeds, f"format:{n}")) for n in formats()]
-    return [*formats_, *(Target(f"container:{n}", partial(_container, n), partial(_seeds, f"container:{n}")) for n in containers())]
+    return [
+        *formats_,
+        *(Target(f"container:{n}", partial(_container, n), partial(_seeds, f"container:{n}")) for n in containers()),
+    ]
 
 
 def _seeds(name: str) -> Any:

@@ -30,9 +30,15 @@ __all__ = ["targets"]
 def targets() -> list[Target]:
     """One for each kind of text."""
     kinds: dict[str, tuple[Callable[[str], object], tuple[str, ...]]] = {
-        "reference": (_reference, ("org/name@main:a.gguf", "hf://org/name", "s3://bucket/a/b", "../x", "gs://", "az://c/x.onnx")),
+        "reference": (
+            _reference,
+            ("org/name@main:a.gguf", "hf://org/name", "s3://bucket/a/b", "../x", "gs://", "az://c/x.onnx"),
+        ),
         "shown": (_shown, ("a\x1b[31mb\n", "<b>|`x`", "\u202eabc\ud800", "C:\\x\\y.safetensors: [link](http://x)")),
-        "file name": (_name, ("model-00001-of-00002.safetensors", "1_Pooling/config.json", "../x", "CON", "a\\b", "x ")),
+        "file name": (
+            _name,
+            ("model-00001-of-00002.safetensors", "1_Pooling/config.json", "../x", "CON", "a\\b", "x "),
+        ),
         "pattern": (_pattern, ("q_proj", "layers.[01].*", "*a*b*c", "unet:*", "[!q]*", "attention", "mlp,q_proj")),
         "layers": (_layers, ("0-3", "0", "0,0,0", "-1", "0-0,0", "all", "1-")),
         "vocabulary": (_vocabulary, ("trim", "pad=64", "trim=/dev/null", "pad=0", "pad=1e3")),
@@ -79,13 +85,15 @@ def _shown(text: str) -> None:
     encodable(text).encode()
     local_name(text)
     closest(text, ["model", "layers", text])
-    assert as_markdown(show(text), ())
+    as_markdown(show(text), ())
 
 
 def _name(text: str) -> None:
     if is_safe_name(text):
         parts = text.split("/")
-        assert len(parts) <= 2 and not {"", ".", ".."}.intersection(parts) and "\\" not in text and "\0" not in text
+        assert len(parts) <= 2
+        assert not {"", ".", ".."}.intersection(parts)
+        assert not {"\\", "\0"}.intersection(text)
 
 
 def _pattern(text: str) -> None:

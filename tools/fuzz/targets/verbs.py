@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,15 +26,26 @@ def targets() -> list[Target]:
     return [
         Target("verb:inspect", _inspect, _anything, share=2),
         Target("verb:inspect-graph", _inspect, _graphs),
-        Target("verb:merge", _planned(lambda at: surgery.merge(at / "base", at / "lora", dry_run=True)), folders, share=2),
+        Target(
+            "verb:merge", _planned(lambda at: surgery.merge(at / "base", at / "lora", dry_run=True)), folders, share=2
+        ),
         Target("verb:check", _planned(lambda at: surgery.check(at / "base", at / "lora")), folders),
         Target("verb:convert", _planned(_convert), folders),
         Target("verb:combine", _planned(lambda at: surgery.combine([at / "lora", at / "lora"], dry_run=True)), folders),
         Target("verb:report", _planned(lambda at: surgery.report(at / "lora", base=at / "base")), folders, share=0.5),
-        Target("verb:diff", _planned(lambda at: surgery.diff(at / "lora", world_folder() / "lora")), folders, share=0.5),
+        Target(
+            "verb:diff", _planned(lambda at: surgery.diff(at / "lora", world_folder() / "lora")), folders, share=0.5
+        ),
         Target("verb:fingerprint", _planned(lambda at: surgery.fingerprint(at / "base")), folders, share=0.5),
-        Target("verb:layers", _planned(lambda at: surgery.layers(at / "base", keep="0", dry_run=True)), folders, share=0.5),
-        Target("verb:unmerge", _planned(lambda at: surgery.unmerge(at / "merged", at / "lora", dry_run=True)), merged, share=0.5),
+        Target(
+            "verb:layers", _planned(lambda at: surgery.layers(at / "base", keep="0", dry_run=True)), folders, share=0.5
+        ),
+        Target(
+            "verb:unmerge",
+            _planned(lambda at: surgery.unmerge(at / "merged", at / "lora", dry_run=True)),
+            merged,
+            share=0.5,
+        ),
         Target("verb:verify", _planned(lambda at: surgery.verify(at / "merged")), merged, share=0.5),
         Target("verb:prompt-show", _planned(_prompt), partial(_together, "base", "prompt"), share=0.5),
         Target("verb:locate", _locate, _graphs, share=0.2),
@@ -83,9 +95,7 @@ def _shown(result: Any) -> str:
     for verbose in (False, True):
         summary = result.summary(verbose=verbose)
         for text in (summary.as_text(), summary.as_markdown()):
-            if acting := [c for c in text if not c.isprintable() and c not in "\n\t"]:
+            if acting := [c for c in text if not c.isprintable() and c != "\n" and unicodedata.category(c) != "Zs"]:
                 raise DisagreementError(f"{acting[:5]!r} is shown as it is")
     json.dumps(result.as_json(), allow_nan=False).encode()
     return "read"
-
-
