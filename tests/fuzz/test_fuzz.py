@@ -26,7 +26,8 @@ from tools.fuzz.world import files_below
 
 CORPUS = Path(__file__).parent / "corpus"
 FOUND = json.loads((CORPUS / "found.json").read_text())
-"""Inputs that ended in a fault when they were found: the target, whether it is given the file alone, and what is said now."""
+"""Inputs that ended in a fault when they were found: the target, whether it is given one file alone and which of several, and what is
+said now."""
 TARGETS = {target.name: target for target in all_targets() if not missing_for(target)}
 EXECUTIONS = 1500
 
@@ -44,6 +45,8 @@ def test_what_was_found_is_refused_or_read(name: str, fuzzer: Fuzzer) -> None:
     if known["target"] not in TARGETS:
         pytest.skip(f"{known['target']} needs more packages")
     files = files_below(CORPUS / name)
+    if first := known.get("first"):
+        files = {first: files.pop(first), **files}
     seed = Seed(name, files, known["alone"])
     messages = set()
     for number in range(20):  # each reads it in another way

@@ -103,6 +103,7 @@ def _keep(fuzzer: Fuzzer, faults: Iterable[Fault], folder: Path) -> None:
             "target": fault.target,
             "seed": seed.name,
             "alone": seed.alone,
+            "first": next(iter(files)),
             "shown": fault.shown,
         }
         (folder / f"{fault.number}.json").write_text(json.dumps(facts, indent=1))

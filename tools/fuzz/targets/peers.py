@@ -177,8 +177,15 @@ def _torch(case: Case) -> str:
             for name, v in plain.items()
         }
 
-    envelope = ("[enforce fail at inline_container", "PytorchStreamReader", "invalid literal for int()")
-    return _agree(ours, theirs, *envelope)  # members that no tensor needs: a version, an alignment, a name outside
+    envelope = (
+        "[enforce fail at inline_container",
+        "PytorchStreamReader",
+        "invalid literal for int()",
+        "'utf-8' codec",
+    )
+    return _agree(
+        ours, theirs, *envelope
+    )  # members that no tensor needs: a version, an alignment, an id, a name outside
 
 
 def _npz(case: Case) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.text import show
 
@@ -87,6 +87,8 @@ def smaller_tokenizer(files: Mapping[str, Path], used: Collection[int], always: 
     whole = copy.deepcopy(dict(_read(files)))
     try:
         return _smaller(whole, files, used, always)
+    except SurgeryError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # any part may be of any type
         raise MalformedError("it is not understood as a tokenizer", file=files[_FILE]) from error
 
