@@ -19,6 +19,7 @@ from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
 if TYPE_CHECKING:
     from surgery.rank import Rank
+    from surgery_cli.pages import Pages
 
 __all__ = [
     "PATH",
@@ -76,12 +77,13 @@ PATH = _PathType(path_type=Path)
 
 @dataclass
 class Settings:
-    """The values of `global_options`; the same object before and after the sub-command."""
+    """The values of `global_options`, and the files to write; the same object before and after the sub-command."""
 
     json: bool = False
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
+    pages: Pages | None = None
 
 
 def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:

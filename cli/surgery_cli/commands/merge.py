@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 from surgery_formats.text import show
 
@@ -39,6 +40,7 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
 
 
 @subcommand("merge")
+@pages()
 @click.argument("base", shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make; it must not exist yet.")
