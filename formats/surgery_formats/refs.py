@@ -9,19 +9,18 @@ org/name[@rev][:file]       the hub, if neither that path nor a folder ``org`` e
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.gguf.splits import series
 from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.onnx.graph import external_locations
 from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
-from surgery_formats.errors import InputError, NotFoundError
+from surgery_formats.errors import NotFoundError
+from surgery_formats.extras import require
 from surgery_formats.files.remote.path import RemotePath, is_remote, to_path
 from surgery_formats.text import closest, show
 
@@ -118,7 +117,7 @@ def _near(text: str) -> str | None:
 
 
 def _download(name: HubName, text: str) -> Path:
-    hub = _hub()
+    hub = require("huggingface_hub", "names on the hub", otherwise="download the repository and give its folder")
     try:
         if name.file is not None:
             named = Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
@@ -146,13 +145,3 @@ def _download(name: HubName, text: str) -> Path:
             hint=_near(text) or "check the name; a gated or private repository needs 'hf auth login'",
         ) from error
     return folder
-
-
-def _hub() -> Any:
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise InputError(
-            "hub names need the package huggingface_hub",
-            hint="pip install huggingface_hub, or download the repository and give its folder",
-        ) from error
