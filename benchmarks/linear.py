@@ -3,8 +3,9 @@
 
     python benchmarks/linear.py [--tensors 1000,10000,100000] [--shards 10] [--folder DIR] [--only merge,diff]
 
-Models are Llama shapes of random bf16 that differ in their number of layers alone, nine tensors in each, with a rank-1 LoRA on every linear layer. ``--shards``
-says how many tensors lie in a file. ``+ms`` is what one tensor more takes from a size to the next, since a start takes as long for any model.
+Models are Llama shapes of random bf16 that differ in their number of layers alone, nine tensors in each, with a rank-1 LoRA on every
+linear layer. ``--shards`` says how many tensors lie in a file. ``+ms`` is what one tensor more takes from a size to the next, since a
+start takes as long for any model.
 """
 
 from __future__ import annotations

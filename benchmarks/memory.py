@@ -5,7 +5,8 @@
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit`` and must stay within it and the fixed cost.
+five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit`` and must stay within it and
+the fixed cost.
 """
 
 from __future__ import annotations
