@@ -64,8 +64,8 @@ COMMANDS: dict[str, list[str]] = {
 PLACES = {"base", "lora", "merged", "out", "slots", "graph", "nf4", "fp8", "recipe.yaml"}
 RECIPE = """\
 steps:
-  - {verb: combine, adapters: {lora: 0.5}, as: half}
-  - {verb: merge, base: base, adapters: {half: 1.0}, output: merged}
+  - {verb: combine, adapters: {LORA: 0.5}, as: half}
+  - {verb: merge, base: BASE, adapters: {half: 1.0}, output: merged}
 """
 
 
@@ -95,7 +95,7 @@ def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str,
     shape = replace(SHAPE, layers=layers_of(size))
     write_base(shape, work / "base", shards=max(2, round(size)))
     write_adapter(shape, work / "lora")
-    (work / "recipe.yaml").write_text(RECIPE)
+    (work / "recipe.yaml").write_text(RECIPE.replace("BASE", f"{work}/base").replace("LORA", f"{work}/lora"))
     if any(format in words for words in chosen.values() for format in ("nf4", "fp8")):
         write_quantised(work)
     found = {}
