@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from surgery_formats.adapters.alphas import LARGEST_ALPHA
 from surgery_formats.adapters.peft.keys import bare_pattern, path_ends
+from surgery_formats.adapters.peft.patterns import Patterns
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
@@ -199,7 +200,13 @@ class PeftConfig:
 
     def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
         """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
-        return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
+        if "\n" in module:  # of which `$` and the dot know
+            return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
+        return self._patterns[field].first(module, lambda p: self._matches(field, p, module, whole=False))
+
+    @cached_property
+    def _patterns(self) -> Mapping[str, Patterns]:
+        return {"rank_pattern": Patterns(self.rank_pattern), "alpha_pattern": Patterns(self.alpha_pattern)}
 
     def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
         import regex  # slow to import, and few configurations hold patterns
