@@ -15,16 +15,17 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
+from surgery_formats.extras import require
+from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
-__all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
+__all__ = ["Bucket", "connect"]
 
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
@@ -37,40 +38,6 @@ Answer = TypeVar("Answer")
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectFacts:
-    """What a bucket says about an object.
-
-    Attributes:
-        size: Bytes.
-        etag: Changes with every write.
-        version: Where the bucket keeps versions, which one it is.
-    """
-
-    size: int
-    etag: str
-    version: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What lies below a prefix, one level deep, by name."""
-
-    files: dict[str, ObjectFacts] = field(default_factory=dict)
-    folders: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.files or self.folders)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Bytes of an object, and what it was when they were read."""
-
-    data: memoryview
-    facts: ObjectFacts
-
-
 @functools.cache
 def connect(scheme: str, name: str) -> Bucket:
     """The bucket of this name; there is one object for each, so that its connections are used again.
@@ -78,7 +45,7 @@ def connect(scheme: str, name: str) -> Bucket:
     Raises:
         InputError: obstore is not installed, or the environment's settings are not taken.
     """
-    obstore = _library()
+    obstore = require("obstore", "names of object storage")
     options: dict[str, Any] = {"timeout": _ANSWER, "connect_timeout": timedelta(seconds=10)}
     if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS):
         options["allow_http"] = True  # whoever names such an endpoint means it
@@ -90,15 +57,6 @@ def connect(scheme: str, name: str) -> Bucket:
         hint = _CREDENTIALS.get(scheme)
         raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}", hint=hint) from error
     return Bucket(scheme, name, obstore, store)
-
-
-def _library() -> ModuleType:
-    try:
-        return importlib.import_module("obstore")
-    except ImportError as error:
-        raise InputError(
-            "object storage needs the package obstore", hint="pip install 'model-surgery[cloud]'"
-        ) from error
 
 
 def _credentials(scheme: str) -> dict[str, Any]:
