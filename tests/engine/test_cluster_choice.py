@@ -13,7 +13,7 @@ import surgery
 from surgery.engine.merge.merge_request import request_of
 from surgery.engine.shares.folders import Shares
 from surgery.engine.shares.ray import Ray, share_count
-from surgery_formats.errors import InputError, ResourceError, UsageError
+from surgery_formats.errors import MissingPackageError, ResourceError, UsageError
 from tests.support.kit import ROOT, spawn
 
 BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
@@ -46,7 +46,7 @@ def test_the_command_refuses_an_engine_as_a_usage_error():
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"pip install 'model-surgery\[ray\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'model-surgery\[ray\]'"):
         surgery.merge(BASE, LORA, output=tmp_path / "out", engine="ray")
     assert list(tmp_path.iterdir()) == []
 
