@@ -7,6 +7,7 @@ drift apart.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -258,33 +259,38 @@ class Plan:
         """The first tensor of every weight that is not copied as it is."""
         return tuple(tensor for tensor in self.weights if isinstance(tensor.step, Compute))
 
-    def share(self, index: int, count: int) -> Plan:
-        """The share of worker `index` of `count`, as a plan of one file.
+    def shares(self, count: int) -> tuple[Plan, ...]:
+        """The plan in `count` shares, each a plan of one file.
 
         Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever
         they were made.
+        """
+        weights: dict[int, list[PlannedTensor]] = {}
+        for tensor in self.tensors:
+            if isinstance(tensor.step, Compute):
+                weights.setdefault(id(tensor.step), []).append(tensor)
+        sized = sorted((-sum(t.nbytes for t in tensors), tensors[0].label, tensors) for tensors in weights.values())
+        loads = [(0, index) for index in range(count)]  # a heap: the share that has least, the first of several
+        tensors: list[list[PlannedTensor]] = [[] for _ in range(count)]
+        ends = [len(SHARE_MAGIC)] * count
+        for negative, _, weight in sized:
+            load, index = loads[0]
+            heapq.heapreplace(loads, (load - negative, index))
+            for tensor in weight:
+                tensors[index].append(replace(tensor, offset=ends[index]))
+                ends[index] += tensor.nbytes
+        files = (PlannedFile(SHARE_FILE, SHARE_MAGIC, end, tuple(own)) for end, own in zip(ends, tensors, strict=True))
+        return tuple(replace(self, files=(file,), side_files=(), accounts=()) for file in files)
+
+    def share(self, index: int, count: int) -> Plan:
+        """One of `shares`.
 
         Raises:
             FitError: there is no such share.
         """
         if not 0 <= index < count:
             raise FitError(f"there is no share {index} of {count}", hint="shares are counted from 0")
-        weights: dict[int, list[PlannedTensor]] = {}
-        for tensor in self.tensors:
-            if isinstance(tensor.step, Compute):
-                weights.setdefault(id(tensor.step), []).append(tensor)
-        sized = sorted((-sum(t.nbytes for t in tensors), tensors[0].label, tensors) for tensors in weights.values())
-        loads = [0] * count
-        tensors: list[PlannedTensor] = []
-        offset = len(SHARE_MAGIC)
-        for negative, _, weight in sized:
-            worker = loads.index(min(loads))
-            loads[worker] -= negative
-            for tensor in weight if worker == index else ():
-                tensors.append(replace(tensor, offset=offset))
-                offset += tensor.nbytes
-        file = PlannedFile(SHARE_FILE, SHARE_MAGIC, offset, tuple(tensors))
-        return replace(self, files=(file,), side_files=(), accounts=())
+        return self.shares(count)[index]
 
 
 def check_conservation(binding: Binding, plan: Plan) -> None:

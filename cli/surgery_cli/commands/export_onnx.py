@@ -10,12 +10,14 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
 
 @subcommand("export-onnx")
+@pages()
 @click.argument("base", shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
