@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery_formats.errors import FitError, InputError, MalformedError, NotFoundError, ProofError, SurgeryError
+from surgery_formats.errors import (
+    FitError,
+    InputError,
+    MalformedError,
+    MissingPackageError,
+    NotFoundError,
+    ProofError,
+    SurgeryError,
+)
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.remote import bucket, ranges
@@ -139,7 +147,7 @@ def test_a_dropped_connection_is_an_error_of_one_line(monkeypatch: pytest.Monkey
 def test_without_its_library_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     bucket.connect.cache_clear()
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(InputError, match="object storage needs the package obstore") as caught:
+    with pytest.raises(MissingPackageError, match="object storage need the package obstore") as caught:
         surgery.inspect("s3://bucket/base")
     assert caught.value.hint == "pip install 'model-surgery[cloud]'"
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import os
 import signal
@@ -26,7 +25,8 @@ from surgery.engine.execute import Run
 from surgery.engine.shares.folders import Assignment, assignments, finished_shares, is_finished, write_share
 from surgery.engine.shares.work import Work, WorkRequest
 from surgery.progress import Callback, Progress
-from surgery_formats.errors import FitError, InputError, ResourceError, SurgeryError, UsageError
+from surgery_formats.errors import FitError, ResourceError, SurgeryError, UsageError
+from surgery_formats.extras import require
 from surgery_formats.text import nbytes as human
 from surgery_formats.text import show
 
@@ -274,11 +274,8 @@ def _check_answers(address: str) -> None:
 def _library() -> ModuleType:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    try:
-        with _handlers_kept():
-            return importlib.import_module("ray")
-    except ImportError as error:
-        raise InputError("a Ray cluster is used through ray", hint="pip install 'model-surgery[ray]'") from error
+    with _handlers_kept():
+        return require("ray", "clusters of Ray")
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
+from surgery_formats.extras import require
 from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
@@ -44,7 +45,7 @@ def connect(scheme: str, name: str) -> Bucket:
     Raises:
         InputError: obstore is not installed, or the environment's settings are not taken.
     """
-    obstore = _library()
+    obstore = require("obstore", "names of object storage")
     options: dict[str, Any] = {"timeout": _ANSWER, "connect_timeout": timedelta(seconds=10)}
     if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS):
         options["allow_http"] = True  # whoever names such an endpoint means it
@@ -56,15 +57,6 @@ def connect(scheme: str, name: str) -> Bucket:
         hint = _CREDENTIALS.get(scheme)
         raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}", hint=hint) from error
     return Bucket(scheme, name, obstore, store)
-
-
-def _library() -> ModuleType:
-    try:
-        return importlib.import_module("obstore")
-    except ImportError as error:
-        raise InputError(
-            "object storage needs the package obstore", hint="pip install 'model-surgery[cloud]'"
-        ) from error
 
 
 def _credentials(scheme: str) -> dict[str, Any]:
