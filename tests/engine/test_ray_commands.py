@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.held_request import HOLD, HeldOnRay
 
 import surgery
 from tests.algebra.test_lora_form import trained
 from tests.oracles import recipes
 from tests.support.extractions import everything, only, tune
+from tests.support.held_request import HOLD, HeldOnRay
 
 pytest.importorskip("ray")
 from tests.engine.test_ray import Nodes, contents, meanwhile, nodes, noted, until  # noqa: F401 - a fixture
