@@ -282,7 +282,9 @@ def _child(place: _Place, words: Sequence[str], action: Action | None, states: S
 
             if action is not None:
                 _replace(action, (str(place.work), str(place.tmp)), states)
-            if isinstance(action, Interrupt):
+            if isinstance(action, Interrupt):  # as from a terminal, whatever this was started by
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
                 sys.argv = ["surgery", "-q", *words]
                 run_process()
             surgery.main(["-q", *words], prog_name="surgery")
