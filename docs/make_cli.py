@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes docs/cli.md from the commands' own ``--help``, so that the two cannot differ.
+"""Writes docs/cli.md, and the manual pages in docs/man, from the commands' own ``--help``, so that they cannot differ.
 
-``python docs/make_cli.py`` rewrites the page; with ``--check`` it ends with exit code 1 if the page is out of date.
+``python docs/make_cli.py`` rewrites them; with ``--check`` it ends with exit code 1 if one is out of date.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from make_man import FOLDER, pages
 
 from surgery_cli.group import COMMANDS, surgery
 
@@ -53,12 +54,19 @@ def _section(title: str, command: click.Command, context: click.Context) -> Iter
 
 
 def main() -> int:
-    """Write the page, or say whether it is current."""
-    page = render()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page, encoding="utf-8")
-        return 0
-    return int(not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page)
+    """Write the pages, or say whether they are current."""
+    wanted = {PAGE: render()} | {FOLDER / name: text for name, text in pages().items()}
+    if "--check" in sys.argv[1:]:
+        there = set(FOLDER.glob("*")) | {PAGE}
+        return int(
+            there != set(wanted) or any(page.read_text(encoding="utf-8") != text for page, text in wanted.items())
+        )
+    FOLDER.mkdir(exist_ok=True)
+    for page in set(FOLDER.glob("*")) - set(wanted):
+        page.unlink()
+    for page, text in wanted.items():
+        page.write_text(text, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
