@@ -26,7 +26,7 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
     rows = [
         (
             markdown_code(show(adapter.path.resolve().name)),
-            markdown(show(f"{adapter.format} {adapter.kind}")),
+            markdown(show(f"{adapter.format} {adapter.kind_name}")),
             f"{weight:g}",
             count(adapter.parameters),
         )
