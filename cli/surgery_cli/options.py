@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
 if TYPE_CHECKING:
     from surgery.rank import Rank
+    from surgery_cli.pages import Pages
 
 __all__ = [
     "PATH",
@@ -36,6 +37,7 @@ __all__ = [
     "devices_option",
     "dry_run",
     "dtype",
+    "engine",
     "first_ids",
     "global_options",
     "number",
@@ -76,12 +78,13 @@ PATH = _PathType(path_type=Path)
 
 @dataclass
 class Settings:
-    """The values of `global_options`; the same object before and after the sub-command."""
+    """The values of `global_options`, and the files to write; the same object before and after the sub-command."""
 
     json: bool = False
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
+    pages: Pages | None = None
 
 
 def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -278,6 +281,9 @@ def devices(text: str) -> str:
     """
     if text in ("cpu", "auto"):
         return text
+    context = click.get_current_context(silent=True)
+    if text == "cuda" and context is not None and context.params.get("engine"):
+        return text  # of a worker, not of this machine
     from surgery.engine.devices import devices_of
 
     try:
@@ -318,6 +324,30 @@ runtime_device_option = _device_option(
     callback=_runtime_device,
 )
 """The device of onnxruntime: whether it is there is looked up by the library, without torch."""
+
+
+def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str | None:
+    if value == "local":
+        return None
+    from surgery.engine.shares.choice import cluster_of
+
+    try:
+        cluster_of(value)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from error
+    return value
+
+
+engine = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    is_eager=True,
+    metavar="local|ray[:HOST:PORT]",
+    callback=_engine,
+    help="Where weights are computed: here, or on a Ray cluster (docs/scale-out.md).",
+)
+"""Eager, for ``--device``: a cluster has devices of its own."""
 
 
 def size(text: str) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +34,12 @@ def show_result(
     `summary` is by default ``result.summary(verbose=...)``. Where it is the `data` asked for, ``-q`` leaves out hints
     alone.
     """
-    if settings.quiet and not (settings.json or data or result.warnings):
+    asked = settings.pages is not None and settings.pages.files
+    if settings.quiet and not (settings.json or data or result.warnings or asked):
         return  # nothing to show, and what would draw it need not be imported
     summary = summary or result.summary(verbose=settings.verbose > 0)
+    if settings.pages is not None and asked:
+        summary = summary.plus(*_wrote(settings.pages.write(summary)))
     shown: Iterable[Section] = summary.sections
     if settings.json:
         emit_json(command, result.as_json())
@@ -63,18 +66,27 @@ def emit_json(command: str, result: Any) -> None:
 def _write(sections: Iterable[Section]) -> None:
     """Notes to stderr, all else to stdout with a blank line between."""
     from surgery.reports.sections import Note
-    from surgery.reports.text import section_lines
+    from surgery.reports.text import section_lines, together
 
     width = _width()
     strong = partial(click.style, bold=True)
-    first = True
+    previous: Section | None = None
     for section in sections:
         if isinstance(section, Note):
             click.echo(_note(section), err=True)
             continue
         lines = section_lines(section, width, strong)
-        click.echo("\n".join(lines if first else ["", *lines]))
-        first = False
+        click.echo("\n".join(lines if previous is None or together(previous, section) else ["", *lines]))
+        previous = section
+
+
+def _wrote(paths: Iterable[Path]) -> Iterator[Note]:
+    from surgery.reports.output import PATH
+    from surgery.reports.sections import Note
+    from surgery.reports.values import Name
+
+    for path in paths:
+        yield Note(("wrote ", Name(path, PATH)))
 
 
 def _width() -> int | None:

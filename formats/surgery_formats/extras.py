@@ -25,10 +25,10 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "torch": "torch",
     "tokenizers": "run",
-    "jinja2": "run",
     "huggingface_hub": "hub",
     "gguf": "gguf",
     "obstore": "cloud",
+    "ray": "ray",
 }
 """The extra of each package, by the name it is imported by."""
 
@@ -43,7 +43,7 @@ def require(name: str, purpose: str, *, otherwise: str = "") -> ModuleType:
 
     Args:
         name: As it is imported.
-        purpose: What needs it, in the plural: "chat templates".
+        purpose: What needs it, in the plural: "names on the hub".
         otherwise: What can be done without it.
 
     Raises:

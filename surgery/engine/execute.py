@@ -163,7 +163,8 @@ def execute(
         hashes=run.hashes,
         recorded=plan.id,
     )
-    with (engine or ThisProcess()).computing(plan, to_path(output)) as compute, staged as folder:
+    # the place is taken first: nobody wants to hear at the end that it is in use
+    with staged as folder, (engine or ThisProcess()).computing(plan, to_path(output)) as compute:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from surgery.reports.markdown_parts import table_lines
-from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
+from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.values import Cell, Notation, cell_text, phrase_text
 from surgery_formats.text import markdown, markdown_code, verbatim
 
@@ -26,6 +26,9 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
                 lines += [*facts, ""]
             case Table(columns, rows):
                 lines += [*_table(columns, rows), ""]
+            case Chart(name, table, _, says):
+                said = [f"{markdown(name)}: {phrase_text(says, _MARKDOWN)}"] if says else None
+                lines += [*(said or _table(table.columns, table.rows)), ""]
             case Note(text, level):
                 lines += [f"{'**Warning:** ' if level == 'warning' else ''}{phrase_text(text, _MARKDOWN)}", ""]
             case Verbatim(text):

@@ -50,7 +50,7 @@ class Result(Protocol):
 
 
 def summarised(result: type[Kind]) -> type[Kind]:
-    """Class decorator: derive ``__str__``, a one-line ``__repr__`` and ``_repr_markdown_`` from ``summary()``."""
+    """Class decorator: derive ``__str__``, a one-line ``__repr__``, and what notebooks show, from ``summary()``."""
 
     def text(self: Kind) -> str:
         return self.summary().as_text()
@@ -61,7 +61,11 @@ def summarised(result: type[Kind]) -> type[Kind]:
     def markdown(self: Kind) -> str:
         return self.summary().as_markdown()
 
-    for name, method in (("__str__", text), ("__repr__", brief), ("_repr_markdown_", markdown)):
+    def html(self: Kind) -> str:
+        return self.summary()._repr_html_()
+
+    shown = {"__str__": text, "__repr__": brief, "_repr_markdown_": markdown, "_repr_html_": html}
+    for name, method in shown.items():
         setattr(result, name, method)
     return result
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.base_choice import BaseChoice, choice_sections
+from surgery.reports.drawings import Bars, Lines
 from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Value
@@ -195,12 +196,12 @@ class SavingsReport:
             facts += [("quantised", quantised_phrase(self.base.quantised))] if self.base.quantised else []
             sections.append(Facts(tuple(facts)))
         if self.adapters:
-            sections.append(Table(_ADAPTERS, tuple(map(_adapter, self.adapters))))
+            sections.append(Table(_ADAPTERS, tuple(map(_adapter, self.adapters)), "Adapters"))
         splits = [(self.base.name, self.base.split, self.base.parameters)] if self.base else []
         splits += [(cost.name, cost.split, cost.trained) for cost in self.adapters]
         sections.append(_split_table(splits))
         if rows := tuple(self._tasks()):
-            sections.append(Table(_TASKS, rows))
+            sections.append(_tasks_chart(rows))
         sections += [section for choice in self.choices for section in choice_sections(choice)]
         warnings = (Note((Name(cost.name), ": ", text), "warning") for cost in self._costs for text in cost.warnings)
         return Summary("Savings", (*sections, *warnings))
@@ -232,6 +233,13 @@ _TASKS = (
 )  # fmt: skip
 
 
+def _tasks_chart(rows: tuple[tuple[Cell, ...], ...]) -> Chart:
+    """Bytes for so many tasks; of one number of them there is no line to draw."""
+    several = len({row[0] for row in rows}) > 1
+    drawing = Lines(x=0, y=(2, 3), by=1, log_x=True, log_y=True) if several else Bars(label=1, values=(2, 3))
+    return Chart("Storage for so many tasks", Table(_TASKS, rows), drawing)
+
+
 def _adapter(cost: AdapterCost) -> tuple[Cell, ...]:
     return cost.name, f"{cost.format} {cost.kind}", cost.trained, cost.share, cost.nbytes, cost.nbytes_share
 
@@ -244,9 +252,8 @@ def _split_table(splits: Sequence[tuple[str, Split, int]]) -> Table:
         if part in ("attention", "mlp", "rest") or any(getattr(split, part) for _, split, _ in splits)
     ]
     columns = Column("where", "name"), *(Column(_SPLITS[part], "figure") for part in shown)
-    return Table(
-        columns, tuple((name, *(_part(split, part, total) for part in shown)) for name, split, total in splits)
-    )
+    rows = tuple((name, *(_part(split, part, total) for part in shown)) for name, split, total in splits)
+    return Table(columns, rows, "What the parameters are part of")
 
 
 def _part(split: Split, part: str, total: int) -> Phrase:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a summary: facts, tables, notes and verbatim text. They hold what is shown; renderers decide how."""
+"""The parts of a summary: facts, tables, charts, notes and verbatim text. They hold what is shown; renderers decide how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from surgery.reports.drawings import Drawing
 from surgery.reports.values import NUMERIC, Cell, Phrase, Type
 
-__all__ = ["Column", "Facts", "Note", "Section", "Table", "Verbatim"]
+__all__ = ["Chart", "Column", "Facts", "Note", "Section", "Table", "Verbatim"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,30 @@ class Table:
     Attributes:
         columns: The columns; never empty.
         rows: One cell per column. Leading spaces of a text cell are indentation.
+        caption: What the rows are, where a page needs it.
     """
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    caption: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A table that can be drawn; its numbers are the table's, so that a drawing and the figures beside it agree.
+
+    Attributes:
+        title: What it shows, in our own words.
+        table: The numbers.
+        drawing: How its columns become a picture, where a renderer draws.
+        says: The finding, to be read behind the title; it stands for the numbers where there is room for a line alone. A
+            chart without one is its table there.
+    """
+
+    title: str
+    table: Table
+    drawing: Drawing
+    says: Phrase = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +99,4 @@ class Verbatim:
     text: str
 
 
-Section = Facts | Table | Note | Verbatim
+Section = Facts | Table | Chart | Note | Verbatim

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The summary of a result, and its renderings.
 
-A result builds it in ``summary()``; `as_text`, `as_markdown` and `as_json` render it, and another renderer needs
-nothing of any result.
+A result builds it in ``summary()``; `as_text`, `as_markdown`, `as_html`, `as_csv` and `as_json` render it, and another
+renderer needs nothing of any result.
 """
 
 from __future__ import annotations
@@ -63,6 +63,18 @@ class Summary:
 
         return as_markdown(self.title, self.sections)
 
+    def as_html(self) -> str:
+        """A page of its own: one file with pictures and tables that loads nothing, the same bytes for the same summary."""
+        from surgery.reports.html.page import as_page
+
+        return as_page(self.title, self.sections)
+
+    def as_csv(self) -> str:
+        """The tables, one below the other, with their numbers in full."""
+        from surgery.reports.csv_tables import as_csv
+
+        return as_csv(self.sections)
+
     def as_json(self) -> dict[str, Any]:
         """Plain values. Numbers stay numbers, beside the types that tell how to write them."""
         sections = [{"section": type(section).__name__.lower(), **plain(section)} for section in self.sections]
@@ -82,6 +94,11 @@ class Summary:
 
     def _repr_markdown_(self) -> str:
         return self.as_markdown()
+
+    def _repr_html_(self) -> str:
+        from surgery.reports.html.page import as_fragment
+
+        return as_fragment(self.title, self.sections)
 
 
 def warning_notes(texts: tuple[str, ...]) -> tuple[Note, ...]:

@@ -7,11 +7,11 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 
-from surgery.reports.sections import Column, Facts, Note, Section, Table, Verbatim
+from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.values import cell_text, phrase_text
-from surgery_formats.text import verbatim
+from surgery_formats.text import clean, verbatim
 
-__all__ = ["as_text", "section_lines"]
+__all__ = ["as_text", "section_lines", "together"]
 
 _GAP = 2  # between columns
 _LEAST = 8  # characters that a column of words is never narrower than
@@ -20,15 +20,24 @@ Style = Callable[[str], str]
 
 
 def as_text(sections: Iterable[Section], width: int | None = None) -> str:
-    """Render sections with blank lines between them; consecutive notes stay together."""
+    """Render sections with blank lines between them; consecutive notes, and sentences of charts, stay together."""
     lines: list[str] = []
     previous: Section | None = None
     for section in sections:
-        if previous is not None and not (isinstance(previous, Note) and isinstance(section, Note)):
+        if previous is not None and not together(previous, section):
             lines.append("")
         lines += section_lines(section, width)
         previous = section
     return "\n".join(lines)
+
+
+def together(previous: Section, section: Section) -> bool:
+    """Whether no blank line parts the two."""
+    return any(_is_line(previous, kind) and _is_line(section, kind) for kind in (Note, Chart))
+
+
+def _is_line(section: Section, kind: type[Note | Chart]) -> bool:
+    return isinstance(section, kind) and not (isinstance(section, Chart) and not section.says)
 
 
 def section_lines(section: Section, width: int | None = None, strong: Style = str) -> list[str]:
@@ -41,6 +50,8 @@ def section_lines(section: Section, width: int | None = None, strong: Style = st
             return [f"{strong(_padded(label, widest))}  {text}" for label, text in zip(labels, texts, strict=True)]
         case Table():
             return _table(section, width, strong)
+        case Chart(title, table, _, says):
+            return [f"{clean(title)}: {phrase_text(says)}"] if says else _table(table, width, strong)
         case Note(text, level):
             return [f"{'warning: ' if level == 'warning' else ''}{phrase_text(text)}"]
         case Verbatim(text):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever a name, a metadata entry or a path holds, it reaches screen, Markdown and JSON as text that does nothing."""
+"""Whatever a name, a metadata entry or a path holds, it reaches screen, Markdown, HTML, CSV and JSON as text that does nothing."""
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 import re
 import shutil
@@ -12,18 +14,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery_cli.group import COMMANDS as COMMAND_NAMES
+from surgery_cli.group import surgery
 from surgery_formats.text import clean, encodable, markdown, markdown_code, show, verbatim
 from tests.oracles.bad_inputs import COMMANDS
+from tests.support.page_reader import check_page
 from tests.support.small_world import invoke, make_world
 
 ACTS = "\x1b[2J\x1b]0;t\x07\r\nerror: forged\t\u202e\u2066\u200b"
 MARKS = "|<script>x<!--`a`[b](javascript:c)![d](e)*f*_g_{{7*7}}{% h %}$i$&lt;~~j~~"
-NAMES = {"acts": ACTS + MARKS, "half": MARKS + "\ud800", "long": "n<i>" * 250_000}
+NAMES = {
+    "acts": ACTS + MARKS,
+    "half": MARKS + "\ud800",
+    "long": "n<i>" * 250_000,
+    "formula": '=HYPERLINK("http://x")|</table></style><svg onload=x>\'"&#0;' + MARKS,
+}
 SPAN = re.compile(r"^(`{3,})\n.*?\n\1$|(`+)(?!`).*?(?<!`)\2(?!`)", re.DOTALL | re.MULTILINE)
 MARKUP = re.compile(r"(?<!\\)(?:<\w|!\[|\]\(|\{\{|\{%|&lt|~~|\*f)")
 
@@ -119,6 +130,12 @@ def _places(name: str) -> dict[str, tuple[str, Callable[[Path], Any]]]:
 FRONT = re.compile(r"(?:---\n(.*?)\n---\n)?(.*)", re.DOTALL)
 ALWAYS = re.compile(r"inspect|report .*--md|merge \{base\} \{lora\} -o \{out\}$|verify \{merged|prompt show")
 PRINTS = re.compile(r"inspect|report|merge|check \{base\} \{lora\}$|prompt (show|combine)|diff|locate|run")
+PAGED = {
+    name
+    for name in COMMAND_NAMES
+    if any(param.name == "html_file" for param in surgery.get_command(click.Context(surgery), name).params)
+}
+NUMBERS = itertools.count()
 CASES = [(kind, place) for kind, name in NAMES.items() for place in _places(name)]
 
 
@@ -134,6 +151,9 @@ def _harmless(text: str) -> None:
 
 def _checked(words: list[str], *, told: bool) -> None:
     began = time.monotonic()
+    if not told and words[0] in PAGED:
+        number = next(NUMBERS)
+        words = [*words, "--html", f"page{number}.html", "--csv", f"page{number}.csv"]
     result = invoke(*words)
     assert result.exit_code != 1, result.stderr[:2000]
     assert time.monotonic() - began < 10
@@ -154,6 +174,18 @@ def _markdown_is_harmless(folder: Path) -> None:
         front, rest = FRONT.fullmatch(text).groups("")
         assert MARKUP.search(SPAN.sub("", rest)) is None, path
         assert "<" not in front
+
+
+def _pages_are_harmless(folder: Path) -> None:
+    """A page has the tags of ours alone, whatever names say; no cell of a table is a formula."""
+    pages = sorted(folder.glob("page*.html"))
+    for path in pages:
+        _harmless(check_page(path.read_text(encoding="utf-8")).text.replace("\N{EM SPACE}", " "))
+        assert path.stat().st_size < 1 << 21
+        with path.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+            cells = [cell for row in csv.reader(file) for cell in row]
+        assert all(cell.isprintable() for cell in cells)
+        assert not any(re.match(r"\s*[=+@]|\s*-(?![\d.])", cell) for cell in cells)
 
 
 @pytest.mark.parametrize(("kind", "place"), CASES)
@@ -182,6 +214,7 @@ def test_a_hostile_name_does_nothing(
         if kind == "acts" or number == 1:
             _checked([*(word.replace(f"out{number}", f"json{number}") for word in words), "--json"], told=True)
     _markdown_is_harmless(tmp_path)
+    _pages_are_harmless(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +232,7 @@ def test_a_hostile_folder_does_nothing(name: str, world: dict[str, Path], tmp_pa
             _checked(words, told=False)
             _checked([*(word.replace(f"out{number}", f"json{number}") for word in words), "--json"], told=True)
     _markdown_is_harmless(tmp_path)
+    _pages_are_harmless(tmp_path)
 
 
 CHARACTERS = st.text(st.characters(categories=None), max_size=60) | st.sampled_from((NAMES["acts"], NAMES["half"]))

@@ -134,7 +134,7 @@ def test_every_extra_and_its_package_are_those_of_the_project() -> None:
     assert {"all", "cuda", "dev", *EXTRAS.values()} == set(extras)
     named = re.fullmatch(r"model-surgery\[(.*)\]", extras["all"][0])
     assert named is not None
-    assert set(named[1].split(",")) == set(EXTRAS.values())
+    assert set(named[1].split(",")) == set(EXTRAS.values()) - {"ray"}  # 236 MB
 
 
 def test_a_package_that_lacks_something_itself_is_no_missing_extra() -> None:
@@ -149,7 +149,7 @@ def test_a_package_that_lacks_something_itself_is_no_missing_extra() -> None:
         fails()
 
 
-def test_what_is_installed_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    import jinja2
+def test_what_is_installed_is_given() -> None:
+    import tokenizers
 
-    assert require("jinja2", "templates") is jinja2
+    assert require("tokenizers", "texts") is tokenizers

@@ -10,11 +10,13 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, runtime_device_option, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 
 __all__ = ["command"]
 
 
 @subcommand("bench")
+@pages()
 @click.argument("model", shell_complete=complete_files)
 @option.reference("--against", metavar="OTHER", help="Another graph, measured in turns with MODEL.")
 @click.option("--prompt-length", type=option.count(), help="Tokens of a row; by default 512, or what fits.")

@@ -11,6 +11,7 @@ from surgery_cli import options as option
 from surgery_cli.commands.diff import FINDINGS
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command", "complete_consumers", "consumer"]
@@ -36,6 +37,7 @@ def complete_consumers(ctx: click.Context, param: click.Parameter, incomplete: s
 
 
 @subcommand("check")
+@pages()
 @click.argument("base", metavar="BASE", shell_complete=complete_files)
 @click.argument("adapter", metavar="ADAPTER", shell_complete=complete_files)
 @click.option(

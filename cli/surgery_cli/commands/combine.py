@@ -11,6 +11,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, subcommand
 from surgery_cli.output import show_output
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
@@ -19,6 +20,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "p
 
 
 @subcommand("combine")
+@pages()
 @option.adapters()
 @option.output("Folder to make, or file where the format is a single file.")
 @click.option("--rank", type=option.count(), help="Greatest rank; without it nothing is lost.")

@@ -12,6 +12,7 @@ from surgery_cli import options as option
 from surgery_cli.commands.check import complete_consumers, consumer
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 from surgery_formats.text import show
 
@@ -36,6 +37,7 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 
 
 @subcommand("convert")
+@pages()
 @click.argument("adapter", shell_complete=complete_files)
 @click.option(
     "--to",

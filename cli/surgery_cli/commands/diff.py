@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, number, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["FINDINGS", "command"]
@@ -19,6 +20,7 @@ FINDINGS = 6
 
 
 @subcommand("diff")
+@pages()
 @click.argument("a", metavar="A", shell_complete=complete_files)
 @click.argument("b", metavar="B", shell_complete=complete_files)
 @click.option("--header", is_flag=True, help="Names, types and shapes alone; no value is read.")

@@ -10,12 +10,14 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
 
 @subcommand("export-onnx")
+@pages()
 @click.argument("base", shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make, or BASE's own folder, to which files are only added.", rehearsed=False)
@@ -134,6 +136,7 @@ __all__ = ["command"]
     values=("auto", "all", "input"),
     help="input: num_logits_to_keep says of how many last positions logits are computed; auto: input, but for cuda.",
 )
+@option.engine
 @option.verify("full: compare what was copied byte by byte too, and note the sha256 of every file.")
 @option.overwrite()
 def command(

@@ -11,6 +11,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
@@ -56,6 +57,7 @@ def _dense(text: str) -> tuple[str, ...]:
 
 
 @subcommand("extract-lora")
+@pages()
 @click.argument("base", shell_complete=complete_files)
 @click.argument("tuned", shell_complete=complete_files)
 @option.output("Folder to make, or file where FORMAT is a single file.")
@@ -124,6 +126,7 @@ def _dense(text: str) -> tuple[str, ...]:
     help="TUNED is a merge in 16 bits: find its LoRA more exactly than it was rounded.",
 )
 @option.devices_option
+@option.engine
 @option.threads(
     "--workers",
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",

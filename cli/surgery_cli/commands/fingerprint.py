@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
@@ -18,6 +19,7 @@ _FINDINGS = 6
 
 
 @subcommand("fingerprint")
+@pages()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", shell_complete=complete_files)
 @option.reference(
     "--against", metavar="OTHER", help="Name the tensors that differ from this one's; exit code 6 if any."

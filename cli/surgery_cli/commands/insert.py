@@ -11,6 +11,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
@@ -22,6 +23,7 @@ _OF_FRESH = ("rank", "alpha", "targets", "text", "calibration", "release", "resi
 
 
 @subcommand("insert")
+@pages()
 @click.argument("model", shell_complete=complete_files)
 @click.argument("what", nargs=-1, type=option.weighted, metavar="[WHAT[=WEIGHT]]...", shell_complete=complete_files)
 @option.reference("--base", metavar="BASE", help="Of an .onnx file: the checkpoint that it was made of.")

@@ -8,11 +8,13 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 
 __all__ = ["command"]
 
 
 @subcommand("inspect")
+@pages()
 @click.argument("reference", metavar="REF", shell_complete=complete_files)
 @click.option("--depth", type=option.count(), default=4, show_default=True, help="Levels of modules.")
 @click.option("--all", "every", is_flag=True, help="Every level; of an adapter every parameter and all metadata.")

@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
@@ -18,6 +19,7 @@ _PROJECTIONS = click.Choice(["qkv", "gate-up"])
 
 
 @subcommand("layers")
+@pages()
 @click.argument("base", shell_complete=complete_files)
 @option.output("Folder to make; it must not exist yet.")
 @click.option("--keep", metavar="LAYERS", help="Layers of OUT in their order, e.g. 0-19,24-31; the first is 0.")

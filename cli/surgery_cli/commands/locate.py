@@ -10,11 +10,13 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand, weighted
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 
 __all__ = ["command"]
 
 
 @subcommand("locate")
+@pages()
 @click.argument("graph", metavar="GRAPH", shell_complete=complete_files)
 @click.option(
     "--base", required=True, metavar="BASE", shell_complete=complete_files, help="The checkpoint the graph was made of."

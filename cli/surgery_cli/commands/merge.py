@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 from surgery_formats.text import show
 
@@ -39,6 +40,7 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
 
 
 @subcommand("merge")
+@pages()
 @click.argument("base", shell_complete=complete_files)
 @option.adapters(required=False)
 @option.output("Folder to make; it must not exist yet.")
@@ -49,6 +51,7 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
     "--workers",
     help="Computing threads, or processes for much; by default one per core, at most 8 threads or 16 processes.",
 )
+@option.engine
 @click.option(
     "--memory-limit", type=option.size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB."
 )

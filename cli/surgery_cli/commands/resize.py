@@ -11,12 +11,14 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
 
 @subcommand("resize")
+@pages()
 @click.argument("adapter", shell_complete=complete_files)
 @option.output("Folder to make, or file where the format is a single file.")
 @click.option("--rank", type=option.count(), help="Greatest rank of a module.")

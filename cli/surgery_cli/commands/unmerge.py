@@ -10,12 +10,14 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
 
 
 @subcommand("unmerge")
+@pages()
 @click.argument("model", shell_complete=complete_files)
 @option.adapters()
 @option.output("Folder to make; it must not exist yet.")

@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, number, subcommand, weighted
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 
 __all__ = ["command"]
 
@@ -24,6 +25,7 @@ def some_or_all(text: str) -> int | str:
 
 
 @subcommand("verify")
+@pages()
 @click.argument("output", metavar="OUT", shell_complete=complete_files)
 @option.reference("--against", metavar="BASE", help="Compare with this base what came of it.")
 @click.option(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger, Row
+from surgery.engine.merge.merge_charts import merge_charts
 from surgery.engine.merge.next_step import next_step
 from surgery.engine.plan import Compute, Copy, Plan, PlannedTensor, is_coded
 from surgery.engine.preview import Preview
@@ -59,7 +60,7 @@ def merge_summary(
             part = Value(rounding_nbytes / max(base_nbytes, 1), "share"), " of the base's weights, for surgery unmerge"
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
         following = Note(("next: ", *next_step(ledger.plan, output, residual)))
-        sections = [Facts(tuple(facts)), *_poor(ledger, verbose), following]
+        sections = [Facts(tuple(facts)), *merge_charts(ledger), *_poor(ledger, verbose), following]
     return Summary("Merge", (*sections, *warning_notes(warnings)))
 
 
@@ -200,7 +201,8 @@ def _poor(ledger: Ledger, verbose: bool) -> list[Section]:
         Column("tensor", "name"), Column("class"), Column("updates"), Column("survives", "share"),
         Column("rounding", "share"),
     )  # fmt: skip
-    table = Table(columns, tuple((*_named(row), *_measured(row)) for row in shown))
+    caption = "Weights, those that keep least of their update first"
+    table = Table(columns, tuple((*_named(row), *_measured(row)) for row in shown), caption)
     return [
         table,
         *([Note(f"... and {more} more below {_POOR:.0%}", "omitted")] if (more := len(poor) - len(shown)) > 0 else []),
@@ -215,7 +217,7 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
         computed = sum(isinstance(tensor.step, Compute) for tensor in weights)
         rows.append((file.name, file.nbytes, len(weights) - computed, computed))
     files = Column("file", "name"), Column("bytes", "bytes"), Column("copied", "integer"), Column("computed", "integer")
-    sections: list[Section] = [Table(files, tuple(rows))]
+    sections: list[Section] = [Table(files, tuple(rows), "Files")]
     steps = [row for row in ledger.rows if row.tensor.outcome != "copied" and not row.tensor.part]
     shown = steps if verbose else steps[:_FIRST]
     if shown:
@@ -226,7 +228,7 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
             Column("shape", "shape"),
             Column("type"),
         )
-        sections.append(Table(columns, tuple((*_named(row), *_stored(row.tensor)) for row in shown)))
+        sections.append(Table(columns, tuple((*_named(row), *_stored(row.tensor)) for row in shown), "Operations"))
     if len(shown) < len(steps):
         sections.append(Note(f"... and {len(steps) - len(shown)} more operations", "omitted"))
     return sections

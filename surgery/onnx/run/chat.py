@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
-from surgery_formats.extras import require
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
@@ -43,11 +42,9 @@ def render_chats(folder: Path, conversations: Sequence[Sequence[Message]]) -> li
         NotFoundError: no template beside the graph.
         MalformedError: it cannot be read, it fails on these messages, or takes too long, too much memory or too many characters.
         FitError: it refuses a conversation, or one has a value that JSON cannot hold.
-        MissingPackageError: the package jinja2 is not installed.
     """
     settings = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     template, file = _template(folder, settings)
-    require("jinja2", "chat templates")
     try:
         said = json.dumps([[dict(message) for message in messages] for messages in conversations])
     except (TypeError, ValueError) as error:

@@ -231,7 +231,7 @@ def _files_below(folder: Path) -> set[str]:
         raise NotFoundError(error.strerror or "cannot be listed", file=error.filename) from error
 
     if isinstance(folder, RemotePath):
-        return folder.bucket.all_below(folder.key).keys() - {UNFINISHED}
+        return folder.store.all_below(folder.key).keys() - {UNFINISHED}
     paths: set[Path] = set()
     for at, folders, files in os.walk(folder, onerror=fail):
         paths.update(Path(at, name) for name in files)

@@ -31,7 +31,7 @@ from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
 from surgery_formats.whole import whole
 
-__all__ = ["SingleFile", "write_single"]
+__all__ = ["SingleFile", "check_single", "write_single"]
 
 Prove = Callable[[Path], None]
 
@@ -111,12 +111,8 @@ def write_single(
     if isinstance(remote := to_path(out), RemotePath):
         return _write_object(remote, job, nbytes, fill, overwrite=overwrite, inputs=inputs, prove=prove)
     shown = Path(out)
-    parent = Path(os.path.realpath(shown.parent))
-    final = parent / shown.name
-    if not parent.is_dir():
-        raise NotFoundError("no such folder to write into", file=shown.parent)
-    check_output_name(final)
-    _refuse(final, shown, inputs, overwrite=overwrite)
+    final = check_single(shown, overwrite=overwrite, inputs=inputs)
+    parent = final.parent
     # The suffix stays last, because readers that prove the hidden file go by it.
     hidden = parent / f".{shown.stem[:150]}.surgery-{job[:16]}{shown.suffix}"
     with output_faults(shown, nbytes):
@@ -143,6 +139,20 @@ def write_single(
     with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
         sweep(parent, stages_of(shown.stem[:150], shown.suffix))
     return shown
+
+
+def check_single(out: Path, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Path:
+    """Where the file `out` of this machine would lie, if `write_single` can write it; nothing is written.
+
+    Raises:
+        NotFoundError, UsageError, OutputExistsError, FitError: as `write_single` does.
+    """
+    final = Path(os.path.realpath(out.parent)) / out.name
+    if not final.parent.is_dir():
+        raise NotFoundError("no such folder to write into", file=out.parent)
+    check_output_name(final)
+    _refuse(final, out, inputs, overwrite=overwrite)
+    return final
 
 
 def _write_object(

@@ -15,7 +15,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from types import ModuleType
@@ -23,9 +22,10 @@ from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
 from surgery_formats.extras import require
+from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
-__all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
+__all__ = ["Bucket", "connect"]
 
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
@@ -36,40 +36,6 @@ _ANSWER = timedelta(minutes=5)  # for one request with its body
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 Answer = TypeVar("Answer")
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectFacts:
-    """What a bucket says about an object.
-
-    Attributes:
-        size: Bytes.
-        etag: Changes with every write.
-        version: Where the bucket keeps versions, which one it is.
-    """
-
-    size: int
-    etag: str
-    version: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What lies below a prefix, one level deep, by name."""
-
-    files: dict[str, ObjectFacts] = field(default_factory=dict)
-    folders: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.files or self.folders)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Bytes of an object, and what it was when they were read."""
-
-    data: memoryview
-    facts: ObjectFacts
 
 
 @functools.cache

@@ -29,8 +29,9 @@ from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.scratch import sweep
 from surgery_formats.files.output.stage import Stage
-from surgery_formats.files.remote.bucket import Bucket, ObjectFacts
+from surgery_formats.files.remote.bucket import Bucket
 from surgery_formats.files.remote.path import RemotePath, to_path
+from surgery_formats.files.remote.store import ObjectFacts
 from surgery_formats.files.remote.unfinished import abort_unfinished
 from surgery_formats.files.remote.upload import Upload, upload_file
 from surgery_formats.text import nbytes as readable

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of weights as a heat map: a row for each layer, a column for each part of one, told by names alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
+
+from surgery.reports.drawings import HeatMap
+from surgery.reports.sections import Chart, Column, Table
+from surgery.reports.values import Name, Phrase, Type, Value
+from surgery_formats.text import show
+
+__all__ = ["layer_chart", "layer_of"]
+
+_LAYERS, _PARTS = 160, 24
+"""Most rows and columns; a model that has more of them shows the first layers, and the parts that most layers have."""
+_HEADING = 60  # characters of a part's name
+_REPEATED = ("layers", "layer", "blocks", "block", "attentions", "resnets", "h")
+"""What is in front of a number that counts layers; a name's first number does in any case, those of experts never do."""
+
+Entry = tuple[str, float, float]
+
+
+def layer_of(name: str) -> tuple[str, str] | None:
+    """The layer of a weight, and which part of it the weight is; None of a weight outside the layers.
+
+    ``model.layers.3.self_attn.q_proj.weight`` -> ``model.layers.3``, ``self_attn.q_proj``. All experts of a layer are one
+    part.
+    """
+    words = re.split(r"([._:])", name.removesuffix(".weight"))
+    last = None
+    for index in range(2, len(words) - 2, 2):
+        before = words[index - 2]
+        if _counts(words[index]) and before != "experts" and (last is None or before in _REPEATED):
+            last = index
+    if last is None:
+        return None
+    part = "".join(words[last + 2 :])
+    return "".join(words[: last + 1]), re.sub(r"(?<=experts[._])\d+", "*", part)
+
+
+def layer_chart(
+    title: str,
+    entries: Iterable[Entry],
+    finish: Callable[[float, float], float],
+    *,
+    type: Type = "number",
+    digits: int = 3,
+    log: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    worst: str = "greatest",
+) -> Chart | None:
+    """A heat map of layers and their parts; None where fewer than two weights lie in layers.
+
+    Args:
+        title: Of the chart.
+        entries: Name of a weight, and two sums, which are added up over weights of one place (experts).
+        finish: Makes the number of a place of its sums.
+        type: Of the numbers.
+        digits: Of the numbers.
+        log: Whether colours go by ratios.
+        low: Value of the lightest colour.
+        high: Value of the darkest.
+        worst: ``greatest`` or ``least``: which place the sentence names.
+    """
+    sums: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, above, below in entries:
+        if (place := layer_of(name)) is not None:
+            layer = sums.setdefault(place[0], {})
+            one, other = layer.get(place[1], (0.0, 0.0))
+            layer[place[1]] = one + above, other + below
+    layers = sorted(sums, key=_numbers)[:_LAYERS]
+    times = Counter(part for layer in layers for part in sums[layer])
+    kept = {part for part, _ in times.most_common(_PARTS)}
+    parts = [part for part in times if part in kept]
+    if sum(times.values()) < 2 or not parts:
+        return None
+    names = _short(layers)
+    columns = Column("layer", "name"), *(Column(show(part, _HEADING), type, digits) for part in parts)
+    cells = [[finish(*sums[layer][part]) if part in sums[layer] else None for part in parts] for layer in layers]
+    rows = tuple((name, *line) for name, line in zip(names, cells, strict=True))
+    drawing = HeatMap(0, tuple(range(1, len(columns))), log, low, high)
+    return Chart(title, Table(columns, rows), drawing, _said(names, parts, cells, (type, digits), worst))
+
+
+def _said(
+    names: Sequence[str],
+    parts: Sequence[str],
+    cells: Sequence[Sequence[float | None]],
+    written: tuple[Type, int],
+    worst: str,
+) -> Phrase:
+    """Where the greatest, or the least, number is, beside the one in the middle."""
+    known = sorted(
+        (value, row, column) for row, line in enumerate(cells) for column, value in enumerate(line) if value is not None
+    )
+    if not known:
+        return "none"
+    value, row, column = known[-1 if worst == "greatest" else 0]
+    middle = known[len(known) // 2][0]
+    where = "layer ", Name(names[row], 60), ", ", Name(parts[column], 60)
+    return f"{worst} ", Value(value, *written), " (", *where, "), median ", Value(middle, *written)
+
+
+def _short(layers: Sequence[str]) -> list[str]:
+    """Names of layers without what all of them begin with."""
+    split = [re.split(r"[._:]", layer) for layer in layers]
+    shared = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*split, strict=False)))
+    shared = min(shared, min(map(len, split)) - 1)
+    return [".".join(words[shared:]) for words in split]
+
+
+def _numbers(layer: str) -> list[tuple[int, int | str]]:
+    """The key by which layer 10 comes behind layer 9."""
+    return [(0, int(word)) if _counts(word) else (1, word) for word in re.split(r"[._:]", layer)]
+
+
+def _counts(word: str) -> bool:
+    return word.isdecimal() and len(word) < 10
