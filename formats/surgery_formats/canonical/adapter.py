@@ -137,7 +137,9 @@ class Adapter:
     @property
     def kind_name(self) -> str:
         """`kind`; DORA for a DoRA, which PEFT's files call a LORA with a switch."""
-        directed = self.kind == "LORA" and any(is_directed(update) for chain in self.updates.values() for update in chain)
+        directed = self.kind == "LORA" and any(
+            is_directed(update) for chain in self.updates.values() for update in chain
+        )
         return "DORA" if directed else self.kind
 
     def __hash__(self) -> int:
