@@ -14,7 +14,8 @@ from surgery.consumers.consumer import Consumer
 from surgery.consumers.facts import bound_facts, facts_of
 from surgery.consumers.fitting import FittedAdapter, fitted
 from surgery.engine.adapter_output import WriteOptions
-from surgery.engine.conversion import bound_source, in_dialect, placed, plan_conversion, tolerance_of, write_conversion
+from surgery.engine.chosen_part import placed
+from surgery.engine.conversion import bound_source, in_dialect, plan_conversion, tolerance_of, write_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery.progress import Callback

@@ -18,7 +18,6 @@ from surgery.engine.leaving_out import without_base_values
 from surgery_formats.adapters.format import Coded, Entry, ForGraph, Format, InDialects, Rendering, reader_of
 from surgery_formats.adapters.onnx_adapter.names import check_apart
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.parts import in_component, in_its_encoder, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
@@ -39,7 +38,6 @@ __all__ = [
     "for_graph",
     "in_dialect",
     "left_beside",
-    "placed",
     "plan_conversion",
     "prove_conversion",
     "tolerance_of",
@@ -128,32 +126,6 @@ def for_graph(target: Format, graph: Path | None, dtype: DType | None) -> tuple[
     return made, element
 
 
-def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
-    """The adapter with the component of every site known, or cut to the one chosen, and what that leaves out.
-
-    Raises:
-        FitError: the component is not in the adapter or the base, or cannot be told.
-    """
-    adapter = adapter if base is None else in_its_encoder(adapter, base)
-    named = {site.component for site in adapter.updates} - {""}
-    if component is not None and named:
-        if component not in named:
-            raise FitError(
-                f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
-            )
-        kept = [site for site in adapter.updates if site.component == component]
-        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
-        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
-    if base is None or not base.is_pipeline or named:
-        return adapter, ()
-    if component is None:
-        return in_its_part(adapter, base, "name it with `component=`"), ()
-    if component not in base.components:
-        has = listing(sorted(base.components))
-        raise FitError(f"the base has no part '{component}'", file=base.path, hint=f"it has {has}")
-    return in_component(adapter, component), ()
-
-
 def left_beside(adapter: Adapter, target: Format, *, allow_loss: bool) -> tuple[Entry, ...]:
     """The weights beside an adapter (a value head, a head of AdapterHub's) that a format of one file has no place for.
 
@@ -238,8 +210,26 @@ def plan_conversion(
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
-    written = reader_of(rendering, target), stored_as(rendering, dtype)
+    written = reader_of(rendering, target), _rounded(stored_as(rendering, dtype), dtype)
     return Conversion(source, *written, base, binding, dtype, left_out)
+
+
+def _rounded(rendering: Rendering, dtype: DType | None) -> Rendering:
+    """`rendering`, whose entries say which factors have digits that `dtype` does not hold."""
+    if dtype is None:
+        return rendering
+    lossy = {
+        str(site)
+        for site, chain in rendering.held.items()
+        if any(tensor.dtype.is_float and not dtype.holds(tensor.dtype) for update in chain for tensor in update.tensors)
+    }
+    entries = tuple(
+        replace(entry, outcome="rounded", detail=f"{entry.detail}, stored as {dtype.label}".removeprefix(", "))
+        if entry.site in lossy and entry.outcome in ("exact", "folded")
+        else entry
+        for entry in rendering.entries
+    )
+    return replace(rendering, entries=entries)
 
 
 def _way_of_tokens(source: Adapter, target: Format) -> str:

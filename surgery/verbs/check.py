@@ -7,7 +7,7 @@ from surgery.consumers.check_result import CheckResult, ConsumerCheck
 from surgery.consumers.consent import Consent, SavedChoice, check_greatest_rank
 from surgery.consumers.facts import bound_facts
 from surgery.consumers.registry import asked_version, consumer_named, consumers
-from surgery.engine.conversion import placed
+from surgery.engine.chosen_part import placed
 from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapter, as_checkpoint, local_path
 from surgery.progress import Callback
 from surgery.rank import Rank

@@ -156,8 +156,25 @@ def _do_share(assignment: Assignment, threads: int, memory_limit: int | None, de
     """On a worker."""
     from surgery.engine.devices import device_of
 
-    run = Run(workers=threads, memory_limit=memory_limit, device=device_of(device))
-    write_share(assignment, run, lambda: _planned(assignment.request, assignment.job))
+    with _cancelled_between_blocks() as check:
+        run = Run(workers=threads, memory_limit=memory_limit, device=device_of(device), progress=check)
+        write_share(assignment, run, lambda: _planned(assignment.request, assignment.job))
+
+
+@contextlib.contextmanager
+def _cancelled_between_blocks() -> Iterator[Callback]:
+    """Ray cancels by an interruption. In the middle of an import it leaves half a module to the next share of this process."""
+    asked = threading.Event()
+
+    def check(step: Progress) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.set())
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @functools.lru_cache(maxsize=1)

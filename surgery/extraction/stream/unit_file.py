@@ -1,25 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What came of one unit of a pass, as a file: what another process measured and factorised.
 
-    "surgery factors", line feed    length of the head, 8 bytes, little-endian    head, JSON    factors, float32
-
-The head has lists in the order of the unit: its tensors' measurements, the digests of BASE's, and the matrices of its targets. Nothing is
-called by its name, for both sides know the unit.
+The head has lists in the order of the unit: its tensors' measurements, the digests of BASE's, and the matrices of its targets, whose
+factors are the arrays. Nothing is called by its name, for both sides know the unit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
-import xxhash
 
+from surgery.engine.shares.piece_file import Payload, PieceFile, open_piece, other_bytes, write_piece
 from surgery.extraction.factorise import FactorisedMatrix, RowSample, TargetFactors
 from surgery.extraction.pairing import Pair
 from surgery.extraction.stream.scan import ScanResult
@@ -28,17 +26,11 @@ from surgery.extraction.stream.scratch import ScratchSlot, digest
 from surgery.extraction.stream.tally import PairMeasure
 from surgery_formats.arrays import empty
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import ProofError
-from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.output.folder import OutputFolder
-from surgery_formats.files.raw import File, open_file
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
 
 __all__ = ["read_unit", "unit_name", "write_unit"]
-
-_MAGIC = b"surgery factors\n"
-_BEGIN = len(_MAGIC) + 8  # of the head
 
 
 def unit_name(number: int) -> str:
@@ -52,23 +44,14 @@ def write_unit(unit: ScanUnit, result: ScanResult, pairs: Mapping[str, Pair], fo
     Raises:
         FitError, ResourceError: as `OutputFolder.create`.
     """
-    slots: list[_Placed] = []
+    slots: list[ScratchSlot] = []
     factored = [result.factored.get(target.path) for target in unit.targets]
     head = {
         "measures": [[_told(value) for value in dataclasses.astuple(result.measures[name])] for name in unit.names],
         "digests": [result.digests.known(tensor) if tensor else None for tensor in _bases(unit, pairs)],
         "targets": [one and [_matrix_as_json(matrix, slots) for matrix in one.matrices] for one in factored],
     }
-    raw = json.dumps(head, allow_nan=False).encode()
-    begin = _MAGIC + len(raw).to_bytes(8, "little") + raw
-    file, whole = folder.create(name, len(begin) + _end(slots)), xxhash.xxh3_128(begin)
-    file.pwrite(memoryview(begin), 0)
-    for at, slot in slots:
-        piece = as_bytes(slot.read())
-        file.pwrite(piece, len(begin) + at)
-        whole.update(piece)
-    # with the first hash, a rerun of a killed worker tells that it is whole; with the other, whoever reads it
-    file.finish({"xxh3": whole.hexdigest(), "head": xxhash.xxh3_128_hexdigest(raw)})
+    write_piece(folder, name, head, [Payload(_nbytes(slot), partial(_bytes, slot)) for slot in slots])
 
 
 def read_unit(
@@ -81,42 +64,37 @@ def read_unit(
     Raises:
         ProofError: the head is not what was written.
     """
-    file = open_file(path)
-    size = int.from_bytes(file.read(0, _BEGIN)[len(_MAGIC) :], "little") if file.size >= _BEGIN else 0
-    raw = file.read(_BEGIN, size) if _BEGIN + size <= file.size else bytearray()
-    if xxhash.xxh3_128_hexdigest(raw) != record.get("head") or record.get("size") != file.size:
-        raise _other(path)
-    head, source = parse_object(raw, file=path), _UnitFile(file, _BEGIN + size)
+    piece = open_piece(path, record)
+    head, source = piece.head, _Factors(piece)
     for name, fields in zip(unit.names, head["measures"], strict=True):
         changed, energy, rows, numel, moved, ulp, noise = fields
         result.measures[name] = PairMeasure(changed, float(energy), tuple(rows), numel, moved, float(ulp), float(noise))
     for tensor, known in zip(_bases(unit, pairs), head["digests"], strict=True):
         if tensor is not None and known is not None:
             result.digests.note(tensor, known)
+    at = 0
     for target, matrices in zip(unit.targets, head["targets"], strict=True):
         if matrices is not None:
-            loaded = tuple(_matrix_of_json(fields, source) for fields in matrices)
-            result.factored[target.path] = TargetFactors(target, loaded)
+            loaded = []
+            for fields in matrices:
+                loaded.append(_matrix_of_json(fields, source, at))
+                at += _nbytes(loaded[-1].left) + _nbytes(loaded[-1].right)
+            result.factored[target.path] = TargetFactors(target, tuple(loaded))
 
 
 @dataclass(frozen=True, slots=True)
-class _UnitFile:
-    """The factors of a file; a `SlotReader`."""
+class _Factors:
+    """The factors of a unit; a `SlotReader`."""
 
-    file: File
-    begin: int
+    piece: PieceFile
 
     def read(self, slot: ScratchSlot) -> numpy.ndarray:
         """The matrix at `slot`, which must be what its process measured."""
         matrix: numpy.ndarray = empty(slot.shape, DType.F32)
-        self.file.read_into(as_bytes(matrix), self.begin + slot.offset)
+        self.piece.read_into(as_bytes(matrix), slot.offset)
         if digest(matrix) != slot.digest:
-            raise _other(self.file.path)
+            raise other_bytes(self.piece.file.path)
         return matrix
-
-
-def _other(path: Path) -> ProofError:
-    return ProofError("is not what the worker computed", file=path, hint="remove its folder, and run the share again")
 
 
 def _bases(unit: ScanUnit, pairs: Mapping[str, Pair]) -> Iterator[StoredTensor | None]:
@@ -131,25 +109,20 @@ def _told(value: Any) -> Any:
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class _Placed(NamedTuple):
-    """A matrix, and where it lies behind the head."""
-
-    at: int
-    slot: ScratchSlot
+def _nbytes(slot: ScratchSlot) -> int:
+    return DType.F32.nbytes(math.prod(slot.shape))
 
 
-def _end(slots: list[_Placed]) -> int:
-    """Where what follows the last of `slots` begins."""
-    return slots[-1].at + DType.F32.nbytes(math.prod(slots[-1].slot.shape)) if slots else 0
+def _bytes(slot: ScratchSlot) -> memoryview:
+    return as_bytes(slot.read())
 
 
-def _matrix_as_json(matrix: FactorisedMatrix, slots: list[_Placed]) -> dict[str, Any]:
-    """The figures of a matrix, and where its factors lie behind those in `slots`, to which they are added."""
+def _matrix_as_json(matrix: FactorisedMatrix, slots: list[ScratchSlot]) -> dict[str, Any]:
+    """The figures of a matrix, and its factors, which are added to `slots`."""
     sides = []
     for slot in (matrix.left, matrix.right):
-        at = _end(slots)
-        sides.append([at, *slot.shape, slot.digest])
-        slots.append(_Placed(at, slot))
+        sides.append([*slot.shape, slot.digest])
+        slots.append(slot)
     sample = matrix.sample
     return {
         "sides": sides,
@@ -160,8 +133,11 @@ def _matrix_as_json(matrix: FactorisedMatrix, slots: list[_Placed]) -> dict[str,
     }
 
 
-def _matrix_of_json(fields: Mapping[str, Any], source: _UnitFile) -> FactorisedMatrix:
-    left, right = (ScratchSlot(source, at, (rows, cols), known) for at, rows, cols, known in fields["sides"])
+def _matrix_of_json(fields: Mapping[str, Any], source: _Factors, at: int) -> FactorisedMatrix:
+    """The matrix whose factors lie at `at`."""
+    (rows, cols, known), other = fields["sides"]
+    left = ScratchSlot(source, at, (rows, cols), known)
+    right = ScratchSlot(source, at + _nbytes(left), (other[0], other[1]), other[2])
     total, rest, bound, edge, fold = map(float, fields["figures"])
     energies, sample = fields["left_energy"], fields["sample"]
     if sample is not None:
