@@ -27,7 +27,7 @@ Made from `surgery --help` by `python docs/make_cli.py`; do not edit.
 `REF`, `BASE` and `ADAPTER` are local paths first: a file or folder of that name always wins. Names of the Hugging Face
 hub are `hf://org/name[@revision][:file]`, or `org/name` where nothing local has that name. Data goes to stdout;
 progress, hints, warnings and errors go to stderr. With `--json` stdout holds one JSON object with `schema_version`,
-`command` and `result`, and an error is one JSON object on stderr.
+`command` and `result`, as `--json-schema` describes it, and an error is one JSON object on stderr.
 """
 
 
