@@ -27,7 +27,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     pytest.importorskip("hatch_fancy_pypi_readme")
     out = tmp_path_factory.mktemp("dist")
     code = f"from hatchling.build import build_sdist, build_wheel; build_wheel({str(out)!r}); build_sdist({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""}
+    )
     (wheel,), (source,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, source
 
@@ -62,9 +64,22 @@ def test_every_module_is_in_the_wheel(built: tuple[Path, Path]) -> None:
 def test_the_source_distribution_can_be_tested(built: tuple[Path, Path]) -> None:
     with tarfile.open(built[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "docs/cli.md"):
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        "pyproject.toml",
+        "docs/cli.md",
+    ):
         assert name in names
-    assert {"tests/test_packaging.py", "tests/support/kit.py", "examples/demo.py", "examples/base/model.safetensors"} <= names
+    assert {
+        "tests/test_packaging.py",
+        "tests/support/kit.py",
+        "examples/demo.py",
+        "examples/base/model.safetensors",
+    } <= names
 
 
 def test_the_metadata_is_complete(metadata: Message) -> None:
