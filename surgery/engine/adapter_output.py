@@ -63,6 +63,7 @@ class WriteOptions:
         overwrite: Replace what is there, atomically.
         progress: Called with every tensor.
         threads: Threads that compute tensors, for a rendering whose tensors do not share what they are computed from.
+        last: Called before the output appears, to write what it belongs to.
     """
 
     output: Path
@@ -71,6 +72,7 @@ class WriteOptions:
     overwrite: bool = False
     progress: Callback | None = None
     threads: int = 1
+    last: Callable[[], object] | None = None
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
@@ -117,11 +119,14 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
 
     def proved(path: Path) -> Mapping[str, Any]:
         try:
-            return prove(path)
+            facts = prove(path)
         except SurgeryError as error:  # nobody knows the hidden file or folder, which is gone when this is read
             if error.file is not None:
                 error.file = error.file.replace(str(path), str(output)).replace(path.name, output.name)
             raise
+        if options.last is not None:
+            options.last()
+        return facts
 
     if target.single_file:
         suffix = Path(rendering.tensor_file).suffix
