@@ -7,12 +7,13 @@ drift apart.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.engine.sharing import one_of_shares, shared_out
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
@@ -269,17 +270,9 @@ class Plan:
         for tensor in self.tensors:
             if isinstance(tensor.step, Compute):
                 weights.setdefault(id(tensor.step), []).append(tensor)
-        sized = sorted((-sum(t.nbytes for t in tensors), tensors[0].label, tensors) for tensors in weights.values())
-        loads = [(0, index) for index in range(count)]  # a heap: the share that has least, the first of several
-        tensors: list[list[PlannedTensor]] = [[] for _ in range(count)]
-        ends = [len(SHARE_MAGIC)] * count
-        for negative, _, weight in sized:
-            load, index = loads[0]
-            heapq.heapreplace(loads, (load - negative, index))
-            for tensor in weight:
-                tensors[index].append(replace(tensor, offset=ends[index]))
-                ends[index] += tensor.nbytes
-        files = (PlannedFile(SHARE_FILE, SHARE_MAGIC, end, tuple(own)) for end, own in zip(ends, tensors, strict=True))
+        ordered = sorted(weights.values(), key=lambda tensors: tensors[0].label)
+        sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in ordered]
+        files = (_share_file(chain(*(ordered[piece] for piece in own))) for own in shared_out(sizes, count))
         return tuple(replace(self, files=(file,), side_files=(), accounts=()) for file in files)
 
     def share(self, index: int, count: int) -> Plan:
@@ -288,9 +281,15 @@ class Plan:
         Raises:
             FitError: there is no such share.
         """
-        if not 0 <= index < count:
-            raise FitError(f"there is no share {index} of {count}", hint="shares are counted from 0")
-        return self.shares(count)[index]
+        return one_of_shares(self.shares(count), index)
+
+
+def _share_file(tensors: Iterable[PlannedTensor]) -> PlannedFile:
+    placed, end = [], len(SHARE_MAGIC)
+    for tensor in tensors:
+        placed.append(replace(tensor, offset=end))
+        end += tensor.nbytes
+    return PlannedFile(SHARE_FILE, SHARE_MAGIC, end, tuple(placed))
 
 
 def check_conservation(binding: Binding, plan: Plan) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.weight_files import ENTRY_POINTS
-from surgery_formats.errors import InputError, NotFoundError
+from surgery_formats.errors import MissingPackageError, NotFoundError
 from surgery_formats.refs import HubName, parse_hub_name, resolve
 from surgery_formats.testing.plugins import installed
 from tests.support.hub import Hub, reached
@@ -97,12 +97,12 @@ def test_a_hub_name_without_the_hub_package_names_what_to_install(monkeypatch, t
     class Missing:
         def find_spec(self, name: str, path: object = None, target: object = None) -> None:
             if name.partition(".")[0] == "huggingface_hub":
-                raise ImportError(name)
+                raise ModuleNotFoundError(name, name=name)
 
     for module in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    with pytest.raises(InputError, match="pip install huggingface_hub"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'model-surgery\[hub\]', or download"):
         resolve("org/name")
 
 

@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
-from surgery.arguments import wrong_type
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.plan import Plan
 from surgery.engine.quantised.output import quantised_output
 from surgery.engine.shares.planned import PlannedWork
-from surgery.engine.shares.work import portable
+from surgery.engine.shares.work import portable, portable_adapters
 from surgery_formats.binding.bind import Binding
 
 __all__ = ["MergeRequest", "request_of"]
@@ -106,22 +102,8 @@ def request_of(
     """
     return MergeRequest(
         portable(base, "base"),
-        tuple(_weighted(adapters)),
+        portable_adapters(adapters),
         calibration=None if calibration is None else portable(calibration, "calibration"),
         as_trained=None if as_trained is None else portable(as_trained, "as_trained"),
         **options,
     )
-
-
-def _weighted(value: object) -> Iterator[tuple[str, float]]:
-    if isinstance(value, Mapping):
-        yield from _weighted(value.items())
-    elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real):
-        yield portable(value[0], "adapters"), float(value[1])
-    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | os.PathLike):
-        for item in value:
-            yield from _weighted(item)
-    elif isinstance(value, bytes):
-        raise wrong_type(value, "adapters", "paths, alone or with weights")
-    else:
-        yield portable(value, "adapters"), 1.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import os
 import signal
@@ -26,7 +25,8 @@ from surgery.engine.execute import Run
 from surgery.engine.shares.folders import Assignment, assignments, finished_shares, is_finished, write_share
 from surgery.engine.shares.work import Work, WorkRequest
 from surgery.progress import Callback, Progress
-from surgery_formats.errors import FitError, InputError, ResourceError, SurgeryError, UsageError
+from surgery_formats.errors import FitError, ResourceError, SurgeryError, UsageError
+from surgery_formats.extras import require
 from surgery_formats.text import nbytes as human
 from surgery_formats.text import show
 
@@ -156,8 +156,25 @@ def _do_share(assignment: Assignment, threads: int, memory_limit: int | None, de
     """On a worker."""
     from surgery.engine.devices import device_of
 
-    run = Run(workers=threads, memory_limit=memory_limit, device=device_of(device))
-    write_share(assignment, run, lambda: _planned(assignment.request, assignment.job))
+    with _cancelled_between_blocks() as check:
+        run = Run(workers=threads, memory_limit=memory_limit, device=device_of(device), progress=check)
+        write_share(assignment, run, lambda: _planned(assignment.request, assignment.job))
+
+
+@contextlib.contextmanager
+def _cancelled_between_blocks() -> Iterator[Callback]:
+    """Ray cancels by an interruption. In the middle of an import it leaves half a module to the next share of this process."""
+    asked = threading.Event()
+
+    def check(step: Progress) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.set())
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @functools.lru_cache(maxsize=1)
@@ -202,13 +219,13 @@ def _faults(ray: ModuleType, share: Assignment) -> Iterator[None]:
         yield
     except errors.RayTaskError as error:
         cause = error.cause
+        if isinstance(cause, SurgeryError | OSError | MemoryError):
+            raise cause from error
         if isinstance(cause, ImportError):
             raise FitError(
                 f"a worker cannot import what the work needs: {show(str(cause), 200)}",
                 hint="install the same version of surgery, with the same extras, on every node",
             ) from error
-        if isinstance(cause, SurgeryError | OSError | MemoryError):
-            raise cause from error
         raise
     except errors.RayError as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
@@ -274,11 +291,8 @@ def _check_answers(address: str) -> None:
 def _library() -> ModuleType:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    try:
-        with _handlers_kept():
-            return importlib.import_module("ray")
-    except ImportError as error:
-        raise InputError("a Ray cluster is used through ray", hint="pip install 'model-surgery[ray]'") from error
+    with _handlers_kept():
+        return require("ray", "clusters of Ray")
 
 
 @contextlib.contextmanager

@@ -9,11 +9,13 @@ the driver copies, proves and commits as ever, so the output has the bytes that 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from surgery.arguments import wrong_type
 from surgery_formats.errors import UsageError
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import is_remote
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.engine.execute import Run
     from surgery_formats.files.output.folder import OutputFolder
 
-__all__ = ["Cluster", "EngineLike", "Work", "WorkRequest", "portable"]
+__all__ = ["Cluster", "EngineLike", "Work", "WorkRequest", "portable", "portable_adapters"]
 
 
 class WorkRequest(Protocol):
@@ -61,7 +63,7 @@ class Work(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all shares hold together, about."""
+        """Bytes that all shares hold together, about, or that are read for them where these are more: what they take time for."""
         ...
 
     @property
@@ -124,3 +126,26 @@ def portable(reference: object, argument: str) -> str:
         )
     text = os.fspath(reference)
     return os.path.abspath(text) if not is_remote(text) and os.path.lexists(text) else text
+
+
+def portable_adapters(adapters: object, argument: str = "adapters") -> tuple[tuple[str, float], ...]:
+    """References of adapters with their weights, of whatever a verb takes as such.
+
+    Raises:
+        UsageError: an adapter that was opened, or none at all.
+    """
+    return tuple(_weighted(adapters, argument))
+
+
+def _weighted(value: object, argument: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        yield from _weighted(value.items(), argument)
+    elif isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Real):
+        yield portable(value[0], argument), float(value[1])
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | os.PathLike):
+        for item in value:
+            yield from _weighted(item, argument)
+    elif isinstance(value, bytes):
+        raise wrong_type(value, argument, "paths, alone or with weights")
+    else:
+        yield portable(value, argument), 1.0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, ProofError, SurgeryError
+from surgery_formats.extras import require
 from surgery_formats.files.remote.hub_faults import fault_of, is_dropped, is_expired
 from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 
@@ -44,20 +45,15 @@ def library() -> Any:
     """huggingface_hub.
 
     Raises:
-        InputError: it is not installed, or too old.
+        MissingPackageError: it is not installed.
+        InputError: it is too old.
     """
-    try:
-        for part in ("constants", "utils"):  # it is lazy, and has no attributes for them before
-            importlib.import_module(f"huggingface_hub.{part}")
-        hub = importlib.import_module("huggingface_hub")
-        if hub.__version__.startswith("0."):
-            raise InputError(f"huggingface_hub {hub.__version__} is too old", hint="pip install -U huggingface_hub")
-        return hub
-    except ImportError as error:
-        raise InputError(
-            "hub names need the package huggingface_hub",
-            hint="pip install huggingface_hub, or download the repository and give its folder",
-        ) from error
+    hub = require("huggingface_hub", "names on the hub", otherwise="download the repository and give its folder")
+    if hub.__version__.startswith("0."):
+        raise InputError(f"huggingface_hub {hub.__version__} is too old", hint="pip install -U huggingface_hub")
+    for part in ("constants", "utils"):  # it is lazy, and has no attributes for them before
+        importlib.import_module(f"huggingface_hub.{part}")
+    return hub
 
 
 @dataclass(frozen=True, slots=True)
