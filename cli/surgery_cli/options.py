@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,11 +67,20 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNOREC
 
 
 class _PathType(click.Path):
-    """A path that says something: an empty one, as of a variable that is not set, would be the working folder."""
+    """A path that says something: an empty one, as of a variable that is not set, would be the working folder.
+
+    No command reads or writes a stream, so a dash is a mistake. `Path` forgets a slash at the end, which a file does not have.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if value == "-":
+            self.fail("'-' is no path, and streams are not supported; a file of that name is ./-", param, ctx)
+        if isinstance(value, str) and "\0" in value:
+            self.fail("the path holds a zero byte", param, ctx)
+        if isinstance(value, str) and value.endswith(os.sep) and os.path.isfile(value.rstrip(os.sep)):
+            self.fail(f"'{show(value)}' is a file and no folder", param, ctx)
         return super().convert(value, param, ctx)
 
 

@@ -27,6 +27,7 @@ from surgery.engine.execute import Run, default_workers
 from surgery.engine.inputs import as_adapter, as_checkpoint
 from surgery.engine.shares.piece_file import Payload, PieceFile, open_piece, other_bytes, write_piece
 from surgery.engine.sharing import one_of_shares, shared_out
+from surgery.progress import Progress
 from surgery.rank import Rank
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.arrays import Array
@@ -165,8 +166,9 @@ class ConvertWork:
             write_piece(staged, _name(number), head, loads)
 
         with one_thread(), ThreadPoolExecutor(workers, "surgery-svd") as pool:
-            for _ in pool.map(work_out, numbers):
-                pass
+            for done, _ in enumerate(pool.map(work_out, numbers), 1):
+                if run.progress is not None:
+                    run.progress(Progress(done, len(numbers), "factorising"))
         return {}
 
     def solved(self, folders: Sequence[Path]) -> SolvedSVDs:

@@ -20,7 +20,7 @@ MAN = ROOT / "docs" / "man"
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_man", ROOT / "docs" / "make_man.py")
+    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -45,7 +45,7 @@ def test_a_page_says_what_help_says(maker: ModuleType) -> None:
     page = (MAN / "surgery-merge.1").read_text()
     for words in (r"\-\-dry\-run", ".SH OPTIONS", "Fold", "surgery merge", r"(1)"):
         assert words in page or words == "Fold"
-    assert maker._text(".hidden -x \\n") == "\\&.hidden \\-x \\en"
+    assert maker._roff(".hidden -x \\n") == "\\&.hidden \\-x \\en"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from surgery_formats.errors import FitError, ProofError, ResourceError
 from surgery_formats.files.remote import bucket
 from tests.support.held_request import HOLD, HeldOnRay, SwappedOnRay
 from tests.support.kit import ROOT, environment, make_base, make_lora
+from tests.support.quantised_folders import quantise_folder
 from tests.support.s3 import Storage, serve
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -294,6 +295,34 @@ def test_a_share_that_no_node_can_hold_is_told_at_once(nodes: Nodes, job: Job, t
     with pytest.raises(ResourceError, match="and a GPU, and no node"):
         job.merge(tmp_path / "out", engine=nodes.engine, device="cuda")
     assert not (tmp_path / "out").exists()
+
+
+BASE, TUNED, LORA = (ROOT / "examples" / name for name in ("base", "tuned", "lora"))
+
+
+def extract(folder: Path, name: str, engine: str | None) -> None:
+    surgery.extract_lora(BASE, TUNED, output=folder / name, rank=4, engine=engine)
+
+
+def requantise(folder: Path, name: str, engine: str | None) -> None:
+    if not (base := folder / "nf4").exists():
+        quantise_folder(BASE, base, "nf4")
+    surgery.merge(base, LORA, output=folder / name, quantized="requantize", accept_loss=True, engine=engine)
+
+
+def export(folder: Path, name: str, engine: str | None) -> None:
+    surgery.export_onnx(BASE, merge=[(str(LORA), 0.7)], output=folder / name, weights_type="int4", engine=engine)
+
+
+@pytest.mark.parametrize("command", [extract, requantise, export])
+def test_every_command_with_shares_gives_the_same_bytes(
+    nodes: Nodes, tmp_path: Path, command: Callable[[Path, str, str | None], None]
+):
+    nodes.grow(2)
+    command(tmp_path, "here", None)
+    command(tmp_path, "there", nodes.engine)
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_from_bucket_to_bucket(nodes: Nodes, job: Job):

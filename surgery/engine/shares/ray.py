@@ -219,13 +219,13 @@ def _faults(ray: ModuleType, share: Assignment) -> Iterator[None]:
         yield
     except errors.RayTaskError as error:
         cause = error.cause
+        if isinstance(cause, SurgeryError | OSError | MemoryError):
+            raise cause from error
         if isinstance(cause, ImportError):
             raise FitError(
                 f"a worker cannot import what the work needs: {show(str(cause), 200)}",
                 hint="install the same version of surgery, with the same extras, on every node",
             ) from error
-        if isinstance(cause, SurgeryError | OSError | MemoryError):
-            raise cause from error
         raise
     except errors.RayError as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
