@@ -14,6 +14,7 @@ The stage's name holds the plan's digest, so jobs do not meet. Files that the jo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from surgery_formats.files.remote.upload import Upload
 
 __all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
+
+_log = logging.getLogger("surgery.files")
 
 Verify = Callable[[Path, FileRecord], bool]
 
@@ -160,6 +163,8 @@ class OutputFolder:
         try:
             with output_faults(self._stage.shown):
                 self._recover()
+            if self.finished:
+                _log.info("goes on from %d finished files in %s", len(self.finished), self._stage.path)
         except BaseException:
             self._leave()
             raise
@@ -304,6 +309,7 @@ class OutputFolder:
             for name in self._kept.unclaimed():
                 self._discard(name)
             self._put(MANIFEST, data)
+            _log.debug("%d files are complete in %s", len(files), self._stage.path)
             self._close_journal()
             os.unlink(self._stage.path / _JOURNAL)
             for folder in sorted({Path(name).parent for name in files} - {Path()}):
