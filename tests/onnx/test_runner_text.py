@@ -119,7 +119,7 @@ def test_a_text_ends_where_the_positions_end(folder):
 
 def test_text_without_tokenizers_hints_at_the_package(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(FitError, match="pip install tokenizers"):
+    with pytest.raises(surgery.MissingPackageError, match=r"pip install 'model-surgery\[run\]', or give token ids"):
         surgery.run(folder, ["text"], device="cpu")
 
 
