@@ -19,7 +19,7 @@ _NOTHING = 1e-10  # of the first singular value: below, a direction is none
 
 
 def conflict_of(mine: Chain, theirs: Chain, weights: tuple[float, float] = (1.0, 1.0)) -> Conflict | None:
-    """The conflict of what two adapters add to one weight; None where either adds nothing of low rank, or no number.
+    """The conflict of what two adapters add to one weight; None where either adds nothing of low rank.
 
     Of stacked experts it is the mean over them, and angles are those of the first.
     """
@@ -44,8 +44,6 @@ def conflict_of(mine: Chain, theirs: Chain, weights: tuple[float, float] = (1.0,
 
 def _of_block(block: Sequence[LoRA], other: Sequence[LoRA], weights: tuple[float, float]) -> Conflict | None:
     (B, A), (D, C) = stacked(block), stacked(other)
-    if not all(numpy.isfinite(factor).all() for factor in (B, A, D, C)):
-        return None
     B, D = B * weights[0], D * weights[1]
     (left, values, right), (left_other, values_other, right_other) = _svd(B, A), _svd(D, C)
     if not len(values) or not len(values_other):

@@ -12,7 +12,7 @@ from surgery.reports.values import Type, cell_text
 __all__ = ["Axis", "axis_over", "number_of", "tick_text"]
 
 _TICKS = 5  # at most, more or less
-_FEW = 7  # different values that are all written
+_FEW = 8  # different values that are all written
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,6 @@ def tick_text(value: float, type: Type) -> str:
             return f"{100 * value:.3g}%"
         case "number" | "fixed" | "integer" | "seconds":
             plain = 1e-4 <= abs(value) < 1e6
-            return (f"{value:g}" if plain else f"{value:.3g}") + (" s" if type == "seconds" else "")
+            return (f"{float(f'{value:.3g}'):g}" if plain else f"{value:.3g}") + (" s" if type == "seconds" else "")
         case _:
             return cell_text(value, type)

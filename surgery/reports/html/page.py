@@ -31,7 +31,7 @@ __all__ = ["as_fragment", "as_page"]
 _PAGE, _FRAGMENT = 2000, 40
 """Most rows of a table; what more there are is in CSV and JSON."""
 _TEXT = 100_000  # characters of verbatim text
-_OPEN, _LONG = 36, 600
+_OPEN, _LONG = 18, 600
 """Cells of a table below a picture, and of one by itself, that need not be folded."""
 _INDENT = "\N{EM SPACE}"
 
