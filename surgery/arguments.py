@@ -22,7 +22,10 @@ _EXPECTED: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "str | None": (lambda value: isinstance(value, str), "a text"),
     "Callback": (callable, "a function that takes a surgery.Progress"),
     "Callable[[int, str], None]": (callable, "a function that takes a number and a text"),
-    "Engine": (lambda value: hasattr(value, "computing"), "an engine such as surgery.engine.shares.Shares"),
+    "EngineLike": (
+        lambda value: isinstance(value, str) or hasattr(value, "shares"),
+        "'local', 'ray', 'ray:HOST:PORT' or a cluster",
+    ),
 }
 """By annotation; what has another one is checked where it is read."""
 

@@ -27,6 +27,9 @@ IMAGES = ROOT / "docs" / "images"
 LARGEST = 150_000  # bytes of a picture
 
 
+_WIDE = Look(1280)
+
+
 @dataclass(frozen=True)
 class Picture:
     """One page.
@@ -40,7 +43,7 @@ class Picture:
 
     name: str
     command: str
-    look: Look = Look(1280)
+    look: Look = _WIDE
     height: int = 1500
 
 

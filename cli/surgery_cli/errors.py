@@ -19,6 +19,7 @@ from surgery_cli import interruption
 from surgery_cli.options import Settings
 from surgery_cli.output import SCHEMA_VERSION
 from surgery_formats.errors import SurgeryError
+from surgery_formats.extras import missing_package
 from surgery_formats.text import clean, encodable, show
 
 __all__ = ["Fault", "fault_of", "guarded"]
@@ -80,6 +81,8 @@ def fault_of(error: BaseException) -> Fault:
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, unimported
         hint = "try --workers 1, a --memory-limit or another --device"
         return Fault(RESOURCE, "ResourceError", f"not enough memory: {_first_line(error)}", hint)
+    if (missing := missing_package(error)) is not None:
+        return fault_of(missing)
     from surgery_formats.plugins import plugin_behind  # importlib.metadata takes 18 ms
 
     plugin = plugin_behind(error)

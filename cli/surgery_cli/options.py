@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
@@ -37,6 +38,7 @@ __all__ = [
     "devices_option",
     "dry_run",
     "dtype",
+    "engine",
     "first_ids",
     "global_options",
     "number",
@@ -64,11 +66,20 @@ _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNOREC
 
 
 class _PathType(click.Path):
-    """A path that says something: an empty one, as of a variable that is not set, would be the working folder."""
+    """A path that says something: an empty one, as of a variable that is not set, would be the working folder.
+
+    No command reads or writes a stream, so a dash is a mistake. `Path` forgets a slash at the end, which a file does not have.
+    """
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty", param, ctx)
+        if value == "-":
+            self.fail("'-' is no path, and streams are not supported; a file of that name is ./-", param, ctx)
+        if isinstance(value, str) and "\0" in value:
+            self.fail("the path holds a zero byte", param, ctx)
+        if isinstance(value, str) and value.endswith(os.sep) and os.path.isfile(value.rstrip(os.sep)):
+            self.fail(f"'{show(value)}' is a file and no folder", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -280,6 +291,9 @@ def devices(text: str) -> str:
     """
     if text in ("cpu", "auto"):
         return text
+    context = click.get_current_context(silent=True)
+    if text == "cuda" and context is not None and context.params.get("engine"):
+        return text  # of a worker, not of this machine
     from surgery.engine.devices import devices_of
 
     try:
@@ -320,6 +334,30 @@ runtime_device_option = _device_option(
     callback=_runtime_device,
 )
 """The device of onnxruntime: whether it is there is looked up by the library, without torch."""
+
+
+def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str | None:
+    if value == "local":
+        return None
+    from surgery.engine.shares.choice import cluster_of
+
+    try:
+        cluster_of(value)
+    except UsageError as error:
+        raise click.BadParameter(error.message) from error
+    return value
+
+
+engine = click.option(
+    "--engine",
+    default="local",
+    show_default=True,
+    is_eager=True,
+    metavar="local|ray[:HOST:PORT]",
+    callback=_engine,
+    help="Where weights are computed: here, or on a Ray cluster (docs/scale-out.md).",
+)
+"""Eager, for ``--device``: a cluster has devices of its own."""
 
 
 def size(text: str) -> int:

@@ -9,6 +9,7 @@
     |   `-- NothingChangedError        exit 4
     |-- UsageError                     exit 2   arguments that the function does not take (also TypeError)
     |-- OutputExistsError              exit 2   (also FileExistsError)
+    |-- MissingPackageError            exit 2   an extra is not installed (also ImportError)
     |-- ProofError                     exit 5   the files written differ from what was planned
     `-- ResourceError                  exit 7   not enough disk or memory (also OSError)
 
@@ -28,6 +29,7 @@ __all__ = [
     "FitError",
     "InputError",
     "MalformedError",
+    "MissingPackageError",
     "NotFoundError",
     "NothingChangedError",
     "OutputExistsError",
@@ -103,6 +105,13 @@ class UsageError(SurgeryError, TypeError):
 
 class OutputExistsError(SurgeryError, FileExistsError):
     """The output already exists and ``overwrite`` is not set."""
+
+    exit_code = 2
+    __str__ = SurgeryError.__str__
+
+
+class MissingPackageError(SurgeryError, ImportError):
+    """A package that only some commands need is not installed."""
 
     exit_code = 2
     __str__ = SurgeryError.__str__

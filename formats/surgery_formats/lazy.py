@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from surgery_formats.extras import explained
+
 __all__ = ["lazy"]
 
 
@@ -21,6 +23,7 @@ def lazy(
     home_of = {name: module for module, names in homes.items() for name in names}
     public = sorted(home_of)
 
+    @explained
     def __getattr__(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")

@@ -3,25 +3,29 @@
 
 path                        a file or folder
 hf://org/name[@rev][:file]  always the hub
+hf://org/name@commit/file   a file there, as messages and manifests call it
 s3://, gs://, az://         object storage, read where it lies
 org/name[@rev][:file]       the hub, if neither that path nor a folder ``org`` exists here
+
+Weights on the hub are read where they lie, too, as far as headers and samples go; what is read in full goes into the hub's
+own cache (`surgery_formats.files.remote.hub`).
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.gguf.splits import series
 from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.onnx.graph import external_locations
 from surgery_formats.containers.weight_files import UNREAD_SUFFIXES, file_containers, holds_weights, is_weight_file
-from surgery_formats.errors import InputError, NotFoundError
+from surgery_formats.errors import NotFoundError, SurgeryError
+from surgery_formats.files.remote.hub import HubRepository, library, open_repository
+from surgery_formats.files.remote.hub_faults import fault_of, is_out_of_reach
 from surgery_formats.files.remote.path import RemotePath, is_remote, to_path
 from surgery_formats.text import closest, show
 
@@ -63,11 +67,11 @@ def parse_hub_name(reference: str) -> HubName | None:
 
 
 def resolve(reference: str | os.PathLike[str]) -> Path:
-    """Return the local path of `reference`, downloading a hub repository into the hub's own cache first.
+    """Return the path of `reference`: here, in a bucket, or on the hub, of which nothing but a listing was asked for yet.
 
     Raises:
-        NotFoundError: there is no such local path, and `reference` is not a hub name or cannot be downloaded.
-        InputError: `reference` is a hub name, but huggingface_hub is not installed.
+        NotFoundError: there is no such local path, and `reference` is not a hub name, or there is nothing there.
+        InputError: `reference` is a hub name, but huggingface_hub is not installed, or the hub does not let us in.
     """
     text = os.fspath(reference)
     if is_remote(text):
@@ -80,13 +84,18 @@ def resolve(reference: str | os.PathLike[str]) -> Path:
         raise NotFoundError("no such file or folder", file=text, hint=_hint(path, name))
     if name is None:
         raise NotFoundError("not a hub name", file=text, hint="write hf://org/name; @revision and :file are optional")
-    return _download(name, text)
+    return _on_the_hub(name, text)
 
 
 def _in_a_bucket(text: str) -> Path:
     path = to_path(text)
     if not isinstance(path, RemotePath) or not path.is_plain:
         raise NotFoundError("not the name of an object", file=text, hint="write s3://bucket/name")
+    if text.startswith(_SCHEME):
+        repo, _, rest = text.removeprefix(_SCHEME).partition("@")
+        commit, _, file = rest.partition("/")
+        root = _on_the_hub(HubName(repo, commit, None), text)
+        return root / file if file else root
     return path
 
 
@@ -117,42 +126,71 @@ def _near(text: str) -> str | None:
     return None if text.startswith(_SCHEME) else closest(text.split("/")[0], sorted(os.listdir()))
 
 
-def _download(name: HubName, text: str) -> Path:
-    hub = _hub()
+def _on_the_hub(name: HubName, text: str) -> Path:
+    hub = library()
+    if hub.constants.HF_HUB_OFFLINE:
+        return _from_cache(name, text)
     try:
-        if name.file is not None:
-            named = Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision))
-            for other in series(Path(name.file)):  # the other files of a split GGUF lie beside it in the cache
-                if other.name != named.name:
-                    hub.hf_hub_download(name.repo, other.as_posix(), revision=name.revision)
-            for location in external_locations(named) if name.file.endswith(ONNX.suffixes) else ():
-                beside = Path(name.file).parent / location  # a graph's weights lie beside it in the repository, too
-                hub.hf_hub_download(name.repo, beside.as_posix(), revision=name.revision)
-            return named
-        first, *others = file_containers().values()
-        unread = [*_OTHER_COPIES, *(f"*{suffix}" for suffix in UNREAD_SUFFIXES if not is_weight_file(f"x{suffix}"))]
-        unread += [f"*{suffix}" for suffix in GGUF.suffixes]  # one model in twenty sizes: its file must be named
-        ignored = [*unread, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
-        folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=ignored))
-        if not any(path.name.endswith(first.suffixes) for path in folder.rglob("*")):  # an older repository: pickles
-            folder = Path(hub.snapshot_download(name.repo, revision=name.revision, ignore_patterns=unread))
-    except Exception as error:  # the hub's client and its HTTP library raise many types
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk, not the hub
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        repository = open_repository(name.repo, name.revision, text)
+    except SurgeryError as error:
+        if error.__cause__ is None or not is_out_of_reach(error.__cause__):
+            if near := _near(text):
+                error.hint = near
+            raise
+        try:
+            return _from_cache(name, text)
+        except NotFoundError:
+            raise error from error.__cause__
+    _hide_other_copies(repository)
+    root = RemotePath(f"{_SCHEME}{repository.name}")
+    if name.file is None:
+        _needs_a_file_named(repository, text)
+        return repository.folder_if_cached() or root
+    repository.facts(name.file)
+    if is_weight_file(name.file):  # the other files of a split GGUF are found beside it
+        return (None if series(Path(name.file)) else repository.cached(name.file)) or root / name.file
+    return _downloaded(repository, name.file)
+
+
+def _needs_a_file_named(repository: HubRepository, text: str) -> None:
+    """Refuse a repository that holds nothing but copies of which one has to be chosen."""
+    seen = repository.visible
+    hidden = sorted(name for name in repository.all_names if name not in seen and holds_weights(name))
+    if hidden and not any(holds_weights(name) for name in seen):
+        hint = f"name one, such as {_SCHEME}{show(repository.repo)}:{show(hidden[0])}"
         raise NotFoundError(
-            f"not found locally, and the hub could not provide it: {show(reason, 300)}",
-            file=text,
-            hint=_near(text) or "check the name; a gated or private repository needs 'hf auth login'",
-        ) from error
-    return folder
+            f"no model that is read as a whole, but {len(hidden)} files of weights", file=text, hint=hint
+        )
 
 
-def _hub() -> Any:
+def _downloaded(repository: HubRepository, file: str) -> Path:
+    """A file that other libraries read from a disk; the weights of a graph lie beside it, there as in the repository."""
+    path = repository.download(file)
+    for location in external_locations(path) if file.endswith(ONNX.suffixes) else ():
+        repository.download((Path(file).parent / location).as_posix())
+    return path
+
+
+def _hide_other_copies(repository: HubRepository) -> None:
+    """Leave out of listings what is no part of the model: one repository often holds it several times over."""
+    first, *others = file_containers().values()
+    unread = [*_OTHER_COPIES, *(f"*{suffix}" for suffix in UNREAD_SUFFIXES if not is_weight_file(f"x{suffix}"))]
+    unread += [f"*{suffix}" for suffix in GGUF.suffixes]  # one model in twenty sizes: its file must be named
+    repository.hidden = [*unread, *(f"*{suffix}" for container in others for suffix in container.suffixes)]
+    if not any(name.endswith(first.suffixes) for name in repository.visible):
+        repository.hidden = unread  # an older repository: pickles
+
+
+def _from_cache(name: HubName, text: str) -> Path:
+    """What the hub's cache holds, without a network.
+
+    Raises:
+        NotFoundError: nothing.
+    """
+    hub = library()
     try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise InputError(
-            "hub names need the package huggingface_hub",
-            hint="pip install huggingface_hub, or download the repository and give its folder",
-        ) from error
+        if name.file is None:
+            return Path(hub.snapshot_download(name.repo, revision=name.revision, local_files_only=True))
+        return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision, local_files_only=True))
+    except Exception as error:
+        raise fault_of(error, text, name.repo) from error

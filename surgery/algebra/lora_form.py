@@ -8,10 +8,13 @@ What replaces values of the base, and what is added to biases, stays as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from surgery.algebra.change_svd import HERE, SVDs
 from surgery.algebra.combined_adapter import combined_adapter
 from surgery.algebra.combined_update import CombinedUpdate, Solutions, new_solutions
 from surgery.algebra.group import applicable_updates
@@ -25,18 +28,22 @@ from surgery.algebra.lora_of_weight import (
 from surgery.algebra.lora_question import no_low_rank
 from surgery.algebra.proof import OPTIMAL, TOLERANCE
 from surgery.algebra.sums import CombineOptions, stacked
+from surgery.engine.execute import default_workers
 from surgery.rank import Rank
 from surgery_formats.adapters.format import Entry, Format
-from surgery_formats.canonical.adapter import Adapter, WeightedAdapter
+from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import show
-from surgery_formats.updates import LoRA, experts_of
+from surgery_formats.threads import one_thread
+from surgery_formats.updates import LoRA, Update, experts_of
 
 __all__ = ["LoraForm", "lora_form", "prove_lora_form"]
 
 _ASKED = 8
 """Weights of no low rank that are measured before the user is asked: enough to show what a rank costs."""
+_FORMED = 2 << 30  # bytes of changes that are formed at once
+_COPIES = 32  # bytes for each of their elements: the change in float64, what it was made of, and what the SVD leaves
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,13 @@ class LoraForm:
 
 
 def lora_form(
-    adapter: Adapter, base: Checkpoint | None, target: Format, rank: Rank | None, *, saved: bool = False
+    adapter: Adapter,
+    base: Checkpoint | None,
+    target: Format,
+    rank: Rank | None,
+    *,
+    saved: bool = False,
+    svds: SVDs = HERE,
 ) -> LoraForm:
     """An adapter as LoRAs, whose factors are worked out when they are written.
 
@@ -81,6 +94,7 @@ def lora_form(
         target: The format it will be written in.
         rank: Directions of each weight; None loses nothing.
         saved: Whether matrices trained in full become LoRAs too, of their differences to the base, which is needed then.
+        svds: Where SVDs of changes that are formed in full come from.
 
     Raises:
         FitError: a change depends on the base and there is none, has no low rank and no rank was chosen, or no update
@@ -88,20 +102,26 @@ def lora_form(
     """
     if adapter.prompt is not None:
         raise FitError(f"{adapter.kind} trains virtual tokens: they are no change of a weight", file=adapter.path)
-    options, solutions = CombineOptions.of("exact", rank or Rank()), new_solutions()
+    options, solutions = CombineOptions.of("exact", rank or Rank()), new_solutions(while_planning=True)
     updates = adapter.updates if base is None else applicable_updates(adapter, base)
+
+    def formed_as(item: tuple[Site, tuple[Update, ...]]) -> WeightForm:
+        site, chain = item
+        if saved and base is not None and is_saved_matrix(chain):
+            return lora_of_saved(site, chain, base, options, solutions, svds)
+        return lora_of_weight(site, chain, base, options, solutions, adapter, svds)
+
     weights: dict[str, WeightForm] = {}
     high = []
-    for site, chain in updates.items():
-        if saved and base is not None and is_saved_matrix(chain):
-            form = lora_of_saved(site, chain, base, options, solutions)
-        else:
-            form = lora_of_weight(site, chain, base, options, solutions, adapter)
-        weights[str(site)] = form
-        if form.spectrum is not None:
-            high.append(form.spectrum)
-            if len(high) == _ASKED:
-                break
+    # One thread inside linear algebra, as when factors are written: the same factors may be worked out twice.
+    with one_thread(), ThreadPoolExecutor(_workers(updates), "surgery-lora") as pool:
+        for site, form in zip(updates, pool.map(formed_as, updates.items()), strict=True):
+            weights[str(site)] = form
+            if form.spectrum is not None:
+                high.append(form.spectrum)
+                if len(high) == _ASKED:
+                    pool.shutdown(cancel_futures=True)
+                    break
     if high:
         raise no_low_rank(high, len(updates), adapter)
     if not any(form.made.rank for form in weights.values()):
@@ -121,6 +141,12 @@ def lora_form(
     formed = combined_adapter([WeightedAdapter(adapter, 1.0)], made, target)
     optional = frozenset(site for site in adapter.optional if site in made)
     return LoraForm(replace(formed, kind="LORA", optional=optional), weights, solutions)
+
+
+def _workers(updates: Mapping[Site, Sequence[Update]]) -> int:
+    """Threads, each of which may form the largest change."""
+    largest = max((math.prod(update.shape) for chain in updates.values() for update in chain), default=1)
+    return max(1, min(default_workers(), _FORMED // (_COPIES * max(largest, 1))))
 
 
 def prove_lora_form(path: Path, form: LoraForm) -> dict[str, float]:

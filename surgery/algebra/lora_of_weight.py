@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from surgery.algebra.change_svd import HERE, ChangeSVD, SVDs
 from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.dense_change import change_of_bias
 from surgery.algebra.expanded import ExpandedChange, break_even, formed_change
@@ -69,8 +70,9 @@ def lora_of_weight(
     options: CombineOptions,
     solutions: Solutions,
     adapter: Adapter,
+    svds: SVDs = HERE,
 ) -> WeightForm:
-    """The LoRA that does what `chain` does, or the nearest that `options` allows.
+    """The LoRA that does what `chain` does, or the nearest that `options` allows; `svds` has those of changes formed in full.
 
     A difference that is stored in full stays one where nothing may be lost.
 
@@ -106,7 +108,7 @@ def lora_of_weight(
         made = solved_lora(name, site, target, changes, rank, best, options, solutions)
         error = best[1] / best[0] if best is not None and best[0] else 0.0
         return WeightForm(_beside(kept, made), kind, error)
-    return _by_svd(site, change, changes, kept, kind, options, solutions)
+    return _by_svd(site, change, changes, kept, kind, options, solutions, svds)
 
 
 def is_full_matrix(site: Site, update: Update) -> bool:
@@ -121,11 +123,16 @@ def is_saved_matrix(chain: Sequence[Update]) -> bool:
 
 
 def lora_of_saved(
-    site: Site, chain: Sequence[Update], base: Checkpoint, options: CombineOptions, solutions: Solutions
+    site: Site,
+    chain: Sequence[Update],
+    base: Checkpoint,
+    options: CombineOptions,
+    solutions: Solutions,
+    svds: SVDs = HERE,
 ) -> WeightForm:
     """The LoRA nearest to the difference between a matrix that was trained in full and the base's."""
     change = formed_change(site, chain, places_of(site, base, chain[0].tensors))
-    return _by_svd(site, change, chain, (), chain[0].kind, options, solutions)
+    return _by_svd(site, change, chain, (), chain[0].kind, options, solutions, svds)
 
 
 def _beside(kept: tuple[Update, ...], made: CombinedUpdate) -> CombinedUpdate:
@@ -200,6 +207,7 @@ def _by_svd(
     kind: str,
     options: CombineOptions,
     solutions: Solutions,
+    svds: SVDs,
 ) -> WeightForm:
     """The best factors of a change that is formed in full, of no more directions than it has."""
     name, full = str(site), min(target.shape)
@@ -207,7 +215,7 @@ def _by_svd(
     error = min(options.max_error, 1 - _EXACT) if options.max_error is not None else None
     found: dict[str, tuple[Array, float, float]] = {}
 
-    def solve() -> tuple[Solved, float]:
+    def worked_out() -> ChangeSVD:
         svd = truncated_svd(
             target.formed(),
             rank=limit,
@@ -217,8 +225,12 @@ def _by_svd(
         )
         B, A = svd.factors()
         rank = max(1, svd.rank)
-        found[name] = svd.S, svd.residual, svd.total
-        return Solved(zero_padded(B, 1, rank), zero_padded(A, 0, rank), svd.residual), svd.residual
+        return ChangeSVD(zero_padded(B, 1, rank), zero_padded(A, 0, rank), svd.S, svd.residual, svd.total)
+
+    def solve() -> tuple[Solved, float]:
+        svd = svds.of(name, target.shape, worked_out)
+        found[name] = svd.values, svd.lost, svd.norm
+        return Solved(svd.B, svd.A, svd.lost), svd.lost
 
     rank = solutions.of(name, solve).B.shape[1]
     values, lost, norm = found[name]

@@ -39,7 +39,7 @@ def _exceptions(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]
 def _beyond(part: AdapterPart, facts: AdapterFacts) -> TraitRule:
     """It goes by the last names of targets, and by no choice of layers."""
     listed = facts.config.get("target_modules")
-    names = {name.rpartition(".")[2] for name in listed} if isinstance(listed, list) else set()
+    names = {str(name).rpartition(".")[2] for name in listed} if isinstance(listed, list) else set()
     if isinstance(listed, str) or _TOGETHER.get(part.leaf, part.leaf) in {_TOGETHER.get(name, name) for name in names}:
         return honoured
     outside = part.leaf in ("embed_tokens", "lm_head")

@@ -18,7 +18,6 @@ from surgery.engine.leaving_out import without_base_values
 from surgery_formats.adapters.format import Coded, Entry, ForGraph, Format, InDialects, Rendering, reader_of
 from surgery_formats.adapters.onnx_adapter.names import check_apart
 from surgery_formats.binding.bind import Binding, bind
-from surgery_formats.binding.parts import in_component, in_its_encoder, in_its_part
 from surgery_formats.binding.sizes import check_complete, sized
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.consumption import check_consumed
@@ -39,7 +38,6 @@ __all__ = [
     "for_graph",
     "in_dialect",
     "left_beside",
-    "placed",
     "plan_conversion",
     "prove_conversion",
     "tolerance_of",
@@ -126,32 +124,6 @@ def for_graph(target: Format, graph: Path | None, dtype: DType | None) -> tuple[
         label = "another type" if element is None else element.label
         raise FitError(f"the graph takes {label}, not {dtype.label}", file=graph, hint='`dtype="keep"`')
     return made, element
-
-
-def placed(adapter: Adapter, base: Checkpoint | None, component: str | None) -> tuple[Adapter, tuple[Entry, ...]]:
-    """The adapter with the component of every site known, or cut to the one chosen, and what that leaves out.
-
-    Raises:
-        FitError: the component is not in the adapter or the base, or cannot be told.
-    """
-    adapter = adapter if base is None else in_its_encoder(adapter, base)
-    named = {site.component for site in adapter.updates} - {""}
-    if component is not None and named:
-        if component not in named:
-            raise FitError(
-                f"the adapter has no part '{component}'", file=adapter.path, hint=f"it has {listing(sorted(named))}"
-            )
-        kept = [site for site in adapter.updates if site.component == component]
-        left = sorted(str(site) for site in adapter.updates.keys() - set(kept))
-        return adapter.only(kept), tuple(Entry(name, "dropped", "not of the chosen part") for name in left)
-    if base is None or not base.is_pipeline or named:
-        return adapter, ()
-    if component is None:
-        return in_its_part(adapter, base, "name it with `component=`"), ()
-    if component not in base.components:
-        has = listing(sorted(base.components))
-        raise FitError(f"the base has no part '{component}'", file=base.path, hint=f"it has {has}")
-    return in_component(adapter, component), ()
 
 
 def left_beside(adapter: Adapter, target: Format, *, allow_loss: bool) -> tuple[Entry, ...]:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from surgery.engine.cuda import count_devices, start
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 
-__all__ = ["Devices", "device_of", "devices_of", "extraction_devices"]
+__all__ = ["Devices", "device_of", "devices_of", "extraction_devices", "on_gpus"]
 
 _PAYS = 1_000_000_000
 """Parameters from which an extraction is sooner done on a GPU. Measured with 16 cores and an H200 (docs/benchmarks.md): 1.24 B
@@ -75,6 +76,11 @@ def extraction_devices(text: str, parameters: int) -> Devices:
     return Devices(
         devices, "no GPU is here" if devices == ("cpu",) else f"a GPU pays from {_PAYS / 1e9:.1f} B parameters on"
     )
+
+
+def on_gpus(devices: Iterable[str]) -> bool:
+    """Whether there is a GPU among devices as `devices_of` lists them."""
+    return any(device != "cpu" for device in devices)
 
 
 def device_of(text: str) -> str:

@@ -7,11 +7,13 @@ drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.engine.sharing import one_of_shares, shared_out
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
@@ -258,33 +260,36 @@ class Plan:
         """The first tensor of every weight that is not copied as it is."""
         return tuple(tensor for tensor in self.weights if isinstance(tensor.step, Compute))
 
-    def share(self, index: int, count: int) -> Plan:
-        """The share of worker `index` of `count`, as a plan of one file.
+    def shares(self, count: int) -> tuple[Plan, ...]:
+        """The plan in `count` shares, each a plan of one file.
 
         Every computed weight is in one share; shares are about equally large. Equal plans have equal shares, wherever
         they were made.
-
-        Raises:
-            FitError: there is no such share.
         """
-        if not 0 <= index < count:
-            raise FitError(f"there is no share {index} of {count}", hint="shares are counted from 0")
         weights: dict[int, list[PlannedTensor]] = {}
         for tensor in self.tensors:
             if isinstance(tensor.step, Compute):
                 weights.setdefault(id(tensor.step), []).append(tensor)
-        sized = sorted((-sum(t.nbytes for t in tensors), tensors[0].label, tensors) for tensors in weights.values())
-        loads = [0] * count
-        tensors: list[PlannedTensor] = []
-        offset = len(SHARE_MAGIC)
-        for negative, _, weight in sized:
-            worker = loads.index(min(loads))
-            loads[worker] -= negative
-            for tensor in weight if worker == index else ():
-                tensors.append(replace(tensor, offset=offset))
-                offset += tensor.nbytes
-        file = PlannedFile(SHARE_FILE, SHARE_MAGIC, offset, tuple(tensors))
-        return replace(self, files=(file,), side_files=(), accounts=())
+        ordered = sorted(weights.values(), key=lambda tensors: tensors[0].label)
+        sizes = [sum(tensor.nbytes for tensor in tensors) for tensors in ordered]
+        files = (_share_file(chain(*(ordered[piece] for piece in own))) for own in shared_out(sizes, count))
+        return tuple(replace(self, files=(file,), side_files=(), accounts=()) for file in files)
+
+    def share(self, index: int, count: int) -> Plan:
+        """One of `shares`.
+
+        Raises:
+            FitError: there is no such share.
+        """
+        return one_of_shares(self.shares(count), index)
+
+
+def _share_file(tensors: Iterable[PlannedTensor]) -> PlannedFile:
+    placed, end = [], len(SHARE_MAGIC)
+    for tensor in tensors:
+        placed.append(replace(tensor, offset=end))
+        end += tensor.nbytes
+    return PlannedFile(SHARE_FILE, SHARE_MAGIC, end, tuple(placed))
 
 
 def check_conservation(binding: Binding, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from surgery.extraction.findings import Kind, KindFacts
 from surgery.extraction.pairing import Delta, Strip, path_of
 from surgery.extraction.sampling import at_rows, read_runs, sample_runs
 from surgery.extraction.stream.lanes import in_threads
-from surgery.extraction.stream.scan import HELD
+from surgery.extraction.stream.scan_plan import HELD
 from surgery.extraction.stream.scratch import ScratchFile, ScratchSlot, Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.arrays import Array

@@ -22,7 +22,8 @@ from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
 from surgery.extraction.refine import Refinement, refine
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
-from surgery.extraction.stream.scan import ScanLayout, ScanResult
+from surgery.extraction.stream.scan import ScanResult
+from surgery.extraction.stream.scan_plan import ScanLayout
 from surgery.extraction.stream.scratch import Workspace
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.adapters.format import Format, Rendering, Scaled, Scaling
@@ -40,7 +41,7 @@ from surgery_formats.text import listing
 __all__ = [
     "CheckpointPair",
     "ExtractionPlan",
-    "ExtractionRequest",
+    "ExtractionSettings",
     "Stopwatch",
     "plan_extraction",
     "stored_factor_specs",
@@ -117,7 +118,7 @@ def stored_factor_specs(
 
 
 @dataclass(frozen=True, slots=True)
-class ExtractionRequest:
+class ExtractionSettings:
     """The options of an extraction.
 
     Attributes:
@@ -176,7 +177,7 @@ class ExtractionPlan:
     """
 
     checkpoints: CheckpointPair
-    request: ExtractionRequest
+    request: ExtractionSettings
     layout: ScanLayout
     scan: ScanResult
     storage: StoragePlan
@@ -213,7 +214,7 @@ def plan_extraction(
     checkpoints: CheckpointPair,
     layout: ScanLayout,
     scan: ScanResult,
-    request: ExtractionRequest,
+    request: ExtractionSettings,
     stopwatch: Stopwatch,
 ) -> ExtractionPlan:
     """Decide on forms, ranks and kind, and build the adapter.
@@ -316,7 +317,7 @@ def _decide_kind(
     checkpoints: CheckpointPair,
     layout: ScanLayout,
     scan: ScanResult,
-    request: ExtractionRequest,
+    request: ExtractionSettings,
     formed: Callable[[Mapping[str, int]], StoragePlan],
     ranks: Mapping[str, int],
 ) -> tuple[KindDecision, Mapping[str, int]]:

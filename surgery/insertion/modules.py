@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from surgery.extraction.stream.scan import layout_of
+from surgery.extraction.stream.scan_plan import layout_of
 from surgery.extraction.targets import LowRankTarget
 from surgery_formats.arrays import Array, namespace
 from surgery_formats.dtypes import DType

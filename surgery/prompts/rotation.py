@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from surgery.onnx.graph.rotary import frequencies
+from surgery.onnx.graph.frequencies import frequencies
 from surgery_formats.errors import FitError
 from surgery_formats.models.families.recipe import Model
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import SurgeryError, UsageError
+from surgery_formats.text import show
 
 __all__ = ["RANKED", "VERBS", "Input", "Operand", "Recipe", "Step"]
 
@@ -78,7 +79,7 @@ class Step:
     def title(self) -> str:
         """For messages."""
         where = f", line {self.line}" if self.line else ""
-        return f"step {self.number} ({self.verb}){where}"
+        return f"step {self.number} ({show(self.verb, 40)}){where}"
 
     @property
     def function(self) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_che
 
 from surgery.arguments import checked
 from surgery.reports.request import Request, asked
+from surgery_formats.extras import explained
 
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
@@ -76,7 +77,7 @@ def elapsed() -> Any:
 
 def timed(verb: Callable[P, R]) -> Callable[P, R]:
     """`verb` with its keyword arguments checked, told to manifests, and with the seconds it took in its result."""
-    verb = checked(verb)
+    verb = explained(checked(verb))
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:

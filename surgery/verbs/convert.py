@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.algebra.change_svd import HERE
 from surgery.consumers.consent import Consent, SavedChoice, check_greatest_rank
 from surgery.engine.adapter_output import WriteOptions
+from surgery.engine.chosen_part import chosen_part, left_out
 from surgery.engine.conversion import (
     Errors,
     bound_source,
@@ -19,12 +23,12 @@ from surgery.engine.conversion import (
     for_graph,
     in_dialect,
     left_beside,
-    placed,
     plan_conversion,
     tolerance_of,
     write_conversion,
 )
 from surgery.engine.convert_result import ConvertResult
+from surgery.engine.execute import Run
 from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import (
     AdapterLike,
@@ -34,26 +38,25 @@ from surgery.engine.inputs import (
     as_checkpoint,
     as_list,
     as_path,
-    local_path,
     output_path,
 )
 from surgery.engine.loaders import attaching
-from surgery.engine.selection import Selection
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.output import PATH
 from surgery.reports.result import timed
 from surgery.reports.values import Name
-from surgery_formats.adapters.format import Coded, Entry, what_to_tell
+from surgery_formats.adapters.format import Coded, what_to_tell
 from surgery_formats.adapters.lost_strings import lost_strings
 from surgery_formats.adapters.registry import format_to_write
-from surgery_formats.binding.containers import housed
-from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.errors import FitError, UsageError
 
 if TYPE_CHECKING:
+    from surgery.algebra.change_svd import SVDs
+    from surgery.algebra.convert_request import ConvertRequest
     from surgery.algebra.lora_form import LoraForm
+    from surgery.engine.shares.work import EngineLike
     from surgery.onnx.recover.result import RecoveryResult
     from surgery_formats.canonical.adapter import Adapter
     from surgery_formats.models.checkpoint import Checkpoint
@@ -84,6 +87,7 @@ def convert(
     allow_loss: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    engine: EngineLike | None = None,
     progress: Callback | None = None,
 ) -> ConvertResult | RecoveryResult:
     """Write an adapter in another format and prove it.
@@ -121,6 +125,8 @@ def convert(
         allow_loss: Write what the format can hold although it cannot hold all.
         overwrite: Replace an existing output, atomically.
         dry_run: Say what would become of every update, write nothing.
+        engine: With `as_lora`, where the SVDs of changes are worked out that are formed in full: None or ``local`` is this
+            process, ``ray`` and ``ray:HOST:PORT`` a cluster (docs/scale-out.md). Never changes the result.
         progress: Called with every step.
 
     Raises:
@@ -131,6 +137,7 @@ def convert(
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     stored = float_type(dtype)
+    request = _request(engine, adapter, base, rank, component, without, as_lora=as_lora, dry_run=dry_run)
     if consumer is not None:
         if as_lora or any(one is not None for one in (to, projections, factors, dialect, graph)):
             raise FitError(
@@ -139,7 +146,7 @@ def convert(
         if base is None:
             raise FitError("the rules of a program look at the base too", hint="give it with `base=`")
         check_greatest_rank(max_rank)
-        kept, out = _left_out(as_adapter(adapter), without)
+        kept, out = left_out(as_adapter(adapter), without)
         return _for_consumer(
             kept,
             as_checkpoint(base),
@@ -186,73 +193,123 @@ def convert(
     if as_lora and projections is not None:
         raise FitError("LoRAs are made of the weights as they are named", hint="convert with `projections=` afterwards")
     destination = output_path(output, dry_run=dry_run)
-    original, out = _left_out(as_adapter(adapter), without)
+    opened = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
-    original, left = placed(original, checkpoint, component)
-    if checkpoint is not None and not checkpoint.is_pipeline:
-        original, _ = housed(original, checkpoint)  # writers ask the base by these names
-    source, named = original, checkpoint
-    also: Errors | None = None
-    form: LoraForm | None = None
-    if as_lora:
-        from surgery.algebra.lora_form import lora_form, prove_lora_form
+    original, left = chosen_part(opened, checkpoint, component, without)
+    svds: AbstractContextManager[SVDs] = contextlib.nullcontext(HERE)
+    if request is not None:
+        run = Run(overwrite=overwrite, progress=progress)
+        svds = _in_shares(engine, request, original, checkpoint, destination, run)
+    with svds as svd_source:
+        source, named = original, checkpoint
+        also: Errors | None = None
+        form: LoraForm | None = None
+        if as_lora:
+            from surgery.algebra.lora_form import lora_form, prove_lora_form
 
-        bound_source(original, checkpoint)
-        form = lora_form(original, checkpoint, target, None if rank is None else Rank.of(rank))
-        source, also = form.adapter, partial(prove_lora_form, form=form)
-    if projections is not None:
-        from surgery.algebra.projections import change_layout, prove_layout
-
-        if isinstance(target, Coded):  # the proof puts the parts together again, and codes are not what they were
-            raise FitError(
-                f"{to} keeps names as they are", hint="convert with `projections=` to peft first, then to compact"
-            )
-        change = change_layout(original, projections, target, checkpoint)
-        source = change.adapter
-        if change.held:  # the base has the old names, and none of the new ones
             bound_source(original, checkpoint)
-            named = None
-    left = (*out, *left, *left_beside(original, target, allow_loss=allow_loss))
-    binding = bound_source(source, named)
-    remedy = "`as_lora=True` makes LoRAs of other kinds"
-    plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)
-    if projections is not None:
-        also = partial(
-            prove_layout, original=original, target=plan.target, change=change, tolerance=tolerance_of(stored)
+            form = lora_form(original, checkpoint, target, None if rank is None else Rank.of(rank), svds=svd_source)
+            source, also = form.adapter, partial(prove_lora_form, form=form)
+        if projections is not None:
+            from surgery.algebra.projections import change_layout, prove_layout
+
+            if isinstance(target, Coded):  # the proof puts the parts together again, and codes are not what they were
+                raise FitError(
+                    f"{to} keeps names as they are", hint="convert with `projections=` to peft first, then to compact"
+                )
+            change = change_layout(original, projections, target, checkpoint)
+            source = change.adapter
+            if change.held:  # the base has the old names, and none of the new ones
+                bound_source(original, checkpoint)
+                named = None
+        left = (*left, *left_beside(original, target, allow_loss=allow_loss))
+        binding = bound_source(source, named)
+        remedy = "`as_lora=True` makes LoRAs of other kinds"
+        plan = plan_conversion(source, target, named, binding, dtype=stored, allow_loss=allow_loss, as_loras=remedy)
+        if projections is not None:
+            also = partial(
+                prove_layout, original=original, target=plan.target, change=change, tolerance=tolerance_of(stored)
+            )
+        entries = (*plan.rendering.entries, *plan.left_out, *left)
+        if form is not None:
+            entries = form.restated(entries)
+        result = ConvertResult(
+            None,
+            original.format,
+            target.name,
+            entries,
+            {},
+            (*original.known_issues(), *what_to_tell(plan.rendering, target), *lost_strings(source, plan.rendering)),
+            original.path,
+            as_lora,
         )
-    entries = (*plan.rendering.entries, *plan.left_out, *left)
-    if form is not None:
-        entries = form.restated(entries)
-    result = ConvertResult(
-        None,
-        original.format,
-        target.name,
-        entries,
-        {},
-        (*original.known_issues(), *what_to_tell(plan.rendering, target), *lost_strings(source, plan.rendering)),
-        original.path,
-        as_lora,
-    )
-    if destination is None:
-        return result
-    result = replace(result, following=attaching(target, destination, plan.rendering.tensor_file, source, checkpoint))
-    options = WriteOptions(
-        destination,
-        (original.path, *(() if checkpoint is None else (checkpoint.path,))),
-        original.files_beside,
-        overwrite,
-        progress,
-    )
-    chosen = repr(rank) if as_lora else None
-    return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)
+        if destination is None:
+            return result
+        result = replace(
+            result, following=attaching(target, destination, plan.rendering.tensor_file, source, checkpoint)
+        )
+        options = WriteOptions(
+            destination,
+            (original.path, *(() if checkpoint is None else (checkpoint.path,))),
+            original.files_beside,
+            overwrite,
+            progress,
+        )
+        chosen = repr(rank) if as_lora else None
+        return write_conversion(plan, options, result, projections=projections, rank=chosen, also=also)
 
 
-def _left_out(adapter: Adapter, without: str | Sequence[str]) -> tuple[Adapter, tuple[Entry, ...]]:
-    """`adapter` without the modules that are to be left out, and what became of those."""
-    if not without:
-        return adapter, ()
-    (kept,), names = Selection(without=tuple(as_list(without))).chosen([WeightedAdapter(adapter, 1.0)])
-    return kept.adapter, tuple(Entry(name, "dropped", "left out by choice") for name in names)
+def _request(
+    engine: EngineLike | None,
+    adapter: AdapterLike,
+    base: CheckpointLike | None,
+    rank: int | Rank | None,
+    component: str | None,
+    without: str | Sequence[str],
+    *,
+    as_lora: bool,
+    dry_run: bool,
+) -> ConvertRequest | None:
+    """What a cluster is asked for; None where this process does all of it."""
+    if engine is None or engine == "local":
+        return None
+    if not as_lora or dry_run:
+        raise UsageError(
+            "what a conversion computes are LoRAs of other kinds, and nothing else is shared out",
+            hint="leave out `engine=`" if dry_run else "`as_lora=True`, or leave out `engine=`",
+        )
+    from surgery.algebra.convert_request import ConvertRequest
+    from surgery.engine.shares.work import portable
+
+    return ConvertRequest(
+        portable(adapter, "adapter"),
+        None if base is None else portable(base, "base"),
+        rank,
+        component,
+        tuple(as_list(without)),
+    )
+
+
+@contextlib.contextmanager
+def _in_shares(
+    engine: EngineLike | None,
+    request: ConvertRequest,
+    adapter: Adapter,
+    base: Checkpoint | None,
+    output: Path | None,
+    run: Run,
+) -> Iterator[SVDs]:
+    """SVDs that a cluster has worked out."""
+    from surgery.algebra.convert_request import ConvertWork
+    from surgery.engine.shares.choice import cluster_of
+
+    cluster = cluster_of(engine)
+    work = ConvertWork.of(adapter, base, None if request.rank is None else Rank.of(request.rank))
+    if cluster is None or output is None or not work.tasks:
+        yield HERE
+        return
+    with cluster.shares(request, work, output, run) as folders:
+        yield work.solved(folders)
 
 
 def _for_consumer(
@@ -270,7 +327,7 @@ def _for_consumer(
     """Write an adapter so that a program honours all of it."""
     from surgery.consumers.fix import write_for
     from surgery.consumers.registry import asked_version, consumer_named
-    from surgery.verbs.rest import rest_merger
+    from surgery.verbs.rest import rest_merger, rest_name
 
     program, version = consumer_named(consumer)
     merger = None
@@ -286,7 +343,7 @@ def _for_consumer(
         overwrite=overwrite,
         progress=progress,
         merge_rest=merger,
-        rest_name="" if merge_rest is None else local_path(merge_rest, "merge_rest").resolve().name,
+        rest_name=rest_name(merge_rest),
         **options,
     )
     if program.name != "llama.cpp" or output is None:

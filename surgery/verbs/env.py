@@ -17,27 +17,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery._version import __version__
+from surgery.onnx.run.runtime import clash_cure, installed_runtimes
 from surgery.reports.result import elapsed, summarised, timed
 from surgery.reports.sections import Facts, Note
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.extras import EXTRAS, install_line
 from surgery_formats.threads import cores
 
 __all__ = ["EnvironmentReport", "Finding", "Gpu", "Package", "env"]
 
-REQUIRED = ("torch", "numpy", "safetensors", "onnx", "click", "regex", "rich", "xxhash", "ml_dtypes")
-OPTIONAL = ("huggingface_hub", "tokenizers", "transformers", "peft", "diffusers", "onnx-ir", "gguf")
-# Distributions that all install the module `onnxruntime`, best first: two of them overwrite each other's files.
-RUNTIMES = (
-    "onnxruntime-gpu",
-    "onnxruntime",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-qnn",
-    "onnxruntime-rocm",
-    "onnxruntime-silicon",
-)
+REQUIRED = ("click", "ml_dtypes", "numpy", "regex", "rich", "safetensors", "xxhash")
+PEERS = ("transformers", "peft", "diffusers", "onnx-ir")
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits")
 _SMI_SECONDS = 10.0
 _MIB = 1 << 20
@@ -89,7 +81,7 @@ class EnvironmentReport:
         version: Of surgery.
         python: Version of Python, with its implementation where that is not CPython.
         platform: Operating system and machine.
-        packages: What is required, then every onnxruntime found (or its absence), then what is optional.
+        packages: What is required, then every onnxruntime found (or its absence), then those of extras, then peers.
         gpus: CUDA devices that the driver shows; none without a driver.
         cores: Cores this process may use.
         memory_nbytes: Memory this process may use: of the machine, or of its container; None where it cannot be told.
@@ -134,7 +126,7 @@ class EnvironmentReport:
             ("platform", Name(self.platform)),
             ("machine", memory),
             *gpus,
-            *((package.name, package.version or "not installed") for package in self.packages),
+            *((package.name, package.version or _absent(package.name)) for package in self.packages),
             *((f"{name} says", text) for name, text in self.deep.items()),
         )
         warnings = (Note(f"{finding.what}; cure: {finding.cure}", "warning") for finding in self.findings)
@@ -149,8 +141,8 @@ def env(*, deep: bool = False) -> EnvironmentReport:
         deep: Import torch and onnxruntime too, to see what they can use (slow).
     """
     required = tuple(Package(name, _version(name)) for name in REQUIRED)
-    runtimes = tuple(package for name in RUNTIMES if (package := Package(name, _version(name))).version)
-    optional = tuple(Package(name, _version(name)) for name in OPTIONAL)
+    runtimes = tuple(Package(name, version) for name, version in installed_runtimes().items())
+    optional = tuple(Package(name, _version(name)) for name in (*EXTRAS, *PEERS) if name != "onnxruntime")
     gpus = _gpus()
     implementation = platform.python_implementation()
     return EnvironmentReport(
@@ -164,6 +156,10 @@ def env(*, deep: bool = False) -> EnvironmentReport:
         findings=tuple(_findings(required, runtimes, gpus)),
         deep=_deep() if deep else {},
     )
+
+
+def _absent(name: str) -> str:
+    return f"not installed: {install_line(EXTRAS[name])}" if name in EXTRAS else "not installed"
 
 
 def _version(name: str) -> str | None:
@@ -206,18 +202,16 @@ def _findings(required: tuple[Package, ...], runtimes: tuple[Package, ...], gpus
     findings = []
     if missing := [package.name for package in required if package.version is None]:
         findings.append(Finding(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}"))
-    if not runtimes:
-        findings.append(Finding("no onnxruntime is installed", "pip install onnxruntime-gpu (or onnxruntime)"))
     if len(runtimes) > 1:
         names = [package.name for package in runtimes]
         findings.append(
             Finding(
                 f"{' and '.join(names)} are both installed: they write the same files, what `import onnxruntime` gives "
                 "depends on which came last",
-                f"pip uninstall -y {' '.join(names)} && pip install {names[0]}",
+                clash_cure(names),
             )
         )
-    torch = next(package.version for package in required if package.name == "torch")
+    torch = _version("torch")
     if gpus and torch and "+cpu" in torch:
         findings.append(
             Finding(f"a GPU is here, but torch {torch} is built without CUDA", "install torch from a CUDA index")

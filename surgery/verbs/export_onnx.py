@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from surgery.engine.execute import Run
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, local_path
@@ -28,16 +29,20 @@ from surgery.onnx.export.new_assembly import new_assembly
 from surgery.onnx.export.pairs import whole_graphs
 from surgery.onnx.export.place import ExportJob, choose_mode, write_export
 from surgery.onnx.export.prompt_past import WeightLocation
+from surgery.onnx.export.request import WeightsAsked, in_shares
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.side_files import side_files_of
 from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.export.weights_mode import weights_mode
-from surgery.onnx.export.weights_to_write import check_written, weights_to_write
+from surgery.onnx.export.weights_to_write import check_written
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.models.families.tasks import FEATURES, SENTENCE, check_task
+from surgery_formats.models.families.tasks import SENTENCE
+
+if TYPE_CHECKING:
+    from surgery.engine.shares.work import EngineLike
 
 __all__ = ["ExportResult", "export_onnx"]
 
@@ -80,6 +85,7 @@ def export_onnx(
     opset: int | None = None,
     verify_copies: bool = False,
     overwrite: bool = False,
+    engine: EngineLike | None = None,
     progress: Callback | None = None,
 ) -> ExportResult:
     """Write ``model.onnx`` and what belongs to it into a folder.
@@ -138,6 +144,8 @@ def export_onnx(
         opset: Set of ONNX's operators, 17 to 23, for older runtimes; None for the least that the graph's operators need.
         verify_copies: Compare copied weights byte by byte too, and note the sha256 of every file.
         overwrite: Replace an existing output, atomically.
+        engine: Where weights are computed that the graphs do not have from the base's files: None or ``local`` is this process,
+            ``ray`` and ``ray:HOST:PORT`` a cluster (docs/scale-out.md). Never changes the result.
         progress: Called with every step of a merge.
 
     Raises:
@@ -149,29 +157,23 @@ def export_onnx(
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     where = local_path(output, "output")
+    options_of_weights = WeightOptions(
+        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear, experts
+    )
+    asked = WeightsAsked(task, merge_to, target, dtype, layout, opset, options_of_weights)
+    run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
+    shared = None
+    if engine is not None and engine != "local":
+        shared = in_shares(engine, base, (adapters, merge, swap, prefix), asked, run)
     checkpoint = as_checkpoint(base)
     if any(component.made for component in checkpoint.components.values()):
         raise FitError("is not written yet, and a graph refers to files", file=checkpoint.path, hint="write it first")
     roles = sort_adapters(adapters, merge, swap, prefix)
-    if merge_to not in ("delta", "full"):
-        raise FitError(f"merge_to is 'delta' or 'full', not '{merge_to}'")
-    if any(shard.container == "gguf" for shard in checkpoint.main.shards):
-        merge_to = "full"  # no graph refers to such a file
-    coding = WeightOptions(
-        weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear, experts
-    ).coding(target)
-    older = opset is not None or layout == "transformers.js"  # QMoE needs onnxruntime 1.31
-    if coding is not None:
-        merge_to = "full"  # all weights are written
-        coding = replace(coding, stacked=coding.stacked and not older)
-    check_task(task)
     shape = layout_named(layout)
-    full = merge_to == "full"
-    own = FEATURES if task == SENTENCE else task or ""
-    binding, merged = weights_to_write(checkpoint, roles, own, full=full, coding=coding, io=(target, dtype))
+    own, coding, full, binding, merged = asked.planned(checkpoint, roles)
     texts: tuple[str, ...] = tuple(as_list(bake_prompt))
     assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
-    assembly = with_experts(assembly, experts, older=older)
+    assembly = with_experts(assembly, experts, older=asked.older)
     required = required or (layout == "triton" and bool(assembly.slots))
     assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
     in_place = weights == "auto" and choose_mode("auto", where, checkpoint.main.folder, ()) == "reference"
@@ -230,8 +232,7 @@ def export_onnx(
     seen = None
     if range_text is not None:
         seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
-    run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
-    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run)
+    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run, shared)
     if coding is not None and placed.ledger is not None:
         warnings += code_warnings(placed.ledger)
     done = built[-1].graphs

@@ -14,53 +14,49 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from surgery.engine.calibration_file import open_calibration
-from surgery.engine.conversion import coded_as
-from surgery.engine.devices import devices_of, extraction_devices
-from surgery.engine.execute import default_workers
+from surgery.engine.devices import Devices, devices_of, extraction_devices, on_gpus
+from surgery.engine.execute import Run, default_workers
 from surgery.engine.inputs import (
     CheckpointLike,
     StrPath,
     as_checkpoint,
     as_path,
-    check_alpha,
     check_counts,
     output_path,
 )
+from surgery.engine.shares.choice import cluster_of, device_of_workers
+from surgery.engine.shares.work import EngineLike, portable
 from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
     CheckpointPair,
     ExtractionPlan,
-    ExtractionRequest,
+    ExtractionSettings,
     Stopwatch,
     plan_extraction,
-    stored_factor_specs,
 )
 from surgery.extraction.findings import KINDS, Kind
 from surgery.extraction.output import load_writer, write_extraction
-from surgery.extraction.ranks import rank_goal
+from surgery.extraction.pass_options import one_of, pass_options
+from surgery.extraction.request import ExtractRequest, ExtractWork
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import predicted_result
 from surgery.extraction.storage_plan import StorageOptions
 from surgery.extraction.stream.lanes import Lanes, default_lanes
-from surgery.extraction.stream.scan import layout_of, scan, warming
+from surgery.extraction.stream.scan import scan, warming
 from surgery.extraction.stream.scratch import ScratchFile, Workspace
 from surgery.extraction.targets import tree_name
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery_formats.adapters.format import Coded, Format, Scaling
-from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.containers.weight_files import is_weight_file
-from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.remote.path import is_remote
-from surgery_formats.linalg.coding import Coding
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.component import Component
 
 __all__ = ["ExtractResult", "extract_lora"]
 
@@ -92,6 +88,7 @@ def extract_lora(
     table: bool = False,
     graph_of: CheckpointLike | None = None,
     dry_run: bool = False,
+    engine: EngineLike | None = None,
     progress: Callback | None = None,
 ) -> ExtractResult:
     """Turn the difference of two checkpoints into an adapter and prove it.
@@ -127,6 +124,8 @@ def extract_lora(
         graph_of: Where `tuned`, or `base` and `tuned`, are ONNX graphs of any exporter: the checkpoint whose names their
             weights get (docs/graphs.md); by default `base`, if that is none.
         dry_run: Compare and factorise, write nothing.
+        engine: Where both checkpoints are compared and factorised: None or ``local`` is this process, ``ray`` and
+            ``ray:HOST:PORT`` a cluster (docs/scale-out.md). Never changes the result.
         progress: Called with every step.
 
     Raises:
@@ -137,67 +136,89 @@ def extract_lora(
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
-    goal = rank_goal(Rank.of(rank), table=table)
-    whole = _one_of(matrices, ("lora", "full"), "matrices") == "full"
-    embeddings = _one_of(embeddings, ("lora", "full"), "embeddings")
-    options = StorageOptions(_dense(dense), "full" if whole else embeddings, matrices)
-    scaling = _scaling(alpha, rslora, goal.rank.number)
+    asked: dict[str, Any] = {
+        "rank": rank, "alpha": alpha, "rslora": rslora, "embeddings": embeddings, "matrices": matrices, "dtype": dtype,
+        "to": to, "factors": factors, "table": table,
+    }  # fmt: skip
+    chosen = pass_options(**asked)
+    options = StorageOptions(_dense(dense), "full" if chosen.full else "lora", matrices)
     if kind == "dora" and calibration is not None:
         raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
     if beyond_rounding and (calibration is not None or kind == "dora"):
         raise FitError("`beyond_rounding=True` finds the factors of a merged LoRA, without calibration")
-    chosen = KINDS[KINDS.index(_one_of(kind, KINDS, "kind"))]
-    adapter_format = coded_as(format_to_write("compact" if factors is not None and to == "peft" else to), factors)
-    coding = _coding(adapter_format, dtype)
+    form = KINDS[KINDS.index(one_of(kind, KINDS, "kind"))]
     check_counts(workers=workers)
-    if device != "auto":
-        devices_of(device)  # before anything is read
+    cluster = cluster_of(engine)
+    named = device if cluster is None else device_of_workers(device)
+    if named != "auto" and cluster is None:
+        devices_of(named)  # before anything is read
     folder = output_path(output, dry_run=dry_run)
+    request = None
+    if cluster is not None:
+        if folder is None:
+            raise UsageError("shares lie beside the output, and a dry run has none", hint="leave out `engine=`")
+        if graph_of is not None:
+            raise UsageError("the weights of graphs are compared here", hint="leave out `engine=`")
+        request = ExtractRequest(portable(base, "base"), portable(tuned, "tuned"), **asked, on_gpus=on_gpus([named]))
     with _both(base, tuned, graph_of, folder, workers) as sides:
         pair = CheckpointPair(*sides)
-        devices, why = extraction_devices(device, sum(tensor.numel for tensor in pair.new.tensors.values()))
+        numel = sum(tensor.numel for tensor in pair.new.tensors.values())
+        devices, why = Devices(("cpu",)) if cluster is not None else extraction_devices(named, numel)
         inputs = None if calibration is None else open_calibration(calibration)
         scratch = ScratchFile(_scratch_folder(folder))
-        lanes: Lanes | None = None
         stopwatch = Stopwatch()
-        try:
+        with contextlib.ExitStack() as held:
+            held.callback(scratch.close)
             threads = workers or default_lanes(devices)
-            stored = DType.F32 if coding else _dtype(dtype, pair.new)
             workspace = Workspace(
                 scratch, devices[0], threads, threads if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
             )
-            request = ExtractionRequest(
-                goal, options, scaling, stored, coding, table, chosen, inputs, allow_loss, workspace, beyond_rounding
+            settings = ExtractionSettings(
+                chosen.goal,
+                options,
+                chosen.scaling,
+                chosen.stored(pair.new),
+                chosen.coding,
+                table,
+                form,
+                inputs,
+                allow_loss,
+                workspace,
+                beyond_rounding,
             )
-            layout = layout_of(pair.old, pair.new, full=options.embeddings == "full", matrices=whole)
-            goal.check_patterns(layout.targets)
+            work = ExtractWork.of(pair, chosen, on_gpus=request.on_gpus if request is not None else on_gpus(devices))
+            layout = work.plan.layout
             if inputs is not None:
                 shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
                 names = [*shared, *(tree_name(name, pair.old) for name in shared)]
                 check_modules(inputs, layout.parameters, layout.targets, names)
             if folder is not None:
                 load_writer()
-            lanes = Lanes(devices, threads)
-            specs = stored_factor_specs(goal, scaling, stored)
-            lanes.warm(warming(layout, goal, specs))
-            scanned = scan(layout, goal, specs, scratch, lanes, progress)
+            if cluster is not None and request is not None and folder is not None:
+                run = Run(workers, device=named, overwrite=overwrite, progress=progress)
+                scanned = work.result(held.enter_context(cluster.shares(request, work, folder, run)))
+            else:
+                lanes = Lanes(devices, threads)
+                held.callback(lanes.close)
+                lanes.warm(warming(work.plan))
+                scanned = scan(work.plan, scratch, lanes, progress)
             factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, threads)
             scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
             stopwatch.lap("starting", scanned.began)
             stopwatch.lap("reading")
-            plan = plan_extraction(pair, layout, scanned, request, stopwatch)
+            plan = plan_extraction(pair, layout, scanned, settings, stopwatch)
             if folder is None:
                 predicted = replace(
-                    _reproduced(predicted_result(plan), plan), format=adapter_format.name, timings=stopwatch.parts
+                    _reproduced(predicted_result(plan), plan),
+                    format=chosen.adapter_format.name,
+                    timings=stopwatch.parts,
                 )
                 return replace(predicted, devices=devices, why_devices=why)
-            result = write_extraction(plan, adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress)
+            result = write_extraction(
+                plan, chosen.adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress
+            )
             timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
             return replace(_reproduced(result, plan), timings=timings, devices=devices, why_devices=why)
-        finally:
-            if lanes is not None:
-                lanes.close()
-            scratch.close()
 
 
 @contextlib.contextmanager
@@ -258,35 +279,6 @@ def _reproduced(result: ExtractResult, plan: ExtractionPlan) -> ExtractResult:
     return replace(result, reproduced=(refined.plain, refined.refined))
 
 
-def _one_of(value: str, known: tuple[str, ...], what: str) -> str:
-    if value not in known:
-        raise FitError(f"'{value}' is no choice of {what}", hint=f"there are {', '.join(known)}")
-    return value
-
-
 def _dense(chosen: Sequence[str]) -> tuple[str, ...]:
     parts = [part for part in ([chosen] if isinstance(chosen, str) else chosen) if part != "none"]
-    return tuple(_one_of(part, ("norm", "bias"), "dense") for part in parts)
-
-
-def _scaling(alpha: float | None, rslora: bool, rank: int | None) -> Scaling:
-    check_alpha(alpha)
-    return Scaling(None if alpha is None else float(alpha), rslora, rank)
-
-
-def _coding(adapter_format: Format, dtype: str) -> Coding | None:
-    """The codes that factors are stored as, if they are."""
-    if not isinstance(adapter_format, Coded):
-        return None
-    if dtype != "auto":
-        raise FitError(
-            f"{adapter_format.name} stores factors as codes, not as {dtype}", hint="`factors=` chooses the codes"
-        )
-    return adapter_format.coding
-
-
-def _dtype(text: str, tuned: Component) -> DType:
-    if text != "auto":
-        return DType.parse(_one_of(text, ("fp32", "fp16", "bf16"), "dtype"))
-    largest = max((t for t in tuned.tensors.values() if t.dtype.is_float), key=lambda t: t.numel, default=None)
-    return DType.F32 if largest is None or largest.dtype.bits > 16 else largest.dtype
+    return tuple(one_of(part, ("norm", "bias"), "dense") for part in parts)

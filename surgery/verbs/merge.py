@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
-from surgery.engine.execute import Engine, Run, execute
+from surgery.engine.execute import Run, execute
 from surgery.engine.inputs import (
     AdaptersLike,
     CheckpointLike,
@@ -36,6 +36,7 @@ from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
     from surgery.engine.quantised.residual import ResidualLoRA
+    from surgery.engine.shares.work import EngineLike
 
 __all__ = ["MergeResult", "merge"]
 
@@ -67,7 +68,7 @@ def merge(
     verify_copies: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
-    engine: Engine | None = None,
+    engine: EngineLike | None = None,
     progress: Callback | None = None,
 ) -> MergeResult:
     """Merge adapters into a base and write the result as a folder of its own.
@@ -109,8 +110,9 @@ def merge(
         verify_copies: Compare copied ranges byte by byte too, and note the sha256 of every file.
         overwrite: Replace an existing output, atomically.
         dry_run: Plan only.
-        engine: Where weights are computed: None is this process; `surgery.engine.shares.Shares` takes what workers have
-            computed.
+        engine: Where weights are computed: ``local`` (None) is this process, ``ray`` and ``ray:HOST:PORT`` are a cluster
+            (docs/scale-out.md), and `surgery.engine.shares.folders.Shares` takes what workers have computed. Inputs are
+            named by their paths then.
         progress: Called with every step.
 
     Returns:
@@ -124,7 +126,13 @@ def merge(
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
-    device = device_of(device)
+    cluster = None
+    if engine is not None and engine != "local":
+        from surgery.engine.shares.choice import cluster_of, device_of_workers
+
+        cluster, device = cluster_of(engine), device_of_workers(device)
+    else:
+        device = device_of(device)
     folder = output_path(output, dry_run=dry_run)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
     if graph_of is not None:
@@ -134,7 +142,7 @@ def merge(
             "dtype": dtype != "keep", "shard_size": shard_size, "layout": layout != "keep",
             "quantized": quantized != "dequantize", "only_touched": only_touched, "rounding": rounding,
             "calibration": calibration, "rank": rank, "max_error": max_error, "reversible": reversible,
-            "as_trained": as_trained is not None, "memory_limit": memory_limit, "engine": engine, "replace": replace,
+            "as_trained": as_trained is not None, "memory_limit": memory_limit, "engine": cluster, "replace": replace,
         }  # fmt: skip
         if odd := [name for name, given in others.items() if given]:
             raise UsageError(
@@ -164,14 +172,31 @@ def merge(
     if replaced := as_weighted(replace, "replace"):
         if as_trained is not None or reversible or quantised.way != "dequantize":
             raise UsageError("adapters are replaced in plain weights", hint="unmerge first, and then merge")
+        if cluster is not None:
+            raise UsageError(
+                "adapters are replaced in this process alone", hint="leave out `engine=`, or unmerge first"
+            )
         from surgery.engine.undo.undone import undone_values
         from surgery.verbs.unmerge import kept_beside
 
         base = as_checkpoint(base)
         undone = undone_values(base, [(entry.adapter, entry.weight) for entry in replaced], kept_beside(base))
-    binding, plan = planned_merge(
-        base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without), undone
-    )
+    shared = None
+    if cluster is not None:
+        from surgery.engine.merge.merge_request import request_of
+        from surgery.engine.shares.planned import InShares
+
+        request = request_of(
+            base, adapters, dtype=dtype, shard_size=shard_size, layout=layout, quantized=quantized,
+            only_touched=only_touched, rounding=rounding, rank=rank, max_error=max_error, calibration=calibration,
+            reversible=reversible, as_trained=as_trained, without=tuple(as_list(without)),
+        )  # fmt: skip
+        shared = InShares(cluster, request, run)
+        binding, plan = request.planned()
+    else:
+        binding, plan = planned_merge(
+            base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without), undone
+        )
     if reversible and any(component.made for component in binding.checkpoint.components.values()):
         raise UsageError("a base that is not written cannot come back", hint="write it first")
     if folder is None:
@@ -213,7 +238,7 @@ def merge(
                 )
 
     needed = reversible or quantised.way == "residual"
-    ledger = execute(plan, folder, run, finish, engine, last if needed else None)
+    ledger = execute(plan, folder, run, finish, shared, last if needed else None)
     found = residual[0] if residual else None
     if found is not None and max_error is None:
         warnings.extend(found.warnings)

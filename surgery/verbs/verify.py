@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_path, as_weighted
-from surgery.onnx.export.adapters import sort_adapters
 from surgery.onnx.graph.pair_names import graph_in
 from surgery.onnx.run.opening import placed_graph, side_folder
 from surgery.reports.result import timed
@@ -119,6 +118,8 @@ def verify(
         from surgery.verification.logit_error import check_measurable
 
         check_measurable(graph)
+    from surgery.onnx.export.adapters import sort_adapters
+
     roles = sort_adapters(adapters)
     if len(roles.prefix) > 1:
         raise FitError("a graph has one soft prompt of its own, which is the first", file=roles.prefix[1].adapter.path)

@@ -19,7 +19,7 @@ from surgery.onnx.graph.virtual_tokens import key_name
 from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
 from surgery.verification.twin import SHORT_TYPES, float32_twin
-from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from surgery_formats.errors import FitError, MalformedError, MissingPackageError, NotFoundError, ProofError
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.recipe import Model
@@ -296,6 +296,8 @@ class Session:
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
         try:
             self._session = cpu_session(model.SerializeToString(), graph.path.parent)
+        except MissingPackageError:
+            raise
         except Exception as error:  # onnxruntime has a dozen types without a common base
             raise self._refused(error) from error
         own = embedder_of(graph)

@@ -144,7 +144,7 @@ WRONG: list[tuple[str, Callable[[Path, Path], Any], str]] = [
     ("workers is a flag", lambda base, style: surgery.merge(base, style, workers=True, dry_run=True), "is a whole number, not bool"),
     ("progress", lambda base, style: surgery.merge(base, style, progress=5, dry_run=True), "progress is a function .*, not int"),
     ("progress of a diff", lambda base, style: surgery.diff(base, base, progress="bar"), "progress is a function .*, not str"),
-    ("engine", lambda base, style: surgery.merge(base, style, engine="x", dry_run=True), "engine is an engine .*, not str"),
+    ("engine", lambda base, style: surgery.merge(base, style, engine=3, dry_run=True), "engine is 'local', 'ray', .*, not int"),
     ("tolerance of verify", lambda base, style: surgery.verify(base, tolerance="x"), "tolerance is a number, not str"),
     ("tolerance of diff", lambda base, style: surgery.diff(base, base, tolerance=True), "tolerance is a number, not bool"),
     ("alpha", lambda base, style: surgery.extract_lora(base, base, alpha="x", dry_run=True), "alpha is a number, not str"),

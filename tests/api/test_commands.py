@@ -42,7 +42,7 @@ OTHERWISE: dict[str, dict[str, str | None]] = {
     "prompt nearest": {"text_file": "texts", "ids": "texts"},
 }
 PAGES = {"html_file", "csv_file", "md_file"}  # of a summary, which has a method for each
-CALLBACKS = {"progress", "on_text", "engine"}
+CALLBACKS = {"progress", "on_text"}
 
 GROUPS = {"prompt"}
 """Commands with commands of their own: `surgery prompt show` is the function `prompt_show`."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import signal
@@ -15,26 +16,31 @@ import pytest
 import torch
 
 import surgery
+from surgery.engine.merge.merge_request import MergeRequest
 from surgery.engine.plan import Compute
-from surgery.engine.shares import MergeRequest, Shares, merge_share
-from surgery_formats.errors import FitError, ProofError
+from surgery.engine.shares.folders import Assignment, Shares, assignments, write_share
+from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from tests.support.kit import HIDDEN, ROOT, environment, make_base, make_lora
 
 EXAMPLES = ROOT / "examples"
 WORKER = """
 import os, pickle, signal, sys
 from surgery.engine.execute import Run
-from surgery.engine.shares import merge_share
-request, plan_id, index, count, output, killed = pickle.load(sys.stdin.buffer)
+from surgery.engine.shares.folders import write_share
+assignment, killed = pickle.load(sys.stdin.buffer)
 progress = lambda step: os.kill(os.getpid(), signal.SIGKILL) if killed else None
-merge_share(request, plan_id, index, count, output, Run(workers=1, progress=progress))
+write_share(assignment, Run(workers=1, progress=progress))
 """
 SMALL = 10_000  # bytes per weight file, so that there are several
 
 
-def worker(request: MergeRequest, plan_id: str, index: int, count: int, output: Path, *, killed: bool = False) -> int:
+def share(request: MergeRequest, index: int, count: int, output: Path) -> Assignment:
+    return assignments(request, request.work(), output, count)[index]
+
+
+def worker(assignment: Assignment, *, killed: bool = False) -> int:
     """A process of its own, which gets nothing but plain values."""
-    message = pickle.dumps((request, plan_id, index, count, str(output), killed))
+    message = pickle.dumps((assignment, killed))
     done = subprocess.run(
         [sys.executable, "-c", WORKER], env=environment(), input=message, capture_output=True, check=False
     )
@@ -60,11 +66,11 @@ def merge(request: MergeRequest, **options: object) -> surgery.MergeResult:
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_every_computed_weight_is_in_one_share(job: MergeRequest, count: int):
     _, plan = job.planned()
-    shares = [plan.share(index, count) for index in range(count)]
-    labels = [tensor.label for share in shares for tensor in share.tensors]
+    shares = plan.shares(count)
+    labels = [tensor.label for each in shares for tensor in each.tensors]
     assert sorted(labels) == sorted(tensor.label for tensor in plan.tensors if isinstance(tensor.step, Compute))
     again = job.planned()[1]
-    assert [again.share(index, count).nbytes for index in range(count)] == [share.nbytes for share in shares]
+    assert [again.share(index, count).nbytes for index in range(count)] == [each.nbytes for each in shares]
     with pytest.raises(FitError, match=f"no share {count} of {count}"):
         plan.share(count, count)
 
@@ -74,7 +80,7 @@ def test_three_shares_of_three_processes_are_one_merge(job: MergeRequest, tmp_pa
     assert len(single.plan.files) > 2
     output = tmp_path / "shared"
     for index in (2, 0, 1):
-        worker(job, single.plan.id, index, 3, output)
+        worker(share(job, index, 3, output))
     result = merge(job, output=output, engine=Shares(3))
     assert contents(output) == contents(tmp_path / "single")
     assert result.ledger.as_json() == single.as_json()
@@ -82,30 +88,55 @@ def test_three_shares_of_three_processes_are_one_merge(job: MergeRequest, tmp_pa
 
 
 def test_a_killed_share_is_missed_and_run_again(job: MergeRequest, tmp_path: Path):
-    plan_id = merge(job, output=tmp_path / "single").ledger.plan.id
+    merge(job, output=tmp_path / "single")
     output = tmp_path / "shared"
-    worker(job, plan_id, 0, 2, output)
-    assert worker(job, plan_id, 1, 2, output, killed=True) == -signal.SIGKILL
+    worker(share(job, 0, 2, output))
+    assert worker(share(job, 1, 2, output), killed=True) == -signal.SIGKILL
     with pytest.raises(FitError, match="of 2 shares these are missing: 1"):
         merge(job, output=output, engine=Shares(2))
     assert not output.exists()
-    worker(job, plan_id, 1, 2, output)
-    worker(job, plan_id, 0, 2, output)  # once more does nothing
+    worker(share(job, 1, 2, output))
+    worker(share(job, 0, 2, output))  # once more does nothing
     merge(job, output=output, engine=Shares(2))
     assert contents(output) == contents(tmp_path / "single")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_worker_that_plans_another_merge_refuses(job: MergeRequest, tmp_path: Path):
-    plan_id = merge(job, dry_run=True).ledger.plan.id
-    with pytest.raises(ProofError, match="planned here, it is another merge"):
-        merge_share(replace(job, dtype="fp16"), plan_id, 0, 2, tmp_path / "out")
+    sent = replace(share(job, 0, 2, tmp_path / "out"), request=replace(job, dtype="fp16"))
+    with pytest.raises(ProofError, match="planned by a worker, it is other work"):
+        write_share(sent)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_worker_of_another_version_refuses(job: MergeRequest, tmp_path: Path):
+    with pytest.raises(ProofError, match=r"a worker has version .* of surgery, and the driver 0\.0\.1"):
+        write_share(replace(share(job, 0, 2, tmp_path / "out"), version="0.0.1"))
+
+
+def test_a_worker_that_sees_an_input_of_another_time_refuses(job: MergeRequest, tmp_path: Path):
+    sent = share(job, 0, 2, tmp_path / "out")
+    os.utime(Path(job.base) / "model.safetensors", ns=(0, 0))
+    with pytest.raises(ProofError, match="inputs of other sizes or times"):
+        write_share(sent)
+
+
+def test_shares_of_an_output_with_the_longest_name(job: MergeRequest, tmp_path: Path):
+    output = tmp_path / ("x" * 250)
+    folders = {write_share(share(job, index, 3, output)) for index in range(3)}
+    assert len(folders) == 3
+    merge(job, output=output, engine=Shares(3))
+    assert not any(folder.exists() for folder in folders)
+
+
+def test_an_output_that_is_there_is_told_before_any_share_is_asked_for(job: MergeRequest, tmp_path: Path):
+    merge(job, output=tmp_path / "out")
+    with pytest.raises(OutputExistsError):
+        merge(job, output=tmp_path / "out", engine=Shares(2))  # shares that nobody wrote
+
+
 def test_a_damaged_share_is_noticed(job: MergeRequest, tmp_path: Path):
-    plan_id = merge(job, dry_run=True).ledger.plan.id
-    folder = merge_share(job, plan_id, 0, 1, tmp_path / "out")
+    folder = write_share(share(job, 0, 1, tmp_path / "out"))
     data = bytearray((folder / "weights").read_bytes())
     data[-1] ^= 1
     (folder / "weights").write_bytes(data)
@@ -119,26 +150,26 @@ def test_a_damaged_share_is_noticed(job: MergeRequest, tmp_path: Path):
 def test_a_share_of_another_base_under_this_name_is_noticed(job: MergeRequest, tmp_path: Path, count: int):
     other = replace(job, base=str(make_base(tmp_path / "other", **{"lm_head.weight": torch.ones(64, HIDDEN)})))
     shares = [
-        [merge_share(request, request.planned()[1].id, index, count, tmp_path / name) for index in range(count)]
+        [write_share(share(request, index, count, tmp_path / name)) for index in range(count)]
         for name, request in (("out", job), ("elsewhere", other))
     ]
     shutil.rmtree(shares[0][-1])
     shares[1][-1].rename(shares[0][-1])
-    with pytest.raises(ProofError, match="one of another merge"):
+    with pytest.raises(ProofError, match="one of other work"):
         merge(job, output=tmp_path / "out", engine=Shares(count))
     assert not (tmp_path / "out").exists()
     assert shares[0][-1].exists()
 
 
-def test_there_is_no_merge_in_no_shares():
-    with pytest.raises(FitError, match="no merge in 0 shares"):
+def test_there_is_no_work_in_no_shares():
+    with pytest.raises(FitError, match="no work in 0 shares"):
         Shares(0)
 
 
 def test_shares_of_the_shipped_example_are_one_merge(tmp_path: Path):
     request = MergeRequest(str(EXAMPLES / "base"), ((str(EXAMPLES / "dora"), 1.0),))
-    single = surgery.merge(request.base, request.adapters, output=tmp_path / "single")
+    surgery.merge(request.base, request.adapters, output=tmp_path / "single")
     for index in range(2):
-        merge_share(request, single.ledger.plan.id, index, 2, tmp_path / "shared")
+        write_share(share(request, index, 2, tmp_path / "shared"))
     surgery.merge(request.base, request.adapters, output=tmp_path / "shared", engine=Shares(2))
     assert contents(tmp_path / "shared") == contents(tmp_path / "single")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.extraction.stream.scan import HELD
+from surgery.extraction.stream.scan_plan import HELD
 from surgery_formats.errors import FitError
 from tests.oracles import disk, models
 from tests.support.extractions import WHOLE, Change, assert_round_trip, everything, low_rank, only, tune

@@ -21,8 +21,9 @@ from surgery.extraction.factorise import FactorisedStack
 from surgery.extraction.ranks import rank_goal
 from surgery.extraction.stream import batch, feed, lanes
 from surgery.extraction.stream.feed import DirectFeed, StagedFeed
-from surgery.extraction.stream.lanes import DeviceMemory, Lane, Lanes
-from surgery.extraction.stream.scan import layout_of, warming
+from surgery.extraction.stream.lanes import DeviceMemory, Lane
+from surgery.extraction.stream.scan import warming
+from surgery.extraction.stream.scan_plan import layout_of, plan_scan
 from surgery.extraction.stream.tally import Tally
 from surgery_formats.adapters.format import Format, Scaling
 from surgery_formats.arrays import Array
@@ -177,7 +178,7 @@ def test_alike_matrices_are_batched_and_give_the_same(
     tensors[pair[1]][same] = tensors[pair[0]][same]
     save_file(tensors[pair[1]], pair[1] / "model.safetensors", {"format": "pt"})
     alone = surgery.extract_lora(*pair, output=tmp_path / "alone", rank=4)
-    monkeypatch.setattr(Lanes, "on_gpus", True)
+    monkeypatch.setattr("surgery.verbs.extract_lora.on_gpus", lambda devices: True)
     monkeypatch.setattr("surgery_formats.linalg.svd_stack.SMALL", 1)
     monkeypatch.setattr("surgery.extraction.stream.batch._ELEMENTS", 3 * 64 * 64)
     calls: list[int] = []
@@ -271,7 +272,7 @@ def test_a_lane_is_warmed_without_reading(pair: tuple[Path, Path], monkeypatch: 
     monkeypatch.setattr(batch, "_factorised", lambda like, *rest: done.append(like))
     goal = rank_goal(Rank.of(4))
     specs = stored_factor_specs(goal, Scaling(None, False, 4), DType.BF16)
-    warm = warming(layout, goal, specs)
+    warm = warming(plan_scan(layout, goal, specs, on_gpus=True))
     for _ in range(2):
         warm(Lane("cpu", DirectFeed(), DeviceMemory(None)), lambda: False)
     shapes = {group.like.shape for group in batch.batches_of(layout.factorised, goal, specs)}

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import FitError, MalformedError, MissingPackageError
 from surgery_formats.storage.base import Storage, is_housed, read_block
 from surgery_formats.storage.gguf import GGUF_TENSORS
 from surgery_formats.storage.gguf.affine import AffineGrid
@@ -218,7 +218,7 @@ def test_without_the_package_its_name_is_in_the_error(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "gguf.quants", None)
     weight = claimed(stored(tmp_path / "w", "IQ3_S", GOLDEN["IQ3_S.blocks"]))
-    with pytest.raises(FitError, match=r"read by the package gguf.*pip install 'model-surgery\[gguf\]'"):
+    with pytest.raises(MissingPackageError, match=r"IQ3_S need the package gguf.*pip install 'model-surgery\[gguf\]'"):
         read_block(weight, 0, 1)
 
 

@@ -175,14 +175,14 @@ def test_two_merges_are_taken_back_one_after_the_other(pair: tuple[Path, Path], 
 def test_what_was_kept_is_the_same_from_any_number_of_workers_and_from_shares(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from surgery.engine.shares import MergeRequest, Shares, merge_share
+    from surgery.engine.merge.merge_request import MergeRequest
+    from surgery.engine.shares.folders import Shares, assignments, write_share
 
     for workers in (1, 8):
         surgery.merge(*pair, output=tmp_path / f"w{workers}", reversible=True, workers=workers)
     request = MergeRequest(str(pair[0]), ((str(pair[1]), 1.0),), reversible=True)
-    _, plan = request.planned()
-    for index in range(2):
-        merge_share(request, plan.id, index, 2, tmp_path / "shared")
+    for assignment in assignments(request, request.work(), tmp_path / "shared", 2):
+        write_share(assignment)
     surgery.merge(*pair, output=tmp_path / "shared", engine=Shares(2), reversible=True)
     for name in os.listdir(tmp_path / "w1"):
         data = (tmp_path / "w1" / name).read_bytes()

@@ -106,6 +106,7 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
     help="Codes of compact's factors; default int8.",
 )
 @option.dry_run("Show what would become of every part; write nothing.")
+@option.engine
 @option.overwrite()
 def command(
     settings: Settings,

@@ -136,6 +136,7 @@ __all__ = ["command"]
     values=("auto", "all", "input"),
     help="input: num_logits_to_keep says of how many last positions logits are computed; auto: input, but for cuda.",
 )
+@option.engine
 @option.verify("full: compare what was copied byte by byte too, and note the sha256 of every file.")
 @option.overwrite()
 def command(

@@ -126,6 +126,7 @@ def _dense(text: str) -> tuple[str, ...]:
     help="TUNED is a merge in 16 bits: find its LoRA more exactly than it was rounded.",
 )
 @option.devices_option
+@option.engine
 @option.threads(
     "--workers",
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",

@@ -51,6 +51,7 @@ def _replaced(text: str) -> tuple[Weighted, Weighted]:
     "--workers",
     help="Computing threads, or processes for much; by default one per core, at most 8 threads or 16 processes.",
 )
+@option.engine
 @click.option(
     "--memory-limit", type=option.size, metavar="SIZE", help="Most memory for tensors being computed, e.g. 2GB."
 )

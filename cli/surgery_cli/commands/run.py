@@ -101,8 +101,9 @@ def command(
 ) -> None:
     """Run an exported model: generate text, or classify it.
 
-    MODEL is a folder with model.onnx, or an encoder-decoder's, or the file. Text needs the package tokenizers (pip install tokenizers) and
-    the tokenizer.json beside the graph; --ids needs neither. The graph says itself which padding and cache it takes.
+    MODEL is a folder with model.onnx, or an encoder-decoder's, or the file. Text needs the package tokenizers
+    (pip install 'model-surgery[run]') and the tokenizer.json beside the graph; --ids needs neither. The graph says itself
+    which padding and cache it takes.
 
     \b
     Examples:

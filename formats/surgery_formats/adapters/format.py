@@ -67,12 +67,15 @@ class NewTensor:
         dtype: Stored type; `load` may return more precision, it is rounded once.
         shape: Sizes.
         load: Values, ``shape``; a `Moved` where they are those of stored tensors, which are then copied.
+        made_with: Names what is solved for once for this and other tensors, which are made one after the other, wherever they
+            lie in the file; empty where there is no such thing.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     load: Callable[[], Array]
+    made_with: str = ""
 
 
 @dataclass(frozen=True, slots=True)

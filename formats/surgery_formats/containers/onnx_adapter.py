@@ -24,7 +24,15 @@ from surgery_formats.files.raw import File, first_bytes, open_file
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["ELEMENTS", "LIMIT", "OnnxAdapterPlan", "is_onnx_adapter", "open_onnx_adapter", "plan_onnx_adapter"]
+__all__ = [
+    "ELEMENTS",
+    "LIMIT",
+    "OnnxAdapterPlan",
+    "arrays_of",
+    "is_onnx_adapter",
+    "open_onnx_adapter",
+    "plan_onnx_adapter",
+]
 
 IDENTIFIER = b"TORT"
 LIMIT = (1 << 31) - 1
@@ -61,7 +69,12 @@ def open_onnx_adapter(path: str | os.PathLike[str]) -> Shard:
         MalformedError: not such a file, an offset outside the file, sizes that do not fit, a repeated name, or more
             values than the file has bytes for.
     """
-    file = open_file(path)
+    return arrays_of(open_file(path))
+
+
+def arrays_of(file: File) -> Shard:
+    """The arrays of an open file, see `open_onnx_adapter`."""
+    path = file.path
     if file.size > LIMIT:
         raise MalformedError("larger than a flatbuffer can be", file=path)
     if file.size < 8 or bytes(file.read(4, 4)) != IDENTIFIER:

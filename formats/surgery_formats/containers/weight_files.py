@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
-from surgery_formats.containers.base import FileContainer, Shard, ShardSet, WritableContainer
+from surgery_formats.containers.base import Container, FileContainer, Shard, ShardSet, WritableContainer
 from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.safetensors import SAFETENSORS
@@ -26,6 +27,7 @@ __all__ = [
     "container_of_file",
     "file_containers",
     "holds_weights",
+    "is_of_one_file",
     "is_weight_file",
     "open_shard",
     "open_weight_file",
@@ -57,6 +59,11 @@ _MAGIC = (
 )
 
 
+def is_of_one_file(container: Container) -> TypeGuard[FileContainer]:
+    """Whether a container is one file; every name of a folder asks it, and `isinstance` would look at each member of the protocol."""
+    return hasattr(container, "suffixes")
+
+
 def file_containers() -> dict[str, FileContainer]:
     """Every container of one file by name: the built-in ones, then plugins'.
 
@@ -64,7 +71,7 @@ def file_containers() -> dict[str, FileContainer]:
         SurgeryError: a plugin cannot be imported, or takes a name that is taken.
     """
     known = with_plugins(ENTRY_POINTS, (*WEIGHT_FILES, *GRAPH_FILES), "container")
-    files = {name: container for name, container in known.items() if isinstance(container, FileContainer)}
+    files = {name: container for name, container in known.items() if is_of_one_file(container)}
     return dict(sorted(files.items(), key=lambda entry: entry[1] in GRAPH_FILES))
 
 

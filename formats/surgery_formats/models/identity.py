@@ -66,6 +66,7 @@ class Digests:
 
     def __init__(self) -> None:
         self._states: dict[tuple[int, int, int, int], tuple[xxhash.xxh3_128, list[int]]] = {}
+        self._noted: dict[tuple[int, int, int, int], str] = {}
         self._lock = threading.Lock()
 
     def claim(self, tensor: StoredTensor) -> Callable[[int, memoryview], None] | None:
@@ -88,10 +89,20 @@ class Digests:
 
         return seen
 
+    def known(self, tensor: StoredTensor) -> str | None:
+        """The digest, if all bytes have been seen."""
+        if tensor.place in self._noted:
+            return self._noted[tensor.place]
+        state, reached = self._states.get(tensor.place, (None, [0]))
+        return state.hexdigest() if state is not None and reached[0] == tensor.nbytes else None
+
+    def note(self, tensor: StoredTensor, digest: str) -> None:
+        """Take the digest from who has seen the bytes."""
+        self._noted[tensor.place] = digest
+
     def of(self, tensor: StoredTensor) -> str:
         """The digest; reads the tensor if its bytes have not all been seen."""
-        state, reached = self._states.get(tensor.place, (None, [0]))
-        return state.hexdigest() if state is not None and reached[0] == tensor.nbytes else tensor_digest(tensor)
+        return self.known(tensor) or tensor_digest(tensor)
 
 
 def content_id(checkpoint: Checkpoint, digest: Callable[[StoredTensor], str] | None = None) -> str:

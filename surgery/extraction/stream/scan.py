@@ -18,71 +18,30 @@ from functools import partial
 import numpy
 
 from surgery.extraction.factorise import FactorisedMatrix, StoredFactorSpec, TargetFactors, factorise
-from surgery.extraction.pairing import Delta, Pair, check_finite, nbytes_of, pair_up
+from surgery.extraction.pairing import Delta, Pair, check_finite, nbytes_of
 from surgery.extraction.ranks import RankGoal
 from surgery.extraction.storage_plan import MOST_ROWS
-from surgery.extraction.stream.batch import Batch, batches_of, factorise_batch, warm_batch
+from surgery.extraction.stream.batch import Batch, factorise_batch, warm_batch
 from surgery.extraction.stream.feed import DEVICE_BLOCK, DirectFeed, RowPair
 from surgery.extraction.stream.lanes import Job, Lane, Lanes, Stop
 from surgery.extraction.stream.order import ByteObserver
+from surgery.extraction.stream.scan_plan import HELD, SMALL, ScanPlan, ScanUnit
 from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.tally import PairMeasure, Tally, same_bits
-from surgery.extraction.targets import LowRankTarget, TunedParameter, low_rank_targets, sharing, tuned_parameters
+from surgery.extraction.targets import LowRankTarget, TunedParameter
 from surgery.progress import Callback, Progress
 from surgery_formats.arrays import array_of, cast, empty
 from surgery_formats.dtypes import DType
 from surgery_formats.linalg.noise import NoiseTally
 from surgery_formats.linalg.svd import left_over, truncated_svd
-from surgery_formats.models.component import Component
 from surgery_formats.models.identity import Digests
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["ScanLayout", "ScanResult", "layout_of", "scan", "warming"]
+__all__ = ["ScanResult", "scan", "warming"]
 
-HELD = {"cpu": 1 << 27, "cuda": 1 << 30}
-"""Elements up to which a difference is held, by type of device: 512 MB of float32 on a CPU, 4 GB on a GPU."""
 _WARM = (2048, 2048)
 """Shape of the matrix that a lane begins with, one that large matrices' products are chosen for."""
-_SMALL = 1 << 16  # elements of a vector that is not worth a lane of its own
-_BATCH = 64  # of them in one job
-
-
-@dataclass(frozen=True, slots=True)
-class ScanLayout:
-    """The tensors of both checkpoints, paired up.
-
-    Attributes:
-        pairs: Every tensor of TUNED.
-        parameters: The compared ones, with their forms.
-        targets: What can be factorised.
-        whole: Paths of targets that are only compared, because their changes are stored as they are.
-    """
-
-    pairs: tuple[Pair, ...]
-    parameters: tuple[TunedParameter, ...]
-    targets: tuple[LowRankTarget, ...]
-    whole: frozenset[str]
-
-    @property
-    def factorised(self) -> tuple[LowRankTarget, ...]:
-        """The targets that are not only compared."""
-        return tuple(target for target in self.targets if target.path not in self.whole)
-
-
-def layout_of(old: Component, new: Component, *, full: bool, matrices: bool = False) -> ScanLayout:
-    """Pair two checkpoints up; with `full`, embedding and head are stored whole, with `matrices` all other matrices too.
-
-    Raises:
-        FitError: the checkpoints do not fit together.
-    """
-    pairs = pair_up(old, new)
-    parameters = tuned_parameters(pairs, old)
-    targets = low_rank_targets(parameters, old)
-    grown = {parameter.pair.name for parameter in parameters if parameter.pair.grown > 0}
-    apart = {new.embedding, new.head} if full or (old.tied and bool(old.head)) else set()
-    whole = frozenset(target.path for target in targets if matrices or (grown | apart).intersection(target.names))
-    return ScanLayout(pairs, parameters, targets, whole)
 
 
 @dataclass(frozen=True)
@@ -105,65 +64,42 @@ class ScanResult:
 
 
 def scan(
-    layout: ScanLayout,
-    goal: RankGoal,
-    spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
+    plan: ScanPlan,
     scratch: ScratchFile,
     lanes: Lanes,
     progress: Callback | None,
+    done: Callable[[ScanUnit, ScanResult], None] | None = None,
 ) -> ScanResult:
     """Compare every pair and factorise every target that changed.
 
-    `spec_of` tells how a target's factors will be stored, where that is known.
+    `done` is called with each unit that is complete, in its lane, and with what is known so far.
 
     Raises:
         FitError: NaN or Inf.
         ResourceError: a device has too little memory.
     """
-    meter = _ReadMeter(sum(parameter.pair.nbytes for parameter in layout.parameters), progress)
-    stream_jobs = _Work(
-        {parameter.pair.name: parameter for parameter in layout.parameters},
-        goal,
-        spec_of,
+    work = _Work(
+        {parameter.pair.name: parameter for parameter in plan.layout.parameters},
+        plan.goal,
+        plan.spec_of,
         scratch,
-        meter,
+        _ReadMeter(plan.nbytes, progress),
         ScanResult({}, {}, time.monotonic()),
+        done,
     )
-    jobs: list[tuple[int, Job]] = []
-    batches = batches_of(layout.factorised, goal, spec_of) if lanes.on_gpus else ()
-    batched = {target.path for batch in batches for target in batch.targets}
-    jobs += [
-        (max(delta.numel for target in group for delta in target.deltas), partial(stream_jobs.targets, group))
-        for group in sharing([target for target in layout.factorised if target.path not in batched])
-    ]
-    inside = {name for target in layout.factorised for name in target.names}
-    lone = [parameter.pair.name for parameter in layout.parameters if parameter.pair.name not in inside]
-    numel = {name: stream_jobs.parameters[name].pair.numel for name in lone}
-    jobs += [(size, partial(stream_jobs.alone, (name,))) for name, size in numel.items() if size > _SMALL]
-    small = [name for name, size in numel.items() if size <= _SMALL]
-    jobs += [(0, partial(stream_jobs.alone, tuple(small[at : at + _BATCH]))) for at in range(0, len(small), _BATCH)]
-    # Small batches begin, so that a GPU has something to compute while the others are read. Of the rest what takes
-    # longest begins first, the others as they lie in the files.
-    first = [partial(stream_jobs.batch, batch) for batch in sorted(batches, key=lambda batch: batch.numel)]
-    jobs.sort(key=lambda sized_job: -sized_job[0] if sized_job[0] >= HELD["cpu"] else 0)
-    lanes.run([*first, *(job for _, job in jobs)])
-    return stream_jobs.result
+    lanes.run([partial(work.unit, unit) for unit in plan.units])
+    return work.result
 
 
-def warming(
-    layout: ScanLayout,
-    goal: RankGoal,
-    spec_of: Callable[[LowRankTarget], StoredFactorSpec | None],
-) -> Job:
+def warming(plan: ScanPlan) -> Job:
     """What a GPU's lanes do first: its code is loaded at the first use, while all other lanes wait.
 
     Together they do to made-up matrices all that `scan` does to real ones; nothing is read.
     """
     # one iterator, which the lanes share
-    batches = batches_of(layout.factorised, goal, spec_of)
-    waiting = iter({batch.like: batch for batch in batches}.values())
-    singly = len(layout.factorised) > sum(len(batch.targets) for batch in batches)
-    strips = [strip for target in layout.targets[:1] for strip in target.deltas[0].strips[:1]]
+    waiting = iter({unit.batch.like: unit.batch for unit in plan.units if unit.batch}.values())
+    singly = any(unit.targets and not unit.batch for unit in plan.units)
+    strips = [strip for target in plan.layout.targets[:1] for strip in target.deltas[0].strips[:1]]
 
     def warm(lane: Lane, stop: Stop) -> None:
         for strip in strips:
@@ -194,8 +130,20 @@ class _Work:
     scratch: ScratchFile
     meter: _ReadMeter
     result: ScanResult
+    done: Callable[[ScanUnit, ScanResult], None] | None
 
-    def alone(self, names: Iterable[str], lane: Lane, stop: Stop) -> None:
+    def unit(self, unit: ScanUnit, lane: Lane, stop: Stop) -> None:
+        """All of a unit."""
+        if unit.batch:
+            self._batch(unit.batch, lane)
+        elif unit.targets:
+            self._targets(unit.targets, lane, stop)
+        else:
+            self._alone(unit.names, lane, stop)
+        if self.done is not None and not stop():
+            self.done(unit, self.result)
+
+    def _alone(self, names: Iterable[str], lane: Lane, stop: Stop) -> None:
         """Compare tensors that are not factorised."""
         for name in names:
             if stop():
@@ -205,7 +153,7 @@ class _Work:
                 self.result.measures[name] = _compare(pair, self._limit(name), lane, self.result.digests)
             self.meter.add(pair.nbytes)
 
-    def batch(self, batch: Batch, lane: Lane, stop: Stop) -> None:
+    def _batch(self, batch: Batch, lane: Lane) -> None:
         """Compare and factorise targets of one shape together."""
         observers = [_observer(self.result.digests, strip.base) for strip in batch.strips]
         measures, matrices = factorise_batch(batch, observers, self.scratch, lane)
@@ -216,7 +164,7 @@ class _Work:
             self.result.factored[target.path] = TargetFactors(target, (matrix,))
         self.meter.add(sum(nbytes_of(strip.tuned) for strip in batch.strips))
 
-    def targets(self, targets: Sequence[LowRankTarget], lane: Lane, stop: Stop) -> None:
+    def _targets(self, targets: Sequence[LowRankTarget], lane: Lane, stop: Stop) -> None:
         """Compare and factorise the tensors of one target, or of several that have a tensor in common."""
         owners = {name: target for target in targets for name in target.names}
         tallies = {name: _tally(self.parameters[name].pair, self._limit(name), owner) for name, owner in owners.items()}
@@ -309,7 +257,7 @@ def _compare(pair: Pair, row_limit: int, lane: Lane, digests: Digests) -> PairMe
         return PairMeasure(
             any(list(map(_differs, DirectFeed().pairs(base, tuned, 0, rows, observe)))), numel=rows * cols
         )
-    feed, device = (lane.feed, lane.device) if pair.numel > _SMALL else (DirectFeed(), "cpu")
+    feed, device = (lane.feed, lane.device) if pair.numel > SMALL else (DirectFeed(), "cpu")
     exact = DType.F64 if DType.F64 in (pair.base.dtype, pair.tuned.dtype) else DType.F32
     tally = _tally(pair, row_limit, None)
     for rows_read in feed.pairs(base, tuned, 0, rows, observe):

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy
 import xxhash
@@ -19,7 +20,7 @@ from surgery_formats.files.output.kernel_copy import write_all
 from surgery_formats.files.output.output_file import output_faults
 from surgery_formats.tensors.tensor import as_bytes
 
-__all__ = ["ScratchFile", "ScratchSlot", "Workspace", "digest"]
+__all__ = ["ScratchFile", "ScratchSlot", "SlotReader", "Workspace", "digest"]
 
 
 class ScratchFile:
@@ -60,18 +61,26 @@ class ScratchFile:
         self._file.close()
 
 
+class SlotReader(Protocol):
+    """What matrices lie in: a scratch file, or what another process has written."""
+
+    def read(self, slot: ScratchSlot) -> numpy.ndarray:
+        """The matrix at `slot`, in memory of the caller's own."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ScratchSlot:
-    """Where a matrix lies in the scratch file.
+    """Where a matrix lies.
 
     Attributes:
-        scratch: The file.
+        scratch: What it lies in.
         offset: First byte.
         shape: Of the float32 matrix.
         digest: Of the values that were stored.
     """
 
-    scratch: ScratchFile
+    scratch: SlotReader
     offset: int
     shape: tuple[int, int]
     digest: str

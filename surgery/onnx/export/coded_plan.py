@@ -96,7 +96,9 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         warnings=binding.warnings + _rounded_again(drafts, base),
         facts=facts,
         id=hashlib.sha256(
-            json.dumps([merged.id, coding.facts, io.label, *stacks], sort_keys=True).encode()
+            json.dumps(
+                [merged.id, coding.facts, io.label, sorted(coding.chosen.items()), *stacks], sort_keys=True
+            ).encode()
         ).hexdigest(),
     )
     check_conservation(binding, plan)

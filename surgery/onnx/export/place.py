@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.engine.execute import Run, still_good, write_side_file, write_weights
+from surgery.engine.execute import Engine, Run, ThisProcess, still_good, write_side_file, write_weights
+from surgery.engine.jobs import ComputeWeight
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.recorded import recorded_recipe
@@ -124,16 +125,27 @@ def choose_mode(requested: str, output: Path, home: Path, weights: Sequence[File
     return "reference"
 
 
-def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run) -> ExportOutcome:
-    """Write all files, or nothing.
+def write_export(
+    job: ExportJob, output: Path, mode: Mode, home: Path, run: Run, engine: Engine | None = None
+) -> ExportOutcome:
+    """Write all files, or nothing; weights are computed by `engine`, which is this process if there is none.
 
     Raises:
         OutputExistsError: a file of the export already exists.
         NothingChangedError: see `ExportJob.judge`.
         ResourceError, ProofError, FitError: see `surgery_formats.files.output.folder`.
     """
+    if job.plan is None:
+        return _write(job, output, mode, home, run, None)
+    with (engine or ThisProcess()).computing(job.plan, output) as compute:
+        return _write(job, output, mode, home, run, compute)
+
+
+def _write(
+    job: ExportJob, output: Path, mode: Mode, home: Path, run: Run, compute: ComputeWeight | None
+) -> ExportOutcome:
     if _same_folder(output, home):
-        return _add(job, output, mode, run)
+        return _add(job, output, mode, run, compute)
     with output_folder(
         output,
         _stage_id(job, mode),
@@ -147,9 +159,9 @@ def write_export(job: ExportJob, output: Path, mode: Mode, home: Path, run: Run)
             write_side_file(side, folder)
             written += len(side.data) if side.source is None else side.source.stat().st_size
         if mode == "embed" and job.plan is not None:
-            ledger, files = _inside(job, output, home, run)
+            ledger, files = _inside(job, output, home, run, compute)
         else:
-            ledger = _compute(job, folder, run)
+            ledger = _compute(job, folder, run, compute)
             files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
         for name, data in files.items():
             folder.write_small(name, data)
@@ -165,18 +177,20 @@ def _outcome(files: Mapping[str, bytes], ledger: Ledger | None, written: int, ac
     return ExportOutcome(sizes, account, written + sum(sizes.values()) + (ledger.plan.nbytes if ledger else 0))
 
 
-def _inside(job: ExportJob, output: Path, home: Path, run: Run) -> tuple[Ledger | None, Mapping[str, bytes]]:
+def _inside(
+    job: ExportJob, output: Path, home: Path, run: Run, compute: ComputeWeight | None
+) -> tuple[Ledger | None, Mapping[str, bytes]]:
     """Compute weights into a folder that goes when the graphs hold them."""
     beside = output.with_name(f"{output.name}.weights")
     with output_folder(beside, _stage_id(job, "embed"), inputs=[home, *job.inputs], verify=still_good) as scratch:
-        ledger = _compute(job, scratch, run)
+        ledger = _compute(job, scratch, run, compute)
         return ledger, job.make(WeightLocation(scratch.staged, names=job.placed))
 
 
-def _compute(job: ExportJob, folder: OutputFolder, run: Run) -> Ledger | None:
-    if job.plan is None:
+def _compute(job: ExportJob, folder: OutputFolder, run: Run, compute: ComputeWeight | None) -> Ledger | None:
+    if job.plan is None or compute is None:
         return None
-    ledger = Ledger(job.plan, write_weights(job.plan, folder, run))
+    ledger = Ledger(job.plan, write_weights(job.plan, folder, run, compute))
     job.judge(ledger)
     return ledger
 
@@ -238,7 +252,7 @@ def _same_folder(first: Path, second: Path) -> bool:
         return False
 
 
-def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
+def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWeight | None) -> ExportOutcome:
     """Add files to an existing folder: each complete or not at all, none replaced, all removed if a later one fails.
 
     They are staged in a folder within, so that they lie on the same file system and the graph can already read computed
@@ -254,7 +268,7 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run) -> ExportOutcome:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with output_folder(folder / _STAGED, _stage_id(job, mode), verify=still_good) as stage:
-            ledger = _compute(job, stage, run)
+            ledger = _compute(job, stage, run, compute)
             location = (
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)
             )

@@ -22,7 +22,7 @@ from surgery.onnx.graph.virtual_tokens import Virtual, key_name
 from surgery.onnx.run.ports import cpu_session
 from surgery_formats.binding.prompt_fit import check_prompt
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError
+from surgery_formats.errors import FitError, MissingPackageError
 from surgery_formats.models.component import Component
 from surgery_formats.models.families.recipe import Model
 from surgery_formats.text import show
@@ -195,6 +195,8 @@ def _session(graph: onnx.ModelProto, location: WeightLocation, component: Compon
                 entry.value = location.location(entry.value)
     try:
         return cpu_session(graph.SerializeToString(), location.folder)
+    except MissingPackageError:
+        raise
     except Exception as error:  # onnxruntime's own types
         raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=component.folder) from error
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.run.ports import element
+from surgery.onnx.run.runtime import load_runtime
 from surgery_formats.containers.onnx_adapter import LIMIT, open_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.raw import memory_file
@@ -56,7 +57,7 @@ def _writable(arrays: Mapping[str, Array], path: str | os.PathLike[str]) -> dict
 
 def _export(path: str | os.PathLike[str], contiguous: Mapping[str, Array]) -> None:
     """Let onnxruntime write arrays, which live until it has, and read them back."""
-    import onnxruntime
+    onnxruntime = load_runtime()
 
     values = {}
     for name, array in contiguous.items():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError
 __all__ = ["check_file", "read_array"]
 
 _LARGEST = 1 << 30  # bytes of a file
+_FAULTS = (ValueError, OSError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, TokenError)
+"""What numpy raises for headers that are damaged: it reads them as Python, and makes room for as many numbers as they say."""
 
 
 def check_file(file: Path) -> None:
@@ -39,6 +42,7 @@ def read_array(file: Path) -> npt.NDArray[Any]:
     """
     check_file(file)
     try:
-        return np.asarray(np.load(file, allow_pickle=False))
-    except (ValueError, OSError, EOFError) as error:
+        with open(file, "rb") as opened:
+            return np.asarray(np.lib.format.read_array(opened, allow_pickle=False))
+    except _FAULTS as error:
         raise MalformedError("not an array", file=file) from error

@@ -7,7 +7,6 @@ no modules, with the functions that transformers gives them; in a process of the
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -42,12 +41,10 @@ def render_chats(folder: Path, conversations: Sequence[Sequence[Message]]) -> li
     Raises:
         NotFoundError: no template beside the graph.
         MalformedError: it cannot be read, it fails on these messages, or takes too long, too much memory or too many characters.
-        FitError: it refuses a conversation, one has a value that JSON cannot hold, or the package jinja2 is not installed.
+        FitError: it refuses a conversation, or one has a value that JSON cannot hold.
     """
     settings = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     template, file = _template(folder, settings)
-    if importlib.util.find_spec("jinja2") is None:
-        raise FitError("chat templates need the package jinja2", hint="pip install 'jinja2>=3.1.6'")
     try:
         said = json.dumps([[dict(message) for message in messages] for messages in conversations])
     except (TypeError, ValueError) as error:

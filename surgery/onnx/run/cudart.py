@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.onnx.run.memory import Buffer, Bytes, raw
+from surgery.onnx.run.runtime import load_runtime
 from surgery_formats.errors import FitError, ResourceError, SurgeryError
 
 __all__ = ["INSTALL", "CudaMemory", "copy_bandwidth", "device_count", "used"]
@@ -46,7 +47,7 @@ _SIGNATURES = {
 @cache
 def _preloaded() -> str:
     """Let onnxruntime load its libraries from the folders of the nvidia packages, or of torch; returns its output."""
-    import onnxruntime
+    onnxruntime = load_runtime()
 
     output = io.StringIO()
     if hasattr(onnxruntime, "preload_dlls"):

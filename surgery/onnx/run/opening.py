@@ -22,6 +22,7 @@ from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract, named_slots
 from surgery.onnx.run.memory import HostMemory, Memory
 from surgery.onnx.run.ports import Port, ports
+from surgery.onnx.run.runtime import load_runtime
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, UsageError
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
@@ -283,7 +284,7 @@ def _session(
     session_config: Mapping[str, str],
     profile: str | os.PathLike[str] | None,
 ) -> Any:
-    import onnxruntime
+    onnxruntime = load_runtime()
 
     if memory.device == "cpu" and contract is not None and contract.dtype == "bf16":
         raise FitError(

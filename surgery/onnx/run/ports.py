@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.run.runtime import load_runtime
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
@@ -80,7 +81,7 @@ def ports(nodes: Iterable[Any]) -> dict[str, Port]:
 
 def cpu_session(graph: bytes, folder: Path) -> Any:
     """A session on the CPU over the weight files in `folder`, which stay mapped; onnxruntime's own errors are raised."""
-    import onnxruntime
+    onnxruntime = load_runtime()
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # failures are raised, so they need not be logged too
@@ -93,7 +94,7 @@ def cpu_session(graph: bytes, folder: Path) -> Any:
 
 def bind_number(binding: Any, name: str, number: int) -> None:
     """Bind a scalar input, int64, of the host's memory; it may be one with a default, of which `bind_cpu_input` knows nothing."""
-    import onnxruntime
+    onnxruntime = load_runtime()
 
     binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(np.array(number, np.int64)))
 
@@ -120,7 +121,7 @@ def as_array(value: Any, port: Port) -> npt.NDArray[Any]:
 
 def run_options(number: int = -1) -> Any:
     """Options of a run without a CUDA graph; with a `number`, of runs captured as that graph once, and then replayed."""
-    import onnxruntime
+    onnxruntime = load_runtime()
 
     options = onnxruntime.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(number))

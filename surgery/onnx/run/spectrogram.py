@@ -60,7 +60,7 @@ def _samples(file: Path) -> Array:
         with wave.open(str(file), "rb") as sound:
             channels, width, rate = sound.getnchannels(), sound.getsampwidth(), sound.getframerate()
             data = sound.readframes(sound.getnframes())
-    except (wave.Error, EOFError) as error:
+    except (wave.Error, EOFError, RuntimeError) as error:  # the last where a chunk ends beyond the file
         raise MalformedError("not a recording that is read: PCM of 16 bits", file=file) from error
     if width != 2 or rate != _RATE:
         raise FitError(f"has {8 * width} bits and {rate} Hz; it must have 16 bits and {_RATE} Hz", file=file)

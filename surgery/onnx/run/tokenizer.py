@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.extras import require
 from surgery_formats.files.bounded_json import CONFIG_LIMIT, TOKENIZER_LIMIT, read_object
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
@@ -72,15 +73,12 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         NotFoundError: no ``tokenizer.json``.
         MalformedError: it cannot be read.
-        FitError: the package tokenizers is not installed.
+        MissingPackageError: the package tokenizers is not installed.
     """
     file = folder / NAME
     if not file.exists():
         raise NotFoundError(f"no {NAME} beside the graph", file=folder, hint="copy the base model's, or give token ids")
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise FitError("text needs the package tokenizers", hint="pip install tokenizers, or give token ids") from error
+    tokenizers = require("tokenizers", "texts", otherwise="give token ids")
     source = open_file(file)
     if source.size > TOKENIZER_LIMIT:
         raise MalformedError(f"has {source.size} bytes (at most {TOKENIZER_LIMIT} are read)", file=file)

@@ -186,13 +186,21 @@ class _Machine:
         return tensor
 
 
+def _as_torch_decodes(text: str, m: _Machine) -> str:
+    """A text of Python 2, whose bytes pickletools gives one character each."""
+    try:
+        return text if text.isascii() else text.encode("latin-1").decode()
+    except UnicodeDecodeError as error:
+        raise m.fail("a text that is not UTF-8") from error
+
+
 def _step(m: _Machine, op: str, arg: Any) -> None:
     """Run one opcode; a refused one raises."""
     stack = m.stack
     if op in _VALUES:
         if isinstance(arg, int) and arg.bit_length() > _INT_BITS:
             raise m.fail("an integer of more than 128 bits")
-        stack.append(arg)
+        stack.append(_as_torch_decodes(arg, m) if op in ("BINSTRING", "SHORT_BINSTRING") else arg)
     elif op in _PUTS:
         m.memo[len(m.memo) if op == "MEMOIZE" else arg] = m.top(object)
     elif op in _GETS:

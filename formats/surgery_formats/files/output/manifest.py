@@ -72,13 +72,15 @@ class FileRecord:
 
 
 def check_output_name(path: Path) -> None:
-    """Refuse an output whose name no file system takes, before it is computed.
+    """Refuse a name that no file system takes, or that programs cannot be told, before the output is computed.
 
     Raises:
-        UsageError: the name is too long.
+        UsageError: the name is too long, or holds what cannot be printed, as a line break or bytes that are no UTF-8.
     """
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise UsageError(f"its name has {size} bytes, and file systems allow {_LONGEST}", file=path)
+    if not path.name.isprintable():
+        raise UsageError("its name cannot be printed", file=path, hint="use letters, digits and the like")
 
 
 def safe_name(name: str) -> tuple[str, ...]:
@@ -231,7 +233,7 @@ def _files_below(folder: Path) -> set[str]:
         raise NotFoundError(error.strerror or "cannot be listed", file=error.filename) from error
 
     if isinstance(folder, RemotePath):
-        return folder.bucket.all_below(folder.key).keys() - {UNFINISHED}
+        return folder.store.all_below(folder.key).keys() - {UNFINISHED}
     paths: set[Path] = set()
     for at, folders, files in os.walk(folder, onerror=fail):
         paths.update(Path(at, name) for name in files)

@@ -65,7 +65,7 @@ def parse_line(line: bytes, plan_id: str) -> FileRecord | None:
             return None
         safe_name(entry["name"])
         return FileRecord(entry["name"], int(entry["size"]), entry["record"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SurgeryError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SurgeryError):
         return None
 
 

@@ -15,16 +15,18 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
+from surgery_formats.extras import require
+from surgery_formats.files.remote.arenas import limit_arenas
+from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
-__all__ = ["Bucket", "Listing", "ObjectFacts", "Reply", "connect"]
+__all__ = ["Bucket", "connect"]
 
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
@@ -32,43 +34,13 @@ _REMEMBERED = 10.0  # seconds
 _ASKED_AGAIN = 2
 _PAUSE = 0.2  # seconds
 _ANSWER = timedelta(minutes=5)  # for one request with its body
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 Answer = TypeVar("Answer")
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectFacts:
-    """What a bucket says about an object.
-
-    Attributes:
-        size: Bytes.
-        etag: Changes with every write.
-        version: Where the bucket keeps versions, which one it is.
-    """
-
-    size: int
-    etag: str
-    version: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """What lies below a prefix, one level deep, by name."""
-
-    files: dict[str, ObjectFacts] = field(default_factory=dict)
-    folders: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.files or self.folders)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """Bytes of an object, and what it was when they were read."""
-
-    data: memoryview
-    facts: ObjectFacts
 
 
 @functools.cache
@@ -78,9 +50,10 @@ def connect(scheme: str, name: str) -> Bucket:
     Raises:
         InputError: obstore is not installed, or the environment's settings are not taken.
     """
-    obstore = _library()
+    limit_arenas()  # before obstore starts its threads
+    obstore = require("obstore", "names of object storage")
     options: dict[str, Any] = {"timeout": _ANSWER, "connect_timeout": timedelta(seconds=10)}
-    if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS):
+    if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS[scheme]):
         options["allow_http"] = True  # whoever names such an endpoint means it
     retries = {"max_retries": RETRIES, "retry_timeout": timedelta(minutes=2)}
     try:
@@ -90,15 +63,6 @@ def connect(scheme: str, name: str) -> Bucket:
         hint = _CREDENTIALS.get(scheme)
         raise InputError(f"cannot be connected to: {_said(error)}", file=f"{scheme}://{name}", hint=hint) from error
     return Bucket(scheme, name, obstore, store)
-
-
-def _library() -> ModuleType:
-    try:
-        return importlib.import_module("obstore")
-    except ImportError as error:
-        raise InputError(
-            "object storage needs the package obstore", hint="pip install 'model-surgery[cloud]'"
-        ) from error
 
 
 def _credentials(scheme: str) -> dict[str, Any]:
@@ -152,6 +116,7 @@ class Bucket:
         folders = frozenset(str(path).removeprefix(inside).rstrip("/") for path in found["common_prefixes"])
         listing = Listing(files, folders)
         with self._lock:
+            self._seen = {at: seen for at, seen in self._seen.items() if now - seen[0] < _REMEMBERED}
             self._seen[prefix] = now, listing
         return listing
 
@@ -316,6 +281,10 @@ class Bucket:
         if status:
             said = text[text.index("status code: ") + len("status code: ") :]
             return kind(f"the store answers {_said(said.rstrip(': '))}", file=file, hint="run again, or ask its keeper")
+        if "scheme is not allowed" in text:
+            return kind(
+                "plain http:// is refused", file=file, hint=f"name the endpoint with {_ENDPOINTS[self.scheme][0]}"
+            )
         hint = "check the endpoint and the network, and run again"
         return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``s3://bucket/key`` as a path: what code asks a path is asked of the bucket.
+"""``s3://bucket/key`` as a path: what code asks a path is asked of the bucket. So it is with ``hf://org/name@commit/file``.
 
 A prefix is a folder, an object is a file, and nothing is a link. Nothing is written through such a path: outputs have
 their own way (`surgery_formats.files.remote.stage`). What is not here, such as `open`, finds no file.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import stat
 from collections.abc import Generator
 from pathlib import Path, PosixPath
@@ -17,17 +18,22 @@ from typing import TYPE_CHECKING, Any
 from surgery_formats.errors import FitError, InputError, NotFoundError
 
 if TYPE_CHECKING:
-    from surgery_formats.files.remote.bucket import Bucket, Listing, ObjectFacts
+    from surgery_formats.files.remote.bucket import Bucket
+    from surgery_formats.files.remote.store import Listing, ObjectFacts, ObjectStore
 
 __all__ = ["SCHEMES", "RemotePath", "is_remote", "on_a_disk", "to_path"]
 
 SCHEMES = ("s3", "gs", "az")
 _STARTS = tuple(f"{scheme}:/" for scheme in SCHEMES)  # a path has lost one of the two slashes
+HUB = "hf"
+_PINNED = re.compile(rf"{HUB}://?(?:[^/@]+/)?[^/@]+@[0-9a-f]{{40}}(?:/|\Z)")
+"""A repository of the hub at a commit; any other name of the hub is a reference (`surgery_formats.refs`)."""
 
 
 def is_remote(value: str | os.PathLike[str]) -> bool:
     """Whether `value` names an object or a prefix: its text begins with a scheme."""
-    return os.fspath(value).startswith(_STARTS)
+    text = os.fspath(value)
+    return text.startswith(_STARTS) or _PINNED.match(text) is not None
 
 
 def to_path(value: str | os.PathLike[str]) -> Path:
@@ -55,7 +61,7 @@ class RemotePath(PosixPath):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text.replace(":/", "://", 1) if text.startswith(_STARTS) else text
+        return text.replace(":/", "://", 1) if text.startswith((*_STARTS, f"{HUB}:/")) else text
 
     def __fspath__(self) -> str:
         return str(self)
@@ -68,27 +74,54 @@ class RemotePath(PosixPath):
 
     @property
     def bucket(self) -> Bucket:
-        """The bucket, connected to.
+        """The bucket, connected to; it can be written to.
 
         Raises:
             NotFoundError: no bucket is named, or the path has left it.
+            FitError: it is the hub's.
             InputError: the library is missing.
         """
         from surgery_formats.files.remote.bucket import connect
 
         if not self.is_plain:
             raise NotFoundError("not the name of an object", file=str(self))
-        return connect(self.parts[0][:-1], self.parts[1])
+        if self._scheme == HUB:
+            raise FitError("nothing is written to the hub", file=str(self), hint="write to a folder, and upload it")
+        return connect(self._scheme, self.parts[1])
+
+    @property
+    def store(self) -> ObjectStore:
+        """Where it is read from: the bucket, or the repository of the hub.
+
+        Raises:
+            NotFoundError, InputError: as `bucket`.
+        """
+        if self._scheme != HUB or not self.is_plain:
+            return self.bucket
+        from surgery_formats.files.remote.hub import repository_of
+
+        return repository_of("/".join(self.parts[1 : self._above]))
 
     @property
     def key(self) -> str:
         """The name in the bucket; empty for the bucket itself."""
-        return "/".join(self.parts[2:])
+        return "/".join(self.parts[self._above :])
 
     @property
     def is_plain(self) -> bool:
         """Whether it names something in a bucket, without a step upwards."""
-        return len(self.parts) >= 2 and self.parts[0][:-1] in SCHEMES and ".." not in self.parts
+        return len(self.parts) >= self._above and self._scheme in (*SCHEMES, HUB) and ".." not in self.parts
+
+    @property
+    def _scheme(self) -> str:
+        return self.parts[0][:-1] if self.parts else ""
+
+    @property
+    def _above(self) -> int:
+        """How many parts come before the key: the scheme and the bucket, or the repository, whose name ends with its commit."""
+        if self._scheme != HUB:
+            return 2
+        return next((number for number, part in enumerate(self.parts, 1) if "@" in part), len(self.parts) + 1)
 
     def facts(self) -> ObjectFacts | None:
         """What the bucket says about the object; None if there is none.
@@ -98,20 +131,20 @@ class RemotePath(PosixPath):
         """
         if not self.is_plain or not self.key:
             return None
-        bucket = self.bucket
-        around = bucket.remembered(self.parent.key)
-        if around is None and bucket.remembered(self.key):
+        store = self.store
+        around = store.remembered(self.parent.key)
+        if around is None and store.remembered(self.key):
             return None  # a folder
         try:
             return (around or self.parent.listing()).files.get(self.name)
         except NotFoundError:
             raise
         except InputError:  # who may list this prefix alone may still ask for the object
-            return bucket.facts_if_any(self.key)
+            return store.facts_if_any(self.key)
 
     def listing(self) -> Listing:
         """What lies below this prefix, one level deep."""
-        return self.bucket.listing(self.key)
+        return self.store.listing(self.key)
 
     def exists(self, **_: Any) -> bool:
         """Whether there is an object, or one below."""
@@ -125,7 +158,7 @@ class RemotePath(PosixPath):
         """Whether there are objects below."""
         if not self.is_plain:
             return False
-        around = self.bucket.remembered(self.parent.key) if self.key else None
+        around = self.store.remembered(self.parent.key) if self.key else None
         return bool(self.listing()) if around is None else self.name in around.folders
 
     def is_symlink(self) -> bool:
@@ -184,7 +217,7 @@ class RemotePath(PosixPath):
             FileNotFoundError: there is none.
             InputError: it cannot be read.
         """
-        return bytes(self.bucket.read(self.key).data)
+        return bytes(self.store.read(self.key).data)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:
         """The whole object as text."""

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from surgery_formats.errors import NotFoundError, ProofError
-from surgery_formats.files.remote.bucket import Bucket, ObjectFacts
 from surgery_formats.files.remote.path import RemotePath
+from surgery_formats.files.remote.store import ObjectFacts, ObjectStore
 
 __all__ = ["BLOCK", "RemoteObject", "open_remote"]
 
@@ -80,9 +80,9 @@ _BLOCKS = _Blocks()
 class RemoteObject:
     """The bytes of one object, as it was when it was opened."""
 
-    def __init__(self, bucket: Bucket, key: str, facts: ObjectFacts, head: memoryview) -> None:
+    def __init__(self, store: ObjectStore, key: str, facts: ObjectFacts, head: memoryview) -> None:
         self.serial = next(_SERIALS)
-        self.bucket = bucket
+        self.store = store
         self.key = key
         self.facts = facts
         self._head = head
@@ -93,7 +93,7 @@ class RemoteObject:
     @property
     def identity(self) -> tuple[int, int, int, int]:
         """Tells it from others, and from itself once it is written to: the fields of a file's identity."""
-        told = f"{self.bucket.url(self.key)}\0{self.facts.etag}\0{self.facts.version or ''}"
+        told = f"{self.store.url(self.key)}\0{self.facts.etag}\0{self.facts.version or ''}"
         digest = hashlib.sha256(told.encode(errors="surrogatepass")).digest()
         return -2, int.from_bytes(digest[:8]), self.facts.size, int.from_bytes(digest[8:16])
 
@@ -113,7 +113,7 @@ class RemoteObject:
         stop = min(stop, self.facts.size)
         if start >= stop:
             return memoryview(b"")
-        return self.bucket.read(self.key, start, stop, self.facts.etag, self.facts.version).data
+        return self.store.read(self.key, start, stop, self.facts.etag, self.facts.version).data
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset`; the number of bytes, less only at the end."""
@@ -149,7 +149,7 @@ class RemoteObject:
                 _BLOCKS.get(self, following)
             data, begin = block.result(), number * BLOCK
             start, stop = max(offset, begin), min(end, begin + BLOCK)
-            buffer[start - offset : stop - offset] = data[start - begin : stop - begin]
+            _copy(buffer[start - offset : stop - offset], data[start - begin : stop - begin])
 
     def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Fetch ranges ``(offset, nbytes)`` at the same time; each is kept until its last byte is read."""
@@ -164,9 +164,9 @@ class RemoteObject:
         Raises:
             ProofError: it is another one, or is gone.
         """
-        file = self.bucket.url(self.key)
+        file = self.store.url(self.key)
         try:
-            now = self.bucket.facts(self.key)
+            now = self.store.facts(self.key)
         except NotFoundError as error:
             raise ProofError("the input disappeared while it was read", file=file, hint="run again") from error
         if (now.etag, now.size) != (self.facts.etag, self.facts.size):
@@ -175,6 +175,16 @@ class RemoteObject:
     def close(self) -> None:
         """Forget what was fetched."""
         _BLOCKS.drop(self)
+
+
+def _copy(target: memoryview, data: memoryview) -> None:
+    """Copy bytes; of many, numpy lets other threads run meanwhile."""
+    if len(data) < _RUN:
+        target[:] = data
+        return
+    import numpy
+
+    numpy.copyto(numpy.frombuffer(target, numpy.uint8), numpy.frombuffer(data, numpy.uint8))
 
 
 def open_remote(path: RemotePath) -> RemoteObject:
@@ -186,10 +196,10 @@ def open_remote(path: RemotePath) -> RemoteObject:
     """
     if not path.is_plain or not path.key:
         raise NotFoundError("no such object", file=str(path))
-    bucket, known = path.bucket, path.facts()
+    store, known = path.store, path.facts()
     if known is None:
         raise NotFoundError("no such object", file=str(path))
     if known.size < _LEAST:  # a range of nothing is an error
-        return RemoteObject(bucket, path.key, known, bucket.read(path.key).data)
-    first = bucket.read(path.key, 0, min(HEAD, known.size))
-    return RemoteObject(bucket, path.key, first.facts, first.data)
+        return RemoteObject(store, path.key, known, store.read(path.key).data)
+    first = store.read(path.key, 0, min(HEAD, known.size))
+    return RemoteObject(store, path.key, first.facts, first.data)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
 from surgery_formats.text import show
 
@@ -82,8 +82,20 @@ def smaller_tokenizer(files: Mapping[str, Path], used: Collection[int], always: 
 
     Raises:
         FitError: no ``tokenizer.json``, one of a kind that is not known, or ids that it lacks.
+        MalformedError: a file of it has not the form that tokenizers writes.
     """
     whole = copy.deepcopy(dict(_read(files)))
+    try:
+        return _smaller(whole, files, used, always)
+    except SurgeryError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # any part may be of any type
+        raise MalformedError("it is not understood as a tokenizer", file=files[_FILE]) from error
+
+
+def _smaller(
+    whole: dict[str, Any], files: Mapping[str, Path], used: Collection[int], always: Collection[int]
+) -> SmallerTokenizer:
     vocabulary, added = _tokens(whole)
     by_id = {number: token for token, number in {**vocabulary, **added}.items()}
     if unknown := sorted(set(used) - by_id.keys()):
@@ -179,8 +191,10 @@ def _is_byte(token: str) -> bool:
 def _named(model: Mapping[str, Any], whole: Mapping[str, Any]) -> set[str]:
     """Tokens that the tokenizer's own settings name."""
     names = {str(model["unk_token"])} if model.get("unk_token") else set()
-    if type(unk := model.get("unk_id")) is int and isinstance(model.get("vocab"), list):
-        names.add(str(model["vocab"][unk][0]))
+    if type(unk := model.get("unk_id")) is int and isinstance(pieces := model.get("vocab"), list):
+        if not 0 <= unk < len(pieces):
+            raise MalformedError(f"{_FILE} has no token {unk}, its unk_id")
+        names.add(str(pieces[unk][0]))
     names |= set(_special(whole.get("post_processor")))
     return names & set(_tokens(whole)[0])
 

@@ -136,9 +136,12 @@ def _cut(tensor: StoredTensor, kept: Sequence[int] | range, added: int) -> Store
             runs.append([number, number + 1])
     pieces = [FileRange(tensor.file, tensor.offset + first * row, (stop - first) * row) for first, stop in runs]
     if added:
-        mean = nameless_file(mean_row(tensor), tensor.path)
-        pieces.append(FileRange(mean, 0, mean.size))
-        pieces += [FileRange(mean, 0, mean.size)] * (added - 1)
+        mean = mean_row(tensor)
+        together = min(added, max(1, _BLOCK // max(row, 1)))
+        means = nameless_file(mean * together, tensor.path)
+        pieces += [FileRange(means, 0, means.size)] * (added // together)
+        if rest := added % together:
+            pieces.append(FileRange(means, 0, rest * row))
     rows = len(kept) + added
     if len(pieces) == 1:
         return replace(tensor, shape=(rows, *tensor.shape[1:]), offset=pieces[0].offset, nbytes=rows * row)

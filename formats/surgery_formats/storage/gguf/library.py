@@ -7,10 +7,10 @@ It is needed for nothing else, so it is an extra, and is imported when such a te
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 from surgery_formats.arrays import Array
 from surgery_formats.errors import FitError
+from surgery_formats.extras import require
 
 __all__ = ["BY_LIBRARY", "dequantise"]
 
@@ -26,22 +26,13 @@ def dequantise(rows: Array, name: str) -> Array:
         name: Of the type.
 
     Raises:
-        FitError: the package is not installed, or too old for the type.
+        MissingPackageError: the package is not installed.
+        FitError: it is too old for the type.
     """
-    library = _library(name)
+    library = require("gguf", f"values of type {name}")
+    importlib.import_module("gguf.quants")
     type_ = getattr(library.GGMLQuantizationType, name, None)
     if type_ is None:
         raise FitError(f"this version of the package gguf does not know {name}", hint="install its newest version")
     values: Array = library.quants.dequantize(rows, type_)
     return values
-
-
-def _library(name: str) -> Any:
-    try:
-        importlib.import_module("gguf.quants")
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise FitError(
-            f"values of type {name} are read by the package gguf, which is not installed",
-            hint="pip install 'model-surgery[gguf]'",
-        ) from error

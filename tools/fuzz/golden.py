@@ -1,29 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fuzzer of readers starts from: every golden file, and every kind of update in every format that writes it without a base."""
+"""Seeds of readers: every golden file, and every kind of update in every format that writes it without a base."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / part) for part in ("", "formats", "cli") if str(ROOT / part) not in sys.path]
+from surgery_formats.adapters.registry import format_at, formats, read_adapter
+from surgery_formats.canonical.adapter import Site
+from surgery_formats.containers.registry import container_at
+from surgery_formats.errors import SurgeryError
+from surgery_formats.testing.format import save
+from tests.support.gguf_file import F32, GgufTensor, RawGguf, text, u32
+from tests.support.updates import EVERY_KIND, made_adapter
 
-from surgery_formats.adapters.registry import format_at, formats, read_adapter  # noqa: E402
-from surgery_formats.canonical.adapter import Site  # noqa: E402
-from surgery_formats.containers.registry import container_at  # noqa: E402
-from surgery_formats.errors import SurgeryError  # noqa: E402
-from surgery_formats.testing.format import save  # noqa: E402
-from tests.support.gguf_file import F32, GgufTensor, RawGguf, text, u32  # noqa: E402
-from tests.support.updates import EVERY_KIND, made_adapter  # noqa: E402
+from . import ROOT
+from .target import Seed
 
-__all__ = ["ROOT", "Seed", "readers", "seeds"]
+__all__ = ["golden_files", "golden_graphs", "seeds_of", "small_graph"]
 
 PLACES = ("tests/golden", "tests/containers/golden", "examples")
 LARGEST = 100_000
@@ -38,37 +37,40 @@ SITES = {
 }
 
 
-@dataclass(frozen=True)
-class Seed:
-    """A file or a folder.
-
-    Attributes:
-        name: Where it is from.
-        reader: ``format:NAME`` or ``container:NAME``.
-        files: Contents by name; one file that is its own adapter or model stands alone.
-        alone: Whether a reader is given the file, and not the folder around it.
-    """
-
-    name: str
-    reader: str
-    files: dict[str, bytes]
-    alone: bool
+@cache
+def seeds_of() -> dict[str, Sequence[Seed]]:
+    """Seeds by ``format:NAME`` or ``container:NAME``, in an order that depends on the tree alone."""
+    found: dict[str, list[Seed]] = {}
+    for reader, seed in (
+        *(pair for place in PLACES for pair in _within(ROOT / place)),
+        *_rendered(),
+        *_several_files(),
+    ):
+        found.setdefault(reader, []).append(seed)
+    return dict(found)
 
 
-def readers() -> list[str]:
-    """All that have to be covered."""
-    from surgery_formats.containers.registry import containers
-
-    return [f"format:{name}" for name in formats()] + [f"container:{name}" for name in containers()]
-
-
-def seeds() -> list[Seed]:
-    """All seeds, in an order that depends on the tree alone."""
-    found = [seed for place in PLACES for seed in _within(ROOT / place)]
-    return [*found, *_rendered(), *_several_files()]
+@cache
+def golden_files(*endings: str) -> Sequence[Seed]:
+    """Golden files, each alone, whose names end so."""
+    paths = [path for place in PLACES for path in sorted((ROOT / place).rglob("*")) if path.name.endswith(endings)]
+    files = [path for path in paths if path.is_file() and 0 < path.stat().st_size <= LARGEST]
+    return [Seed(path.relative_to(ROOT).as_posix(), {path.name: path.read_bytes()}) for path in files]
 
 
-def _within(folder: Path) -> Iterator[Seed]:
+@cache
+def golden_graphs() -> Sequence[Seed]:
+    """Golden graphs with the files that lie beside them, the graph first."""
+    graphs = [(ROOT / seed.name, seed) for seed in golden_files(".onnx")]
+    found = []
+    for path, seed in graphs:
+        beside = {file.name: file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path}
+        if sum(file.stat().st_size for file in beside.values()) <= LARGEST:
+            found.append(Seed(seed.name, {**seed.files, **{name: file.read_bytes() for name, file in beside.items()}}))
+    return found
+
+
+def _within(folder: Path) -> Iterator[tuple[str, Seed]]:
     if not folder.is_dir():
         return
     folders = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir() and path.name != "__pycache__")]
@@ -79,7 +81,7 @@ def _within(folder: Path) -> Iterator[Seed]:
                 yield from _of(file)
 
 
-def _of(path: Path) -> Iterator[Seed]:
+def _of(path: Path) -> Iterator[tuple[str, Seed]]:
     """What a path is a seed for: the format that knows it, or else its container."""
     name = path.relative_to(ROOT).as_posix()
     if path.is_file():
@@ -92,17 +94,17 @@ def _of(path: Path) -> Iterator[Seed]:
     if not files:
         return
     if (known := format_at(path)) is not None:
-        yield Seed(name, f"format:{known.name}", files, path.is_file())
+        yield f"format:{known.name}", Seed(name, files, path.is_file())
         return
     try:
         container = container_at(path)
         container.open(path)
     except SurgeryError:
         return
-    yield Seed(name, f"container:{container.name}", files, path.is_file())
+    yield f"container:{container.name}", Seed(name, files, path.is_file())
 
 
-def _rendered() -> Iterator[Seed]:
+def _rendered() -> Iterator[tuple[str, Seed]]:
     like = read_adapter(ROOT / "examples" / "lora")
     with TemporaryDirectory(prefix="surgery-fuzz-") as folder:
         for kind, update in EVERY_KIND.items():
@@ -122,28 +124,29 @@ def _rendered() -> Iterator[Seed]:
                     else {p.name: p.read_bytes() for p in path.iterdir()}
                 )
                 if sum(map(len, files.values())) <= LARGEST:
-                    yield Seed(f"{kind} as {known.name}", f"format:{known.name}", files, path.is_file())
+                    yield f"format:{known.name}", Seed(f"{kind} as {known.name}", files, path.is_file())
 
 
-def _several_files() -> Iterator[Seed]:
+def _several_files() -> Iterator[tuple[str, Seed]]:
     """The containers of several files of which no golden one is small."""
     weights = (ROOT / "tests/golden/dotted/diffusers/base.safetensors").read_bytes()
     index = json.dumps({"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}).encode()
     config = json.dumps({"_class_name": "FluxTransformer2DModel"}).encode()
     network = "transformer/diffusion_pytorch_model.safetensors"
     files = {"model_index.json": index, "transformer/config.json": config, network: weights}
-    yield Seed("a pipeline", "container:pipeline", files, alone=False)
+    yield "container:pipeline", Seed("a pipeline", files, alone=False)
     parts = {}
     for number, names in enumerate((["token_embd.weight"], ["a", "b"])):
         own = [("split.no", u32(number)), ("split.count", u32(2)), ("split.tensors.count", u32(3))]
         entries = [("general.architecture", text("llama")), *own] if number == 0 else own
         raw = RawGguf(entries, {name: GgufTensor(F32, (2, 3), bytes(24)) for name in names})
         parts[f"m-{number + 1:05d}-of-00002.gguf"] = raw.data()
-    yield Seed("splits", "container:gguf-splits", parts, alone=False)
-    yield Seed("a graph", "container:onnx", {"model.onnx": _graph(), "a.data": bytes(96)}, alone=True)
+    yield "container:gguf-splits", Seed("splits", parts, alone=False)
+    yield from (("container:onnx", seed) for seed in golden_graphs())
+    yield "container:onnx", Seed("a graph", {"model.onnx": small_graph(), "a.data": bytes(96)})
 
 
-def _graph() -> bytes:
+def small_graph() -> bytes:
     """A graph with a weight in it, one in another file, one written value by value, a body and a Constant."""
     from onnx import TensorProto, helper, numpy_helper
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Damage to files that knows what they are made of: JSON, safetensors, zip archives with pickles or arrays, and prefixed strings.
+"""Damage to files that knows what they are made of: JSON, safetensors, texts, zip archives with pickles or arrays, and prefixed strings.
 
 Every function takes a random generator, some bytes, and words that occur in other files; it returns other bytes.
 """
@@ -10,8 +10,9 @@ import io
 import random
 import zipfile
 
-from fuzz_documents import another_name, change_document, change_tensors
-from fuzz_words import Words, json_of, safetensors_of
+from .documents import another_name, change_document, change_tensors
+from .plain_text import change_text, text_of
+from .words import Words, json_of, safetensors_of
 
 __all__ = ["mutated"]
 
@@ -39,6 +40,8 @@ def _change(draw: random.Random, raw: bytes, words: Words) -> bytes:
         return change_tensors(draw, raw, words)
     if json_of(raw) is not None:
         return change_document(draw, raw, words)
+    if (text := text_of(raw)) is not None:
+        return change_text(draw, text, words)
     return draw.choice((_bytes, _numbers, _strings, _strings, _numbers))(draw, raw, words)
 
 

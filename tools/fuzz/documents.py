@@ -12,7 +12,7 @@ import random
 import struct
 from typing import Any
 
-from fuzz_words import Words, json_of, places_of, safetensors_of
+from .words import Words, json_of, places_of, safetensors_of
 
 __all__ = ["another_name", "change_document", "change_tensors"]
 

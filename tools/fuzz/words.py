@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Words:
     values: tuple[Any, ...]
 
     @classmethod
-    def of(cls, files: list[bytes]) -> Words:
+    def of(cls, files: Iterable[bytes]) -> Words:
         """Those of these files."""
         names: dict[str, None] = {}
         keys: dict[str, None] = {}
