@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import re
 import threading
@@ -27,6 +28,8 @@ from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
 __all__ = ["Bucket", "connect"]
+
+_log = logging.getLogger("surgery.remote")
 
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
@@ -180,6 +183,7 @@ class Bucket:
             return self.whole_answer(lambda: self._read(key, options))
 
     def _read(self, key: str, options: dict[str, Any]) -> Reply:
+        _log.debug("get %s %s", self.url(key), options.get("range", ""))
         got = self.obstore.get(self.store, key, options=options)
         return Reply(memoryview(got.bytes()), _facts(got.meta))
 
