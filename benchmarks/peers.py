@@ -2,6 +2,7 @@
 """What well-known programs make of good and faulty inputs, beside this one, as observed; writes docs/comparison.md's tables.
 
     python benchmarks/peers.py      # PEFT, which is in the development environment; three minutes
+    python benchmarks/peers.py --mergekit VENV/bin/mergekit-extract-lora
 
 Every program is a process of its own, called as its documentation says. What it wrote is read here and compared with the base, or
 with a merge in float64; each outcome is worded from that, and must be the one in `peers_expected.json` (``--learn`` writes it).
@@ -23,12 +24,13 @@ from pathlib import Path
 
 import torch
 from measure import ROOT, environment, versions
-from peers_inputs import FAULTS, GOOD, faulty, good, merged_in_float64, other_base
+from peers_inputs import FAULTS, GOOD, faulty, fine_tune, good, merged_in_float64, other_base
 from safetensors.torch import load_file
 
 EXAMPLES = ROOT / "examples"
 BASE = EXAMPLES / "base"
 _PLACE = re.compile(r"layers\.\d+\.|lora_alpha")  # where the fault is
+_KINDS = {"biases": "bias", "norms": "norm.weight", "embedding": "embed_tokens.weight", "head": "lm_head.weight"}
 EXPECTED = Path(__file__).with_name("peers_expected.json")
 
 
@@ -149,22 +151,55 @@ def exactness(work: Path) -> Mapping[str, Mapping[str, str]]:
     return rows
 
 
+def missing(base: Path, tuned: Path, adapter: Path) -> Mapping[str, str]:
+    """By kind of parameter, the part of a fine-tune's change that an extracted adapter lacks, as PEFT merges it in float32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tuned))
+    left, whole = dict[str, float](), dict[str, float]()
+    for key in before:
+        kind = next((kind for kind, end in _KINDS.items() if key.endswith(end)), "linear weights")
+        left[kind] = left.get(kind, 0) + float((after[key].double() - merged[key].double()).square().sum())
+        whole[kind] = whole.get(kind, 0) + float((after[key].double() - before[key].double()).square().sum())
+    return {kind: f"{(left[kind] / whole[kind]) ** 0.5:.1%}" for kind in sorted(left)}
+
+
+def extraction(work: Path, mergekit: Path) -> Mapping[str, Mapping[str, str]]:
+    """By kind of parameter and program, what a LoRA of rank 16 lacks of a fine-tune's change."""
+    base, tuned = fine_tune(work)
+    here, there = work / "extracted-here", work / "extracted-there"
+    ran = call([sys.executable, "-m", "surgery_cli", "extract-lora", base, tuned, "-o", here, "--rank", "16"])
+    assert ran.code == 0, ran.text
+    asked = ["--model", tuned, "--base-model", base, "--out-path", there, "--max-rank", "16"]
+    ran = call([mergekit, *asked])
+    assert (there / "adapter_model.safetensors").exists(), ran.text  # without the hub it ends with an error of its card
+    ours, theirs = (missing(base, tuned, adapter) for adapter in (here, there))
+    return {kind: {"surgery": ours[kind], "mergekit": theirs[kind]} for kind in ours}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learn", action="store_true", help="write what is observed as what is expected")
+    parser.add_argument("--mergekit", type=Path, help="mergekit-extract-lora of a virtual environment of its own")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="surgery-peers-") as folder:
         work = Path(folder)
         observed = {"faults": faults(work), "exactness": exactness(work)}
+        if options.mergekit:
+            observed["extraction"] = extraction(work, options.mergekit.absolute())
     print(versions("peft", "transformers", "torch"))
     for title, rows in observed.items():
-        print(f"\n## {title}\n\n| | surgery | PEFT |\n| --- | --- | --- |")
+        print(f"\n## {title}\n\n| | {' | '.join(next(iter(rows.values())))} |\n| --- | --- | --- |")
         for row, cells in rows.items():
-            print(f"| {row} | {cells['surgery']} | {cells['PEFT']} |")
+            print(f"| {row} | {' | '.join(cells.values())} |")
     if options.learn:
         EXPECTED.write_text(json.dumps(observed, indent=1) + "\n")
-    assert observed == json.loads(EXPECTED.read_text()), "not what docs/comparison.md says"
+    expected = {title: rows for title, rows in json.loads(EXPECTED.read_text()).items() if title in observed}
+    assert observed == expected, "not what docs/comparison.md says"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 MODULE = "model.layers.3.mlp.up_proj"
 _KEY = f"base_model.model.{MODULE}.lora_%s.weight"
+_TOKENIZER = sorted((Path(__file__).parents[1] / "examples" / "base").glob("tokenizer*"))
 _FILE = "adapter_model.safetensors"
 
 Tensors = dict[str, torch.Tensor]
@@ -144,3 +145,25 @@ def other_base(base: Path, folder: Path) -> Path:
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def fine_tune(folder: Path) -> tuple[Path, Path]:
+    """A small Qwen2, which has biases, and its full fine-tune: every matrix changed by rank 2, every vector by random numbers."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(3)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=256, num_hidden_layers=2, tie_word_embeddings=False, **size))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.copy_(torch.randn_like(one) * 0.05)
+    model.to(torch.bfloat16).save_pretrained(folder / "base")
+    with torch.no_grad():
+        for one in model.parameters():
+            change = torch.randn(len(one), 2) @ torch.randn(2, one.shape[1]) if one.ndim == 2 else torch.randn(len(one))
+            one.add_((change * 0.02).to(one.dtype))
+    model.save_pretrained(folder / "tuned")
+    for made in ("base", "tuned"):  # without a tokenizer there mergekit asks the hub for one
+        for file in _TOKENIZER:
+            shutil.copy(file, folder / made)
+    return folder / "base", folder / "tuned"
