@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of every command at several sizes of the model, as the kernel saw it.
 
-    python benchmarks/memory.py [--sizes 0.2,1,4] [--folder DIR] [--only merge,verify] [--limit 100MB]
+    python benchmarks/memory.py [--sizes 0.2,1,4] [--folder DIR] [--only merge,verify] [--limits]
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-three times its bytes on the disk. With ``--limit``, merges run under ``--memory-limit`` and must stay within it and the fixed cost.
+five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit``, and all their processes
+together must stay within it and the fixed cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import tempfile
@@ -40,13 +42,46 @@ COMMANDS: dict[str, list[str]] = {
     "merge --dtype fp16": ["merge", "base", "lora", "-o", "out", "--dtype", "fp16"],
     "layers": ["layers", "base", "--drop", "1", "-o", "out"],
     "export-onnx": ["export-onnx", "base", "-o", "out"],
-    "export-onnx --swap": ["export-onnx", "base", "--swap", "lora", "-o", "out"],
+    "export-onnx --swap": ["export-onnx", "base", "--swap", "lora", "-o", "slots"],
+    "fold": ["fold", "slots/model.onnx", "slots/adapters/lora.onnx_adapter", "-o", "out"],
+    "export-onnx BASE ADAPTER": ["export-onnx", "base", "lora", "-o", "graph"],
+    "locate": ["locate", "graph/model.onnx", "--base", "base", "--adapter", "lora"],
+    "verify GRAPH": ["verify", "graph", "--against", "base", "--adapter", "lora"],
+    "export-onnx --weights-type int4": ["export-onnx", "base", "-o", "out", "--weights-type", "int4"],
+    "export-onnx --weights-type int8": ["export-onnx", "base", "-o", "out", "--weights-type", "int8"],
+    "merge into NF4, dequantised": ["merge", "nf4", "lora", "-o", "out"],
+    "merge into NF4": ["merge", "nf4", "lora", "-o", "out", "--quantized", "requantize"],
+    "merge into fp8": ["merge", "fp8", "lora", "-o", "out", "--quantized", "requantize"],
+    "insert --unmerged": ["insert", "base", "lora", "--unmerged", "-o", "out"],
+    "check": ["check", "base", "lora"],
+    "apply": ["apply", "recipe.yaml", "-o", "out"],
     "convert": ["convert", "lora", "--to", "mlx", "-o", "out"],
     "convert --to compact": ["convert", "lora", "--to", "compact", "-o", "out"],
     "combine": ["combine", "lora=0.5", "lora=0.25", "-o", "out"],
     "resize": ["resize", "lora", "--rank", "8", "-o", "out"],
 }
-"""In order; ``merged`` is kept for those that follow."""
+"""In order; ``merged``, ``slots`` and ``graph`` are kept for those that follow."""
+PLACES = {"base", "lora", "merged", "out", "slots", "graph", "nf4", "fp8", "recipe.yaml"}
+RECIPE = """\
+steps:
+  - {verb: combine, adapters: {LORA: 0.5}, as: half}
+  - {verb: merge, base: BASE, adapters: {half: 1.0}, output: merged}
+"""
+
+
+LIMITED = {
+    "merge": (25, 50, 100),
+    "merge into NF4, dequantised": (25, 50, 100),
+    "merge into NF4": (100, 200, 400),
+    "merge into fp8": (100, 200, 400),
+}
+"""Merges alone have ``--memory-limit``; in MB, from little more than one weight takes."""
+
+
+def under(limit: int, name: str) -> list[str]:
+    """The words of a merge that may take so many MB, for more workers than these allow."""
+    words = ["out" if word == "merged" else word for word in COMMANDS[name]]
+    return [*words, "--workers", "8", "--memory-limit", f"{limit}MB"]
 
 
 def layers_of(size: float) -> int:
@@ -60,13 +95,25 @@ def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str,
     shape = replace(SHAPE, layers=layers_of(size))
     write_base(shape, work / "base", shards=max(2, round(size)))
     write_adapter(shape, work / "lora")
+    (work / "recipe.yaml").write_text(RECIPE.replace("BASE", f"{work}/base").replace("LORA", f"{work}/lora"))
+    if any(format in words for words in chosen.values() for format in ("nf4", "fp8")):
+        write_quantised(work)
     found = {}
     for name, words in chosen.items():
-        places = [str(work / word) if word in ("base", "merged", "out") else word for word in words]
-        places = [word.replace("lora", str(work / "lora")) if word.startswith("lora") else word for word in places]
-        found[name] = run([sys.executable, "-P", "-m", "surgery_cli", "-q", *places], work / "log").peak
+        places = [str(work / word) if re.split("[/=]", word)[0] in PLACES else word for word in words]
+        command = [sys.executable, "-P", "-m", "surgery_cli", "-q", *places]
+        found[name] = run(command, work / "log", children="--memory-limit" in words).peak
+        print(f"{size:g} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
         shutil.rmtree(work / "out", ignore_errors=True)
     return found
+
+
+def write_quantised(work: Path) -> None:
+    """The base in two formats of codes."""
+    from quantised_merge import BNB, FP8, fp8, nf4, quantise
+
+    quantise(work / "base", work / "nf4", nf4, BNB)
+    quantise(work / "base", work / "fp8", fp8, FP8)
 
 
 def main() -> None:
@@ -74,13 +121,12 @@ def main() -> None:
     parser.add_argument("--sizes", default="0.2,1", help="in GB")
     parser.add_argument("--folder", type=Path, help="where to work")
     parser.add_argument("--only", help="commands, by comma; merge is run in any case")
-    parser.add_argument("--limit", type=int, help="MB: merges alone, under this memory limit")
+    parser.add_argument("--limits", action="store_true", help="merges alone, under memory limits")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else list(COMMANDS)
     chosen = {name: words for name, words in COMMANDS.items() if name in wanted or name == "merge"}
-    if options.limit:
-        limit = ["--memory-limit", f"{options.limit}MB"]
-        chosen = {f"{name} {' '.join(limit)}": [*words, *limit] for name, words in chosen.items() if name == "merge"}
+    if options.limits:
+        chosen = {f"{name} within {mb} MB": under(mb, name) for name, limits in LIMITED.items() for mb in limits}
     sizes = [float(size) for size in options.sizes.split(",")]
     table: list[dict[str, int]] = []
     for size in sizes:
@@ -97,8 +143,8 @@ def main() -> None:
         growth = peaks[-1] / peaks[0]
         mark = "" if growth <= FLAT else " *"
         print(f"| `{name}` | {' | '.join(f'{peak / 1e6:.0f} MB' for peak in peaks)} | {growth:.2f}{mark} |")
-        if options.limit:
-            assert max(peaks) <= options.limit * 1e6 + FIXED, (name, peaks)
+        if options.limits:
+            assert max(peaks) <= int(name.split()[-2]) * 1e6 + FIXED, (name, peaks)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def write_base(shape: Shape, folder: Path, shards: int = 3, seed: int = 0) -> No
             out.write(header)
             for position, (name, _) in enumerate(group):
                 weight_map[name] = file
-                left, at = ranges[name][1], position * 7918 * 2
+                left, at = ranges[name][1], position * 7918 * 2 % len(pool)
                 while left:
                     piece = pool[at : at + left]
                     out.write(piece)

@@ -21,9 +21,13 @@ Outcome = Literal["exact", "approximated", "kept"]
 Solutions = RecentSolutions[Solved]
 
 
-def new_solutions() -> Solutions:
-    """The memory of one combination."""
-    return RecentSolutions(lambda solved: int(solved.B.nbytes + solved.A.nbytes))
+def new_solutions(*, while_planning: bool = False) -> Solutions:
+    """The memory of one combination; where the plan itself has to solve for factors, they are kept until they are written."""
+    return RecentSolutions(_nbytes, groups=None) if while_planning else RecentSolutions(_nbytes)
+
+
+def _nbytes(solved: Solved) -> int:
+    return int(solved.B.nbytes + solved.A.nbytes)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from surgery.engine.execute import Run, default_workers
 from surgery.engine.inputs import as_adapter, as_checkpoint
 from surgery.engine.shares.piece_file import Payload, PieceFile, open_piece, other_bytes, write_piece
 from surgery.engine.sharing import one_of_shares, shared_out
+from surgery.progress import Progress
 from surgery.rank import Rank
 from surgery_formats.adapters.registry import format_named
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
@@ -170,8 +171,9 @@ class ConvertWork:
             write_piece(staged, _name(number), head, loads)
 
         with one_thread(), ThreadPoolExecutor(workers, "surgery-svd") as pool:
-            for _ in pool.map(work_out, numbers):
-                pass
+            for done, _ in enumerate(pool.map(work_out, numbers), 1):
+                if run.progress is not None:
+                    run.progress(Progress(done, len(numbers), "factorising"))
         return {}
 
     def solved(self, folders: Sequence[Path]) -> SolvedSVDs:
@@ -182,7 +184,7 @@ class ConvertWork:
         """
         pieces: dict[str, PieceFile] = {}
         for folder, share in zip(folders, self._shares(len(folders)), strict=True):
-            files = read_object(folder / MANIFEST, INDEX_LIMIT)["files"]
+            files = read_object(folder / MANIFEST, MANIFEST_LIMIT)["files"]
             for number in share:
                 if (record := files.get(_name(number))) is None:
                     raise ProofError(f"lacks {_name(number)}", file=folder, hint="remove it, and run the share again")

@@ -38,7 +38,7 @@ def combine_stacks(
     keys = tuple(f"{name}[{e}]" for e in range(len(targets)))
 
     def solved(e: int) -> Solved:
-        return solutions.of(keys[e], lambda: with_error(targets[e].solve(rank)))
+        return solutions.of(keys[e], lambda: with_error(targets[e].solve(rank)), name)
 
     loras = tuple(
         computed_lora(f"{site}.{e}", target, rank, partial(solved, e), experts[e]) for e, target in enumerate(targets)

@@ -102,7 +102,7 @@ def lora_form(
     """
     if adapter.prompt is not None:
         raise FitError(f"{adapter.kind} trains virtual tokens: they are no change of a weight", file=adapter.path)
-    options, solutions = CombineOptions.of("exact", rank or Rank()), new_solutions()
+    options, solutions = CombineOptions.of("exact", rank or Rank()), new_solutions(while_planning=True)
     updates = adapter.updates if base is None else applicable_updates(adapter, base)
 
     def formed_as(item: tuple[Site, tuple[Update, ...]]) -> WeightForm:

@@ -61,7 +61,7 @@ def write_for(
         dtype: Type of the stored matrices; None keeps them.
         overwrite: Replace an existing output, atomically.
         progress: Called with every step.
-        merge_rest: Called with what is to be merged into the base (`Consent.merged`), before anything is written.
+        merge_rest: Called with what is to be merged into the base (`Consent.merged`), before the adapter appears.
         rest_name: Of the base that this makes, to which the adapter then belongs.
 
     Raises:
@@ -93,7 +93,8 @@ def write_for(
     if output is None:
         return result
     files = {name: path for name, path in original.files_beside.items() if path in made.kept.side_files}
-    options = WriteOptions(output, (original.path, base.path), files, overwrite, progress)
+    rest = None if merge_rest is None or made.rest is None else partial(merge_rest, made.rest)
+    options = WriteOptions(output, (original.path, base.path), files, overwrite, progress, last=rest)
     also = partial(
         _prove,
         made=made,
@@ -105,9 +106,7 @@ def write_for(
         greatest_rank=consent.greatest_rank,
     )
     chosen = repr(consent) if made.form is not None else f"{consumer.name} {version}"
-    with several_outputs(merge_rest is not None):
-        if merge_rest is not None and made.rest is not None:
-            merge_rest(made.rest)
+    with several_outputs(rest is not None):
         return write_conversion(plan, options, result, rank=chosen, also=also)
 
 

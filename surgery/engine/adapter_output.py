@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class WriteOptions:
         overwrite: Replace what is there, atomically.
         progress: Called with every tensor.
         threads: Threads that compute tensors, for a rendering whose tensors do not share what they are computed from.
+        last: Called before the output appears, to write what it belongs to.
     """
 
     output: Path
@@ -70,6 +72,7 @@ class WriteOptions:
     overwrite: bool = False
     progress: Callback | None = None
     threads: int = 1
+    last: Callable[[], object] | None = None
 
 
 def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
@@ -116,11 +119,14 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
 
     def proved(path: Path) -> Mapping[str, Any]:
         try:
-            return prove(path)
+            facts = prove(path)
         except SurgeryError as error:  # nobody knows the hidden file or folder, which is gone when this is read
             if error.file is not None:
                 error.file = error.file.replace(str(path), str(output)).replace(path.name, output.name)
             raise
+        if options.last is not None:
+            options.last()
+        return facts
 
     if target.single_file:
         suffix = Path(rendering.tensor_file).suffix
@@ -187,18 +193,30 @@ class _TensorFile:
     def fill(
         self, put: Put, threads: int = 1, progress: Callback | None = None, confirm: Confirm | None = None
     ) -> None:
-        """Hand all bytes to `put`, in order, and to `confirm` those that were moved, when they are written."""
+        """Hand all bytes to `put`, and to `confirm` those that were moved, when they are written."""
         from surgery_formats.threads import one_thread
 
         # For hundreds of small tensors a team of threads costs more than it does.
         with one_thread(), ThreadPoolExecutor(threads, "surgery-tensors") as pool:
             line = _Line(self, pool, threads, confirm)
+            done = 0
             for offset, data in self.packed.pieces(line.tensors()):
                 put(data, offset)
                 line.written(offset)
+                done += len(data)
                 if progress is not None and offset:
-                    progress(Progress(offset + len(data), self.size, "writing"))
+                    progress(Progress(min(done, self.size), self.size, "writing"))
             line.finish()
+
+    def order(self) -> Iterable[str]:
+        """Names as they are made: as they lie, or those one after the other that are solved for at once."""
+        if not self.packed.in_any_order:
+            return self.packed.ranges
+        groups: dict[tuple[bool, str], list[str]] = {}
+        for name in self.packed.ranges:
+            together = self.tensors[name].made_with
+            groups.setdefault((bool(together), together or name), []).append(name)
+        return chain.from_iterable(groups.values())
 
     def bytes_of(self, name: str) -> memoryview:
         """The bytes of one tensor, computed now."""
@@ -250,7 +268,7 @@ class _TensorFile:
 
 
 class _Line:
-    """The tensors of a file on their way to it: made a few at a time, written in order, and looked at once written."""
+    """The tensors of a file on their way to it: made a few at a time, written one by one, and looked at once written."""
 
     def __init__(self, content: _TensorFile, pool: ThreadPoolExecutor, threads: int, confirm: Confirm | None) -> None:
         self._content = content
@@ -262,9 +280,9 @@ class _Line:
         self._looks: dict[int, Future[None]] = {}  # by buffer
 
     def tensors(self) -> Iterator[tuple[str, memoryview]]:
-        """All in the order of the file, each until the next is asked for."""
+        """All of the file, each until the next is asked for."""
         made: deque[Future[tuple[str, memoryview]]] = deque()
-        for number, name in enumerate(self._content.packed.ranges):
+        for number, name in enumerate(self._content.order()):
             made.append(self._pool.submit(self._make, number % len(self._buffers), name))
             if len(made) > self._ahead:
                 yield made.popleft().result()

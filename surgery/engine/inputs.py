@@ -269,8 +269,10 @@ def local_path(value: StrPath, argument: str) -> Path:
     """
     if not isinstance(value, str | os.PathLike):
         raise wrong_type(value, argument, "a path")
-    if os.fspath(value) == "":
+    if (text := os.fspath(value)) == "":
         raise UsageError(f"{argument} is empty", hint="it is to name a file or a folder")
+    if "\0" in text:
+        raise UsageError(f"{argument} holds a zero byte, which no name does")
     return to_path(value)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ def obstacles(plan: Plan, preview: Preview, *, overwrite: bool) -> Iterator[str]
         yield f"{nbytes(needed)} will not fit into {nbytes(preview.free_nbytes)} of free disk"
     if exists(output, links=True) and not overwrite:
         yield f"{show(output, _PATH)} is already there; the merge needs another name, or --overwrite"
-    if any(output.resolve() == root.resolve() for root in plan.roots):
+    if any(os.path.realpath(output) == os.path.realpath(root) for root in plan.roots):
         yield f"{show(output, _PATH)} is one of the inputs; the merge needs a folder outside them"
 
 

@@ -9,7 +9,7 @@ plain name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -134,10 +134,8 @@ def plan_storage(
         for name in target.names:
             plan.dropped.setdefault(name, f"'{target.path}' is made of several tensors: no copy of a module holds them")
     _refuse_nests(plan)
-    for target in list(plan.targets):
-        if why := _not_attached(target, base):
-            plan.targets.remove(target)
-            plan.dropped |= dict.fromkeys(target.names, why)
+    reasons = {target.path: why for target in plan.targets if (why := _not_attached(target, base))}
+    _drop(plan, reasons)
     held = {name for target in targets for name in target.names}
     for parameter in rest:
         name = parameter.pair.name
@@ -153,6 +151,14 @@ def plan_storage(
     return plan
 
 
+def _drop(plan: StoragePlan, reasons: Mapping[str, str]) -> None:
+    """Drop targets, by path."""
+    for target in plan.targets:
+        if target.path in reasons:
+            plan.dropped |= dict.fromkeys(target.names, reasons[target.path])
+    plan.targets = [target for target in plan.targets if target.path not in reasons]
+
+
 def _not_attached(target: LowRankTarget, base: Component) -> str:
     """Why PEFT would not attach factors of the target as a whole; empty if it does."""
     if base.config.get("model_type") == "diffusion_gemma" and target.path.startswith("model.decoder.layers."):
@@ -162,9 +168,9 @@ def _not_attached(target: LowRankTarget, base: Component) -> str:
     return ""
 
 
-def _inside(path: str, modules: Iterable[str]) -> bool:
-    """Whether the parameter `path` lies in one of `modules`."""
-    return any(path.startswith(f"{module}.") for module in modules)
+def _inside(path: str, modules: Set[str]) -> bool:
+    """Whether the parameter or module `path` lies in one of `modules`."""
+    return any(ancestor in modules for ancestor in _ancestors(path))
 
 
 def _vocabulary(
@@ -312,6 +318,7 @@ def _copies(
 ) -> None:
     """Copy the modules that have a changed parameter without any other form."""
     modules = {module for parameter in rest for module in _ancestors(parameter.path)}
+    layered = _layered(modules)
     apart = ("bias", "part") + (("linear", "conv", "embedding", "experts") if options.matrices == "lora" else ())
     for parameter in rest:
         if not measures[parameter.pair.name].changed or parameter.form in apart:
@@ -319,22 +326,19 @@ def _copies(
         only_bias = parameter.form == "norm" and parameter.path.endswith(".bias")
         if parameter.form == "norm" and "norm" not in options.dense:
             plan.dropped.setdefault(parameter.pair.name, "norm changes were not asked for (--dense)")
-        elif not _can_be_copied(parameter.module, modules):
+        elif not _can_be_copied(parameter.module, layered):
             plan.dropped[parameter.pair.name] = "it belongs to no module that PEFT could store in full"
         elif not only_bias:
             plan.saved_modules.add(parameter.module)
             if parameter.form == "whole":
                 plan.why[parameter.pair.name] = "no LoRA of PEFT acts here: a copy of its module does"
     # PEFT copies every module whose path ends as a listed one, and asks the file for all of them.
-    own = {module for module in plan.saved_modules if module in modules}
-    while more := {module for module in modules if any(module.endswith(kept) for kept in own)} - own:
-        own |= more
-    plan.saved_modules |= own
-    plan.saved_modules = {module for module in plan.saved_modules if not _inside(module, plan.saved_modules - {module})}
-    for name in [
-        name for name in plan.dropped if any(s.pair.name == name and _inside(s.path, plan.saved_modules) for s in rest)
-    ]:
-        del plan.dropped[name]
+    listed = plan.saved_modules & modules
+    plan.saved_modules |= {module for module in modules if any(module[at:] in listed for at in range(len(module)))}
+    plan.saved_modules = {module for module in plan.saved_modules if not _inside(module, plan.saved_modules)}
+    for parameter in rest:
+        if _inside(parameter.path, plan.saved_modules):
+            plan.dropped.pop(parameter.pair.name, None)
 
 
 def _ancestors(path: str) -> list[str]:
@@ -342,12 +346,15 @@ def _ancestors(path: str) -> list[str]:
     return [".".join(segments[: depth + 1]) for depth in range(len(segments))]
 
 
-def _can_be_copied(module: str, modules: set[str]) -> bool:
+def _layered(modules: Set[str]) -> set[str]:
+    """Those of `modules` that have numbered ones within."""
+    numbered = (module for module in modules if module.rpartition(".")[2].isdigit())
+    return {ancestor for module in numbered for ancestor in _ancestors(module)}
+
+
+def _can_be_copied(module: str, layered: Set[str]) -> bool:
     """Whether `module` is a part of a layer or of the model, not a whole layer or the whole model."""
-    if not module or module.rpartition(".")[2].isdigit():
-        return False
-    below = (other.removeprefix(f"{module}.") for other in modules if other.startswith(f"{module}."))
-    return not any(segment.isdigit() for path in below for segment in path.split("."))
+    return bool(module) and not module.rpartition(".")[2].isdigit() and module not in layered
 
 
 def _refuse_nests(plan: StoragePlan) -> None:
@@ -356,13 +363,13 @@ def _refuse_nests(plan: StoragePlan) -> None:
     for target in plan.targets:
         if target.form == "experts" or not target.path.endswith(".weight"):
             by_module.setdefault(target.path.rpartition(".")[0], []).append(target)
-    for module, targets in by_module.items():
-        if not is_order_known([target.path.rpartition(".")[2] for target in targets]):
-            for target in targets:
-                plan.targets.remove(target)
-                plan.dropped |= dict.fromkeys(
-                    target.names, f"which parameter of '{module}' PEFT wraps first is not known"
-                )
+    nests = {
+        target.path: f"which parameter of '{module}' PEFT wraps first is not known"
+        for module, targets in by_module.items()
+        if not is_order_known([target.path.rpartition(".")[2] for target in targets])
+        for target in targets
+    }
+    _drop(plan, nests)
 
 
 def dense_size(dense: DenseTensor) -> tuple[int, int]:

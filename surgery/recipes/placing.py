@@ -3,19 +3,53 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from surgery.recipes.apply_result import Place
 from surgery.recipes.recipe import Operand, Recipe, Step
+from surgery_formats.text import show
 
-__all__ = ["placed_steps"]
+__all__ = ["check_apart", "placed_steps"]
 
 _FOLDED = {"base", "adapters"}
 """All that a merge may say that an export takes over."""
 
 _OF_FILES = {"dtype", "to", "shard_size", "adapter_output"}
 """What is said of the files of a result, and what is written beside it: there is none of that in memory."""
+
+
+_OTHER_OUTPUTS = ("adapter_output", "residual", "merge_rest")
+"""Arguments that are outputs beside that of the step."""
+
+
+def check_apart(steps: Sequence[Step]) -> None:
+    """Refuse outputs that are one, or lie in one another, before anything is written.
+
+    An export may add its files to the folder of the model that an earlier step writes.
+
+    Raises:
+        UsageError: such outputs.
+    """
+    known: list[tuple[str, Step]] = []
+    for step in steps:
+        more = [step.arguments.get(name) for name in _OTHER_OUTPUTS]
+        for text in (step.output, *more):
+            if not isinstance(text, str) or not text:
+                continue
+            path = os.path.realpath(text)
+            for other, owner in known:
+                if path == other and not _adds_to(step, owner):
+                    raise step.fail(f"'{show(text)}' is an output of {owner.title} too")
+                if path != other and os.path.commonpath((path, other)) in (path, other):
+                    raise step.fail(f"'{show(text)}' and an output of {owner.title} lie in one another")
+            known.append((path, step))
+
+
+def _adds_to(step: Step, owner: Step) -> bool:
+    base = step.operands.get("base", ())
+    return step.verb == "export-onnx" and [one.text for one in base] == [owner.name]
 
 
 def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:

@@ -15,7 +15,7 @@ from surgery.progress import Callback
 from surgery.recipes.apply_result import ApplyResult, Done, Place
 from surgery.recipes.arguments import step_arguments
 from surgery.recipes.finding import found_inputs, kept_recipe
-from surgery.recipes.placing import placed_steps
+from surgery.recipes.placing import check_apart, placed_steps
 from surgery.recipes.reading import read_recipe
 from surgery.recipes.recipe import Recipe, Step
 from surgery.reports.request import Request, asked
@@ -95,6 +95,7 @@ def _applied(
         read = replace(read, steps=steps)
     elif dry_run and not read.steps[-1].output and read.recorded is not None:
         read = replace(read, steps=(*read.steps[:-1], replace(read.steps[-1], output="OUT")))
+    check_apart(read.steps)
     placed = placed_steps(read)
     found = found_inputs(read, inputs)
     if dry_run:

@@ -12,7 +12,7 @@ from surgery.engine.inputs import AdapterLike, CheckpointLike, StrPath, as_adapt
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
-from surgery.verbs.rest import rest_merger
+from surgery.verbs.rest import rest_merger, rest_name
 from surgery_formats.errors import FitError
 
 __all__ = ["CheckResult", "check"]
@@ -100,6 +100,6 @@ def check(
         overwrite=overwrite,
         progress=progress,
         merge_rest=None if merge_rest is None else rest_merger(checkpoint, merge_rest, overwrite, progress),
-        rest_name="" if merge_rest is None else local_path(merge_rest, "merge_rest").resolve().name,
+        rest_name=rest_name(merge_rest),
     )
     return result.plus(written)

@@ -38,7 +38,6 @@ from surgery.engine.inputs import (
     as_checkpoint,
     as_list,
     as_path,
-    local_path,
     output_path,
 )
 from surgery.engine.loaders import attaching
@@ -328,7 +327,7 @@ def _for_consumer(
     """Write an adapter so that a program honours all of it."""
     from surgery.consumers.fix import write_for
     from surgery.consumers.registry import asked_version, consumer_named
-    from surgery.verbs.rest import rest_merger
+    from surgery.verbs.rest import rest_merger, rest_name
 
     program, version = consumer_named(consumer)
     merger = None
@@ -344,7 +343,7 @@ def _for_consumer(
         overwrite=overwrite,
         progress=progress,
         merge_rest=merger,
-        rest_name="" if merge_rest is None else local_path(merge_rest, "merge_rest").resolve().name,
+        rest_name=rest_name(merge_rest),
         **options,
     )
     if program.name != "llama.cpp" or output is None:

@@ -372,3 +372,19 @@ def test_token_rows_beside_a_tied_head_with_a_bias_are_told(tmp_path: Path, tied
     told = [text for text in result.warnings if "without 'cls.predictions.bias'" in text]
     assert len(told) == tied
     np.testing.assert_allclose(merged.numpy() - trained.numpy(), np.broadcast_to(bias * tied, merged.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "types", "told"), [("QUESTION_ANS", 2, True), ("QUESTION_ANS", 1, False), ("TOKEN_CLS", 2, False)]
+)
+def test_token_types_that_peft_did_not_train_with_are_named(task: str, types: int, told: bool, tmp_path: Path) -> None:
+    """See findings/peft_questions_lose_segments.sh: its model for questions calls the base without them."""
+    at = "bert.encoder.layer.0.attention.self.query"
+    shapes = {"bert.embeddings.token_type_embeddings.weight": (types, 6), f"{at}.weight": (6, 6)}
+    base = write_base(tmp_path / "base", shapes, {"model_type": "bert", "architectures": ["BertForQuestionAnswering"]})
+    tensors = {f"{ROOT}{at}.lora_A.weight": draw(1, 2, 6), f"{ROOT}{at}.lora_B.weight": draw(2, 6, 2)}
+    adapter = write_peft(
+        tmp_path / "a", tensors, peft_type="LORA", r=2, lora_alpha=4, target_modules=["query"], task_type=task
+    )
+    warnings = surgery.merge(base, adapter, dry_run=True).warnings
+    assert [("token_type_ids" in warning) for warning in warnings] == [True] * told

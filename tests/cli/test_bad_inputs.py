@@ -83,6 +83,5 @@ def test_a_wrong_command_line_is_refused(
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)
-    case.prepare(place)
     words = [word.format(out=place / "out", place=place, **world) for word in case.words]
     _refused(words, case.codes, case.mentions, tmp_path, world["base"].parent)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from time import sleep
 
 from surgery_formats.linalg.solutions import RecentSolutions
@@ -18,10 +19,10 @@ def test_a_remembered_solution_is_not_solved_again() -> None:
 
     assert [solve(key) for key in "aabba"] == [b"aaaa", b"aaaa", b"bbbb", b"bbbb", b"aaaa"]
     assert solved == ["a", "b"]
-    solve("c")  # 12 bytes: the oldest goes
-    solve("b")
+    solve("c")  # 12 bytes: what was asked for longest ago goes
     solve("a")
-    assert solved == ["a", "b", "c", "a"]
+    solve("b")
+    assert solved == ["a", "b", "c", "b"]
 
 
 def test_the_last_solution_is_kept_whatever_its_size_and_all_errors_are() -> None:
@@ -48,3 +49,38 @@ def test_threads_share_a_solution_and_never_lose_one() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: asked.of("one", lambda: (sleep(0.01), solve("one"))[1]), range(8)))
     assert solved.count("one") == 1
+
+
+def test_of_what_is_done_with_only_the_last_few_are_kept() -> None:
+    solved: list[str] = []
+    solutions = RecentSolutions[bytes](len, groups=2)
+
+    def solve(key: str, group: str) -> bytes:
+        return solutions.of(key, lambda: (solved.append(key) or bytes(4), 0.5), group)
+
+    for key in ("a1", "a2", "a3", "a1", "a2", "a3"):  # the experts of one weight: one factor of all, then the other
+        solve(key, "a")
+    assert solved == ["a1", "a2", "a3"]
+    solve("b", "b")
+    solve("a1", "a")
+    solve("c", "c")
+    solve("a3", "a")
+    assert solved == ["a1", "a2", "a3", "b", "c"]
+    solve("b", "b")
+    assert solved[5:] == ["b"]
+    assert solutions.error_of("a1", lambda: (b"", -1.0)) == 0.5, "the error of what is forgotten is not"
+    assert solutions.error_of("d", lambda: (b"", 0.75)) == 0.75
+
+
+def test_what_a_thread_is_at_is_kept_however_many_threads_there_are() -> None:
+    solutions, solved = RecentSolutions[bytes](len, groups=1), []
+    all_have_one = Barrier(6)
+
+    def both_factors(key: str) -> None:
+        solutions.of(key, lambda: (solved.append(key) or bytes(4), 0.0))
+        all_have_one.wait(10)
+        solutions.of(key, lambda: (solved.append(key) or bytes(4), 0.0))
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(both_factors, "abcdef"))
+    assert sorted(solved) == list("abcdef")

@@ -21,6 +21,7 @@ NORM, MATRIX = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("damaged") / "in"
     write_inputs(folder)
+    surgery.prompt_convert(folder / "prompt", to="prefix", base=folder / "base", output=folder / "prefix")
     return folder
 
 
@@ -43,12 +44,19 @@ def damaged(inputs: Path, folder: Path, name: str, value: float) -> Path:
         {"weights_type": "int4"},
         {"weights_type": "int8", "embeddings": "int8"},
         {"weights_type": "mixed", "budget": 60_000},
+        {"swap": "lora"},
+        {"swap": "lora", "weights_type": "int4"},
+        {"merge_to": "full", "adapters": "lora"},
+        {"prefix": "prefix"},
+        {"prefix": "prompt", "prompt_form": "rows"},
+        {"inputs_embeds": True},
     ],
     ids=lambda options: " ".join(map(str, options.values())) or "copy",
 )
 def test_a_weight_that_is_kept_is_named(inputs: Path, tmp_path: Path, options: dict[str, object]) -> None:
     base = damaged(inputs, tmp_path / "base", NORM, np.inf)
-    result = surgery.export_onnx(base, output=tmp_path / "out", **options)
+    named = {key: inputs / value if key in ("swap", "adapters", "prefix") else value for key, value in options.items()}
+    result = surgery.export_onnx(base, output=tmp_path / "out", **named)
     assert [warning for warning in result.warnings if "NaN or Inf" in warning] == [
         f"one weight holds NaN or Inf: {NORM}"
     ]
@@ -58,6 +66,17 @@ def test_merged_weights_are_looked_at_too(inputs: Path, tmp_path: Path) -> None:
     base = damaged(inputs, tmp_path / "base", NORM, np.nan)
     result = surgery.export_onnx(base, [inputs / "lora"], output=tmp_path / "out")
     assert f"one weight holds NaN or Inf: {NORM}" in result.warnings
+
+
+def test_a_weight_that_is_computed_is_refused_by_name(inputs: Path, tmp_path: Path) -> None:
+    """Of a graph whose other weights stay where they are and are not read."""
+    target = "model.layers.0.self_attn.q_proj.weight"
+    base = damaged(inputs, tmp_path / "base", target, np.nan)
+    surgery.export_onnx(base, output=tmp_path / "graph", weights="link")
+    with pytest.raises(FitError, match=r"NaN|nan") as caught:
+        surgery.merge(tmp_path / "graph/model.onnx", inputs / "lora", graph_of=base, output=tmp_path / "out")
+    assert caught.value.tensor == target
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_said_of_weights_that_are_numbers(inputs: Path, tmp_path: Path) -> None:

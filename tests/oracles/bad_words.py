@@ -1,34 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines that are wrong by themselves: outputs that may not be written, inputs that are not there, numbers that are none.
+"""Command lines that are wrong by themselves: inputs that are not there, numbers that are none, options that do not go together.
 
 They are made of `COMMANDS` and of the options that the commands have, so that a new command or option gets its cases with its line.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 
 from surgery_cli.group import COMMANDS as TABLE
 from surgery_cli.group import surgery
-from surgery_formats.files.output.manifest import MANIFEST
 from tests.oracles.bad_inputs import COMMANDS
 
 __all__ = ["WORDS", "Words"]
 
 _INPUT = re.compile(r"\{(?!out\})(\w+)\}")
-
-
-_SINGLE = ("recipe", "onnx_adapter")
-
-
-def _nothing(place: Path) -> None:
-    """For cases that need nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,63 +30,12 @@ class Words:
         words: What follows ``surgery``, with the names of inputs in braces; ``{place}`` is an empty folder, ``{out}`` an output in it.
         codes: Exit codes that are right.
         mentions: Each must be in the message.
-        prepare: Makes what has to be there, in that folder.
     """
 
     name: str
     words: tuple[str, ...]
     codes: tuple[int, ...]
     mentions: tuple[str, ...] = ()
-    prepare: Callable[[Path], object] = _nothing
-
-
-def _folder(place: Path) -> None:
-    (place / "out").mkdir()
-    (place / "out" / "mine").write_text("kept")
-
-
-def _file(place: Path) -> None:
-    (place / "out").write_text("kept")
-
-
-def _fifo(place: Path) -> None:
-    os.mkfifo(place / "out")
-
-
-def _loop(place: Path) -> None:
-    (place / "loop").symlink_to("pool")
-    (place / "pool").symlink_to("loop")
-
-
-def _outputs(line: str) -> Iterator[Words]:
-    """One line with outputs that may not be written."""
-    words = line.split()
-    at = next(place for place, word in enumerate(words) if re.fullmatch(r"\{out\}(\.\w+)?", word))
-    suffix = words[at].removeprefix("{out}")
-
-    def case(
-        name: str, output: str, codes: tuple[int, ...], *says: str, made: Callable[[Path], object] = _nothing
-    ) -> Words:
-        new = [] if "is there" in name else ["--overwrite"]
-        return Words(f"{name}: {line}", (*words[:at], output, *words[at + 1 :], *new), codes, says, made)
-
-    if not suffix:
-        yield case("a folder is there", "{place}/out", (2,), "out", made=_folder)
-        yield case("a file is there", "{place}/out", (2, 3), "out", made=_file)
-        yield case("a pipe is there", "{place}/out", (2, 3), "out", made=_fifo)
-        yield case("holds its input", "{place}/../..", (2, 4), "..")
-    for name in dict.fromkeys(_INPUT.findall(line)):
-        if f"{{{name}}}/{MANIFEST}" in line:
-            continue  # an output that is made anew where it lies
-        added = words[0] == "export-onnx" and name == "base"  # it may add files to the folder of its base
-        if not added:
-            yield case(f"is its {name}", f"{{{name}}}", (2, 4), name)
-        if name not in _SINGLE and f"{{{name}}}/" not in line and not (added and "weights-type" in line):
-            yield case(f"lies in its {name}", f"{{{name}}}/x{suffix}", (4,), "x")
-    yield case("no folder to write into", f"{{place}}/gone/out{suffix}", (3,), "gone")
-    yield case("under a file", f"{{place}}/out/x{suffix}", (3,), "out", made=_file)
-    yield case("under a loop of links", f"{{place}}/loop/x{suffix}", (3,), "loop", made=_loop)
-    yield case("empty", "", (2, 3, 4))
 
 
 def _inputs(line: str, turn: int) -> Iterator[Words]:
@@ -155,7 +94,6 @@ def _of_all() -> Iterator[Words]:
 
 WORDS: tuple[Words, ...] = (
     *_of_all(),
-    *(case for line in COMMANDS if "{out}" in line and "--dry-run" not in line for case in _outputs(line)),
     *(case for turn, line in enumerate(COMMANDS) for case in _inputs(line, turn)),
     *_options(),
 )

@@ -17,6 +17,7 @@ import surgery
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
 from surgery_formats.files.remote import bucket
+from tests.support.kit import environment
 from tests.support.s3 import Faults, Storage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -155,3 +156,47 @@ def test_a_process_killed_at_any_request_leaves_no_output(
     storage: Storage, models: tuple[str, str], faults: Faults
 ) -> None:
     _check_killed(storage, models, faults, 1)
+
+
+def _check_interrupted(storage: Storage, models: tuple[str, str], faults: Faults, step: int) -> None:
+    whole, count = _whole(storage, models, faults)
+    words = ["-q", "merge", *models, "-o", storage.url("out"), "--shard-size", "2MB"]
+    for number in _points(count, step, step - 1):
+        sent = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number % 3]
+        faults.begin()
+        command = [sys.executable, "-m", "surgery_cli", *words]
+        with subprocess.Popen(
+            command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_hears
+        ) as process:
+
+            def interrupt(
+                request: int, number: int = number, process: subprocess.Popen[str] = process, sent: int = sent
+            ) -> None:
+                if request == number:
+                    process.send_signal(sent)
+
+            faults.also = interrupt
+            _, told = process.communicate(timeout=60)
+        left = storage.objects("out/")
+        assert (process.returncode, told) in ((128 + sent, "error: interrupted\n"), (0, "")), number
+        assert left in ({}, whole), number
+        assert storage.unfinished() == [], number
+        assert storage.waiting("out") == [], number
+        storage.clear("out/")
+
+
+def _hears() -> None:
+    """As from a terminal, whatever the tests were started by."""
+    for number, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        signal.signal(number, action)
+
+
+def test_an_interrupted_command_gives_its_uploads_up(storage: Storage, models: tuple[str, str], faults: Faults) -> None:
+    _check_interrupted(storage, models, faults, 29)
+
+
+@pytest.mark.slow
+def test_a_command_interrupted_at_any_request_gives_its_uploads_up(
+    storage: Storage, models: tuple[str, str], faults: Faults
+) -> None:
+    _check_interrupted(storage, models, faults, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The crash and fault matrix of whole commands: each runs in forks of one process, killed or failed at one call on its output.
+"""The crash and fault matrix of whole commands: forks of one process, killed, interrupted or failed at one call on their output.
 
 As a command: ``crash_commands.py FOLDER [NAME ...]`` writes a line of JSON for each case of `crash_table`; ``--limit N`` takes N
 points and N faults of each, spread evenly. Inputs are made in FOLDER, which must not exist.
@@ -18,25 +18,37 @@ import importlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.files.output import kernel_copy
 from tests.support.crash import POSSIBLE, Action, at_call, digest, spread
+from tests.support.crash_actions import (
+    KILLED,
+    WRITES,
+    Interrupt,
+    count_calls,
+    fail,
+    keep,
+    killed,
+    note_modules,
+    short,
+    torn,
+)
 from tests.support.crash_inputs import write_inputs
+from tests.support.crash_states import States, tree_digest
 from tests.support.crash_table import CASES, Case
 
 __all__ = ["run_case"]
 
 ROOT = Path(__file__).parents[2]
-KILLED = 137
 LIMIT = 120  # seconds of one run
 CALLS = (
     "open",
@@ -57,7 +69,7 @@ CALLS = (
     "remove",
     "rmdir",
 )
-WRITES = ("write", "pwrite", "copy_file_range")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ERRORS = {
     **POSSIBLE,
     "posix_fallocate": POSSIBLE["fallocate"],
@@ -67,7 +79,6 @@ ERRORS = {
     "link": ("EACCES", "EMLINK", "ENOSPC"),
     "ftruncate": ("EIO",),
 }
-# What happens at a call: given its name, the call and its arguments; returns what the call returns.
 
 
 class _Place:
@@ -115,10 +126,17 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
     started = time.monotonic()
     place = _Place(home, case)
     failures: list[str] = []
-    report: dict[str, Any] = {"case": case.name, "kills": 0, "faults": 0, "short": 0, "failures": failures}
+    report: dict[str, Any] = {
+        "case": case.name,
+        "kills": 0,
+        "faults": 0,
+        "short": 0,
+        "signals": 0,
+        "failures": failures,
+    }
     place.fresh()
     before = place.states()
-    code, said = _child(place, place.words, _note_modules(home / "modules"))
+    code, said = _child(place, place.words, note_modules(home / "modules"))
     if code != 0:
         failures.append(f"the undisturbed run: exit {code}, {said}")
         return report
@@ -129,7 +147,7 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
     if place.litter():
         failures.append(f"the undisturbed run left {place.litter()}")
     place.fresh()
-    _child(place, place.words, _count(home / "calls"))
+    _child(place, place.words, count_calls(home / "calls"))
     names = (home / "calls").read_text().splitlines()
     report["calls"] = len(names)
     if place.states() != wanted:
@@ -154,25 +172,43 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
             differ = [name for name, state in place.states().items() if state != wanted[name]]
             failures.append(f"{point}: again: exit {code}, wrong {differ}, left {place.litter()}, {said}")
 
+    kept = States(home / "states", (place.work, place.tmp), (home / "in", home / "made"))
+    place.fresh()
+    _child(place, place.words, keep(kept), kept)
     points = [(number, name, "kill") for number, name in enumerate(names, 1)]
     points += [(number, name, "torn") for number, name in enumerate(names, 1) if name in WRITES]
-    for number, name, how in spread(points, limit):
-        place.fresh()
-        report["kills"] += 1
-        code, said = _child(place, place.words, at_call(number, _killed if how == "kill" else _torn))
-        point = f"{how} at {number} ({name})"
-        if code != KILLED:
-            failures.append(f"{point}: exit {code}, {said}")
+    kinds = {kept.digest(f"{how} {number}") for number, _, how in points}
+    tried: set[str] = set()
+
+    def left(point: str) -> None:
+        """What a kill left is as before or complete, and the same command goes on from it."""
         if not partly(place.states()):
             failures.append(f"{point}: {place.states()}")
         again(point)
+
+    for number, name, how in spread(points, 3):
+        place.fresh()
+        code, said = _child(place, place.words, at_call(number, killed if how == "kill" else torn))
+        if code != KILLED:
+            failures.append(f"{how} at {number} ({name}): exit {code}, {said}")
+        if tree_digest((place.work, place.tmp)) not in kinds:  # another thread was further
+            left(f"{how} at {number} ({name}), in earnest")
+    for number, name, how in spread(points, limit):
+        report["kills"] += 1
+        if (state := kept.digest(f"{how} {number}")) in tried:
+            continue
+        tried.add(state)
+        place.fresh()
+        kept.restore(f"{how} {number}")
+        left(f"{how} at {number} ({name})")
+    report["states"] = len(tried)
     faults = [(number, name, error) for number, name in enumerate(names, 1) for error in ERRORS.get(name, ())]
     for number, name, error in spread(faults, limit):
         place.fresh()
         report["faults"] += 1
-        code, said = _child(place, place.words, at_call(number, _fail(getattr(errno, error))))
+        code, said = _child(place, place.words, at_call(number, fail(getattr(errno, error))))
         point = f"{error} at {number} ({name})"
-        states, left = place.states(), place.litter()
+        states, litter = place.states(), place.litter()
         if code == 0:
             if states != wanted:
                 failures.append(f"{point}: exit 0, {states}")
@@ -181,17 +217,31 @@ def run_case(case: Case, home: Path, limit: int | None = None) -> dict[str, Any]
         named = "could not be removed" in said
         if code and (not partly(states) or (len(states) == 1 and not named and states == wanted)):
             failures.append(f"{point}: exit {code}, {states} {said}")
-        if left and not named:
-            failures.append(f"{point}: left {left}")
-        if code and not named and (left or states != before):  # else this is where the undisturbed run began
+        if litter and not named:
+            failures.append(f"{point}: left {litter}")
+        if code and not named and (litter or states != before):  # else this is where the undisturbed run began
             again(point)
     shorts = [(number, name) for number, name in enumerate(names, 1) if name in WRITES]
     for number, name in spread(shorts, limit):
         place.fresh()
         report["short"] += 1
-        code, said = _child(place, place.words, at_call(number, _short))
+        code, said = _child(place, place.words, at_call(number, short))
         if code != 0 or place.states() != wanted or place.litter():
             failures.append(f"short {name} at {number}: exit {code}, left {place.litter()}, {said}")
+    for number, name in spread(list(enumerate(names, 1)), limit):
+        place.fresh()
+        report["signals"] += 1
+        times = 1 + number // len(SIGNALS) % 2  # the second meets what is being cleaned up
+        sent = SIGNALS[number % len(SIGNALS)]
+        code, said = _child(place, place.words, Interrupt(number, sent, times))
+        point = f"{times} {sent.name} at {number} ({name})"
+        states_now, litter = place.states(), place.litter()
+        done = code == 0 and states_now == wanted and "error" not in said
+        stopped = code == 128 + sent and said.endswith("error: interrupted\n") and _one_message(said)
+        if not (done or stopped) or litter or not partly(states_now):
+            failures.append(f"{point}: exit {code}, {states_now}, left {litter}, {said}")
+        elif states_now not in (before, wanted):
+            again(point)
     report["seconds"] = round(time.monotonic() - started, 1)
     return report
 
@@ -210,8 +260,8 @@ def _one_message(said: str) -> bool:
 # --- one run ------------------------------------------------------------------------------------------------------------
 
 
-def _child(place: _Place, words: Sequence[str], action: Action | None) -> tuple[int, str]:
-    """The command in a fork; its exit code and what it said."""
+def _child(place: _Place, words: Sequence[str], action: Action | None, states: States | None = None) -> tuple[int, str]:
+    """The command in a fork; its exit code and what it said. Calls by which `states` are kept do not count."""
     words_file = place.home / "said"
     pid = os.fork()
     if pid == 0:
@@ -226,10 +276,16 @@ def _child(place: _Place, words: Sequence[str], action: Action | None) -> tuple[
             import tempfile
 
             tempfile.tempdir = str(place.tmp)
+            from surgery_cli.__main__ import main as run_process
             from surgery_cli.group import surgery
 
             if action is not None:
-                _replace(action, (str(place.work), str(place.tmp)))
+                _replace(action, (str(place.work), str(place.tmp)), states)
+            if isinstance(action, Interrupt):  # as from a terminal, whatever this was started by
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGHUP, signal.SIG_DFL)
+                sys.argv = ["surgery", "-q", *words]
+                run_process()
             surgery.main(["-q", *words], prog_name="surgery")
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -245,10 +301,10 @@ def _child(place: _Place, words: Sequence[str], action: Action | None) -> tuple[
     return code, words_file.read_text(errors="replace")[-600:]
 
 
-def _replace(action: Action, roots: tuple[str, ...]) -> None:
+def _replace(action: Action, roots: tuple[str, ...], states: States | None) -> None:
     """Let calls on files below `roots` go through `action`."""
     real_readlink = os.readlink
-    busy = [False]
+    within = threading.local() if states is None else states.within
 
     def path_of(value: Any, folder: Any = None) -> str:
         if isinstance(value, int):
@@ -272,7 +328,7 @@ def _replace(action: Action, roots: tuple[str, ...]) -> None:
         real = getattr(module, attribute)
 
         def wrapped(*given: Any, **more: Any) -> Any:
-            if busy[0] or not given or not ours(name, given, more):
+            if getattr(within, "now", False) or not given or not ours(name, given, more):
                 return real(*given, **more)
             if name == "open" and module is not os:
                 mode = given[1] if len(given) > 1 else more.get("mode", "r")
@@ -301,81 +357,6 @@ def _replace(action: Action, roots: tuple[str, ...]) -> None:
         return bool(action("renameat2", lambda: rename_with(flag, old, new), (old, new)))
 
     kernel_copy._rename_with = renameat2
-    with contextlib.suppress(ImportError):
-        if "onnxruntime" in sys.modules:
-            import onnxruntime
-
-            native = onnxruntime.AdapterFormat
-
-            class Watched:
-                def __init__(self) -> None:
-                    self._own = native()
-
-                def __getattr__(self, name: str) -> Any:
-                    return getattr(self._own, name)
-
-                def export_adapter(self, path: Any) -> Any:
-                    if not path_of(
-                        path if not re.match(r"/(dev|proc/self)/fd/", path) else int(path.rsplit("/", 1)[1])
-                    ).startswith(roots):
-                        return self._own.export_adapter(path)
-                    return action("export_adapter", lambda: self._own.export_adapter(path), (path,))
-
-                @staticmethod
-                def read_adapter(path: Any) -> Any:
-                    return native.read_adapter(path)
-
-            onnxruntime.AdapterFormat = Watched
-
-
-def _killed(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-    os._exit(KILLED)
-
-
-_pwrite, _write, _copy_file_range = os.pwrite, os.write, os.copy_file_range
-
-
-def _short(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-    """Half of what a write was to write; another thread's call may be at this number."""
-    if name not in WRITES:
-        return real()
-    if name == "copy_file_range":
-        source, target, count, *offsets = given
-        return _copy_file_range(source, target, (count + 1) // 2, *offsets)
-    fd, data, *offset = given
-    half = memoryview(data).cast("B")[: (len(memoryview(data).cast("B")) + 1) // 2]
-    return _pwrite(fd, half, *offset) if name == "pwrite" else _write(fd, half)
-
-
-def _torn(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-    _short(name, real, given)
-    os._exit(KILLED)
-
-
-def _fail(number: int) -> Action:
-    def action(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-        raise OSError(number, os.strerror(number))
-
-    return action
-
-
-def _count(log: Path) -> Action:
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-
-    def action(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-        _write(fd, name.encode() + b"\n")
-        return real()
-
-    return action
-
-
-def _note_modules(log: Path) -> Action:
-    def action(name: str, real: Callable[[], Any], given: tuple[Any, ...]) -> Any:
-        return real()
-
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    action.end = lambda: _write(fd, "\n".join(sys.modules).encode())  # type: ignore[attr-defined]
-    return action
 
 
 def _import(names: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ __all__ = [
     "what_to_tell",
 ]
 
-Outcome = Literal["exact", "folded", "approximated", "dropped"]
+Outcome = Literal["exact", "folded", "rounded", "approximated", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,15 @@ class NewTensor:
         dtype: Stored type; `load` may return more precision, it is rounded once.
         shape: Sizes.
         load: Values, ``shape``; a `Moved` where they are those of stored tensors, which are then copied.
+        made_with: Names what is solved for once for this and other tensors, which are made one after the other, wherever they
+            lie in the file; empty where there is no such thing.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     load: Callable[[], Array]
+    made_with: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class Entry:
     Attributes:
         site: As the source named it.
         outcome: ``exact`` (same factors), ``folded`` (same delta, with a scale or a part multiplied into a factor),
-            ``approximated`` (another delta, as near as the format's type allows), or ``dropped``.
+            ``rounded`` (either of these, in a type with fewer digits than the source's), ``approximated`` (another delta,
+            as near as the format's type allows), or ``dropped``.
         detail: Where it went, or why it was dropped.
         error: Error of an approximated update, ``||delta - written|| / ||delta||`` (Frobenius), measured on the written
             tensors; None until then.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the tensors of a written adapter become one file: safetensors, unless its format's program reads another.
 
-A packing plans a file from names, types and shapes alone. Its bytes are then made front to back: what lies before a tensor
-may depend on its values (a checksum), and what lies behind all of them on every one.
+A packing plans a file from names, types and shapes alone. Where its bytes depend on values (a checksum before a tensor, what lies
+behind all of them) they are made front to back, else in any order.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class PackedFile:
     end: Callable[[], bytes] = bytes
     known_header: Callable[[], bytes] | None = None
 
+    @property
+    def in_any_order(self) -> bool:
+        """Whether no byte of the file depends on a tensor before it."""
+        return self.before is None
+
     def pieces(self, tensors: Iterable[tuple[str, Data]]) -> Iterator[tuple[int, Data]]:
-        """All bytes with their positions, front to back, a header that has to wait once more; `tensors` as in `ranges`."""
+        """All bytes with their positions, a header that has to wait once more; `tensors` as in `ranges` unless `in_any_order`."""
         yield 0, self.header
         at = len(self.header)
         for name, data in tensors:

@@ -24,7 +24,7 @@ from surgery.engine.plan import Compute, Plan, PlannedFile, PlannedTensor
 from surgery.engine.shares.work import Cluster, WorkRequest
 from surgery.engine.sharing import one_of_shares
 from surgery_formats.errors import MalformedError, ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import FileRecord, OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.output.resume import has_size, same_digest
@@ -146,7 +146,7 @@ def _located(work: PlannedWork, folders: Sequence[Path], into: OutputFolder | No
     """The tensors of every weight, in order, where they lie, but for those of files that were taken over."""
     pieces: dict[str, list[_Piece]] = {}
     for share, folder in zip(work.shares(len(folders)), folders, strict=True):
-        manifest = read_object(folder / MANIFEST, INDEX_LIMIT)
+        manifest = read_object(folder / MANIFEST, MANIFEST_LIMIT)
         for file in share.files:
             if work.makes_files and into is not None and _taken(file, folder, manifest, into):
                 continue

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from surgery_formats.adapters.compact.files import CONFIG_FILE, MARK, TENSOR_FILE, VERSION
@@ -136,11 +137,14 @@ def _low_rank(
         state.add(factor_tensor(f"{stem}.lora_magnitude_vector", magnitude, magnitude.shape))
     names = dict(zip("AB", (f"{stem}.{leaf}" for leaf in leaves(embedding)), strict=True))
 
+    def solve() -> tuple[Coded, float]:
+        return _solved(loras, rank, first.scale, state.coding)
+
     def coded() -> Coded:
         if kept:
             pairs = (zip(("codes", "scales"), factor.coded(), strict=True) for factor in kept)
             return {f"{side}.{what}": t for side, pair in zip("AB", pairs, strict=True) for what, t in pair}
-        return state.solutions.of(stem, lambda: _solved(loras, rank, first.scale, state.coding))
+        return state.solutions.of(stem, solve)
 
     for side, length in (("A", inputs), ("B", out)):
         shapes = (
@@ -149,7 +153,7 @@ def _low_rank(
         )
         for what, dtype, shape in shapes:
             load = _load(coded, f"{side}.{what}")
-            state.add(NewTensor(f"{names[side]}.{what}", dtype, shape, load))
+            state.add(NewTensor(f"{names[side]}.{what}", dtype, shape, load, made_with=stem))
     record: dict[str, Any] = {"kind": "DoRA" if held.dora else "LoRA", "scale": first.scale}
     record |= {"rank": rank, "shape": [out, *_columns(site, inputs)]}
     record |= {"alpha": first.alpha} if first.alpha is not None else {}
@@ -158,7 +162,7 @@ def _low_rank(
     record |= {"embedding": True} if embedding else {}
     record |= {"wrapped": True} if wrapped else {}
     _record(site, record, state)
-    return _none if kept else (lambda: (coded(), state.solutions.errors[stem])[1])
+    return _none if kept else partial(state.solutions.error_of, stem, solve)
 
 
 def _load(coded: Callable[[], Coded], name: str) -> Callable[[], Array]:

@@ -8,12 +8,11 @@ the configured one is no issue but an error (`PeftConfig.check_rank`): it leaves
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from surgery_formats.adapters.peft.keys import HEADS, ancestors, bare_pattern, unwrapped
+from surgery_formats.adapters.peft.keys import HEADS, ancestors, bare_pattern, path_ends, unwrapped
 from surgery_formats.adapters.peft.read_config import PeftConfig, Switches
 from surgery_formats.text import listing, show
 
@@ -102,7 +101,7 @@ def _targets(config: PeftConfig, trained: Collection[str], plain: Collection[str
     paths |= {path.rpartition(".")[0] for path in plain}
     if isinstance(listed, list):
         names = [name for name in listed if isinstance(name, str)]
-        known = {end for path in paths for end in _path_ends(path)}
+        known = {end for path in paths for end in path_ends(path)}
         if empty := sorted(name for name in names if bare_pattern(name) not in known):
             yield f"target_modules names {_some(empty)}, for which the file has no tensors"
     if beyond := beyond_targets(config, trained):
@@ -180,13 +179,13 @@ def _selected(config: PeftConfig, module: str) -> bool | None:
     targets, excluded = config.raw.get("target_modules"), config.raw.get("exclude_modules")
     if isinstance(excluded, str) and config.selects("exclude_modules", module):
         return False
-    if isinstance(excluded, list | Mapping) and _ends(module, excluded):
+    if config.lists("exclude_modules", module):
         return False
     if isinstance(targets, str):
         return None if targets == "all-linear" else config.selects("target_modules", module)
     if not isinstance(targets, list | Mapping):
         return None
-    if not _ends(module, targets):
+    if not config.lists("target_modules", module):
         return False
     wanted = _wanted_layers(config)
     return wanted is None or _layer(config, module) in wanted
@@ -225,23 +224,6 @@ def _one_expert(name: str) -> bool:
     """A parameter of one expert: in memory transformers holds all experts in one, which no target names."""
     segments = name.split(".")
     return any(one == "experts" and other.isdecimal() for one, other in pairwise(segments))
-
-
-def _ends(path: str, names: Iterable[Any]) -> bool:
-    """Whether a path ends as one of the names, of which a file may have as many as modules."""
-    bare = _bare_patterns(tuple(name for name in names if isinstance(name, str)))
-    return not bare.isdisjoint(_path_ends(path))
-
-
-@functools.lru_cache(maxsize=8)
-def _bare_patterns(names: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(bare_pattern(name) for name in names)
-
-
-def _path_ends(path: str) -> list[str]:
-    """``c``, ``b.c`` and ``a.b.c`` of ``a.b.c``."""
-    segments = path.split(".")
-    return [".".join(segments[start:]) for start in range(len(segments))]
 
 
 def _modules_of(paths: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "ancestors",
     "bare_pattern",
     "bared",
+    "path_ends",
     "sort_tensors",
     "unwrapped",
 ]
@@ -130,6 +131,12 @@ def bared(key: str, found: set[str] | None = None) -> str:
 def bare_pattern(pattern: str) -> str:
     """A pattern on paths, or their ends, without the segments of wrappers."""
     return re.sub(rf"({'|'.join(sorted(WRAPPERS))})\\?\.", "", pattern)
+
+
+def path_ends(path: str) -> list[str]:
+    """``c``, ``b.c`` and ``a.b.c`` of ``a.b.c``."""
+    segments = path.split(".")
+    return [".".join(segments[start:]) for start in range(len(segments))]
 
 
 def _once(where: dict[str, StoredTensor], key: str, tensor: StoredTensor, twice: str) -> None:

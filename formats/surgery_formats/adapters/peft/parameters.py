@@ -69,7 +69,7 @@ def targeted_parameters(
     if len(named) == wrappers[clean]:
         return named
     listed = config.raw.get("target_modules")
-    is_module = isinstance(listed, list) and any(f".{clean}".endswith(f".{name}") for name in listed)
+    is_module = isinstance(listed, list) and config.lists("target_modules", clean)
     stacks = module != clean or a.shape[0] != config.rank_of(clean)
     return [*named, *bare] if named or (stacks and not is_module) else []
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from surgery_formats.adapters.alphas import LARGEST_ALPHA
-from surgery_formats.adapters.peft.keys import bare_pattern
+from surgery_formats.adapters.peft.keys import bare_pattern, path_ends
+from surgery_formats.adapters.peft.patterns import Patterns
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
@@ -82,7 +84,7 @@ class Switches:
     rank_lists: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PeftConfig:
     """The fields that decide what stored tensors mean.
 
@@ -181,9 +183,30 @@ class PeftConfig:
                 hint="PEFT refuses it too. Put right what is wrong in adapter_config.json, or save the adapter again",
             )
 
+    def lists(self, field: Literal["target_modules", "exclude_modules"], module: str) -> bool:
+        """Whether a path ends as one of the names of a field, of which a file may have as many as modules."""
+        return not self._listed[field].isdisjoint(path_ends(module))
+
+    @cached_property
+    def _listed(self) -> Mapping[str, frozenset[str]]:
+        """The names of each field; none of a pattern."""
+        fields = {field: self.raw.get(field) for field in ("target_modules", "exclude_modules")}
+        return {
+            field: frozenset(bare_pattern(name) for name in names if isinstance(name, str))
+            if isinstance(names, list | Mapping)
+            else frozenset()
+            for field, names in fields.items()
+        }
+
     def _first(self, field: Literal["rank_pattern", "alpha_pattern"], module: str) -> str | None:
         """The first key that matches as PEFT matches (``get_pattern_key``), with a limit on time."""
-        return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
+        if "\n" in module:  # of which `$` and the dot know
+            return next((p for p in getattr(self, field) if self._matches(field, p, module, whole=False)), None)
+        return self._patterns[field].first(module, lambda p: self._matches(field, p, module, whole=False))
+
+    @cached_property
+    def _patterns(self) -> Mapping[str, Patterns]:
+        return {"rank_pattern": Patterns(self.rank_pattern), "alpha_pattern": Patterns(self.alpha_pattern)}
 
     def _matches(self, field: str, pattern: str, module: str, *, whole: bool) -> bool:
         import regex  # slow to import, and few configurations hold patterns
