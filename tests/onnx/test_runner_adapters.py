@@ -10,10 +10,11 @@ import pytest
 
 import surgery
 from surgery.onnx.run import chosen_adapters, prepare
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery_formats.errors import FitError
 from tests.support.graphs import CONTRACT, decoder, factors, plain_logits, prefix
 from tests.support.kit import spawn
+from tests.support.onnx_files import write_adapter_file
 
 ROWS = [[3, 17, 9, 4, 30], [8, 2]]
 NEW = 6

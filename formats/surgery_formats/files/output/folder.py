@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from surgery_formats.errors import FitError, ProofError, UsageError
-from surgery_formats.files.output.hashing import hash_threads
+from surgery_formats.files.output.hashing import hash_threads, new_hash
 from surgery_formats.files.output.kernel_copy import sync_folder, write_all
 from surgery_formats.files.output.manifest import (
     MANIFEST,
@@ -258,6 +258,31 @@ class OutputFolder:
         self._put(name, data)
         with self._lock:
             self._done[name] = FileRecord(name, len(data), digests_of(data))
+
+    def write_made(self, name: str, nbytes: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """As `write_small` for a file that is made piece by piece.
+
+        Raises:
+            FitError, ResourceError: as `create`; what `pieces` raises.
+        """
+        self._stage.reserve(nbytes)
+        path, states = self._claim(name), {kind: new_hash(kind) for kind in SIGNED}
+        part, at = path.with_name(path.name + ".part"), 0
+        with output_faults(self._stage.shown / name, nbytes):
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                for piece in pieces:
+                    write_all(fd, memoryview(piece), at)
+                    at += len(piece)
+                    for state in states.values():
+                        state.update(piece)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(part, path)
+        record = {kind: state.hexdigest() for kind, state in states.items()}
+        with self._lock:
+            self._done[name] = FileRecord(name, at, record)
 
     def record(self, name: str) -> FileRecord:
         """The record of a file that is finished.
