@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help demo test lint types imports check format clean
+.PHONY: help demo test lint types imports check audit format clean
 help:
 	@echo "make demo    merge, convert, extract, export the shipped example and show what came out"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, imports, tests"
+	@echo "make audit   known vulnerabilities of the versions in constraints.txt (asks PyPI)"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,9 +36,15 @@ imports: $(VENV)/.ready
 
 check: lint types imports test
 
+# In an environment of its own, which is no part of what is audited. Without --strict, a version that PyPI does not know of passes.
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
+
 format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .audit demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

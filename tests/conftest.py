@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import json_documents
+
 # A deadline measures how busy the machine is: an example that was put off for 200 ms failed a run.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+json_documents.watch()
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem, shell_complete
 
 from surgery_cli.errors import guarded
 from surgery_cli.options import Settings, global_options
+from surgery_formats.system import check_system
 from surgery_formats.text import closest, show
 
 __all__ = ["COMMANDS", "COMPLETE", "SurgeryGroup", "surgery"]
@@ -93,6 +94,11 @@ class SurgeryGroup(click.Group):
         """Names out of the table, then options."""
         names = [CompletionItem(name, help=line) for name, line in COMMANDS.items() if name.startswith(incomplete)]
         return names + click.Command.shell_complete(self, ctx, incomplete)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Do what was asked for, where the system can."""
+        check_system()  # before a module is imported that would fail at it
+        return super().invoke(ctx)
 
     def main(  # type: ignore[override]  # always leaves through the one error map
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -111,17 +112,31 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+def _json_schema(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        import json
+
+        from surgery_cli.schemas import error_schema, schema_of
+
+        command = ctx.command_path.partition(" ")[2]
+        if command and isinstance(ctx.command, click.Group):
+            raise click.UsageError("each of its commands has its own schema", ctx)
+        click.echo(json.dumps(schema_of(command) if command else error_schema(), indent=2))
+        ctx.exit()
+
+
 def global_options() -> list[click.Parameter]:
-    """``--json -v -q --debug --version``: of the group and of every command, last in its help."""
+    """``--json --json-schema -v -q --debug --version``: of the group and of every command, last in its help."""
 
     def flag(*names: str, help: str, callback: Callable[..., None] = _store, **kind: Any) -> click.Option:
         return click.Option(names, help=help, callback=callback, expose_value=False, is_eager=True, **kind)
 
     return [
         flag("--json", is_flag=True, help="Data as JSON on stdout, everything else on stderr."),
-        flag("-v", "--verbose", count=True, help="Show more."),
+        flag("--json-schema", is_flag=True, help="Show the JSON Schema of --json and exit.", callback=_json_schema),
+        flag("-v", "--verbose", count=True, help="Show more; twice: what is done, too."),
         flag("-q", "--quiet", is_flag=True, help="No progress, summary or hints."),
-        flag("--debug", is_flag=True, help="Show tracebacks."),
+        flag("--debug", is_flag=True, help="Show tracebacks, and what is done."),
         flag("--version", is_flag=True, help="Show the version and exit.", callback=_version),
     ]
 
@@ -131,11 +146,25 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
     def wrap(function: Callable[..., None]) -> click.Command:
         help_names = {"help_option_names": ["-h", "--help"]}  # click keeps the first option it makes for a context
-        command = click.command(name, context_settings=help_names)(click.pass_obj(function))
+        command = click.command(name, context_settings=help_names)(click.pass_obj(_logged(function)))
         command.params += global_options()
         return command
 
     return wrap
+
+
+def _logged(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, whose first argument says whether what the library logs is shown."""
+
+    @wraps(function)
+    def call(settings: Settings, *args: Any, **kwargs: Any) -> None:
+        if settings.debug or settings.verbose > 1:
+            from surgery_cli.logs import show_logs
+
+            show_logs(debug=settings.debug)
+        function(settings, *args, **kwargs)
+
+    return call
 
 
 def complete_files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -1,28 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress bar in bytes and bytes per second on stderr, where a person is watching."""
+"""Progress in bytes and bytes per second on stderr: a bar where a person is watching, else a line now and then."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+import click
 
 from surgery_cli import interruption
 from surgery_cli.options import Settings
+from surgery_formats.text import nbytes
 
 if TYPE_CHECKING:
     from surgery.progress import Callback, Progress
 
 __all__ = ["bar"]
 
+_SECONDS = 5.0  # between two lines
+
 
 @contextlib.contextmanager
 def bar(settings: Settings, what: str) -> Iterator[Callback]:
-    """The callback to hand to the library; it draws only where somebody watches, and always asks whether to stop."""
-    if settings.json or settings.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    """The callback to hand to the library; it shows a bar where somebody watches, and always asks whether to stop.
+
+    Elsewhere, in a log, it is a line every few seconds.
+    """
+    if settings.json or settings.quiet:
         yield lambda step: interruption.check()
+        return
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield _Lines(what)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -44,3 +56,22 @@ def bar(settings: Settings, what: str) -> Iterator[Callback]:
             shown.update(task, completed=step.done, total=step.total, description=label)
 
         yield advance
+
+
+class _Lines:
+    """Progress as lines of text, the first when a few seconds have passed."""
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._clock = what, clock
+        self._began = self._last = clock()
+
+    def __call__(self, step: Progress) -> None:
+        interruption.check()
+        now = self._clock()
+        if now - self._last < _SECONDS:
+            return
+        self._last = now
+        label = self._what if step.phase == "writing" else f"{self._what}, {step.phase}"
+        share = f" ({step.done / step.total:.0%})" if step.total else ""
+        speed = f", {nbytes(round(step.done / (now - self._began)))}/s" if step.done else ""
+        click.echo(f"{label}: {nbytes(step.done)} of {nbytes(step.total)}{share}{speed}", err=True)

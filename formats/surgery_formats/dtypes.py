@@ -58,6 +58,10 @@ class DType(enum.Enum):
         """Whether values are floating-point numbers, narrow ones that must be widened first included."""
         return self.is_float or (self.bits == 8 and self.label.startswith(("F8_E4", "F8_E5")))
 
+    def holds(self, other: DType) -> bool:
+        """Whether every number of `other` is one of this type, both of them plain floating point."""
+        return self is other or self.bits > other.bits
+
     def nbytes(self, numel: int) -> int:
         """Return the size of `numel` elements in bytes."""
         return numel * self.bits // 8

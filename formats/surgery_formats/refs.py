@@ -128,7 +128,7 @@ def _near(text: str) -> str | None:
 
 def _on_the_hub(name: HubName, text: str) -> Path:
     hub = library()
-    if hub.constants.is_offline_mode():
+    if hub.constants.HF_HUB_OFFLINE:
         return _from_cache(name, text)
     try:
         repository = open_repository(name.repo, name.revision, text)

@@ -33,7 +33,7 @@ from surgery_formats.adapters.registry import format_named
 from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
@@ -179,7 +179,7 @@ class ConvertWork:
         """
         pieces: dict[str, PieceFile] = {}
         for folder, share in zip(folders, self._shares(len(folders)), strict=True):
-            files = read_object(folder / MANIFEST, INDEX_LIMIT)["files"]
+            files = read_object(folder / MANIFEST, MANIFEST_LIMIT)["files"]
             for number in share:
                 if (record := files.get(_name(number))) is None:
                     raise ProofError(f"lacks {_name(number)}", file=folder, hint="remove it, and run the share again")

@@ -23,7 +23,7 @@ from surgery_formats.arrays import Array
 from surgery_formats.binding.bind import bind
 from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
-from surgery_formats.canonical.site_names import same_denoiser
+from surgery_formats.canonical.site_names import in_component_of, same_denoiser
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_replacing
@@ -76,7 +76,7 @@ def prove_combination(path: Path, plan: CombinationPlan) -> CombinationProof:
     """
     adapter, base, dtype = plan.adapter, plan.combination.base, plan.dtype
     updates, solutions = plan.combination.updates, plan.combination.solutions
-    written = read_back(plan.target, path)
+    written = in_component_of(adapter.updates, read_back(plan.target, path), named=base is not None)
     written = written if base is None else sized(written, base)
     near = approximation_errors(plan.rendering, written, TOLERANCE)
     approximated = frozenset(map(str, near))
@@ -105,17 +105,12 @@ def prove_combination(path: Path, plan: CombinationPlan) -> CombinationProof:
 def _matched(meant: Adapter, written: Adapter) -> dict[Site, tuple[Update, ...]] | None:
     """The written updates by the sites they were meant for; None if names or kinds changed on the way."""
     flat = any(site.flat for adapter in (meant, written) for site in adapter.updates)
-    components = {site.component for site in meant.updates}
-    called = same_denoiser({*components, *(site.component for site in written.updates)})
+    called = same_denoiser(site.component for adapter in (meant, written) for site in adapter.updates)
 
     def key(site: Site) -> tuple[str, str]:
         return key_of(replace(site, component=called.get(site.component, site.component)), flat=flat)
 
-    bare = all(not site.component for site in written.updates) and len(components) == 1
-    by_key = {
-        key(replace(site, component=min(components)) if bare else site): chain
-        for site, chain in written.updates.items()
-    }
+    by_key = {key(site): chain for site, chain in written.updates.items()}
     keys = {site: key(site) for site in meant.updates}
     if set(keys.values()) != by_key.keys() or len(by_key) != len(written.updates):
         return None

@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 
 import numpy
 import xxhash
@@ -28,6 +32,9 @@ __all__ = ["check_finite", "compute"]
 
 _SAMPLE = 8  # one row of eight is measured; all rows of a tensor of one block
 
+_AHEAD = 8
+"""Blocks of one weight that are computed while earlier ones are written."""
+
 _LARGEST = {DType.F64: 1e154, DType.F32: 3e38, DType.BF16: 3e38, DType.F16: 65504.0}
 """Values up to these fit the type."""
 
@@ -44,6 +51,7 @@ def compute(
     device: str = "cpu",
     values: Array | None = None,
     seen: Callable[[int, Array], None] | None = None,
+    blocks: Executor | None = None,
 ) -> tuple[Measurement, ...]:
     """Compute one weight and hand the bytes of each of its stored tensors to `write` in order.
 
@@ -56,6 +64,7 @@ def compute(
         values: Filled with the values that a reader will get, if given: ``(rows, cols)`` of the target's type.
         seen: Called with the first row of each block of numbers, and its values as they are stored; a weight that keeps
             its quantised format is not seen.
+        blocks: Computes several blocks at a time, if given, where every row is on its own. What is measured is the same.
 
     Returns:
         What was measured of each stored tensor, in the order of `Encoding.parts`; what concerns the values is with the
@@ -76,29 +85,89 @@ def compute(
     if step.requantise is not None:
         return _requantised(label, step, chain, output, stop, device, values)
     buffers = _BlockBuffers(source, height, target.dtype, exact, device)
-    rows = source.shape[0]
-    sampled = _SAMPLE if rows > height else 1
-    for start in range(0, rows, height):
-        if stop():
-            break
-        end = min(start + height, rows)
-        stored, block, rounded = buffers.load(start, end)
+    work = _BlockWork(label, step, chain, height, buffers)
+    alone = source.group == target.group == 1 and not getattr(source, "held_nbytes", 0)
+    together = blocks if alone and device == "cpu" and values is None and seen is None else None
+    for block in work.in_order(stop, together):
         if seen is not None:
-            seen(start, stored)
-        before = namespace(block).asarray(block[::sampled], copy=True) if chain else None
-        apply_chain(chain, block, start, end)
-        check_finite(block, target.dtype, label)
+            seen(block.start, block.stored)
+        tally.add(block.tally)
+        if values is not None:
+            values[block.start : block.start + len(block.rounded)] = block.rounded
+        output.write(block.encoded)
+    release()  # a matrix that was turned
+    return output.measured(tally)
+
+
+@dataclass(frozen=True, slots=True)
+class _ComputedBlock:
+    """Rows of a weight: as stored before, as they will be read, and the bytes of them."""
+
+    start: int
+    stored: Array
+    rounded: Array
+    encoded: tuple[PartBytes, ...]
+    tally: _UpdateTally
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockWork:
+    """The arithmetic of the blocks of one weight."""
+
+    label: str
+    step: Compute
+    chain: list[tuple[View, Apply]]
+    height: int
+    buffers: _BlockBuffers
+    _of_threads: threading.local = field(default_factory=threading.local)
+
+    def in_order(self, stop: Callable[[], bool], together: Executor | None) -> Iterator[_ComputedBlock]:
+        """Every block, until it is time to stop; `together` computes some while earlier ones are used."""
+        starts = range(0, self.step.source.shape[0], self.height)
+        if together is None:
+            for start in starts:
+                if stop():
+                    return
+                yield self.compute(start, self.buffers)
+            return
+        ahead: deque[Future[_ComputedBlock]] = deque()
+        try:
+            for start in starts:
+                if stop():
+                    return
+                ahead.append(together.submit(self._apart, start))
+                if len(ahead) > _AHEAD:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def compute(self, start: int, buffers: _BlockBuffers) -> _ComputedBlock:
+        """The block that begins with the row `start`; it is good until the next one in these buffers."""
+        source, target, tally = self.step.source, self.step.target, _UpdateTally()
+        rows = source.shape[0]
+        end, sampled = min(start + self.height, rows), _SAMPLE if rows > self.height else 1
+        stored, block, rounded = buffers.load(start, end)
+        before = namespace(block).asarray(block[::sampled], copy=True) if self.chain else None
+        apply_chain(self.chain, block, start, end)
+        check_finite(block, target.dtype, self.label)
         encoded = target.put(start, block, rounded)
         tally.note_change(stored, rounded)
         if is_of_graphs(target):
             tally.note_codes(block, rounded)
         if before is not None:
             tally.note_update(before, block[::sampled], rounded[::sampled])
-        if values is not None:
-            values[start:end] = rounded
-        output.write(encoded)
-    release()  # a matrix that was turned
-    return output.measured(tally)
+        return _ComputedBlock(start, stored, rounded, encoded, tally)
+
+    @numpy.errstate(divide="ignore", over="ignore", invalid="ignore")
+    def _apart(self, start: int) -> _ComputedBlock:
+        """As `compute`, in buffers of this thread but for what is handed on."""
+        kept = self._of_threads.__dict__
+        if "buffers" not in kept:
+            kept["buffers"] = self.buffers.like()
+        return self.compute(start, kept["buffers"].with_new_output())
 
 
 class _PartWriter:
@@ -159,12 +228,22 @@ class _BlockBuffers:
     """The buffers of one tensor's blocks, used again for each: fresh memory would cost more than the arithmetic."""
 
     def __init__(self, storage: Storage, height: int, dtype: DType, exact: DType, device: str) -> None:
+        self._of = storage, height, dtype, exact, device
         rows, width = storage.shape
-        self._storage = storage
         shape = (min(height, rows), width)
+        self._storage = storage
         self._stored = empty(shape, storage.dtype)
         self._block = empty(shape, exact, device)
         self._rounded = empty(shape, dtype)
+
+    def like(self) -> _BlockBuffers:
+        """Others for the same blocks."""
+        return _BlockBuffers(*self._of)
+
+    def with_new_output(self) -> _BlockBuffers:
+        """These, but the output has memory of its own from now on."""
+        self._rounded = empty(self._rounded.shape, self._of[2])
+        return self
 
     def load(self, start: int, end: int) -> tuple[Array, Array, Array]:
         """Rows ``[start, end)``: as stored, in the precision of the arithmetic, and a CPU buffer for the output."""
@@ -206,6 +285,15 @@ class _UpdateTally:
         self.sampled = self.moved = 0
         self.kept = Survival()
         self.coded: CodeError | None = None
+
+    def add(self, later: _UpdateTally) -> None:
+        """What was noted of a later block."""
+        self.changed |= later.changed
+        self.sampled += later.sampled
+        self.moved += later.moved
+        self.kept = Survival.total((self.kept, later.kept))
+        if later.coded is not None:
+            self.coded = later.coded if self.coded is None else self.coded + later.coded
 
     def note_codes(self, wanted: Array, rounded: Array) -> None:
         """Values of a block, and the numbers that its codes stand for."""

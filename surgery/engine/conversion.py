@@ -210,8 +210,26 @@ def plan_conversion(
         dropped = next((entry for entry in rendering.entries if entry.outcome == "dropped"), None)
         why = f": '{show(dropped.site)}' ({dropped.detail})" if dropped else ""
         raise FitError(f"{target.name} can hold nothing of this adapter{why}", file=source.path)
-    written = reader_of(rendering, target), stored_as(rendering, dtype)
+    written = reader_of(rendering, target), _rounded(stored_as(rendering, dtype), dtype)
     return Conversion(source, *written, base, binding, dtype, left_out)
+
+
+def _rounded(rendering: Rendering, dtype: DType | None) -> Rendering:
+    """`rendering`, whose entries say which factors have digits that `dtype` does not hold."""
+    if dtype is None:
+        return rendering
+    lossy = {
+        str(site)
+        for site, chain in rendering.held.items()
+        if any(tensor.dtype.is_float and not dtype.holds(tensor.dtype) for update in chain for tensor in update.tensors)
+    }
+    entries = tuple(
+        replace(entry, outcome="rounded", detail=f"{entry.detail}, stored as {dtype.label}".removeprefix(", "))
+        if entry.site in lossy and entry.outcome in ("exact", "folded")
+        else entry
+        for entry in rendering.entries
+    )
+    return replace(rendering, entries=entries)
 
 
 def _way_of_tokens(source: Adapter, target: Format) -> str:

@@ -24,7 +24,7 @@ from surgery_formats.binding.sizes import sized
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.canonical.prompts import SoftPrompt
-from surgery_formats.canonical.site_names import common_names
+from surgery_formats.canonical.site_names import common_names, in_component_of
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -87,10 +87,7 @@ def prove_rendering(
     dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
     if source.prompt is not None and source.prompt.table.name not in dropped:
         errors |= compare_prompt(source.prompt, written)
-    components = {site.component for site in rendering.held}
-    if len(components) == 1 and all(not site.component for site in written.updates):
-        moved = {replace(s, component=min(components)): chain for s, chain in written.updates.items()}
-        written = replace(written, updates=moved)
+    written = in_component_of(rendering.held, written, named=base is not None)
     approximated = approximation_errors(rendering, written, tolerance)
     held = {site: chain for site, chain in rendering.held.items() if site not in approximated}
     rest = {site: chain for site, chain in written.updates.items() if site not in approximated}

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy
+
 from surgery.engine.jobs import ByteMeter, ComputeWeight, CopyRange, copied_ranges
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, PlannedTensor
@@ -30,6 +32,7 @@ __all__ = ["stream_weights"]
 _AHEAD = 64 << 20  # bytes that are made and not sent yet; what one weight has in several places comes on top
 _FETCHED = 8 << 20  # bytes of a copy that are fetched at a time
 _FETCHING = 6  # threads
+_WEIGHTS = 3  # at a time: what is ahead of the upload is less than one large weight
 
 
 @dataclass(eq=False)
@@ -145,7 +148,7 @@ def stream_weights(
         plan: What to do.
         folder: The staged output.
         compute: Computes a weight.
-        workers: Threads that compute.
+        workers: Weights that are computed at a time, as far as that is of use.
         device: Where arithmetic runs.
         verify: Read what was uploaded back before it counts.
         progress: Called with every step.
@@ -160,7 +163,7 @@ def stream_weights(
     uploads: list[Upload] = []
     with (
         one_thread(),
-        ThreadPoolExecutor(workers, "surgery-compute") as computing,
+        ThreadPoolExecutor(min(workers, _WEIGHTS), "surgery-compute") as computing,
         ThreadPoolExecutor(_FETCHING, "surgery-copy") as fetching,
     ):
         try:
@@ -261,6 +264,11 @@ def _copying(window: _Window, chunk: CopyRange) -> Callable[[_Supply], None]:
     return run
 
 
+def _copied(raw: memoryview) -> memoryview:
+    """The same bytes in memory of their own; numpy lets other threads run meanwhile, and ``bytes`` does not."""
+    return numpy.array(numpy.frombuffer(raw, numpy.uint8)).data
+
+
 def _computing(
     window: _Window, compute: ComputeWeight, label: str, step: Compute, device: str, stop: Stop
 ) -> Callable[[_Supply], None]:
@@ -271,7 +279,7 @@ def _computing(
                 return
             if offset != segment.made:
                 raise ProofError(f"byte {offset} was made after byte {segment.made}", tensor=label)
-            window.give(work, segment, memoryview(bytes(raw)))
+            window.give(work, segment, _copied(raw))
 
         work.measured = compute(label, step, write, stop.is_set, device)
         for segment in work.segments.values():

@@ -22,6 +22,7 @@ from surgery_formats.arrays import Array, all_finite, cast, dtype_of, namespace
 from surgery_formats.canonical.adapter import Adapter, ModuleKind, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.models.base_name import base_name
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.storage.base import read_rows
 from surgery_formats.tensors.computed import computed
@@ -89,7 +90,7 @@ def extracted_adapter(
         tensors=tuple(dict.fromkeys(tensors)),
         new_modules=frozenset(storage.saved_modules),
         copied_modules=frozenset(storage.saved_modules),
-        base_name=base.path.resolve().name,
+        base_name=base_name(base),
         base_id=base_id,
         metadata={"surgery.base": base_id},
         task="text-generation" if causal else "",

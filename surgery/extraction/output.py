@@ -12,6 +12,7 @@ from surgery.engine.adapter_output import WriteOptions, rendered_fingerprint, wr
 from surgery.engine.conversion import conversion_id, plan_conversion, prove_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.proof import read_back
+from surgery.extraction.card import extraction_card
 from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.rows import coded_result, predicted_result, proved_result, rows_without
@@ -46,8 +47,8 @@ def write_extraction(
     inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
     inputs += [] if plan.request.calibration is None else [plan.request.calibration.path]
     options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written, plan.request.workspace.workers)
-    planned = _as_planned(plan) if target.name == plan.peft.name else _converted(plan, target)
     result = predicted_result(plan)
+    planned = _as_planned(plan, result) if target.name == plan.peft.name else _converted(plan, target)
 
     def prove(path: Path) -> Mapping[str, Any]:
         nonlocal result
@@ -106,14 +107,15 @@ class _PlannedOutput:
     prove: Callable[[Path], tuple[ExtractResult, Mapping[str, Any]]]
 
 
-def _as_planned(plan: ExtractionPlan) -> _PlannedOutput:
+def _as_planned(plan: ExtractionPlan, predicted: ExtractResult) -> _PlannedOutput:
     """In the format in which it was planned: the factors that are read back are those that were measured."""
 
     def prove(path: Path) -> tuple[ExtractResult, Mapping[str, Any]]:
         result = proved_result(plan, _bound(plan, read_back(plan.peft, path)))
         return result, result.as_manifest()
 
-    return _PlannedOutput(plan.rendering, plan.id, prove)
+    files = {**plan.rendering.small_files, "README.md": extraction_card(plan, predicted)}
+    return _PlannedOutput(replace(plan.rendering, small_files=files), plan.id, prove)
 
 
 def _converted(plan: ExtractionPlan, target: Format) -> _PlannedOutput:

@@ -32,7 +32,7 @@ from surgery.extraction.stream.scratch import ScratchFile
 from surgery.extraction.stream.unit_file import read_unit, unit_name, write_unit
 from surgery.rank import Rank
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
@@ -207,7 +207,7 @@ class ExtractWork:
         result = ScanResult({}, {}, time.monotonic())
         pairs = self._pairs
         for folder, share in zip(folders, self.plan.shares(len(folders)), strict=True):
-            files = read_object(folder / MANIFEST, INDEX_LIMIT)["files"]
+            files = read_object(folder / MANIFEST, MANIFEST_LIMIT)["files"]
             for number, unit in share.items():
                 if (record := files.get(unit_name(number))) is None:
                     raise ProofError(

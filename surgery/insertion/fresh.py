@@ -35,6 +35,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError
 from surgery_formats.files.output.folder import SIGNED, output_folder
 from surgery_formats.files.output.several import several_outputs
+from surgery_formats.models.base_name import base_name as name_of_base
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 from surgery_formats.text import closest, listing, show
 from surgery_formats.updates import Update
@@ -193,7 +194,7 @@ def _begun(base: Checkpoint, options: FreshOptions, folder: Path | None) -> _Beg
     component, draws = base.main, Draws(options.seed)
     path = folder or Path(options.kind)
     task = _task(component.config)
-    base_name = base.path.resolve().name
+    base_name = name_of_base(base)
 
     def adapter(
         kind: str, config: Mapping[str, Any], updates: Mapping[Any, tuple[Update, ...]], **more: Any

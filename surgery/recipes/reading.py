@@ -51,9 +51,9 @@ def read_recipe(path: Path) -> Recipe:
         UsageError: a step with a verb or an argument that is not known.
     """
     if path.name.endswith(".json"):
-        from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+        from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 
-        manifest = read_object(path, INDEX_LIMIT)
+        manifest = read_object(path, MANIFEST_LIMIT)
         if manifest.get("format") == FORMAT:
             recipe = manifest.get("recipe")
             if not isinstance(recipe, Mapping):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import field, replace
@@ -12,11 +13,14 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar, runtime_che
 from surgery.arguments import checked
 from surgery.reports.request import Request, asked
 from surgery_formats.extras import explained
+from surgery_formats.text import show
 
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
 
 __all__ = ["Result", "elapsed", "summarised", "timed"]
+
+_log = logging.getLogger("surgery.verbs")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,9 +89,11 @@ def timed(verb: Callable[P, R]) -> Callable[P, R]:
         # What can be read once is read here: the manifest tells it, too.
         given = [list(one) if isinstance(one, Iterator) else one for one in args]
         named = {name: list(one) if isinstance(one, Iterator) else one for name, one in kwargs.items()}
+        _log.info("%s of %s", verb.__name__, ", ".join(show(str(one), 200) for one in given))
         with asked(Request(verb, tuple(given), named)):
             result = verb(*given, **named)  # type: ignore[arg-type]  # lists in the place of iterators
         seconds = time.monotonic() - began
+        _log.info("%s took %.3f s", verb.__name__, seconds)
         return replace(result, seconds=seconds)  # type: ignore[type-var]  # every result is a dataclass
 
     return run

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
 
 from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table, Verbatim
@@ -14,6 +15,8 @@ from surgery_formats.text import clean, verbatim
 __all__ = ["as_text", "section_lines", "together"]
 
 _GAP = 2  # between columns
+_JOINTS = "./_-:,"  # behind which a name may go on in the next line
+_PART = re.compile(rf"[^ {re.escape(_JOINTS)}]*[{re.escape(_JOINTS)}]|[^ {re.escape(_JOINTS)}]+")
 _LEAST = 8  # characters that a column of words is never narrower than
 
 Style = Callable[[str], str]
@@ -79,7 +82,8 @@ def _table(table: Table, width: int | None, strong: Style) -> list[str]:
         for index in shown
     }
     if width is not None:
-        _fit(table.columns, widths, width)
+        words = {index: max((_longest_word(row[index]) for row in texts), default=0) for index in shown}
+        _fit(table.columns, widths, words, width)
     columns = [table.columns[index] for index in widths]
     sizes = list(widths.values())
     lines = _row([column.heading for column in columns], columns, sizes, strong)
@@ -96,8 +100,8 @@ def _cell(cell: object, column: Column) -> str:
     return cell_text(cell, column.type, column.digits)
 
 
-def _fit(columns: Sequence[Column], widths: dict[int, int], width: int) -> None:
-    """Make `widths` fit: drop spare columns first, then narrow the widest columns of words."""
+def _fit(columns: Sequence[Column], widths: dict[int, int], words: Mapping[int, int], width: int) -> None:
+    """Make `widths` fit: drop spare columns first, then narrow the widest columns of words, at first down to their `words`."""
 
     def excess() -> int:
         return sum(widths.values()) + _GAP * (len(widths) - 1) - width
@@ -106,11 +110,14 @@ def _fit(columns: Sequence[Column], widths: dict[int, int], width: int) -> None:
         if excess() > 0:
             del widths[index]
     foldable = [index for index in widths if not columns[index].numeric or columns[index].type == "spread"]
-    while foldable and excess() > 0:
-        widest = max(foldable, key=lambda index: widths[index])
-        if widths[widest] <= _LEAST:
-            return
-        widths[widest] -= 1
+    for least in ({index: max(_LEAST, words[index]) for index in foldable}, dict.fromkeys(foldable, _LEAST)):
+        while excess() > 0 and (wide := [index for index in foldable if widths[index] > least[index]]):
+            widths[max(wide, key=lambda index: widths[index])] -= 1
+
+
+def _longest_word(text: str) -> int:
+    """Columns of the longest part that is not broken where there is room: names are, behind what joins their parts."""
+    return max(map(cells, _PART.findall(text)), default=0)
 
 
 def _row(texts: Sequence[str], columns: Sequence[Column], widths: Sequence[int], style: Style) -> list[str]:
@@ -141,7 +148,8 @@ def _folded(text: str, width: int) -> list[str]:
         if space > 0 and text[:space].strip():
             lines.append(text[:space])
             text = text[space + 1 :]
-        else:
-            lines.append(text[:end])
-            text = text[end:]
+            continue
+        joint = max((match.end() for match in _PART.finditer(text[:end]) if match[0][-1:] in _JOINTS), default=end)
+        lines.append(text[:joint])
+        text = text[joint:]
     return [*lines, text]

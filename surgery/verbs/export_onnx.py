@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ from surgery.onnx.export.side_files import side_files_of
 from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
 from surgery.onnx.export.weights_mode import weights_mode
 from surgery.onnx.export.weights_to_write import check_written
+from surgery.onnx.run.adapter_file import SmallFiles
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError
@@ -199,7 +200,7 @@ def export_onnx(
     own_files = {file.path.name: file for file in sources}
     built: list[GraphFiles] = []
 
-    def make(here: WeightLocation) -> Mapping[str, bytes]:
+    def make(here: WeightLocation) -> SmallFiles:
         held = None
         if chosen == "embed":
             computed = merged.plan.files if merged else ()

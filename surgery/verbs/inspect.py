@@ -206,7 +206,7 @@ def inspect_adapter(adapter: Adapter) -> AdapterReport:
     return AdapterReport(
         path=adapter.path,
         format=adapter.format,
-        kind=adapter.kind,
+        kind=adapter.kind_name,
         kinds=dict(sorted(Counter(entry.kind for entry in modules).items())),
         ranks=distribution(entry.rank for entry in modules),
         alphas=distribution(entry.alpha for entry in modules),

@@ -120,7 +120,7 @@ def _adapter_cost(
         path=adapter.path,
         name=_name(adapter.path),
         format=adapter.format,
-        kind=adapter.kind,
+        kind=adapter.kind_name,
         trained=trained,
         total=total,
         share=trained / total if total else None,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST
 
 __all__ = ["recorded_errors"]
@@ -15,7 +15,7 @@ __all__ = ["recorded_errors"]
 def recorded_errors(where: Path) -> dict[str, float]:
     """Errors of weights as the manifest's ledger has them."""
     source = where / MANIFEST
-    ledger = read_object(source, INDEX_LIMIT).get("ledger") if source.exists() else None
+    ledger = read_object(source, MANIFEST_LIMIT).get("ledger") if source.exists() else None
     tensors = ledger.get("tensors") if isinstance(ledger, Mapping) else None
     rows = tensors.values() if isinstance(tensors, Mapping) else ()
     found = {}

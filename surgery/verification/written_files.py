@@ -11,7 +11,7 @@ from typing import Any
 from surgery.verification.bytes import changed_tensors, compare_copied, recorded_tensors
 from surgery.verification.result import Check
 from surgery_formats.errors import InputError, MalformedError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.hashing import root_digest
 from surgery_formats.files.output.manifest import MANIFEST, file_digest, verify_files, verify_folder
 from surgery_formats.files.places import names_in
@@ -75,7 +75,7 @@ def _explain(name: str, entry: Mapping[str, Any], where: Path, base: Checkpoint 
     try:
         changed_tensors(where, name, entry, [other for other in names_in(where) if other.endswith(".onnx")])
         if base is not None:
-            compare_copied(open_checkpoint(where), base, read_object(where / MANIFEST, INDEX_LIMIT))
+            compare_copied(open_checkpoint(where), base, read_object(where / MANIFEST, MANIFEST_LIMIT))
     except InputError:  # its header is damaged: that the file has changed says it all
         return
 
@@ -89,7 +89,7 @@ def check_added(where: Path, checks: list[Check]) -> Mapping[str, Any]:
     source = where / EXPORT_ACCOUNT
     if not source.exists():
         return {}
-    entries = read_object(source, INDEX_LIMIT).get("files", {})
+    entries = read_object(source, MANIFEST_LIMIT).get("files", {})
     if not isinstance(entries, Mapping):
         raise MalformedError("its account of files is none", file=source)
     verify_files(where, entries, source, partial(_explain, where=where, base=None))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic of a weight: the same on numpy and on torch, and refused where a value has no place in the stored type."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 from surgery.engine.arithmetic import compute
+from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.plan import Compute
-from surgery.engine.shares import planned_merge
 from surgery_formats.errors import FitError
 from tests.support.kit import make_base, make_lora
 
@@ -46,6 +47,34 @@ def test_numpy_and_torch_compute_the_same(
         assert (values != other).mean() < (0.5 if dtype == "fp32" else 0.002)
         assert (measured.changed, measured.sampled) == (beside.changed, beside.sampled)
         assert measured.survival == pytest.approx(beside.survival, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", ["keep", "fp16"])
+def test_blocks_that_are_computed_together_are_measured_as_those_one_by_one(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", 100)
+    base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora", 0.02)
+    _, plan = planned_merge(str(base), ((str(lora), 1.0),), dtype, None, "keep")
+    counts: list[int] = []
+    with ThreadPoolExecutor(4) as pool:
+        for tensor in plan.computed():
+            assert isinstance(tensor.step, Compute)
+            written: list[list[tuple[int, int, bytes]]] = [[], []]
+            measured = [
+                compute(
+                    tensor.label,
+                    tensor.step,
+                    lambda part, at, raw, to=to: to.append((part, at, bytes(raw))),
+                    lambda: False,
+                    blocks=together,
+                )
+                for together, to in zip((None, pool), written, strict=True)
+            ]
+            counts.append(len(written[0]))
+            assert written[0] == written[1]
+            assert measured[0] == measured[1]
+    assert max(counts) > 10, "more blocks than are ahead"
 
 
 @pytest.mark.parametrize("device", ["cpu", TORCH])

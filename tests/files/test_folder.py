@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,31 @@ def test_a_committed_folder_holds_its_files_and_its_manifest(tmp_path: Path) -> 
         "xxh3": xxhash.xxh3_128_hexdigest(b"hello"),
     }
     verify_folder(out)
+
+
+def test_a_file_made_in_pieces_is_one_like_any_other(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out", PLAN) as folder:
+        folder.write_made("adapters/x", 5, (memoryview(piece) for piece in (b"he", b"", b"llo")))
+        folder.write_small("y", b"hello")
+        folder.commit({})
+    entries = json.loads((tmp_path / "out" / MANIFEST).read_bytes())["files"]
+    assert entries["adapters/x"] == entries["y"]
+    assert (tmp_path / "out" / "adapters" / "x").read_bytes() == b"hello"
+
+    def failing() -> Iterator[bytes]:
+        yield b"he"
+        raise FitError("not finite")
+
+    with pytest.raises(FitError, match="not finite"), output_folder(tmp_path / "no", PLAN) as folder:
+        folder.write_made("x", 5, failing())
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+
+
+def test_a_manifest_of_a_hundred_thousand_weights_is_read(tmp_path: Path) -> None:
+    with output_folder(tmp_path / "out", PLAN) as folder:
+        folder.write_small("x", b"x")
+        folder.commit({"ledger": "x" * (70 << 20)})
+    assert len(verify_folder(tmp_path / "out")["ledger"]) == 70 << 20
 
 
 def test_modes_follow_the_umask_and_nothing_is_a_link(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ FOUND = json.loads((CORPUS / "found.json").read_text())
 """Inputs that ended in a fault when they were found: the target, whether it is given one file alone and which of several, and what is
 said now."""
 TARGETS = {target.name: target for target in all_targets() if not missing_for(target)}
-EXECUTIONS = 1500
+EXECUTIONS = 2000
 
 
 @pytest.fixture(scope="module")

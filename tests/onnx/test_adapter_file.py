@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import struct
 
 import ml_dtypes
@@ -12,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery.onnx.run.adapter_file import AdapterFile, read_adapter_file
+from surgery_formats.containers.onnx_adapter import open_onnx_adapter
+from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
 from tests.support.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, factors, plain_logits, prefix
+from tests.support.onnx_files import write_adapter_file
 
 
 def arrays():
@@ -30,8 +31,7 @@ def arrays():
 
 def test_arrays_of_every_type_come_back_bit_by_bit(tmp_path):
     path = tmp_path / "x.onnx_adapter"
-    nbytes = write_adapter_file(path, arrays())
-    assert nbytes == path.stat().st_size
+    write_adapter_file(path, arrays())
     found = read_adapter_file(path)
     assert list(found) == sorted(arrays())
     for name, array in arrays().items():
@@ -40,17 +40,41 @@ def test_arrays_of_every_type_come_back_bit_by_bit(tmp_path):
         assert found[name].tobytes() == array.tobytes()
 
 
-def test_temporary_arrays_stay_alive_until_they_are_written(tmp_path):
-    """onnxruntime's writer keeps addresses only: views and converted copies would be gone by then."""
-    for number in range(4):
-        rng = np.random.default_rng(number)
-        made = {f"{n}": rng.normal(size=(64, 32)).astype(np.float32).T for n in range(8)}  # not contiguous: copies
-        path = tmp_path / f"{number}.onnx_adapter"
-        write_adapter_file(path, made)
-        gc.collect()
-        back = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-        for name, array in made.items():
-            assert np.array_equal(back[name].numpy(), array)
+def test_arrays_are_made_one_at_a_time_and_compared_with_the_file(tmp_path):
+    made, kept = [], {name: array for name, array in arrays().items() if name != "b"}
+
+    def make(name):
+        made.append(name)
+        return kept[name]
+
+    file = AdapterFile.of({name: (array.dtype, array.shape) for name, array in kept.items()}, make)
+    assert not made
+    path = tmp_path / "x"
+    with open(path, "wb") as out:
+        for number, piece in enumerate(file.pieces()):
+            assert len(made) <= number  # none ahead of its turn
+            out.write(piece)
+    assert made == sorted(kept, reverse=True)
+    file.prove(path)
+    raw = bytearray(path.read_bytes())
+    for tensor in open_onnx_adapter(path).tensors:
+        damaged = bytearray(raw)
+        damaged[tensor.offset + tensor.nbytes - 1] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ProofError, match="differs from what was written") as caught:
+            file.prove(path)
+        assert caught.value.tensor == tensor.name
+    write_adapter_file(path, {**kept, "another": kept["a"]})
+    with pytest.raises(ProofError, match="other names"):
+        file.prove(path)
+
+
+def test_arrays_that_do_not_lie_in_one_piece_are_written(tmp_path):
+    made = {f"{n}": np.random.default_rng(n).normal(size=(64, 32)).astype(np.float32).T for n in range(8)}
+    write_adapter_file(tmp_path / "x", made)
+    back = onnxruntime.AdapterFormat.read_adapter(str(tmp_path / "x")).get_parameters()
+    for name, array in made.items():
+        assert np.array_equal(back[name].numpy(), array)
 
 
 def test_the_same_arrays_in_any_order_give_the_same_bytes(tmp_path):
@@ -90,10 +114,6 @@ def test_empty_and_unsupported_arrays_are_refused(tmp_path):
         write_adapter_file(tmp_path / "x", {})
     with pytest.raises(FitError, match="complex64"):
         write_adapter_file(tmp_path / "x", {"a": np.zeros(2, np.complex64)})
-    (tmp_path / "x").write_bytes(b"kept")
-    with pytest.raises(FileExistsError):
-        write_adapter_file(tmp_path / "x", arrays())
-    assert (tmp_path / "x").read_bytes() == b"kept"
 
 
 def test_files_that_are_not_adapters_are_refused(tmp_path):

@@ -13,10 +13,11 @@ import torch
 import transformers
 
 import surgery
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery_formats.errors import FitError, ProofError
 from tests.oracles import peft_oracle, recipes
 from tests.support import trained
+from tests.support.onnx_files import write_adapter_file
 from tests.support.sessions import Plain
 
 IDS = np.array([[5, 17, 3, 88, 42, 9, 61]])

@@ -19,12 +19,13 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from surgery.onnx.export.adapters import sort_adapters
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.reference import forward, open_reference
 from surgery.verification.inserted import with_adapter_modules
 from surgery_formats.errors import FitError, MalformedError, ProofError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.kit import ROOT
+from tests.support.onnx_files import write_adapter_file
 
 GOLDEN = ROOT / "tests" / "golden" / "bottlenecks"
 ANSWERS = load_file(GOLDEN / "answers.safetensors")

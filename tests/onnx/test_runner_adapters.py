@@ -10,10 +10,11 @@ import pytest
 
 import surgery
 from surgery.onnx.run import chosen_adapters, prepare
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery_formats.errors import FitError
 from tests.support.graphs import CONTRACT, decoder, factors, plain_logits, prefix
 from tests.support.kit import spawn
+from tests.support.onnx_files import write_adapter_file
 
 ROWS = [[3, 17, 9, 4, 30], [8, 2]]
 NEW = 6
@@ -55,6 +56,31 @@ def test_prompts_and_adapters_are_chosen_per_run(tmp_path, attention):
         assert found == [greedy(path, row, past, **more) for row in ROWS]
         seen.append(found)
     assert len({str(one) for one in seen}) == len(cases)  # each of them makes a difference
+
+
+def test_a_folder_is_no_prompt_and_the_hint_says_what_makes_one(tmp_path):
+    path = decoder(tmp_path, "grouped", prefix=prefix(1, 4))
+    folder = tmp_path / "prompt"
+    folder.mkdir()
+    with pytest.raises(FitError, match="a folder") as caught:
+        tokens(path, prompt_adapter=folder)
+    assert "surgery prompt bake prompt BASE --as kv" in caught.value.hint
+    write_adapter_file(folder / "past.onnx_adapter", prefix(2, 7))
+    with pytest.raises(FitError, match="a folder") as caught:
+        tokens(path, prompt_adapter=folder)
+    assert "did you mean" in caught.value.hint
+    assert "past.onnx_adapter" in caught.value.hint
+    with pytest.raises(FitError, match="a folder") as caught:
+        tokens(path, adapters=[tmp_path])
+    assert "surgery convert" in caught.value.hint
+
+
+def test_a_prompt_of_another_type_says_how_to_write_it(tmp_path):
+    path = decoder(tmp_path, "grouped", prefix=prefix(1, 4))
+    write_adapter_file(tmp_path / "half", {name: array.astype(np.float16) for name, array in prefix(2, 7).items()})
+    with pytest.raises(FitError, match="the soft prompt is float16, but the cache is float32") as caught:
+        tokens(path, prompt_adapter=tmp_path / "half")
+    assert "--as kv --dtype fp32" in caught.value.hint
 
 
 def test_groups_share_what_was_read_of_prompts_and_adapters(tmp_path, monkeypatch):

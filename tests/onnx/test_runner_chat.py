@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 import surgery
-from surgery.onnx.run.adapter_file import read_adapter_file, write_adapter_file
+from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery.onnx.run.batch_file import read_batch
 from surgery.onnx.run.chat import render_chats
 from surgery.onnx.run.opening import open_graph
@@ -21,6 +21,7 @@ from surgery.onnx.run.stop_words import CutText
 from surgery_formats.errors import FitError, MalformedError, NotFoundError
 from tests.oracles import peft_oracle, recipes
 from tests.support.kit import ROOT
+from tests.support.onnx_files import write_adapter_file
 
 BASE = ROOT / "examples" / "base"
 TALK = [

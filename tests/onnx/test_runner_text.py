@@ -13,7 +13,6 @@ import pytest
 import surgery
 from surgery.onnx.graph.build import GraphOptions, build
 from surgery.onnx.graph.target import TARGETS, twin
-from surgery.onnx.run.adapter_file import write_adapter_file
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.inputs import said
 from surgery.onnx.run.sampling import Sampling
@@ -22,6 +21,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, InputError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.kit import ROOT, spawn
+from tests.support.onnx_files import write_adapter_file
 
 BASE = ROOT / "examples" / "base"
 TEXTS = ["The function returns", "import os", "A class"]
@@ -119,7 +119,7 @@ def test_a_text_ends_where_the_positions_end(folder):
 
 def test_text_without_tokenizers_hints_at_the_package(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
-    with pytest.raises(FitError, match="pip install tokenizers"):
+    with pytest.raises(surgery.MissingPackageError, match=r"pip install 'model-surgery\[run\]', or give token ids"):
         surgery.run(folder, ["text"], device="cpu")
 
 

@@ -241,3 +241,38 @@ def test_who_may_list_a_prefix_alone_reads_what_is_below(
     surgery.merge(base, lora, output=storage.url("mine/out"))
     assert surgery.inspect(storage.url("mine/out")).parameters
     assert surgery.inspect(storage.url("mine/out/model.safetensors")).parameters
+
+
+def test_listings_that_are_too_old_are_forgotten(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.put("a/x", b"1")
+    store = to_path(storage.url("a")).bucket  # type: ignore[attr-defined]
+    monkeypatch.setattr(bucket, "_REMEMBERED", 0.0)
+    for number in range(5):
+        store.listing(f"a{number}")
+    assert len(store._seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("reference", "variables"),
+    [
+        (
+            "az://models/x",
+            {
+                "AZURE_STORAGE_ENDPOINT": "http://127.0.0.1:9/a",
+                "AZURE_STORAGE_ACCOUNT_NAME": "a",
+                "AZURE_STORAGE_ACCOUNT_KEY": "aaaa",
+            },
+        ),
+        ("gs://models/x", {"GOOGLE_BASE_URL": "http://127.0.0.1:9", "GOOGLE_SKIP_SIGNATURE": "true"}),
+    ],
+)
+def test_a_plain_endpoint_that_is_named_is_used(
+    reference: str, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bucket, "RETRIES", 0)
+    bucket.connect.cache_clear()
+    with pytest.raises(InputError, match="the connection failed"):
+        surgery.inspect(reference)
+    bucket.connect.cache_clear()

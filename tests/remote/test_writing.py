@@ -154,6 +154,33 @@ def test_what_fails_midway_leaves_nothing(storage: Storage, monkeypatch: pytest.
     assert storage.waiting("out") == []
 
 
+def test_an_interrupt_right_behind_the_marker_takes_it_back(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, lora = _models(storage)
+    put = Bucket.put
+
+    def interrupted(bucket: Bucket, key: str, data: bytes, *, new: bool = False) -> None:
+        put(bucket, key, data, new=new)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Bucket, "put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.merge(base, lora, output=storage.url("out"))
+    assert storage.objects("out") == {}
+    assert storage.unfinished() == []
+
+
+def test_many_cores_share_the_blocks_of_a_weight_and_write_the_same(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, lora = _models(storage)
+    surgery.merge(base, lora, output=tmp_path / "out")
+    monkeypatch.setattr("surgery.engine.execute.cores", lambda: 8)
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", 100)
+    surgery.merge(base, lora, output=storage.url("out"))
+    there = storage.objects("out")["model.safetensors"]
+    assert there == (tmp_path / "out/model.safetensors").read_bytes()
+
+
 def test_bytes_that_a_store_does_not_give_back_are_no_output(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     base, lora = _models(storage)
     monkeypatch.setattr(upload.Upload, "digests", property(lambda self: {"xxh3": "0" * 32}))

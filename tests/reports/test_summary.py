@@ -181,7 +181,18 @@ def test_a_narrow_place_gives_up_spare_columns_before_it_folds_names():
     assert section_lines(table, 40)[0] == "tensor          moved  noise"
     assert section_lines(table, 25)[0] == "tensor          noise"
     assert section_lines(table, 20)[0] == "tensor"
-    assert section_lines(table, 10) == ["tensor", "model.laye", "rs.0"]
+    assert section_lines(table, 10) == ["tensor", "model.", "layers.0"]
+
+
+def test_words_are_broken_only_where_nothing_else_makes_room():
+    columns = Column("layers", "name"), Column("remark")
+    told = "too large for the type, so that conversion of these weights is left to the program"
+    table = Table(columns, (("model.layers.*.self_attn.q_proj", told),))
+    for width in (80, 60, 48):
+        lines = [line.split("  ") for line in section_lines(table, width)[1:]]
+        pieces = {piece.strip() for line in lines for part in line for piece in part.split()}
+        assert set(told.split()) <= pieces
+    assert section_lines(Table((Column("a", "name"),), (("abcdefghijklmnop",),)), 10) == ["a", "abcdefghij", "klmnop"]
 
 
 def test_a_spread_of_values_is_folded_where_a_name_alone_would_not_make_it_fit():

@@ -18,7 +18,6 @@ import importlib
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -358,31 +357,6 @@ def _replace(action: Action, roots: tuple[str, ...], states: States | None) -> N
         return bool(action("renameat2", lambda: rename_with(flag, old, new), (old, new)))
 
     kernel_copy._rename_with = renameat2
-    with contextlib.suppress(ImportError):
-        if "onnxruntime" in sys.modules:
-            import onnxruntime
-
-            native = onnxruntime.AdapterFormat
-
-            class Watched:
-                def __init__(self) -> None:
-                    self._own = native()
-
-                def __getattr__(self, name: str) -> Any:
-                    return getattr(self._own, name)
-
-                def export_adapter(self, path: Any) -> Any:
-                    if not path_of(
-                        path if not re.match(r"/(dev|proc/self)/fd/", path) else int(path.rsplit("/", 1)[1])
-                    ).startswith(roots):
-                        return self._own.export_adapter(path)
-                    return action("export_adapter", lambda: self._own.export_adapter(path), (path,))
-
-                @staticmethod
-                def read_adapter(path: Any) -> Any:
-                    return native.read_adapter(path)
-
-            onnxruntime.AdapterFormat = Watched
 
 
 def _import(names: Sequence[str]) -> None:

@@ -14,6 +14,8 @@ import torch
 from click.testing import Result
 from safetensors.torch import save_file
 
+from tests.support.json_documents import look
+
 ROOT = Path(__file__).parents[2]
 HIDDEN, LAYERS, RANK = 32, 2, 4
 TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
@@ -30,7 +32,9 @@ def environment(**extra: str) -> dict[str, str]:
 def spawn(*words: object, **extra: str) -> subprocess.CompletedProcess[str]:
     """``python -m surgery_cli`` in a process of its own."""
     command = [sys.executable, "-m", "surgery_cli", *map(str, words)]
-    return subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=120, check=False)
+    look(list(map(str, words)), done.stdout, done.stderr)
+    return done
 
 
 def make_base(folder: Path, dtype: torch.dtype = torch.bfloat16, **extra: torch.Tensor) -> Path:

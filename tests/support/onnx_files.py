@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 
-__all__ = ["FLOAT", "RNG", "WEIGHT", "body", "elsewhere", "model", "opened", "saved"]
+__all__ = ["FLOAT", "RNG", "WEIGHT", "body", "elsewhere", "model", "opened", "saved", "write_adapter_file"]
 
 FLOAT = TensorProto.FLOAT
 RNG = np.random.default_rng(3)
@@ -46,3 +48,7 @@ def body(weight: np.ndarray, name: str) -> Any:
     out = helper.make_tensor_value_info("out", FLOAT, None)
     node = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(weight[:1]))
     return helper.make_graph([node], name, [], [out], [numpy_helper.from_array(weight, "w")])
+
+
+def write_adapter_file(path: Path, arrays: Mapping[str, Any]) -> None:
+    path.write_bytes(adapter_bytes(arrays))

@@ -20,7 +20,10 @@ from safetensors.numpy import load_file
 
 from surgery import combine, convert, diff
 from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.canonical.adapter import Site
+from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError, OutputExistsError, ProofError
+from surgery_formats.updates import LoRA, Update
 from tests.support.adapter_files import (
     GOLDEN,
     assert_close,
@@ -343,6 +346,44 @@ def test_a_writer_that_errs_is_caught(tmp_path: Path, rank: int | None, monkeypa
         combine(pairs, output=tmp_path / "out", rank=rank)
     assert caught.value.exit_code == 5
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("to", ["comfyui", "diffusers"])
+def test_a_format_that_has_to_name_the_network_names_it(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT's folder says nothing of a pipeline, and these files name a component before each module."""
+    pairs = [(simple(tmp_path / "a"), 0.5), (simple(tmp_path / "b", 5), 0.25)]
+    wanted, _ = total([(peft_deltas(path), weight) for path, weight in pairs])
+    out = tmp_path / "out.safetensors"
+    combine(pairs, output=out, to=to)
+    written = read_adapter(out)
+    assert (written.format, len({site.component for site in written.updates} - {""})) == (to, 1)
+    assert_close({site.path.removesuffix(".weight"): delta for site, delta in _deltas(out).items()}, wanted)
+    convert(pairs[0][0], to, output=tmp_path / "one.safetensors")
+    assert_close(
+        {site.path.removesuffix(".weight"): delta for site, delta in _deltas(tmp_path / "one.safetensors").items()},
+        peft_deltas(pairs[0][0]),
+    )
+    names = sys.modules["surgery_formats.canonical.site_names"]
+    monkeypatch.setattr(names, "COMPONENTS", ())  # and no other component is taken for that network
+    for refused in (
+        lambda: combine(pairs, output=tmp_path / "no.safetensors", to=to),
+        lambda: convert(pairs[0][0], to, output=tmp_path / "no.safetensors"),
+    ):
+        with pytest.raises(ProofError, match=r"are missing .*, \d+ are new"):
+            refused()
+
+
+def _deltas(path: Path) -> dict[Site, np.ndarray]:
+    loras = {site: low_rank_of(chain[0]) for site, chain in read_adapter(path).updates.items()}
+    return {site: lora.scale * lora.B.load(DType.F64) @ lora.A.load(DType.F64) for site, lora in loras.items()}
+
+
+def low_rank_of(update: Update) -> LoRA:
+    lora = update.low_rank()
+    assert lora is not None
+    return lora
 
 
 def test_subtracting_again_gives_the_first_back(tmp_path: Path) -> None:

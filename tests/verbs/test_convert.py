@@ -307,6 +307,11 @@ def test_a_type_can_be_chosen(tmp_path: Path) -> None:
     result = convert(source, "mlx", output=tmp_path / "b", dtype="fp16")
     assert {v.dtype for v in load_file(tmp_path / "b/adapters.safetensors").values()} == {np.dtype(np.float16)}
     assert 1e-6 < result.max_error < 2e-3
+    assert {entry.outcome for entry in result.entries} == {"rounded"}
+    assert all(entry.detail.endswith("stored as F16") for entry in result.entries)
+    wider = convert(tmp_path / "b", "peft", output=tmp_path / "d", dtype="fp32")
+    assert {entry.outcome for entry in wider.entries} <= {"exact", "folded"}
+    assert wider.max_error < 1e-6
     with pytest.raises(FitError, match="factors cannot be stored"):
         convert(source, "mlx", output=tmp_path / "c", dtype="i8")
     with pytest.raises(FitError, match="no type 'nonsense'"):

@@ -18,8 +18,9 @@ from tempfile import mkdtemp
 
 from surgery_formats.errors import SurgeryError
 
-from .limits import ForbiddenError, TooSlowError, limited
+from .limits import ForbiddenError, Limited, TooSlowError
 from .mutations import mutated
+from .quick_bytes import quickly_damaged, tokens_of
 from .target import Case, Seed, Target
 from .words import Words
 
@@ -60,11 +61,13 @@ class Fuzzer:
             import_module(name)  # which may do what an execution must not
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self._seed = seed
+        self._limits = Limited()
         self._seeds = {target.name: list(target.seeds()) for target in self.targets}
         self._shares = list(accumulate(target.share for target in self.targets))
         self.words = Words.of(
             dict.fromkeys(raw for some in self._seeds.values() for s in some for raw in s.files.values())
         )
+        self._tokens = {target.name: tokens_of(self._seeds[target.name]) for target in self.targets if target.quick}
         self._folder = Path()
         self._last: Path | None = None
 
@@ -84,9 +87,12 @@ class Fuzzer:
 
     def damaged(self, number: int) -> tuple[random.Random, Target, Seed, dict[str, bytes]]:
         """The files of an execution."""
-        draw = random.Random(f"{self._seed}-{number}")
+        draw = random.Random((self._seed << 48) + number)
         (target,) = draw.choices(self.targets, cum_weights=self._shares)
         seed = draw.choice(self._seeds[target.name])
+        if target.quick:
+            ((name, raw),) = seed.files.items()
+            return draw, target, seed, {name: quickly_damaged(draw, raw, self._tokens[target.name])}
         return draw, target, seed, mutated(draw, dict(seed.files), self.words)
 
     def run(self, number: int) -> Fault | None:
@@ -102,7 +108,7 @@ class Fuzzer:
         case = Case(path, next(iter(files.values())), draw)
         fault = None
         try:
-            with limited():
+            with self._limits:
                 outcome = target.execute(case)
         except SurgeryError as error:
             outcome = type(error).__name__

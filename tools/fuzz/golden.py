@@ -22,7 +22,7 @@ from tests.support.updates import EVERY_KIND, made_adapter
 from . import ROOT
 from .target import Seed
 
-__all__ = ["golden_files", "seeds_of", "small_graph"]
+__all__ = ["golden_files", "golden_graphs", "seeds_of", "small_graph"]
 
 PLACES = ("tests/golden", "tests/containers/golden", "examples")
 LARGEST = 100_000
@@ -56,6 +56,18 @@ def golden_files(*endings: str) -> Sequence[Seed]:
     paths = [path for place in PLACES for path in sorted((ROOT / place).rglob("*")) if path.name.endswith(endings)]
     files = [path for path in paths if path.is_file() and 0 < path.stat().st_size <= LARGEST]
     return [Seed(path.relative_to(ROOT).as_posix(), {path.name: path.read_bytes()}) for path in files]
+
+
+@cache
+def golden_graphs() -> Sequence[Seed]:
+    """Golden graphs with the files that lie beside them, the graph first."""
+    graphs = [(ROOT / seed.name, seed) for seed in golden_files(".onnx")]
+    found = []
+    for path, seed in graphs:
+        beside = {file.name: file for file in sorted(path.parent.iterdir()) if file.is_file() and file != path}
+        if sum(file.stat().st_size for file in beside.values()) <= LARGEST:
+            found.append(Seed(seed.name, {**seed.files, **{name: file.read_bytes() for name, file in beside.items()}}))
+    return found
 
 
 def _within(folder: Path) -> Iterator[tuple[str, Seed]]:
@@ -130,6 +142,7 @@ def _several_files() -> Iterator[tuple[str, Seed]]:
         raw = RawGguf(entries, {name: GgufTensor(F32, (2, 3), bytes(24)) for name in names})
         parts[f"m-{number + 1:05d}-of-00002.gguf"] = raw.data()
     yield "container:gguf-splits", Seed("splits", parts, alone=False)
+    yield from (("container:onnx", seed) for seed in golden_graphs())
     yield "container:onnx", Seed("a graph", {"model.onnx": small_graph(), "a.data": bytes(96)})
 
 

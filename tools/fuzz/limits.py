@@ -7,11 +7,9 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["MEMORY", "SECONDS", "ForbiddenError", "TooSlowError", "bound_memory", "limited"]
+__all__ = ["MEMORY", "SECONDS", "ForbiddenError", "Limited", "TooSlowError", "bound_memory"]
 
 SECONDS = 10.0
 MEMORY = 1 << 30
@@ -61,21 +59,21 @@ sys.addaudithook(_watch)
 sys.dont_write_bytecode = True
 
 
-@contextmanager
-def limited(seconds: float | None = None) -> Iterator[None]:
-    """Watch what is done, and end it when it takes too long."""
-    global _watching
-    most = SECONDS if seconds is None else seconds
+def _over(*_: Any) -> None:
+    raise TooSlowError(f"more than {SECONDS} seconds")
 
-    def over(*_: Any) -> None:
-        raise TooSlowError(f"more than {most} seconds")
 
-    signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, most)
-    _watching = True
-    try:
-        yield
-    finally:
+class Limited:
+    """A context in which what is done is watched, and ended when it takes too long."""
+
+    def __enter__(self) -> None:
+        global _watching
+        signal.signal(signal.SIGALRM, _over)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        _watching = True
+
+    def __exit__(self, *_: object) -> None:
+        global _watching
         _watching = False
         signal.setitimer(signal.ITIMER_REAL, 0)
 

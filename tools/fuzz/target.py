@@ -55,6 +55,7 @@ class Target:
         seeds: What is damaged.
         on_disk: Whether it needs the files; otherwise `Case.path` does not exist.
         share: How often it is executed, compared with others.
+        quick: Whether bytes of small seeds are changed without looking at what they are, for thousands of executions a second.
         needs: Packages of which one is missing where it cannot be executed.
     """
 
@@ -63,4 +64,5 @@ class Target:
     seeds: Callable[[], Sequence[Seed]]
     on_disk: bool = True
     share: float = 1.0
+    quick: bool = False
     needs: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ import numpy
 from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
 
-__all__ = ["CONFIG", "TOKENIZER", "files_below", "safetensors_bytes", "world", "world_folder"]
+__all__ = ["CONFIG", "TOKENIZER", "files_below", "graph_first", "safetensors_bytes", "world", "world_folder"]
 
 HIDDEN, MLP, VOCABULARY, RANK = 8, 16, 16, 2
 CONFIG: dict[str, Any] = {
@@ -131,6 +131,11 @@ def world_folder() -> Path:
 def _remove(folder: Path, made_by: int) -> None:
     if os.getpid() == made_by:
         shutil.rmtree(folder)
+
+
+def graph_first(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a folder with the graph as the first."""
+    return {"model.onnx": files["model.onnx"], **files}
 
 
 @cache

@@ -38,7 +38,7 @@ __all__ = [
     "what_to_tell",
 ]
 
-Outcome = Literal["exact", "folded", "approximated", "dropped"]
+Outcome = Literal["exact", "folded", "rounded", "approximated", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ class Entry:
     Attributes:
         site: As the source named it.
         outcome: ``exact`` (same factors), ``folded`` (same delta, with a scale or a part multiplied into a factor),
-            ``approximated`` (another delta, as near as the format's type allows), or ``dropped``.
+            ``rounded`` (either of these, in a type with fewer digits than the source's), ``approximated`` (another delta,
+            as near as the format's type allows), or ``dropped``.
         detail: Where it went, or why it was dropped.
         error: Error of an approximated update, ``||delta - written|| / ||delta||`` (Frobenius), measured on the written
             tensors; None until then.

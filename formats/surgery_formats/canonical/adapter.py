@@ -13,7 +13,7 @@ from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates import Update, is_refusing
+from surgery_formats.updates import Update, is_directed, is_refusing
 
 __all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
 
@@ -133,6 +133,14 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"<Adapter {str(self.path)!r}: {self.format} {self.kind}, {len(self.updates)} updates>"
+
+    @property
+    def kind_name(self) -> str:
+        """`kind`; DORA for a DoRA, which PEFT's files call a LORA with a switch."""
+        directed = self.kind == "LORA" and any(
+            is_directed(update) for chain in self.updates.values() for update in chain
+        )
+        return "DORA" if directed else self.kind
 
     def __hash__(self) -> int:
         return hash((self.path, self.format, self.kind))  # so that it can be the key of a weight

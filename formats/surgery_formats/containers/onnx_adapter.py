@@ -14,17 +14,24 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
 
-from surgery_formats.containers.base import MAX_DIMS, Shard, TensorSpec
+from surgery_formats.containers.base import MAX_DIMS, Shard
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import FitError, MalformedError
+from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File, first_bytes, open_file
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["ELEMENTS", "LIMIT", "OnnxAdapterPlan", "is_onnx_adapter", "open_onnx_adapter", "plan_onnx_adapter"]
+__all__ = [
+    "ELEMENTS",
+    "FORMAT_VERSION",
+    "IDENTIFIER",
+    "LIMIT",
+    "NAME_LIMIT",
+    "arrays_of",
+    "is_onnx_adapter",
+    "open_onnx_adapter",
+]
 
 IDENTIFIER = b"TORT"
 LIMIT = (1 << 31) - 1
@@ -42,10 +49,9 @@ ELEMENTS = {
 }
 """``TensorProto.DataType`` by element type."""
 _BY_NUMBER = {number: dtype for dtype, number in ELEMENTS.items()}
-_FORMAT_VERSION = 1
+FORMAT_VERSION = 1
 _PARAMETERS = 1_000_000
-_NAME_LIMIT = 1 << 16  # bytes
-_ALIGNMENT = 16  # of the data; onnxruntime asks for 8
+NAME_LIMIT = 1 << 16  # bytes
 
 
 def is_onnx_adapter(path: str | os.PathLike[str]) -> bool:
@@ -61,14 +67,19 @@ def open_onnx_adapter(path: str | os.PathLike[str]) -> Shard:
         MalformedError: not such a file, an offset outside the file, sizes that do not fit, a repeated name, or more
             values than the file has bytes for.
     """
-    file = open_file(path)
+    return arrays_of(open_file(path))
+
+
+def arrays_of(file: File) -> Shard:
+    """The arrays of an open file, see `open_onnx_adapter`."""
+    path = file.path
     if file.size > LIMIT:
         raise MalformedError("larger than a flatbuffer can be", file=path)
     if file.size < 8 or bytes(file.read(4, 4)) != IDENTIFIER:
         raise MalformedError("not an .onnx_adapter file", file=path)
     reader = _Flatbuffer(file)
     root = reader.follow(0)
-    if (version := reader.number(root, 0, "<i")) != _FORMAT_VERSION:
+    if (version := reader.number(root, 0, "<i")) != FORMAT_VERSION:
         raise MalformedError(f"format version {version} is not supported", file=path)
     tensors: dict[str, StoredTensor] = {}
     for table in reader.tables(root, 3, _PARAMETERS):
@@ -86,8 +97,8 @@ def open_onnx_adapter(path: str | os.PathLike[str]) -> Shard:
 def _parameter(reader: _Flatbuffer, table: int) -> StoredTensor:
     file = reader.file
     begin, nbytes = reader.vector(table, 0, 1)
-    if nbytes > _NAME_LIMIT:
-        raise MalformedError(f"a name of {nbytes} bytes (at most {_NAME_LIMIT} are read)", file=file.path)
+    if nbytes > NAME_LIMIT:
+        raise MalformedError(f"a name of {nbytes} bytes (at most {NAME_LIMIT} are read)", file=file.path)
     try:
         name = bytes(file.read(begin, nbytes)).decode()
     except UnicodeDecodeError as error:
@@ -154,70 +165,3 @@ class _Flatbuffer:
         if nbytes // 4 > limit:
             raise MalformedError(f"has {show(nbytes // 4)} arrays", file=self.file.path)
         return [self.follow(at) for at in range(begin, begin + nbytes, 4)]
-
-
-class OnnxAdapterPlan:
-    """A file before its arrays are known.
-
-    Attributes:
-        header: All but the arrays and their lengths.
-        ranges: ``(offset, nbytes)`` of every array, by name in order.
-        nbytes: Of the file.
-    """
-
-    def __init__(self, header: bytes, ranges: Mapping[str, tuple[int, int]], nbytes: int) -> None:
-        self.header, self.ranges, self.nbytes = header, ranges, nbytes
-        names = list(ranges)
-        ends = [len(header), *(offset + size for offset, size in ranges.values())]
-        self._gaps = {name: ranges[name][0] - end for name, end in zip(names, ends, strict=False)}
-
-    def before(self, name: str, data: bytes | memoryview) -> bytes:
-        """The bytes in front of an array: zeros, and its length."""
-        return bytes(self._gaps[name] - 4) + struct.pack("<I", len(data))
-
-
-def plan_onnx_adapter(tensors: Sequence[TensorSpec]) -> OnnxAdapterPlan:
-    """The plan of a file with these arrays, in order of their names.
-
-    Raises:
-        FitError: no arrays, a type that such files lack, or more data than a flatbuffer holds.
-    """
-    specs = sorted(tensors)
-    if not specs:
-        raise FitError("the adapter has no arrays")
-    for name, dtype, _ in specs:
-        if dtype not in ELEMENTS:
-            raise FitError(f"an .onnx_adapter file has no arrays of {dtype.label}", tensor=name)
-    fixed = bytearray(
-        struct.pack("<I4s6H", 20, IDENTIFIER, 12, 20, 4, 8, 12, 16)
-    )  # the root is at 20, behind its vtable
-    fixed += struct.pack("<iiiiI", 12, _FORMAT_VERSION, 1, 1, 4)  # its parameters are the vector behind it
-    vector = len(fixed)
-    vtable = vector + 4 + 4 * len(specs)
-    tables = vtable + 12
-    first_text = tables + 20 * len(specs)
-    names = [name.encode() for name, _, _ in specs]
-    texts = list(accumulate((4 + len(name) // 4 * 4 + 4 for name in names), initial=first_text))
-    first_shape = texts[-1] + (4 - texts[-1]) % 8  # the length stands before a multiple of 8
-    shapes = list(accumulate((8 + 8 * len(sizes) for _, _, sizes in specs), initial=first_shape))
-    fixed += struct.pack(f"<I{len(specs)}I", len(specs), *(tables + 16 * n - vector - 4 for n in range(len(specs))))
-    fixed += struct.pack("<6H", 12, 20, 4, 8, 12, 16)
-    ranges: dict[str, tuple[int, int]] = {}
-    at = shapes[-1]
-    for number, (name, dtype, sizes) in enumerate(specs):
-        begin = at + 4 + -(at + 4) % _ALIGNMENT
-        ranges[name] = begin, math.prod(sizes) * dtype.bits // 8
-        at = begin + ranges[name][1]
-        table = tables + 20 * number
-        raw = begin - 4 - table - 16
-        text, shape = texts[number] - table - 4, shapes[number] - table - 8
-        if at > LIMIT:
-            raise FitError("more than 2 GB do not fit into an .onnx_adapter file", tensor=name)
-        fixed += struct.pack("<iIIiI", table - vtable, text, shape, ELEMENTS[dtype], raw)
-    for name_bytes in names:
-        text_bytes = struct.pack("<I", len(name_bytes)) + name_bytes
-        fixed += text_bytes + bytes(4 - len(name_bytes) % 4)
-    fixed += bytes(first_shape - len(fixed))
-    for _, _, sizes in specs:
-        fixed += struct.pack(f"<I{len(sizes)}q", len(sizes), *sizes) + bytes(4)
-    return OnnxAdapterPlan(bytes(fixed), ranges, at)

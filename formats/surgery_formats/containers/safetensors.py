@@ -29,7 +29,7 @@ from surgery_formats.files.raw import File, open_file
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
-__all__ = ["METADATA_KEY", "SAFETENSORS", "layout", "open_safetensors", "reference_order"]
+__all__ = ["METADATA_KEY", "SAFETENSORS", "layout", "open_safetensors", "read_header", "reference_order"]
 
 _HEADER_LIMIT = 100_000_000  # the reference's MAX_HEADER_SIZE
 METADATA_KEY = "__metadata__"
@@ -137,7 +137,8 @@ def _entry(name: str, entry: Any, file: File) -> tuple[int, int, str, DType, tup
     return begin, end, name, dtype, tuple(shape)
 
 
-def _read_header(file: File) -> Shard:
+def read_header(file: File) -> Shard:
+    """Check the header of an open file as a whole, see `open_safetensors`."""
 
     def fail(what: str, tensor: str | None = None) -> MalformedError:
         return MalformedError(what, file=file.path, tensor=tensor)
@@ -189,7 +190,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Shard:
             there is one, the tensor.
     """
     with collector_paused():
-        return _read_header(open_file(path))
+        return read_header(open_file(path))
 
 
 def reference_order(entries: Iterable[TensorSpec]) -> list[TensorSpec]:

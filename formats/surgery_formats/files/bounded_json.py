@@ -12,11 +12,12 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 
-__all__ = ["CONFIG_LIMIT", "INDEX_LIMIT", "TOKENIZER_LIMIT", "parse_object", "read_object"]
+__all__ = ["CONFIG_LIMIT", "INDEX_LIMIT", "MANIFEST_LIMIT", "TOKENIZER_LIMIT", "parse_object", "read_object"]
 
 CONFIG_LIMIT = 4 << 20
 INDEX_LIMIT = 64 << 20
 TOKENIZER_LIMIT = 256 << 20
+MANIFEST_LIMIT = 256 << 20  # with about 700 bytes for each tensor that was computed
 _DEPTH = 64
 _OPENINGS = 8_000_000  # brackets and braces; a list or object of nothing takes 64 bytes, and two or three in the file
 _DIGITS = 300  # per number; Python parses integers in quadratic time

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from surgery_formats.binding.bind import Binding
 from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.raw import open_file, stays_inside
+from surgery_formats.models.base_name import hub_name
+from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["card_metadata"]
+__all__ = ["card_metadata", "merge_metadata"]
 
 _LIMIT = 1 << 20  # bytes of a card that are looked at
 _KEY = re.compile(r"([A-Za-z_][\w-]*):(?:\s.*)?")
@@ -20,25 +22,41 @@ _NOT_KEPT = re.compile(
     r"base_model.*|model[-_]index|model_name|library_name|tags|extra_gated_.*|co2_eq_emissions|widget|datasets|metrics"
 )
 """What a card says of the base alone: how it was made, what it scored, who may download it."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TASKS = ("text-classification", "token-classification", "question-answering")
 
 
-def card_metadata(binding: Binding) -> list[str]:
-    """The lines of a card's metadata, without the fences."""
+def merge_metadata(binding: Binding) -> list[str]:
+    """The metadata of a merged model's card."""
     base = binding.checkpoint
+    task = next((adapter.task for adapter, _ in binding.adapters if adapter.task in _TASKS), "")
+    told = [adapter.base_name for adapter, _ in binding.adapters if quantised_base_of(adapter) is None]
+    library = "diffusers" if base.is_pipeline else "transformers"
+    return card_metadata(base, hub_name(base, told), relation="merge", library=library, task=task, tags=("merge",))
+
+
+def card_metadata(
+    base: Checkpoint, name: str, *, relation: str, library: str, task: str = "", tags: Sequence[str] = ()
+) -> list[str]:
+    """The lines of a card's metadata, without the fences.
+
+    Args:
+        base: The base, of whose own card what still holds is kept.
+        name: Its name on the hub, or empty.
+        relation: What was made of it (``merge``, ``adapter``), as the hub calls it.
+        library: What loads it.
+        task: What it does, as the hub names it, where another than the base.
+        tags: In front of those of the base.
+    """
     kept = _kept(base.path)
-    if task := next((adapter.task for adapter, _ in binding.adapters if adapter.task in _TASKS), ""):
+    if task:
         kept["pipeline_tag"] = [f"pipeline_tag: {task}"]
-    tags = [line for line in kept.pop("tags", [])[1:] if re.fullmatch(r"\s*- [\w.:/-]+", line)]
-    name = _hub_name(binding)
+    of_base = [line.strip()[2:] for line in kept.pop("tags", [])[1:] if re.fullmatch(r"\s*- [\w.:/-]+", line)]
     return [
-        *([f"base_model: {name}", "base_model_relation: merge"] if name else []),
-        f"library_name: {'diffusers' if base.is_pipeline else 'transformers'}",
+        *([f"base_model: {name}", f"base_model_relation: {relation}"] if name else []),
+        f"library_name: {library}",
         *(line for lines in kept.values() for line in lines),
         "tags:",
-        "- merge",
-        *(f"- {tag}" for tag in dict.fromkeys(line.strip()[2:] for line in tags) if tag != "merge"),
+        *(f"- {tag}" for tag in dict.fromkeys([*tags, *of_base])),
     ]
 
 
@@ -68,20 +86,3 @@ def _by_key(lines: Iterable[str]) -> dict[str, list[str]]:
         if key and line.isprintable() and (key == "tags" or not _NOT_KEPT.fullmatch(key)):
             kept.setdefault(key, []).append(line)
     return kept
-
-
-def _hub_name(binding: Binding) -> str:
-    """The hub's name of the base that was given, or nothing.
-
-    It is that of the folder in the hub's cache, or what an adapter or the base's configuration calls a model of the
-    folder's name.
-    """
-    base = binding.checkpoint
-    for folder in (base.path, *base.path.parents):
-        organisation, _, name = folder.name.removeprefix("models--").partition("--")
-        if folder.name.startswith("models--") and _HUB_NAME.fullmatch(f"{organisation}/{name}"):
-            return f"{organisation}/{name}"
-    known = [str(component.config.get("_name_or_path", "")) for component in base.components.values()]
-    known += [adapter.base_name for adapter, _ in binding.adapters if quantised_base_of(adapter) is None]
-    own = base.path.resolve().name
-    return next((name for name in known if _HUB_NAME.fullmatch(name) and name.rpartition("/")[2] == own), "")

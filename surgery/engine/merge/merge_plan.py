@@ -259,7 +259,7 @@ def merge_facts(binding: Binding) -> dict[str, Any]:
         "adapters": [
             {
                 "format": adapter.format,
-                "kind": adapter.kind,
+                "kind": adapter.kind_name,
                 "weight": weight,
                 "config": without_local_paths(adapter.config),
                 "files": sorted({fingerprint(file) for file in adapter.files}),

@@ -10,7 +10,7 @@ import math
 
 from surgery._version import __version__
 from surgery.engine.ledger import Ledger
-from surgery.engine.merge.card_metadata import card_metadata
+from surgery.engine.merge.card_metadata import merge_metadata
 from surgery.reports.markdown_parts import table_lines
 from surgery_formats.binding.bind import Binding
 from surgery_formats.models.module_tree import module_graph
@@ -26,7 +26,7 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
     rows = [
         (
             markdown_code(show(adapter.path.resolve().name)),
-            markdown(show(f"{adapter.format} {adapter.kind}")),
+            markdown(show(f"{adapter.format} {adapter.kind_name}")),
             f"{weight:g}",
             count(adapter.parameters),
         )
@@ -36,7 +36,7 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
     classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
     lines = [
         "---",
-        *card_metadata(binding),
+        *merge_metadata(binding),
         "---",
         "",
         f"# {markdown_code(show(base.path.resolve().name))} with {', '.join(names)} {'beside it' if residual else 'merged in'}",

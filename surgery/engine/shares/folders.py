@@ -23,7 +23,7 @@ from surgery._version import __version__
 from surgery.engine.execute import Run
 from surgery.engine.shares.work import Work, WorkRequest
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.remote.path import RemotePath, to_path
@@ -156,7 +156,7 @@ def finished_shares(work: Work, output: Path, count: int) -> Iterator[Sequence[P
     if missing := [str(index) for index, folder in enumerate(folders) if not is_finished(folder)]:
         raise FitError(f"of {count} shares these are missing: {listing(missing)}", hint="run them again")
     for index, folder in enumerate(folders):
-        manifest: dict[str, Any] = read_object(folder / MANIFEST, INDEX_LIMIT)
+        manifest: dict[str, Any] = read_object(folder / MANIFEST, MANIFEST_LIMIT)
         if (manifest.get("share"), manifest.get("job")) != ([index, count], job):
             raise ProofError(
                 "holds another share, or one of other work", file=folder, hint="remove it and run the share again"

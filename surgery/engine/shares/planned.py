@@ -18,7 +18,7 @@ from surgery.engine.ledger import Measurement
 from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
 from surgery.engine.shares.work import Cluster, WorkRequest
 from surgery_formats.errors import MalformedError, ProofError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File, open_file
@@ -127,7 +127,7 @@ def _located(plan: Plan, folders: Sequence[Path]) -> Mapping[str, list[_Piece]]:
 
 
 def _measured(folder: Path) -> Mapping[str, Measurement]:
-    manifest = read_object(folder / MANIFEST, INDEX_LIMIT)
+    manifest = read_object(folder / MANIFEST, MANIFEST_LIMIT)
     try:
         return remembered(manifest["files"][SHARE_FILE])
     except (KeyError, TypeError, AttributeError) as error:

@@ -21,7 +21,7 @@ from surgery_formats.binding.operation import Operation
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, SurgeryError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import positions
@@ -59,7 +59,7 @@ def recorded_base(folder: Path, adapters: Sequence[tuple[Adapter, float]]) -> Ma
     """
     if not (folder / MANIFEST).is_file():
         return None
-    manifest = read_object(folder / MANIFEST, INDEX_LIMIT)
+    manifest = read_object(folder / MANIFEST, MANIFEST_LIMIT)
     inputs, ledger = manifest.get("inputs"), manifest.get("ledger")
     if not isinstance(inputs, dict) or not isinstance(ledger, dict) or not isinstance(inputs.get("adapters"), list):
         return None

@@ -137,7 +137,7 @@ def entry(named: NamedAdapter, mode: str, **fields: Any) -> dict[str, Any]:
     """The entry of an adapter in the contract and the manifest; without paths."""
     files = sorted({fingerprint(file) for file in named.adapter.files})
     digest = files[0] if len(files) == 1 else hashlib.sha256("".join(files).encode()).hexdigest()
-    return {"name": named.name, "mode": mode, "kind": named.adapter.kind, "id": digest, **fields}
+    return {"name": named.name, "mode": mode, "kind": named.adapter.kind_name, "id": digest, **fields}
 
 
 def issues_of(adapters: Iterable[NamedAdapter], checkpoint: Checkpoint) -> tuple[str, ...]:

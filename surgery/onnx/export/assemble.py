@@ -22,7 +22,7 @@ from surgery.onnx.graph.build import GraphOptions, GraphSet, build
 from surgery.onnx.graph.contract import TEXT
 from surgery.onnx.graph.virtual_tokens import Virtual
 from surgery.onnx.graph.weights import Replaceable
-from surgery.onnx.run.adapter_file import adapter_bytes
+from surgery.onnx.run.adapter_file import AdapterFile, adapter_bytes
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.files.raw import open_file
@@ -159,26 +159,28 @@ class Assembly:
         names += [SENTENCE_FILE] if self.sentence is not None and self.sentence.layout is not None else []
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
-    def files(self, location: WeightLocation) -> tuple[dict[str, bytes], GraphSet, dict[str, onnx.ModelProto]]:
+    def files(
+        self, location: WeightLocation
+    ) -> tuple[dict[str, bytes | AdapterFile], GraphSet, dict[str, onnx.ModelProto]]:
         """Create all small files; the graphs are not yet serialised. `location` is where the weights lie now.
 
         Raises:
-            FitError, ProofError: see `computed_past` and `write_adapter_file`.
+            FitError, ProofError: see `computed_past` and `AdapterFile.of`.
         """
         pasts = self._pasts(location) if self.form == "kv" else []
         built = self._built(pasts[0] if pasts else {})
         kind = _numpy_type(self.options)
-        files: dict[str, bytes] = {}
+        files: dict[str, bytes | AdapterFile] = {}
         for named, adapter, places in zip(self.roles.swap, self.slots, self.module_slots.names, strict=True):
-            from surgery.onnx.export.slots import slot_arrays
+            from surgery.onnx.export.slots import SlotArrays
 
             modules = values_at(adapter.modules, places)
             for part in self._parts(adapter):
                 contract = built.encoder if part and built.encoder else built.contract
                 inputs = {name: built.inputs[name] for name in contract.replaceable}
-                arrays = slot_arrays(adapter, contract.slots, _slot_sizes(built), kind, inputs)
-                arrays |= {name: stored_array(values, built.inputs[name], name) for name, values in modules.items()}
-                files[self._adapter_file(named.name, part)] = adapter_bytes(arrays)
+                full = {name: stored_array(values, built.inputs[name], name) for name, values in modules.items()}
+                arrays = SlotArrays.of(adapter, contract.slots, _slot_sizes(built), kind, inputs, full)
+                files[self._adapter_file(named.name, part)] = AdapterFile.of(arrays.specs, arrays.make)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes(
                 {name: stored_array(kv, kind, name) for name, kv in past.items()}

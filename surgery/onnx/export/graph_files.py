@@ -16,6 +16,7 @@ from surgery.onnx.export.prompt_past import WeightLocation
 from surgery.onnx.export.sentence import SENTENCE_FILE
 from surgery.onnx.export.triton import triton_config
 from surgery.onnx.graph.build import GraphSet
+from surgery.onnx.run.adapter_file import SmallFiles
 from surgery_formats.files.raw import File, nameless_file
 
 __all__ = ["GraphFiles", "graph_files"]
@@ -31,7 +32,7 @@ class GraphFiles(NamedTuple):
             files.
     """
 
-    files: Mapping[str, bytes]
+    files: SmallFiles
     graphs: GraphSet
     held: Mapping[str, File]
 
@@ -54,8 +55,8 @@ def graph_files(
     files, graph_set, graphs = assembly.files(location)
     inside = dict(held or {})
     if held is not None:
-        small = [file for file in (INSERTED, SENTENCE_FILE) if file in files]
-        inside |= {file: nameless_file(files.pop(file), Path(file)) for file in small}
+        small = {file: files.pop(file) for file in (INSERTED, SENTENCE_FILE) if file in files}
+        inside |= {file: nameless_file(data, Path(file)) for file, data in small.items() if isinstance(data, bytes)}
     for file, graph in graphs.items():
         if held is not None:
             embed(graph, inside)

@@ -24,10 +24,10 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import WeightLocation
+from surgery.onnx.run.adapter_file import AdapterFile, SmallFiles
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_folder
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
-from surgery_formats.files.output.manifest import digests_of
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.scratch import stages_of, sweep
 from surgery_formats.files.raw import File
@@ -68,7 +68,7 @@ class ExportJob:
     """
 
     names: Sequence[str]
-    make: Callable[[WeightLocation], Mapping[str, bytes]]
+    make: Callable[[WeightLocation], SmallFiles]
     weights: Sequence[File]
     plan: Plan | None
     judge: Callable[[Ledger], None]
@@ -163,15 +163,14 @@ def _write(
         else:
             ledger = _compute(job, folder, run, compute)
             files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
-        for name, data in files.items():
-            folder.write_small(name, data)
+        _write_files(folder, files)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
     return _outcome(files, ledger if mode != "embed" else None, written, ledger)
 
 
-def _outcome(files: Mapping[str, bytes], ledger: Ledger | None, written: int, account: Ledger | None) -> ExportOutcome:
+def _outcome(files: SmallFiles, ledger: Ledger | None, written: int, account: Ledger | None) -> ExportOutcome:
     """The outcome; `ledger` is that of weights in files of their own, `account` that of all."""
     sizes = {name: len(data) for name, data in files.items()}
     return ExportOutcome(sizes, account, written + sum(sizes.values()) + (ledger.plan.nbytes if ledger else 0))
@@ -179,7 +178,7 @@ def _outcome(files: Mapping[str, bytes], ledger: Ledger | None, written: int, ac
 
 def _inside(
     job: ExportJob, output: Path, home: Path, run: Run, compute: ComputeWeight | None
-) -> tuple[Ledger | None, Mapping[str, bytes]]:
+) -> tuple[Ledger | None, SmallFiles]:
     """Compute weights into a folder that goes when the graphs hold them."""
     beside = output.with_name(f"{output.name}.weights")
     with output_folder(beside, _stage_id(job, "embed"), inputs=[home, *job.inputs], verify=still_good) as scratch:
@@ -274,10 +273,11 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWei
             )
             files = job.make(location)
             _check_unchanged(job)
+            _write_files(stage, files)
             if ledger is not None or job.facts["adapters"]:
-                files = {EXPORT_ACCOUNT: _account(job, ledger, files, stage), **files}
-            for name, data in files.items():
-                stage.write_small(name, data)
+                account = _account(job, ledger, files, stage)
+                stage.write_small(EXPORT_ACCOUNT, account)
+                files = {EXPORT_ACCOUNT: account, **files}
             for name in (*planned, *files):
                 _move(stage.staged / name, folder / name, added)
         sync_folder(fd)
@@ -289,9 +289,18 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWei
     return _outcome(files, ledger, 0, ledger)
 
 
-def _account(job: ExportJob, ledger: Ledger | None, files: Mapping[str, bytes], stage: OutputFolder) -> bytes:
+def _write_files(folder: OutputFolder, files: SmallFiles) -> None:
+    for name, data in files.items():
+        if isinstance(data, AdapterFile):
+            folder.write_made(name, len(data), data.pieces())
+            data.prove(folder.staged / name)
+        else:
+            folder.write_small(name, data)
+
+
+def _account(job: ExportJob, ledger: Ledger | None, files: SmallFiles, stage: OutputFolder) -> bytes:
     """The account of the added files: sizes, hashes, and the outcome of each tensor."""
-    entries: dict[str, Any] = {name: {"size": len(data), **digests_of(data)} for name, data in files.items()}
+    entries: dict[str, Any] = {name: {"size": len(data), **stage.record(name).record} for name, data in files.items()}
     measured = ledger.measured if ledger else {}
     for file in ledger.plan.files if ledger else ():
         hashes = {tensor.name: measured[tensor.label].xxh3 for tensor in file.tensors if tensor.label in measured}

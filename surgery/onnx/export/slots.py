@@ -29,7 +29,7 @@ from surgery_formats.models.component import Component
 from surgery_formats.models.families.parameters import parameters
 from surgery_formats.models.families.recipe import Model
 
-__all__ = ["Swappable", "slot_arrays", "swappable"]
+__all__ = ["SlotArrays", "Swappable", "swappable"]
 
 Array = npt.NDArray[Any]
 
@@ -112,48 +112,96 @@ def _by_stored_name(component: Component, model: Model) -> dict[str, str]:
     return names
 
 
-def slot_arrays(
-    adapter: Swappable,
-    slots: Iterable[Slot],
-    sizes: Mapping[str, tuple[int, int]],
-    dtype: Any,
-    inputs: Mapping[str, Any],
-) -> dict[str, Array]:
-    """The arrays of an adapter's inputs: its slots, with scale and weight folded into B, and the parameters that it replaces.
+@dataclass(eq=False)
+class SlotArrays:
+    """What an adapter puts into the inputs of a graph, made slot by slot: its factors, with scale and weight in B.
 
-    Args:
+    Attributes:
         adapter: The adapter.
-        slots: The graph's.
+        slots: Those that it fills, by the names of both their inputs.
         sizes: Rows of A and columns of B.
         dtype: Type of the slots.
-        inputs: Types of the inputs that replace parameters.
-
-    Raises:
-        FitError: a factor that is not finite, or that its type does not hold.
+        full: What needs no factors: parameters that it replaces, and modules.
     """
-    arrays: dict[str, Array] = {
-        name: stored_array(replaced_array(edit), inputs[name], name, adapter.adapter.path)
-        for name, edit in adapter.replaced.items()
-        if name in inputs
-    }
-    for slot in slots:
-        if factors := _slot_factors(adapter, slot, sizes[slot.weight]):
-            A, B = factors
-            weighted = B if adapter.weight == 1.0 else scaled(B, adapter.weight)
-            arrays[slot.A], arrays[slot.B] = stored_factors(A, weighted, dtype, slot.weight, adapter.adapter.path)
-    return arrays
+
+    adapter: Swappable
+    slots: Mapping[str, Slot]
+    sizes: Mapping[str, tuple[int, int]]
+    dtype: np.dtype[Any]
+    full: Mapping[str, Array]
+    _last: tuple[str, tuple[Array, Array]] | None = None
+
+    @staticmethod
+    def of(
+        adapter: Swappable,
+        slots: Iterable[Slot],
+        sizes: Mapping[str, tuple[int, int]],
+        dtype: Any,
+        inputs: Mapping[str, Any],
+        modules: Mapping[str, Array],
+    ) -> SlotArrays:
+        """The arrays of an adapter.
+
+        Args:
+            adapter: The adapter.
+            slots: The graph's.
+            sizes: Rows of A and columns of B.
+            dtype: Type of the slots.
+            inputs: Types of the inputs that replace parameters.
+            modules: The arrays of the modules that it inserts.
+
+        Raises:
+            FitError: a parameter that is not finite, or that its type does not hold.
+        """
+        replaced = {
+            name: stored_array(replaced_array(edit), inputs[name], name, adapter.adapter.path)
+            for name, edit in adapter.replaced.items()
+            if name in inputs
+        }
+        filled = {name: slot for slot in slots if _loras(adapter, slot) for name in (slot.A, slot.B)}
+        return SlotArrays(adapter, filled, sizes, np.dtype(dtype), {**replaced, **modules})
+
+    @property
+    def specs(self) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Types and shapes of all arrays."""
+        found: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+        for name, slot in self.slots.items():
+            rank = sum(lora.rank for lora, _ in _loras(self.adapter, slot))
+            rows, columns = self.sizes[slot.weight]
+            found[name] = self.dtype, (rows, rank) if name == slot.A else (rank, columns)
+        return found | {name: (array.dtype, array.shape) for name, array in self.full.items()}
+
+    def make(self, name: str) -> Array:
+        """One array; the other of its slot is kept until another slot is asked for.
+
+        Raises:
+            FitError: a factor that is not finite, or a product that its type does not hold.
+        """
+        if name in self.full:
+            return self.full[name]
+        slot = self.slots[name]
+        if self._last is None or self._last[0] != slot.A:
+            A, B = _slot_factors(self.adapter, slot, self.sizes[slot.weight])
+            weighted = B if self.adapter.weight == 1.0 else scaled(B, self.adapter.weight)
+            self._last = slot.A, stored_factors(A, weighted, self.dtype, slot.weight, self.adapter.adapter.path)
+        return self._last[1][name == slot.B]
 
 
-def _slot_factors(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:
-    """Both factors of a slot, without the adapter's weight; None if it adds nothing there."""
+def _loras(adapter: Swappable, slot: Slot) -> Additions:
+    """All that an adapter puts into a slot."""
+    weights = [name for name, _ in slot.parts] if slot.parts else [slot.weight]
+    return tuple(lora for name in weights for lora in adapter.additions.get(name, ()))
+
+
+def _slot_factors(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array]:
+    """Both factors of a slot that is filled, without the adapter's weight."""
     if slot.parts:
         return _packed(adapter, slot, size)
-    additions = adapter.additions.get(slot.weight)
-    return factors_of(additions, size, table=slot.weight in adapter.tables) if additions else None
+    return factors_of(adapter.additions[slot.weight], size, table=slot.weight in adapter.tables)
 
 
-def _packed(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array] | None:
-    """Both factors of a packed slot: of each weight side by side in A, and as blocks on the diagonal of B; None without any."""
+def _packed(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Array, Array]:
+    """Both factors of a packed slot: of each weight side by side in A, and as blocks on the diagonal of B."""
     filled: list[tuple[Array, Array]] = []
     first = 0
     for name, width in slot.parts:
@@ -163,6 +211,4 @@ def _packed(adapter: Swappable, slot: Slot, size: tuple[int, int]) -> tuple[Arra
             wide[:, first : first + width] = B
             filled.append((A, wide))
         first += width
-    if not filled:
-        return None
     return np.concatenate([A for A, _ in filled], 1), np.concatenate([B for _, B in filled], 0)

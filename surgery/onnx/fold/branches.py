@@ -9,8 +9,9 @@ adapter, and a model of PEFT's traced by torch look alike:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,11 +25,24 @@ from surgery.onnx.fold.constants import Constants
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["LoraBranch", "find_branches"]
+__all__ = ["BranchFactors", "LoraBranch", "find_branches"]
 
 Array = npt.NDArray[Any]
 _PASSING = ("Identity", "Cast", "Dropout")
 _DEPTH = 4  # biases behind a map
+
+
+@dataclass(frozen=True, eq=False)
+class BranchFactors:
+    """What a branch adds: ``left @ right`` is ``(in, out)``, of a table its rows; of a convolution ``(out, in * k ...)``.
+
+    Attributes:
+        rank: Greatest rank of it.
+        read: Gives both, float32: those of all branches are as large as an adapter.
+    """
+
+    rank: int
+    read: Callable[[], tuple[Array, Array]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +58,7 @@ class LoraBranch:
         weight: Its operand that is the weight.
         by_output: Whether that operand's rows are outputs.
         side: The sum's operand that comes from the LoRA.
-        left: With `right` what is added to the weight: ``left @ right`` is ``(in, out)``, of a table its rows; of a
-            convolution ``(out, in * k ...)``.
-        right: See `left`.
+        factors: What is added to the weight.
     """
 
     graph: onnx.GraphProto
@@ -57,13 +69,7 @@ class LoraBranch:
     weight: str
     by_output: bool
     side: str
-    left: Array
-    right: Array
-
-    @property
-    def rank(self) -> int:
-        """Greatest rank of what is added."""
-        return int(self.left.shape[1])
+    factors: BranchFactors
 
 
 @dataclass(frozen=True)
@@ -109,12 +115,18 @@ def _branch(
     down, up, factors = small
     if down.kind != main.kind or (main.kind == "convolution" and not _same_steps(down.node, main.node)):
         return None
-    found = _delta(down, up, factors, constants)
+    read = partial(
+        _delta,
+        down,
+        up,
+        [(op, constants.reader(name), inner) for op, name, inner in factors],
+        (constants.reader(down.weight), constants.reader(up.weight)),
+        main.alpha,
+    )
+    found = _factors(read)
     if found is None:
         return None
-    left, right = found
-    left = left / np.float32(main.alpha)
-    return LoraBranch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, left, right)
+    return LoraBranch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, found)
 
 
 def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constants) -> _Map | None:
@@ -189,11 +201,29 @@ def _small(
     return down, up, factors
 
 
+def _factors(read: Callable[[], tuple[Array, Array] | None]) -> BranchFactors | None:
+    """The factors of a branch, if it is one: they are looked at once, and read again when they are added."""
+    found = read()
+    if found is None:
+        return None
+
+    def again() -> tuple[Array, Array]:
+        factors = read()
+        assert factors is not None
+        return factors
+
+    return BranchFactors(found[0].shape[1], again)
+
+
 def _delta(
-    down: _Map, up: _Map, factors: list[tuple[str, str, bool]], constants: Constants
+    down: _Map,
+    up: _Map,
+    factors: Sequence[tuple[str, Callable[[], Array], bool]],
+    readers: tuple[Callable[[], Array], Callable[[], Array]],
+    alpha: float,
 ) -> tuple[Array, Array] | None:
-    """The two factors of what is added, see `LoraBranch.left`."""
-    A, B = (constants.value(one.weight).astype(np.float32) for one in (down, up))
+    """The two factors of what is added, divided by the `alpha` of the weight's own node."""
+    A, B = (read().astype(np.float32) for read in readers)
     if down.kind == "convolution":
         if A.ndim < 3 or B.ndim != A.ndim or set(B.shape[2:]) - {1}:
             return None
@@ -212,8 +242,8 @@ def _delta(
     if left.shape[1] != right.shape[0] or rank > min(left.shape[0], right.shape[1]):
         return None
     scale: Any = np.float32(down.alpha * up.alpha)
-    for op, name, inner in factors:
-        factor = constants.value(name).astype(np.float32)
+    for op, read, inner in factors:
+        factor = read().astype(np.float32)
         factor = np.float32(1) / factor if op == "Div" else factor
         if factor.size == 1:
             scale = scale * factor.reshape(())
@@ -221,7 +251,7 @@ def _delta(
             left = left * factor.reshape(-1)
         else:
             return None
-    return left * scale, right
+    return left * scale / np.float32(alpha), right
 
 
 def _before(value: str, producers: dict[str, onnx.NodeProto]) -> str:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,12 +30,12 @@ class Constants:
     Args:
         graph: The file, which has the values of its weights.
         model: The model that is edited.
-        given: Values of inputs, in place of their defaults.
+        given: Values of inputs, in place of their defaults; read anew whenever they are asked for.
     """
 
     def __init__(self, graph: OnnxGraph, model: onnx.ModelProto, given: Mapping[str, Array]) -> None:
         self._graph, self._model = graph, model
-        self._known: dict[str, Array] = dict(given)
+        self._given, self._known = given, dict[str, Array]()
         self._initializers = {one.name: one for one in model.graph.initializer}
 
     @cached_property
@@ -44,7 +44,7 @@ class Constants:
 
     @cached_property
     def _constant(self) -> set[str]:
-        names = {*self._initializers, *self._known}
+        names = {*self._initializers, *self._given}
         for node in self._model.graph.node:
             fixed = all(not value or value in names for value in node.input)
             if fixed and node.op_type not in _RANDOM and not any(one.HasField("g") for one in node.attribute):
@@ -56,7 +56,7 @@ class Constants:
 
     def initializer(self, name: str) -> onnx.TensorProto | None:
         """The initializer of this name that no value was given for."""
-        return None if name in self._known else self._initializers.get(name)
+        return None if name in self._given else self._initializers.get(name)
 
     def producer(self, name: str) -> onnx.NodeProto | None:
         """The node of the main graph that makes a value."""
@@ -68,12 +68,27 @@ class Constants:
         Raises:
             FitError: it is made in a way that is not followed.
         """
+        if name in self._given:
+            return self._given[name]
         if name in self._known:
             return self._known[name]
         if name in self._initializers:
             return self._stored(name)
         self._known[name] = self._computed(name)
         return self._known[name]
+
+    def reader(self, name: str) -> Callable[[], Array]:
+        """What gives the value of a constant, also when the model has changed; only what no file has is held until then.
+
+        Raises:
+            FitError: as `value`.
+        """
+        if name in self._given:
+            return partial(self._given.__getitem__, name)
+        tensor = self._graph.tensors.get(name)
+        if name in self._initializers and tensor is not None and not tensor.packed_as:
+            return partial(self._stored, name)
+        return partial(_same, self.value(name))
 
     def _stored(self, name: str) -> Array:
         import onnx
@@ -95,7 +110,7 @@ class Constants:
         while pending:
             value = pending.pop()
             node = self._producers.get(value)
-            if value in self._known or node is None:
+            if value in self._given or value in self._known or node is None:
                 leaves[value] = self.value(value)
             elif id(node) not in nodes:
                 nodes[id(node)] = node
@@ -113,3 +128,7 @@ class Constants:
             raise FitError(
                 f"'{show(name)}' cannot be worked out ({show(error, 200)})", file=self._graph.path
             ) from error
+
+
+def _same(values: Array) -> Array:
+    return values

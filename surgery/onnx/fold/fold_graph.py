@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from surgery_formats.adapters.onnx_adapter.names import factor_name
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter
 from surgery_formats.errors import FitError
+from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import closest
 
 if TYPE_CHECKING:
@@ -124,17 +125,15 @@ def _tensors(model: onnx.ModelProto) -> set[str]:
     return {one.name for one in model.graph.initializer} | set(constants)
 
 
-def _given(
-    model: onnx.ModelProto, adapters: Sequence[tuple[Path, float]], path: Path
-) -> tuple[dict[str, Array], list[Path]]:
-    """Values of inputs by name, and the files that they were read from."""
+def _given(model: onnx.ModelProto, adapters: Sequence[tuple[Path, float]], path: Path) -> tuple[_Given, list[Path]]:
+    """Values of inputs by name, and the files that they are read from."""
     inputs = [one.name for one in model.graph.input]
     known = _adapters(model, path)
-    given: dict[str, Array] = {}
+    given: dict[str, Callable[[], Array]] = {}
     files = []
     for adapter, weight in adapters:
         if (strength := known.get(str(adapter))) is not None:
-            given[strength] = np.array([weight], np.float32)
+            given[strength] = partial(np.array, [weight], np.float32)
             continue
         file = Path(adapter)
         check_adapter_file(file, path, known)
@@ -149,18 +148,42 @@ def _given(
                 )
             if tensor.name in given:
                 raise FitError("two adapters fill this slot", file=file, tensor=tensor.name, hint="combine them first")
-            given[tensor.name] = _weighted(tensor.name, np.asarray(tensor.read()), weight, file)
-    return given, files
+            given[tensor.name] = partial(_read, tensor, _factor_of(tensor.name, weight, file))
+    return _Given(given), files
 
 
-def _weighted(name: str, values: Array, weight: float, file: Path) -> Array:
-    """What an adapter with a weight gives an input: its second factors are multiplied, in float32.
+class _Given(Mapping[str, Array]):
+    """Values of inputs, read whenever one is asked for: all of them are as large as an adapter."""
+
+    def __init__(self, read: Mapping[str, Callable[[], Array]]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> Array:
+        return self._read[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._read)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._read
+
+
+def _read(tensor: StoredTensor, factor: float) -> Array:
+    values = np.asarray(tensor.read())
+    return values if factor == 1.0 else values.astype(np.float32) * np.float32(factor)
+
+
+def _factor_of(name: str, weight: float, file: Path) -> float:
+    """By what an adapter with a weight multiplies, in float32, what it gives an input: only its second factors.
 
     Raises:
         FitError: the input is no factor's, so that a weight means nothing.
     """
     if weight == 1.0:
-        return values
+        return 1.0
     found = factor_name(name)
     if found is None:
         raise FitError(
@@ -169,7 +192,7 @@ def _weighted(name: str, values: Array, weight: float, file: Path) -> Array:
             tensor=name,
             hint="the weight 1",
         )
-    return values.astype(np.float32) * np.float32(weight) if found.side == "B" else values
+    return weight if found.side == "B" else 1.0
 
 
 def _adapters(model: onnx.ModelProto, path: Path) -> dict[str, str]:

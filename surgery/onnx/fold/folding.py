@@ -14,7 +14,7 @@ import numpy.typing as npt
 from surgery.onnx.edit.nodes import names_in
 from surgery.onnx.edit.readers import readers_of
 from surgery.onnx.edit.uses import attribute, graphs_in
-from surgery.onnx.fold.branches import LoraBranch, find_branches
+from surgery.onnx.fold.branches import BranchFactors, LoraBranch, find_branches
 from surgery.onnx.fold.constants import Constants
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.errors import FitError, NothingChangedError
@@ -36,17 +36,17 @@ class FoldedWeight:
     Attributes:
         tensor: Its name.
         node: The node that reads it.
-        factors: ``(left, right, turned)``: ``left @ right`` is added, transposed if `turned`, in the tensor's shape.
+        factors: ``(factors, turned)``: their product is added, transposed if `turned`, in the tensor's shape.
     """
 
     tensor: str
     node: str
-    factors: tuple[tuple[Array, Array, bool], ...] = ()
+    factors: tuple[tuple[BranchFactors, bool], ...] = ()
 
     @property
     def rank(self) -> int:
         """Greatest rank of what is added."""
-        return sum(int(left.shape[1]) for left, _, _ in self.factors)
+        return sum(factors.rank for factors, _ in self.factors)
 
     def added_to(self, values: Array) -> Array:
         """The tensor with what is added, rounded once to its type.
@@ -55,7 +55,8 @@ class FoldedWeight:
             FitError: a value does not fit the type.
         """
         total = values.astype(np.promote_types(values.dtype, np.float32))
-        for left, right, turned in self.factors:
+        for factors, turned in self.factors:
+            left, right = factors.read()
             product = left @ right
             total += (product.T if turned else product).reshape(total.shape)
         stored = total.astype(values.dtype)
@@ -142,12 +143,12 @@ def _fold(model: onnx.ModelProto, branch: LoraBranch, constants: Constants, read
     product = branch.kind == "product"
     if reads[name] > 1 or reads[branch.weight] > 1:
         copy = _copied(model, branch, name, constants)
-        part = (branch.left, branch.right, branch.by_output and product)
+        part = (branch.factors, branch.by_output and product)
         tensor = next(one for one in model.graph.initializer if one.name == copy)
         _add_to_copy(tensor, FoldedWeight(copy, "", (part,)))
         done.copies[copy] = FoldedWeight(copy, _called(branch.node), (part,))
         return
-    part = (branch.left, branch.right, (branch.by_output != turned) and product)
+    part = (branch.factors, (branch.by_output != turned) and product)
     known = done.copies.get(name) or done.weights.get(name) or FoldedWeight(name, _called(branch.node))
     whole = FoldedWeight(name, known.node, (*known.factors, part))
     if name in done.copies:

@@ -15,13 +15,16 @@ __all__ = ["check_adapter_file"]
 _FOLDER, _SUFFIX = "adapters", ".onnx_adapter"
 
 
-def check_adapter_file(file: str | os.PathLike[str], graph: Path, inside: Collection[str] = ()) -> None:
+def check_adapter_file(
+    file: str | os.PathLike[str], graph: Path, inside: Collection[str] = (), *, prompt: bool = False
+) -> None:
     """Refuse what is no file, and say what may have been meant.
 
     Args:
         file: What was named.
         graph: The graph it is for.
         inside: Names of the adapters in the graph that have a strength.
+        prompt: Whether a soft prompt was meant.
 
     Raises:
         NotFoundError: there is no such file.
@@ -29,11 +32,7 @@ def check_adapter_file(file: str | os.PathLike[str], graph: Path, inside: Collec
     """
     path = Path(file)
     if path.is_dir():
-        raise FitError(
-            f"a folder, not an {_SUFFIX} file",
-            file=path,
-            hint="surgery convert writes an adapter for this graph, surgery insert gives it slots",
-        )
+        raise FitError(f"a folder, not an {_SUFFIX} file", file=path, hint=_hint_for_folder(path, prompt))
     if path.exists():
         return
     name = path.name.partition("=")[0]
@@ -43,3 +42,15 @@ def check_adapter_file(file: str | os.PathLike[str], graph: Path, inside: Collec
     else:
         hint = closest(name, inside) or (f"adapters of the graph: {listing(inside)}" if inside else None)
     raise NotFoundError("no such file", file=path, hint=hint)
+
+
+def _hint_for_folder(folder: Path, prompt: bool) -> str:
+    """The file in it that must be meant, or what makes one of such a folder."""
+    files = sorted(folder.glob(f"*{_SUFFIX}"))
+    if len(files) == 1:
+        return f"did you mean '{show(files[0], 200)}'?"
+    if files:
+        return f"name one of {listing([file.name for file in files])}"
+    if prompt:
+        return f"surgery prompt bake {show(folder.name)} BASE --as kv writes one of a soft prompt"
+    return "surgery convert writes an adapter for this graph, surgery insert gives it slots"

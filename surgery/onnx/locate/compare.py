@@ -29,9 +29,12 @@ def weight_blocks(piece: LocatedPiece, elements: int = _BLOCK) -> Iterator[tuple
     weight = piece.weight
     first, stop = (0, weight.rows) if piece.flipped else (min(piece.rows), max(piece.rows) + 1)
     height = max(1, elements // max(weight.cols, 1))
-    for start in range(first, stop, height):
-        end = min(start + height, stop)
-        yield start, end, weight.block(start, end)
+    try:
+        for start in range(first, stop, height):
+            end = min(start + height, stop)
+            yield start, end, weight.block(start, end)
+    finally:
+        weight.release()
 
 
 def is_there(piece: LocatedPiece) -> bool:

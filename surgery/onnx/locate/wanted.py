@@ -73,7 +73,7 @@ class Wanted:
 
     @cached_property
     def chain(self) -> list[tuple[View, Apply]]:
-        """The equations of the updates."""
+        """The equations of the updates, with their factors: kept from one block to the next, until `release`."""
         from surgery_formats.binding.edits import prepared
 
         return prepared(self.operations, self.storage, wide(self.storage.dtype), self._height)
@@ -101,10 +101,16 @@ class Wanted:
             parts.append(values[max(start - at, 0) : stop - at])
         return numpy.concatenate(parts)
 
+    def release(self) -> None:
+        """Forget the factors: those of all weights are as large as the adapters."""
+        self.__dict__.pop("chain", None)
+
     @cached_property
     def corner(self) -> numpy.ndarray:
         """Its first rows and columns, `KEY` of each at most."""
-        return self.block(0, min(KEY, self.rows))[:, :KEY].copy()
+        values = self.block(0, min(KEY, self.rows))[:, :KEY].copy()
+        self.release()
+        return values
 
     @property
     def sampled(self) -> tuple[list[int], list[int]]:
@@ -117,7 +123,9 @@ class Wanted:
         import numpy
 
         rows, cols = self.sampled
-        return numpy.concatenate([self.block(row, row + 1)[:, cols] for row in rows])
+        values = numpy.concatenate([self.block(row, row + 1)[:, cols] for row in rows])
+        self.release()
+        return values
 
     @cached_property
     def is_uniform(self) -> bool:
@@ -126,7 +134,9 @@ class Wanted:
             return False
         height = max(1, BLOCK_ELEMENTS // max(self.cols, 1))
         starts = range(0, self.rows, height)
-        return all((self.block(at, min(at + height, self.rows)) == self.corner[0, 0]).all() for at in starts)
+        uniform = all((self.block(at, min(at + height, self.rows)) == self.corner[0, 0]).all() for at in starts)
+        self.release()
+        return uniform
 
     def heads(self) -> numpy.ndarray:
         """The first `KEY` elements of every row."""
@@ -134,6 +144,7 @@ class Wanted:
 
         height = max(1, BLOCK_ELEMENTS // max(self.cols, 1))
         parts = [self.block(at, min(at + height, self.rows))[:, :KEY].copy() for at in range(0, self.rows, height)]
+        self.release()
         return numpy.concatenate(parts)
 
 

@@ -1,94 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
 """``.onnx_adapter`` files: named arrays that replace inputs with a default, used for LoRA factors and soft prompts.
 
-The container is that of `surgery_formats.containers.onnx_adapter`, by which such files are read. They are written by onnxruntime, which
-keeps only the addresses of the arrays: if they are freed too early, it silently writes garbage. So they are kept alive here, and
-the file is read back by the other reader.
+The container is that of `surgery_formats.containers.onnx_adapter`, laid out as onnxruntime lays it out, to the byte. onnxruntime's own
+writer takes all arrays at once; here they are made one by one while the file is written, and compared with it afterwards.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from surgery.onnx.run.ports import element
-from surgery.onnx.run.runtime import load_runtime
-from surgery_formats.containers.onnx_adapter import LIMIT, open_onnx_adapter
+from surgery_formats.containers.base import TensorSpec
+from surgery_formats.containers.onnx_adapter import ELEMENTS, open_onnx_adapter
+from surgery_formats.containers.onnx_adapter_layout import OnnxAdapterPlan, plan_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.raw import memory_file
+from surgery_formats.tensors.tensor import as_bytes
 
-__all__ = ["adapter_bytes", "read_adapter_file", "write_adapter_file"]
+__all__ = ["AdapterFile", "SmallFiles", "adapter_bytes", "adapter_file", "read_adapter_file"]
 
 Array = npt.NDArray[Any]
+SmallFiles = Mapping[str, "bytes | AdapterFile"]
+"""Contents of the small files of an export, by their path in the output."""
+_TYPES = {dtype.numpy: dtype for dtype in ELEMENTS}
 
 
-def write_adapter_file(path: str | os.PathLike[str], arrays: Mapping[str, Array]) -> int:
-    """Write `arrays`, by the name of the input they replace, to the new file `path`, and read them back; returns the bytes written.
+@dataclass(frozen=True)
+class AdapterFile:
+    """An ``.onnx_adapter`` file whose arrays are made when it is written.
 
-    The file is written in place; write it to a staging folder to make it appear atomically.
+    Attributes:
+        plan: Where everything lies.
+        specs: Name, type and shape of every array, by name.
+        make: Makes the array of a name.
+    """
+
+    plan: OnnxAdapterPlan
+    specs: Mapping[str, TensorSpec]
+    make: Callable[[str], Array]
+    _written: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(specs: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], make: Callable[[str], Array]) -> AdapterFile:
+        """The file of arrays with these types and shapes.
+
+        Raises:
+            FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
+        """
+        if unknown := next((dtype for dtype, _ in specs.values() if dtype not in _TYPES), None):
+            raise FitError(f"an .onnx_adapter file has no arrays of {unknown}")
+        tensors = {name: (name, _TYPES[dtype], shape) for name, (dtype, shape) in specs.items()}
+        return AdapterFile(plan_onnx_adapter([*tensors.values()]), tensors, make)
+
+    def __len__(self) -> int:
+        return self.plan.nbytes
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """All bytes in order; each array is made when it is its turn.
+
+        Raises:
+            FitError: as `make`.
+        """
+        return self.plan.pieces(map(self._bytes_of, self.plan.ranges))
+
+    def _bytes_of(self, name: str) -> memoryview:
+        array = np.ascontiguousarray(self.make(name))
+        _, dtype, shape = self.specs[name]
+        assert (array.dtype, array.shape) == (dtype.numpy, shape) or not shape, name
+        data = as_bytes(array)
+        self._written[name] = xxhash.xxh3_128_digest(data)
+        return data
+
+    def prove(self, path: str | os.PathLike[str]) -> None:
+        """Read back what was written at `path`, array by array.
+
+        Raises:
+            ProofError: the arrays read back differ from those that were made.
+        """
+        found = {tensor.name: tensor for tensor in open_onnx_adapter(path).tensors}
+        if [(tensor.name, tensor.dtype, tensor.shape) for tensor in found.values()] != sorted(self.specs.values()):
+            raise ProofError("the adapter read back has other names, types or shapes than were written", file=path)
+        for name, tensor in found.items():
+            if xxhash.xxh3_128_digest(tensor.file.read(tensor.offset, tensor.nbytes)) != self._written[name]:
+                raise ProofError("the array read back differs from what was written", file=path, tensor=name)
+
+
+def adapter_file(arrays: Mapping[str, Array]) -> AdapterFile:
+    """The file of arrays that are there.
 
     Raises:
-        FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
-        FileExistsError: the file exists.
-        ProofError: the arrays read back differ.
+        FitError: as `AdapterFile.of`.
     """
-    contiguous = _writable(arrays, path)
-    with open(path, "xb"):
-        pass  # reserves the name: onnxruntime itself would overwrite an existing file
-    _export(path, contiguous)
-    return Path(path).stat().st_size
-
-
-def _writable(arrays: Mapping[str, Array], path: str | os.PathLike[str]) -> dict[str, Array]:
-    if not arrays:
-        raise FitError("the adapter has no arrays", file=path)
-    contiguous = {name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)}
-    for array in contiguous.values():
-        element(array.dtype)
-    if sum(array.nbytes + len(name.encode()) + 256 for name, array in contiguous.items()) > LIMIT:
-        raise FitError("more than 2 GB do not fit into an .onnx_adapter file", file=path)
-    return contiguous
-
-
-def _export(path: str | os.PathLike[str], contiguous: Mapping[str, Array]) -> None:
-    """Let onnxruntime write arrays, which live until it has, and read them back."""
-    onnxruntime = load_runtime()
-
-    values = {}
-    for name, array in contiguous.items():
-        raw = array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-        value = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, element(array.dtype))
-        values[name] = value
-    writer = onnxruntime.AdapterFormat()
-    writer.set_adapter_version(1)
-    writer.set_model_version(1)
-    writer.set_parameters(values)
-    writer.export_adapter(os.fspath(path))
-    written = open_onnx_adapter(path).tensors
-    if [tensor.name for tensor in written] != list(contiguous):
-        raise ProofError("the adapter read back has other names than were written", file=path)
-    for tensor in written:  # one at a time: all of them would be held twice
-        array, copy = contiguous[tensor.name], np.asarray(tensor.read())
-        if copy.dtype != array.dtype or copy.shape != array.shape or copy.tobytes() != array.tobytes():
-            raise ProofError("the array read back differs from what was written", file=path, tensor=tensor.name)
+    return AdapterFile.of({name: (array.dtype, array.shape) for name, array in arrays.items()}, arrays.__getitem__)
 
 
 def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
-    """The bytes of an ``.onnx_adapter`` file with `arrays`, see `write_adapter_file`."""
-    contiguous = _writable(arrays, "adapter.onnx_adapter")
-    fd = memory_file()  # a temporary folder may be full, and a killed run would leave what it holds
-    try:
-        _export(f"/dev/fd/{fd}", contiguous)
-        with open(fd, "rb", closefd=False) as file:
-            file.seek(0)  # where /dev/fd/N is the same open file, writing has moved its position
-            return file.read()
-    finally:
-        os.close(fd)
+    """The bytes of an ``.onnx_adapter`` file with `arrays`, by the name of the input they replace.
+
+    Raises:
+        FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
+    """
+    return b"".join(adapter_file(arrays).pieces())
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:

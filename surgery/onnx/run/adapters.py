@@ -37,6 +37,19 @@ class Past:
     tokens: int
     arrays: Mapping[str, Array]
 
+    def of_type(self, name: str, dtype: np.dtype[Any]) -> Array:
+        """One of the arrays, which must be of the cache's type.
+
+        Raises:
+            FitError: it is of another.
+        """
+        array = self.arrays[name]
+        if array.dtype != dtype:
+            short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(str(dtype), str(dtype))
+            hint = f"surgery prompt bake PROMPT BASE --as kv --dtype {short} writes it in that type"
+            raise FitError(f"the soft prompt is {array.dtype}, but the cache is {dtype}", tensor=name, hint=hint)
+        return array
+
 
 def past_names(contract: Contract) -> list[str]:
     """``past_key_values.0.key``, ``past_key_values.0.value``, ...; of layers with keys and values."""

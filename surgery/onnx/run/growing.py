@@ -42,9 +42,8 @@ class GrowingDecoder:
         shape = (batch, graph.contract.kv_heads, tokens, graph.contract.head_dim)
         self._begin = {}
         for name in self._names:
-            array = np.zeros(shape, kind.dtype) if past is None else np.broadcast_to(past.arrays[name], shape)
-            if array.dtype != kind.dtype:
-                raise FitError(f"the soft prompt is {array.dtype}, but the cache is {kind.dtype}", tensor=name)
+            own = None if past is None else past.of_type(name, kind.dtype)
+            array = np.zeros(shape, kind.dtype) if own is None else np.broadcast_to(own, shape)
             self._begin[name] = placed(graph.memory, array)
         self._shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._names, shape)
         for layer in graph.contract.convolutions:

@@ -53,7 +53,7 @@ def chosen_past(opened: GraphSession, prompt_adapter: StrPath | None, *, own: bo
         FitError: they do not fit the graph.
     """
     if prompt_adapter is not None:
-        check_adapter_file(prompt_adapter, opened.path)
+        check_adapter_file(prompt_adapter, opened.path, prompt=True)
         return prompt_past(read_adapter_file(prompt_adapter), opened.contract, file=os.fspath(prompt_adapter))
     return default_past(opened) if own else None
 

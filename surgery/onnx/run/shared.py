@@ -196,9 +196,7 @@ class SharedDecoder:
         memory, contract = self._graph.memory, self._graph.contract
         stride = self._max * contract.head_dim * self._kind.dtype.itemsize  # between heads
         for name in self._names:
-            array = past.arrays[name]
-            if array.dtype != self._kind.dtype:
-                raise FitError(f"the soft prompt is {array.dtype}, but the cache is {self._kind.dtype}", tensor=name)
+            array = past.of_type(name, self._kind.dtype)
             for row in range(self._batch):
                 for head in range(contract.kv_heads):
                     memory.write(self._cache[name], array[0, head], row * self._row + head * stride)

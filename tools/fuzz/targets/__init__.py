@@ -6,14 +6,14 @@ from __future__ import annotations
 import importlib.util
 
 from ..target import Target
-from . import documents, peers, readers, texts, verbs
+from . import documents, parsers, peers, readers, texts, verbs
 
 __all__ = ["all_targets", "missing_for"]
 
 
 def all_targets(match: str = "") -> list[Target]:
     """Those whose names contain `match`, in the order of the table in docs/fuzzing.md."""
-    found = [target for module in (readers, peers, documents, texts, verbs) for target in module.targets()]
+    found = [target for module in (parsers, readers, peers, documents, texts, verbs) for target in module.targets()]
     return [target for target in found if match in target.name]
 
 

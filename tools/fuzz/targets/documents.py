@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import wave
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -33,7 +32,7 @@ from surgery_formats.adapters.nemo.config import nemo_config
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.output.manifest import MANIFEST, is_safe_name, verify_folder
-from surgery_formats.files.output.resume import parse_line, same_digest
+from surgery_formats.files.output.resume import parse_line
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.rebuilt.tokenizer import smaller_tokenizer, token_ids, tokenizer_size, with_token_ids
@@ -82,7 +81,8 @@ def _configs() -> Sequence[Seed]:
     """Configurations of the families: those of golden models, and tests' own."""
     known: Mapping[str, Any] = json.loads((ROOT / "tests/containers/golden/configs.json").read_text())
     seeds = [Seed(name, {"config.json": json.dumps(config).encode()}) for name, config in known.items()]
-    return [Seed("llama", {"config.json": json.dumps(CONFIG).encode()}), *seeds, *golden_files("config.json")]
+    golden = [seed for seed in golden_files("config.json") if "config.json" in seed.files]
+    return [Seed("llama", {"config.json": json.dumps(CONFIG).encode()}), *seeds, *golden]
 
 
 def _config(case: Case) -> str:
@@ -199,7 +199,6 @@ def _journal(case: Case) -> str:
     found = [parse_line(line, "p") for line in case.raw.split(b"\n")]
     for record in filter(None, found):
         assert is_safe_name(record.name)
-        same_digest(Path(os.devnull), record)
     return "read" if any(found) else "nothing"
 
 

@@ -26,9 +26,9 @@ from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.raw import open_file
 from surgery_formats.tensors.tensor import StoredTensor
 
-from ..golden import golden_files, small_graph
+from ..golden import golden_files, golden_graphs, small_graph
 from ..target import Case, DisagreementError, Seed, Target
-from ..world import TOKENIZER, world
+from ..world import TOKENIZER, graph_first, world
 
 __all__ = ["targets"]
 
@@ -54,18 +54,21 @@ def targets() -> list[Target]:
 
 
 def _graphs() -> Sequence[Seed]:
-    made = [Seed(name, {"model.onnx": world()[name]["model.onnx"]}) for name in ("graph", "swap")]
-    return [Seed("small", {"model.onnx": small_graph()}), *made, *golden_files(".onnx")]
+    made = [Seed(name, graph_first(world()[name])) for name in ("graph", "swap")]
+    return [Seed("small", {"model.onnx": small_graph(), "a.data": bytes(96)}), *made, *golden_graphs()]
 
 
 def _arrays() -> Sequence[Seed]:
-    """Archives of arrays: of each type, of each order, with and without axes."""
+    """Archives of arrays: of each type, with and without axes."""
+    kinds = ("<f4", "<f2", "<f8", "<i8", "|u1", "|b1")
+    values = {kind: numpy.arange(6).reshape(2, 3).astype(kind) for kind in kinds}
+    values |= {"one": numpy.array(1.0), "none": numpy.zeros((0, 3))}
     stored = io.BytesIO()
-    values = {
-        kind: numpy.arange(6).reshape(2, 3).astype(kind)
-        for kind in ("<f4", "<f2", "<f8", "<i8", "|u1", "|b1", "<c8", ">f4")
-    }
-    numpy.savez(stored, numpy.asfortranarray(values["<f4"]), numpy.float32(1), numpy.zeros((0, 3)), **values)
+    with zipfile.ZipFile(stored, "w") as archive:
+        for name, value in values.items():
+            array = io.BytesIO()
+            numpy.save(array, value)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), array.getvalue())  # numpy.savez would write the time
     return [Seed("numpy", {"a.npz": stored.getvalue()}), *golden_files(".npz")]
 
 
@@ -136,15 +139,17 @@ def _onnx(case: Case) -> str:
     import onnx
 
     graph = open_graph(case.path)
-    names = {name for name, t in graph.tensors.items() if t.file is graph.file and graph.holders[name] == "initializer"}
+
+    def inside() -> list[str]:
+        own = (tensor.name for tensor in graph.proto.graph.initializer)  # no body's
+        return [name for name in own if name in graph.tensors and graph.tensors[name].file is graph.file]
 
     def ours() -> Mapping[str, Any]:
-        assert graph.proto.HasField("graph")
-        return {name: (list(graph.shapes[name]), _bytes_of(graph.tensors[name])) for name in names}
+        return {name: (list(graph.shapes[name]), _bytes_of(graph.tensors[name])) for name in inside()}
 
     def theirs() -> Mapping[str, Any]:
         found = {t.name: t for t in onnx.load_model_from_string(case.raw).graph.initializer}
-        return {name: (list(found[name].dims), found[name].raw_data) for name in names if name in found}
+        return {name: (list(found[name].dims), found[name].raw_data) for name in inside()}
 
     return _agree(ours, theirs)
 
@@ -159,7 +164,9 @@ def _onnx_adapter(case: Case) -> str:
         found = onnxruntime.AdapterFormat.read_adapter(str(case.path)).get_parameters()
         return {name: (list(value.shape()), value.numpy().tobytes()) for name, value in found.items()}
 
-    return _agree(ours, theirs)
+    return _agree(
+        ours, theirs, "/onnxruntime_src/"
+    )  # flatbuffers' verifier, which looks at alignment and the ends of texts
 
 
 def _torch(case: Case) -> str:

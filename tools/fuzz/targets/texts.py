@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from unicodedata import category
 
 from surgery.engine.devices import devices_of
 from surgery.engine.inputs import open as open_reference
@@ -25,6 +26,8 @@ from ..target import Case, Seed, Target
 from ..world import world_folder
 
 __all__ = ["targets"]
+
+QUICK = ("budget", "device", "file name", "shown")
 
 
 def targets() -> list[Target]:
@@ -46,7 +49,14 @@ def targets() -> list[Target]:
         "device": (devices_of, ("cpu", "cpu,cpu", "cuda:0", "cuda:0,1", "auto", "cuda:all")),
     }
     return [
-        Target(f"text:{name}", partial(_executed, execute), partial(_seeds, texts), on_disk=False, share=0.5)
+        Target(
+            f"text:{name}",
+            partial(_executed, execute),
+            partial(_seeds, texts),
+            on_disk=False,
+            share=3 if name in QUICK else 0.5,
+            quick=name in QUICK,
+        )
         for name, (execute, texts) in kinds.items()
     ]
 
@@ -80,7 +90,7 @@ def _shown(text: str) -> None:
         assert safe.isprintable()
     assert len(show(text, 40)) <= 40 * 10
     assert "`" not in markdown_code(text).strip("`")
-    assert all(c.isprintable() or c.isspace() for c in verbatim(text))
+    assert not {"Cc", "Cf", "Cs", "Zl", "Zp"}.intersection(map(category, verbatim(text).translate({9: 32, 10: 32})))
     json.dumps(encodable(text)).encode()
     encodable(text).encode()
     local_name(text)

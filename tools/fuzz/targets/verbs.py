@@ -12,9 +12,9 @@ from typing import Any
 
 import surgery
 
-from ..golden import golden_files, seeds_of, small_graph
+from ..golden import golden_graphs, seeds_of, small_graph
 from ..target import Case, DisagreementError, Seed, Target
-from ..world import world, world_folder
+from ..world import graph_first, world, world_folder
 
 __all__ = ["targets"]
 
@@ -38,7 +38,10 @@ def targets() -> list[Target]:
         ),
         Target("verb:fingerprint", _planned(lambda at: surgery.fingerprint(at / "base")), folders, share=0.5),
         Target(
-            "verb:layers", _planned(lambda at: surgery.layers(at / "base", keep="0", dry_run=True)), folders, share=0.5
+            "verb:layers",
+            _planned(lambda at: surgery.layers(at / "base", vocab="pad=64", dry_run=True)),
+            folders,
+            share=0.5,
         ),
         Target(
             "verb:unmerge",
@@ -63,8 +66,8 @@ def _anything() -> Sequence[Seed]:
 
 
 def _graphs() -> Sequence[Seed]:
-    made = [Seed(name, dict(world()[name]), alone=False) for name in ("graph", "swap")]
-    return [Seed("small", {"model.onnx": small_graph(), "a.data": bytes(96)}), *made, *golden_files(".onnx")]
+    made = [Seed(name, graph_first(world()[name])) for name in ("graph", "swap")]
+    return [Seed("small", {"model.onnx": small_graph(), "a.data": bytes(96)}), *made, *golden_graphs()]
 
 
 def _planned(run: Callable[[Path], Any]) -> Callable[[Case], str]:
@@ -75,7 +78,7 @@ def _planned(run: Callable[[Path], Any]) -> Callable[[Case], str]:
 
 
 def _convert(at: Path) -> Any:
-    return surgery.convert(at / "lora", "kohya", base=at / "base", dry_run=True)
+    return surgery.convert(at / "lora", "mlx", base=at / "base", dry_run=True)
 
 
 def _prompt(at: Path) -> Any:

@@ -20,7 +20,7 @@ from surgery_formats.adapters.packing import PackedFile
 from surgery_formats.adapters.writing import ConversionLedger, factor_tensor, places_of, whole_place
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.base import TensorSpec
-from surgery_formats.containers.onnx_adapter import plan_onnx_adapter
+from surgery_formats.containers.onnx_adapter_layout import plan_onnx_adapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing
@@ -115,7 +115,7 @@ def _modules(adapter: Adapter, base: Checkpoint | None) -> list[str]:
 def _packed(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> PackedFile:
     """A file without free strings: it has no place for them."""
     plan = plan_onnx_adapter(tensors)
-    return PackedFile(plan.header, plan.ranges, plan.nbytes, plan.before)
+    return PackedFile(plan.header, plan.ranges, plan.nbytes, plan.before, lambda: plan.end)
 
 
 def _module(site: Site, lora: LoRA, adapter: Adapter, base: Checkpoint | None) -> str:

@@ -14,6 +14,7 @@ The stage's name holds the plan's digest, so jobs do not meet. Files that the jo
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import threading
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from surgery_formats.errors import FitError, ProofError, UsageError
-from surgery_formats.files.output.hashing import hash_threads
+from surgery_formats.files.output.hashing import hash_threads, new_hash
 from surgery_formats.files.output.kernel_copy import sync_folder, write_all
 from surgery_formats.files.output.manifest import (
     MANIFEST,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from surgery_formats.files.remote.upload import Upload
 
 __all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
+
+_log = logging.getLogger("surgery.files")
 
 Verify = Callable[[Path, FileRecord], bool]
 
@@ -160,6 +163,8 @@ class OutputFolder:
         try:
             with output_faults(self._stage.shown):
                 self._recover()
+            if self.finished:
+                _log.info("goes on from %d finished files in %s", len(self.finished), self._stage.path)
         except BaseException:
             self._leave()
             raise
@@ -254,6 +259,31 @@ class OutputFolder:
         with self._lock:
             self._done[name] = FileRecord(name, len(data), digests_of(data))
 
+    def write_made(self, name: str, nbytes: int, pieces: Iterable[bytes | memoryview]) -> None:
+        """As `write_small` for a file that is made piece by piece.
+
+        Raises:
+            FitError, ResourceError: as `create`; what `pieces` raises.
+        """
+        self._stage.reserve(nbytes)
+        path, states = self._claim(name), {kind: new_hash(kind) for kind in SIGNED}
+        part, at = path.with_name(path.name + ".part"), 0
+        with output_faults(self._stage.shown / name, nbytes):
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                for piece in pieces:
+                    write_all(fd, memoryview(piece), at)
+                    at += len(piece)
+                    for state in states.values():
+                        state.update(piece)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.rename(part, path)
+        record = {kind: state.hexdigest() for kind, state in states.items()}
+        with self._lock:
+            self._done[name] = FileRecord(name, at, record)
+
     def record(self, name: str) -> FileRecord:
         """The record of a file that is finished.
 
@@ -279,6 +309,7 @@ class OutputFolder:
             for name in self._kept.unclaimed():
                 self._discard(name)
             self._put(MANIFEST, data)
+            _log.debug("%d files are complete in %s", len(files), self._stage.path)
             self._close_journal()
             os.unlink(self._stage.path / _JOURNAL)
             for folder in sorted({Path(name).parent for name in files} - {Path()}):

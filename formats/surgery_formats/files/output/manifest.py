@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError, UsageError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.hashing import hash_threads, new_hash, root_digest
 from surgery_formats.files.places import exists
 from surgery_formats.files.raw import open_file
@@ -172,7 +172,7 @@ def verify_folder(
     """
     folder = to_path(path)
     source = folder / MANIFEST
-    manifest = read_object(source, INDEX_LIMIT)
+    manifest = read_object(source, MANIFEST_LIMIT)
     entries = manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(entries, dict):
         raise MalformedError(f"not a {FORMAT} manifest", file=source)

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from surgery_formats.errors import SurgeryError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.manifest import MANIFEST, verify_folder
 
 __all__ = ["is_of_plan", "may_be_there", "same_file", "same_folder", "several_outputs"]
@@ -41,7 +41,7 @@ def may_be_there() -> bool:
 def is_of_plan(folder: Path, plan: str) -> bool:
     """Whether the manifest of `folder` names this plan."""
     try:
-        return read_object(folder / MANIFEST, INDEX_LIMIT).get("plan") == plan
+        return read_object(folder / MANIFEST, MANIFEST_LIMIT).get("plan") == plan
     except SurgeryError:
         return False
 

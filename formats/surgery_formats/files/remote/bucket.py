@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import re
 import threading
@@ -22,10 +23,13 @@ from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
 from surgery_formats.extras import require
+from surgery_formats.files.remote.arenas import limit_arenas
 from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
 __all__ = ["Bucket", "connect"]
+
+_log = logging.getLogger("surgery.remote")
 
 RETRIES = 8
 """How often a request is repeated: within about half a minute."""
@@ -33,7 +37,11 @@ _REMEMBERED = 10.0  # seconds
 _ASKED_AGAIN = 2
 _PAUSE = 0.2  # seconds
 _ANSWER = timedelta(minutes=5)  # for one request with its body
-_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 Answer = TypeVar("Answer")
 _STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 
@@ -45,9 +53,10 @@ def connect(scheme: str, name: str) -> Bucket:
     Raises:
         InputError: obstore is not installed, or the environment's settings are not taken.
     """
+    limit_arenas()  # before obstore starts its threads
     obstore = require("obstore", "names of object storage")
     options: dict[str, Any] = {"timeout": _ANSWER, "connect_timeout": timedelta(seconds=10)}
-    if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS):
+    if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS[scheme]):
         options["allow_http"] = True  # whoever names such an endpoint means it
     retries = {"max_retries": RETRIES, "retry_timeout": timedelta(minutes=2)}
     try:
@@ -110,6 +119,7 @@ class Bucket:
         folders = frozenset(str(path).removeprefix(inside).rstrip("/") for path in found["common_prefixes"])
         listing = Listing(files, folders)
         with self._lock:
+            self._seen = {at: seen for at, seen in self._seen.items() if now - seen[0] < _REMEMBERED}
             self._seen[prefix] = now, listing
         return listing
 
@@ -173,6 +183,7 @@ class Bucket:
             return self.whole_answer(lambda: self._read(key, options))
 
     def _read(self, key: str, options: dict[str, Any]) -> Reply:
+        _log.debug("get %s %s", self.url(key), options.get("range", ""))
         got = self.obstore.get(self.store, key, options=options)
         return Reply(memoryview(got.bytes()), _facts(got.meta))
 
@@ -274,6 +285,10 @@ class Bucket:
         if status:
             said = text[text.index("status code: ") + len("status code: ") :]
             return kind(f"the store answers {_said(said.rstrip(': '))}", file=file, hint="run again, or ask its keeper")
+        if "scheme is not allowed" in text:
+            return kind(
+                "plain http:// is refused", file=file, hint=f"name the endpoint with {_ENDPOINTS[self.scheme][0]}"
+            )
         hint = "check the endpoint and the network, and run again"
         return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
 

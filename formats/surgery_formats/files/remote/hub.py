@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import importlib
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ from surgery_formats.files.remote.hub_faults import fault_of, is_dropped, is_exp
 from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 
 __all__ = ["HubRepository", "library", "open_repository", "repository_of"]
+
+_log = logging.getLogger("surgery.remote")
 
 _SMALL = 1 << 20
 """Bytes of a file that is downloaded at once."""
@@ -208,6 +211,7 @@ class HubRepository:
     def _range(self, key: str, facts: ObjectFacts, start: int, stop: int) -> bytes:
         if start >= stop:
             return b""
+        _log.debug("get %s, bytes %d to %d", self.url(key), start, stop)
 
         def ask() -> bytes:
             return self._ranged(key, facts, start, stop)

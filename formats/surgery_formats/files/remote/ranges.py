@@ -149,7 +149,7 @@ class RemoteObject:
                 _BLOCKS.get(self, following)
             data, begin = block.result(), number * BLOCK
             start, stop = max(offset, begin), min(end, begin + BLOCK)
-            buffer[start - offset : stop - offset] = data[start - begin : stop - begin]
+            _copy(buffer[start - offset : stop - offset], data[start - begin : stop - begin])
 
     def warm(self, ranges: Sequence[tuple[int, int]]) -> None:
         """Fetch ranges ``(offset, nbytes)`` at the same time; each is kept until its last byte is read."""
@@ -175,6 +175,16 @@ class RemoteObject:
     def close(self) -> None:
         """Forget what was fetched."""
         _BLOCKS.drop(self)
+
+
+def _copy(target: memoryview, data: memoryview) -> None:
+    """Copy bytes; of many, numpy lets other threads run meanwhile."""
+    if len(data) < _RUN:
+        target[:] = data
+        return
+    import numpy
+
+    numpy.copyto(numpy.frombuffer(target, numpy.uint8), numpy.frombuffer(data, numpy.uint8))
 
 
 def open_remote(path: RemotePath) -> RemoteObject:

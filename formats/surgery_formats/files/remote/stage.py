@@ -72,6 +72,7 @@ class RemoteStage:
         self._uploads: dict[str, Upload] = {}
         self._checked: list[str] = []
         self._waiting = 0
+        self._claimed = False  # the marker of this run may be there
         self._left: ObjectFacts | None = None  # the marker of a killed run, as this one has found it
 
     @property
@@ -150,8 +151,8 @@ class RemoteStage:
         names = [name for name in sorted({*self._uploads, *small}) if name != MANIFEST]
         sizes = {name: upload.nbytes for name, upload in self._uploads.items()}
         sizes |= {name: path.stat().st_size for name, path in small.items() if name != MANIFEST}
-        stale = self._claim(names)
         try:
+            stale = self._claim(names)
             self._in_parallel([upload.complete for upload in self._uploads.values()])
             ordered = sorted(small.keys() - {MANIFEST}, key=lambda name: (name.endswith(_LAST), name))
             for name in ordered:
@@ -160,8 +161,9 @@ class RemoteStage:
             self.bucket.delete([self._key(name) for name in sorted(stale - set(names))])
             self.bucket.put(self._key(MANIFEST), small[MANIFEST].read_bytes(), new=True)
         except BaseException:
-            with contextlib.suppress(SurgeryError):  # the first fault is reported; the marker lists what is left
-                self._take_back(names, small[MANIFEST].read_bytes())
+            if self._claimed:
+                with contextlib.suppress(SurgeryError):  # the first fault is reported; the marker lists what is left
+                    self._take_back(names, small[MANIFEST].read_bytes())
             raise
         with contextlib.suppress(SurgeryError):  # the output is complete, and the next run removes the marker
             self.bucket.delete([self._key(UNFINISHED)])
@@ -186,9 +188,11 @@ class RemoteStage:
         if (marker := there.get(UNFINISHED)) not in (None, self._left) and self._told(marker).get("job") != self._job:
             raise OutputExistsError("another process is writing it", file=self.shown)
         told = json.dumps({"job": self._job, "files": sorted({*names, *there} - {MANIFEST, UNFINISHED})}).encode()
+        self._claimed = True
         try:
             self.bucket.put(self._key(UNFINISHED), told, new=marker is None)
         except FileExistsError as error:
+            self._claimed = False
             raise OutputExistsError("another process is writing it", file=self.shown) from error
         if MANIFEST in there:
             self.bucket.delete([self._key(MANIFEST)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ class Upload:
         self.nbytes = nbytes
         self._bucket = bucket
         self._hashes = {kind: new_hash(kind) for kind in hashes}
+        self._hashing = ThreadPoolExecutor(1, "surgery-hash")
+        self._hashed: Future[None] | None = None
         self._given = 0
         self._blocks: queue.Queue[memoryview | None] = queue.Queue(_WAITING)
         self._decided = threading.Event()
@@ -89,6 +92,7 @@ class Upload:
     @property
     def digests(self) -> dict[str, str]:
         """The hashes of all bytes that were written, in hexadecimal, by kind."""
+        self._wait_for_hash()
         return {kind: state.hexdigest() for kind, state in self._hashes.items()}
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -102,8 +106,9 @@ class Upload:
         self._given += len(view)
         if self._given > self.nbytes:
             raise ProofError(f"{self._given} bytes for the planned {self.nbytes}", file=self._bucket.url(self.key))
-        for state in self._hashes.values():
-            state.update(view)
+        self._wait_for_hash()
+        if self._hashes:
+            self._hashed = self._hashing.submit(self._hash, view)
         self._put(view)
 
     def end(self) -> None:
@@ -115,6 +120,8 @@ class Upload:
         """
         if self._given != self.nbytes:
             raise ProofError(f"{self._given} bytes of the planned {self.nbytes}", file=self._bucket.url(self.key))
+        self._wait_for_hash()
+        self._hashing.shutdown()
         self._put(None)
 
     def complete(self) -> None:
@@ -135,6 +142,7 @@ class Upload:
 
     def abort(self) -> None:
         """Give it up; may be called twice, and after `complete`, when it does nothing."""
+        self._hashing.shutdown()
         self._decided.set()
         while self._thread.is_alive():
             try:
@@ -143,6 +151,14 @@ class Upload:
             except queue.Full:
                 continue
         self._thread.join()
+
+    def _hash(self, view: memoryview) -> None:
+        for state in self._hashes.values():
+            state.update(view)
+
+    def _wait_for_hash(self) -> None:
+        if self._hashed is not None:
+            self._hashed.result()
 
     def _put(self, item: memoryview | None) -> None:
         while True:

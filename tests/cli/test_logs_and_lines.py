@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command says while it works where nobody watches, what the library logs, and what it says on another system."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import surgery
+from surgery.progress import Progress
+from surgery_cli import progress
+from surgery_cli.options import Settings
+from surgery_formats.errors import ResourceError
+from surgery_formats.system import check_system, missing_features
+from tests.support.kit import ROOT, environment, spawn
+
+BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
+
+
+def test_a_log_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 1.0, 4.9, 5.0, 9.9, 10.5])
+    lines = progress._Lines("merge", lambda: next(seconds))
+    for done, phase in (
+        (1, "writing"),
+        (10**9, "writing"),
+        (2 * 10**9, "writing"),
+        (3 * 10**9, "writing"),
+        (4 * 10**9, "syncing"),
+    ):
+        lines(Progress(done, 4 * 10**9, phase))
+    assert capsys.readouterr().err.splitlines() == [
+        "merge: 2 GB of 4 GB (50%), 400 MB/s",
+        "merge, syncing: 4 GB of 4 GB (100%), 381 MB/s",
+    ]
+
+
+@pytest.mark.parametrize("settings", [Settings(quiet=True), Settings(json=True)])
+def test_quiet_and_json_have_no_lines(settings: Settings) -> None:
+    with progress.bar(settings, "merge") as callback:
+        assert not isinstance(callback, progress._Lines)
+    with progress.bar(Settings(), "merge") as callback:
+        assert isinstance(callback, progress._Lines)
+
+
+def test_the_library_logs_and_is_silent_by_default(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    surgery.merge(BASE, LORA, output=tmp_path / "silent")
+    assert capfd.readouterr() == ("", "")
+    logger = logging.getLogger("surgery")
+    logger.propagate = True
+    with caplog.at_level(logging.DEBUG, "surgery"):
+        surgery.merge(BASE, LORA, output=tmp_path / "told")
+    said = [f"{record.name}: {record.getMessage()}" for record in caplog.records]
+    assert any(re.fullmatch(r"surgery.verbs: merge took [\d.]+ s", line) for line in said)
+    assert any(line.startswith("surgery.files: ") for line in said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"), [([], []), (["-v"], []), (["-v", "-v"], ["verbs"]), (["--debug"], ["files", "verbs"])]
+)
+def test_the_command_shows_logs_where_it_is_asked_to(flags: list[str], names: list[str], tmp_path: Path) -> None:
+    done = spawn("merge", BASE, LORA, "-o", tmp_path / "out", *flags)
+    assert done.returncode == 0
+    assert sorted(set(re.findall(r"^ *[\d.]+ surgery\.(\w+): ", done.stderr, re.M))) == names
+
+
+WITHOUT = """
+import os, sys
+for name in ("pread", "preadv", "pwrite", "geteuid", "O_CLOEXEC", "O_NOFOLLOW", "O_DIRECTORY"):
+    delattr(os, name)
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fcntl":
+            raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+sys.modules.pop("fcntl", None)
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_a_system_without_what_is_needed_is_refused_at_once(tmp_path: Path) -> None:
+    """As on Windows, whose Python has neither of these."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    there = {"PYTHONPATH": os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])}
+    done = spawn("merge", BASE, LORA, "-o", tmp_path / "out", **there)
+    assert done.returncode == 7, done.stderr
+    message, hint = done.stderr.splitlines()
+    assert message.startswith("error: this system has no os.pread, os.preadv, os.pwrite, ")
+    assert message.endswith("fcntl: surgery runs on Linux and macOS")
+    assert "Windows Subsystem for Linux" in hint
+    assert spawn("--help", **there).returncode == 0
+
+
+def test_the_library_refuses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing_features() == ()
+    check_system()
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.delattr(os, "pread")
+    assert missing_features() == ("os.pread", "fcntl")
+    with pytest.raises(ResourceError, match=r"no os\.pread, fcntl"):
+        check_system()
