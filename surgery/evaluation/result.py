@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Column, Facts, Table
+from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
@@ -123,7 +123,9 @@ class EvalResult:
                 ("same top token", (Value(self.agreement, "share", 2), f" of {self.tokens:,}")),
                 ("bits", _better(self.model.nats, self.against.nats)),
             ]
-        sections = (Facts(tuple(measured)), Table(columns, rows), *([Facts(tuple(apart))] if apart else []))
+        sections: list[Section] = [Facts(tuple(measured)), Table(columns, rows)]
+        if apart:
+            sections.append(Facts(tuple(apart)))
         return Summary("Evaluation", (*sections, *warning_notes(self.warnings)))
 
 

@@ -41,7 +41,7 @@ class EvaluationText:
 
 
 def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limit: int | None) -> EvaluationText:
-    """Read a text, or its tokens, or both.
+    """Read a text, or its tokens, or both; one of them is there.
 
     Args:
         folder: The model's, with its tokenizer and configuration.
@@ -50,13 +50,11 @@ def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limi
         limit: Most bytes of `text`; what is left of a character at their end is left out too.
 
     Raises:
-        FitError: neither of them, no tokens, a limit for tokens, or no token that begins a text.
+        FitError: no tokens, a limit for tokens, or no token that begins a text.
         NotFoundError, MalformedError: a file or the tokenizer is not there, or not what it should be; a text in another
             encoding.
         MissingPackageError: the package tokenizers is not installed.
     """
-    if text is None and ids is None:
-        raise FitError("nothing to evaluate on", hint="name a text")
     if limit is not None and ids is not None:
         raise FitError("a limit of bytes is one of a text, and tokens were given", hint="give fewer tokens")
     data, limited = (None, False) if text is None else _bytes(text, limit)

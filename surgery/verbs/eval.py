@@ -54,7 +54,7 @@ def eval(
         progress: Called with every step.
 
     Raises:
-        UsageError: an argument of a wrong type, or adapters of no model.
+        UsageError: an argument of a wrong type, neither text nor tokens, or adapters of no model.
         InputError: something cannot be read, or a text in another encoding.
         FitError: an adapter in the place of a model, a model that predicts no next token, no text, two models with
             different vocabularies.
@@ -62,10 +62,14 @@ def eval(
     check_counts(context=context, stride=stride, limit=limit, threads=threads)
     if against is None and against_adapters != ():
         raise UsageError("adapters of no model", hint="name the model that they are attached to: `against=`")
-    paths = [None if one is None else local_path(one, name) for one, name in ((text, "text"), (ids, "ids"))]
+    text_path = None if text is None else local_path(text, "text")
+    ids_path = None if ids is None else local_path(ids, "ids")
+    name = text_path or ids_path
+    if name is None:
+        raise UsageError("nothing to evaluate on", hint="name a text")
     models = [open_predictor(model, adapters, "model", device=device, threads=threads)]
     if against is not None:
         models.append(open_predictor(against, against_adapters, "against", device=device, threads=threads))
         check_same_vocabulary(models[0].folder, models[1].folder)
-    read = read_evaluation_text(models[0].folder, *paths, limit)
-    return evaluate(models, read, paths[0] or paths[1], context, stride, progress)
+    read = read_evaluation_text(models[0].folder, text_path, ids_path, limit)
+    return evaluate(models, read, name, context, stride, progress)
