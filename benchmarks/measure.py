@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: seconds of wall and processor time, peak resident bytes (VmHWM: page cache mapped in would count)."""
+    """One run: seconds of wall and processor time, peak resident bytes (VmHWM: page cache mapped in would count).
+
+    Of a tree of processes the peak is that of their proportional sets (Pss: what several map counts once), looked at every 10 ms.
+    """
 
     wall: float
     cpu: float
@@ -51,14 +54,24 @@ def trees(options: argparse.Namespace) -> dict[str, Path]:
     return {"": ROOT} | ({} if options.against is None else {", before": options.against.resolve()})
 
 
-def run(command: Sequence[str], log: Path, extra: Mapping[str, str] | None = None, tree: Path = ROOT) -> Sample:
-    """Run `command` on `tree` to its end; its output goes to `log`, which is shown if it fails."""
+def run(
+    command: Sequence[str],
+    log: Path,
+    extra: Mapping[str, str] | None = None,
+    tree: Path = ROOT,
+    *,
+    children: bool = False,
+) -> Sample:
+    """Run `command` on `tree` to its end; its output goes to `log`, which is shown if it fails.
+
+    With `children` its memory is that of all processes that it starts.
+    """
     with open(log, "wb") as out:
         started = time.perf_counter()
         child = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment(tree) | dict(extra or {})
         )
-        sample, child.returncode = _watched(child.pid, started)
+        sample, child.returncode = _watched(child.pid, started, _shared if children else _high_water)
     if child.returncode:
         sys.exit(f"{' '.join(command)} left with {child.returncode}:\n{log.read_text()[-2000:]}")
     return sample
@@ -85,10 +98,10 @@ def forked(job: Callable[[], object], log: Path) -> Sample:
     return sample
 
 
-def _watched(pid: int, started: float) -> tuple[Sample, int]:
+def _watched(pid: int, started: float, memory: Callable[[int], int] | None = None) -> tuple[Sample, int]:
     peak = 0
     while True:
-        peak = max(peak, _high_water(pid))
+        peak = max(peak, (memory or _high_water)(pid))
         done, status, usage = os.wait4(pid, os.WNOHANG)
         if done:
             wall = time.perf_counter() - started
@@ -103,6 +116,20 @@ def _high_water(pid: int) -> int:
             return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
     except (FileNotFoundError, ProcessLookupError):
         return 0
+
+
+def _shared(pid: int) -> int:
+    """Proportional set of a process and of all below it."""
+    total = 0
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as rollup:
+            total += next((int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:")), 0)
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children") as children:
+                total += sum(_shared(int(child)) for child in children.read().split())
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return total
 
 
 def median(values: Sequence[float]) -> float:

@@ -5,8 +5,8 @@
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit`` and must stay within it and
-the fixed cost.
+five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit``, and all their processes
+together must stay within it and the fixed cost.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str,
     found = {}
     for name, words in chosen.items():
         places = [str(work / word) if re.split("[/=]", word)[0] in PLACES else word for word in words]
-        found[name] = run([sys.executable, "-P", "-m", "surgery_cli", "-q", *places], work / "log").peak
+        command = [sys.executable, "-P", "-m", "surgery_cli", "-q", *places]
+        found[name] = run(command, work / "log", children="--memory-limit" in words).peak
         print(f"{size:g} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
         shutil.rmtree(work / "out", ignore_errors=True)
     return found

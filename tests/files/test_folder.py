@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from surgery_formats.errors import (
 )
 from surgery_formats.files.output import kernel_copy
 from surgery_formats.files.output.folder import output_folder, verify_folder
-from surgery_formats.files.output.manifest import MANIFEST, safe_name
+from surgery_formats.files.output.manifest import MANIFEST, manifest_bytes, safe_name
 from surgery_formats.files.raw import open_file
 from tests.support.folder_jobs import PLAN, write_output
 
@@ -81,6 +82,21 @@ def test_a_manifest_of_a_hundred_thousand_weights_is_read(tmp_path: Path) -> Non
         folder.write_small("x", b"x")
         folder.commit({"ledger": "x" * (70 << 20)})
     assert len(verify_folder(tmp_path / "out")["ledger"]) == 70 << 20
+
+
+def test_a_large_manifest_takes_little_more_than_its_bytes() -> None:
+    """The pieces of its text, all at once, were seven times as much."""
+    ledger = [
+        {"name": f"layers.{n}.weight", "outcome": "updated", "survival": 0.5, "shape": [n, 4]} for n in range(9000)
+    ]
+    tracemalloc.start()
+    try:
+        data = manifest_bytes({"ledger": ledger}, PLAN, {})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert json.loads(data)["ledger"] == ledger
+    assert peak < 3 * len(data)
 
 
 def test_modes_follow_the_umask_and_nothing_is_a_link(tmp_path: Path) -> None:

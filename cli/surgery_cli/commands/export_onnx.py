@@ -16,6 +16,17 @@ from surgery_cli.progress import bar
 __all__ = ["command"]
 
 
+def _task(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    from surgery_formats.errors import FitError
+    from surgery_formats.models.families.tasks import check_task
+
+    try:
+        check_task(value)
+    except FitError as error:
+        raise click.BadParameter(f"{error.message}; {error.hint}") from error
+    return value
+
+
 @subcommand("export-onnx")
 @pages()
 @click.argument("base", shell_complete=complete_files)
@@ -24,6 +35,7 @@ __all__ = ["command"]
 @click.option(
     "--task",
     metavar="TASK",
+    callback=_task,
     help="What the graph is for, as the Hub names it: text-classification, feature-extraction, fill-mask ...; by default "
     "what BASE was saved for.",
 )

@@ -166,6 +166,16 @@ def combine(settings: Settings, prompts: tuple[tuple[str, float], ...], output: 
     show_output("prompt combine", prompt_combine(prompts, output=output, **options), settings, output)
 
 
+def _kind(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    from surgery.prompts.conversion import TARGETS
+    from surgery_formats.text import closest, show
+
+    if value not in TARGETS:
+        hint = closest(value, TARGETS) or f"there are {', '.join(TARGETS)}"
+        raise click.BadParameter(f"no kind of soft prompt '{show(value, 40)}'; {hint}")
+    return value
+
+
 @subcommand("convert")
 @click.argument("prompt", shell_complete=complete_files)
 @option.output("Folder to make, or file of a textual inversion.")
@@ -173,6 +183,7 @@ def combine(settings: Settings, prompts: tuple[tuple[str, float], ...], output: 
     "--to",
     required=True,
     metavar="KIND",
+    callback=_kind,
     help="prompt, p-tuning, cpt, prefix: of PEFT; adapterhub; embedding, learned-embeds: textual inversions.",
 )
 @option.reference("--base", metavar="BASE", help="The model, where keys and values come from it.")

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,12 @@ def manifest_bytes(manifest: Mapping[str, Any], plan_id: str, files: Mapping[str
     hashes = {name: record.record["sha256"] for name, record in files.items() if "sha256" in record.record}
     if hashes.keys() == files.keys():  # a hard link to a file of another folder has none
         document["digest"] = {"sha256": root_digest(hashes)}
-    return json.dumps(document, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+    # Not `json.dumps`: the pieces of its text, which it holds all together, take seven times what they make.
+    pieces, data = json.JSONEncoder(sort_keys=True, indent=1, allow_nan=False).iterencode(document), bytearray()
+    while some := "".join(islice(pieces, 1 << 14)):
+        data += some.encode()
+    data += b"\n"
+    return bytes(data)
 
 
 def verify_folder(
