@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help demo test lint types imports check audit format clean
+.PHONY: help demo test lint types imports check audit docs format clean
 help:
 	@echo "make demo    merge, convert, extract, export the shipped example and show what came out"
 	@echo "make test    run the tests"
 	@echo "make check   lint, types, imports, tests"
+	@echo "make docs    the documentation as a site, in site/"
 	@echo "make audit   known vulnerabilities of the versions in constraints.txt (asks PyPI)"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -36,6 +37,10 @@ imports: $(VENV)/.ready
 
 check: lint types imports test
 
+docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # In an environment of its own, which is no part of what is audited. Without --strict, a version that PyPI does not know of passes.
 audit:
 	$(PYTHON) -m venv .audit
@@ -47,4 +52,4 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .audit demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .audit demo-out site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

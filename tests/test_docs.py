@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -29,7 +30,7 @@ from tests.support.peft_kinds import COMBINATIONS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "README.md"])
-RUN = re.compile(r"^```python run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = re.compile(r"^```(python|console) run\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
@@ -114,16 +115,31 @@ def test_the_container_in_the_guide_is_the_one_in_the_tests():
 
 @pytest.mark.parametrize("page", [page for page in PAGES if RUN.search(page.read_text())], ids=name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The blocks of one page, in order, each a program of its own in a folder where `examples` lies."""
+    """The blocks of one page, in order: programs of their own, and sessions, in a folder where `examples` lies."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
     for found in RUN.finditer(text):
-        line = text[: found.start(1)].count("\n")
-        code = compile(
-            "\n" * line + found[1], str(page), "exec", dont_inherit=True
-        )  # so that a traceback shows the page's line
+        if found[1] == "console":
+            for command in found[2].split("$ surgery ")[1:]:
+                words, _, shown = command.partition("\n")
+                ran = says(words, shown)
+                refused = re.search(r"^error: |^verdict +(?!honoured| )", shown, re.MULTILINE)
+                assert (ran.exit_code == 0) == (not refused), f"{page}: surgery {words}\n{ran.output}"
+            continue
+        line = text[: found.start(2)].count("\n")
+        # so that a traceback shows the page's line
+        code = compile("\n" * line + found[2], str(page), "exec", dont_inherit=True)
         exec(code, {"__name__": "example"})
+
+
+def says(words: str, shown: str) -> Result:
+    """Runs a command of a session. It must say every line that is shown, but for times; ``...`` stands for lines left out."""
+    ran = CliRunner().invoke(surgery_command, shlex.split(words), prog_name="surgery")
+    said = [untimed(line) for line in ran.output.splitlines()]
+    missing = [line for line in shown.splitlines() if line not in ("", "...") and untimed(line) not in said]
+    assert missing == [], f"surgery {words} says:\n{ran.output}"
+    return ran
 
 
 @pytest.fixture
@@ -141,19 +157,15 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_readme_shows_what_the_command_says(shipped: Path):
-    """Every line of every session, but for times; ``...`` stands for lines left out."""
     sessions = [block for block in FENCED.findall((ROOT / "README.md").read_text()) if "$ surgery" in block]
     commands = [part for block in sessions for part in block.strip("`\n").split("$ surgery ")[1:]]
     assert len(commands) == 12
     for part in commands:
         words, _, shown = part.partition("\n")
         shutil.rmtree("merged", ignore_errors=True)
-        ran = CliRunner().invoke(surgery_command, words.split(), prog_name="surgery")
-        said = [untimed(line) for line in ran.output.splitlines()]
+        ran = says(words, shown)
         assert ran.exit_code in (0, 3, 4), ran.output
         assert Path("merged").exists() == (ran.exit_code == 0 and words.startswith("merge"))
-        missing = [line for line in shown.splitlines() if line not in ("", "...") and untimed(line) not in said]
-        assert missing == [], f"surgery {words} says:\n{ran.output}"
 
 
 def untimed(line: str) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.conflict import Conflict, conflict_charts
 from surgery.reports.output import DRY_RUN, counted, destination, nbytes_of, written, wrote
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
-from surgery.reports.to_json import plain
+from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Name, Phrase, Piece, Value
 
 __all__ = ["CombineResult", "Combined", "Source"]
@@ -75,6 +76,7 @@ class CombineResult:
         method: How deltas were combined.
         modules: Every weight.
         warnings: What the user should know.
+        conflicts: Of a dry run with two adapters: by weight, how they get in each other's way.
         seconds: How long it took.
     """
 
@@ -85,6 +87,7 @@ class CombineResult:
     method: str
     modules: tuple[Combined, ...]
     warnings: tuple[str, ...] = ()
+    conflicts: Mapping[str, Conflict] = field(default_factory=dict)
     seconds: float = elapsed()
 
     @property
@@ -105,7 +108,7 @@ class CombineResult:
 
     def as_manifest(self) -> dict[str, Any]:
         """The record in the manifest: the same for the same inputs and options, without paths and times."""
-        facts: dict[str, Any] = plain(replace(self, output=None))
+        facts: dict[str, Any] = without_empty(plain(replace(self, output=None)), ("conflicts",))
         del facts["output"]
         return {**facts, "error": self.error}
 
@@ -147,10 +150,11 @@ class CombineResult:
                 )
                 for module in shown
             )
-            sections.append(Table(_COLUMNS, tuple(rows)))
+            sections.append(Table(_COLUMNS, tuple(rows), "Modules"))
         hidden = outcomes["approximated"] - sum(module.outcome == "approximated" for module in shown)
         if hidden > 0:
             sections.append(Note(f"... and {hidden} more", "omitted"))
+        sections += conflict_charts(self.conflicts)
         if self.output is None:
             sections.append(DRY_RUN)
         return Summary(self.verb.capitalize(), (*sections, *warning_notes(self.warnings)))

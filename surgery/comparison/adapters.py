@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from surgery.algebra.group import key_of
 from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, compared, measured_side, ratio, side_of
+from surgery.comparison.conflict import conflict_of
 from surgery.comparison.on_base import pairs_on
 from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
 from surgery.engine.factor_proof import tensor_error
@@ -28,7 +29,7 @@ from surgery_formats.updates import (
     settings,
 )
 
-__all__ = ["diff_adapters"]
+__all__ = ["diff_adapters", "pairs_by_name"]
 
 TOLERANCE = 1e-6
 """Relative difference of deltas that are called equal: what float32 factors of one delta differ by."""
@@ -43,7 +44,7 @@ def diff_adapters(
     if base is None and not header and a.format != b.format:
         check_complete(a)
         check_complete(b)
-    pairs, notes = (_pairs(a, b), []) if base is None else pairs_on(base, a, b)
+    pairs, notes = (pairs_by_name(a, b), []) if base is None else pairs_on(base, a, b)
     modules, total, compared = [], Squares(), False
     for name, (mine, theirs) in pairs.items():
         if header:
@@ -89,7 +90,7 @@ def _spelling(site: Site) -> tuple[str, bool, bool] | None:
     return home, first.isdecimal(), named.number is not None
 
 
-def _pairs(a: Adapter, b: Adapter) -> dict[str, tuple[Chain | None, Chain | None]]:
+def pairs_by_name(a: Adapter, b: Adapter) -> dict[str, tuple[Chain | None, Chain | None]]:
     """Updates of one weight beside each other; flattened names meet those with dots."""
     flat = any(site.flat for adapter in (a, b) for site in adapter.updates)
     called = same_denoiser(site.component for adapter in (a, b) for site in adapter.updates)
@@ -150,7 +151,8 @@ def _by_value(name: str, mine: Chain | None, theirs: Chain | None, limit: float)
     if notes and difference <= limit:  # only the base would tell the size of what differs, and 0 it is not
         return ModuleDiff(name, "different", a, b, None, cosine, "; ".join(notes)), sums
     status: AdapterStatus = "equal" if difference <= limit else "different"
-    return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes)), sums
+    conflict = None if status == "equal" else conflict_of(mine, theirs)
+    return ModuleDiff(name, status, a, b, difference, cosine, "; ".join(notes), conflict), sums
 
 
 def _products(mine: Chain, theirs: Chain) -> tuple[Chain, Chain] | None:

@@ -17,7 +17,18 @@ from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.updates import LoRA, Update, in_full, low_rank_part
 
-__all__ = ["SHARES", "Chain", "Squares", "are_sums", "blocks_of", "compared", "measured_side", "ratio", "side_of"]
+__all__ = [
+    "SHARES",
+    "Chain",
+    "Squares",
+    "are_sums",
+    "blocks_of",
+    "compared",
+    "measured_side",
+    "ratio",
+    "side_of",
+    "spectra_of",
+]
 
 Chain = tuple[Update, ...]
 
@@ -79,16 +90,20 @@ def measured_side(chain: Chain) -> Side:
     """A side with the norm of the delta, and its profile if it has one."""
     import numpy
 
-    from surgery.algebra.sums import stacked
-    from surgery_formats.linalg.factored import singular_values
-
-    side = side_of(chain)
-    spectra = [singular_values(*stacked(block)) for block in blocks_of(chain) if block]
+    side, spectra = side_of(chain), spectra_of(chain)
     offsets = [float(numpy.linalg.norm(value)) for value in _full(chain)]
     norm = None  # what replaces a weight, or sets its lengths, has a delta only beside the base
     if are_sums(chain):
         norm = math.hypot(float(numpy.linalg.norm(numpy.concat(spectra))) if spectra else 0.0, *offsets)
     return Side(side.kind, side.shape, side.rank, side.scale, norm, _profile(spectra) if spectra else None)
+
+
+def spectra_of(chain: Chain) -> list[Array]:
+    """The singular values of the low-rank terms, of each expert by itself."""
+    from surgery.algebra.sums import stacked
+    from surgery_formats.linalg.factored import singular_values
+
+    return [singular_values(*stacked(block)) for block in blocks_of(chain) if block]
 
 
 def _profile(spectra: Sequence[Array]) -> Profile:

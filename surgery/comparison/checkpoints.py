@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from surgery.comparison.measure import CodeTotals, measure
-from surgery.comparison.results import CheckpointDiff, QuantisationLoss, TensorDiff, TensorHeader, TensorStatus, Values
+from surgery.comparison.quantisation_loss import QuantisationLoss
+from surgery.comparison.results import CheckpointDiff, TensorDiff, TensorHeader, TensorStatus, Values
 from surgery.progress import Callback, Progress
 from surgery.reports.selective import ChangedWeight, SelectiveTuning, selective_tuning
 from surgery_formats.dtypes import DType
@@ -56,6 +57,7 @@ def diff_checkpoints(
     header: bool,
     spectrum: bool,
     tolerance: float | None,
+    intruders: bool = False,
     progress: Callback | None = None,
 ) -> CheckpointDiff:
     """Compare two open checkpoints. See `surgery.verbs.diff.diff`."""
@@ -72,8 +74,11 @@ def diff_checkpoints(
             tensors.append(_unread(name, mine, theirs, header=header))
         else:
             tensors.append(
-                _pair(name, mine, theirs, header=header, spectrum=spectrum, tolerance=tolerance, totals=totals)
-            )
+                _pair(
+                    name, mine, theirs, header=header, spectrum=spectrum, intruders=intruders, tolerance=tolerance,
+                    totals=totals,
+                )
+            )  # fmt: skip
         done += mine.nbytes
         if progress is not None and not header:
             progress(Progress(done, whole, "comparing"))
@@ -192,6 +197,7 @@ def _pair(
     *,
     header: bool,
     spectrum: bool,
+    intruders: bool,
     tolerance: float | None,
     totals: _DiffTotals,
 ) -> TensorDiff:
@@ -223,12 +229,19 @@ def _pair(
         totals.codes[kinds] = totals.codes.get(kinds, CodeTotals()).plus(codes)
     if status == "equal" and not _within(values, tolerance):
         status = "values"
-    if spectrum and values.difference and min(sides[0].shape) > 1:
-        from surgery.comparison.spectrum import profile_of_difference
+    notes = []
+    if values.difference and min(sides[0].shape) > 1:
+        if spectrum:
+            from surgery.comparison.spectrum import profile_of_difference
 
-        profile, note = profile_of_difference(*sides)
-        return replace(diff, status=status, values=replace(values, profile=profile), note=note)
-    return replace(diff, status=status, values=values)
+            profile, note = profile_of_difference(*sides)
+            values, notes = replace(values, profile=profile), [note]
+        if intruders:
+            from surgery.comparison.intruders import intruders_of
+
+            count, note = intruders_of(*sides)
+            values, notes = replace(values, intruders=count), [*notes, note]
+    return replace(diff, status=status, values=values, note="; ".join(filter(None, notes)))
 
 
 def _within(values: Values, tolerance: float | None) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from surgery.comparison.diff_charts import tensor_charts
 from surgery.comparison.results import TensorDiff, tensor_sections
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -103,7 +104,7 @@ class GraphDiff:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        found = without_empty(plain(self), ("notes", "rounding", "nearest"))
+        found = without_empty(plain(self), ("notes", "rounding", "nearest", "intruders"))
         return {"type": "graphs", "equal": self.equal, "same_structure": self.same_structure, **found}
 
     def summary(self, *, verbose: bool = False) -> Summary:
@@ -113,9 +114,10 @@ class GraphDiff:
             *_node_sections(self.nodes, verbose=verbose),
             *_port_sections(self.ports),
             *tensor_sections(self.tensors, verbose=verbose),
+            *tensor_charts(self.tensors),
             *warning_notes(self.notes),
         )
-        return Summary("differences", sections)
+        return Summary("Differences", sections)
 
     def _facts(self) -> Iterator[tuple[str, Phrase]]:
         for what, (a, b) in self.facts.items():

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
+from surgery.comparison.diff_charts import module_charts, tensor_charts
+from surgery.comparison.quantisation_loss import QuantisationLoss
+from surgery.reports.conflict import Conflict
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.selective import SelectiveTuning
@@ -17,7 +20,7 @@ from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
-    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "QuantisationLoss", "Side", "TensorDiff", "TensorHeader",
+    "AdapterDiff", "AdapterStatus", "CheckpointDiff", "ModuleDiff", "Profile", "Side", "TensorDiff", "TensorHeader",
     "TensorStatus", "Values", "tensor_sections",
 ]  # fmt: skip
 
@@ -74,6 +77,7 @@ class ModuleDiff:
         difference: ``||delta_B - delta_A||_F / ||delta_A||_F``; None where it was not worked out.
         cosine: Of the angle between the deltas.
         note: What cannot be put in a number.
+        conflict: Of the low-rank deltas of both, where they differ.
     """
 
     name: str
@@ -83,6 +87,7 @@ class ModuleDiff:
     difference: float | None = None
     cosine: float | None = None
     note: str = ""
+    conflict: Conflict | None = None
 
 
 @summarised
@@ -128,7 +133,8 @@ class AdapterDiff:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"type": "adapters", "equal": self.equal, "same_structure": self.same_structure, **plain(self)}
+        found = without_empty(plain(self), ("conflict",))
+        return {"type": "adapters", "equal": self.equal, "same_structure": self.same_structure, **found}
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """Facts of both, then the weights that differ, or all of them if `verbose`."""
@@ -141,7 +147,8 @@ class AdapterDiff:
         shown = _chosen(self.modules, verbose)
         table = _table(_MODULES, map(_module, shown))
         left = _left(self.modules, shown)
-        return Summary("differences", (Facts((*facts, *counted)), *table, *left, *warning_notes(self.notes)))
+        charts = module_charts(self.modules)
+        return Summary("Differences", (Facts((*facts, *counted)), *table, *left, *charts, *warning_notes(self.notes)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +176,7 @@ class Values:
             nearest code, on the scales that are stored; None unless one side is stored as codes and the other is not.
         nearest: Share of the codes that are the nearest to the other side's values, likewise.
         rows: Rows with a value that differs.
+        intruders: Of B's strongest directions those that resemble none of A's, where that was asked for.
     """
 
     max_abs: float
@@ -181,6 +189,7 @@ class Values:
     rounding: float | None = None
     nearest: float | None = None
     rows: int = 0
+    intruders: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,36 +212,6 @@ class TensorDiff:
     b: TensorHeader | None
     values: Values | None = None
     note: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantisationLoss:
-    """How far weights that are stored as codes lie from those of the other side, which are not.
-
-    Attributes:
-        kind: The format of the codes.
-        other: The type of the other side.
-        weights: How many they are.
-        relative: ``||coded - other||_F / ||other||_F`` over all of them.
-        rounding: The same, if every code were the nearest on the scales that are stored.
-        nearest: Share of the codes that are.
-    """
-
-    kind: str
-    other: str
-    weights: int
-    relative: float
-    rounding: float
-    nearest: float
-
-    @property
-    def phrase(self) -> Phrase:
-        """In one line."""
-        return (
-            f"{self.kind} against {self.other} in {self.weights} weights: ", Value(self.relative, "number", 3),
-            " of the norm; the nearest codes on the stored scales leave ", Value(self.rounding, "number", 3), ", and ",
-            Value(self.nearest, "share", 3), " of the codes are the nearest",
-        )  # fmt: skip
 
 
 @summarised
@@ -284,7 +263,7 @@ class CheckpointDiff:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest", "tuned"))
+        found = without_empty(plain(self), ("quantisation", "notes", "rounding", "nearest", "tuned", "intruders"))
         found |= {} if self.tuned is None else {"tuned": self.tuned.as_json()}
         return {"type": "checkpoints", "equal": self.equal, "same_structure": self.same_structure, **found}
 
@@ -302,7 +281,8 @@ class CheckpointDiff:
         if self.header:
             facts.append(("compared", "headers only"))
         tensors = tensor_sections(self.tensors, verbose=verbose)
-        return Summary("differences", (Facts(tuple(facts)), *tensors, *warning_notes(self.notes)))
+        charts = tensor_charts(self.tensors)
+        return Summary("Differences", (Facts(tuple(facts)), *tensors, *charts, *warning_notes(self.notes)))
 
 
 _MODULES = (
@@ -313,6 +293,7 @@ _MODULES = (
 _TENSORS = (
     Column("tensor", "name"), Column("status"), Column("A"), Column("B"), Column("relative", "number", 3),
     Column("greatest", "number", 3, spare=2), Column("moved", "share", spare=1), Column("90 % in", "figure"),
+    Column("intruders", "integer"),
     Column("note"),
 )  # fmt: skip
 
@@ -344,9 +325,9 @@ def _module(module: ModuleDiff) -> tuple[Cell, ...]:
 
 def _tensor(tensor: TensorDiff) -> tuple[Cell, ...]:
     values = tensor.values
-    numbers: tuple[Cell, ...] = (None, None, None, None)
+    numbers: tuple[Cell, ...] = (None,) * 5
     if values is not None:
-        numbers = values.relative, values.max_abs, values.moved, _ninety(values.profile)
+        numbers = values.relative, values.max_abs, values.moved, _ninety(values.profile), values.intruders
     odd = f"{values.not_finite} values are not finite" if values and values.not_finite else ""
     return tensor.name, tensor.status, _header(tensor.a), _header(tensor.b), *numbers, tensor.note or odd
 
@@ -371,7 +352,7 @@ def tensor_sections(tensors: Sequence[TensorDiff], *, verbose: bool) -> list[Sec
 
 def _table(columns: tuple[Column, ...], rows: Iterable[tuple[Cell, ...]]) -> list[Section]:
     cells = tuple(rows)
-    return [Table(columns, cells)] if cells else []
+    return [Table(columns, cells, f"Differences by {columns[0].heading}")] if cells else []
 
 
 def _chosen(entries: Sequence[Entry], verbose: bool) -> Sequence[Entry]:

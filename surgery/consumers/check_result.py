@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from surgery.consumers.consumer import Consumer, SourceRead
 from surgery.consumers.verdict import OUTCOMES, Outcome, Remedy, Verdict, worst
 from surgery.engine.convert_result import ConvertResult
+from surgery.reports.drawings import Bars
 from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Column, Facts, Note, Section, Table
+from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.targets import pattern_of
 from surgery.reports.to_json import plain
@@ -137,7 +138,8 @@ class CheckResult:
             sections += _parts(check, verbose)
         else:
             columns = (Column("consumer"), Column("version"), Column("verdict"), Column("parts"), Column("why"))
-            sections.append(Table(columns, tuple(_line(check) for check in self.consumers)))
+            rows = tuple(_line(check) for check in self.consumers)
+            sections += [Table(columns, rows, "What programs make of the adapter"), _chart(self.consumers)]
         if self.fixed is not None:
             facts.append(("written", f"honoured by {self.consumers[0].title}, by the same rules"))
             fixed = self.fixed.summary(verbose=verbose)
@@ -174,12 +176,26 @@ def _line(check: ConsumerCheck) -> tuple[object, ...]:
     return check.title, check.version, check.outcome, _counted(check.verdicts), why
 
 
+def _chart(checks: Sequence[ConsumerCheck]) -> Chart:
+    """Parts by what becomes of them, a bar for each program."""
+    columns = Column("consumer"), *(Column(outcome, "integer") for outcome in OUTCOMES)
+    counts = [Counter(verdict.outcome for verdict in check.verdicts) for check in checks]
+    rows = tuple(
+        (check.title, *(count[name] for name in OUTCOMES)) for check, count in zip(checks, counts, strict=True)
+    )
+    whole = sum(check.honoured for check in checks)
+    drawing = Bars(0, tuple(range(1, len(columns))), stacked=True)
+    return Chart(
+        "Parts by verdict", Table(columns, rows), drawing, f"{whole} of {len(checks)} programs honour all of it"
+    )
+
+
 def _parts(check: ConsumerCheck, verbose: bool) -> list[Section]:
     """Parts of one consumer: those at fault, those alike in one row, or all."""
     said = (Column("what"), Column("verdict"), Column("why"), Column("remedy"))
     if verbose:
         rows = tuple((one.part, *_said(one)) for one in check.verdicts)
-        return [Table((Column("part", "name"), *said), rows)] if rows else []
+        return [Table((Column("part", "name"), *said), rows, "Parts")] if rows else []
     alike: dict[tuple[str, Verdict], list[str]] = {}
     for one in check.faults:
         alike.setdefault((pattern_of(one.part), replace(one, part="", needs="")), []).append(one.part)
@@ -187,7 +203,9 @@ def _parts(check: ConsumerCheck, verbose: bool) -> list[Section]:
         return []
     rows = tuple((like if parts[1:] else parts[0], len(parts), *_said(one)) for (like, one), parts in alike.items())
     more = len(rows) - _LISTED
-    table = Table((Column("parts like", "name"), Column("times", "integer"), *said), rows[:_LISTED])
+    table = Table(
+        (Column("parts like", "name"), Column("times", "integer"), *said), rows[:_LISTED], "Parts that are not honoured"
+    )
     return [table, *([Note(f"... and {more} more", "omitted")] if more > 0 else [])]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from surgery.extraction.extract_charts import extract_charts, rank_chart
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice, layers_of
+from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.output import DRY_RUN
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -19,16 +21,13 @@ _LAYERS = (
     Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1),
     Column("class", spare=3),
 )  # fmt: skip
-_CHOICES = (
-    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"),
-    Column("size", "bytes"),
-)  # fmt: skip
 
 
 def extract_summary(
     facts: Iterable[tuple[str, Phrase]],
     rows: Sequence[ExtractRow],
     table: Sequence[RankChoice],
+    spectra: Sequence[RoleSpectrum],
     warnings: tuple[str, ...],
     *,
     verbose: bool,
@@ -40,6 +39,7 @@ def extract_summary(
         facts: The whole, in figures.
         rows: Every tensor of TUNED.
         table: Other ranks and fewer layers.
+        spectra: Of the change, by role.
         warnings: What the user should know.
         verbose: Each layer.
         dry_run: Whether nothing was written.
@@ -48,12 +48,12 @@ def extract_summary(
     changed = [row for row in rows if row.energy or row.form]
     if changed:
         layers = layers_of(changed, apart=verbose)
-        sections += [Table(_LAYERS, tuple(map(_layer, layers))), *_remarks(layers)]
+        sections += [Table(_LAYERS, tuple(map(_layer, layers)), "What became of the change"), *_remarks(layers)]
         if len(layers) < len(changed):
             sections.append(Note("like-named layers are taken together", "omitted"))
     if table:
-        choices = ((choice.rank, choice.layers, choice.residual, choice.parameters, choice.nbytes) for choice in table)
-        sections.append(Table(_CHOICES, tuple(choices)))
+        sections.append(rank_chart(table))
+    sections += extract_charts(spectra, rows)
     if dry_run:
         sections.append(DRY_RUN)
     return Summary("Extraction", (*sections, *warning_notes(warnings)))
@@ -71,4 +71,4 @@ def _remarks(layers: Iterable[Layers]) -> list[Section]:
         if layer.why:
             remarks.setdefault(layer.why, []).append(layer.pattern)
     rows = tuple((NameList(tuple(patterns), 2), why) for why, patterns in remarks.items())
-    return [Table((Column("layers", "name"), Column("remark")), rows)] if rows else []
+    return [Table((Column("layers", "name"), Column("remark")), rows, "Remarks")] if rows else []

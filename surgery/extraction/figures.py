@@ -95,7 +95,8 @@ class RankChoice:
 
     Attributes:
         rank: Rank of every matrix, or less where the matrix has less.
-        layers: ``attention``, ``mlp`` (experts included) or ``all``.
+        layers: ``attention``, ``mlp`` (experts included), ``all``; or ``auto``: all, each with its directions above the noise,
+            `rank` being the greatest number of these.
         residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over the whole model.
         parameters: Number of values in the adapter.
         nbytes: Their size.

@@ -174,24 +174,40 @@ def rank_table(
 ) -> tuple[RankChoice, ...]:
     """What each rank would cost and leave, for each group of layers; spectra are known up to the largest of `TABLE_RANKS`.
 
-    `role` tells what part of the base a path is (`Component.role`).
+    Behind them is what `Rank.auto` would take, where every direction above the noise is known. `role` tells what part of the
+    base a path is (`Component.role`).
     """
     total = math.fsum(entry.energy for entry in measures.values())
     dropped = math.fsum(measures[name].energy for name in storage.dropped)
     dense = [dense_size(tensor) for tensor in storage.dense_tensors]
     dense_numbers, dense_bytes = sum(numbers for numbers, _ in dense), sum(nbytes for _, nbytes in dense)
-    rows = []
-    for rank in TABLE_RANKS:
-        for layers, roles in _LAYERS.items():
-            left, numbers = dropped, 0
-            for target in storage.targets:
-                entry = factored[target.path]
-                if roles and role(target.path) not in roles:
-                    left += entry.energy
-                    continue
-                left += entry.residual(rank)
-                numbers += target.cost * min(rank, entry.rank)
-            residual = math.sqrt(left / total) if total else 0.0
-            nbytes = dtype.nbytes(numbers) + dense_bytes
-            rows.append(RankChoice(rank, layers, residual, numbers + dense_numbers, nbytes))
+
+    def choice(rank: int, layers: str, ranks: Callable[[LowRankTarget], int]) -> RankChoice:
+        left, numbers = dropped, 0
+        for target in storage.targets:
+            entry = factored[target.path]
+            if own := min(ranks(target), entry.rank):
+                left += entry.residual(own)
+                numbers += target.cost * own
+            else:
+                left += entry.energy
+        residual = math.sqrt(left / total) if total else 0.0
+        return RankChoice(rank, layers, residual, numbers + dense_numbers, dtype.nbytes(numbers) + dense_bytes)
+
+    def chosen(rank: int, roles: tuple[str, ...]) -> Callable[[LowRankTarget], int]:
+        return lambda target: rank if not roles or role(target.path) in roles else 0
+
+    rows = [choice(rank, layers, chosen(rank, roles)) for rank in TABLE_RANKS for layers, roles in _LAYERS.items()]
+    signals = {target.path: _signal(factored[target.path]) for target in storage.targets}
+    if (
+        signals
+        and (known := {path: count for path, count in signals.items() if count is not None}).keys() == signals.keys()
+    ):
+        rows.append(choice(max(known.values()), "auto", lambda target: known[target.path]))
     return tuple(rows)
+
+
+def _signal(entry: TargetFactors) -> int | None:
+    """Directions above the noise, at least one; None where there may be more than were looked at."""
+    complete = all(m.signal < len(m.values) or len(m.values) >= entry.target.largest_rank for m in entry.matrices)
+    return max(1, *(matrix.signal for matrix in entry.matrices)) if complete else None

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice
 from surgery.extraction.findings import CalibrationTotals, KindFacts, MergedLoRA, six_digits
+from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.output import PATH, counted, nbytes_of, written
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.selective import SelectiveTuning
@@ -50,6 +51,7 @@ class ExtractResult:
         reproduced: Of a merge whose factors were found beyond its rounding: the shares of TUNED's values that BASE with
             the plain factors, and with those written, rounds to bit for bit.
         tuned: Which part of BASE changed, where that has a name (docs/insert.md); never part of a manifest.
+        spectra: Of the change, by role; for pictures, and never part of a manifest.
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
             asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
@@ -76,6 +78,7 @@ class ExtractResult:
     quantised: tuple[str, ...] = ()
     reproduced: tuple[float, float] | None = None
     tuned: SelectiveTuning | None = None
+    spectra: tuple[RoleSpectrum, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
     why_devices: str = ""
@@ -173,7 +176,7 @@ class ExtractResult:
 
         facts = (*_facts(self), *_outcome(self, output))
         return extract_summary(
-            facts, self.rows, self.table, self.warnings, verbose=verbose, dry_run=self.output is None
+            facts, self.rows, self.table, self.spectra, self.warnings, verbose=verbose, dry_run=self.output is None
         )
 
 

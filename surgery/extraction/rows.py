@@ -17,6 +17,7 @@ from surgery.extraction.pairing import Pair
 from surgery.extraction.proof import Residual, agrees, prove
 from surgery.extraction.ranks import rank_table
 from surgery.extraction.result import ExtractResult
+from surgery.extraction.spectra import role_spectra
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget, sharing
@@ -70,6 +71,7 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         CalibrationTotals.of(plan.calibrated.facts.values()) if request.calibration is not None else None,
         plan.scan.findings,
         tuned=_tuned(plan),
+        spectra=role_spectra(plan.scan.factored, plan.checkpoints.base.main.role),
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.reports.checkpoint_report import WeightFileReport, files_phrase, types_phrase
+from surgery.reports.delta_facts import DeltaFacts, delta_charts
 from surgery.reports.output import PATH
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -79,6 +80,7 @@ class AdapterReport:
         made_for: What the file's header says of its base, and which field, or None.
         scale_sources: How many updates have their scale from where (`surgery_formats.canonical.provenance`).
         token: What calls a textual inversion in a prompt, or None.
+        deltas: What each update of low rank adds, where its values were read.
         seconds: How long it took.
     """
 
@@ -112,6 +114,7 @@ class AdapterReport:
     made_for: str | None = None
     scale_sources: Mapping[ScaleSource, int] = field(default_factory=dict)
     token: str | None = None
+    deltas: tuple[DeltaFacts, ...] = ()
     seconds: float = elapsed()
 
     @property
@@ -123,7 +126,9 @@ class AdapterReport:
         """Plain values."""
         return {
             "type": "adapter",
-            **without_empty(plain(self), ("quantised_base", "tool", "family", "made_for", "scale_sources", "token")),
+            **without_empty(
+                plain(self), ("quantised_base", "tool", "family", "made_for", "scale_sources", "token", "deltas")
+            ),
         }
 
     def summary(self, *, verbose: bool = False) -> Summary:
@@ -134,6 +139,7 @@ class AdapterReport:
         sections: list[Section] = [Facts((*self._facts(), *(self._metadata() if verbose else ())))]
         if self.targets:
             sections.append(_every_parameter(self.modules) if verbose else _groups(self.targets))
+        sections += delta_charts(self.deltas)
         if self.metadata and not verbose:
             plural = "s" if len(self.metadata) != 1 else ""
             sections.append(Note(f"{len(self.metadata)} metadata string{plural}", "omitted"))
@@ -216,7 +222,7 @@ def _groups(targets: tuple[TargetGroup, ...]) -> Table:
         Column("rank", "spread", 6), Column("scale", "spread", 6), Column("parameters", "count"),
     )  # fmt: skip
     row = attrgetter("pattern", "count", "role", "kind", "ranks", "scales", "parameters")
-    return Table(columns, tuple(map(row, targets)))
+    return Table(columns, tuple(map(row, targets)), "Parameters that it changes")
 
 
 def _every_parameter(modules: tuple[TargetedParameter, ...]) -> Table:
@@ -226,4 +232,4 @@ def _every_parameter(modules: tuple[TargetedParameter, ...]) -> Table:
         Column("alpha", "number", 6), Column("scale", "number", 6), Column("parameters", "count"),
     )  # fmt: skip
     row = attrgetter("name", "role", "kind", "shape", "rank", "alpha", "scale", "parameters")
-    return Table(columns, tuple(map(row, modules)))
+    return Table(columns, tuple(map(row, modules)), "Parameters that it changes")

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.reports.drawings import Bars
 from surgery.reports.output import PATH
 from surgery.reports.quantisation import QuantisedWeights, quantised_phrase
 from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Column, Facts, Section, Table
+from surgery.reports.sections import Chart, Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, NameList, Phrase, Value
@@ -176,25 +177,23 @@ def _component(component: ComponentReport, depth: int | None, *, named: bool) ->
     yield from module_tables(component.tree, component.roles, depth)
 
 
-def module_tables(tree: Node, per_role: Mapping[str, Totals], depth: int | None) -> Iterator[Table]:
+def module_tables(tree: Node, per_role: Mapping[str, Totals], depth: int | None) -> Iterator[Section]:
     """The modules of a network down to a depth, and the totals per role."""
     modules = (
         Column("module", "name"), Column("times", "integer"), Column("role"), Column("shape", "shape"),
         Column("parameters", "count"), Column("type"), Column("bytes", "bytes"),
     )  # fmt: skip
-    yield Table(modules, tuple(_tree(tree, depth)))
+    yield Table(modules, tuple(_tree(tree, depth)), "Modules")
     roles = (
         Column("role"), Column("tensors", "integer"), Column("parameters", "count"), Column("share", "share", 1),
         Column("bytes", "bytes"),
     )  # fmt: skip
     whole = tree.parameters
-    yield Table(
-        roles,
-        tuple(
-            (role, total.tensors, total.parameters, total.parameters / whole if whole else None, total.nbytes)
-            for role, total in per_role.items()
-        ),
+    rows = tuple(
+        (role, total.tensors, total.parameters, total.parameters / whole if whole else None, total.nbytes)
+        for role, total in per_role.items()
     )
+    yield Chart("What the bytes are part of", Table(roles, rows), Bars(0, (4,)))
 
 
 def _networks(networks: Mapping[str, str]) -> str:

@@ -34,6 +34,7 @@ class Lines:
         by: The column whose values part the rows into lines; all rows are one line without it.
         log_x: Whether equal distances are equal ratios, horizontally.
         log_y: Likewise vertically.
+        label: What lies along the vertical axis, where several columns do.
         joined: False for points alone.
         marks: Lines across.
     """
@@ -43,6 +44,7 @@ class Lines:
     by: int | None = None
     log_x: bool = False
     log_y: bool = False
+    label: str = ""
     joined: bool = True
     marks: tuple[Mark, ...] = ()
     kind: Literal["lines"] = "lines"

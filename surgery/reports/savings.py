@@ -236,7 +236,9 @@ _TASKS = (
 def _tasks_chart(rows: tuple[tuple[Cell, ...], ...]) -> Chart:
     """Bytes for so many tasks; of one number of them there is no line to draw."""
     several = len({row[0] for row in rows}) > 1
-    drawing = Lines(x=0, y=(2, 3), by=1, log_x=True, log_y=True) if several else Bars(label=1, values=(2, 3))
+    drawing = (
+        Lines(x=0, y=(2, 3), by=1, log_x=True, log_y=True, label="bytes") if several else Bars(label=1, values=(2, 3))
+    )
     return Chart("Storage for so many tasks", Table(_TASKS, rows), drawing)
 
 

@@ -67,14 +67,14 @@ class Chart:
     Attributes:
         title: What it shows, in our own words.
         table: The numbers.
-        drawing: How its columns become a picture, where a renderer draws.
+        drawings: How its columns become pictures, where a renderer draws: one or several.
         says: The finding, to be read behind the title; it stands for the numbers where there is room for a line alone. A
             chart without one is its table there.
     """
 
     title: str
     table: Table
-    drawing: Drawing
+    drawings: Drawing | tuple[Drawing, ...]
     says: Phrase = ""
 
 

@@ -30,8 +30,9 @@ from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
 from surgery.onnx.run.prepare import prepare_decoder
 from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
 from surgery.onnx.run.token_tables import token_tables
+from surgery.reports.drawings import Bars
 from surgery.reports.result import elapsed, summarised, timed
-from surgery.reports.sections import Column, Note, Table
+from surgery.reports.sections import Chart, Column, Note, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
@@ -134,7 +135,9 @@ class BenchResult:
             )
             for side, floor in zip(self.sides, floors, strict=True)
         )
-        return Summary("Speed", (Table(_COLUMNS, tuple(rows)), *(Note(text) for text in self._conditions())))
+        drawings = Bars(0, (3,)), Bars(0, (2,)), Bars(0, (7,))
+        chart = Chart("Time per token, prefill, and most memory", Table(_COLUMNS, tuple(rows)), drawings)
+        return Summary("Speed", (chart, *(Note(text) for text in self._conditions())))
 
     def _conditions(self) -> Iterator[Phrase]:
         yield f"{self.device}, {self.batch} x {self.prompt_length} tokens, median of {self.new_tokens} steps"

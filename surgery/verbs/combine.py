@@ -10,7 +10,7 @@ not the sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from surgery.algebra.combination import CombinationPlan, combine_adapters, plan_combination
@@ -18,6 +18,7 @@ from surgery.algebra.combine_result import Combined, CombineResult, Source
 from surgery.algebra.output import write_combination
 from surgery.algebra.sums import CombineOptions
 from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
+from surgery.comparison.conflicts import conflicts_between
 from surgery.engine.adapter_output import WriteOptions
 from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import (
@@ -32,9 +33,11 @@ from surgery.engine.inputs import (
 from surgery.engine.selection import Selection
 from surgery.progress import Callback
 from surgery.rank import Rank
+from surgery.reports.conflict import Conflict
 from surgery.reports.result import timed
 from surgery_formats.adapters.registry import format_to_write
 from surgery_formats.binding.parts import in_its_part
+from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import listing, show
 
@@ -82,7 +85,7 @@ def combine(
         to: Format to write; by default the first adapter's.
         base: The model they were trained on: only where names differ, or a format's names come from it.
         overwrite: Replace an existing output, atomically.
-        dry_run: Say what would be done, write nothing.
+        dry_run: Say what would be done, write nothing. Of two adapters also where they get in each other's way.
         progress: Called with every step.
 
     Raises:
@@ -109,9 +112,23 @@ def combine(
         base=base,
     )
     if destination is None:
-        return plan.result
+        return replace(plan.result, conflicts=_conflicts(as_weighted(adapters), base, only, without))
     options = WriteOptions(destination, overwrite=overwrite, progress=progress)
     return write_combination(plan, options)
+
+
+def _conflicts(
+    asked: Sequence[WeightedAdapter],
+    base: CheckpointLike | None,
+    only: str | Sequence[str],
+    without: str | Sequence[str],
+) -> Mapping[str, Conflict]:
+    """Of two adapters, on the modules that are combined."""
+    terms, _ = Selection(tuple(as_list(only)), tuple(as_list(without))).chosen(asked)
+    if len(terms) != 2:
+        return {}
+    (one, other), model = terms, None if base is None else as_checkpoint(base)
+    return conflicts_between(one.adapter, other.adapter, (one.weight, other.weight), model)
 
 
 def combined(

@@ -16,6 +16,7 @@ from surgery.reports.result import timed
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["diff"]
 
@@ -27,6 +28,7 @@ def diff(
     *,
     header: bool = False,
     spectrum: bool = False,
+    intruders: bool = False,
     tolerance: float | None = None,
     base: CheckpointLike | None = None,
     progress: Callback | None = None,
@@ -43,6 +45,8 @@ def diff(
         header: Compare names, types, shapes (and an adapter's ranks and scales) alone; no value is read.
         spectrum: Of checkpoints' differing matrices, work out how the difference spreads over directions; adapters
             always have it.
+        intruders: Of checkpoints' differing matrices, count B's strong directions that resemble none of A's
+            (`surgery.comparison.intruders`). It takes a decomposition of every such matrix.
         tolerance: Relative difference up to which a weight counts as equal; by default 0 for checkpoints, 1e-6 for
             adapters.
         base: Of adapters: the model that both were trained on. It brings names of two programs together, and fused weights
@@ -51,13 +55,15 @@ def diff(
 
     Raises:
         InputError: one of them cannot be read.
-        FitError: an adapter and a checkpoint, a tolerance below 0, an adapter that is not of the base, or models and a
-            base.
+        FitError: an adapter and a checkpoint, intruders of what are no models, a tolerance below 0, an adapter that is not
+            of the base, or models and a base.
         ProofError: a checkpoint changed while it was read.
     """
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise FitError(f"a tolerance of {tolerance:g}", hint="give 0 or more")
     old, new = opened_or_graph(a, "a"), opened_or_graph(b, "b")
+    if intruders and not (isinstance(old, Checkpoint) and isinstance(new, Checkpoint)):
+        raise FitError("intruder directions are told of two models alone", hint="merge an adapter into its base first")
     if isinstance(old, Adapter) and isinstance(new, Adapter):
         model = None if base is None else as_checkpoint(base)
         return diff_adapters(old, new, header=header, tolerance=tolerance, base=model)
@@ -78,4 +84,6 @@ def diff(
 
         sides = (open_graph(side) if isinstance(side, Path) else side for side in (old, new))
         return diff_graphs(*sides, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
-    return diff_checkpoints(old, new, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
+    return diff_checkpoints(
+        old, new, header=header, spectrum=spectrum, intruders=intruders, tolerance=tolerance, progress=progress
+    )

@@ -15,10 +15,18 @@ from surgery.engine.inputs import Openable, as_path, opened_or_graph
 from surgery.reports.adapter_report import AdapterReport, PromptFacts
 from surgery.reports.array_report import ArrayFileReport
 from surgery.reports.checkpoint_report import CheckpointReport, ComponentReport, WeightFileReport
+from surgery.reports.delta_facts import DeltaFacts
 from surgery.reports.graph_report import GraphReport
 from surgery.reports.quantisation import quantised_weights
 from surgery.reports.result import timed
-from surgery.reports.targets import TargetedParameter, distribution, group_targets, touched, trained_parameters
+from surgery.reports.targets import (
+    TargetedParameter,
+    distribution,
+    group_targets,
+    site_roles,
+    touched,
+    trained_parameters,
+)
 from surgery_formats.adapters.grammar.tools import stated_base, tool_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.quantised_base import quantised_base_of
@@ -33,7 +41,7 @@ from surgery_formats.models.known_files import known_file
 from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.module_tree import Node, Totals, leaves, module_graph, role_totals, stored_ties
 from surgery_formats.text import listing
-from surgery_formats.updates import is_directed, is_row_setting
+from surgery_formats.updates import in_full, is_directed, is_row_setting, is_waiting
 
 __all__ = [
     "AdapterReport",
@@ -61,17 +69,21 @@ _FACTS: Mapping[str, tuple[str, ...]] = {
 
 
 @timed
-def inspect(reference: Openable) -> CheckpointReport | AdapterReport | GraphReport | ArrayFileReport:
-    """Look at a model, an adapter or an ONNX graph without reading a single weight.
+def inspect(
+    reference: Openable, *, spectrum: bool = False
+) -> CheckpointReport | AdapterReport | GraphReport | ArrayFileReport:
+    """Look at a model, an adapter or an ONNX graph, without reading a single weight unless that is asked for.
 
     Args:
         reference: File, folder, or what was opened. A folder that is both (a training run's) is an adapter, and one of a
             model that was exported in place is the model.
+        spectrum: Of an adapter: read its values, and measure the norm and the singular values of what it adds. Nothing of
+            what is no adapter.
 
     Raises:
         NotFoundError: nothing there, or no weights in the folder.
         MalformedError: a header or a configuration is not what its format says.
-        FitError: an adapter of a kind that is not read.
+        FitError: an adapter of a kind that is not read; with `spectrum`, values that are NaN or infinite.
     """
     try:
         opened = opened_or_graph(reference, "reference")
@@ -85,7 +97,29 @@ def inspect(reference: Openable) -> CheckpointReport | AdapterReport | GraphRepo
         from surgery.onnx.survey.survey import survey
 
         return survey(open_graph(opened))
-    return inspect_adapter(opened) if isinstance(opened, Adapter) else inspect_checkpoint(opened)
+    if isinstance(opened, Adapter):
+        report = inspect_adapter(opened)
+        return replace(report, deltas=_deltas(opened)) if spectrum else report
+    return inspect_checkpoint(opened)
+
+
+def _deltas(adapter: Adapter) -> tuple[DeltaFacts, ...]:
+    """Of every parameter to which low-rank terms alone are added."""
+    from surgery.comparison.additive import are_sums, blocks_of, spectra_of
+
+    roles = site_roles(adapter)
+    found = []
+    for site, chain in adapter.updates.items():
+        told = not any(is_waiting(update) or in_full(update) for update in chain)
+        if not (told and are_sums(chain) and any(blocks_of(chain))):
+            continue
+        squares = [[float(value) ** 2 for value in spectrum] for spectrum in spectra_of(chain)]
+        energies = [math.fsum(spectrum) for spectrum in squares]
+        strongest = max(squares, key=math.fsum, default=[])
+        stable = math.fsum(strongest) / strongest[0] if strongest and strongest[0] else 0.0
+        values = tuple(map(math.sqrt, strongest))
+        found.append(DeltaFacts(str(site), roles[site], math.sqrt(math.fsum(energies)), stable, values))
+    return tuple(found)
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> CheckpointReport:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from surgery.reports.drawings import Bars
 from surgery.reports.result import elapsed, summarised
-from surgery.reports.sections import Facts
+from surgery.reports.sections import Chart, Column, Facts, Table
 from surgery.reports.summary import Summary, warning_notes
+from surgery.reports.values import Value
 
 __all__ = ["Check", "LogitError", "Verification"]
 
@@ -114,4 +117,19 @@ class Verification:
     def summary(self, *, verbose: bool = False) -> Summary:
         """Every check with what was found."""
         checks = Facts(tuple((check.name, check.detail) for check in self.checks))
-        return Summary("Verification", (checks, *warning_notes(self.notes)))
+        return Summary("Verification", (checks, *self._chart(), *warning_notes(self.notes)))
+
+    def _chart(self) -> Iterator[Chart]:
+        """Differences of logits beside what was allowed."""
+        rows = tuple(
+            (check.name, check.difference, check.limit, check.difference / check.limit)
+            for check in self.checks
+            if check.difference is not None and check.limit
+        )
+        if rows:
+            columns = (
+                Column("check"), Column("difference", "number", 3), Column("allowed", "number", 3),
+                Column("of what is allowed", "share", 2),
+            )  # fmt: skip
+            says = "at most ", Value(max(row[3] for row in rows), "share"), " of what is allowed"
+            yield Chart("Differences of logits", Table(columns, rows), Bars(0, (3,)), says)

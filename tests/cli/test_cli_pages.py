@@ -109,3 +109,20 @@ def test_names_that_are_refused(run: Run, words, code, said):
 def test_a_page_that_the_disk_cannot_hold_ends_with_its_own_code(run: Run):
     Path("a.html").mkdir()
     assert "already exists" in refused(run, 2, "inspect", LORA, "--html", "a.html", "--overwrite")
+
+
+def test_json_has_what_pages_draw(run: Run):
+    def told(*words: str) -> dict[str, object]:
+        result = run(*words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)["result"]
+
+    run("resize", LORA, "--rank", "4", "-o", "less")
+    assert len(told("inspect", LORA, "--spectrum")["deltas"]) == 42
+    assert told("diff", LORA, "less")["modules"][0]["conflict"]["inputs"] == pytest.approx(1)
+    assert len(told("combine", LORA, "less", "--dry-run")["conflicts"]) == 42
+    run("merge", BASE, LORA, "-o", "merged")
+    values = [tensor["values"] for tensor in told("diff", BASE, "merged", "--intruders")["tensors"]]
+    assert sum("intruders" in value for value in values if value) == 42
+    table = told("extract-lora", BASE, "merged", "--dry-run", "--table")["table"]
+    assert table[-1]["layers"] == "auto"

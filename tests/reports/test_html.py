@@ -53,7 +53,7 @@ def test_a_chart_is_a_picture_and_the_table_it_was_drawn_from(drawing):
     page = check_page(summary.as_html())
     (figure,) = page.all("figure")
     (picture,) = [svg for svg in figure.all("svg") if "role" in svg.attributes]
-    assert picture.attributes["aria-label"] == "What a rank costs"
+    assert picture.attributes["aria-label"].startswith("What a rank costs: ")
     shapes = [shape for shape in picture.all("path", "rect") if shape.attributes.get("class", "").split()[0] != "grid"]
     assert len(shapes) >= 3
     cells = [cell.text for cell in figure.all("tbody")[0].all("th", "td")]
@@ -82,7 +82,13 @@ def test_a_chart_is_one_line_or_its_table_where_nothing_is_drawn():
     assert Summary("", (silent,)).as_text() == Summary("", (table,)).as_text()
     assert Summary("", (silent,)).as_markdown() == Summary("", (table,)).as_markdown()
     (section,) = Summary("", (silent,)).as_json()["sections"]
-    assert (section["section"], section["drawing"]["kind"]) == ("chart", "bars")
+    assert (section["section"], section["drawings"]["kind"]) == ("chart", "bars")
+
+
+def test_one_table_may_have_several_pictures():
+    chart = Chart("Ranks", Table(COLUMNS, ROWS), tuple(DRAWINGS.values()))
+    (figure,) = check_page(Summary("", (chart,)).as_html()).all("figure")
+    assert len([svg for svg in figure.all("svg") if "role" in svg.attributes]) == len(DRAWINGS)
 
 
 def test_points_lie_where_the_numbers_say():

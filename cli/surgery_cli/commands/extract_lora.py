@@ -131,7 +131,7 @@ def _dense(text: str) -> tuple[str, ...]:
     "--workers",
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
-@click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers.")
+@click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers; --html does too.")
 @click.option(
     "--base",
     "graph_of",
@@ -167,6 +167,8 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, **op
     patterns = dict(options.pop("rank_pattern"))
     if patterns and (ways not in ([], ["rank"]) or options["rank"] == "auto"):
         raise click.UsageError("--rank-pattern goes with a number as --rank")
+    if settings.pages is not None and "html" in settings.pages.files and set(ways) <= {"rank"}:
+        options["table"] = True  # a page draws it
     chosen = {name: options.pop(name) for name in ("rank", "energy", "max_error", "budget")}
     with bar(settings, "extracting") as progress:
         rank = option.rank_of(**chosen, patterns=patterns)

@@ -12,7 +12,7 @@ from surgery.reports.values import Type, cell_text
 __all__ = ["Axis", "axis_over", "number_of", "tick_text"]
 
 _TICKS = 5  # at most, more or less
-_FEW = 7  # different values that are all written
+_FEW = 8  # different values that are all written
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def axis_over(
         end: Where the greatest one lies.
         log: Whether equal distances are equal ratios.
         zero: Whether it begins at 0 (not if `log`).
-        each: Write the values themselves, if they are few.
+        each: End at the values themselves, and write these if they are few; otherwise it ends at round numbers.
     """
     known = sorted(set(values))
     if not known:
@@ -72,7 +72,7 @@ def axis_over(
         return Axis(low, high, begin, end, log, tuple(known))
     if log and high / low >= 8:
         ticks = _powers(low, high)
-        low, high = min(low, ticks[0]), max(high, ticks[-1])
+        low, high = (low, high) if each else (min(low, ticks[0]), max(high, ticks[-1]))
     else:
         ticks = _steps(low, high)
         low, high = (low, high) if log or each else (min(low, ticks[0]), max(high, ticks[-1]))
@@ -92,7 +92,7 @@ def _powers(low: float, high: float) -> Sequence[float]:
     """Powers of ten inside, or round numbers between them where those are few."""
     first, last = math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9)
     step = max(1, (last - first) // _TICKS)
-    if last - first >= 2:
+    if high / low >= 200:
         return [10.0**power for power in range(first, last + 1, step)]
     return [
         unit * 10.0**power
@@ -108,6 +108,7 @@ def tick_text(value: float, type: Type) -> str:
         case "share":
             return f"{100 * value:.3g}%"
         case "number" | "fixed" | "integer" | "seconds":
-            return f"{value:.3g}" + (" s" if type == "seconds" else "")
+            plain = 1e-4 <= abs(value) < 1e6
+            return (f"{float(f'{value:.3g}'):g}" if plain else f"{value:.3g}") + (" s" if type == "seconds" else "")
         case _:
             return cell_text(value, type)

@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A chart as a picture."""
+"""A chart as pictures."""
 
 from __future__ import annotations
 
-from surgery.reports.drawings import Bars, HeatMap, Lines
+from surgery.reports.drawings import Bars, Drawing, HeatMap, Lines
 from surgery.reports.html.bars import draw_bars
 from surgery.reports.html.heat_map import draw_heat_map
 from surgery.reports.html.lines import draw_lines
 from surgery.reports.html.picture import Picture
-from surgery.reports.sections import Chart
+from surgery.reports.sections import Chart, Table
 
 __all__ = ["draw"]
 
 
-def draw(chart: Chart) -> Picture | None:
-    """The picture of `chart`; None where its table has nothing to draw."""
-    match chart.drawing:
-        case Lines() as lines:
-            return draw_lines(chart.table, lines)
-        case Bars() as bars:
-            return draw_bars(chart.table, bars)
-        case HeatMap() as heat_map:
-            return draw_heat_map(chart.table, heat_map)
+def draw(chart: Chart) -> tuple[Picture, ...]:
+    """The pictures of `chart`; none where its table has nothing to draw."""
+    drawings = chart.drawings if isinstance(chart.drawings, tuple) else (chart.drawings,)
+    return tuple(picture for drawing in drawings if (picture := _picture(chart.table, drawing)) is not None)
+
+
+def _picture(table: Table, drawing: Drawing) -> Picture | None:
+    match drawing:
+        case Lines():
+            return draw_lines(table, drawing)
+        case Bars():
+            return draw_bars(table, drawing)
+        case HeatMap():
+            return draw_heat_map(table, drawing)

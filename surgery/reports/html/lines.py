@@ -32,12 +32,12 @@ def draw_lines(table: Table, drawing: Lines) -> Picture | None:
     vertical = axis_over(heights, _HEIGHT - _BOTTOM, _TOP, log=drawing.log_y, zero=near_zero)
     left = 12 + CHARACTER * max((len(tick_text(tick, y_column.type)) for tick in vertical.ticks), default=0)
     horizontal = axis_over((x for x, _ in points), left, WIDTH - _RIGHT, log=drawing.log_x, each=True)
-    y_name = y_column.heading if len(drawing.y) == 1 else y_column.type
+    y_name = drawing.label or (y_column.heading if len(drawing.y) == 1 else y_column.type)
     shapes = [*_frame(horizontal, vertical, x_column, y_column, y_name), *_marks(drawing.marks, horizontal, vertical)]
     for number, (name, line) in enumerate(series.items()):
         shapes += _line(number, name, line, horizontal, vertical, (x_column, y_column), joined=drawing.joined)
     legend = tuple(_key(number, name, joined=drawing.joined) for number, name in enumerate(series))
-    about = f"{y_column.heading} over {x_column.heading}"
+    about = f"{y_name} over {x_column.heading}"
     return Picture(_HEIGHT, tuple(shapes), legend if len(legend) > 1 else (), about)
 
 

@@ -31,8 +31,8 @@ __all__ = ["as_fragment", "as_page"]
 _PAGE, _FRAGMENT = 2000, 40
 """Most rows of a table; what more there are is in CSV and JSON."""
 _TEXT = 100_000  # characters of verbatim text
-_OPEN = 12  # rows of a table beside a picture, or of one that is long enough to be folded if it has more
-_LONG = 60
+_OPEN, _LONG = 18, 600
+"""Cells of a table below a picture, and of one by itself, that need not be folded."""
 _INDENT = "\N{EM SPACE}"
 
 
@@ -66,11 +66,11 @@ class _Grid:
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """A chart: its picture, and the numbers that it was drawn from."""
+    """A chart: its pictures, and the numbers that they were drawn from."""
 
     title: str
     says: Markup
-    picture: Picture | None
+    pictures: tuple[Picture, ...]
     grid: _Grid
 
 
@@ -139,7 +139,7 @@ def _grid(table: Table, title: str, most: int, *, opened: int) -> _Grid:
     headings = tuple(_Heading(table.columns[index].heading, table.columns[index].numeric) for index in shown)
     caption = table.caption or f"{title}: {', '.join(heading.text for heading in headings[:4])}"
     cells = tuple(tuple(row[index] for index in shown) for row in rows)
-    return _Grid(caption, headings, cells, len(table.rows) - len(rows), len(rows) > opened)
+    return _Grid(caption, headings, cells, len(table.rows) - len(rows), len(rows) * len(headings) > opened)
 
 
 def _cell(cell: Cell, column: Column) -> Markup:

@@ -11,7 +11,7 @@ __all__ = ["WIDTH", "Attributes", "Key", "Picture", "Shape", "label", "marker", 
 
 WIDTH = 400
 """Units of every picture: a phone shows them at about one pixel each, so that text stays legible there."""
-CHARACTER = 5.6
+CHARACTER = 5.8
 """Units that a character of a picture's text takes, on average."""
 
 Attributes = Mapping[str, str | float]

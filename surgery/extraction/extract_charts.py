@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of an extraction: what ranks cost and leave, spectra beside the edge of noise, and what is missing where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from surgery.extraction.figures import ExtractRow, RankChoice
+from surgery.extraction.spectra import RoleSpectrum
+from surgery.reports.drawings import Lines, Mark
+from surgery.reports.layer_grid import layer_chart
+from surgery.reports.sections import Chart, Column, Table
+from surgery.reports.values import Phrase, Piece, Value
+
+__all__ = ["AS_AUTO", "extract_charts", "knee_of", "rank_chart"]
+
+AS_AUTO = "auto"
+"""The layers of the choice that `Rank.auto` would make: all, each with its directions above the noise."""
+_CHOICES = (
+    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"),
+    Column("size", "bytes"),
+)  # fmt: skip
+
+
+def rank_chart(choices: Sequence[RankChoice]) -> Chart:
+    """What each rank leaves, over the rank and over the size of the adapter, with the knee and the choice of ``auto``."""
+    rows = tuple((choice.rank, choice.layers, choice.residual, choice.parameters, choice.nbytes) for choice in choices)
+    of_all = [choice for choice in choices if choice.layers == "all"]
+    knee = knee_of([(choice.rank, choice.residual) for choice in of_all])
+    auto = next((choice for choice in choices if choice.layers == AS_AUTO), None)
+    ranks, sizes = [], []
+    if knee is not None:
+        ranks.append(Mark(f"knee: {knee}", x=knee))
+        sizes.append(
+            Mark(f"knee: rank {knee}", x=next(float(choice.nbytes) for choice in of_all if choice.rank == knee))
+        )
+    if auto is not None:
+        ranks.append(Mark(f"auto: up to {auto.rank}", x=auto.rank))
+        sizes.append(Mark("auto", x=float(auto.nbytes)))
+    drawings = (
+        Lines(x=0, y=(2,), by=1, log_x=True, marks=tuple(ranks)),
+        Lines(x=4, y=(2,), by=1, log_x=True, marks=tuple(sizes)),
+    )
+    return Chart("Missing of the change, by rank and size", Table(_CHOICES, rows), drawings)
+
+
+def knee_of(points: Sequence[tuple[int, float]]) -> int | None:
+    """The rank from which on more directions bring less: the point farthest below the line from the first to the last.
+
+    Over the logarithm of the rank, both axes scaled to 1, as Kneedle does (Satopaa et al. 2011, "Finding a Kneedle in a
+    Haystack"). None where the curve has no knee: it is straight, or bends the other way.
+    """
+    if len(points) < 3:
+        return None
+    xs = [math.log2(rank) for rank, _ in points]
+    fall = points[0][1] - points[-1][1]
+    if fall <= 0:
+        return None
+    below = [
+        (1 - (x - xs[0]) / (xs[-1] - xs[0])) - (left - points[-1][1]) / fall
+        for x, (_, left) in zip(xs, points, strict=True)
+    ]
+    most = max(below)
+    return points[below.index(most)][0] if most > 0.05 else None
+
+
+def extract_charts(spectra: Sequence[RoleSpectrum], rows: Sequence[ExtractRow]) -> Iterator[Chart]:
+    """Spectra by role, and how large the change is and what is missing of it by layer."""
+    if any(len(spectrum.values) > 1 for spectrum in spectra):
+        yield _spectra(spectra)
+    changed = [row for row in rows if row.energy > 0]
+    sizes = ((row.name, row.energy, float(math.prod(row.shape))) for row in changed)
+    missing = ((row.name, row.energy * row.residual**2, row.energy) for row in changed if row.form)
+    charts = (
+        layer_chart("Change of a value (RMS)", sizes, _root, log=True),
+        layer_chart("Missing of the change", missing, _root, type="share", digits=2, low=0.0),
+    )
+    yield from filter(None, charts)
+
+
+def _spectra(spectra: Sequence[RoleSpectrum]) -> Chart:
+    by_edge = all(spectrum.by_edge for spectrum in spectra)
+    unit = "times the edge of noise" if by_edge else "of the first"
+    columns = Column("direction", "integer"), *(Column(spectrum.role, "number", 3) for spectrum in spectra)
+    longest = max(len(spectrum.values) for spectrum in spectra)
+    rows = tuple(
+        (index + 1, *(spectrum.values[index] if index < len(spectrum.values) else None for spectrum in spectra))
+        for index in range(longest)
+    )
+    marks = (Mark("edge of rounding noise", y=1.0),) if by_edge else ()
+    drawing = Lines(x=0, y=tuple(range(1, len(columns))), log_x=True, log_y=True, label="singular value", marks=marks)
+    return Chart(f"Spectra of the change, {unit}", Table(columns, rows), drawing, _above(spectra, by_edge=by_edge))
+
+
+def _above(spectra: Sequence[RoleSpectrum], *, by_edge: bool) -> Phrase:
+    said: list[Piece] = []
+    for spectrum in spectra:
+        count = len(spectrum.values)
+        said += [", " if said else "", f"{spectrum.role} "]
+        said += [Value(spectrum.above, "number", 3), f" of {count}"] if by_edge else [f"{count} directions"]
+    return (*said, " directions above the noise" if by_edge else "")
+
+
+def _root(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else math.nan

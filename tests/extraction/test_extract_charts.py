@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a page shows of an extraction is what other extractions then do: the knee, the choice of auto, the edge of noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import surgery
+from surgery.extraction.extract_charts import knee_of
+from surgery.reports.sections import Chart
+from tests.support.page_reader import check_page
+
+RANK = 8  # of the example's LoRA
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("merged") / "merged"
+    surgery.merge("examples/base", "examples/lora", output=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(merged: Path) -> surgery.ExtractResult:
+    return surgery.extract_lora("examples/base", merged, rank=4, table=True, dry_run=True)
+
+
+def test_the_spectra_of_a_merged_lora_fall_below_the_edge_behind_its_rank(result):
+    assert {spectrum.role: spectrum.matrices for spectrum in result.spectra} == {"mlp": 18, "attention": 24}
+    for spectrum in result.spectra:
+        assert spectrum.by_edge
+        assert spectrum.above == RANK
+        assert spectrum.values[RANK - 1] > 10
+        assert spectrum.values[RANK] < 1
+        assert list(spectrum.values) == sorted(spectrum.values, reverse=True)
+
+
+def test_the_choice_of_auto_is_what_auto_then_does(result, merged):
+    (auto,) = [choice for choice in result.table if choice.layers == "auto"]
+    done = surgery.extract_lora("examples/base", merged, rank=surgery.Rank.auto, dry_run=True)
+    assert auto.rank == max(row.rank for row in done.rows) == RANK
+    assert auto.parameters == done.parameters
+    assert auto.residual == pytest.approx(done.residual, rel=1e-6)
+
+
+def test_auto_is_not_told_where_more_may_stand_out_of_the_noise():
+    result = surgery.extract_lora("examples/base", "examples/tuned", rank=4, table=True, dry_run=True)
+    assert any(row.signal and not row.signal.complete for row in result.rows)
+    assert not [choice for choice in result.table if choice.layers == "auto"]
+
+
+def test_the_page_marks_both(result):
+    charts = {section.title: section for section in result.summary().sections if isinstance(section, Chart)}
+    drawings = charts["Missing of the change, by rank and size"].drawings
+    assert [[mark.text for mark in drawing.marks] for drawing in drawings] == [
+        ["knee: 8", "auto: up to 8"],
+        ["knee: rank 8", "auto"],
+    ]
+    page = check_page(result.summary().as_html())
+    assert len(page.all("figure")) == 4
+    words = [text.text for text in page.all("text")]
+    assert {"knee: 8", "auto: up to 8", "edge of rounding noise", "self_attn.q_proj"} <= set(words)
+
+
+def test_the_manifest_and_json_have_no_pictures(result):
+    assert "spectra" not in result.as_json()
+    assert "spectra" not in result.as_manifest()
+
+
+@given(st.integers(1, 6), st.floats(0.01, 0.3))
+def test_the_knee_of_a_low_rank_change_is_its_rank(power, noise):
+    ranks = [2**n for n in range(8)]
+    left = [max(1 - rank / 2**power, 0) ** 0.5 + noise * (1 - rank / 256) for rank in ranks]
+    found = knee_of(list(zip(ranks, left, strict=True)))
+    assert found == 2**power or (power == 6 and found == 64)
+
+
+@pytest.mark.parametrize("left", [[1, 1, 1], [0.5, 0.6, 0.7], [0.9, 0.8, 0.7], [1.0, 0.99, 0.2], [1.0, 0.0], []])
+def test_a_curve_without_a_bend_has_no_knee(left):
+    assert knee_of([(2**n, value) for n, value in enumerate(left)]) is None
+
+
+def test_values_are_the_singular_values_over_the_edge(result, merged):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    sides = [surgery.open(path).main.tensors[name] for path in ("examples/base", merged)]
+    before, after = (np.asarray(side.read()).astype(np.float64) for side in sides)
+    values = np.linalg.svd(after - before, compute_uv=False)
+    (row,) = [row for row in result.rows if row.name == name]
+    assert (values > row.signal.edge).sum() == row.signal.count == RANK

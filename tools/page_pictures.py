@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the pictures of docs/pages.md: runs the commands on the shipped examples and photographs their pages.
+
+``python tools/page_pictures.py [--axe node_modules/axe-core/axe.min.js]`` needs Chromium. A page that says something on the
+console, loads anything, or is wider than a phone ends it with exit code 1; with ``--axe`` also one in which axe-core finds
+a fault. Paths are relative, so that the pictures show nothing of a machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
+
+from surgery_cli.group import surgery  # noqa: E402
+from tools.browser import Browser, Look, browser  # noqa: E402
+
+IMAGES = ROOT / "docs" / "images"
+LARGEST = 150_000  # bytes of a picture
+
+
+_WIDE = Look(1280)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One page.
+
+    Attributes:
+        name: Of the picture.
+        command: That makes the page; ``--html`` is added.
+        look: How it is photographed.
+        height: Where the picture is cut, in pixels of the page.
+    """
+
+    name: str
+    command: str
+    look: Look = _WIDE
+    height: int = 1500
+
+
+PICTURES = (
+    Picture("report", "report lora --base base"),
+    Picture("report-phone", "report lora --base base", Look(390, dark=True)),
+    Picture("merge", "merge base lora -o merged"),
+    Picture("extract", "extract-lora base merged --dry-run", Look(1280, scale=0.6), 2300),
+    Picture("extract-dark", "extract-lora base merged --dry-run", Look(1280, dark=True, scale=0.6), 2300),
+    Picture("inspect", "inspect lora"),
+    Picture("diff", "diff base merged --spectrum --intruders", Look(1280, scale=0.5), 2600),
+    Picture("conflict", "combine lora extracted --dry-run", height=2000),
+    Picture("check", "check base lora"),
+)
+BEFORE = (
+    "merge base lora -o merged --overwrite -q",
+    "extract-lora base tuned -o extracted --rank 8 -q",
+)
+
+
+def main() -> int:
+    """Make them all."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--axe", type=Path, help="axe.min.js of the npm package axe-core")
+    axe = parser.parse_args().axe
+    rules = None if axe is None else axe.resolve().read_text(encoding="utf-8")
+    IMAGES.mkdir(exist_ok=True)
+    faults = []
+    with _elsewhere(), browser() as tab:
+        for words in BEFORE:
+            _run(words)
+        for picture in PICTURES:
+            page = Path(f"{picture.name}.html")
+            _run(f"{picture.command} --html {page} --overwrite -q")
+            faults += [f"{picture.name}: {fault}" for fault in _photographed(tab, page, picture, rules)]
+    print(*faults, sep="\n")
+    return int(bool(faults))
+
+
+def _photographed(tab: Browser, page: Path, picture: Picture, rules: str | None) -> Iterator[str]:
+    """Write the picture of a page, and say what is wrong with the page."""
+    tab.show(page, picture.look)
+    data = tab.picture(picture.look, picture.height)
+    (IMAGES / f"{picture.name}.png").write_bytes(data)
+    if len(data) > LARGEST:
+        yield f"{len(data)} bytes"
+    yield from (f"the console says {text}" for text in tab.said)
+    yield from (f"asks for {url}" for url in tab.asked if url != page.resolve().as_uri())
+    for look in (picture.look, Look(390), Look(390, dark=True), Look(1280, dark=True)):
+        tab.show(page, look)
+        if (wide := tab.value("document.documentElement.scrollWidth")) > look.width:
+            yield f"{wide} pixels wide at {look.width}"
+        for fault in tab.faults(rules) if rules else ():
+            yield f"axe: {fault['impact']} {fault['id']}: {fault['help']}"
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """A folder with the examples under short names."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for name in ("base", "lora", "tuned"):
+            Path(name).symlink_to(ROOT / "examples" / name)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def _run(words: str) -> None:
+    try:
+        surgery.main(words.split())
+    except SystemExit as done:
+        if done.code:
+            raise RuntimeError(f"surgery {words}: exit code {done.code}") from done
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
