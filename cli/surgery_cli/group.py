@@ -36,6 +36,7 @@ COMMANDS = {
     "layers": "Write a model with other layers, projections or rows.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
+    "eval": "Measure how well a model predicts a text: bits per byte.",
     "fingerprint": "Show one hash of what a model, an adapter or a graph holds.",
     "check": "Show what programs make of an adapter.",
     "inspect": "Show what a model, an adapter or an ONNX graph is made of.",
