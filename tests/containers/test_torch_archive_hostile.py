@@ -53,6 +53,14 @@ def test_two_pickles_in_an_archive_are_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "x.pt", "2 members")
 
 
+def test_an_archive_without_a_version_is_refused_as_by_torch(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
+        zipped.writestr("a/data.pkl", b"N.")
+    assert_refused(tmp_path / "x.pt", "no member 'a/version'")
+    with pytest.raises(RuntimeError, match="version"):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+
+
 def test_an_archive_without_a_pickle_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
         zipped.writestr("a/constants.pkl", b"N.")
