@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= auto
+INSTALL := $(BIN)/python tools/install.py $(BIN)/python
 
 .PHONY: help demo test lint types imports check audit docs format clean
 help:
@@ -12,14 +13,19 @@ help:
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make audit   known vulnerabilities of the versions in constraints.txt (asks PyPI)"
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	# torch first and by its exact version: a CPU build that is at hand is taken, and nothing else pulls a larger one.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+# What the demo takes; torch first and by its exact version: a CPU build that is at hand is taken, and nothing else pulls a larger one.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	@echo "making an environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	@$(INSTALL) --constraint constraints.txt --editable '.[demo]'
 	@touch $@
 
-demo: $(VENV)/.ready
+$(VENV)/.ready: $(VENV)/.demo
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.ready

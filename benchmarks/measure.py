@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 class Sample:
     """One run: seconds of wall and processor time, peak resident bytes (VmHWM: page cache mapped in would count).
 
-    Of a tree of processes the peak is that of their proportional sets (Pss: what several map counts once), looked at every 10 ms.
+    Of a tree of processes the peak is that of the first one's pages and of those that the others alone have, looked at every 10 ms.
     """
 
     wall: float
@@ -71,7 +71,7 @@ def run(
         child = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment(tree) | dict(extra or {})
         )
-        sample, child.returncode = _watched(child.pid, started, _shared if children else _high_water)
+        sample, child.returncode = _watched(child.pid, started, _together if children else _high_water)
     if child.returncode:
         sys.exit(f"{' '.join(command)} left with {child.returncode}:\n{log.read_text()[-2000:]}")
     return sample
@@ -118,15 +118,15 @@ def _high_water(pid: int) -> int:
         return 0
 
 
-def _shared(pid: int) -> int:
-    """Proportional set of a process and of all below it."""
+def _together(pid: int, kinds: tuple[str, ...] = ("Rss:",)) -> int:
+    """Pages of a process, and those of its forks that it does not have, too."""
     total = 0
     try:
         with open(f"/proc/{pid}/smaps_rollup") as rollup:
-            total += next((int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:")), 0)
+            total += sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith(kinds))
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children") as children:
-                total += sum(_shared(int(child)) for child in children.read().split())
+                total += sum(_together(int(child), ("Private_",)) for child in children.read().split())
     except (FileNotFoundError, ProcessLookupError):
         pass
     return total

@@ -2,22 +2,25 @@
 """Merging and extracting with 1, 2 and 4 workers, a model of it on paper, and what that says of 405 B on 16 nodes.
 
     python benchmarks/scale_out.py [--runner ray|processes] [--gb 3] [--threads 4] [--workers 1,2,4] [--rounds 2] [--folder DIR]
+    python benchmarks/scale_out.py --device cuda --only extract --gb 16     # a GPU for each worker
 
 A worker is a node of a local Ray cluster with as many cores as `--threads`, or, with ``processes`` (and where there is no Ray), a plain
 process that is handed shares. Asserted: every output has the bytes of one process.
 
-The model. B bytes are computed in c shares, by n workers. A worker's thread reads, computes and writes in turn, so that a byte takes
-``1/r + 1/a + 1/w`` seconds; a worker plans once (p seconds). No more than W bytes a second are written to the shared disk, by however many.
-The driver then reads, compares and writes B_out bytes at d, whatever n is:
+The model. B bytes are written in c shares, by n workers; f of them are computed, the others copied. A worker's thread reads, computes and
+writes in turn, so that a byte takes ``t = 1/r + f/a + 1/w`` seconds; a worker plans once (p seconds). No more than W bytes a second are
+written to the shared disk, by however many. The driver (D seconds) plans, takes the files over and commits, and reads none of them:
 
-    T(n) = p + max( ceil(c / n) * B / c * (1/r + 1/a + 1/w), B / W ) + B_out / d
+    T(n) = p + max( ceil(c / n) * B / c * t, B / W ) + D
 
-``1/r + 1/a + 1/w`` and d are of the run with one worker; T(2) and T(4) are predicted from it and compared with what was measured. On N
-nodes, each with a network of its own and a file system in common, shares take the longest of
+t and D are of the run with one worker; T(2) and T(4) are predicted from it and compared with what was measured. On N nodes, each with a
+network of its own and a file system in common, shares take the longest of
 
-    cores:        B * (1/r + 1/a + 1/w) * threads / (N * cores of a node)
+    cores:        B * t * threads / (N * cores of a node), or GPUs: B * t / (N * GPUs of a node)
     network:      max(bytes read, bytes written) / N / network of a node
     file system:  (bytes read + bytes written) / its rate
+
+and the driver D times as many seconds as there are times as many tensors.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from measure import environment, versions
 from shapes import Shape, write_adapter, write_base
 
 import surgery
+from surgery.engine.devices import device_of
 from surgery.engine.execute import Run
 from surgery.engine.merge.merge_request import MergeRequest
 from surgery.engine.shares.folders import assignments, finished_shares, write_share
@@ -57,14 +61,21 @@ LLAMA_405B = Shape(16384, 126, 128, 8, 53248, 128256, tied=False)
 GB = 1e9
 
 
+def gpu(number: int) -> dict[str, str]:
+    """What shows a worker one GPU of this machine, each another."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    every = seen.split(",") if seen else [str(each) for each in range(64)]
+    return {"CUDA_VISIBLE_DEVICES": every[number]} if number < len(every) else {}
+
+
 class Processes:
     """A cluster of plain processes of this machine."""
 
     def __init__(self, count: int) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker"]
         self._children = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment())
-            for _ in range(count)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment() | gpu(number))
+            for number in range(count)
         ]
         for child in self._children:
             assert child.stdout is not None
@@ -74,7 +85,7 @@ class Processes:
     def shares(self, request: WorkRequest, work: Work, output: Path, run: Run) -> Iterator[Sequence[Path]]:
         count = share_count(work)
         todo: SimpleQueue[Any] = SimpleQueue()
-        for each in assignments(request, work, output, count):
+        for each in assignments(request, work, output, count, verify=run.verify_copies):
             todo.put(each)
 
         def feed(child: subprocess.Popen[bytes]) -> None:
@@ -82,7 +93,7 @@ class Processes:
             assert child.stdout is not None
             with contextlib.suppress(Empty):
                 while True:
-                    pickle.dump((todo.get_nowait(), run.workers), child.stdin)
+                    pickle.dump((todo.get_nowait(), run.workers, run.device), child.stdin)
                     child.stdin.flush()
                     if child.stdout.readline() != b"done\n":
                         raise RuntimeError("a worker has ended")
@@ -90,7 +101,7 @@ class Processes:
         with ThreadPoolExecutor(len(self._children)) as pool:
             for future in [pool.submit(feed, child) for child in self._children]:
                 future.result()
-        with finished_shares(work, output, count) as folders:
+        with finished_shares(work, output, count, verify=run.verify_copies) as folders:
             yield folders
 
     def close(self) -> None:
@@ -106,12 +117,13 @@ def worker() -> None:
     print("ready", file=out, flush=True)
     while True:
         try:
-            assignment, threads = pickle.load(sys.stdin.buffer)
+            assignment, threads, device = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         if assignment.job not in planned:
             planned = {assignment.job: assignment.request.work()}
-        write_share(assignment, Run(workers=threads), lambda work=planned[assignment.job]: work)
+        run = Run(workers=threads, device=device_of(device))
+        write_share(assignment, run, lambda work=planned[assignment.job]: work)
         print("done", file=out, flush=True)
 
 
@@ -133,8 +145,8 @@ class Timed:
 
 
 @contextlib.contextmanager
-def started(runner: str, count: int, threads: int) -> Iterator[Cluster]:
-    """`count` workers, ready."""
+def started(runner: str, count: int, threads: int, *, gpus: bool = False) -> Iterator[Cluster]:
+    """`count` workers, ready, with a GPU for each if asked for."""
     if runner == "processes":
         processes = Processes(count)
         try:
@@ -146,11 +158,14 @@ def started(runner: str, count: int, threads: int) -> Iterator[Cluster]:
     import ray
     from ray.cluster_utils import Cluster as Nodes
 
-    node = {"num_cpus": threads, "object_store_memory": 80 << 20, "include_dashboard": False}
-    nodes = Nodes(initialize_head=True, head_node_args=node)
+    def node(number: int) -> dict[str, Any]:
+        on = {"num_gpus": 1, "env_vars": gpu(number)} if gpus else {}
+        return {"num_cpus": threads, "object_store_memory": 80 << 20, "include_dashboard": False, **on}
+
+    nodes = Nodes(initialize_head=True, head_node_args=node(0))
     try:
-        for _ in range(count - 1):
-            nodes.add_node(**node)
+        for number in range(1, count):
+            nodes.add_node(**node(number))
         ray.init(nodes.address, log_to_driver=False, logging_level="CRITICAL")
         yield Ray(nodes.address)
     finally:
@@ -166,7 +181,7 @@ class Taken:
         workers: How many.
         shares: Seconds until all shares were there.
         driver: Seconds besides.
-        nbytes: That were computed.
+        nbytes: Of all shares.
         count: Of shares.
     """
 
@@ -181,20 +196,39 @@ class Taken:
         return self.shares + self.driver
 
 
-Command = Callable[[Path, Any, int], Any]
+@dataclass(frozen=True)
+class Bench:
+    """How everything is measured.
+
+    Attributes:
+        runner: ``ray`` or ``processes``.
+        counts: Of workers.
+        threads: Of a worker.
+        rounds: After one that is not counted; the best is taken.
+        folder: Where.
+        device: Of an extraction.
+    """
+
+    runner: str
+    counts: Sequence[int]
+    threads: int
+    rounds: int
+    folder: Path
+    device: str
 
 
-def measured(
-    command: Command, runner: str, counts: Sequence[int], threads: int, rounds: int, folder: Path, right: Path
-) -> list[Taken]:
+Command = Callable[[Path, Any], Any]
+
+
+def measured(command: Command, bench: Bench, right: Path, *, gpus: bool = False) -> list[Taken]:
     """The best of some rounds of the command with each number of workers; each output is compared with that of one process."""
-    found = []
-    for count in counts:
+    found, folder = [], bench.folder
+    for count in bench.counts:
         taken = []
-        with started(runner, count, threads) as cluster:
-            for number in range(rounds + 1):
+        with started(bench.runner, count, bench.threads, gpus=gpus) as cluster:
+            for number in range(bench.rounds + 1):
                 timed, began = Timed(cluster), time.perf_counter()
-                command(folder / "out", timed, threads)
+                command(folder / "out", timed)
                 seconds = time.perf_counter() - began
                 assert contents(folder / "out") == contents(right), f"other bytes with {count} workers"
                 remove(folder / "out")
@@ -219,16 +253,20 @@ def remove(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second of one worker with all its threads (r: read, a: computed, w: written), and of the disk, by all."""
+    """Bytes a second of one worker with all its threads (r: read, a: computed, w: written), and of the disk, by all.
+
+    `computed` is f, the part of the bytes that are.
+    """
 
     read: float
     arithmetic: float
     write: float
     disk: float
+    computed: float
 
     @property
     def of_a_byte(self) -> float:
-        return 1 / self.read + 1 / self.arithmetic + 1 / self.write
+        return 1 / self.read + self.computed / self.arithmetic + 1 / self.write
 
 
 def rates_of_merging(request: MergeRequest, threads: int, most: int, folder: Path) -> Rates:
@@ -265,7 +303,8 @@ def rates_of_merging(request: MergeRequest, threads: int, most: int, folder: Pat
     block = os.urandom(8 << 20)
     reading, both = rate(read, weights, nbytes, threads), rate(computed, weights, nbytes, threads)
     writing = [rate(written, range(count), count * 32 * len(block), count) for count in (threads, threads * most)]
-    return Rates(reading, 1 / max(1 / both - 1 / reading, 1e-15), writing[0], max(writing))
+    arithmetic = 1 / max(1 / both - 1 / reading, 1e-15)
+    return Rates(reading, arithmetic, writing[0], max(writing), nbytes / plan.nbytes)
 
 
 def predicted(first: Taken, count: int, plan: float, disk: float) -> float:
@@ -290,36 +329,83 @@ def table(title: str, taken: Sequence[Taken], nbytes: int, plan: float, disk: fl
 
 @dataclass(frozen=True)
 class Site:
-    """A cluster on paper: its nodes, their cores, bytes a second of a node's network in each direction and of the file system."""
+    """A cluster on paper: its nodes, their cores and GPUs, bytes a second of a node's network in each direction and of the file system."""
 
     nodes: int = 16
     cores: int = 64
+    gpus: int = 8
     network: float = 12.5 * GB
     files: float = 100 * GB
 
 
-def on_paper(title: str, site: Site, seconds: float, read: float, written: float, driver: float) -> str:
+def on_paper(
+    title: str, site: Site, seconds: float, read: float, written: float, driver: float, *, gpus: bool = False
+) -> str:
     """The model on a cluster.
 
     Args:
         title: What is done.
         site: Where.
-        seconds: Of one core, for all shares.
+        seconds: Of one core or GPU, for all shares.
         read: Bytes that workers read.
         written: Bytes that workers write.
         driver: Seconds of the driver.
+        gpus: Whether GPUs compute.
     """
     parts = {
-        "cores": seconds / site.nodes / site.cores,
+        "GPUs" if gpus else "cores": seconds / site.nodes / (site.gpus if gpus else site.cores),
         "network": max(read, written) / site.nodes / site.network,
         "file system": (read + written) / site.files,
     }
     bound = max(parts, key=lambda part: parts[part])
     told = ", ".join(f"{part} {needed:.0f} s" for part, needed in parts.items())
     return (
-        f"{title}, {site.nodes} nodes of {site.cores} cores, {site.network / GB:g} GB/s each, a file system of {site.files / GB:g} GB/s: "
+        f"{title}, {site.nodes} nodes of {site.cores} cores and {site.gpus} GPUs, {site.network / GB:g} GB/s each, "
+        f"a file system of {site.files / GB:g} GB/s: "
         f"{parts[bound]:.0f} s of shares, bound by the {bound} ({told}), and {driver:.0f} s of the driver"
     )
+
+
+def merging(bench: Bench, base: Path, lora: Path, tuned: Path, shape: Shape) -> None:
+    """Measure and predict merges, whose output is `tuned`."""
+
+    def merge(output: Path, cluster: Any) -> None:
+        surgery.merge(base, lora, output=output, engine=cluster, workers=bench.threads)
+
+    request = MergeRequest(str(base), ((str(lora), 1.0),))
+    began = time.perf_counter()
+    request.work()
+    plan = time.perf_counter() - began
+    rates = rates_of_merging(request, bench.threads, max(bench.counts), bench.folder)
+    taken = measured(merge, bench, tuned)
+    table("Merging", taken, 2 * shape.parameters, plan, rates.disk)
+    first = taken[0]
+    print(
+        f"\nA worker reads {rates.read / GB:.2f}, computes {rates.arithmetic / GB:.2f}, writes {rates.write / GB:.2f} GB/s; the disk "
+        f"takes {rates.disk / GB:.2f} GB/s. For {first.nbytes / GB:.2f} GB, {rates.computed:.0%} of them computed, that is "
+        f"{first.nbytes * rates.of_a_byte:.2f} s; measured with one worker {first.shares - plan:.2f} s. Planning: {plan:.2f} s."
+    )
+    large = 2.0 * LLAMA_405B.parameters
+    core, tensors = bench.threads * first.shares / first.nbytes, len(LLAMA_405B.tensors()) / len(shape.tensors())
+    print(f"\n{on_paper('405 B merge', Site(), large * core, large, large, first.driver * tensors)}")
+
+
+def extracting(bench: Bench, base: Path, tuned: Path, rank: int, shape: Shape) -> None:
+    """Measure and predict extractions."""
+    right, gpus = bench.folder / "adapter", bench.device != "cpu"
+    threads = None if gpus else bench.threads
+
+    def extract(output: Path, cluster: Any) -> None:
+        surgery.extract_lora(
+            base, tuned, output=output, rank=rank, engine=cluster, workers=threads, device=bench.device
+        )
+
+    extract(right, None)
+    taken = measured(extract, bench, right, gpus=gpus)
+    table("Extracting", taken, 2 * shape.parameters, 0.0, math.inf)
+    large, first = 2.0 * LLAMA_405B.parameters, taken[0]
+    seconds = (1 if gpus else bench.threads) * first.shares / first.nbytes * large
+    print(f"\n{on_paper('405 B extraction', Site(), seconds, 2 * large, 0.0, first.driver, gpus=gpus)}")
 
 
 def main() -> None:
@@ -330,6 +416,8 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=2, help="after one that is not counted; the best is taken")
+    parser.add_argument("--only", choices=["merge", "extract"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of extractions; cuda: a GPU each")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; about four times --gb are written")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -345,40 +433,15 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        base, lora, tuned, adapter = (folder / part for part in ("base", "lora", "tuned", "adapter"))
-        write_base(shape, base, 4)
+        bench = Bench(runner, counts, options.threads, options.rounds, folder, options.device)
+        base, lora, tuned = (folder / part for part in ("base", "lora", "tuned"))
+        write_base(shape, base, 4 * max(counts))
         write_adapter(shape, lora, options.rank)
         surgery.merge(base, lora, output=tuned)
-        surgery.extract_lora(base, tuned, output=adapter, rank=options.rank)
-
-        def merge(output: Path, cluster: Any, threads: int) -> None:
-            surgery.merge(base, lora, output=output, engine=cluster, workers=threads)
-
-        def extract(output: Path, cluster: Any, threads: int) -> None:
-            surgery.extract_lora(base, tuned, output=output, rank=options.rank, engine=cluster, workers=threads)
-
-        request = MergeRequest(str(base), ((str(lora), 1.0),))
-        began = time.perf_counter()
-        request.work()
-        plan = time.perf_counter() - began
-        rates = rates_of_merging(request, options.threads, max(counts), folder)
-        merged = measured(merge, runner, counts, options.threads, options.rounds, folder, tuned)
-        extracted = measured(extract, runner, counts, options.threads, options.rounds, folder, adapter)
-    model = 2 * shape.parameters
-    table("Merging", merged, model, plan, rates.disk)
-    first = merged[0]
-    print(
-        f"\nA worker reads {rates.read / GB:.2f}, computes {rates.arithmetic / GB:.2f}, writes {rates.write / GB:.2f} GB/s; the disk "
-        f"takes {rates.disk / GB:.2f} GB/s. For the computed {first.nbytes / GB:.2f} GB that is {first.nbytes * rates.of_a_byte:.2f} s; "
-        f"measured with one worker {first.shares - plan:.2f} s. Planning: {plan:.2f} s. The driver: {model / first.driver / GB:.2f} GB/s."
-    )
-    table("Extracting", extracted, model, plan, math.inf)
-    large = 2.0 * LLAMA_405B.parameters
-    computed = large - 4 * LLAMA_405B.vocabulary * LLAMA_405B.hidden  # all but the token table and the head
-    core = [options.threads * taken[0].shares / taken[0].nbytes for taken in (merged, extracted)]
-    print()
-    print(on_paper("405 B merge", Site(), computed * core[0], computed, computed, large * first.driver / model))
-    print(on_paper("405 B extraction", Site(), large * core[1], 2 * large, 0.0, extracted[0].driver))
+        if options.only != "extract":
+            merging(bench, base, lora, tuned, shape)
+        if options.only != "merge":
+            extracting(bench, base, tuned, options.rank, shape)
 
 
 if __name__ == "__main__":

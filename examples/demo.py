@@ -49,39 +49,46 @@ class Judged:
     nbytes: int
 
 
-def surgery(*words: str, show: bool = True) -> str:
-    """Run the command; its output goes to the screen (``show``) or comes back."""
+def surgery(*words: str, show: bool = True, why: str = "") -> str:
+    """Run the command, after what it is for; its output goes to the screen (``show``) or comes back."""
+    began = time.monotonic()
     if show:
-        print(f"\n$ surgery {shlex.join(words)}", flush=True)
+        print((f"\n# {why}" if why else "") + f"\n$ surgery {shlex.join(words)}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "surgery_cli", *words], stdout=None if show else subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise DemoError(f"'surgery {shlex.join(words)}' ended with exit code {done.returncode}")
+    if show:
+        print(f"# {time.monotonic() - began:.1f} s", flush=True)
     return done.stdout or ""
 
 
 def operate(out: Path) -> None:
     """Everything this project does here."""
     base, lora = _shown(HERE / "base"), _shown(HERE / "lora")
-    surgery("inspect", lora)
-    surgery("report", lora, "--base", base)
-    surgery("merge", base, lora, "-o", _shown(out / "merged"), "--overwrite")
-    print("\n# once more without rounding to bfloat16, to be compared with the attached adapter", end="")
-    surgery("merge", base, lora, "-o", _shown(out / "merged-fp32"), "--dtype", "fp32", "--overwrite", "--quiet")
-    surgery("convert", lora, "--to", "mlx", "-o", _shown(out / "lora-mlx"), "--base", base, "--overwrite")
+    surgery("inspect", lora, why="look at the adapter")
+    surgery("report", lora, "--base", base, why="what it saves, beside full copies")
+    surgery("merge", base, lora, "-o", _shown(out / "merged"), "--overwrite", why="fold it into its base")
+    exact = ("-o", _shown(out / "merged-fp32"), "--dtype", "fp32", "--overwrite", "--quiet")
+    surgery(
+        "merge", base, lora, *exact, why="again without rounding to bfloat16, to be compared with the attached adapter"
+    )
+    to_mlx = ("-o", _shown(out / "lora-mlx"), "--base", base, "--overwrite")
+    surgery("convert", lora, "--to", "mlx", *to_mlx, why="write it for another program")
     for rank in sorted(RANKS, key=lambda rank: rank != SHOWN_RANK):  # the one that is shown, then the others
         words = ("-o", _shown(out / f"rank-{rank}"), "--rank", str(rank), "--overwrite")
-        loud = rank == SHOWN_RANK
-        if not loud:
-            print(f"\n# and at rank {rank}", end="")
-        surgery("extract-lora", base, _shown(HERE / "tuned"), *words, *(("--table",) if loud else ("--quiet",)))
+        loud = ("--table",) if rank == SHOWN_RANK else ("--quiet",)
+        why = f"get a LoRA of rank {rank} out of the full fine-tune"
+        surgery("extract-lora", base, _shown(HERE / "tuned"), *words, *loud, why=why)
     back = ("-o", _shown(out / "lora-back"), "--base", base, "--overwrite")
-    surgery("convert", _shown(out / "lora-mlx"), "--to", "peft", *back)
-    graph = _shown(out / "onnx")
-    surgery("export-onnx", base, lora, "--prefix", _shown(HERE / "prompt"), "-o", graph, "--overwrite")
-    surgery("run", graph, "-p", "The function returns", "--max-new", "32")
-    surgery("verify", graph, "--against", base, "--adapter", lora, "--adapter", _shown(HERE / "prompt"))
+    surgery("convert", _shown(out / "lora-mlx"), "--to", "peft", *back, why="and the converted one back again")
+    graph, prompt = _shown(out / "onnx"), _shown(HERE / "prompt")
+    export = ("--prefix", prompt, "-o", graph, "--overwrite")
+    surgery("export-onnx", base, lora, *export, why="graphs with the adapter merged and a soft prompt in front")
+    surgery("run", graph, "-p", "The function returns", "--max-new", "32", why="run them, without torch")
+    against = ("--against", base, "--adapter", lora, "--adapter", prompt)
+    surgery("verify", graph, *against, why="compare what they compute with an independent reference")
 
 
 def judge(out: Path) -> dict[str, Judged]:
@@ -112,6 +119,7 @@ def judge(out: Path) -> dict[str, Judged]:
         "full fine-tune": HERE / "tuned",
         **{f"extracted at rank {rank}": out / f"rank-{rank}" for rank in RANKS},
     }.items():
+        print(f"  {name}", flush=True)
         model = load(folder, HERE / "base")
         losses = {}
         if folder.name != "merged-fp32":
@@ -165,7 +173,8 @@ def summary(judged: Mapping[str, Judged], facts: Sequence[tuple[str, str]], out:
     cost = json.loads(surgery("--json", "report", str(HERE / "lora"), "--base", str(HERE / "base"), show=False))
     adapter, base = cost["result"]["adapters"][0], cost["result"]["base"]
     ten = next(task for task in adapter["tasks"] if task["tasks"] == 10)
-    print(f"\n{'=' * 78}\nbits per byte on text none of them has seen (lower is better)\n")
+    texts = f"the first {TEXT_CHARS:,} characters of texts none of them has seen"
+    print(f"\n{'=' * 78}\nbits per byte on {texts} (lower is better)\n")
     print(f"{'':<26}  {'code (source)':>13}  {'prose (target)':>14}  {'weights':>12}")
     for one in (one for one in judged.values() if one.losses):
         print(f"{one.name:<26}  {one.losses['source']:>13.4f}  {one.losses['target']:>14.4f}  {one.nbytes:>10,} B")
@@ -208,7 +217,7 @@ def main() -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         operate(out)
-        print("\nrunning the models with transformers and PEFT ...", flush=True)
+        print("\n# run all of them with transformers and PEFT, on text that none of them has seen", flush=True)
         judged = judge(out)
         summary(judged, check(judged, out), out, time.monotonic() - began)
     except DemoError as error:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from surgery.verbs.diff import diff as diff
     from surgery.verbs.env import EnvironmentReport as EnvironmentReport
     from surgery.verbs.env import env as env
+    from surgery.verbs.eval import EvalResult as EvalResult
+    from surgery.verbs.eval import eval as eval
     from surgery.verbs.export_onnx import ExportResult as ExportResult
     from surgery.verbs.export_onnx import export_onnx as export_onnx
     from surgery.verbs.extract_lora import ExtractResult as ExtractResult
@@ -107,6 +109,7 @@ else:
             "surgery.verbs.convert": ["ConvertResult", "convert"],
             "surgery.verbs.diff": ["diff"],
             "surgery.verbs.env": ["EnvironmentReport", "env"],
+            "surgery.verbs.eval": ["EvalResult", "eval"],
             "surgery.verbs.export_onnx": ["ExportResult", "export_onnx"],
             "surgery.verbs.extract_lora": ["ExtractResult", "extract_lora"],
             "surgery.verbs.fingerprint": ["FingerprintResult", "fingerprint"],

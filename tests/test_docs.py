@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,15 +44,16 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def make_cli():
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
+def script(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look their types up
     spec.loader.exec_module(module)
     return module
 
 
 def test_the_page_of_the_command_line_is_its_help():
-    made = make_cli()
+    made = script("docs/make_cli.py")
     assert made.PAGE.read_text(encoding="utf-8") == made.render(), "run: python docs/make_cli.py"
 
 
@@ -215,6 +218,21 @@ def test_the_first_screen_has_the_two_commands():
     first = (ROOT / "README.md").read_text().splitlines()[:15]
     assert any(line.startswith("make demo") for line in first)
     assert any(line.startswith("make test") for line in first)
+
+
+def test_the_first_picture_is_of_what_the_commands_give(tmp_path: Path):
+    """With the numbers of this tree; `python tools/first_picture.py` draws it again."""
+    first_picture = script("tools/first_picture.py")
+    assert first_picture.PICTURE.read_text() == first_picture.draw(first_picture.jobs(tmp_path))
+
+
+def test_the_page_of_the_comparison_has_what_was_observed():
+    """Every row, in the words in which `benchmarks/peers.py` found it again."""
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    observed = json.loads((ROOT / "benchmarks" / "peers_expected.json").read_text())
+    for rows in observed.values():
+        for title, cells in rows.items():
+            assert f"| {title} | {' | '.join(cells.values())} |" in page, "paste what it prints"
 
 
 def test_exit_codes_are_the_commands_own():

@@ -37,6 +37,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, /, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """One page as the site has it."""
     source = DOCS / page.file.src_uri
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would list this page alone
     markdown = RUN.sub(r"\1", markdown)
     return LINK.sub(lambda link: _target(link[1], source.parent, str(config.repo_url)), markdown)
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "layers": "Write a model with other layers, projections or rows.",
     "export-onnx": "Export a model as ONNX graphs that use its weight files as they are.",
     "verify": "Verify an output: its bytes, and what a graph computes.",
+    "eval": "Measure how well a model predicts a text: bits per byte.",
     "fingerprint": "Show one hash of what a model, an adapter or a graph holds.",
     "check": "Show what programs make of an adapter.",
     "inspect": "Show what a model, an adapter or an ONNX graph is made of.",
@@ -50,6 +51,14 @@ COMMANDS = {
     "completion": "Print the completion script of a shell.",
 }
 """In order of use. Each line is the first line of the command's own help."""
+
+_TASKS = {
+    "Change a model": ("merge", "unmerge", "extract-lora", "insert", "layers"),
+    "Change adapters": ("convert", "combine", "resize", "prompt"),
+    "Make and change ONNX graphs": ("export-onnx", "run", "bench", "locate", "fold", "strip"),
+    "Look and prove": ("inspect", "diff", "report", "check", "verify", "fingerprint"),
+}
+"""Commands by what they are for; the others come last."""
 
 COMPLETE = "_SURGERY_COMPLETE"  # click's name for it; the scripts of ``surgery completion`` set it
 
@@ -85,9 +94,12 @@ class SurgeryGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table, without importing what it names."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        """The table by tasks, without importing what it names."""
+        told = {name for names in _TASKS.values() for name in names}
+        width = max(map(len, COMMANDS))  # one column for all sections
+        for task, names in {**_TASKS, "Other": tuple(name for name in COMMANDS if name not in told)}.items():
+            with formatter.section(task):
+                formatter.write_dl([(name.ljust(width), COMMANDS[name]) for name in names])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Names out of the table, then options."""

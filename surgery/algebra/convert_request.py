@@ -139,6 +139,11 @@ class ConvertWork:
         return len(self.tasks)
 
     @property
+    def makes_files(self) -> bool:
+        """Never: the driver makes an adapter of them."""
+        return False
+
+    @property
     def piece_memory(self) -> int:
         """Of the largest change."""
         return max((_COPIES * math.prod(task.shape) for task in self.tasks), default=0)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -96,8 +96,15 @@ def most_workers() -> int:
 class Engine(Protocol):
     """Where weights are computed; this process always does the copies, proofs and commit."""
 
-    def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
+    def computing(
+        self, plan: Plan, output: Path, into: OutputFolder | None = None
+    ) -> AbstractContextManager[ComputeWeight]:
         """A context with the function that computes a weight of `plan`, open until the output is committed or given up.
+
+        Args:
+            plan: What is computed.
+            output: Where it will be.
+            into: The staged output, if the files of the plan are files of it: the engine may finish some of them.
 
         Raises:
             FitError, ProofError: this engine cannot run this plan.
@@ -109,7 +116,7 @@ class ThisProcess:
     """The engine of one process: its threads compute."""
 
     @contextlib.contextmanager
-    def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
+    def computing(self, plan: Plan, output: Path, into: OutputFolder | None = None) -> Iterator[ComputeWeight]:
         """The arithmetic itself; its libraries are imported when the first weight is computed.
 
         What goes to a bucket is sent in order, so there all threads share the blocks of one weight. On few cores that costs
@@ -174,7 +181,7 @@ def execute(
         recorded=plan.id,
     )
     # the place is taken first: nobody wants to hear at the end that it is in use
-    with staged as folder, (engine or ThisProcess()).computing(plan, to_path(output)) as compute:
+    with staged as folder, (engine or ThisProcess()).computing(plan, to_path(output), folder) as compute:
         measured = write_weights(plan, folder, run, compute)
         ledger = Ledger(plan, measured)
         for side in plan.side_files:
@@ -224,8 +231,6 @@ def write_weights(
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
     """
-    if folder.in_order:
-        return _streamed(plan, folder, run, compute)
     # Copies start in threads of their own, while libraries are still being imported for the rest; processes are forked
     # before there are threads.
     measured: dict[str, Measurement] = {}
@@ -235,6 +240,8 @@ def write_weights(
             measured |= remembered(record.record)
         else:
             jobs.append(FileJob(file))
+    if folder.in_order:
+        return measured | _streamed(replace(plan, files=tuple(job.file for job in jobs)), folder, run, compute)
     meter = ByteMeter(sum(job.file.nbytes for job in jobs), run.progress)
     stop = Stop()
     with ThreadPoolExecutor(_IO_THREADS, "surgery-copy") as copiers:

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.engine.sharing import one_of_shares, shared_out
+from surgery.engine.sharing import shared_out
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from surgery_formats.storage.base import Encoding, Storage
 
 __all__ = [
+    "SEVERAL",
     "SHARE_FILE",
     "SHARE_MAGIC",
     "Account",
@@ -43,6 +44,9 @@ __all__ = [
 ]
 
 SHARE_FILE, SHARE_MAGIC = "weights", b"surgery share 1\n"  # the one file of a share, and its first bytes
+
+SEVERAL = 4
+"""Weight files from which on a share is some of them: of fewer, a file for each worker would leave most workers without one."""
 
 TensorOutcome = Literal[
     "copied",
@@ -275,13 +279,24 @@ class Plan:
         files = (_share_file(chain(*(ordered[piece] for piece in own))) for own in shared_out(sizes, count))
         return tuple(replace(self, files=(file,), side_files=(), accounts=()) for file in files)
 
-    def share(self, index: int, count: int) -> Plan:
-        """One of `shares`.
+    @property
+    def is_of_whole_files(self) -> bool:
+        """Whether its weight files can be made apart: there are several, and no computed weight lies in two of them."""
+        if len(self.files) < SEVERAL:
+            return False
+        homes: dict[int, str] = {}
+        return all(
+            homes.setdefault(id(tensor.step), file.name) == file.name
+            for file in self.files
+            for tensor in file.tensors
+            if isinstance(tensor.step, Compute)
+        )
 
-        Raises:
-            FitError: there is no such share.
-        """
-        return one_of_shares(self.shares(count), index)
+    def shares_of_files(self, count: int) -> tuple[Plan, ...]:
+        """The plan in `count` shares of whole files, about equally large; equal plans have equal ones."""
+        shared = shared_out([file.nbytes for file in self.files], count)
+        own = (tuple(self.files[number] for number in sorted(numbers)) for numbers in shared)
+        return tuple(replace(self, files=files, side_files=(), accounts=()) for files in own)
 
 
 def _share_file(tensors: Iterable[PlannedTensor]) -> PlannedFile:

@@ -157,6 +157,11 @@ class ExtractWork:
         return len(self.plan.units)
 
     @property
+    def makes_files(self) -> bool:
+        """Never: the driver makes an adapter of them."""
+        return False
+
+    @property
     def piece_memory(self) -> int:
         """Bytes that a lane takes: the largest difference that it holds, what is left of it, and blocks of both sides."""
         held = (delta.numel for target in self.plan.layout.factorised for delta in target.deltas)

@@ -23,6 +23,7 @@ PAGES = (
     "extract-lora",
     "diff",
     "verify",
+    "eval",
     "check",
     "merge",
     "convert",

@@ -86,6 +86,7 @@ NEEDS_TORCH = {
         "--ids",
         "5,6,7",
     ],  # by the same reference
+    "the loss of a model": ["eval", BASE, "--text", "README.md", "--limit", "100"],  # by the same reference
     "verify a graph": ["verify", "{graph}"],  # the reference is independent of the product's arithmetic
 }
 

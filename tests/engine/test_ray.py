@@ -35,7 +35,7 @@ ray = pytest.importorskip("ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
 
 ALL = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-SMALL = 10_000  # bytes per weight file
+SMALL = 4_500  # bytes per weight file: eight of them
 STORE = 80 << 20
 DRIVER = """
 import sys
@@ -43,7 +43,7 @@ from pathlib import Path
 import surgery
 from tests.support.held_request import HeldOnRay
 base, lora, output, address, notes = sys.argv[1:]
-surgery.merge(base, {lora: 0.7}, output=output, shard_size=10_000, engine=HeldOnRay(address, Path(notes)))
+surgery.merge(base, {lora: 0.7}, output=output, shard_size=4_500, engine=HeldOnRay(address, Path(notes)))
 """
 
 

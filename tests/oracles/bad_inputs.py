@@ -73,6 +73,7 @@ COMMANDS = (
     "verify {merged} --against {base}",
     "verify {merged}",
     "verify {slots}",
+    "eval {base} --adapter {lora} --text {base}/config.json",
     "check {base} {lora}",
     "check {base} {lora} --for vllm --fix {out}",
     "inspect {base}",

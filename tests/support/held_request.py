@@ -48,6 +48,10 @@ class HeldWork:
         return self.work.pieces
 
     @property
+    def makes_files(self) -> bool:
+        return self.work.makes_files
+
+    @property
     def piece_memory(self) -> int:
         return self.work.piece_memory
 

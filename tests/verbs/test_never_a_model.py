@@ -67,6 +67,7 @@ def _in_the_place_of_a_model(path: str, out: str) -> Mapping[str, list[str]]:
         "report": [LORA, "--base", path],
         "export-onnx": [path, "-o", out],
         "verify": [path],
+        "eval": [path, "--text", "README.md"],
         "insert": [path, LORA, "-o", out],
         "insert, new": [path, "--new", "lora", "-o", out],
         "locate": [path, "--base", BASE],

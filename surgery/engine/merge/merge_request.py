@@ -9,7 +9,7 @@ from typing import Any
 from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.plan import Plan
 from surgery.engine.quantised.output import quantised_output
-from surgery.engine.shares.planned import PlannedWork
+from surgery.engine.shares.planned import PlannedWork, work_of_output
 from surgery.engine.shares.work import portable, portable_adapters
 from surgery_formats.binding.bind import Binding
 
@@ -35,6 +35,7 @@ class MergeRequest:
         reversible: As `surgery.merge` takes it.
         as_trained: As `surgery.merge` takes it: a rule, or a reference.
         without: As `surgery.merge` takes it.
+        by_files: Whether shares may be files of the output: it is not in a bucket.
     """
 
     base: str
@@ -51,6 +52,7 @@ class MergeRequest:
     reversible: bool = False
     as_trained: str | None = None
     without: tuple[str, ...] = ()
+    by_files: bool = True
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -79,12 +81,13 @@ class MergeRequest:
         )
 
     def work(self) -> PlannedWork:
-        """The weights to compute.
+        """What shares make of it.
 
         Raises:
             FitError, InputError: see `surgery.merge`.
         """
-        return PlannedWork(self.planned()[1])
+        plan = self.planned()[1]
+        return work_of_output(plan) if self.by_files else PlannedWork(plan)
 
 
 def request_of(

@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Assignment:
         index: Which share, from 0.
         count: How many there are.
         output: Of the whole command; the share is written beside it.
+        verify: See `Run.verify_copies`: a share that is files of the output has its hashes.
         version: Of the program that planned.
     """
 
@@ -55,6 +56,7 @@ class Assignment:
     index: int
     count: int
     output: str
+    verify: bool = False
     version: str = __version__
 
     @property
@@ -63,8 +65,10 @@ class Assignment:
         return _folder(self.job, to_path(self.output), self.index, self.count)
 
 
-def assignments(request: WorkRequest, work: Work, output: str | os.PathLike[str], count: int) -> tuple[Assignment, ...]:
-    """All shares of a work.
+def assignments(
+    request: WorkRequest, work: Work, output: str | os.PathLike[str], count: int, *, verify: bool = False
+) -> tuple[Assignment, ...]:
+    """All shares of a work, for a command with this `Run.verify_copies`.
 
     Raises:
         FitError: there are none.
@@ -73,8 +77,8 @@ def assignments(request: WorkRequest, work: Work, output: str | os.PathLike[str]
         raise FitError(f"there is no work in {count} shares")
     text = os.fspath(output)
     place = text if isinstance(to_path(text), RemotePath) else os.path.abspath(text)
-    job = job_of(work)
-    return tuple(Assignment(request, work.id, job, index, count, place) for index in range(count))
+    job = job_of(work, verify=verify)
+    return tuple(Assignment(request, work.id, job, index, count, place, verify) for index in range(count))
 
 
 def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[], Work] | None = None) -> Path:
@@ -103,18 +107,19 @@ def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[
             f"planned by a worker, it is other work ({work.id[:16]} instead of {assignment.work[:16]})",
             hint="inputs, options and plugins must be the same everywhere",
         )
-    if job_of(work) != assignment.job:
+    if job_of(work, verify=assignment.verify) != assignment.job:
         raise ProofError(
             "a worker sees inputs of other sizes or times of modification",
             hint="all must read the same files of one file system, or one bucket",
         )
     index, count, folder = assignment.index, assignment.count, assignment.folder
+    run = replace(run or Run(), verify_copies=assignment.verify)
+    hashes = run.hashes if work.makes_files else ()  # what else a share holds has hashes of its own
     until = time.monotonic() + _PATIENCE
     while not is_finished(folder):
         try:
-            # what a share holds has hashes of its own, which are compared when it is read
-            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=()) as staged:
-                said = work.write_share(index, count, staged, run or Run())
+            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes) as staged:
+                said = work.write_share(index, count, staged, run)
                 for file in work.inputs:
                     file.check_unchanged()
                 staged.commit({**said, "share": [index, count], "job": assignment.job})
@@ -126,14 +131,14 @@ def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[
     return folder
 
 
-def job_of(work: Work) -> str:
-    """Digest of the work, and of the inputs' sizes and times.
+def job_of(work: Work, *, verify: bool = False) -> str:
+    """Digest of the work, of the inputs' sizes and times, and of which hashes the files of an output have.
 
     Unlike an inode, these are the same on every machine of a file system. So a share of other inputs is never taken for
     one of these.
     """
     inputs = sorted((file.path.name, *file.identity[2:]) for file in work.inputs)
-    return hashlib.sha256(json.dumps([work.id, inputs]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([work.id, inputs, verify and work.makes_files]).encode()).hexdigest()
 
 
 def is_finished(folder: Path) -> bool:
@@ -144,14 +149,14 @@ def is_finished(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def finished_shares(work: Work, output: Path, count: int) -> Iterator[Sequence[Path]]:
+def finished_shares(work: Work, output: Path, count: int, *, verify: bool = False) -> Iterator[Sequence[Path]]:
     """The folders of shares that are there, removed when the block ends without an error.
 
     Raises:
         FitError: a share is missing.
         ProofError: one is of other work.
     """
-    job = job_of(work)
+    job = job_of(work, verify=verify)
     folders = [_folder(job, output, index, count) for index in range(count)]
     if missing := [str(index) for index, folder in enumerate(folders) if not is_finished(folder)]:
         raise FitError(f"of {count} shares these are missing: {listing(missing)}", hint="run them again")
@@ -180,7 +185,7 @@ class Shares:
         self, request: WorkRequest, work: Work, output: Path, run: Run
     ) -> contextlib.AbstractContextManager[Sequence[Path]]:
         """See `Cluster.shares`."""
-        return finished_shares(work, output, self.count)
+        return finished_shares(work, output, self.count, verify=run.verify_copies)
 
 
 def _folder(job: str, output: Path, index: int, count: int) -> Path:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan in shares: each holds computed weights of it, and the driver takes them from there."""
+"""A plan in shares: each is some of its files, complete, or holds computed weights of it.
+
+Files become files of the output without being read again: they are linked. Computed weights, and files where there are no links,
+are copied and compared with their hashes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,24 +20,33 @@ import xxhash
 from surgery.engine.execute import Run, remembered, write_weights
 from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
-from surgery.engine.plan import SHARE_FILE, Compute, Plan, PlannedTensor
+from surgery.engine.plan import Compute, Plan, PlannedFile, PlannedTensor
 from surgery.engine.shares.work import Cluster, WorkRequest
+from surgery.engine.sharing import one_of_shares
 from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
-from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.files.output.folder import FileRecord, OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.output.resume import has_size, same_digest
 from surgery_formats.files.raw import File, open_file
 
-__all__ = ["InShares", "PlannedWork"]
+__all__ = ["InShares", "PlannedWork", "work_of_output"]
 
 _BLOCK = 16 << 20
+_AGAIN = "remove its folder, and run the share again"
 
 
 @dataclass(frozen=True)
 class PlannedWork:
-    """The computed weights of a plan, as work that can be done in shares."""
+    """A plan, as work that can be done in shares.
+
+    Attributes:
+        plan: What to do.
+        makes_files: See `Work.makes_files`.
+    """
 
     plan: Plan
+    makes_files: bool = False
 
     @property
     def id(self) -> str:
@@ -51,13 +65,15 @@ class PlannedWork:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of computed tensors."""
+        """Bytes of files, or of computed tensors."""
+        if self.makes_files:
+            return self.plan.nbytes
         return sum(tensor.nbytes for tensor in self.plan.tensors if isinstance(tensor.step, Compute))
 
     @cached_property
     def pieces(self) -> int:
-        """Computed weights."""
-        return len(self.plan.computed())
+        """Files, or computed weights."""
+        return len(self.plan.files) if self.makes_files else len(self.plan.computed())
 
     @cached_property
     def piece_memory(self) -> int:
@@ -66,10 +82,22 @@ class PlannedWork:
 
         return max((block_bytes(tensor) for tensor in self.plan.computed()), default=0)
 
+    def shares(self, count: int) -> tuple[Plan, ...]:
+        """All `count` of them, as plans."""
+        return self.plan.shares_of_files(count) if self.makes_files else self.plan.shares(count)
+
     def write_share(self, index: int, count: int, staged: OutputFolder, run: Run) -> Mapping[str, Any]:
         """See `Work.write_share`."""
-        write_weights(self.plan.share(index, count), staged, run)
-        return {}
+        share = one_of_shares(self.shares(count), index)
+        write_weights(share, staged, run)
+        if not self.makes_files:
+            return {}
+        return {"times": {file.name: os.stat(staged.staged / file.name).st_mtime_ns for file in share.files}}
+
+
+def work_of_output(plan: Plan) -> PlannedWork:
+    """The work of a plan whose files are the weight files of an output."""
+    return PlannedWork(plan, plan.is_of_whole_files)
 
 
 class _Piece(NamedTuple):
@@ -95,8 +123,8 @@ class InShares:
     run: Run
 
     @contextlib.contextmanager
-    def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
-        """Read a weight from its share.
+    def computing(self, plan: Plan, output: Path, into: OutputFolder | None = None) -> Iterator[ComputeWeight]:
+        """Take the files of shares for files of the output, or read a weight from its share.
 
         Raises:
             SurgeryError: see `Cluster.shares`.
@@ -105,33 +133,62 @@ class InShares:
         if not plan.computed():
             yield _nothing
             return
-        with self.cluster.shares(self.request, PlannedWork(plan), output, self.run) as folders:
-            yield _reader(_located(plan, folders))
+        work = PlannedWork(plan) if into is None or into.in_order else work_of_output(plan)
+        with self.cluster.shares(self.request, work, output, self.run) as folders:
+            yield _reader(_located(work, folders, into))
 
 
 def _nothing(label: str, step: Compute, write: Write, stop: Callable[[], bool], device: str) -> tuple[Measurement, ...]:
     raise ProofError("is computed, and the plan says that nothing is", tensor=label)
 
 
-def _located(plan: Plan, folders: Sequence[Path]) -> Mapping[str, list[_Piece]]:
-    """The tensors of every weight, in order, where they lie."""
+def _located(work: PlannedWork, folders: Sequence[Path], into: OutputFolder | None) -> Mapping[str, list[_Piece]]:
+    """The tensors of every weight, in order, where they lie, but for those of files that were taken over."""
     pieces: dict[str, list[_Piece]] = {}
-    for share, folder in zip(plan.shares(len(folders)), folders, strict=True):
-        measured = _measured(folder)
-        file = open_file(folder / SHARE_FILE)
-        for tensor in share.tensors:
-            if tensor.label not in measured or tensor.offset + tensor.nbytes > file.size:
-                raise ProofError("is not in its share", file=folder, tensor=tensor.label, hint="remove that folder")
-            pieces.setdefault(tensor.weight_label, []).append(_Piece(file, tensor, measured[tensor.label]))
+    for share, folder in zip(work.shares(len(folders)), folders, strict=True):
+        manifest = read_object(folder / MANIFEST, MANIFEST_LIMIT)
+        for file in share.files:
+            if work.makes_files and into is not None and _taken(file, folder, manifest, into):
+                continue
+            try:
+                measured = remembered(manifest["files"][file.name])
+            except (KeyError, TypeError, AttributeError) as error:
+                raise _no_manifest(folder) from error
+            source = open_file(folder / file.name)
+            for tensor in file.tensors:
+                if not isinstance(tensor.step, Compute):
+                    continue
+                if tensor.label not in measured or tensor.offset + tensor.nbytes > source.size:
+                    raise ProofError("is not in its share", file=folder, tensor=tensor.label, hint="remove that folder")
+                pieces.setdefault(tensor.weight_label, []).append(_Piece(source, tensor, measured[tensor.label]))
     return {label: sorted(parts, key=lambda piece: piece.tensor.part) for label, parts in pieces.items()}
 
 
-def _measured(folder: Path) -> Mapping[str, Measurement]:
-    manifest = read_object(folder / MANIFEST, MANIFEST_LIMIT)
+def _taken(file: PlannedFile, folder: Path, manifest: Mapping[str, Any], into: OutputFolder) -> bool:
+    """Whether a file of a share is one of the output now.
+
+    It is what its worker wrote and proved if its size and its time of modification are those that the worker saw; where a
+    file system has other times for another machine, if its bytes have the hash.
+
+    Raises:
+        MalformedError: the manifest is none of a share.
+        ProofError: the file is another one.
+    """
     try:
-        return remembered(manifest["files"][SHARE_FILE])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise MalformedError("not the manifest of a share", file=folder / MANIFEST) from error
+        details, time = dict(manifest["files"][file.name]), manifest.get("times", {}).get(file.name)
+        record = FileRecord(file.name, details.pop("size"), details)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _no_manifest(folder) from error
+    path = folder / file.name
+    if record.size != file.nbytes or not has_size(path, file.nbytes):
+        raise ProofError(f"is not the file of {file.nbytes} bytes that a worker wrote", file=path, hint=_AGAIN)
+    if os.stat(path).st_mtime_ns != time and not same_digest(path, record):
+        raise ProofError("is not what the worker wrote", file=path, hint=_AGAIN)
+    return into.take(path, record)
+
+
+def _no_manifest(folder: Path) -> MalformedError:
+    return MalformedError("not the manifest of a share", file=folder / MANIFEST)
 
 
 def _reader(pieces: Mapping[str, Sequence[_Piece]]) -> ComputeWeight:

@@ -66,11 +66,11 @@ class Ray:
     def shares(self, request: WorkRequest, work: Work, output: Path, run: Run) -> Iterator[Sequence[Path]]:
         """See `Cluster.shares`."""
         count = share_count(work)
-        every = assignments(request, work, output, count)
+        every = assignments(request, work, output, count, verify=run.verify_copies)
         if left := [each for each in every if not is_finished(each.folder)]:
             with _connected(self.address) as ray:
                 _do_all(ray, left, work, run, count)
-        with finished_shares(work, output, count) as folders:
+        with finished_shares(work, output, count, verify=run.verify_copies) as folders:
             yield folders
 
 

@@ -72,6 +72,11 @@ class Work(Protocol):
         ...
 
     @property
+    def makes_files(self) -> bool:
+        """Whether shares are files of the output, complete and with its hashes; else the driver makes files of what they hold."""
+        ...
+
+    @property
     def piece_memory(self) -> int:
         """Most bytes of memory that one piece takes while it is computed."""
         ...

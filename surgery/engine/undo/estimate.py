@@ -29,6 +29,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.tensors.tensor import as_bytes
 
@@ -62,7 +63,9 @@ class Estimation:
             if isinstance(tensor.step, Compute):
                 self.compute(tensor.weight_label, tensor.step, lambda *rest: None, lambda: False, "cpu")
 
-    def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
+    def computing(
+        self, plan: Plan, output: Path, into: OutputFolder | None = None
+    ) -> AbstractContextManager[ComputeWeight]:
         """See `surgery.engine.execute.Engine`."""
         return contextlib.nullcontext(self.compute)
 

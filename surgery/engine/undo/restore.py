@@ -61,7 +61,9 @@ class Restoration:
     base_id: str
     restored: Mapping[int, Restore] = field(repr=False)
 
-    def computing(self, plan: Plan, output: Path) -> AbstractContextManager[ComputeWeight]:
+    def computing(
+        self, plan: Plan, output: Path, into: OutputFolder | None = None
+    ) -> AbstractContextManager[ComputeWeight]:
         """See `surgery.engine.execute.Engine`."""
         return contextlib.nullcontext(self.compute)
 

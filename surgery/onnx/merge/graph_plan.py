@@ -29,7 +29,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.containers.onnx import OnnxGraph
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.output.folder import FileRecord
+from surgery_formats.files.output.folder import FileRecord, OutputFolder
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import File, open_file, stays_inside
 from surgery_formats.models.identity import fingerprint
@@ -89,7 +89,7 @@ class GraphEngine:
     graph: GraphPlan
 
     @contextlib.contextmanager
-    def computing(self, plan: Plan, output: Path) -> Iterator[ComputeWeight]:
+    def computing(self, plan: Plan, output: Path, into: OutputFolder | None = None) -> Iterator[ComputeWeight]:
         """See `surgery.engine.execute.Engine`."""
         changes = self.graph.changes
 

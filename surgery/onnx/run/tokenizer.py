@@ -6,7 +6,7 @@ Only this part of the runner needs an optional package; ids in, ids out works wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ class Tokenizer:
         self._inner = inner
         self._file = file
         self.mask = mask
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Ids of all tokens, special ones included."""
+        result: dict[str, int] = self._inner.get_vocab(with_added_tokens=True)
+        return result
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """Ids of `text`; if it `begins` a sequence, with the begin and end tokens of the model's template.

@@ -101,10 +101,12 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
             noted.append((site, held, held.lora))
     scale = commonest(lora.scale for _, _, lora in noted if lora.scale) or 0.0
     rank = max((lora.rank for _, _, lora in noted), default=1)
-    for site, held in dict.fromkeys((site, held) for site, held, _ in noted):
-        mine = [lora for _, other, lora in noted if other is held]
-        folded = [f"scale {lora.scale:g} / {scale:g}" for lora in mine[:1] if lora.scale != scale]
-        folded += [f"rank {lora.rank} padded to {rank}" for lora in mine[:1] if lora.rank != rank]
+    first: dict[tuple[Site, int], tuple[Site, Contents, LoRA]] = {}
+    for entry in noted:
+        first.setdefault((entry[0], id(entry[1])), entry)
+    for site, held, lora in first.values():
+        folded = [f"scale {lora.scale:g} / {scale:g}"] if lora.scale != scale else []
+        folded += [f"rank {lora.rank} padded to {rank}"] if lora.rank != rank else []
         folded += ["stacked"] if held.stack and SWITCH not in site.path else []
         folded += [held.folded] if held.folded else []
         ledger.keep(site, held.update, "folded" if folded else "exact", ", ".join(folded))

@@ -43,6 +43,7 @@ def render_torchtune(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     _check_base(adapter, base)
     ledger = ConversionLedger()
     found: list[tuple[Site, Update, Contents, str, LoRA | DoRA]] = []
+    taken: set[str] = set()
     chains = [(site, update) for site, chain in adapter.updates.items() for update in chain]
     dora = any(contents_of(_as_stored(update, adapter)).dora for _, update in chains)
     for site, update in chains:
@@ -50,13 +51,14 @@ def render_torchtune(adapter: Adapter, base: Checkpoint | None) -> Rendering:
         module = "" if (why := _fault(site, held, dora=dora)) else _module(site, held, base)
         if not why and not module:
             why = "torchtune trains no such module"
-        elif any(module == other for *_, other, _ in found):
+        elif module in taken:
             why = "a second one on one module"
         if why:
             ledger.drop(site, update, why)
             continue
         known = held.dora or held.lora
         assert known is not None
+        taken.add(module)
         found.append((site, update, held, module, _in_pairs(module, known, base)))
     ledger.drop_prompt(adapter)
     loras = [known.direction if isinstance(known, DoRA) else known for *_, known in found]

@@ -13,6 +13,7 @@ The stage's name holds the plan's digest, so jobs do not meet. Files that the jo
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -57,6 +58,7 @@ SIGNED = ("xxh3", "sha256")
 """Those from which a folder has a digest that others can sign; sha256 takes about a second for a GB (docs/verifying.md)."""
 _OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".onnx", ".onnx_adapter")
 _JOURNAL = ".surgery-journal"
+_NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 def output_folder(
@@ -247,6 +249,31 @@ class OutputFolder:
         source.check_unchanged()
         with self._lock:
             self._done[name] = FileRecord(name, source.size, {})
+
+    def take(self, source: Path, record: FileRecord) -> bool:
+        """Let a file that another process wrote and proved be the file of `record`, which `finished` has then.
+
+        It is hard-linked, so `source` stays what it is until this folder is committed or given up, and no bytes are moved.
+
+        Returns:
+            False where that cannot be done: the file system has no links, or `source` is of another one or of another user.
+
+        Raises:
+            FitError, ResourceError: as `create`.
+        """
+        path = self._claim(record.name)
+        with output_faults(self._stage.shown / record.name):
+            try:
+                os.link(source, path, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in _NO_LINK:
+                    raise
+                with self._lock:
+                    self._taken.discard(record.name)
+                return False
+        with self._lock:
+            self._kept.add(record)
+        return True
 
     def write_small(self, name: str, data: bytes) -> None:
         """Write a small file at once. It has no journal line: a resumed run writes it again.

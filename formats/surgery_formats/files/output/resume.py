@@ -45,6 +45,11 @@ class Finished(Mapping[str, FileRecord]):
         """Return the names that were never looked up, or whose check failed."""
         return sorted(self._noted.keys() - self._claimed)
 
+    def add(self, record: FileRecord) -> None:
+        """A file that somebody else has finished, and proved, is there and is wanted."""
+        self._noted[record.name] = record
+        self._claimed.add(record.name)
+
     def forget(self, name: str) -> bool:
         """Drop `name` because it is written anew; whether it was present."""
         self._claimed.discard(name)
