@@ -17,6 +17,12 @@ settings.load_profile("untimed")
 json_documents.watch()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what was not looked at."""
+    if json_documents.UNSEEN:
+        terminalreporter.write_line(json_documents.UNSEEN, yellow=True)
+
+
 @pytest.fixture
 def llama(tmp_path: Path) -> tuple[Path, Path]:
     """A tiny base and its full fine-tune."""

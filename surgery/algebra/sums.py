@@ -152,10 +152,20 @@ class LowRankSum:
     Attributes:
         terms: What is added up.
         orthogonal: Whether factors are those of an SVD even where nothing has to be dropped.
+
+    Raises:
+        FitError: the weight has no values, or no term a direction.
     """
 
     terms: tuple[LoRA, ...]
     orthogonal: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.full_rank:
+            first = self.terms[0].tensors[0]
+            raise FitError(
+                f"a change of a weight of {list(self.shape)} has no values", file=first.path, tensor=first.name
+            )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -113,9 +113,7 @@ def _is_pair(value: object) -> bool:
 def _file(value: Any) -> str:
     path, strength = value if _is_pair(value) else (value, 1)
     if not isinstance(path, str | os.PathLike):
-        raise UsageError(
-            "adapters of a graph are files or names", hint="`surgery convert --to onnx-adapter` writes the file"
-        )
+        raise UsageError("adapters of a graph are files or names", hint="`surgery convert` writes the file")
     return os.fspath(path) if strength == 1 else f"{os.fspath(path)}={strength:g}"
 
 

@@ -20,6 +20,7 @@ def archive(tmp_path: Path) -> Write:
         with zipfile.ZipFile(path, "w", compression) as zipped:
             zipped.writestr("archive/data.pkl", pickled)
             zipped.writestr("archive/byteorder", "little")
+            zipped.writestr("archive/version", "3\n")
             for key, data in storages.items():
                 zipped.writestr(f"archive/data/{key.removeprefix('s')}", data)
         return path

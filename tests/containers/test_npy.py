@@ -73,6 +73,7 @@ def test_two_opaque_bytes_are_a_bfloat16(tmp_path: Path) -> None:
         (b"\x93NUMPY", "not an array of numpy's"),
         (b"\x93NUMPY\x01\x00\xff\xff" + b" " * 100, "header is longer"),
         (b"\x93NUMPY\x09\x00\x10\x00" + b" " * 100, "unknown version"),
+        (b"\x93NUMPY\x01\x80\x10\x00" + b" " * 100, "unknown version of the format, 1.128"),
         (b"\x93NUMPY\x01\x00\x14\x00" + b"{'descr': __import__" + b" " * 8, "not that of an array of numbers"),
         (saved(np.array([{"a": 1}], object), allow_pickle=True), "not numbers that are read"),
         (saved(np.zeros(4, [("a", "<f4")])), "not that of an array of numbers"),

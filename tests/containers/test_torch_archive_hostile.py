@@ -53,6 +53,14 @@ def test_two_pickles_in_an_archive_are_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path / "x.pt", "2 members")
 
 
+def test_an_archive_without_a_version_is_refused_as_by_torch(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
+        zipped.writestr("a/data.pkl", b"N.")
+    assert_refused(tmp_path / "x.pt", "no member 'a/version'")
+    with pytest.raises(RuntimeError, match="version"):
+        torch.load(tmp_path / "x.pt", weights_only=True)
+
+
 def test_an_archive_without_a_pickle_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as zipped:
         zipped.writestr("a/constants.pkl", b"N.")
@@ -156,6 +164,8 @@ def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
             member.write(pickled)
         with zipped.open("archive/data/0", "w", force_zip64=True) as member:
             member.write(struct.pack("<2f", 3, 4))
+        with zipped.open("archive/version", "w", force_zip64=True) as member:
+            member.write(b"3\n")
     raw = bytearray(path.read_bytes())
     start, end = raw.index(b"PK\x01\x02"), raw.index(b"PK\x05\x06")
     directory, at = bytearray(), start
@@ -169,7 +179,7 @@ def test_a_zip64_archive_is_read(tmp_path: Path) -> None:
         struct.pack_into("<L", fixed, 42, 0xFFFFFFFF)
         directory += fixed + raw[at + 46 : at + 46 + name_len] + struct.pack("<2H3Q", 1, 24, size, packed, local)
         at += 46 + name_len + extra_len
-    end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 2, 2, len(directory), start)
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 3, 3, len(directory), start)
     locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, start + len(directory), 1)
     tail = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
     path.write_bytes(raw[:start] + directory + end64 + locator + tail)

@@ -18,7 +18,7 @@ from tempfile import mkdtemp
 
 from surgery_formats.errors import SurgeryError
 
-from .limits import ForbiddenError, Limited, TooSlowError
+from .limits import Limited
 from .mutations import mutated
 from .quick_bytes import quickly_damaged, tokens_of
 from .target import Case, Seed, Target
@@ -118,7 +118,9 @@ class Fuzzer:
                 or not str(error).replace("\n", "").isprintable()
             ):
                 fault = _fault(number, target, seed, error)
-        except (Exception, TooSlowError, ForbiddenError) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of Rust, and those of the limits, are no Exception
             fault = _fault(number, target, seed, error)
         self.outcomes[target.name, "FAULT" if fault else outcome] += 1
         return fault

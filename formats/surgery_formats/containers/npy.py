@@ -22,6 +22,7 @@ __all__ = ["MAGIC", "npy_array", "npy_header"]
 
 MAGIC = b"\x93NUMPY"
 _HEADER_LIMIT = 1 << 16
+_LENGTHS = {b"\x01\x00": "<H", b"\x02\x00": "<I", b"\x03\x00": "<I"}  # of the header, by the format's version
 _ALIGNMENT = 64  # of the numbers, as numpy writes them
 _LABELS: dict[str, DType] = {
     "<f8": DType.F64,
@@ -55,9 +56,9 @@ def npy_array(file: File, name: str, begin: int = 0, nbytes: int | None = None) 
     end = file.size if nbytes is None else begin + nbytes
     if end - begin < len(MAGIC) + 4 or bytes(file.read(begin, len(MAGIC))) != MAGIC:
         raise fail("not an array of numpy's")
-    form = {1: "<H", 2: "<I", 3: "<I"}.get(file.read(begin + 6, 1)[0])
+    form = _LENGTHS.get(bytes(file.read(begin + 6, 2)))
     if form is None:
-        raise fail("an array of an unknown version of the format")
+        raise fail(f"an array of an unknown version of the format, {'.'.join(map(str, file.read(begin + 6, 2)))}")
     first = begin + 8 + struct.calcsize(form)
     (length,) = struct.unpack(form, file.read(begin + 8, struct.calcsize(form))) if first <= end else (end,)
     if length > min(_HEADER_LIMIT, end - first):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Untrusted JSON: bounded in size and depth, without duplicate keys, NaN or giant integers."""
+"""Untrusted JSON: bounded in size and depth, without duplicate keys, NaN or giant integers; and written as it was read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import open_file
 from surgery_formats.text import show
 
-__all__ = ["CONFIG_LIMIT", "INDEX_LIMIT", "MANIFEST_LIMIT", "TOKENIZER_LIMIT", "parse_object", "read_object"]
+__all__ = [
+    "CONFIG_LIMIT",
+    "INDEX_LIMIT",
+    "MANIFEST_LIMIT",
+    "TOKENIZER_LIMIT",
+    "json_bytes",
+    "parse_object",
+    "read_object",
+]
 
 CONFIG_LIMIT = 4 << 20
 INDEX_LIMIT = 64 << 20
@@ -98,3 +106,11 @@ def read_object(path: str | os.PathLike[str], limit: int = CONFIG_LIMIT) -> dict
     if opened.size > limit:
         raise MalformedError(f"{opened.size} bytes of JSON (at most {limit} are read)", file=path)
     return parse_object(opened.read(0, opened.size), file=path)
+
+
+def json_bytes(value: object) -> bytes:
+    """`value` as JSON in UTF-8, with a line break at its end.
+
+    Half of a surrogate pair, which JSON can hold and UTF-8 cannot, stays escaped.
+    """
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"

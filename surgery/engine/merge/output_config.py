@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from surgery.engine.plan import PlannedTensor, SideFile, is_coded
 from surgery.engine.quantised.mixed_config import SIDE_FILES, leave_alone, leave_alone_beside
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
-from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.bounded_json import json_bytes, read_object
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.storage.quantised import CONFIG_KEYS
@@ -60,7 +59,7 @@ def corrected_config(
         if config == component.config and own:
             side_files.append(SideFile(name, source=component.folder / "config.json"))
         else:
-            side_files.append(SideFile(name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+            side_files.append(SideFile(name, data=json_bytes(config)))
     return side_files
 
 
@@ -130,7 +129,7 @@ def corrected_quantisation_files(
             if quantised:
                 config = dict(read_object(file.source))
                 leave_alone_beside(file.name, config, plain, quantised)
-                kept.append(SideFile(file.name, data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"))
+                kept.append(SideFile(file.name, data=json_bytes(config)))
         else:
             kept.append(file)
     return kept

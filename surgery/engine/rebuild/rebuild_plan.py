@@ -15,6 +15,7 @@ from surgery.engine.plan import Account, Copy, Plan, PlannedFile, PlannedTensor,
 from surgery.engine.quantised.output import QuantisedOutput
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.files.bounded_json import json_bytes
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt
@@ -122,7 +123,7 @@ def _config(rebuilt: Rebuilt, dtype: DType | None) -> list[SideFile]:
         config = {**config, **{key: dtype.torch_name for key in ("dtype", "torch_dtype") if key in config}}
     if config == rebuilt.base.main.config and (own := component.folder / "config.json").exists():
         return [SideFile("config.json", source=own)]
-    return [SideFile("config.json", data=json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")]
+    return [SideFile("config.json", data=json_bytes(config))]
 
 
 def _left_behind(rebuilt: Rebuilt) -> tuple[str, ...]:

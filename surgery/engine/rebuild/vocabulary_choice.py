@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from surgery_formats.errors import FitError, UsageError
-from surgery_formats.files.bounded_json import read_object
+from surgery_formats.files.bounded_json import json_bytes, read_object
 from surgery_formats.files.raw import open_file
 from surgery_formats.models.rebuilt.rebuilt import Rebuilt, one_network, with_configs
 from surgery_formats.models.rebuilt.tokenizer import smaller_tokenizer, token_ids, tokenizer_size, with_token_ids
@@ -82,7 +81,7 @@ def _listed(rebuilt: Rebuilt, files: dict[str, Path], used: list[int]) -> Rebuil
     side_files = dict(smaller.files)
     if generation:
         made = with_token_ids(generation, places)
-        side_files[_GENERATION] = json.dumps(made, indent=2, ensure_ascii=False).encode() + b"\n"
+        side_files[_GENERATION] = json_bytes(made)
     out = [name for name, data in side_files.items() if data is None]
     told = (f"left out, because they list all tokens: {', '.join(out)}",) if out else ()
     return with_configs(cut, with_token_ids(cut.checkpoint.main.config, places), side_files, told)

@@ -17,7 +17,7 @@ from typing import Any
 
 from surgery.engine.plan import SideFile
 from surgery_formats.errors import MalformedError
-from surgery_formats.files.bounded_json import TOKENIZER_LIMIT, read_object
+from surgery_formats.files.bounded_json import TOKENIZER_LIMIT, json_bytes, read_object
 from surgery_formats.text import show
 
 __all__ = ["with_special_tokens"]
@@ -60,7 +60,7 @@ def with_special_tokens(side_files: Sequence[SideFile]) -> tuple[list[SideFile],
             f"the tokenizer puts {front} in front of a text and {behind} behind it, which onnxruntime-genai cannot be "
             "told: give it token ids"
         ]
-    data = json.dumps(told, indent=2, ensure_ascii=False).encode() + b"\n"
+    data = json_bytes(told)
     return [SideFile(_CONFIG, data=data) if file.name == _CONFIG else file for file in side_files], []
 
 
@@ -102,6 +102,8 @@ def _around(processor: Any) -> Around | None:
             tokens = processor.get("special_tokens", {}).get(name, {}).get("tokens")
             if not tokens:
                 raise MalformedError(f"the template has no token '{show(name, 40)}'", file="tokenizer.json")
+            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+                raise TypeError("tokens of a template are strings")
             sides[side].extend(tokens)
     return sides
 

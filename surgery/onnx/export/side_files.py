@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.plan import SideFile
 from surgery.onnx.export.assemble import Assembly
 from surgery.onnx.export.genai_tokenizer import with_special_tokens
+from surgery_formats.files.bounded_json import json_bytes
 from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def side_files_of(
         side_files = [SideFile(name, source=path) for name, path in checkpoint.side_files]
         side_files += [SideFile("config.json", source=source)] if source.exists() else []
     if assembly.headed or config is not None:
-        data = json.dumps(dict(config or assembly.component.config), indent=2, ensure_ascii=False).encode() + b"\n"
+        data = json_bytes(dict(config or assembly.component.config))
         side_files = [side for side in side_files if side.name != "config.json"]
         side_files.append(SideFile("config.json", data=data))
     if assembly.sentence is not None:

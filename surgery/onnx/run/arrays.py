@@ -15,7 +15,7 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError
 __all__ = ["check_file", "read_array"]
 
 _LARGEST = 1 << 30  # bytes of a file
-_FAULTS = (ValueError, OSError, EOFError, OverflowError, MemoryError, SyntaxError, TypeError, TokenError)
+_FAULTS = (ValueError, OSError, EOFError, OverflowError, MemoryError, SyntaxError, SystemError, TypeError, TokenError)
 """What numpy raises for headers that are damaged: it reads them as Python, and makes room for as many numbers as they say."""
 
 

@@ -6,7 +6,8 @@ Only this part of the runner needs an optional package; ids in, ids out works wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ _PENDING = 64  # tokens held back at most: bounds the work per token if a model 
 class Tokenizer:
     """Encodes text and decodes ids."""
 
-    def __init__(self, inner: Any, mask: int | None = None) -> None:
-        """`mask` is the id of the token that stands for a word to be filled in."""
+    def __init__(self, inner: Any, mask: int | None = None, file: Path = Path(NAME)) -> None:
+        """`mask` is the id of the token that stands for a word to be filled in; `file` is named in messages."""
         self._inner = inner
+        self._file = file
         self.mask = mask
 
     @property
@@ -42,21 +44,25 @@ class Tokenizer:
         """Ids of `text`; if it `begins` a sequence, with the begin and end tokens of the model's template.
 
         Raises:
-            FitError: not a text that UTF-8 can hold.
+            FitError: not a text that UTF-8 can hold, or one that the vocabulary cannot express.
+            MalformedError: the tokenizer contradicts itself.
         """
         _check_text(text)
-        result: list[int] = self._inner.encode(text, add_special_tokens=begins).ids
+        with _asked(self._file, "cannot encode the text"):
+            result: list[int] = self._inner.encode(text, add_special_tokens=begins).ids
         return result
 
     def encode_pair(self, first: str, second: str) -> tuple[list[int], list[int], tuple[tuple[int, int] | None, ...]]:
         """Ids of two texts in one sequence, their types, and of the second one's tokens where they stand in it.
 
         Raises:
-            FitError: not texts that UTF-8 can hold.
+            FitError: not texts that UTF-8 can hold, or that the vocabulary cannot express.
+            MalformedError: the tokenizer contradicts itself.
         """
         _check_text(first)
         _check_text(second)
-        found = self._inner.encode(first, second)
+        with _asked(self._file, "cannot encode the texts"):
+            found = self._inner.encode(first, second)
         places = (place if text == 1 else None for place, text in zip(found.offsets, found.sequence_ids, strict=True))
         return found.ids, found.type_ids, tuple(places)
 
@@ -64,6 +70,19 @@ class Tokenizer:
         """Text of `ids`, without special tokens."""
         result: str = self._inner.decode(list(ids), skip_special_tokens=True)
         return result
+
+
+@contextmanager
+def _asked(file: Path, what: str) -> Iterator[None]:
+    """What the package tokenizers raises, as errors of ours: plain Exception, and a panic of Rust, which is none."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise FitError(f"{what} ({show(error, 300)})", file=file, hint="give token ids") from error
+        if type(error).__name__ == "PanicException":  # which no module exports
+            raise MalformedError(f"{what} ({show(error, 300)})", file=file, hint="give token ids") from error
+        raise
 
 
 def _check_text(text: str) -> None:
@@ -94,7 +113,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         raise MalformedError(f"not a tokenizer ({show(error, 300)})", file=file) from error
     inner.no_padding()  # both may remain from training
     inner.no_truncation()
-    return Tokenizer(inner, _mask(folder, inner))
+    return Tokenizer(inner, _mask(folder, inner), file)
 
 
 def _mask(folder: Path, inner: Any) -> int | None:

@@ -50,6 +50,8 @@ def _open_zip(file: File) -> object:
     order = archive.get(f"{root}byteorder")
     if order is not None and bytes(file.read(order.offset, min(order.nbytes, 16))) != b"little":
         raise MalformedError("its numbers are not little-endian", file=file.path)
+    if not {f"{root}version", f"{root}.data/version"} & archive.keys():
+        raise MalformedError(f"no member '{show(root, 40)}version', which torch.load needs", file=file.path)
     pickled = archive[pickles[0]]
     if pickled.nbytes > _PICKLE_LIMIT:
         raise MalformedError(f"a pickle of {pickled.nbytes} bytes (at most {_PICKLE_LIMIT} are read)", file=file.path)

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from surgery_formats.errors import FitError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import INDEX_LIMIT, json_bytes, read_object
 from surgery_formats.models.component import Component
 from surgery_formats.models.rebuilt.layer_config import layer_config
 from surgery_formats.models.rebuilt.rebuilt import Dropped, Rebuilt, copy_of, one_network, with_configs, with_shards
@@ -101,7 +100,7 @@ def _quantisation_files(rebuilt: Rebuilt, stack: LayerStack, order: Sequence[int
         if name in _QUANTISATION_FILES:
             told = dict(read_object(path, INDEX_LIMIT))
             if (new := _renumbered(told, stack, order)) != told:
-                made[name] = json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
+                made[name] = json_bytes(new)
     return made
 
 

@@ -10,14 +10,13 @@ still be written.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
-from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
+from surgery_formats.files.bounded_json import INDEX_LIMIT, json_bytes, read_object
 from surgery_formats.text import show
 
 __all__ = ["SmallerTokenizer", "smaller_tokenizer", "token_ids", "tokenizer_size", "with_token_ids"]
@@ -130,13 +129,13 @@ def _smaller(
     for entry in whole.get("added_tokens") or ():
         entry["id"] = places[entry["id"]]
     _processor_ids(whole.get("post_processor"), places)
-    made: dict[str, bytes | None] = {_FILE: _dumped(whole, indent=2)}
+    made: dict[str, bytes | None] = {_FILE: json_bytes(whole)}
     if _CONFIG in files:
         config = dict(read_object(files[_CONFIG], INDEX_LIMIT))
         decoder = config.get("added_tokens_decoder")
         if isinstance(decoder, Mapping):
             config["added_tokens_decoder"] = {str(places[int(key)]): value for key, value in decoder.items()}
-        made[_CONFIG] = _dumped(config, indent=2)
+        made[_CONFIG] = json_bytes(config)
     made |= {name: None for name in files if name in _OTHER_FORMS or name.endswith((".model", ".tiktoken", ".spm"))}
     return SmallerTokenizer(kept, made)
 
@@ -236,7 +235,3 @@ def _numbers(value: Any) -> Iterable[int]:
             yield from _numbers(one)
     elif type(value) is int and value >= 0:
         yield value
-
-
-def _dumped(value: Any, indent: int) -> bytes:
-    return json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
