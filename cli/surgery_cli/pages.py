@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -108,8 +109,7 @@ def _inputs(values: Iterable[object]) -> Iterator[Path]:
     """Whatever is there of what was named."""
     for value in values:
         if isinstance(value, str | Path):
-            path = Path(value)
-            if "\0" not in str(value) and len(str(value)) < 4096 and path.exists():
-                yield path
+            if os.path.exists(value):  # False where the text cannot be a name
+                yield Path(value)
         elif isinstance(value, tuple):
             yield from _inputs(value)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import zip_longest
@@ -54,11 +55,18 @@ def section_lines(section: Section, width: int | None = None, strong: Style = st
         case Table():
             return _table(section, width, strong)
         case Chart(title, table, _, says):
-            return [f"{clean(title)}: {phrase_text(says)}"] if says else _table(table, width, strong)
+            return _sentence(f"{clean(title)}: {phrase_text(says)}", width) if says else _table(table, width, strong)
         case Note(text, level):
-            return [f"{'warning: ' if level == 'warning' else ''}{phrase_text(text)}"]
+            return _sentence(f"{'warning: ' if level == 'warning' else ''}{phrase_text(text)}", width)
         case Verbatim(text):
             return verbatim(text).split("\n")
+
+
+def _sentence(text: str, width: int | None) -> list[str]:
+    """A sentence on lines of `width` columns; a word that is longer than a line stays whole."""
+    if width is None or cells(text) <= width:
+        return [text]
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def cells(text: str) -> int:

@@ -108,11 +108,11 @@ def test_outputs_of_a_base_that_was_exported_into_pass_verify(world: dict[str, P
 
 
 def test_a_report_replaces_no_input_no_pipe_and_nothing_in_an_input(world: dict[str, Path], tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
+    pipe = tmp_path / "pipe.md"
     os.mkfifo(pipe)
-    for place in (world["lora"] / "adapter_model.safetensors", world["lora"] / "new.md", pipe):
+    for place, code in ((world["lora"] / "adapter_model.safetensors", 2), (world["lora"] / "new.md", 4), (pipe, 4)):
         result = invoke("report", world["lora"], "--base", world["base"], "--md", place, "--overwrite")
-        assert result.exit_code == 4, result.stderr
+        assert result.exit_code == code, result.stderr
     assert not (world["lora"] / "new.md").exists()
     assert pipe.is_fifo()
 

@@ -131,7 +131,7 @@ def test_every_extra_and_its_package_are_those_of_the_project() -> None:
     extras = project["optional-dependencies"]
     for package, extra in EXTRAS.items():
         assert any(re.match(rf"{package}\b", requirement) for requirement in extras[extra]), package
-    assert {"all", "cuda", "dev", *EXTRAS.values()} == set(extras)
+    assert {"all", "cuda", "demo", "dev", "docs", *EXTRAS.values()} == set(extras)
     named = re.fullmatch(r"model-surgery\[(.*)\]", extras["all"][0])
     assert named is not None
     assert set(named[1].split(",")) == set(EXTRAS.values()) - {"ray"}  # 236 MB

@@ -26,10 +26,10 @@ parent, computed = os.getpid(), arithmetic.compute
 forks, seen = [], []
 execute.forked = lambda count, work: forks.append(count) or processes.forked(count, work)
 
-def compute(*args):
+def compute(*args, **named):
     if os.getpid() != parent and fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    return computed(*args)
+    return computed(*args, **named)
 
 def cut(self, memory, offset, real=jobs.OutputFile.pwrite):
     if os.getpid() == parent or fault != "cut":
