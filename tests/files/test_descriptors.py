@@ -25,7 +25,8 @@ FEW = 8
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptors._open, "_most", len(descriptors._open._order) + FEW)
+    monkeypatch.setattr(descriptors._open, "_order", {})  # what other tests left open would be closed first
+    monkeypatch.setattr(descriptors._open, "_most", FEW)
 
 
 def _many(folder: Path, number: int = 40) -> list[File]:

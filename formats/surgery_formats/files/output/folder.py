@@ -165,8 +165,8 @@ class OutputFolder:
         try:
             with output_faults(self._stage.shown):
                 self._recover()
-            if self.finished:
-                _log.info("goes on from %d finished files in %s", len(self.finished), self._stage.path)
+            if noted := self._kept.unclaimed():  # each is checked when it is looked up, and not before
+                _log.info("%d files of an earlier run are in %s", len(noted), self._stage.path)
         except BaseException:
             self._leave()
             raise
