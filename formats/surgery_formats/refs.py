@@ -192,5 +192,5 @@ def _from_cache(name: HubName, text: str) -> Path:
         if name.file is None:
             return Path(hub.snapshot_download(name.repo, revision=name.revision, local_files_only=True))
         return Path(hub.hf_hub_download(name.repo, name.file, revision=name.revision, local_files_only=True))
-    except Exception as error:
+    except Exception as error:  # the hub's client and its HTTP library raise many types
         raise fault_of(error, text, name.repo) from error

@@ -98,6 +98,7 @@ def test_the_driver_works_out_none(oft: tuple[str, str], tmp_path: Path, monkeyp
 
     monkeypatch.setattr("surgery.algebra.lora_of_weight.truncated_svd", fail)
     convert(adapter, base, tmp_path / "out", engine=Shares(2))
+    assert contents(tmp_path / "out")
 
 
 def test_the_number_of_threads_changes_nothing(oft: tuple[str, str], tmp_path: Path) -> None:

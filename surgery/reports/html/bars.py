@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from surgery.reports.drawings import Bars
 from surgery.reports.html.axis import Axis, axis_over, number_of
-from surgery.reports.html.picture import CHARACTER, WIDTH, Key, Picture, Shape, label, shortened
+from surgery.reports.html.picture import CHARACTER, WIDTH, LegendEntry, Picture, Shape, label, shortened
 from surgery.reports.sections import Table
 from surgery.reports.values import cell_text
 
@@ -62,5 +62,7 @@ def _row(values: list[float], texts: list[str], axis: Axis, top: float, *, stack
             yield label(x + width + 4, y + 10, text)
 
 
-def _key(number: int, text: str) -> Key:
-    return Key((Shape("rect", {"x": 6, "y": 1, "width": 12, "height": 10, "class": f"bar s{number % 6}"}),), text)
+def _key(number: int, text: str) -> LegendEntry:
+    return LegendEntry(
+        (Shape("rect", {"x": 6, "y": 1, "width": 12, "height": 10, "class": f"bar s{number % 6}"}),), text
+    )

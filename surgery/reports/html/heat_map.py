@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from surgery.reports.drawings import HeatMap
 from surgery.reports.html.axis import number_of, tick_text
-from surgery.reports.html.picture import CHARACTER, WIDTH, Attributes, Key, Picture, Shape, label, shortened
+from surgery.reports.html.picture import CHARACTER, WIDTH, Attributes, LegendEntry, Picture, Shape, label, shortened
 from surgery.reports.sections import Column, Table
 from surgery.reports.values import cell_text
 
@@ -115,11 +115,11 @@ def _names(names: Sequence[str], left: float, width: float, below: float) -> Ite
         yield Shape("text", {**turned, "transform": f"rotate(-45 {round(x + 3, 1)} {below + 10})"}, text)
 
 
-def _legend(low: float, high: float, column: Column, *, log: bool) -> tuple[Key, ...]:
+def _legend(low: float, high: float, column: Column, *, log: bool) -> tuple[LegendEntry, ...]:
     """The colours in order, with the values of both ends."""
     swatches = tuple(
         Shape("rect", {"x": 2.2 * number, "y": 1, "width": 2.2, "height": 10, "class": f"cell h{number}"})
         for number in range(_COLOURS)
     )
     scale = ", by ratios" if log and high > low else ""
-    return (Key(swatches, f"{tick_text(low, column.type)} to {tick_text(high, column.type)}{scale}"),)
+    return (LegendEntry(swatches, f"{tick_text(low, column.type)} to {tick_text(high, column.type)}{scale}"),)

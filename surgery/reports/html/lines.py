@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from surgery.reports.drawings import Lines, Mark
 from surgery.reports.html.axis import Axis, axis_over, number_of, tick_text
-from surgery.reports.html.picture import CHARACTER, WIDTH, Key, Picture, Shape, label, marker, shortened
+from surgery.reports.html.picture import CHARACTER, WIDTH, LegendEntry, Picture, Shape, label, marker, shortened
 from surgery.reports.sections import Column, Table
 from surgery.reports.values import Cell, cell_text
 
@@ -132,6 +132,6 @@ def _line(
             yield marker(at_x, at_y, number, f"{shortened(name, 60)}: {' / '.join(numbers)}")
 
 
-def _key(number: int, name: str, *, joined: bool) -> Key:
+def _key(number: int, name: str, *, joined: bool) -> LegendEntry:
     path = Shape("path", {"d": "M0 6L24 6", "class": f"line s{number % 6} d{number // 6 % 3}"})
-    return Key((*((path,) if joined else ()), marker(12, 6, number)), shortened(name, 60))
+    return LegendEntry((*((path,) if joined else ()), marker(12, 6, number)), shortened(name, 60))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["WIDTH", "Attributes", "Key", "Picture", "Shape", "label", "marker", "shortened"]
+__all__ = ["WIDTH", "Attributes", "LegendEntry", "Picture", "Shape", "label", "marker", "shortened"]
 
 WIDTH = 400
 """Units of every picture: a phone shows them at about one pixel each, so that text stays legible there."""
@@ -33,7 +33,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class LegendEntry:
     """An entry of a legend: its look and its meaning."""
 
     shapes: tuple[Shape, ...]
@@ -53,7 +53,7 @@ class Picture:
 
     height: float
     shapes: tuple[Shape, ...]
-    legend: tuple[Key, ...]
+    legend: tuple[LegendEntry, ...]
     about: str
 
 

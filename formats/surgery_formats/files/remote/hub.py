@@ -222,7 +222,7 @@ class HubRepository:
         with self._faults(key):
             try:
                 data = _repeated(ask, look_again)
-            except Exception as error:
+            except Exception as error:  # of two HTTP libraries without a common base; others go on
                 if not is_expired(error) or key not in self._locations:
                     raise
                 look_again()
@@ -310,7 +310,7 @@ def open_repository(repo: str, revision: str | None, shown: str | os.PathLike[st
     hub = library()
     try:
         told = _repeated(lambda: hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_SECONDS))
-    except Exception as error:
+    except Exception as error:  # the same; a fault of this machine goes on as it is
         if isinstance(error, OSError) and error.errno is not None and not is_dropped(error):
             raise
         raise fault_of(error, shown, repo) from error
@@ -349,7 +349,7 @@ def _repeated(ask: Callable[[], Answer], before: Callable[[], object] = lambda: 
     for attempt in range(_TRIES - 1):
         try:
             return ask()
-        except Exception as error:
+        except Exception as error:  # the same; only a lost connection is asked again
             if not is_dropped(error):
                 raise
             before()
