@@ -93,6 +93,15 @@ def test_nothing_is_replaced_unasked_and_nothing_computed_before_that_is_known(r
 
 
 @pytest.mark.parametrize(
+    ("page", "code", "said"),
+    [("/proc/a.html", 7, "/proc/a.html: cannot be written"), ("s3://bucket/a.html", 4, "use a folder of a disk")],
+)
+def test_a_place_that_cannot_be_written_is_noticed_before_anything_is_computed(run: Run, page, code, said):
+    assert said in refused(run, code, "merge", BASE, LORA, "-o", "out", "--html", page)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         (("--html", "model.safetensors"), 2, "the name of the file ends in .html"),

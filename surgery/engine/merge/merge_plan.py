@@ -32,7 +32,7 @@ from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_coded as is_quantised
 from surgery_formats.tensors.tensor import origin
-from surgery_formats.text import listing, show, summed_up, without_local_paths
+from surgery_formats.text import listing, numbered, show, summed_up, without_local_paths
 
 if TYPE_CHECKING:
     from surgery.engine.two_bases.as_trained import TrainedValues
@@ -92,7 +92,7 @@ def planned_merge(
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     if left:
-        out = f"left out, as --without says: {len(left)} parameter{'s' if len(left) != 1 else ''}, {listing(summed_up(left), 6)}"
+        out = f"left out, as --without says: {numbered(len(left), 'parameter')}, {listing(summed_up(left), 6)}"
         binding = replace(binding, warnings=(*binding.warnings, out))
     if undone is None:  # else the values are another model's
         check_base_id(checkpoint, [entry.adapter for entry in weighted])
