@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shares of an output in a bucket are objects beside it, of every command that has shares; none is left, whatever happened."""
+"""Shares of an output in a bucket, of every command that has shares, and of inputs on the hub."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from surgery.extraction.request import ExtractRequest
 from surgery.onnx.export.request import ExportRequest, WeightsAsked
 from surgery.onnx.export.weight_options import WeightOptions
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.remote import hub as hub_files
 from tests.algebra.test_lora_form import trained
-from tests.support.kit import ROOT
+from tests.support.hub import reached
+from tests.support.kit import ROOT, make_base, make_lora
 from tests.support.s3 import Storage
 
 BASE, LORA = str(ROOT / "examples" / "base"), str(ROOT / "examples" / "lora")
@@ -82,3 +84,22 @@ def test_what_is_left_of_a_share_that_was_being_removed_is_written_anew(
     write_share(shares[0])
     command(output=output, engine=Shares(1))
     assert {key.split("/")[0] for key in storage.objects()} == {"out"}
+
+
+def test_who_reads_the_hub_and_who_reads_its_cache_have_one_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reached(monkeypatch, tmp_path) as hub:
+        base, lora = make_base(tmp_path / "base"), make_lora(tmp_path / "lora")
+        hub.add("org/llama", base)
+        hub.add("org/lora", lora)
+        request = MergeRequest("hf://org/llama", (("hf://org/lora", 1.0),))
+        for assignment in assignments(request, request.work(), tmp_path / "out", 2):
+            monkeypatch.setattr(hub_files, "_opened", {})  # as in a process of its own: the first fills the cache
+            write_share(assignment)
+        monkeypatch.setattr(hub_files, "_opened", {})
+        assert request.work().inputs[0].remote is None
+        surgery.merge("hf://org/llama", "hf://org/lora", output=tmp_path / "out", engine=Shares(2))
+        surgery.merge(base, lora, output=tmp_path / "single")
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "single")]
+        assert weights[0] == weights[1]
