@@ -337,7 +337,7 @@ def _for_consumer(
         raise UsageError(
             f"a folder is written for {program.title}, of which a GGUF is made",
             file=output,
-            hint="`--to gguf` instead of `--for` writes a GGUF itself, of what it can hold as it is",
+            hint='`to="gguf"` instead of `consumer=` writes a GGUF itself, of what it can hold as it is',
         )
     merger = None
     if merge_rest is not None and output is not None:
