@@ -118,7 +118,7 @@ def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[
     until = time.monotonic() + _PATIENCE
     while not is_finished(folder):
         try:
-            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes) as staged:
+            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes, private=True) as staged:
                 said = work.write_share(index, count, staged, run)
                 for file in work.inputs:
                     file.check_unchanged()
