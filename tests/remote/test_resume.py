@@ -6,6 +6,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from surgery_formats.errors import ProofError, ResourceError
 from surgery_formats.files.output.manifest import UNFINISHED
 from surgery_formats.files.remote import finished, stage
 from surgery_formats.files.remote.bucket import Bucket
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.files.remote.upload import Upload
 from tests.support.kit import environment
 from tests.support.s3 import Storage
@@ -223,3 +225,20 @@ def test_what_a_store_does_not_copy_is_sent_to_its_place(
     monkeypatch.setattr(finished, "MOST_COPIED", 1000)
     assert _merge(storage, models) == _whole(storage, models, tmp_path)
     assert all(key.startswith("out/") for key in sent)
+
+
+def test_an_upload_may_be_completed_while_its_blocks_wait(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow store has not taken the last blocks yet when it is told that there will be no more."""
+    stream = Upload._stream
+
+    def late(self: Upload) -> Iterator[object]:
+        self._decided.wait(60)
+        yield from stream(self)
+
+    monkeypatch.setattr(Upload, "_stream", late)
+    bucket = to_path(storage.url("out")).bucket  # type: ignore[attr-defined]
+    upload = Upload(bucket, "out", 6)
+    upload.write(b"whole ")
+    upload.end()
+    upload.complete()
+    assert storage.objects("out") == {"": b"whole "}
