@@ -142,11 +142,17 @@ def write_single(
 
 
 def check_single(out: Path, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Path:
-    """Where the file `out` of this machine would lie, if `write_single` can write it; nothing is written.
+    """Where the file `out` would lie, if `write_single` can write it; nothing is written.
 
     Raises:
         NotFoundError, UsageError, OutputExistsError, FitError: as `write_single` does.
     """
+    if isinstance(out, RemotePath):
+        if any(source in (out, *out.parents) for source in inputs):
+            raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
+        if out.exists() and not overwrite:
+            raise _exists(out)
+        return out
     final = Path(os.path.realpath(out.parent)) / out.name
     if not final.parent.is_dir():
         raise NotFoundError("no such folder to write into", file=out.parent)
@@ -168,10 +174,7 @@ def _write_object(
     """An object: made and proved in memory, then uploaded, which is one step."""
     from surgery_formats.files.remote.upload import upload_file
 
-    if any(source in (out, *out.parents) for source in inputs):
-        raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
-    if out.exists() and not overwrite:
-        raise _exists(out)
+    check_single(out, overwrite=overwrite, inputs=inputs)
     with scratch_folder(memory_folder()) as folder:
         made = write_single(folder / out.name, job, nbytes, fill, prove=prove)
         try:

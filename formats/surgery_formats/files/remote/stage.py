@@ -92,6 +92,15 @@ class RemoteStage:
     def _beside(self) -> FinishedFiles:
         return FinishedFiles(self.shown, self._job, in_place=self._private)
 
+    def check(self) -> None:
+        """Refuse an output that could not be written, as of now.
+
+        Raises:
+            FitError, OutputExistsError: as `acquire`.
+        """
+        self._refuse_unsafe()
+        self._there()
+
     @interruptible
     def acquire(self) -> None:
         """Make the folder in memory, and give up uploads that a killed run began.
