@@ -27,6 +27,8 @@ from surgery_formats.errors import FitError, OutputExistsError, ProofError, Surg
 from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.raw import File
+from surgery_formats.files.remote.hub_cache import hub_file
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
 
@@ -139,10 +141,15 @@ def job_of(work: Work, *, verify: bool = False) -> str:
     """Digest of the work, of the inputs' sizes and times, and of which hashes the files of an output have.
 
     Unlike an inode, these are the same on every machine of a file system. So a share of other inputs is never taken for
-    one of these.
+    one of these. Of a file of the hub, which each machine has in a cache of its own, they are its commit and name.
     """
-    inputs = sorted((file.path.name, *file.identity[2:]) for file in work.inputs)
+    inputs = sorted(map(_seen, work.inputs))
     return hashlib.sha256(json.dumps([work.id, inputs, verify and work.makes_files]).encode()).hexdigest()
+
+
+def _seen(file: File) -> list[str]:
+    known = hub_file(file.path)
+    return [file.path.name, *map(str, file.identity[2:] if known is None else (file.size, known))]
 
 
 def is_finished(folder: Path) -> bool:

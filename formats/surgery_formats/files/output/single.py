@@ -128,14 +128,13 @@ def write_single(
                         prove(hidden)
                 synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
-            replaced = overwrite and os.path.lexists(hidden)
+            if overwrite and os.path.lexists(hidden):
+                _remove_old(hidden, shown)
         except BaseException:
-            _give_up(hidden)
+            _give_up(hidden)  # or, where the output is complete already, the old one
             raise
         finally:
             os.close(fd)
-        if replaced:
-            _remove_old(hidden, shown)
     with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
         sweep(parent, stages_of(shown.stem[:150], shown.suffix))
     return shown
@@ -208,7 +207,8 @@ def _same(one: Path, other: Path) -> bool:
 
 @whole
 def _give_up(hidden: Path) -> None:
-    hidden.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # why it is given up matters more
+        hidden.unlink(missing_ok=True)
 
 
 @whole
@@ -239,6 +239,7 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
         raise
 
 
+@whole
 def _remove_old(hidden: Path, shown: Path) -> None:
     try:
         hidden.unlink()
