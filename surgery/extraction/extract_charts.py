@@ -113,7 +113,7 @@ def _above(spectra: Sequence[RoleSpectrum], *, by_edge: bool) -> Phrase:
         said += [", " if said else "", f"{spectrum.role} "]
         if by_edge:
             said += ["" if spectrum.complete else "at least ", Value(spectrum.above, "number", 3), " of "]
-            said.append(Value(spectrum.of, "number", 6))
+            said.append(" to ".join(map(str, dict.fromkeys(spectrum.of))))
         else:
             said.append(f"{len(spectrum.values)} directions")
     return (*said, " directions above the noise" if by_edge else "")

@@ -24,7 +24,7 @@ class RoleSpectrum:
         values: Of each direction the median over the matrices, relative to the largest value that rounding alone would have
             in that matrix, or to its own first value if there is no rounding (`by_edge`). As many as every matrix has.
         above: How many values of a matrix are above that edge, as the median.
-        of: How many a matrix has, as the median, computed or not.
+        of: How many a matrix has, computed or not: the least and the greatest.
         complete: Whether all that are above the edge were computed, of every matrix.
         by_edge: Whether `values` are relative to the edge of noise.
     """
@@ -33,7 +33,7 @@ class RoleSpectrum:
     matrices: int
     values: tuple[float, ...]
     above: float
-    of: float
+    of: tuple[int, int]
     complete: bool
     by_edge: bool
 
@@ -54,9 +54,11 @@ def _spectrum(role: str, sized: Sequence[tuple[FactorisedMatrix, int]], *, by_ed
         [matrix.values for matrix in matrices], [matrix.edge if by_edge else matrix.values[0] for matrix in matrices]
     )
     above = statistics.median(matrix.signal for matrix in matrices)
-    of = statistics.median(size for _, size in sized)
+    sizes = [size for _, size in sized]
     complete = all(matrix.signal < len(matrix.values) or len(matrix.values) >= size for matrix, size in sized)
-    return RoleSpectrum(role, len(matrices), tuple(map(statistics.median, columns)), above, of, complete, by_edge)
+    return RoleSpectrum(
+        role, len(matrices), tuple(map(statistics.median, columns)), above, (min(sizes), max(sizes)), complete, by_edge
+    )
 
 
 def _columns(spectra: Sequence[Sequence[float]], units: Sequence[float]) -> Iterator[list[float]]:
