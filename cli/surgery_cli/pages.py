@@ -115,3 +115,5 @@ def _inputs(values: Iterable[object]) -> Iterator[Path]:
                 yield Path(value)
         elif isinstance(value, tuple):
             yield from _inputs(value)
+        elif isinstance(value, dict):
+            yield from _inputs(value.values())

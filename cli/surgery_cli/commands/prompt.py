@@ -11,6 +11,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output, show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
@@ -31,6 +32,7 @@ def command() -> None:
 
 
 @subcommand("show")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @option.reference("--base", metavar="BASE", help="The model: check that it fits, and compare norms with its tokens'.")
 def show(settings: Settings, prompt: str, base: str | None) -> None:
@@ -47,6 +49,7 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 
 
 @subcommand("nearest")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @click.argument("base", shell_complete=complete_files)
 @option.choice("--by", values=("distance", "effect"), help="What lies near each token, or what each does on texts.")
@@ -96,6 +99,7 @@ def nearest(
 
 
 @subcommand("bake")
+@pages()
 @click.argument("prompt", metavar="[PROMPT]", shell_complete=complete_files)
 @click.argument("base", required=False, metavar="BASE", shell_complete=complete_files)
 @option.output("Folder to make; it must not exist yet.")
@@ -137,6 +141,7 @@ def bake(settings: Settings, prompt: str | None, base: str | None, output: Path 
 
 
 @subcommand("combine")
+@pages()
 @click.argument(
     "prompts",
     nargs=-1,
@@ -177,6 +182,7 @@ def _kind(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 @subcommand("convert")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @option.output("Folder to make, or file of a textual inversion.")
 @click.option(
@@ -207,6 +213,7 @@ def convert(settings: Settings, prompt: str, output: Path | None, **options: Any
 
 
 @subcommand("transfer")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @click.argument("base", shell_complete=complete_files)
 @click.option(
