@@ -24,7 +24,6 @@ from surgery.engine.processes import Stop
 from surgery.progress import Callback
 from surgery_formats.errors import ProofError
 from surgery_formats.files.output.folder import OutputFolder
-from surgery_formats.files.remote.upload import Upload
 from surgery_formats.threads import one_thread
 
 __all__ = ["stream_weights"]
@@ -32,6 +31,7 @@ __all__ = ["stream_weights"]
 _AHEAD = 64 << 20  # bytes that are made and not sent yet; what one weight has in several places comes on top
 _FETCHED = 8 << 20  # bytes of a copy that are fetched at a time
 _FETCHING = 6  # threads
+_FINISHING = 2  # threads
 _WEIGHTS = 3  # at a time: what is ahead of the upload is less than one large weight
 
 
@@ -160,39 +160,39 @@ def stream_weights(
     window = _Window(stop)
     rows, works = _arranged(plan, window, compute, device, stop)
     measured: dict[str, Measurement] = {}
-    uploads: list[Upload] = []
     with (
         one_thread(),
         ThreadPoolExecutor(min(workers, _WEIGHTS), "surgery-compute") as computing,
         ThreadPoolExecutor(_FETCHING, "surgery-copy") as fetching,
+        ThreadPoolExecutor(_FINISHING, "surgery-finish") as finishing,
     ):
         try:
             begun: dict[int, tuple[_Supply, Future[None]]] = {}
+            finished: list[Future[None]] = []
             for work in works:
                 done = (fetching if work.copies else computing).submit(work.run, work)
                 done.add_done_callback(window.ended)
                 begun |= {segment.number: (work, done) for segment in work.segments.values()}
             for file, row in zip(plan.files, rows, strict=True):
-                upload = folder.upload(file.name, file.nbytes, verify=verify)
+                upload = folder.upload(file.name, file.nbytes, verify=verify, keep=file is not plan.files[-1])
                 for segment in row:
                     work, done = begun.pop(segment.number)
                     while (data := window.take(segment, done)) is not None:
                         upload.write(data)
                         meter.add(len(data))
+                    measured |= {tensor.label: work.measured[tensor.part] for tensor in work.outputs}
                 upload.end()
-                uploads.append(upload)
-            for work in works:
-                for tensor in work.outputs:
-                    measured[tensor.label] = work.measured[tensor.part]
+                labels = sorted(tensor.label for tensor in file.tensors if isinstance(tensor.step, Compute))
+                record = {"tensors": {label: measured[label].as_record() for label in labels}}
+                finished.append(finishing.submit(folder.noted, file.name, upload, record))
+            for done in finished:
+                done.result()
         except BaseException:
             stop.set()
             window.wake()
-            computing.shutdown(wait=False, cancel_futures=True)
-            fetching.shutdown(wait=False, cancel_futures=True)
+            for pool in (computing, fetching, finishing):
+                pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for file, upload in zip(plan.files, uploads, strict=True):
-        labels = sorted(tensor.label for tensor in file.tensors if isinstance(tensor.step, Compute))
-        folder.noted(file.name, upload, {"tensors": {label: measured[label].as_record() for label in labels}})
     return measured
 
 

@@ -85,13 +85,20 @@ def _credentials(scheme: str) -> dict[str, Any]:
 
 
 class Bucket:
-    """A bucket; every method may be called from any thread."""
+    """A bucket; every method may be called from any thread.
+
+    Attributes:
+        scheme: Of which store it is.
+        name: Its name.
+        lost: How many requests have failed because the store could not be reached, or was not able to answer.
+    """
 
     def __init__(self, scheme: str, name: str, library: ModuleType, store: Any) -> None:
         self.scheme = scheme
         self.name = name
         self.obstore = library
         self.store = store
+        self.lost = 0
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[float, Listing]] = {}
 
@@ -219,6 +226,17 @@ class Bucket:
             if self.read(key).data != data:
                 raise
 
+    def copy(self, key: str, to: str) -> None:
+        """Have the store copy an object; what is at `to` gives way.
+
+        Raises:
+            NotFoundError: there is none.
+            ResourceError: the store does not copy it.
+        """
+        self.forget()
+        with self.faults(key, writing=True):
+            self._repeated(partial(self.obstore.copy, self.store, key, to))
+
     def delete(self, keys: list[str]) -> None:
         """Delete objects, there or not.
 
@@ -283,12 +301,14 @@ class Bucket:
         if "without LOCATION" in text or "AuthorizationHeaderMalformed" in text:
             return kind("the bucket is in another region", file=file, hint="name it with AWS_REGION")
         if status:
+            self.lost += status >= "500"
             said = text[text.index("status code: ") + len("status code: ") :]
             return kind(f"the store answers {_said(said.rstrip(': '))}", file=file, hint="run again, or ask its keeper")
         if "scheme is not allowed" in text:
             return kind(
                 "plain http:// is refused", file=file, hint=f"name the endpoint with {_ENDPOINTS[self.scheme][0]}"
             )
+        self.lost += 1
         hint = "check the endpoint and the network, and run again"
         return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
 
