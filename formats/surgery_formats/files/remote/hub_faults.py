@@ -105,7 +105,7 @@ def push_fault(error: BaseException, shown: str) -> SurgeryError:
     if status == 412:
         return ProofError("the branch moved while it was pushed to", file=shown, hint="look at it, and push again")
     if status == 413:
-        return ResourceError("the files are too large for the hub", file=shown, hint="a smaller --shard-size may help")
+        return ResourceError("the files are too large for the hub", file=shown, hint="a smaller `shard_size=` may help")
     if status == 429:
         return ResourceError("the hub has had too many requests", file=shown, hint="wait")
     if status is not None:
