@@ -200,7 +200,7 @@ def _check_there(target: PushTarget, head: _Head, written: Collection[str] | Non
         raise UsageError(
             "the repository is public",
             file=target.shown,
-            hint="make it private on its page, name a new one, or leave out `private=True`",
+            hint="make it private on its page, or name a new one",
         )
     there = head.names - {_THEIRS} if written is None else head.names & set(written)
     if there and head.exists and not target.overwrite:
