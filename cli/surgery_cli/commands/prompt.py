@@ -53,10 +53,7 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 @click.argument("prompt", shell_complete=complete_files)
 @click.argument("base", shell_complete=complete_files)
 @option.choice("--by", values=("distance", "effect"), help="What lies near each token, or what each does on texts.")
-@click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure effects on.")
-@option.path("--text-file", metavar="FILE", help="File of such a text.")
-@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option("--length", type=option.count(2), default=128, show_default=True, help="Most tokens of a text.")
+@option.texts("effects")
 @click.option(
     "--max-tokens",
     type=option.count(2),
@@ -221,10 +218,7 @@ def convert(settings: Settings, prompt: str, output: Path | None, **options: Any
 )
 @option.output("Folder to make; it must not exist yet.")
 @option.choice("--method", values=("auto", "ridge", "orthogonal"), help="Of the map; auto: what holds better.")
-@click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure its gain on.")
-@option.path("--text-file", metavar="FILE", help="File of such a text.")
-@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option("--length", type=option.count(2), default=128, show_default=True, help="Most tokens of a text.")
+@option.texts("its gain")
 @click.option("--accept-loss", is_flag=True, help="Write what a worthless map makes, too.")
 @option.dry_run("Show the score; write nothing.")
 @option.overwrite()
