@@ -30,6 +30,7 @@ PAGES = (
     "combine",
     "layers",
     "bench",
+    "strip",
     "apply",
     "prompt show",
     "prompt nearest",

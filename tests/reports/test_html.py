@@ -127,6 +127,15 @@ def test_points_lie_where_the_numbers_say():
     assert points[0][1] - points[1][1] == pytest.approx(2 * (points[0][1] - points[2][1]), abs=0.2)
 
 
+def test_a_column_that_does_not_depend_on_the_group_is_one_line():
+    """Full copies of N tasks are the same whatever adapter stands beside them, and so they are where one has more points."""
+    columns = Column("tasks", "integer"), Column("with"), Column("copies", "bytes"), Column("adapters", "bytes")
+    rows = tuple((n, name, n * 100, 100 + n * size) for n in (1, 10) for name, size in (("a", 3), ("b", 5)))
+    table = Table(columns, (*rows, (2, "both", 200, 108)))
+    picture = check_page(Summary("", (Chart("t", table, Lines(0, (2, 3), by=1)),)).as_html())
+    assert [entry.text for entry in picture.all("li")] == ["copies", "adapters, a", "adapters, b", "adapters, both"]
+
+
 def test_colours_of_a_heat_map_go_by_the_numbers():
     rows = tuple((f"{n}", 10.0**n, None if n == 1 else 1.0) for n in range(9))
     table = Table((Column("layer", "name"), Column("q", "number"), Column("k", "number")), rows)
