@@ -22,7 +22,8 @@ from pathlib import Path
 from measure import run, versions
 from shapes import Shape, write_adapter, write_base
 
-SHAPE = Shape(1024, 1, 16, 4, 4096, 32000)
+SHAPE = Shape(2048, 1, 32, 4, 5632, 16000)
+"""TinyLlama's layers, 88 MB each, and half its vocabulary: 2 layers are 0.24 GB, 45 are 4."""
 FLAT = 1.10
 """How much more the largest model may take than the smallest."""
 FIXED = 64 << 20
@@ -41,7 +42,8 @@ COMMANDS: dict[str, list[str]] = {
     "merge --verify full": ["merge", "base", "lora", "-o", "out", "--verify", "full"],
     "merge --dtype fp16": ["merge", "base", "lora", "-o", "out", "--dtype", "fp16"],
     "layers": ["layers", "base", "--drop", "1", "-o", "out"],
-    "export-onnx": ["export-onnx", "base", "-o", "out"],
+    "export-onnx": ["export-onnx", "base", "-o", "plain"],
+    "insert into a graph": ["insert", "plain/model.onnx", "lora", "--base", "base", "-o", "out"],
     "export-onnx --swap": ["export-onnx", "base", "--swap", "lora", "-o", "slots"],
     "fold": ["fold", "slots/model.onnx", "slots/adapters/lora.onnx_adapter", "-o", "out"],
     "export-onnx BASE ADAPTER": ["export-onnx", "base", "lora", "-o", "graph"],
@@ -49,9 +51,11 @@ COMMANDS: dict[str, list[str]] = {
     "verify GRAPH": ["verify", "graph", "--against", "base", "--adapter", "lora"],
     "export-onnx --weights-type int4": ["export-onnx", "base", "-o", "out", "--weights-type", "int4"],
     "export-onnx --weights-type int8": ["export-onnx", "base", "-o", "out", "--weights-type", "int8"],
-    "merge into NF4, dequantised": ["merge", "nf4", "lora", "-o", "out"],
+    "merge into NF4 as numbers": ["merge", "nf4", "lora", "-o", "out"],
     "merge into NF4": ["merge", "nf4", "lora", "-o", "out", "--quantized", "requantize"],
     "merge into fp8": ["merge", "fp8", "lora", "-o", "out", "--quantized", "requantize"],
+    "insert --new prompt": ["insert", "base", "--new", "prompt", "--rank", "20", "-o", "prompt"],
+    "prompt bake": ["prompt", "bake", "prompt", "base", "-o", "out"],
     "insert --unmerged": ["insert", "base", "lora", "--unmerged", "-o", "out"],
     "check": ["check", "base", "lora"],
     "apply": ["apply", "recipe.yaml", "-o", "out"],
@@ -60,8 +64,8 @@ COMMANDS: dict[str, list[str]] = {
     "combine": ["combine", "lora=0.5", "lora=0.25", "-o", "out"],
     "resize": ["resize", "lora", "--rank", "8", "-o", "out"],
 }
-"""In order; ``merged``, ``slots`` and ``graph`` are kept for those that follow."""
-PLACES = {"base", "lora", "merged", "out", "slots", "graph", "nf4", "fp8", "recipe.yaml"}
+"""In order; ``merged``, ``plain``, ``slots``, ``graph`` and ``prompt`` are kept for those that follow."""
+PLACES = {"base", "lora", "merged", "out", "plain", "slots", "graph", "prompt", "nf4", "fp8", "recipe.yaml"}
 RECIPE = """\
 steps:
   - {verb: combine, adapters: {LORA: 0.5}, as: half}
@@ -71,7 +75,7 @@ steps:
 
 LIMITED = {
     "merge": (25, 50, 100),
-    "merge into NF4, dequantised": (25, 50, 100),
+    "merge into NF4 as numbers": (25, 50, 100),
     "merge into NF4": (100, 200, 400),
     "merge into fp8": (100, 200, 400),
 }
