@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from surgery_cli.push import push_asked, push_options
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.text import show
 from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
@@ -22,6 +23,7 @@ from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 if TYPE_CHECKING:
     from surgery.rank import Rank
     from surgery_cli.pages import Pages
+    from surgery_cli.push import Push
 
 __all__ = [
     "PATH",
@@ -89,13 +91,17 @@ PATH = _PathType(path_type=Path)
 
 @dataclass
 class Settings:
-    """The values of `global_options`, and the files to write; the same object before and after the sub-command."""
+    """The values of `global_options`, the files to write, and where the output is pushed.
+
+    It is the same object before and after the sub-command.
+    """
 
     json: bool = False
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
     pages: Pages | None = None
+    push: Push | None = None
 
 
 def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -154,7 +160,7 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 
 def _logged(function: Callable[..., None]) -> Callable[..., None]:
-    """`function`, whose first argument says whether what the library logs is shown."""
+    """`function`, whose first argument says whether what the library logs is shown, and where its output is pushed."""
 
     @wraps(function)
     def call(settings: Settings, *args: Any, **kwargs: Any) -> None:
@@ -162,6 +168,8 @@ def _logged(function: Callable[..., None]) -> Callable[..., None]:
             from surgery_cli.logs import show_logs
 
             show_logs(debug=settings.debug)
+        words = click.get_current_context().command_path.partition(" ")[2]
+        settings.push = push_asked(words, kwargs, quiet=settings.quiet or settings.json)
         function(settings, *args, **kwargs)
 
     return call
@@ -209,9 +217,9 @@ def path(*names: str, metavar: str, help: str, **more: Any) -> Callable[[F], F]:
 
 
 def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
-    """``-o/--output``: required, but for a dry run where the command has `rehearsed` ones."""
+    """``-o/--output``, required but for a dry run where the command has `rehearsed` ones, and ``--push``."""
     needed = f"{help}  [required, but for --dry-run]" if rehearsed else help
-    return click.option(
+    option = click.option(
         "-o",
         "--output",
         metavar="OUT",
@@ -220,6 +228,11 @@ def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
         type=PATH,
         help=needed,
     )
+
+    def add(function: F) -> F:
+        return option(push_options(function))
+
+    return add
 
 
 def dry_run(help: str) -> Callable[[F], F]:
