@@ -5,39 +5,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import surgery
-from tests.support.kit import ROOT, environment
+from tests.support.killed import contents, killed
+from tests.support.kit import ROOT
 
 BASE, LORA = str(ROOT / "examples" / "base"), str(ROOT / "examples" / "lora")
-KILLED = """
-import json, os, sys
-import surgery
-from surgery_formats.files.output.folder import OutputFolder
-OutputFolder.commit = lambda *args, **options: os._exit(9)
-verb, given, options = sys.argv[1:]
-getattr(surgery, verb)(*json.loads(given), **json.loads(options))
-"""
 CODES = {"weights_type": "int4"}
-
-
-def killed(verb: str, *given: Any, output: Path, **options: Any) -> Path:
-    """The folder that a command leaves when it is killed at the last moment."""
-    words = [verb, json.dumps(given), json.dumps(options | {"output": str(output)})]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], env=environment(), capture_output=True, check=False)
-    assert done.returncode == 9, done.stderr.decode()
-    (stage,) = output.parent.glob(f".{output.name}.surgery-*")
-    return stage
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -55,11 +33,8 @@ def test_codes_of_other_options_are_not_taken_over(
 
 
 def test_codes_of_the_same_options_are(tmp_path: Path) -> None:
-    inode = (
-        (killed("export_onnx", BASE, merge=[LORA], output=tmp_path / "out", **CODES) / "quantised.safetensors")
-        .stat()
-        .st_ino
-    )
+    stage = killed("export_onnx", BASE, merge=[LORA], output=tmp_path / "out", **CODES)
+    inode = (stage / "quantised.safetensors").stat().st_ino
     surgery.export_onnx(BASE, merge=[LORA], output=tmp_path / "out", **CODES)
     assert (tmp_path / "out" / "quantised.safetensors").stat().st_ino == inode
 
