@@ -56,7 +56,7 @@ def test_the_sentence_counts_the_directions_that_there_are_and_says_where_more_m
     charts = {section.title: section for section in result.summary().sections if isinstance(section, Chart)}
     says = phrase_text(charts["Spectra of the change, times the edge of noise"].says)
     assert "mlp at least 64 of 128" in says
-    assert "attention at least 64 of 64 to 128" in says
+    assert "attention at least 64 (median) of 64 to 128" in says
 
 
 def test_the_table_says_in_words_what_the_page_marks(result):
