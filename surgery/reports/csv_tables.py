@@ -42,6 +42,8 @@ def _tables(sections: Iterable[Section]) -> Iterator[Table]:
 
 
 def _cell(cell: Cell, column: Column) -> str:
+    if column.type == "figure" and isinstance(cell, tuple) and isinstance(cell[0], Value):
+        cell = cell[0]  # a number with its share behind it
     type = cell.type if isinstance(cell, Value) else column.type
     value = cell.value if isinstance(cell, Value) else cell
     if isinstance(value, int | float) and not isinstance(value, bool) and type in NUMERIC:

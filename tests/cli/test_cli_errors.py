@@ -86,7 +86,9 @@ def test_hints_of_the_library_name_arguments_that_the_command_has_options_for():
     functions = (getattr(library, name.replace("-", "_").replace(" ", "_"), None) for name in commands)
     assert named <= {name for function in functions if function for name in inspect.signature(function).parameters}
     options = {option for command in commands.values() for parameter in command.params for option in parameter.opts}
-    assert {"--" + name.replace("_", "-") for name in named - {"as_lora", "form", "graph_of", "inputs"}} <= options
+    assert {
+        "--" + name.replace("_", "-") for name in named - {"as_lora", "consumer", "form", "graph_of", "inputs"}
+    } <= options
     assert "--as" in options
 
 

@@ -180,7 +180,7 @@ def _check_interrupted(storage: Storage, models: tuple[str, str], faults: Faults
                     process.send_signal(sent)
 
             faults.also = interrupt
-            _, told = process.communicate(timeout=60)
+            _, told = process.communicate(timeout=300)
         left = storage.objects("out/")
         assert (process.returncode, told) in ((128 + sent, "error: interrupted\n"), (0, "")), number
         assert left in ({}, whole), number

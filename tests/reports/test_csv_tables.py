@@ -38,6 +38,11 @@ def test_a_number_below_zero_stays_one(cell, text):
     assert rows_of(Table((Column("n", "number"),), ((cell,),)))[1:] == [[text]] if text else [[]]
 
 
+def test_a_number_that_the_screen_shows_with_its_share_is_whole():
+    cell = Value(294_912, "count"), " (", Value(0.197, "share", 1), ")"
+    assert rows_of(Table((Column("attention", "figure"),), ((cell,),))) == [["attention"], ["294912"]]
+
+
 def test_several_tables_lie_below_each_other():
     table = Table((Column("n", "integer"),), ((1,),))
     assert rows_of(table, Chart("c", table, Bars(0, (0,)))) == [["n"], ["1"], [], ["n"], ["1"]]

@@ -234,10 +234,10 @@ def _content_id(job: ExportJob, mode: Mode) -> str:
 
 
 def _stage_id(job: ExportJob, mode: Mode) -> str:
-    """Identify the job by its input files as they are now, so that a resumed run never mixes inputs."""
+    """Identify the job by its input files as they are now, and by how weights are computed, so that a resumed run never mixes."""
     identities = [[file.path.name, *file.identity] for file in job.weights]
     identities += [[file.path.name, *file.identity] for file in (job.plan.inputs if job.plan else ())]
-    return _digest([mode, identities, job.id])
+    return _digest([mode, identities, job.plan.id if job.plan else "", job.id])
 
 
 def _digest(values: list[Any]) -> str:
