@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.extraction.extract_charts import knee_of
+from surgery.extraction.spectra import role_spectra
 from surgery.reports.sections import Chart
 from surgery.reports.values import phrase_text
 from tests.support.page_reader import check_page
@@ -40,6 +43,14 @@ def test_the_spectra_of_a_merged_lora_fall_below_the_edge_behind_its_rank(result
         assert spectrum.values[RANK - 1] > 10
         assert spectrum.values[RANK] < 1
         assert list(spectrum.values) == sorted(spectrum.values, reverse=True)
+
+
+def test_spectra_come_in_one_order_whichever_thread_was_done_first():
+    matrix = SimpleNamespace(values=(3.0, 2.0), edge=1.0, signal=2)
+    entry: Any = SimpleNamespace(matrices=(matrix,), target=SimpleNamespace(largest_rank=2))
+    done = [("lm_head", entry), ("layers.1.mlp", entry), ("layers.0.attention", entry)]
+    for order in (done, done[::-1]):
+        assert [spectrum.role for spectrum in role_spectra(dict(order), str)] == sorted(path for path, _ in done)
 
 
 def test_the_choice_of_auto_is_what_auto_then_does(result, merged):
