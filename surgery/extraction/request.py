@@ -38,6 +38,7 @@ from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
 from surgery_formats.models.identity import fingerprint
+from surgery_formats.text import without_local_paths
 
 __all__ = ["ExtractRequest", "ExtractWork"]
 
@@ -130,6 +131,7 @@ class ExtractWork:
             self.on_gpus,
             [repr(self.plan.goal.rank), self.plan.goal.table, sorted(layout.whole)],
             [[fingerprint(file) for file in files] for files in map(_files, self._components)],
+            [without_local_paths(component.config) for component in self._components],  # what codes stand for
             [[p.pair.name, p.path, p.form, p.pair.base.kind, p.pair.tuned.kind] for p in layout.parameters],
             [[target.path, target.shape, repr(spec_of(target))] for target in layout.targets],
             [unit.names for unit in self.plan.units],

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from surgery.engine.adapter_output import check_adapter_output
 from surgery.engine.calibration_file import open_calibration
 from surgery.engine.devices import Devices, devices_of, extraction_devices, on_gpus
 from surgery.engine.execute import Run, default_workers
@@ -193,6 +194,8 @@ def extract_lora(
                 names = [*shared, *(tree_name(name, pair.old) for name in shared)]
                 check_modules(inputs, layout.parameters, layout.targets, names)
             if folder is not None:
+                roots = pair.base.path, pair.tuned.path
+                check_adapter_output(chosen.adapter_format, folder, roots, overwrite=overwrite)
                 load_writer()
             if cluster is not None and request is not None and folder is not None:
                 run = Run(workers, device=named, overwrite=overwrite, progress=progress)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
+from surgery_formats.files.remote.hub_cache import cached_repository
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["base_name", "hub_name"]
@@ -28,16 +28,9 @@ def hub_name(base: Checkpoint, told: Iterable[str] = ()) -> str:
     """
     if (there := _READ_THERE.fullmatch(str(base.path))) is not None:
         return there["name"] if _HUB_NAME.fullmatch(there["name"]) else ""
-    if (cached := _cached_name(base.path)) is not None:
-        return cached
+    cached = cached_repository(base.path)
+    if cached is not None and _HUB_NAME.fullmatch(cached[0]):
+        return cached[0]
     known = [str(component.config.get("_name_or_path", "")) for component in base.components.values()]
     own = base.path.resolve().name
     return next((name for name in (*known, *told) if _HUB_NAME.fullmatch(name) and name.rpartition("/")[2] == own), "")
-
-
-def _cached_name(path: Path) -> str | None:
-    for folder in (path, *path.parents):
-        organisation, _, name = folder.name.removeprefix("models--").partition("--")
-        if folder.name.startswith("models--") and _HUB_NAME.fullmatch(f"{organisation}/{name}"):
-            return f"{organisation}/{name}"
-    return None

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,25 +136,19 @@ def write_export(
         NothingChangedError: see `ExportJob.judge`.
         ResourceError, ProofError, FitError: see `surgery_formats.files.output.folder`.
     """
-    if job.plan is None:
-        return _write(job, output, mode, home, run, None)
-    with (engine or ThisProcess()).computing(job.plan, output) as compute:
-        return _write(job, output, mode, home, run, compute)
-
-
-def _write(
-    job: ExportJob, output: Path, mode: Mode, home: Path, run: Run, compute: ComputeWeight | None
-) -> ExportOutcome:
+    computing = _computing(job, output, engine or ThisProcess())
     if _same_folder(output, home):
-        return _add(job, output, mode, run, compute)
-    with output_folder(
+        return _add(job, output, mode, run, computing)
+    staged = output_folder(
         output,
         _stage_id(job, mode),
         overwrite=run.overwrite,
         inputs=[home, *job.inputs],
         verify=still_good,
         hashes=run.hashes,
-    ) as folder:
+    )
+    # the place is taken first: nobody wants to hear at the end that it is in use
+    with staged as folder, computing as compute:
         written = _bring_weights(folder, job, mode, run.verify_copies)
         for side in job.side_files:
             write_side_file(side, folder)
@@ -168,6 +163,11 @@ def _write(
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
     return _outcome(files, ledger if mode != "embed" else None, written, ledger)
+
+
+def _computing(job: ExportJob, output: Path, engine: Engine) -> AbstractContextManager[ComputeWeight | None]:
+    """What computes the weights of the job; None if it has none."""
+    return contextlib.nullcontext() if job.plan is None else engine.computing(job.plan, output)
 
 
 def _outcome(files: SmallFiles, ledger: Ledger | None, written: int, account: Ledger | None) -> ExportOutcome:
@@ -251,7 +251,9 @@ def _same_folder(first: Path, second: Path) -> bool:
         return False
 
 
-def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWeight | None) -> ExportOutcome:
+def _add(
+    job: ExportJob, folder: Path, mode: Mode, run: Run, computing: AbstractContextManager[ComputeWeight | None]
+) -> ExportOutcome:
     """Add files to an existing folder: each complete or not at all, none replaced, all removed if a later one fails.
 
     They are staged in a folder within, so that they lie on the same file system and the graph can already read computed
@@ -266,7 +268,8 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWei
     added: list[Path] = []
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with output_folder(folder / _STAGED, _stage_id(job, mode), verify=still_good) as stage:
+        staged = output_folder(folder / _STAGED, _stage_id(job, mode), verify=still_good)
+        with staged as stage, computing as compute:
             ledger = _compute(job, stage, run, compute)
             location = (
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)

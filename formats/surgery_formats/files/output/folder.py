@@ -22,9 +22,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from surgery_formats.errors import FitError, ProofError, UsageError
+from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.hashing import hash_threads, new_hash
 from surgery_formats.files.output.kernel_copy import sync_folder, write_all
 from surgery_formats.files.output.manifest import (
@@ -38,8 +38,8 @@ from surgery_formats.files.output.manifest import (
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.resume import Finished, has_size, parse_line, same_digest
 from surgery_formats.files.output.stage import Stage
+from surgery_formats.files.output.staging import Staging, stage_of
 from surgery_formats.files.raw import File
-from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
 from surgery_formats.whole import whole
 
@@ -56,7 +56,6 @@ QUICK = ("xxh3",)
 """Hashes that tell a damaged file, at the price of reading it from memory."""
 SIGNED = ("xxh3", "sha256")
 """Those from which a folder has a digest that others can sign; sha256 takes about a second for a GB (docs/verifying.md)."""
-_OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".onnx", ".onnx_adapter")
 _JOURNAL = ".surgery-journal"
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP})
 
@@ -86,54 +85,8 @@ def output_folder(
     Raises:
         UsageError: the name is that of a file.
     """
-    if (path := to_path(out)).suffix in _OF_FILES and not path.is_dir():
-        raise UsageError(
-            "a folder is written, and the name is that of a file",
-            file=path,
-            hint=f"write to {show(path.with_suffix(''), 200)}",
-        )
-    stage: Staging
-    if isinstance(path, RemotePath):
-        from surgery_formats.files.remote.stage import RemoteStage
-
-        stage = RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs)
-    else:
-        stage = Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
+    stage = stage_of(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
     return OutputFolder(stage, plan_id, verify, hashes)
-
-
-class Staging(Protocol):
-    """Where the files of a job lie until they are complete: beside the output, or in memory and in uploads for a bucket."""
-
-    @property
-    def path(self) -> Path:
-        """The folder of finished files."""
-        ...
-
-    @property
-    def shown(self) -> Path:
-        """The output as the user wrote it."""
-        ...
-
-    def acquire(self) -> None:
-        """Begin, as the only writer."""
-        ...
-
-    def release(self) -> None:
-        """Remove what has not become the output; may be called twice."""
-        ...
-
-    def reserve(self, nbytes: int) -> None:
-        """Raise a `FitError` if no file of this size can be staged."""
-        ...
-
-    def sync(self) -> None:
-        """Make the entries of `path` durable."""
-        ...
-
-    def publish(self) -> Path:
-        """Let the output appear."""
-        ...
 
 
 class OutputFolder:

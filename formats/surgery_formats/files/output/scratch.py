@@ -45,9 +45,9 @@ def scratch_folder(beside: Path | None) -> Iterator[Path]:
     try:
         yield path
     except SurgeryError as error:  # nobody knows this folder, which is gone when the message is read
-        inside = (error.file or "").removeprefix(f"{path}{os.sep}")
+        inside = f"{error.file or ''}{os.sep}".removeprefix(f"{path}{os.sep}").removesuffix(os.sep)
         if inside != (error.file or ""):
-            error.file = os.fspath(parent) if isinstance(error, ResourceError) else inside
+            error.file = os.fspath(parent) if isinstance(error, ResourceError) or not inside else inside
         raise
     finally:
         shutil.rmtree(path, ignore_errors=True)

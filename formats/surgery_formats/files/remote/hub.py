@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from surgery_formats.errors import InputError, NotFoundError, ProofError, SurgeryError
 from surgery_formats.extras import require
 from surgery_formats.files.remote.hub_faults import fault_of, is_dropped, is_expired
-from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
+from surgery_formats.files.remote.store import HEAD, Listing, ObjectFacts, Reply
 
 __all__ = ["HubRepository", "library", "open_repository", "repository_of"]
 
@@ -229,7 +229,7 @@ class HubRepository:
                 data = _repeated(ask, look_again)
         if start == 0:
             with self._lock:
-                self._heads[key] = data
+                self._heads[key] = data[:HEAD]
                 while len(self._heads) > _HEADS:
                     self._heads.popitem(last=False)
         return data

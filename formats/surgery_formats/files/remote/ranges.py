@@ -16,11 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from surgery_formats.errors import NotFoundError, ProofError
 from surgery_formats.files.remote.path import RemotePath
-from surgery_formats.files.remote.store import ObjectFacts, ObjectStore
+from surgery_formats.files.remote.store import HEAD, ObjectFacts, ObjectStore
 
 __all__ = ["BLOCK", "RemoteObject", "open_remote"]
 
-HEAD = 256 << 10  # bytes fetched with the first request: most headers
 BLOCK = 8 << 20
 _RUN = 512 << 10  # a read of so many bytes belongs to a run, and so does one that goes on where another ended
 _KEPT = 16  # blocks of all objects together

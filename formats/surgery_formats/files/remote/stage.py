@@ -80,6 +80,15 @@ class RemoteStage:
         """The bucket that is written to."""
         return self.shown.bucket
 
+    def check(self) -> None:
+        """Refuse an output that could not be written, as of now.
+
+        Raises:
+            FitError, OutputExistsError: as `acquire`.
+        """
+        self._refuse_unsafe()
+        self._there()
+
     @interruptible
     def acquire(self) -> None:
         """Make the folder in memory, and give up uploads that a killed run began.
