@@ -19,6 +19,7 @@ __all__ = [
     "markdown",
     "markdown_code",
     "nbytes",
+    "several",
     "show",
     "summed_up",
     "verbatim",
@@ -133,6 +134,11 @@ def count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / (1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{number:g}"
+
+
+def several(number: int, what: str) -> str:
+    """A number of things, exactly: ``1 token``, ``1,024 tokens``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def nbytes(number: float) -> str:

@@ -14,6 +14,7 @@ from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.text import several
 
 __all__ = ["EvalResult", "ScoredModel"]
 
@@ -38,12 +39,17 @@ class ScoredModel:
     bits_per_token: float
     bits_per_byte: float | None
 
+    @staticmethod
+    def bits_of(nats: float) -> float:
+        """Nats in bits."""
+        return nats / math.log(2)
+
     @classmethod
     def of(
         cls, path: Path, adapters: tuple[str, ...], computed_by: str, nats: float, tokens: int, nbytes: int | None
     ) -> ScoredModel:
         """From the sum of negative log-likelihoods, in nats."""
-        bits = nats / math.log(2)
+        bits = cls.bits_of(nats)
         return cls(path, adapters, computed_by, nats, bits / tokens, None if nbytes is None else bits / nbytes)
 
 
@@ -91,6 +97,12 @@ class EvalResult:
         """The model's."""
         return self.model.bits_per_byte
 
+    @property
+    def _windows(self) -> str:
+        if self.windows == 1:
+            return "in one window"
+        return f"in {self.windows:,} windows of at most {self.context}, {self.stride} apart"
+
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         found: dict[str, Any] = plain(self)
@@ -104,7 +116,7 @@ class EvalResult:
             ("text", (Name(self.text, PATH), *nbytes)),
             (
                 "measured on",
-                f"{self.tokens:,} tokens, in {self.windows:,} windows of at most {self.context}, {self.stride} apart",
+                f"{several(self.tokens, 'token')}, {self._windows}",
             ),
         ]
         columns = (

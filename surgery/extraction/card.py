@@ -13,10 +13,12 @@ from surgery._version import __version__
 from surgery.engine.merge.card_metadata import card_metadata
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.figures import layers_of
+from surgery.extraction.recovery import Recovery
+from surgery.extraction.recovery_table import recovery_rows
 from surgery.extraction.result import ExtractResult
 from surgery.reports.markdown_parts import table_lines
 from surgery_formats.models.base_name import base_name, hub_name
-from surgery_formats.text import count, markdown, markdown_code, nbytes, show
+from surgery_formats.text import count, markdown, markdown_code, nbytes, several, show
 
 __all__ = ["extraction_card"]
 
@@ -30,6 +32,8 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult) -> bytes:
         base, hub_name(base), relation="adapter", library="peft", task=plan.adapter.task, tags=(kind.lower(),)
     )
     lines = ["---", *metadata, "---", "", f"# {names[1]} as a {kind} of {names[0]}", "", *_figures(result), ""]
+    if result.recovery is not None:
+        lines += [*_recovery(result.recovery), ""]
     factored = [row for row in result.rows if row.form]
     rows = [
         (
@@ -44,6 +48,24 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult) -> bytes:
     lines += ["", *(f"- Warning: {markdown(show(warning, 500))}" for warning in result.warnings)]
     lines += [f"Extracted by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
     return "\n".join(lines).encode()
+
+
+def _recovery(recovery: Recovery) -> Iterator[str]:
+    yield from table_lines(
+        ("model", "bits per byte", "of the gain", "KL from the fine-tune", "same top token"),
+        [
+            (name, f"{bits:.4f}", "" if share is None else f"{share:.1%}", f"{divergence:.3g}", f"{same:.1%}")
+            for name, bits, share, divergence, same in recovery_rows(
+                recovery, ("base", "base with this adapter", "fine-tune")
+            )
+        ],
+        right=(1, 2, 3, 4),
+    )
+    yield ""
+    yield (
+        f"Measured on {several(recovery.tokens, 'token')} ({several(recovery.text_bytes, 'byte')}, sha256 {recovery.text_digest[:16]}), "
+        "the adapter attached in fp32."
+    )
 
 
 def _figures(result: ExtractResult) -> Iterator[str]:

@@ -21,6 +21,7 @@ from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.canonical.provenance import ScaleSource
 from surgery_formats.models.module_tree import Totals
+from surgery_formats.text import several
 
 __all__ = ["AdapterReport", "PromptFacts"]
 
@@ -211,9 +212,9 @@ def _prompt(prompt: PromptFacts) -> str:
     """``16 virtual tokens of 128 numbers``, or of keys and values."""
     twice = f" for each of {prompt.submodules} submodules" if prompt.submodules > 1 else ""
     if prompt.prefix is None:
-        return f"{prompt.virtual_tokens} virtual tokens of {prompt.dim} numbers{twice}"
+        return f"{several(prompt.virtual_tokens, 'virtual token')} of {prompt.dim} numbers{twice}"
     layers, heads = f"{prompt.prefix.layers} layers", f"{prompt.prefix.kv_heads} heads of {prompt.prefix.head_dim}"
-    return f"{prompt.virtual_tokens} virtual tokens, as keys and values of {layers}, {heads}{twice}"
+    return f"{several(prompt.virtual_tokens, 'virtual token')}, as keys and values of {layers}, {heads}{twice}"
 
 
 def _groups(targets: tuple[TargetGroup, ...]) -> Table:
