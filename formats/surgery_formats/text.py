@@ -19,7 +19,7 @@ __all__ = [
     "markdown",
     "markdown_code",
     "nbytes",
-    "several",
+    "numbered",
     "show",
     "summed_up",
     "verbatim",
@@ -128,17 +128,17 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return f"did you mean '{show(matches[0])}'?" if matches else None
 
 
+def numbered(number: int, noun: str) -> str:
+    """A number of things: ``1 token``, ``2 tokens``, ``12,000 tokens``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def count(number: float) -> str:
     """Shorten a number of parameters: ``1.24 B``. Numbers below ten thousand stay exact."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(number) >= size:
             return f"{number / (1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{number:g}"
-
-
-def several(number: int, what: str) -> str:
-    """A number of things, exactly: ``1 token``, ``1,024 tokens``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def nbytes(number: float) -> str:

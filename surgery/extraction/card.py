@@ -18,7 +18,7 @@ from surgery.extraction.recovery_table import recovery_rows
 from surgery.extraction.result import ExtractResult
 from surgery.reports.markdown_parts import table_lines
 from surgery_formats.models.base_name import base_name, hub_name
-from surgery_formats.text import count, markdown, markdown_code, nbytes, several, show
+from surgery_formats.text import count, markdown, markdown_code, nbytes, numbered, show
 
 __all__ = ["extraction_card"]
 
@@ -63,7 +63,7 @@ def _recovery(recovery: Recovery) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Measured on {several(recovery.tokens, 'token')} ({several(recovery.text_bytes, 'byte')}, sha256 {recovery.text_digest[:16]}), "
+        f"Measured on {numbered(recovery.tokens, 'token')} ({numbered(recovery.text_bytes, 'byte')}, sha256 {recovery.text_digest[:16]}), "
         "the adapter attached in fp32."
     )
 

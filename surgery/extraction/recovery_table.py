@@ -11,7 +11,7 @@ from surgery.reports.drawings import Lines
 from surgery.reports.output import PATH
 from surgery.reports.sections import Chart, Column, Facts, Section, Table
 from surgery.reports.values import Name, Phrase, Value
-from surgery_formats.text import several
+from surgery_formats.text import numbered
 
 __all__ = ["recovery_rows", "recovery_sections"]
 
@@ -38,7 +38,10 @@ def recovery_rows(
 
 def recovery_sections(recovery: Recovery, choices: Sequence[RankChoice]) -> list[Section]:
     """The text, the three models on it, and LoRAs of other ranks where these were measured."""
-    text = Name(recovery.text, PATH), f" ({several(recovery.text_bytes, 'byte')}, {several(recovery.tokens, 'token')})"
+    text = (
+        Name(recovery.text, PATH),
+        f" ({numbered(recovery.text_bytes, 'byte')}, {numbered(recovery.tokens, 'token')})",
+    )
     facts: list[tuple[str, Phrase]] = [("measured on", text)]
     if recovery.recovered is None:
         gain, least = (Value(number, "number", 3) for number in (recovery.gain, recovery.least))

@@ -21,7 +21,7 @@ from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.canonical.provenance import ScaleSource
 from surgery_formats.models.module_tree import Totals
-from surgery_formats.text import several
+from surgery_formats.text import numbered
 
 __all__ = ["AdapterReport", "PromptFacts"]
 
@@ -142,18 +142,23 @@ class AdapterReport:
             sections.append(_every_parameter(self.modules) if verbose else _groups(self.targets))
         sections += delta_charts(self.deltas)
         if self.metadata and not verbose:
-            plural = "s" if len(self.metadata) != 1 else ""
-            sections.append(Note(f"{len(self.metadata)} metadata string{plural}", "omitted"))
+            sections.append(Note(numbered(len(self.metadata), "metadata string"), "omitted"))
         if self.ignored:
             sections.append(Note(("without effect on a base: ", NameList(tuple(self.ignored)))))
         return Summary(self.path.resolve().name, (*sections, *warning_notes(self.traps)))
 
+    def _kind(self) -> Phrase:
+        """``LoRA of 42 weights``; before that what the file says, where that is another word."""
+        kinds = ", ".join(f"{kind} of {numbered(number, 'weight')}" for kind, number in self.kinds.items())
+        if len(self.kinds) == 1 and self.kind.casefold() == next(iter(self.kinds)).casefold():
+            return kinds
+        return (Name(self.kind), f": {kinds}") if kinds else Name(self.kind)
+
     def _facts(self) -> list[tuple[str, Phrase]]:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in self.kinds.items())
         rows: list[tuple[str, Phrase]] = [
             ("adapter", Name(self.path, PATH)),
             ("format", Name(self.format)),
-            ("kind", (Name(self.kind), f" ({kinds})") if kinds else Name(self.kind)),
+            ("kind", self._kind()),
         ]
         for label, values in (("rank", self.ranks), ("alpha", self.alphas), ("scale", self.scales)):
             if values:
@@ -212,9 +217,9 @@ def _prompt(prompt: PromptFacts) -> str:
     """``16 virtual tokens of 128 numbers``, or of keys and values."""
     twice = f" for each of {prompt.submodules} submodules" if prompt.submodules > 1 else ""
     if prompt.prefix is None:
-        return f"{several(prompt.virtual_tokens, 'virtual token')} of {prompt.dim} numbers{twice}"
+        return f"{prompt.virtual_tokens} virtual tokens of {prompt.dim} numbers{twice}"
     layers, heads = f"{prompt.prefix.layers} layers", f"{prompt.prefix.kv_heads} heads of {prompt.prefix.head_dim}"
-    return f"{several(prompt.virtual_tokens, 'virtual token')}, as keys and values of {layers}, {heads}{twice}"
+    return f"{prompt.virtual_tokens} virtual tokens, as keys and values of {layers}, {heads}{twice}"
 
 
 def _groups(targets: tuple[TargetGroup, ...]) -> Table:

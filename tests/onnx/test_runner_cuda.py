@@ -30,9 +30,9 @@ def graph(request, tmp_path_factory):
     shutil.copytree(ROOT / "examples" / "base", out)
     io = TYPES[request.param]
     built = build(open_checkpoint(out).main, GraphOptions(choose("cuda", io), io, prefill=False))
-    (out / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+    (out / "model.onnx").write_bytes(built.graphs["model.onnx"].data)
     twin = build(open_checkpoint(out).main, GraphOptions(TARGETS["portable"], DType.F32))
-    (out / "twin.onnx").write_bytes(twin.graphs["model.onnx"].SerializeToString())
+    (out / "twin.onnx").write_bytes(twin.graphs["model.onnx"].data)
     return out
 
 

@@ -26,7 +26,7 @@ from surgery.engine.shares.work import Work, WorkRequest, absolute
 from surgery_formats.errors import FitError, OutputExistsError, ProofError, SurgeryError
 from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import output_folder
-from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
+from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.hub_cache import hub_file
 from surgery_formats.files.remote.path import RemotePath, to_path
@@ -124,7 +124,7 @@ def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[
     while not is_finished(folder):
         _clear_remains(folder)
         try:
-            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes) as staged:
+            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes, private=True) as staged:
                 said = work.write_share(index, count, staged, run)
                 for file in work.inputs:
                     file.check_unchanged()
@@ -226,8 +226,6 @@ def _remove(folder: Path) -> None:
 def _clear_remains(folder: Path) -> None:
     """Remove what is left of a share that was being removed: a folder appears with its manifest, so one without had it."""
     if isinstance(folder, RemotePath):
-        below = folder.bucket.all_below(folder.key)
-        if below and not below.keys() & {MANIFEST, UNFINISHED}:  # with the marker, somebody is writing it
-            folder.bucket.delete([f"{folder.key}/{name}" for name in below])
-    elif folder.is_dir() and not (folder / MANIFEST).exists():
+        return  # there files appear before their manifest, and what is none of the share goes when it is complete
+    if folder.is_dir() and not (folder / MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)

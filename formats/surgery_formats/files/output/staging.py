@@ -64,6 +64,7 @@ def stage_of(
     overwrite: bool,
     inputs: Iterable[str | os.PathLike[str]],
     recorded: str | None = None,
+    private: bool = False,
 ) -> Staging:
     """Where the output `out` is staged; the arguments are those of `surgery_formats.files.output.folder.output_folder`.
 
@@ -79,7 +80,7 @@ def stage_of(
     if isinstance(path, RemotePath):
         from surgery_formats.files.remote.stage import RemoteStage
 
-        return RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs)
+        return RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs, private=private)
     return Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
 
 
