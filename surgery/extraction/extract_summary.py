@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from surgery.extraction.extract_charts import extract_charts, rank_chart
+from surgery.extraction.extract_charts import extract_charts, rank_chart, rank_note
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice, layers_of
 from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.output import DRY_RUN
@@ -53,6 +53,8 @@ def extract_summary(
             sections.append(Note("like-named layers are taken together", "omitted"))
     if table:
         sections.append(rank_chart(table))
+        if note := rank_note(table):
+            sections.append(Note(note))
     sections += extract_charts(spectra, rows)
     if dry_run:
         sections.append(DRY_RUN)

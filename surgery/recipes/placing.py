@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from surgery.recipes.apply_result import Place
-from surgery.recipes.recipe import Operand, Recipe, Step
+from surgery.recipes.recipe import OUTPUTS, Operand, Recipe, Step
 from surgery_formats.text import show
 
 __all__ = ["check_apart", "placed_steps"]
@@ -18,10 +18,6 @@ _FOLDED = {"base", "adapters"}
 
 _OF_FILES = {"dtype", "to", "shard_size", "adapter_output"}
 """What is said of the files of a result, and what is written beside it: there is none of that in memory."""
-
-
-_OTHER_OUTPUTS = ("adapter_output", "residual", "merge_rest")
-"""Arguments that are outputs beside that of the step."""
 
 
 def check_apart(steps: Sequence[Step]) -> None:
@@ -34,7 +30,7 @@ def check_apart(steps: Sequence[Step]) -> None:
     """
     known: list[tuple[str, Step]] = []
     for step in steps:
-        more = [step.arguments.get(name) for name in _OTHER_OUTPUTS]
+        more = [step.arguments.get(name) for name in OUTPUTS]
         for text in (step.output, *more):
             if not isinstance(text, str) or not text:
                 continue

@@ -129,6 +129,9 @@ class BenchResult:
             times = ", ".join(f"{floor * 1e3:.3f} ms" for floor in self.floors)
             speed = Value(self.bandwidth, "rate")
             yield f"floor: {times} per step to read the weights once, at ", speed, " copied on this device"
+        if self.device == "cpu" and len(self.sides) == 2:
+            first, second = (Name(side.model, 200) for side in self.sides)
+            yield "memory of ", second, " is what it took beside ", first, ": what both use is counted once"
         ratio, what = (self.token_ratio, "token") if self.token_ratio else (self.prefill_ratio, "run")
         if ratio is not None:
             spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"

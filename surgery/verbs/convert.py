@@ -333,6 +333,12 @@ def _for_consumer(
     from surgery.verbs.rest import rest_merger, rest_name
 
     program, version = consumer_named(consumer)
+    if output is not None and output.suffix == ".gguf" and program.format != "gguf":
+        raise UsageError(
+            f"a folder is written for {program.title}, of which a GGUF is made",
+            file=output,
+            hint='`to="gguf"` instead of `consumer=` writes a GGUF itself, of what it can hold as it is',
+        )
     merger = None
     if merge_rest is not None and output is not None:
         merger = rest_merger(base, merge_rest, overwrite, progress)

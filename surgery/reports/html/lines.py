@@ -42,16 +42,19 @@ def draw_lines(table: Table, drawing: Lines) -> Picture | None:
 
 
 def _series(table: Table, drawing: Lines) -> Series:
-    """The points of each line. A column that is the same for all of them is drawn once."""
+    """The points of each line. A column of one value for each place is one line, whatever the rows are parted by."""
     found: Series = {}
     groups = list(dict.fromkeys(_named(row, table, drawing.by) for row in table.rows))
     for column in drawing.y:
         lines = {group: _points(table, drawing, column, group) for group in groups}
         heading = table.columns[column].heading
-        same = len({tuple(line) for line in lines.values()}) == 1
+        all_points = {point for line in lines.values() for point in line}
+        if len(drawing.y) > 1 and len(all_points) == len({x for x, _ in all_points}):
+            found |= {heading: sorted(all_points)} if all_points else {}
+            continue
         for group, line in lines.items():
             if line:
-                parts = ([heading] if len(drawing.y) > 1 else []) + ([group] if group and not same else [])
+                parts = ([heading] if len(drawing.y) > 1 else []) + ([group] if group else [])
                 found[", ".join(parts) or heading] = line
     return found
 

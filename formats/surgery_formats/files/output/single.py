@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
 from surgery_formats.whole import whole
 
-__all__ = ["SingleFile", "check_single", "write_single"]
+__all__ = ["SingleFile", "check_single", "check_writable", "write_single"]
 
 Prove = Callable[[Path], None]
 
@@ -158,6 +159,18 @@ def check_single(out: Path, *, overwrite: bool = False, inputs: tuple[Path, ...]
     check_output_name(final)
     _refuse(final, out, inputs, overwrite=overwrite)
     return final
+
+
+def check_writable(final: Path, shown: Path) -> None:
+    """Refuse a place where no file can be made, by making one without a name beside `final`.
+
+    Rights alone do not tell: root may write anywhere, and yet not into ``/proc`` or what is mounted to be read.
+
+    Raises:
+        ResourceError: no file can be made there.
+    """
+    with output_faults(shown), tempfile.TemporaryFile(prefix=".surgery-", dir=final.parent):
+        pass
 
 
 def _write_object(
