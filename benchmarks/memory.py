@@ -16,13 +16,16 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from measure import run, versions
 from shapes import Shape, write_adapter, write_base
 
-SHAPE = Shape(1024, 1, 16, 4, 4096, 32000)
+SHAPE = Shape(2048, 1, 32, 4, 5632, 16000)
+"""TinyLlama's layers, 88 MB each, and half its vocabulary: 2 layers are 0.24 GB, 45 are 4."""
 FLAT = 1.10
 """How much more the largest model may take than the smallest."""
 FIXED = 64 << 20
@@ -41,7 +44,8 @@ COMMANDS: dict[str, list[str]] = {
     "merge --verify full": ["merge", "base", "lora", "-o", "out", "--verify", "full"],
     "merge --dtype fp16": ["merge", "base", "lora", "-o", "out", "--dtype", "fp16"],
     "layers": ["layers", "base", "--drop", "1", "-o", "out"],
-    "export-onnx": ["export-onnx", "base", "-o", "out"],
+    "export-onnx": ["export-onnx", "base", "-o", "plain"],
+    "insert into a graph": ["insert", "plain/model.onnx", "lora", "--base", "base", "-o", "out"],
     "export-onnx --swap": ["export-onnx", "base", "--swap", "lora", "-o", "slots"],
     "fold": ["fold", "slots/model.onnx", "slots/adapters/lora.onnx_adapter", "-o", "out"],
     "export-onnx BASE ADAPTER": ["export-onnx", "base", "lora", "-o", "graph"],
@@ -49,9 +53,11 @@ COMMANDS: dict[str, list[str]] = {
     "verify GRAPH": ["verify", "graph", "--against", "base", "--adapter", "lora"],
     "export-onnx --weights-type int4": ["export-onnx", "base", "-o", "out", "--weights-type", "int4"],
     "export-onnx --weights-type int8": ["export-onnx", "base", "-o", "out", "--weights-type", "int8"],
-    "merge into NF4, dequantised": ["merge", "nf4", "lora", "-o", "out"],
+    "merge into NF4 as numbers": ["merge", "nf4", "lora", "-o", "out"],
     "merge into NF4": ["merge", "nf4", "lora", "-o", "out", "--quantized", "requantize"],
     "merge into fp8": ["merge", "fp8", "lora", "-o", "out", "--quantized", "requantize"],
+    "insert --new prompt": ["insert", "base", "--new", "prompt", "--rank", "20", "-o", "tokens"],
+    "prompt bake": ["prompt", "bake", "tokens", "base", "-o", "out"],
     "insert --unmerged": ["insert", "base", "lora", "--unmerged", "-o", "out"],
     "check": ["check", "base", "lora"],
     "apply": ["apply", "recipe.yaml", "-o", "out"],
@@ -60,8 +66,8 @@ COMMANDS: dict[str, list[str]] = {
     "combine": ["combine", "lora=0.5", "lora=0.25", "-o", "out"],
     "resize": ["resize", "lora", "--rank", "8", "-o", "out"],
 }
-"""In order; ``merged``, ``slots`` and ``graph`` are kept for those that follow."""
-PLACES = {"base", "lora", "merged", "out", "slots", "graph", "nf4", "fp8", "recipe.yaml"}
+"""In order; ``merged``, ``plain``, ``slots``, ``graph`` and ``tokens`` are kept for those that follow."""
+PLACES = {"base", "lora", "merged", "out", "plain", "slots", "graph", "tokens", "nf4", "fp8", "recipe.yaml"}
 RECIPE = """\
 steps:
   - {verb: combine, adapters: {LORA: 0.5}, as: half}
@@ -71,7 +77,7 @@ steps:
 
 LIMITED = {
     "merge": (25, 50, 100),
-    "merge into NF4, dequantised": (25, 50, 100),
+    "merge into NF4 as numbers": (25, 50, 100),
     "merge into NF4": (100, 200, 400),
     "merge into fp8": (100, 200, 400),
 }
@@ -109,11 +115,24 @@ def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str,
 
 
 def write_quantised(work: Path) -> None:
-    """The base in two formats of codes."""
+    """The base in two formats of codes, every layer with those of the first."""
     from quantised_merge import BNB, FP8, fp8, nf4, quantise
 
-    quantise(work / "base", work / "nf4", nf4, BNB)
-    quantise(work / "base", work / "fp8", fp8, FP8)
+    quantise(work / "base", work / "nf4", _repeated(nf4), BNB)
+    quantise(work / "base", work / "fp8", _repeated(fp8), FP8)
+
+
+def _repeated(codes: Callable[[str, np.ndarray], dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
+    """The same codes for a module of every layer: choosing them for 4 GB takes longer than all merges."""
+    known: dict[str, dict[str, np.ndarray]] = {}
+
+    def of_first(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        first = re.sub(r"layers\.\d+", "layers.0", name)
+        if first not in known:
+            known[first] = codes(first, values)
+        return {name + key.removeprefix(first): array for key, array in known[first].items()}
+
+    return of_first
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.graph.contract import contract_of
+from surgery.onnx.run.adapter_file import SmallFiles, sha256_of, write_small_files
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.weight_files import holds_weights
@@ -74,7 +75,7 @@ def write_edited(
     model: onnx.ModelProto,
     output: Path,
     *,
-    files: Mapping[str, bytes],
+    files: SmallFiles,
     facts: Mapping[str, Any],
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
@@ -107,7 +108,7 @@ def write_edited(
     name = graph.path.name
     ours = {name, *files, *(_location(graph, file.path) for file in graph.external)}
     sides = [side for side in _beside(graph.path.parent) if side.name not in ours]
-    made = sorted((key, hashlib.sha256(value).hexdigest()) for key, value in files.items())
+    made = sorted((key, sha256_of(value)) for key, value in files.items())
     # new values are in no graph: they follow from what is read, and from what the manifest says of it
     read = [fingerprint(file) for file in (*graph.files, *(open_file(path) for path in inputs if path.is_file()))]
     plan = _digest([__version__, name, hashlib.sha256(data).hexdigest(), made, read, dict(facts)])
@@ -125,8 +126,7 @@ def write_edited(
                 out.finish({})
         for side in sides:
             write_side_file(side, folder)
-        for key, value in {**files, name: data}.items():
-            folder.write_small(key, value)
+        write_small_files(folder, {**files, name: data})
         _prove(graph, folder.staged / name, changed, set(dropped))
         graph.check_unchanged()
         account = {"plan": plan, "inputs": {name: fingerprint(graph.file)}, **facts}

@@ -133,7 +133,7 @@ class Assembly:
         Raises:
             FitError: see `surgery.onnx.graph.build.build`.
         """
-        built = self._built(empty_past(self.model) if self.form == "kv" else {})
+        built = self._built(empty_past(self.model)) if self.form == "kv" else self._final
         longest = max((prompt.tokens for prompt in self.prompts), default=0)
         if longest and built.contract.max_length < (1 if self.form in ("front", "layers") else longest + 1):
             raise FitError(
@@ -164,7 +164,7 @@ class Assembly:
             FitError, ProofError: see `computed_past` and `AdapterFile.of`.
         """
         pasts = self._pasts(location) if self.form == "kv" else []
-        built = self._built(pasts[0] if pasts else {})
+        built = self._built(pasts[0] if pasts else {}) if self.form == "kv" else self._final
         kind = _numpy_type(self.options)
         files: dict[str, bytes | AdapterFile] = {}
         for named, adapter, places in zip(self.roles.swap, self.slots, self.module_slots.names, strict=True):
@@ -246,6 +246,11 @@ class Assembly:
         computed = computed_past(uncomputed, self.component, self.model, self.options, location)
         pasts = {**stored, **{prompt.name: past for prompt, past in zip(uncomputed, computed, strict=True)}}
         return [pasts[prompt.name] for prompt in self.prompts]
+
+    @cached_property
+    def _final(self) -> GraphSet:
+        """The graphs, where nothing has to be computed for them: the draft is what is written."""
+        return self._built({})
 
     def _built(self, past: Mapping[str, Array]) -> GraphSet:
         rows = [prompt.embeddings for prompt in self.prompts if prompt.embeddings is not None]

@@ -25,7 +25,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import WeightLocation
-from surgery.onnx.run.adapter_file import AdapterFile, SmallFiles
+from surgery.onnx.run.adapter_file import SmallFiles, write_small_files
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_folder
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
@@ -158,7 +158,7 @@ def write_export(
         else:
             ledger = _compute(job, folder, run, compute)
             files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
-        _write_files(folder, files)
+        write_small_files(folder, files)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
@@ -276,7 +276,7 @@ def _add(
             )
             files = job.make(location)
             _check_unchanged(job)
-            _write_files(stage, files)
+            write_small_files(stage, files)
             if ledger is not None or job.facts["adapters"]:
                 account = _account(job, ledger, files, stage)
                 stage.write_small(EXPORT_ACCOUNT, account)
@@ -290,15 +290,6 @@ def _add(
     finally:
         os.close(fd)
     return _outcome(files, ledger, 0, ledger)
-
-
-def _write_files(folder: OutputFolder, files: SmallFiles) -> None:
-    for name, data in files.items():
-        if isinstance(data, AdapterFile):
-            folder.write_made(name, len(data), data.pieces())
-            data.prove(folder.staged / name)
-        else:
-            folder.write_small(name, data)
 
 
 def _account(job: ExportJob, ledger: Ledger | None, files: SmallFiles, stage: OutputFolder) -> bytes:

@@ -157,16 +157,20 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
         contract = replace(contract, prefill_batch=False)
         if options.prefill:
             contract = replace(contract, prefill="prefill.onnx")
-            standard_options = replace(options, target=standard(options.target))
-            ctx = _context(component, model, standard_options, length)
-            prefill_contract = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
-            graphs["prefill.onnx"] = _finished(ctx, replace(prefill_contract, **_built_parts(ctx)), options)
+            graphs["prefill.onnx"] = _prefill(component, model, options, length, contract)
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_built_parts(ctx))
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     files = tuple(dict.fromkeys([*ctx.weights.files, *embedding_files]))
     return GraphSet(graphs, contract, model, ctx.graph.nodes, files, inputs, _slot_sizes(ctx))
+
+
+def _prefill(component: Component, model: Model, options: GraphOptions, length: int, contract: Contract) -> PackedGraph:
+    """The graph for several rows on top of a past; what built it is gone before the main graph is built."""
+    ctx = _context(component, model, replace(options, target=standard(options.target)), length)
+    own = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="", **_built_parts(ctx))
+    return _finished(ctx, own, options)
 
 
 def takes_grouped(attention: Attention) -> bool:
