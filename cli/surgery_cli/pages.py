@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 _KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "html": ((".html", ".htm"), "Write it as a page too: one file with pictures, which loads nothing."),
-    "csv": ((".csv",), "Write its tables too, numbers in full."),
+    "csv": ((".csv",), "Write its tables and facts too, numbers in full."),
     "md": ((".md", ".markdown"), "Write it as Markdown too."),
 }
 

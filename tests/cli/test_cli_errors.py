@@ -269,7 +269,7 @@ def test_a_reader_that_goes_away_is_no_error(base):
     process.stdout.close()  # before anything can have been written
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
 
 
 def test_a_disk_that_is_full(base, lora, tmp_path):

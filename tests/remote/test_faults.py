@@ -138,7 +138,7 @@ def _check_killed(storage: Storage, models: tuple[str, str], faults: Faults, ste
                     os.kill(pid, signal.SIGKILL)
 
             faults.also = kill
-            process.wait(60)
+            process.wait(300)
         left = storage.objects("out/")
         complete = MANIFEST in left
         assert complete or not left or UNFINISHED in left, number

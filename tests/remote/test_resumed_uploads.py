@@ -232,7 +232,7 @@ def test_an_upload_may_be_completed_while_its_blocks_wait(storage: Storage, monk
     stream = Upload._stream
 
     def late(self: Upload) -> Iterator[object]:
-        self._decided.wait(60)
+        self._decided.wait(300)
         yield from stream(self)
 
     monkeypatch.setattr(Upload, "_stream", late)

@@ -251,15 +251,10 @@ def transfer(
 def _texts(
     texts: tuple[str, ...], text_file: Path | None, ids: tuple[tuple[int, ...], ...]
 ) -> list[str | tuple[int, ...]] | None:
-    of_file = () if text_file is None else (_text_of(text_file),)
+    from surgery_formats.files.text_file import read_text_file
+
+    of_file = () if text_file is None else (read_text_file(text_file)[0].decode(),)
     return [*texts, *of_file, *ids] or None
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise click.BadParameter(f"'{file}' is not a text in UTF-8", param_hint="--text-file") from error
 
 
 for _each in (show, nearest, bake, combine, convert, transfer):

@@ -35,6 +35,7 @@ RETRIES = 8
 """How often a request is repeated: within about half a minute."""
 _REMEMBERED = 10.0  # seconds
 _ASKED_AGAIN = 2
+_DELETED_AT_ONCE = 1000
 _PAUSE = 0.2  # seconds
 _ANSWER = timedelta(minutes=5)  # for one request with its body
 _ENDPOINTS = {
@@ -243,9 +244,12 @@ class Bucket:
         Raises:
             ResourceError: they cannot be deleted.
         """
-        for key in keys:  # of one that is not there S3 says nothing, and other stores an error
-            with self.faults(key, writing=True), contextlib.suppress(FileNotFoundError):
-                self._repeated(partial(self.obstore.delete, self.store, key))  # S3: a POST
+        # Of one that is not there S3 says nothing, and other stores an error. S3 takes many with one request.
+        step = _DELETED_AT_ONCE if self.scheme == "s3" else 1
+        for start in range(0, len(keys), step):
+            some = keys[start : start + step]
+            with self.faults(some[0], writing=True), contextlib.suppress(FileNotFoundError):
+                self._repeated(partial(self.obstore.delete, self.store, some))
         self.forget()
 
     def _repeated(self, ask: Callable[[], object]) -> None:

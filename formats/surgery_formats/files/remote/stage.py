@@ -38,7 +38,7 @@ from surgery_formats.files.remote.store import ObjectFacts
 from surgery_formats.files.remote.unfinished import abort_unfinished
 from surgery_formats.files.remote.upload import Upload, upload_file
 from surgery_formats.text import nbytes as readable
-from surgery_formats.whole import interruptible
+from surgery_formats.whole import interruptible, whole
 
 __all__ = ["RemoteStage"]
 
@@ -170,6 +170,7 @@ class RemoteStage:
                 hint="write to a folder, and upload it",
             )
 
+    @whole  # an upload that has begun is known to `release`
     def upload(
         self, name: str, nbytes: int, hashes: Sequence[str], *, verify: bool = False, keep: bool = False
     ) -> Upload:
