@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from surgery_formats.files.remote.hub_cache import cached_repository
 from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["base_name", "hub_name"]
+__all__ = ["base_name", "hub_name", "is_hub_name"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _READ_THERE = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:[@/].*)?")
@@ -18,6 +18,11 @@ _READ_THERE = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:[@/].*)?")
 def base_name(base: Checkpoint) -> str:
     """The name on the hub, or else that of the folder: never a path of this machine."""
     return hub_name(base) or base.path.resolve().name
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it could be one of the hub: ``org/name``."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def hub_name(base: Checkpoint, told: Iterable[str] = ()) -> str:
