@@ -39,12 +39,17 @@ class ScoredModel:
     bits_per_token: float
     bits_per_byte: float | None
 
+    @staticmethod
+    def bits_of(nats: float) -> float:
+        """Nats in bits."""
+        return nats / math.log(2)
+
     @classmethod
     def of(
         cls, path: Path, adapters: tuple[str, ...], computed_by: str, nats: float, tokens: int, nbytes: int | None
     ) -> ScoredModel:
         """From the sum of negative log-likelihoods, in nats."""
-        bits = nats / math.log(2)
+        bits = cls.bits_of(nats)
         return cls(path, adapters, computed_by, nats, bits / tokens, None if nbytes is None else bits / nbytes)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,14 @@ class EvaluationText:
         begin: The token in front of every window, which is not predicted.
         nbytes: UTF-8 bytes of the text; None where tokens alone were given.
         limited: Whether the file goes on.
+        digest: sha256 of these bytes, empty without them.
     """
 
     ids: npt.NDArray[np.int64]
     begin: int
     nbytes: int | None
     limited: bool = False
+    digest: str = ""
 
 
 def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limit: int | None) -> EvaluationText:
@@ -65,7 +68,8 @@ def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limi
         tokens = np.array(encoded, np.int64)
         if not len(tokens):
             raise FitError("the tokenizer makes no token of the text", file=text)
-    return EvaluationText(tokens, _begin(folder), None if data is None else len(data), limited)
+    digest = "" if data is None else hashlib.sha256(data).hexdigest()
+    return EvaluationText(tokens, _begin(folder), None if data is None else len(data), limited, digest)
 
 
 def check_same_vocabulary(one: Path, other: Path) -> None:

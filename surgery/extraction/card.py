@@ -13,10 +13,12 @@ from surgery._version import __version__
 from surgery.engine.card_metadata import card_metadata
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.figures import layers_of
+from surgery.extraction.recovery import Recovery
+from surgery.extraction.recovery_table import recovery_rows
 from surgery.extraction.result import ExtractResult
 from surgery.reports.markdown_parts import table_lines
 from surgery_formats.models.base_name import base_name, hub_name
-from surgery_formats.text import count, markdown, markdown_code, nbytes, show
+from surgery_formats.text import count, markdown, markdown_code, nbytes, numbered, show
 
 __all__ = ["extraction_card"]
 
@@ -30,6 +32,7 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult) -> bytes:
         base.path, hub_name(base), relation="adapter", library="peft", task=plan.adapter.task, tags=(kind.lower(),)
     )
     lines = ["", f"# {names[1]} as a {kind} of {names[0]}", "", *table_lines(("measured", ""), _figures(result)), ""]
+    lines += [] if result.recovery is None else [*_recovery(result.recovery), ""]
     factored = [row for row in result.rows if row.form]
     rows = [
         (
@@ -47,11 +50,26 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult) -> bytes:
     return (metadata + "\n".join(lines)).encode()
 
 
+def _recovery(recovery: Recovery) -> Iterator[str]:
+    models = "base", "base with this adapter", "fine-tune"
+    rows = [
+        (name, f"{bits:.4f}", "" if share is None else f"{share:.1%}", f"{divergence:.3g}", f"{same:.1%}")
+        for name, bits, share, divergence, same in recovery_rows(recovery, models)
+    ]
+    titles = "model", "bits per byte", "of the gain", "KL from the fine-tune", "same top token"
+    yield from table_lines(titles, rows, right=(1, 2, 3, 4))
+    yield ""
+    size = f"{numbered(recovery.tokens, 'token')} ({numbered(recovery.text_bytes, 'byte')}"
+    yield f"Measured on {size}, sha256 {recovery.text_digest[:16]}), the adapter attached in fp32."
+
+
 def _figures(result: ExtractResult) -> Iterator[tuple[str, str]]:
     yield "of the change of the weights, missing (Frobenius norm, over all tensors)", f"{result.residual:.2%}"
     yield "parameters", f"{count(result.parameters)}, {result.dtype}"
     times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"
     yield "size", f"{nbytes(result.adapter_nbytes)}, {times} than the full copy"
+    if result.recovery is not None and result.recovery.recovered is not None:
+        yield "of the fine-tune's gain on a text, recovered", f"{result.recovery.recovered:.1%}"
     if not math.isnan(result.survival):
         yield "of the update, held by the base's own type when merged", f"{result.survival:.1%}"
     if result.calibration is not None:

@@ -6,17 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from surgery.extraction.figures import ExtractRow, RankChoice
+from surgery.extraction.figures import AS_AUTO, ExtractRow, RankChoice
 from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.drawings import Lines, Mark
 from surgery.reports.layer_grid import layer_chart
 from surgery.reports.sections import Chart, Column, Table
 from surgery.reports.values import Phrase, Piece, Value
 
-__all__ = ["AS_AUTO", "extract_charts", "knee_of", "rank_chart", "rank_note"]
+__all__ = ["extract_charts", "knee_of", "rank_chart", "rank_note"]
 
-AS_AUTO = "auto"
-"""The layers of the choice that `Rank.auto` would make: all, each with its directions above the noise."""
 _LEAST_FALL = 0.01
 """Of the change: where all ranks together bring less, none is a reason to choose."""
 _CHOICES = (
@@ -112,8 +110,9 @@ def _above(spectra: Sequence[RoleSpectrum], *, by_edge: bool) -> Phrase:
     for spectrum in spectra:
         said += [", " if said else "", f"{spectrum.role} "]
         if by_edge:
-            said += ["" if spectrum.complete else "at least ", Value(spectrum.above, "number", 3), " of "]
-            said.append(" to ".join(map(str, dict.fromkeys(spectrum.of))))
+            said += ["" if spectrum.complete else "at least ", Value(spectrum.above, "number", 3)]
+            least, most = spectrum.of
+            said.append(f" of {most}" if least == most else f" (median) of {least} to {most}")
         else:
             said.append(f"{len(spectrum.values)} directions")
     return (*said, " directions above the noise" if by_edge else "")

@@ -61,6 +61,7 @@ class ExtractRequest:
         to: Format of the adapter.
         factors: Codes of the factors.
         table: Whether there will be a table of ranks.
+        evaluated: Whether the driver evaluates the adapter on a text.
         on_gpus: Whether workers compute on GPUs: on all of them, or on none.
     """
 
@@ -75,6 +76,7 @@ class ExtractRequest:
     to: str = "peft"
     factors: str | None = None
     table: bool = False
+    evaluated: bool = False
     on_gpus: bool = False
 
     def work(self) -> ExtractWork:
@@ -93,6 +95,7 @@ class ExtractRequest:
             to=self.to,
             factors=self.factors,
             table=self.table,
+            evaluated=self.evaluated,
         )
         pair = CheckpointPair(as_checkpoint(self.base), as_checkpoint(self.tuned, "tuned"))
         return ExtractWork.of(pair, options, on_gpus=self.on_gpus)
