@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of every command at several sizes of the model, as the kernel saw it.
 
-    python benchmarks/memory.py [--sizes 0.2,1,4] [--folder DIR] [--only merge,verify] [--limits]
+    python benchmarks/memory.py [--sizes 0.2,1,4] [--folder DIR] [--only merge,verify] [--limits | --tiny]
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit``, and all their processes
-together must stay within it and the fixed cost.
+six times its bytes on the disk; ``verify`` of a graph runs it, and is left out from 1 GB on. With ``--limits``, merges for eight
+workers run under ``--memory-limit``, and all their processes together must stay within it and the fixed cost. With ``--tiny``, tensors
+have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its bytes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from shapes import Shape, write_adapter, write_base
 
 SHAPE = Shape(2048, 1, 32, 4, 5632, 16000)
 """TinyLlama's layers, 88 MB each, and half its vocabulary: 2 layers are 0.24 GB, 45 are 4."""
+LIMIT_SHAPE = Shape(1024, 1, 16, 4, 4096, 32000)
+"""Smaller matrices, so that small limits leave room for one."""
+TINY, FEW, MANY = Shape(256, 1, 4, 2, 512, 2000), 5, 125
+PER_LAYER = 9  # tensors
+HELD, HOLDS = 1.0, "verify GRAPH"  # from so many GB on, the command that holds the model is not run
 FLAT = 1.10
 """How much more the largest model may take than the smallest."""
 FIXED = 64 << 20
@@ -90,15 +96,15 @@ def under(limit: int, name: str) -> list[str]:
     return [*words, "--workers", "8", "--memory-limit", f"{limit}MB"]
 
 
-def layers_of(size: float) -> int:
+def layers_of(size: float, shape: Shape = SHAPE) -> int:
     """Layers of a model of so many GB."""
-    one, two = SHAPE.parameters, replace(SHAPE, layers=2).parameters
+    one, two = shape.parameters, replace(shape, layers=2).parameters
     return max(2, round((size * 1e9 / 2 - one) / (two - one)) + 1)
 
 
-def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str, int]:
+def measured(work: Path, shape: Shape, chosen: dict[str, list[str]]) -> dict[str, int]:
     """Peak bytes by command."""
-    shape = replace(SHAPE, layers=layers_of(size))
+    size = 2 * shape.parameters / 1e9
     write_base(shape, work / "base", shards=max(2, round(size)))
     write_adapter(shape, work / "lora")
     (work / "recipe.yaml").write_text(RECIPE.replace("BASE", f"{work}/base").replace("LORA", f"{work}/lora"))
@@ -106,10 +112,12 @@ def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str,
         write_quantised(work)
     found = {}
     for name, words in chosen.items():
+        if name == HOLDS and size >= HELD:
+            continue
         places = [str(work / word) if re.split("[/=]", word)[0] in PLACES else word for word in words]
         command = [sys.executable, "-P", "-m", "surgery_cli", "-q", *places]
         found[name] = run(command, work / "log", children="--memory-limit" in words).peak
-        print(f"{size:g} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+        print(f"{size:.2f} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
         shutil.rmtree(work / "out", ignore_errors=True)
     return found
 
@@ -140,6 +148,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="0.2,1", help="in GB")
     parser.add_argument("--folder", type=Path, help="where to work")
     parser.add_argument("--only", help="commands, by comma; merge is run in any case")
+    parser.add_argument("--tiny", action="store_true", help="what a tensor more takes")
     parser.add_argument("--limits", action="store_true", help="merges alone, under memory limits")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else list(COMMANDS)
@@ -147,21 +156,30 @@ def main() -> None:
     if options.limits:
         chosen = {f"{name} within {mb} MB": under(mb, name) for name, limits in LIMITED.items() for mb in limits}
     sizes = [float(size) for size in options.sizes.split(",")]
+    shapes = [replace(SHAPE, layers=layers_of(size)) for size in sizes]
+    if options.limits:
+        shapes = [replace(LIMIT_SHAPE, layers=layers_of(size, LIMIT_SHAPE)) for size in sizes]
+    if options.tiny:
+        shapes = [replace(TINY, layers=layers) for layers in (FEW, MANY)]
     table: list[dict[str, int]] = []
-    for size in sizes:
+    for shape in shapes:
         work = Path(tempfile.mkdtemp(prefix="surgery-memory-", dir=options.folder))
         try:
-            table.append(measured(work, size, chosen))
+            table.append(measured(work, shape, chosen))
         finally:
             shutil.rmtree(work)
     print(versions("numpy"))
-    print(f"| command | {' | '.join(f'{size:g} GB' for size in sizes)} | growth |")
-    print(f"| --- |{' ---: |' * (len(sizes) + 1)}")
+    heads = [f"{shape.layers} layers, {2 * shape.parameters / 1e9:.2f} GB" for shape in shapes]
+    print(f"| command | {' | '.join(heads)} | {'a tensor more' if options.tiny else 'growth'} |")
+    print(f"| --- |{' ---: |' * (len(shapes) + 1)}")
     for name in chosen:
-        peaks = [row[name] for row in table]
-        growth = peaks[-1] / peaks[0]
-        mark = "" if growth <= FLAT else " *"
-        print(f"| `{name}` | {' | '.join(f'{peak / 1e6:.0f} MB' for peak in peaks)} | {growth:.2f}{mark} |")
+        peaks = [row[name] for row in table if name in row]
+        growth = peaks[-1] / peaks[0] if peaks else 0.0
+        told = f"{growth:.2f}{'' if growth <= FLAT else ' *'}"
+        if options.tiny:
+            told = f"{(peaks[-1] - peaks[0]) / 1e3 / PER_LAYER / (MANY - FEW):.1f} kB"
+        cells = [f"{row[name] / 1e6:.0f} MB" if name in row else "" for row in table]
+        print(f"| `{name}` | {' | '.join(cells)} | {told} |")
         if options.limits:
             assert max(peaks) <= int(name.split()[-2]) * 1e6 + FIXED, (name, peaks)
 

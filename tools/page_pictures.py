@@ -54,7 +54,7 @@ PICTURES = (
     Picture("report-phone", "report lora --base base", Look(390, dark=True)),
     Picture("merge", "merge base lora -o merged"),
     Picture("extract", "extract-lora base merged --dry-run", Look(1280, scale=0.6), 2300),
-    Picture("extract-dark", "extract-lora base merged --dry-run", Look(1280, dark=True, scale=0.6), 2300),
+    Picture("extract-dark", "extract-lora base merged --dry-run", Look(1280, dark=True, scale=0.5), 2300),
     Picture("inspect", "inspect lora"),
     Picture("diff", "diff base merged --spectrum --intruders", Look(1280, scale=0.5), 2600),
     Picture("conflict", "combine lora extracted --dry-run", height=2000),

@@ -110,8 +110,9 @@ def _above(spectra: Sequence[RoleSpectrum], *, by_edge: bool) -> Phrase:
     for spectrum in spectra:
         said += [", " if said else "", f"{spectrum.role} "]
         if by_edge:
-            said += ["" if spectrum.complete else "at least ", Value(spectrum.above, "number", 3), " of "]
-            said.append(" to ".join(map(str, dict.fromkeys(spectrum.of))))
+            said += ["" if spectrum.complete else "at least ", Value(spectrum.above, "number", 3)]
+            least, most = spectrum.of
+            said.append(f" of {most}" if least == most else f" (median) of {least} to {most}")
         else:
             said.append(f"{len(spectrum.values)} directions")
     return (*said, " directions above the noise" if by_edge else "")

@@ -39,9 +39,12 @@ class RoleSpectrum:
 
 
 def role_spectra(factored: Mapping[str, TargetFactors], role: Callable[[str], str]) -> tuple[RoleSpectrum, ...]:
-    """The spectra of the targets by role, in order of first appearance; `role` tells it of a path."""
+    """The spectra of the targets by role, which `role` tells of a path, in the order of their paths.
+
+    That of `factored` is the one in which threads were done.
+    """
     matrices: dict[str, list[tuple[FactorisedMatrix, int]]] = {}
-    for path, target in factored.items():
+    for path, target in sorted(factored.items()):
         sized = ((matrix, target.target.largest_rank) for matrix in target.matrices if matrix.values)
         matrices.setdefault(role(path), []).extend(sized)
     by_edge = all(matrix.edge > 0 for group in matrices.values() for matrix, _ in group)

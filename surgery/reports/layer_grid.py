@@ -109,10 +109,10 @@ def _said(values: Mapping[str, Mapping[str, float]], written: tuple[Type, int], 
 
 def _short(layers: Sequence[str]) -> list[str]:
     """Names of layers without what all of them begin with."""
-    split = [re.split(r"[._:]", layer) for layer in layers]
+    split = [re.split(r"(?<=[._:])", layer) for layer in layers]  # behind what joins the words, which stays with them
     shared = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*split, strict=False)))
     shared = min(shared, min(map(len, split)) - 1)
-    return [".".join(words[shared:]) for words in split]
+    return ["".join(words[shared:]) for words in split]
 
 
 def _numbers(layer: str) -> list[tuple[int, int | str]]:

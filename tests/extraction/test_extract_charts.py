@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.extraction.extract_charts import knee_of
+from surgery.extraction.spectra import role_spectra
 from surgery.reports.sections import Chart
 from surgery.reports.values import phrase_text
 from tests.support.page_reader import check_page
@@ -42,6 +45,14 @@ def test_the_spectra_of_a_merged_lora_fall_below_the_edge_behind_its_rank(result
         assert list(spectrum.values) == sorted(spectrum.values, reverse=True)
 
 
+def test_spectra_come_in_one_order_whichever_thread_was_done_first():
+    matrix = SimpleNamespace(values=(3.0, 2.0), edge=1.0, signal=2)
+    entry: Any = SimpleNamespace(matrices=(matrix,), target=SimpleNamespace(largest_rank=2))
+    done = [("lm_head", entry), ("layers.1.mlp", entry), ("layers.0.attention", entry)]
+    for order in (done, done[::-1]):
+        assert [spectrum.role for spectrum in role_spectra(dict(order), str)] == sorted(path for path, _ in done)
+
+
 def test_the_choice_of_auto_is_what_auto_then_does(result, merged):
     (auto,) = [choice for choice in result.table if choice.layers == "auto"]
     done = surgery.extract_lora("examples/base", merged, rank=surgery.Rank.auto, dry_run=True)
@@ -56,7 +67,7 @@ def test_the_sentence_counts_the_directions_that_there_are_and_says_where_more_m
     charts = {section.title: section for section in result.summary().sections if isinstance(section, Chart)}
     says = phrase_text(charts["Spectra of the change, times the edge of noise"].says)
     assert "mlp at least 64 of 128" in says
-    assert "attention at least 64 of 64 to 128" in says
+    assert "attention at least 64 (median) of 64 to 128" in says
 
 
 def test_the_table_says_in_words_what_the_page_marks(result):

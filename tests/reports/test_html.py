@@ -98,6 +98,11 @@ def test_bars_say_what_they_measure_and_whose_they_are():
     assert all(float(name.attributes["y"]) < float(bar.attributes["y"]) for name, bar in zip(names, bars, strict=True))
 
 
+def test_a_page_says_how_to_have_what_it_leaves_out():
+    page = check_page(Summary("", (Note("... and 12 more", "omitted"), Note("dry run"))).as_html())
+    assert [note.text for note in page.all("p")] == ["... and 12 more; -v shows all", "dry run"]
+
+
 def test_paper_is_light_and_cuts_no_table():
     """As Chromium shows it: ``tools/page_pictures.py``."""
     style = resources.files("surgery.reports.html").joinpath("style.css").read_text()

@@ -27,6 +27,18 @@ def test_a_weight_has_its_place(name, place):
     assert layer_of(name) == place
 
 
+def test_layers_are_called_as_they_are_but_for_what_all_names_begin_with():
+    names = [
+        "unet.double_blocks.0.img_attn.qkv.weight",
+        "unet.double_blocks.1.img_attn.qkv.weight",
+        "unet.single_blocks.0.linear1.weight",
+    ]
+    rows = chart(dict.fromkeys(names, 1.0)).table.rows
+    assert [row[0] for row in rows] == ["double_blocks.0", "double_blocks.1", "single_blocks.0"]
+    (row,) = chart({f"model.layers.7.{part}.weight": 1.0 for part in ("q", "k")}).table.rows
+    assert row[0] == "7"
+
+
 def test_a_median_of_two_is_between_them():
     assert phrase_text(chart({"layers.0.q.weight": 1.0, "layers.0.k.weight": 2.0}).says).endswith("median 1.5")
 

@@ -33,9 +33,10 @@ def draw_lines(table: Table, drawing: Lines) -> Picture | None:
     left = 12 + CHARACTER * max((len(tick_text(tick, y_column.type)) for tick in vertical.ticks), default=0)
     horizontal = axis_over((x for x, _ in points), left, WIDTH - _RIGHT, log=drawing.log_x, each=True)
     y_name = drawing.label or (y_column.heading if len(drawing.y) == 1 else y_column.type)
-    shapes = [*_frame(horizontal, vertical, x_column, y_column, y_name), *_marks(drawing.marks, horizontal, vertical)]
+    shapes = [*_frame(horizontal, vertical, x_column, y_column, y_name)]
     for number, (name, line) in enumerate(series.items()):
         shapes += _line(number, name, line, horizontal, vertical, (x_column, y_column), joined=drawing.joined)
+    shapes += _marks(drawing.marks, horizontal, vertical)  # last, so that no line runs through their words
     legend = tuple(_key(number, name, joined=drawing.joined) for number, name in enumerate(series))
     about = f"{y_name} over {x_column.heading}"
     return Picture(_HEIGHT, tuple(shapes), legend if len(legend) > 1 else (), about)
