@@ -37,6 +37,7 @@ from surgery_formats.files.output.manifest import (
 )
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.resume import Finished, has_size, parse_line, same_digest
+from surgery_formats.files.output.scratch import OF_FILES
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.raw import File
 from surgery_formats.files.remote.path import RemotePath, to_path
@@ -56,7 +57,6 @@ QUICK = ("xxh3",)
 """Hashes that tell a damaged file, at the price of reading it from memory."""
 SIGNED = ("xxh3", "sha256")
 """Those from which a folder has a digest that others can sign; sha256 takes about a second for a GB (docs/verifying.md)."""
-_OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".onnx", ".onnx_adapter")
 _JOURNAL = ".surgery-journal"
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP})
 
@@ -86,7 +86,7 @@ def output_folder(
     Raises:
         UsageError: the name is that of a file.
     """
-    if (path := to_path(out)).suffix in _OF_FILES and not path.is_dir():
+    if (path := to_path(out)).suffix in OF_FILES and not path.is_dir():
         raise UsageError(
             "a folder is written, and the name is that of a file",
             file=path,
