@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of every command at several sizes of the model, as the kernel saw it.
 
-    python benchmarks/memory.py [--sizes 0.2,1,4] [--folder DIR] [--only merge,verify] [--limits]
+    python benchmarks/memory.py [--sizes 0.2,1,4] [--folder DIR] [--only merge,verify] [--limits | --tiny]
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-five times its bytes on the disk. With ``--limits``, merges for eight workers run under ``--memory-limit``, and all their processes
-together must stay within it and the fixed cost.
+six times its bytes on the disk; ``verify`` of a graph runs it, and is left out from 1 GB on. With ``--limits``, merges for eight
+workers run under ``--memory-limit``, and all their processes together must stay within it and the fixed cost. With ``--tiny``, tensors
+have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its bytes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from measure import run, versions
 from shapes import Shape, write_adapter, write_base
 
-SHAPE = Shape(1024, 1, 16, 4, 4096, 32000)
+SHAPE = Shape(2048, 1, 32, 4, 5632, 16000)
+"""TinyLlama's layers, 88 MB each, and half its vocabulary: 2 layers are 0.24 GB, 45 are 4."""
+LIMIT_SHAPE = Shape(1024, 1, 16, 4, 4096, 32000)
+"""Smaller matrices, so that small limits leave room for one."""
+TINY, FEW, MANY = Shape(256, 1, 4, 2, 512, 2000), 5, 125
+PER_LAYER = 9  # tensors
+HELD, HOLDS = 1.0, "verify GRAPH"  # from so many GB on, the command that holds the model is not run
 FLAT = 1.10
 """How much more the largest model may take than the smallest."""
 FIXED = 64 << 20
@@ -41,7 +50,8 @@ COMMANDS: dict[str, list[str]] = {
     "merge --verify full": ["merge", "base", "lora", "-o", "out", "--verify", "full"],
     "merge --dtype fp16": ["merge", "base", "lora", "-o", "out", "--dtype", "fp16"],
     "layers": ["layers", "base", "--drop", "1", "-o", "out"],
-    "export-onnx": ["export-onnx", "base", "-o", "out"],
+    "export-onnx": ["export-onnx", "base", "-o", "plain"],
+    "insert into a graph": ["insert", "plain/model.onnx", "lora", "--base", "base", "-o", "out"],
     "export-onnx --swap": ["export-onnx", "base", "--swap", "lora", "-o", "slots"],
     "fold": ["fold", "slots/model.onnx", "slots/adapters/lora.onnx_adapter", "-o", "out"],
     "export-onnx BASE ADAPTER": ["export-onnx", "base", "lora", "-o", "graph"],
@@ -49,9 +59,11 @@ COMMANDS: dict[str, list[str]] = {
     "verify GRAPH": ["verify", "graph", "--against", "base", "--adapter", "lora"],
     "export-onnx --weights-type int4": ["export-onnx", "base", "-o", "out", "--weights-type", "int4"],
     "export-onnx --weights-type int8": ["export-onnx", "base", "-o", "out", "--weights-type", "int8"],
-    "merge into NF4, dequantised": ["merge", "nf4", "lora", "-o", "out"],
+    "merge into NF4 as numbers": ["merge", "nf4", "lora", "-o", "out"],
     "merge into NF4": ["merge", "nf4", "lora", "-o", "out", "--quantized", "requantize"],
     "merge into fp8": ["merge", "fp8", "lora", "-o", "out", "--quantized", "requantize"],
+    "insert --new prompt": ["insert", "base", "--new", "prompt", "--rank", "20", "-o", "tokens"],
+    "prompt bake": ["prompt", "bake", "tokens", "base", "-o", "out"],
     "insert --unmerged": ["insert", "base", "lora", "--unmerged", "-o", "out"],
     "check": ["check", "base", "lora"],
     "apply": ["apply", "recipe.yaml", "-o", "out"],
@@ -60,8 +72,8 @@ COMMANDS: dict[str, list[str]] = {
     "combine": ["combine", "lora=0.5", "lora=0.25", "-o", "out"],
     "resize": ["resize", "lora", "--rank", "8", "-o", "out"],
 }
-"""In order; ``merged``, ``slots`` and ``graph`` are kept for those that follow."""
-PLACES = {"base", "lora", "merged", "out", "slots", "graph", "nf4", "fp8", "recipe.yaml"}
+"""In order; ``merged``, ``plain``, ``slots``, ``graph`` and ``tokens`` are kept for those that follow."""
+PLACES = {"base", "lora", "merged", "out", "plain", "slots", "graph", "tokens", "nf4", "fp8", "recipe.yaml"}
 RECIPE = """\
 steps:
   - {verb: combine, adapters: {LORA: 0.5}, as: half}
@@ -71,7 +83,7 @@ steps:
 
 LIMITED = {
     "merge": (25, 50, 100),
-    "merge into NF4, dequantised": (25, 50, 100),
+    "merge into NF4 as numbers": (25, 50, 100),
     "merge into NF4": (100, 200, 400),
     "merge into fp8": (100, 200, 400),
 }
@@ -84,15 +96,15 @@ def under(limit: int, name: str) -> list[str]:
     return [*words, "--workers", "8", "--memory-limit", f"{limit}MB"]
 
 
-def layers_of(size: float) -> int:
+def layers_of(size: float, shape: Shape = SHAPE) -> int:
     """Layers of a model of so many GB."""
-    one, two = SHAPE.parameters, replace(SHAPE, layers=2).parameters
+    one, two = shape.parameters, replace(shape, layers=2).parameters
     return max(2, round((size * 1e9 / 2 - one) / (two - one)) + 1)
 
 
-def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str, int]:
+def measured(work: Path, shape: Shape, chosen: dict[str, list[str]]) -> dict[str, int]:
     """Peak bytes by command."""
-    shape = replace(SHAPE, layers=layers_of(size))
+    size = 2 * shape.parameters / 1e9
     write_base(shape, work / "base", shards=max(2, round(size)))
     write_adapter(shape, work / "lora")
     (work / "recipe.yaml").write_text(RECIPE.replace("BASE", f"{work}/base").replace("LORA", f"{work}/lora"))
@@ -100,20 +112,35 @@ def measured(work: Path, size: float, chosen: dict[str, list[str]]) -> dict[str,
         write_quantised(work)
     found = {}
     for name, words in chosen.items():
+        if name == HOLDS and size >= HELD:
+            continue
         places = [str(work / word) if re.split("[/=]", word)[0] in PLACES else word for word in words]
         command = [sys.executable, "-P", "-m", "surgery_cli", "-q", *places]
         found[name] = run(command, work / "log", children="--memory-limit" in words).peak
-        print(f"{size:g} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
+        print(f"{size:.2f} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
         shutil.rmtree(work / "out", ignore_errors=True)
     return found
 
 
 def write_quantised(work: Path) -> None:
-    """The base in two formats of codes."""
+    """The base in two formats of codes, every layer with those of the first."""
     from quantised_merge import BNB, FP8, fp8, nf4, quantise
 
-    quantise(work / "base", work / "nf4", nf4, BNB)
-    quantise(work / "base", work / "fp8", fp8, FP8)
+    quantise(work / "base", work / "nf4", _repeated(nf4), BNB)
+    quantise(work / "base", work / "fp8", _repeated(fp8), FP8)
+
+
+def _repeated(codes: Callable[[str, np.ndarray], dict[str, np.ndarray]]) -> Callable[..., dict[str, np.ndarray]]:
+    """The same codes for a module of every layer: choosing them for 4 GB takes longer than all merges."""
+    known: dict[str, dict[str, np.ndarray]] = {}
+
+    def of_first(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+        first = re.sub(r"layers\.\d+", "layers.0", name)
+        if first not in known:
+            known[first] = codes(first, values)
+        return {name + key.removeprefix(first): array for key, array in known[first].items()}
+
+    return of_first
 
 
 def main() -> None:
@@ -121,6 +148,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="0.2,1", help="in GB")
     parser.add_argument("--folder", type=Path, help="where to work")
     parser.add_argument("--only", help="commands, by comma; merge is run in any case")
+    parser.add_argument("--tiny", action="store_true", help="what a tensor more takes")
     parser.add_argument("--limits", action="store_true", help="merges alone, under memory limits")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else list(COMMANDS)
@@ -128,21 +156,30 @@ def main() -> None:
     if options.limits:
         chosen = {f"{name} within {mb} MB": under(mb, name) for name, limits in LIMITED.items() for mb in limits}
     sizes = [float(size) for size in options.sizes.split(",")]
+    shapes = [replace(SHAPE, layers=layers_of(size)) for size in sizes]
+    if options.limits:
+        shapes = [replace(LIMIT_SHAPE, layers=layers_of(size, LIMIT_SHAPE)) for size in sizes]
+    if options.tiny:
+        shapes = [replace(TINY, layers=layers) for layers in (FEW, MANY)]
     table: list[dict[str, int]] = []
-    for size in sizes:
+    for shape in shapes:
         work = Path(tempfile.mkdtemp(prefix="surgery-memory-", dir=options.folder))
         try:
-            table.append(measured(work, size, chosen))
+            table.append(measured(work, shape, chosen))
         finally:
             shutil.rmtree(work)
     print(versions("numpy"))
-    print(f"| command | {' | '.join(f'{size:g} GB' for size in sizes)} | growth |")
-    print(f"| --- |{' ---: |' * (len(sizes) + 1)}")
+    heads = [f"{shape.layers} layers, {2 * shape.parameters / 1e9:.2f} GB" for shape in shapes]
+    print(f"| command | {' | '.join(heads)} | {'a tensor more' if options.tiny else 'growth'} |")
+    print(f"| --- |{' ---: |' * (len(shapes) + 1)}")
     for name in chosen:
-        peaks = [row[name] for row in table]
-        growth = peaks[-1] / peaks[0]
-        mark = "" if growth <= FLAT else " *"
-        print(f"| `{name}` | {' | '.join(f'{peak / 1e6:.0f} MB' for peak in peaks)} | {growth:.2f}{mark} |")
+        peaks = [row[name] for row in table if name in row]
+        growth = peaks[-1] / peaks[0] if peaks else 0.0
+        told = f"{growth:.2f}{'' if growth <= FLAT else ' *'}"
+        if options.tiny:
+            told = f"{(peaks[-1] - peaks[0]) / 1e3 / PER_LAYER / (MANY - FEW):.1f} kB"
+        cells = [f"{row[name] / 1e6:.0f} MB" if name in row else "" for row in table]
+        print(f"| `{name}` | {' | '.join(cells)} | {told} |")
         if options.limits:
             assert max(peaks) <= int(name.split()[-2]) * 1e6 + FIXED, (name, peaks)
 

@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from xml.sax.saxutils import escape
 
@@ -72,6 +72,7 @@ STORE = Store()
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 0
+    disable_nagle_algorithm = True  # as servers do: a body would wait 40 ms behind its header
 
     def log_message(self, *args) -> None:
         pass
@@ -144,6 +145,10 @@ class Handler(BaseHTTPRequestHandler):
         if "partNumber" in query:
             STORE.uploads[query["uploadId"]][int(query["partNumber"])] = size, digest
             return self.answer(200, ETag=f'"{digest}"')
+        if source := self.headers.get("x-amz-copy-source"):
+            etag = f'"{STORE.next()}"'
+            STORE.objects[key] = replace(STORE.objects[urllib.parse.unquote(source).lstrip("/")], etag=etag)
+            return self.answer(200, f"<CopyObjectResult><ETag>{escape(etag)}</ETag></CopyObjectResult>".encode())
         if self.headers.get("If-None-Match") == "*" and key in STORE.objects:
             return self.answer(412)
         return self.answer(200, ETag=STORE.put(key, data))

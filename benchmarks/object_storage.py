@@ -60,7 +60,7 @@ for meta in obstore.list(store, "base").collect():
 
 
 @contextmanager
-def server(shape: Shape, shards: int, targets: str) -> Iterator[dict[str, str]]:
+def server(shape: Shape, shards: int, targets: str, compiled: Path) -> Iterator[dict[str, str]]:
     """A server with a base and a LoRA; what leads to it."""
     command = [
         sys.executable,
@@ -76,6 +76,7 @@ def server(shape: Shape, shards: int, targets: str) -> Iterator[dict[str, str]]:
         yield {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench",
             "AWS_REGION": "us-east-1", "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(compiled),  # as pip leaves what it installs
         }  # fmt: skip
     finally:
         process.kill()
@@ -89,7 +90,7 @@ def parts(where: dict[str, str], key: str) -> list[tuple[int, str]]:
 
 def check(targets: str, folder: Path) -> None:
     """A merge into the bucket has the bytes of one into a folder."""
-    with server(SMALL, 3, targets) as where:
+    with server(SMALL, 3, targets, folder / "compiled") as where:
         run([sys.executable, "-c", MERGE, "s3://bench/out"], folder / "log", where)
         run([sys.executable, "-c", MERGE, str(folder / "out")], folder / "log", where)
         files = sorted((folder / "out").glob("*.safetensors"))
@@ -118,7 +119,7 @@ def main() -> None:
         folder = Path(name)
         check(targets, folder)
         taken: dict[str, list[Sample]] = {"plain": [], "merge": []}
-        with server(shape, shards, targets) as where:
+        with server(shape, shards, targets, folder / "compiled") as where:
             for _ in range(options.rounds):
                 taken["plain"].append(run([sys.executable, "-c", PLAIN], folder / "log", where))
                 taken["merge"].append(run([sys.executable, "-c", MERGE, "s3://bench/out"], folder / "log", where))

@@ -114,7 +114,7 @@ def core(run: Run, dtype: str) -> None:
     write_slots(folder / "lora.onnx_adapter", contract, adapter, dtype)
     packed_path, contract = export(folder, "packed.onnx", run.target, dtype, True, run.shape, packed=True)
     write_slots(folder / "packed.onnx_adapter", contract, adapter, dtype)
-    base = run.bind(base_path)
+    base = run.open_timed(base_path)
     (folder / "prefix.onnx_adapter").write_bytes(adapter_bytes(text_past(base.opened, run.ahead).arrays))
     prefix, shipped = f"prefix of {VIRTUAL}", f"exported with a prefix of {VIRTUAL}"
     if not (run.work / "prefix").exists():
@@ -124,16 +124,16 @@ def core(run: Run, dtype: str) -> None:
     )  # fmt: skip
     sides = {
         "base": base,
-        "merged": run.bind(merged_path),
-        prefix: run.bind(base_path, prompt_adapter=folder / "prefix.onnx_adapter", max_length=CACHE - VIRTUAL),
-        shipped: run.bind(run.work / f"{dtype}-prefix" / "model.onnx", max_length=CACHE - VIRTUAL),
-        "base once more": run.bind(base_path),
-        "slots, LoRA r16 in": run.bind(slots_path, adapters=[folder / "lora.onnx_adapter"]),
-        "packed slots, LoRA r16 in": run.bind(packed_path, adapters=[folder / "packed.onnx_adapter"]),
+        "merged": run.open_timed(merged_path),
+        prefix: run.open_timed(base_path, prompt_adapter=folder / "prefix.onnx_adapter", max_length=CACHE - VIRTUAL),
+        shipped: run.open_timed(run.work / f"{dtype}-prefix" / "model.onnx", max_length=CACHE - VIRTUAL),
+        "base once more": run.open_timed(base_path),
+        "slots, LoRA r16 in": run.open_timed(slots_path, adapters=[folder / "lora.onnx_adapter"]),
+        "packed slots, LoRA r16 in": run.open_timed(packed_path, adapters=[folder / "packed.onnx_adapter"]),
     }
     if dtype == "bf16":
         half_path, _ = export(folder, "half.onnx", run.target, "fp16")
-        sides["computed in fp16"] = run.bind(half_path)
+        sides["computed in fp16"] = run.open_timed(half_path)
     lines, _ = run.measured(dtype, sides, [run.tokens], prefills=20)
     run.check(f"{dtype} base: decode / floor", lines[0]["ratio"], 2.25)
     run.ratio(dtype, "merged", "decode", 1.01)
@@ -164,8 +164,11 @@ def before(run: Run, dtype: str, tree: Path | None) -> None:
     exported(run, run.work / dtype, run.work / f"{dtype}-today", "--weights", "link")
     today = run.work / f"{dtype}-today" / "model.onnx"
     with setting(XQA):  # as the runner of before had it
-        sides = {"of before": run.bind(out / "model.onnx"), "of before once more": run.bind(out / "model.onnx")}
-    sides |= {"of before, today's runner": run.bind(out / "model.onnx"), "of today": run.bind(today)}
+        sides = {
+            "of before": run.open_timed(out / "model.onnx"),
+            "of before once more": run.open_timed(out / "model.onnx"),
+        }
+    sides |= {"of before, today's runner": run.open_timed(out / "model.onnx"), "of today": run.open_timed(today)}
     label = f"{dtype} before and today"
     run.measured(label, sides, [run.tokens], prefills=20)
     run.ratio(label, "of today", "decode", 0.95)
@@ -181,7 +184,7 @@ SLOTTED = {
 def slots(run: Run, dtype: str) -> None:
     """Packed slots by the weights that have some, and with kernels as cuBLAS chooses them instead of measured ones."""
     folder, off = run.work / dtype, {"ep.cuda.enable_gemm_auto_tune": "0"}
-    sides = {"base": run.bind(folder / "model.onnx")}
+    sides = {"base": run.open_timed(folder / "model.onnx")}
     for name, modules in SLOTTED.items():
         stem = f"slots-{name.replace(' ', '-')}"
         path, contract = export(
@@ -189,9 +192,9 @@ def slots(run: Run, dtype: str) -> None:
         )
         write_slots(folder / f"{stem}.onnx_adapter", contract, run.work / "lora", dtype)
         adapters = [folder / f"{stem}.onnx_adapter"]
-        sides[f"slots of {name}"] = run.bind(path, adapters=adapters)
+        sides[f"slots of {name}"] = run.open_timed(path, adapters=adapters)
         if modules is LINEAR:
-            sides["as cuBLAS chooses"] = run.bind(path, adapters=adapters, session_config=off)
+            sides["as cuBLAS chooses"] = run.open_timed(path, adapters=adapters, session_config=off)
     run.measured(f"{dtype} slots", sides, [run.tokens], 200, prefills=20)
     run.ratio(f"{dtype} slots", "slots of all seven weights", "decode", 1.35)
 
@@ -212,7 +215,7 @@ def variants(run: Run, dtype: str) -> None:
             graph.write_bytes(model.SerializeToString())
         try:
             with setting(variant.environment):
-                side = run.bind(graph, session_config=variant.session, cuda_graph=variant.name != "no CUDA graph")
+                side = run.open_timed(graph, session_config=variant.session, cuda_graph=variant.name != "no CUDA graph")
                 assert side.decoder is not None
                 side.decoder.prefill([run.tokens])
                 for _ in range(3):
@@ -236,14 +239,14 @@ def profiled(run: Run, dtype: str) -> None:
     path = run.work / dtype / "model.onnx"
     for name, environment in (("as exported", {}), ("XQA attention", XQA)):
         with setting(environment):
-            lines = kernels(run.bind(path), run.tokens, run.work)
+            lines = kernels(run.open_timed(path), run.tokens, run.work)
         run.profile += [line | {"what": f"{name}: {line['what']}"} for line in lines]
     run.profile += elsewhere(path, run.tokens, run.work, batch=1, max_length=CACHE, device=run.device)
 
 
 def batches(run: Run, dtype: str) -> None:
     rows = np.random.default_rng(3).integers(3, run.shape.vocabulary, (8, PROMPT)).tolist()
-    run.measured(dtype, {"base": run.bind(run.work / dtype / "model.onnx", batch=8)}, rows, 100)
+    run.measured(dtype, {"base": run.open_timed(run.work / dtype / "model.onnx", batch=8)}, rows, 100)
 
 
 SHAPES = (
@@ -264,8 +267,8 @@ def attention(run: Run, dtype: str) -> None:
     graph = run.work / dtype / "model.onnx"
     for rows, tokens, cache in SHAPES:
         with setting(XQA):
-            sides = {"XQA": run.bind(graph, batch=rows, max_length=cache)}
-        sides["as opened"] = run.bind(graph, batch=rows, max_length=cache)
+            sides = {"XQA": run.open_timed(graph, batch=rows, max_length=cache)}
+        sides["as opened"] = run.open_timed(graph, batch=rows, max_length=cache)
         ids = np.random.default_rng(3).integers(3, run.shape.vocabulary, (rows, tokens)).tolist()
         run.measured(f"{dtype} {rows} x {tokens} of {cache}", sides, ids, 80, prefills=3)
 
@@ -274,7 +277,7 @@ def eight_b(run: Run, dtype: str) -> None:
     shape = EIGHT_B if run.shape == LARGE else run.shape
     write_model(shape, run.work / "8b", dtype)
     path, _ = export(run.work / "8b", "model.onnx", run.target, dtype)
-    run.measured(f"{dtype} 8B", {"base": run.bind(path)}, [run.tokens], 40)
+    run.measured(f"{dtype} 8B", {"base": run.open_timed(path)}, [run.tokens], 40)
 
 
 def compiled(run: Run, dtype: str) -> None:
@@ -320,7 +323,7 @@ def genai(run: Run, dtype: str, unpacked_to: Path | None) -> None:
     builder = unpacked_to / "onnxruntime_genai" / "models" / "builder.py"  # as a file: it needs none of the libraries
     _, seconds, _ = spawn(builder, "-i", source, "-o", out, *where, "-c", run.work / "cache", environment=environment)
     print(f"  built in {seconds:.1f} s", flush=True)
-    sides = {"base": run.bind(run.work / dtype / "model.onnx"), "genai builder's graph": run.bind(out)}
+    sides = {"base": run.open_timed(run.work / dtype / "model.onnx"), "genai builder's graph": run.open_timed(out)}
     run.measured(f"{dtype} genai", sides, [run.tokens])
     del sides
     if not any((unpacked_to / "onnxruntime_genai").glob("*.so")):

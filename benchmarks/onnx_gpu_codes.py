@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from onnx_gpu_run import Run
 
-from surgery.verbs.bench import Bound
+from surgery.onnx.run.timed_graph import TimedGraph
 
 __all__ = ["CODES", "TOKENIZER", "beside_builder", "codes", "exported", "spawn", "with_tokenizer"]
 
@@ -77,7 +77,7 @@ def exported(run: Run, source: Path, out: Path, *options: str) -> tuple[float, f
 def codes(run: Run, dtype: str, folder: str = "") -> None:
     """Graphs of codes beside the base's, in turns; of the 8 B shape if its folder is named."""
     source = run.work / (folder or dtype)
-    sides = {"base": run.bind(source / "model.onnx")}
+    sides = {"base": run.open_timed(source / "model.onnx")}
     for name, options in CODES.items():
         if folder and name not in (FAST, SMALL):
             continue
@@ -85,11 +85,11 @@ def codes(run: Run, dtype: str, folder: str = "") -> None:
         seconds, held = exported(run, source, out, *options)
         print(f"  {name}: exported in {seconds:.1f} s, {held:.0f} MB", flush=True)
         run.check(f"{folder} {name}: MB held by the export".strip(), held, 500)
-        sides[name] = run.bind(out / "model.onnx")
+        sides[name] = run.open_timed(out / "model.onnx")
         if name == SMALL and run.device == "cuda":
-            sides[f"{name}, CUTLASS"] = run.bind(out / "model.onnx", session_config=MIXED)
+            sides[f"{name}, CUTLASS"] = run.open_timed(out / "model.onnx", session_config=MIXED)
             paired = MIXED | {"ep.cuda.fpa_intb_gemv_paired_k": "1", "ep.cuda.fpa_intb_gemv_wave_aware": "1"}
-            sides[f"{name}, CUTLASS paired"] = run.bind(out / "model.onnx", session_config=paired)
+            sides[f"{name}, CUTLASS paired"] = run.open_timed(out / "model.onnx", session_config=paired)
     label = f"{dtype} codes {folder}".strip()
     run.measured(label, sides, [run.tokens], 40 if folder else 200, prefills=20)
     for name, error in errors(run, sides).items():
@@ -100,7 +100,7 @@ def codes(run: Run, dtype: str, folder: str = "") -> None:
     run.ratio(label, FAST, "first token", 1.15)
 
 
-def errors(run: Run, sides: dict[str, Bound]) -> dict[str, float]:
+def errors(run: Run, sides: dict[str, TimedGraph]) -> dict[str, float]:
     """Norm of the error of a prompt's logits to their norm, against the first side."""
     found: dict[str, np.ndarray[Any, Any]] = {}
     for name, side in sides.items():
@@ -131,7 +131,7 @@ def beside_builder(run: Run, dtype: str, unpacked_to: Path) -> None:
     environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     _, seconds, held = spawn(builder, "-i", source, "-o", out, *where, environment=environment)
     print(f"  builder: {seconds:.1f} s, {held:.0f} MB", flush=True)
-    sides = {"base": run.bind(run.work / dtype / "model.onnx")}
+    sides = {"base": run.open_timed(run.work / dtype / "model.onnx")}
     mine: dict[str, tuple[float, float]] = {}
     for name, options in {
         "surgery": ("--weights-type", "int4"),
@@ -139,8 +139,8 @@ def beside_builder(run: Run, dtype: str, unpacked_to: Path) -> None:
     }.items():
         made = run.work / f"{dtype}-int4-{name.replace(' ', '')}"
         mine[name] = exported(run, run.work / dtype, made, *options)
-        sides[name] = run.bind(made / "model.onnx")
-    sides["genai builder's int4"] = run.bind(out)
+        sides[name] = run.open_timed(made / "model.onnx")
+    sides["genai builder's int4"] = run.open_timed(out)
     label = f"{dtype} int4 beside the builder"
     run.measured(label, sides, [run.tokens], 200, prefills=20)
     found = errors(run, sides)

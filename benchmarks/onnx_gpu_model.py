@@ -73,7 +73,7 @@ def export(
     )
     built = build(open_checkpoint(folder).main, options)
     path = folder / name
-    path.write_bytes(built.graphs["model.onnx"].SerializeToString())
+    path.write_bytes(built.graphs["model.onnx"].data)
     return path, built.contract
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from surgery.verbs.bench import Bound, bind
+from surgery.onnx.run.timed_graph import TimedGraph, open_timed
 
 STEPS = 20
 
 
-def kernels(side: Bound, prompt: list[int], work: Path) -> list[dict[str, Any]]:
+def kernels(side: TimedGraph, prompt: list[int], work: Path) -> list[dict[str, Any]]:
     """Kernels of a replayed step by their name without its parameters, the longest first; the last two lines are gaps and the whole."""
     decoder: Any = side.decoder
     decoder.prefill([prompt])
@@ -58,7 +58,7 @@ def shortened(name: str) -> str:
 
 def elsewhere(graph: Path, prompt: list[int], work: Path, **options: Any) -> list[dict[str, Any]]:
     """Nodes of one step that run on the cpu, and copies between devices, by onnxruntime's own profile (without a CUDA graph)."""
-    side = bind(graph, cuda_graph=False, profile=work / "nodes", **options)
+    side = open_timed(graph, cuda_graph=False, profile=work / "nodes", **options)
     decoder: Any = side.decoder
     decoder.prefill([prompt])
     decoder.step([5])

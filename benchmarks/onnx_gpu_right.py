@@ -11,7 +11,7 @@ import torch  # isort: skip
 import numpy as np
 from onnx_gpu_run import Run
 
-from surgery.verbs.bench import Bound
+from surgery.onnx.run.timed_graph import TimedGraph
 
 __all__ = ["right"]
 
@@ -24,7 +24,7 @@ NEAR = 2  # errors that two logits may be apart and still be a tie
 Logits = list[np.ndarray[Any, Any]]
 
 
-def right(run: Run, dtype: str, name: str, folder: Path, side: Bound, ahead: Sequence[int]) -> None:
+def right(run: Run, dtype: str, name: str, folder: Path, side: TimedGraph, ahead: Sequence[int]) -> None:
     """Follow the reference's own greedy tokens; `ahead` is what the side's soft prompt stands for."""
     ids = [*ahead, *run.tokens]
     wanted, tokens = _torch(run, folder, torch.float32, ids, None)

@@ -16,8 +16,8 @@ import numpy as np
 from shapes import Shape
 
 from surgery.onnx.graph.target import TARGETS, OperatorSet
+from surgery.onnx.run.timed_graph import TimedGraph, floor_seconds, measure_all, open_timed, step_nbytes
 from surgery.onnx.run.timing import Timing, compare
-from surgery.verbs.bench import Bound, bind, floor_seconds, measure_all, step_nbytes
 
 __all__ = ["CACHE", "PROMPT", "VIRTUAL", "Run", "tables"]
 
@@ -62,13 +62,13 @@ class Run:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def bind(self, path: Path, **options: Any) -> Bound:
-        return bind(path, **{"batch": 1, "max_length": CACHE, "device": self.device, **options})
+    def open_timed(self, path: Path, **options: Any) -> TimedGraph:
+        return open_timed(path, **{"batch": 1, "max_length": CACHE, "device": self.device, **options})
 
     def measured(
         self,
         dtype: str,
-        sides: Mapping[str, Bound],
+        sides: Mapping[str, TimedGraph],
         rows: list[list[int]],
         steps: int | None = None,
         prefills: int = 5,
@@ -98,7 +98,7 @@ class Run:
                     self.ratios.append(line | {"low": ratio.low, "high": ratio.high, "pairs": ratio.pairs})
         return found, times
 
-    def floor(self, side: Bound) -> float:
+    def floor(self, side: TimedGraph) -> float:
         return floor_seconds(side) if self.device == "cuda" else float("nan")
 
     def ratio(self, dtype: str, graph: str, of: str, limit: float) -> None:

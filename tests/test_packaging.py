@@ -54,11 +54,12 @@ def test_the_wheel_has_the_packages_and_the_manual_and_nothing_else(built: tuple
     assert not [name for name in names if re.search(r"__pycache__|\.pyc$|(^|/)(tests?|examples|golden)/", name)]
 
 
-def test_every_module_is_in_the_wheel(built: tuple[Path, Path]) -> None:
+def test_every_module_template_style_and_schema_is_in_the_wheel(built: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(built[0]) as wheel:
         names = set(wheel.namelist())
     for top in (ROOT / "surgery", ROOT / "formats" / "surgery_formats", ROOT / "cli" / "surgery_cli"):
-        assert {path.relative_to(top.parent).as_posix() for path in top.rglob("*.py")} <= names
+        files = (path for path in top.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        assert {path.relative_to(top.parent).as_posix() for path in files} <= names
 
 
 def test_the_source_distribution_can_be_tested(built: tuple[Path, Path]) -> None:
@@ -72,6 +73,7 @@ def test_the_source_distribution_can_be_tested(built: tuple[Path, Path]) -> None
         "constraints.txt",
         "pyproject.toml",
         "docs/cli.md",
+        "mkdocs.yml",
     ):
         assert name in names
     assert {

@@ -48,5 +48,13 @@ def test_the_reference_has_every_public_name(site: Path):
     assert [name for name in surgery.__all__ if name[0] != "_" and f'id="surgery.{name}"' not in page] == []
 
 
+def test_the_search_has_a_name_for_those_who_do_not_see_it(site: Path):
+    dialogs = [
+        tag for page in site.rglob("*.html") for tag in re.findall(r"<[^>]*role=.?dialog[^>]*>", page.read_text())
+    ]
+    assert len(dialogs) > 10
+    assert [tag for tag in dialogs if "aria-label" not in tag] == []
+
+
 def test_marks_for_the_tests_are_not_shown(site: Path):
     assert "console run" not in (site / "tutorial" / "index.html").read_text()

@@ -31,11 +31,13 @@ class Look:
         width: Of the window.
         dark: Whether the reader prefers dark colours.
         scale: Pixels of the picture for each of the page.
+        paper: Whether it is printed.
     """
 
     width: int = 1280
     dark: bool = False
     scale: float = 1.0
+    paper: bool = False
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Browser:
         """Load a page; `said` holds what the console says, `asked` what it loads beside itself."""
         self.said, self.asked = [], []
         scheme = {"name": "prefers-color-scheme", "value": "dark" if look.dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Emulation.setEmulatedMedia", media="print" if look.paper else "", features=[scheme])
         self._size(look, 900)
         self.call("Page.navigate", url=page.resolve().as_uri())
         while self.value("document.readyState") != "complete":

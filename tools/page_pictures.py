@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the pictures of docs/pages.md: runs the commands on the shipped examples and photographs their pages.
 
-``python tools/page_pictures.py [--axe node_modules/axe-core/axe.min.js]`` needs Chromium. A page that says something on the
-console, loads anything, or is wider than a phone ends it with exit code 1; with ``--axe`` also one in which axe-core finds
-a fault. Paths are relative, so that the pictures show nothing of a machine.
+``python tools/page_pictures.py [--axe node_modules/axe-core/axe.min.js]`` needs Chromium. It ends with exit code 1 where a page
+says something on the console, loads anything, is wider than a phone, or than paper with all its tables open, or is printed in
+dark colours; with ``--axe`` also where axe-core finds a fault. Paths are relative, so that the pictures show nothing of a
+machine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -18,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "formats"), str(ROOT / "cli")]
+sys.path.insert(0, str(ROOT))
 
-from surgery_cli.group import surgery  # noqa: E402
 from tools.browser import Browser, Look, browser  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -28,6 +29,7 @@ LARGEST = 150_000  # bytes of a picture
 
 
 _WIDE = Look(1280)
+_PAPER = Look(700, dark=True, paper=True)  # A4 within margins
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,17 @@ PICTURES = (
     Picture("report-phone", "report lora --base base", Look(390, dark=True)),
     Picture("merge", "merge base lora -o merged"),
     Picture("extract", "extract-lora base merged --dry-run", Look(1280, scale=0.6), 2300),
-    Picture("extract-dark", "extract-lora base merged --dry-run", Look(1280, dark=True, scale=0.6), 2300),
+    Picture("extract-dark", "extract-lora base merged --dry-run", Look(1280, dark=True, scale=0.5), 2300),
     Picture("inspect", "inspect lora"),
     Picture("diff", "diff base merged --spectrum --intruders", Look(1280, scale=0.5), 2600),
     Picture("conflict", "combine lora extracted --dry-run", height=2000),
     Picture("check", "check base lora"),
+    Picture("verify", "verify graph --against base", Look(1280, scale=0.7), 2300),
+    Picture("bench", "bench graph --against int4-graph"),
 )
 BEFORE = (
+    "export-onnx base -o graph -q",
+    "export-onnx base -o int4-graph --weights-type int4 -q",
     "merge base lora -o merged --overwrite -q",
     "extract-lora base tuned -o extracted --rank 8 -q",
 )
@@ -98,6 +104,20 @@ def _photographed(tab: Browser, page: Path, picture: Picture, rules: str | None)
             yield f"{wide} pixels wide at {look.width}"
         for fault in tab.faults(rules) if rules else ():
             yield f"axe: {fault['impact']} {fault['id']}: {fault['help']}"
+    yield from _printed(tab, page)
+
+
+def _printed(tab: Browser, page: Path) -> Iterator[str]:
+    """What is wrong with the page on paper, for a reader of dark colours who opened all of it."""
+    tab.show(page, _PAPER)
+    tab.value("document.querySelectorAll('details').forEach(each => { each.open = true })")
+    if (wide := tab.value("document.documentElement.scrollWidth")) > _PAPER.width:
+        yield f"{wide} pixels wide on paper of {_PAPER.width}"
+    if (colour := tab.value("getComputedStyle(document.body).backgroundColor")) != "rgb(255, 255, 255)":
+        yield f"printed on {colour}"
+    pictures = "[...document.querySelectorAll('svg[role]')].filter(each => each.checkVisibility())"
+    if (shown := tab.value(f"{pictures}.length")) != tab.value("document.querySelectorAll('svg[role]').length"):
+        yield f"only {shown} pictures printed"
 
 
 @contextlib.contextmanager
@@ -115,11 +135,12 @@ def _elsewhere() -> Iterator[None]:
 
 
 def _run(words: str) -> None:
-    try:
-        surgery.main(words.split())
-    except SystemExit as done:
-        if done.code:
-            raise RuntimeError(f"surgery {words}: exit code {done.code}") from done
+    """In a process of its own, so that what `bench` says of memory is of it alone."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "formats", "cli"))
+    subprocess.run(
+        [sys.executable, "-m", "surgery_cli", *words.split()],
+        env={**os.environ, "PYTHONPATH": paths}, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hooks of mkdocs.yml: what pages that are read on GitHub need to be pages of a site.
 
-Links out of docs/ become links into the repository, the mark ``run`` of blocks that a test executes goes, and two pages are
-made: the list of decisions, and the reference of the public names.
+Links out of docs/ become links into the repository, the mark ``run`` of blocks that a test executes goes, two pages are made
+(the list of decisions, and the reference of the public names), and the search gets a name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-__all__ = ["on_files", "on_page_markdown"]
+__all__ = ["on_files", "on_page_markdown", "on_post_page", "on_post_template"]
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -41,6 +41,16 @@ def on_page_markdown(markdown: str, /, *, page: Page, config: MkDocsConfig, file
         page.meta["hide"] = ["navigation"]  # it would list this page alone
     markdown = RUN.sub(r"\1", markdown)
     return LINK.sub(lambda link: _target(link[1], source.parent, str(config.repo_url)), markdown)
+
+
+def on_post_page(output: str, /, *, page: Page, config: MkDocsConfig) -> str:
+    """The theme's search has no name for those who do not see it."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')
+
+
+def on_post_template(output: str, /, *, template_name: str, config: MkDocsConfig) -> str:
+    """The same of the page for what is not there."""
+    return output.replace('role="dialog"', 'role="dialog" aria-label="Search"')
 
 
 def _target(path: str, folder: Path, repository: str) -> str:

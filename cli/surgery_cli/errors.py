@@ -97,6 +97,7 @@ _RENAMED = {
     "as_lora": "--as lora",
     "form": "--as",
     "graph_of": "--base",
+    "consumer": "--for",
 }  # arguments whose options have other names
 
 

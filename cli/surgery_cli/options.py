@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that commands share, as decorators, and the types of their values."""
+"""Options that commands share, as decorators; those of `engines` and the types of `values` can be had here too."""
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -15,13 +13,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from surgery_formats.errors import FitError, UsageError
+from surgery_cli.engines import (
+    device,
+    device_option,
+    devices,
+    devices_option,
+    engine,
+    runtime_device_option,
+    threads,
+)
+from surgery_cli.push import push_asked, push_options
+from surgery_cli.values import count, first_ids, number, rank_of, share, size, token_ids, true_share, weighted
 from surgery_formats.text import show
-from surgery_formats.threads import LARGEST_COUNT, MOST_THREADS
 
 if TYPE_CHECKING:
-    from surgery.rank import Rank
     from surgery_cli.pages import Pages
+    from surgery_cli.push import Push
 
 __all__ = [
     "PATH",
@@ -52,6 +59,7 @@ __all__ = [
     "share",
     "size",
     "subcommand",
+    "texts",
     "threads",
     "token_ids",
     "told_alpha",
@@ -61,9 +69,6 @@ __all__ = [
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
 
 
 class _PathType(click.Path):
@@ -89,13 +94,17 @@ PATH = _PathType(path_type=Path)
 
 @dataclass
 class Settings:
-    """The values of `global_options`, and the files to write; the same object before and after the sub-command."""
+    """The values of `global_options`, the files to write, and where the output is pushed.
+
+    It is the same object before and after the sub-command.
+    """
 
     json: bool = False
     verbose: int = 0
     quiet: bool = False
     debug: bool = False
     pages: Pages | None = None
+    push: Push | None = None
 
 
 def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -154,7 +163,7 @@ def subcommand(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 
 def _logged(function: Callable[..., None]) -> Callable[..., None]:
-    """`function`, whose first argument says whether what the library logs is shown."""
+    """`function`, whose first argument says whether what the library logs is shown, and where its output is pushed."""
 
     @wraps(function)
     def call(settings: Settings, *args: Any, **kwargs: Any) -> None:
@@ -162,6 +171,8 @@ def _logged(function: Callable[..., None]) -> Callable[..., None]:
             from surgery_cli.logs import show_logs
 
             show_logs(debug=settings.debug)
+        words = click.get_current_context().command_path.partition(" ")[2]
+        settings.push = push_asked(words, kwargs, quiet=settings.quiet or settings.json)
         function(settings, *args, **kwargs)
 
     return call
@@ -209,9 +220,9 @@ def path(*names: str, metavar: str, help: str, **more: Any) -> Callable[[F], F]:
 
 
 def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
-    """``-o/--output``: required, but for a dry run where the command has `rehearsed` ones."""
+    """``-o/--output``, required but for a dry run where the command has `rehearsed` ones, and ``--push``."""
     needed = f"{help}  [required, but for --dry-run]" if rehearsed else help
-    return click.option(
+    option = click.option(
         "-o",
         "--output",
         metavar="OUT",
@@ -220,6 +231,11 @@ def output(help: str, *, rehearsed: bool = True) -> Callable[[F], F]:
         type=PATH,
         help=needed,
     )
+
+    def add(function: F) -> F:
+        return option(push_options(function))
+
+    return add
 
 
 def dry_run(help: str) -> Callable[[F], F]:
@@ -284,226 +300,27 @@ dtype = choice(
 )
 
 
-def token_ids(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    """Token ids as numbers: ``1,5,9``.
-
-    Raises:
-        click.BadParameter: anything else.
-    """
-    try:
-        return tuple(tuple(int(part) for part in value.replace(",", " ").split()) for value in values)
-    except ValueError as error:
-        raise click.BadParameter("token ids are whole numbers, as in 1,5,9") from error
-
-
-def first_ids(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
-    """Token ids of one row; none if the option is not given.
-
-    Raises:
-        click.BadParameter: anything else.
-    """
-    return () if value is None else token_ids(ctx, param, (value,))[0]
-
-
-def _runtime_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    name, colon, index = value.partition(":")
-    if name not in ("auto", "cpu", "cuda") or (colon and (name != "cuda" or not index.isdecimal() or len(index) > 3)):
-        raise click.BadParameter(f"'{show(value)}' is none of auto, cpu, cuda, cuda:N")
-    return value
-
-
-def devices(text: str) -> str:
-    """One device, or several GPUs.
-
-    Raises:
-        click.BadParameter: not devices, or not on this machine.
-    """
-    if text in ("cpu", "auto"):
-        return text
-    context = click.get_current_context(silent=True)
-    if text == "cuda" and context is not None and context.params.get("engine"):
-        return text  # of a worker, not of this machine
-    from surgery.engine.devices import devices_of
-
-    try:
-        devices_of(text)
-    except FitError as error:
-        raise click.BadParameter(error.message) from error
-    return text
-
-
-def device(text: str) -> str:
-    """A device that is there.
-
-    Raises:
-        click.BadParameter: not a device, or not on this machine.
-    """
-    if "," in text or text == "cuda:all":
-        raise click.BadParameter(f"'{show(text)}' is none of cpu, cuda, cuda:N, auto")
-    return devices(text)
-
-
-def _device_option(metavar: str, help: str, default: str = "cpu", **check: Any) -> Callable[[F], F]:
-    return click.option("--device", default=default, show_default=True, metavar=metavar, help=help, **check)
-
-
-device_option = _device_option(
-    "cpu|cuda[:N]|auto", "Where the arithmetic runs; auto: the CPU, sooner done.", type=device
-)
-"""Checked before anything is read."""
-devices_option = _device_option(
-    "cpu|cuda[:N[,N...]]|cuda:all|auto",
-    "Where the arithmetic runs; auto: on GPUs from 1 B parameters.",
-    type=devices,
-)
-runtime_device_option = _device_option(
-    "auto|cpu|cuda[:N]",
-    "Where it runs; auto: what the graph was made for, if it is here.",
-    "auto",
-    callback=_runtime_device,
-)
-"""The device of onnxruntime: whether it is there is looked up by the library, without torch."""
-
-
-def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str | None:
-    if value == "local":
-        return None
-    from surgery.engine.shares.choice import cluster_of
-
-    try:
-        cluster_of(value)
-    except UsageError as error:
-        raise click.BadParameter(error.message) from error
-    return value
-
-
-engine = click.option(
-    "--engine",
-    default="local",
-    show_default=True,
-    is_eager=True,
-    metavar="local|ray[:HOST:PORT]",
-    callback=_engine,
-    help="Where weights are computed: here, or on a Ray cluster (docs/scale-out.md).",
-)
-"""Eager, for ``--device``: a cluster has devices of its own."""
-
-
-def size(text: str) -> int:
-    """A number of bytes: ``5GB`` (decimal), ``512MiB`` (binary), ``1000000``.
-
-    Raises:
-        click.BadParameter: anything else, or less than one byte.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise click.BadParameter(f"'{show(text)}' is not a size; write 2GB, 512MiB or a number of bytes")
-    number, unit, binary = match.groups()
-    factor: int = (1024 if binary else 1000) ** _UNITS[(unit or "").lower()]
-    whole, _, fraction = number.partition(".")  # whole numbers all the way: a double holds 16 digits only
-    nbytes: int = int(whole) * factor + int(fraction or 0) * factor // 10 ** len(fraction)
-    if nbytes < 1:
-        raise click.BadParameter(f"'{show(text)}' is less than one byte")
-    return nbytes
-
-
-def number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """The type of a finite number that is at least `least` and above `above`."""
-    bounds = f"of at least {least:g}" if least > -math.inf else f"above {above:g}"
-
-    def parse(text: str) -> float:
-        value = _float(text)
-        if not (math.isfinite(value) and value >= least and value > above):
-            raise click.BadParameter(f"'{show(text, 40)}' is not a number {bounds}")
-        return value
-
-    return parse
-
-
-def count(least: int = 1, most: int = LARGEST_COUNT) -> Callable[[str], int]:
-    """The type of a whole number from `least` on; none has more than 64 bits, which is what runtimes and files hold."""
-    bounds = f"of at least {least}" if most == LARGEST_COUNT else f"from {least} to {most}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value > most == LARGEST_COUNT:
-            raise click.BadParameter(f"{show(text, 40)} is more than 64 bits hold")
-        if not least <= value <= most:
-            raise click.BadParameter(f"'{show(text, 40)}' is not a whole number {bounds}")
-        return value
-
-    parse.__name__ = "integer"  # what help calls the value
-    return parse
-
-
-def threads(name: str, help: str) -> Callable[[F], F]:
-    """``--workers`` or ``--threads``: a number that starts as many, so that a slip of the hand must not count."""
-    return click.option(name, type=count(most=MOST_THREADS), help=help)
-
-
-def share(text: str) -> float:
-    """A number above 0, at most 1: ``.95`` or ``95%``.
-
-    Raises:
-        click.BadParameter: anything else.
-    """
-    value = _float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    if not 0 < value <= 1:
-        raise click.BadParameter(f"'{show(text, 40)}' is not a share between 0 and 1")
-    return value
-
-
-def true_share(text: str) -> float:
-    """A share that is less than all."""
-    if (value := share(text)) == 1:
-        raise click.BadParameter(f"'{show(text, 40)}' is not less than 1")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def rank_of(
-    rank: int | str | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    budget: str | None = None,
-    patterns: Mapping[str, int] | None = None,
-) -> Rank:
-    """The choice that ``--rank --energy --max-error --budget --rank-pattern`` make together."""
-    from surgery.rank import Rank
-
-    chosen = Rank.auto if rank == "auto" else Rank(None if rank is None else int(rank), patterns or {})
-    chosen = chosen if energy is None else chosen & Rank.energy(energy)
-    chosen = chosen if max_error is None else chosen & Rank.error(max_error)
-    return chosen if budget is None else chosen & Rank.budget(budget)
-
-
-def weighted(text: str) -> tuple[str, float]:
-    """``ADAPTER[=WEIGHT]`` -> reference and weight. A file or folder that has the whole name always wins.
-
-    Raises:
-        click.BadParameter: what follows the last ``=`` is not a finite number.
-    """
-    reference, equals, suffix = text.rpartition("=")
-    if not equals or Path(text).exists():
-        return text, 1.0
-    weight = _float(suffix)
-    if not math.isfinite(weight) or not reference:
-        raise click.BadParameter(f"neither is '{show(suffix)}' a weight, nor is there a file or folder '{show(text)}'")
-    return reference, weight
-
-
 def adapters(*, required: bool = True) -> Callable[[F], F]:
     """``ADAPTER[=WEIGHT]...``."""
     metavar = "ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]..."
     return click.argument(
         "adapters", nargs=-1, required=required, type=weighted, metavar=metavar, shell_complete=complete_files
     )
+
+
+def texts(what: str) -> Callable[[F], F]:
+    """``--text --text-file --ids --length``: texts on which `what` is measured."""
+
+    def add(function: F) -> F:
+        for option in (
+            click.option("--length", type=count(2), default=128, show_default=True, help="Most tokens of a text."),
+            click.option(
+                "--ids", multiple=True, metavar="1,5,9", callback=token_ids, help="Token ids instead of text."
+            ),
+            path("--text-file", metavar="FILE", help="File of such a text."),
+            click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help=f"Text to measure {what} on."),
+        ):
+            function = option(function)
+        return function
+
+    return add

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., None])
 
 _KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "html": ((".html", ".htm"), "Write it as a page too: one file with pictures, which loads nothing."),
-    "csv": ((".csv",), "Write its tables too, numbers in full."),
+    "csv": ((".csv",), "Write its tables and facts too, numbers in full."),
     "md": ((".md", ".markdown"), "Write it as Markdown too."),
 }
 
@@ -48,15 +48,17 @@ class Pages:
 
         Raises:
             click.BadParameter: the name of another kind of file.
-            SurgeryError: as `write_single` does.
+            SurgeryError: as `write_single` does, whatever is not of the file's size.
         """
         for kind, path in self.files.items():
             suffixes, _ = _KINDS[kind]
             if path.suffix.lower() not in suffixes:
                 raise click.BadParameter(f"the name of the file ends in {suffixes[0]}", param_hint=f"--{kind}")
-            from surgery_formats.files.output.single import check_single
+            from surgery_formats.files.output.single import check_single, check_writable
+            from surgery_formats.files.remote.path import on_a_disk
 
-            check_single(path, overwrite=self.overwrite, inputs=self.inputs)
+            on_a_disk(path, f"--{kind} writes to a disk")
+            check_writable(check_single(path, overwrite=self.overwrite, inputs=self.inputs), path)
 
     def write(self, summary: Summary) -> tuple[Path, ...]:
         """Write `summary`, each file at once or not at all."""
@@ -113,3 +115,5 @@ def _inputs(values: Iterable[object]) -> Iterator[Path]:
                 yield Path(value)
         elif isinstance(value, tuple):
             yield from _inputs(value)
+        elif isinstance(value, dict):
+            yield from _inputs(value.values())

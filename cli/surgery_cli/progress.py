@@ -71,7 +71,7 @@ class _Lines:
         if now - self._last < _SECONDS:
             return
         self._last = now
-        label = self._what if step.phase == "writing" else f"{self._what}, {step.phase}"
+        label = self._what if step.phase in ("writing", self._what) else f"{self._what}, {step.phase}"
         share = f" ({step.done / step.total:.0%})" if step.total else ""
         speed = f", {nbytes(round(step.done / (now - self._began)))}/s" if step.done else ""
         click.echo(f"{label}: {nbytes(step.done)} of {nbytes(step.total)}{share}{speed}", err=True)

@@ -19,6 +19,7 @@ __all__ = [
     "markdown",
     "markdown_code",
     "nbytes",
+    "numbered",
     "show",
     "summed_up",
     "verbatim",
@@ -125,6 +126,11 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     others = [other for other in known if other != name][:20_000]  # one of its own name may be there, and be unusable
     matches = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
     return f"did you mean '{show(matches[0])}'?" if matches else None
+
+
+def numbered(number: int, noun: str) -> str:
+    """A number of things: ``1 token``, ``2 tokens``, ``12,000 tokens``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def count(number: float) -> str:

@@ -38,8 +38,10 @@ from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.component import Component
 from surgery_formats.models.identity import fingerprint
 from surgery_formats.tensors.tensor import as_bytes
+from surgery_formats.text import without_local_paths
 from surgery_formats.threads import one_thread
 
 __all__ = ["ConvertRequest", "ConvertWork"]
@@ -108,10 +110,13 @@ class ConvertWork:
         """Digest of both inputs, of what is asked for, and of the version."""
         prints = [sorted(fingerprint(file) for file in files) for files in (self.adapter.files, self._base_files)]
         sites = [[str(site), [update.kind for update in chain]] for site, chain in self.adapter.updates.items()]
+        # scales and switches of a kind stand in configurations
+        configs = [self.adapter.config, *(part.config for part in self._parts.values())]
         facts = [
             __version__,
             "convert",
             repr(self.rank),
+            [without_local_paths(config) for config in configs],
             prints,
             sites,
             [(task.name, task.shape) for task in self.tasks],
@@ -196,8 +201,11 @@ class ConvertWork:
 
     @property
     def _base_files(self) -> Sequence[File]:
-        parts = {} if self.base is None else self.base.components
-        return [shard.file for part in parts.values() for shard in part.shards]
+        return [shard.file for part in self._parts.values() for shard in part.shards]
+
+    @property
+    def _parts(self) -> Mapping[str, Component]:
+        return {} if self.base is None else self.base.components
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from surgery.algebra.combine_result import Combined, CombineResult
 from surgery.algebra.combined_adapter import side_files
 from surgery.algebra.proof import CombinationProof, prove_combination
 from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
+from surgery.engine.adapter_card import with_card
 from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter
 from surgery.reports.to_json import plain
+from surgery_formats.adapters.format import Rendering
 from surgery_formats.errors import NothingChangedError
 
 __all__ = ["combination_id", "write_combination"]
@@ -45,8 +48,23 @@ def write_combination(plan: CombinationPlan, options: WriteOptions) -> CombineRe
     job = combination_id(plan)
     inputs = (*(term.adapter.path for term in terms), *(() if base is None else (base.path,)))
     options = replace(options, inputs=inputs, side_files=side_files(terms))
-    output = write_adapter(plan.rendering, plan.target, job, prove, options)
+    output = write_adapter(_carded(plan), plan.target, job, prove, options)
     return replace(result, output=output)
+
+
+def _carded(plan: CombinationPlan) -> Rendering:
+    result = plan.result
+    outcomes = Counter(module.outcome for module in result.modules)
+    before = [rank for module in result.modules for rank in module.ranks]
+    measured = [
+        ("weights", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items())),
+        ("greatest rank", f"{max(before, default=0)} before, {max((m.rank for m in result.modules), default=0)} now"),
+    ]
+    if result.error is not None:
+        measured.append(("error of the change (relative, Frobenius norm)", f"{result.error:.2%}"))
+    sources = [(term.adapter, term.weight) for term in plan.combination.terms]
+    what = "resized" if result.verb == "resize" else f"combined ({result.method})"
+    return with_card(plan.rendering, plan.target, sources, plan.combination.base, what, measured)
 
 
 def combination_id(plan: CombinationPlan) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery.consumers.consumer import Consumer, SourceRead
-from surgery.consumers.verdict import OUTCOMES, Outcome, Remedy, Verdict, worst
+from surgery.consumers.verdict import FORMAT, OUTCOMES, Outcome, Remedy, Verdict, worst
 from surgery.engine.convert_result import ConvertResult
 from surgery.reports.drawings import Bars
 from surgery.reports.output import PATH
@@ -72,6 +72,11 @@ class ConsumerCheck:
     def honoured(self) -> bool:
         """Whether every part acts as it was trained."""
         return self.outcome == "honoured"
+
+    @property
+    def of_format(self) -> bool:
+        """Whether it does not look at the parts, for the format is not its own."""
+        return any(verdict.what == FORMAT for verdict in self.verdicts)
 
     @property
     def faults(self) -> tuple[Verdict, ...]:
@@ -159,7 +164,7 @@ def _facts_of_one(check: ConsumerCheck) -> list[tuple[Phrase, Phrase]]:
         files.setdefault(f"{source.program} {source.version}", {})[source.file] = None
     return [
         ("for", read),
-        ("verdict", f"{check.outcome}: {_counted(check.verdicts)}"),
+        ("verdict", f"{check.outcome}: {'all of it' if check.of_format else _counted(check.verdicts)}"),
         ("rules from", "; ".join(f"{of}: {', '.join(names)}" for of, names in files.items())),
     ]
 
@@ -173,13 +178,23 @@ def _line(check: ConsumerCheck) -> tuple[object, ...]:
     """One consumer of many."""
     faults = check.faults
     why: Phrase = (faults[0].what, ": ", faults[0].why) if faults else ""
-    return check.title, check.version, check.outcome, _counted(check.verdicts), why
+    return (
+        check.title,
+        check.version,
+        check.outcome,
+        "all refused" if check.of_format else _counted(check.verdicts),
+        why,
+    )
 
 
 def _chart(checks: Sequence[ConsumerCheck]) -> Chart:
     """Parts by what becomes of them, a bar for each program."""
     columns = Column("consumer"), *(Column(outcome, "integer") for outcome in OUTCOMES)
     counts = [Counter(verdict.outcome for verdict in check.verdicts) for check in checks]
+    most = max(count.total() for count in counts)
+    for check, count in zip(checks, counts, strict=True):
+        if check.of_format:
+            count["refused"] = most
     rows = tuple(
         (check.title, *(count[name] for name in OUTCOMES)) for check, count in zip(checks, counts, strict=True)
     )

@@ -13,7 +13,7 @@ from surgery.consumers.part import AdapterPart
 from surgery.consumers.rules import TraitRule, honoured, refused
 from surgery.consumers.scales import Formula
 from surgery.consumers.traits import Trait
-from surgery.consumers.verdict import Verdict
+from surgery.consumers.verdict import FORMAT, Verdict
 
 __all__ = ["Consumer", "ModuleGroup", "RuledConsumer", "SourceRead"]
 
@@ -115,6 +115,8 @@ class RuledConsumer:
             is honoured.
         reads: Formats of adapters that it loads; of others it refuses the whole file ...
         reads_too: ... but for those that this is true of.
+        native: Formats of its own, of which nothing can be read that it does not load: what such a file holds acts as the
+            file says, but for `exceptions`.
         scale: How it works out scales; None where it does as the file's format means it.
         one_rank: What becomes of a LoRA whose rank is not the configuration's ``r``.
         leaves: Last names of modules that it knows; empty for any.
@@ -137,6 +139,7 @@ class RuledConsumer:
     format: str = "peft"
     reads: frozenset[str] = frozenset({"peft"})
     reads_too: Callable[[AdapterFacts], bool] = field(default=_no_other)
+    native: frozenset[str] = frozenset()
     scale: Formula | None = None
     one_rank: TraitRule = honoured
     leaves: frozenset[str] = frozenset()
@@ -151,9 +154,12 @@ class RuledConsumer:
 
     def judge(self, facts: AdapterFacts, version: tuple[int, ...]) -> tuple[Verdict, ...]:
         """One verdict for each part."""
+        if facts.adapter.format in self.native:
+            own = ((part, self.exceptions(part, facts, version) or honoured) for part in facts.parts)
+            return tuple(Verdict(part.name, part.trait, rule.outcome, rule.why, rule.remedy) for part, rule in own)
         if facts.adapter.format not in self.reads and not self.reads_too(facts):
-            why = f"it loads {' and '.join(sorted(self.reads))}, this is {facts.adapter.format}"
-            return (Verdict(facts.adapter.path.name, "format", "refused", why, "rewrite"),)
+            why = f"it loads {' and '.join(sorted(self.reads | self.native))}, this is {facts.adapter.format}"
+            return (Verdict(facts.adapter.path.name, FORMAT, "refused", why, "rewrite"),)
         rules: dict[Trait, TraitRule] = {"LoRA": honoured, **self.rules}
         scale = self.scale
         for first, changed in self.since:

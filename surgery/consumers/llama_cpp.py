@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """llama.cpp: its converter writes ``lora_alpha`` alone, and the runtime divides it by each LoRA's own rank.
 
+Of a PEFT folder the rules are those of the converter, of a GGUF those of the runtime.
+
 Versions are those of llama-cpp-python, which has both.
 """
 
@@ -42,6 +44,7 @@ LLAMA_CPP = RuledConsumer(
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.cpp", "llama_adapter_lora_init_impl"),
         SourceRead("ggml-org/llama.cpp", "0650ea8c", "src/llama-adapter.h", "llama_adapter_lora_weight::get_scale"),
     ),
+    native=frozenset({"gguf"}),
     scale=alpha_over_own_rank,
     dialect="vllm",
     exceptions=_exceptions,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["OUTCOMES", "Outcome", "Remedy", "Verdict", "worst"]
+__all__ = ["FORMAT", "OUTCOMES", "Outcome", "Remedy", "Verdict", "worst"]
 
 Outcome = Literal["honoured", "scaled wrongly", "ignored", "refused"]
 """What becomes of a part.
@@ -46,6 +46,9 @@ Remedy = Literal["", "rewrite", "scale", "pad", "partners", "cut", "dialect", "l
     Leaving it out, by the user's choice.
 """
 
+FORMAT = "format"
+"""`Verdict.what` of an adapter that a program refuses as a whole, because it is in another program's format."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -53,7 +56,7 @@ class Verdict:
 
     Attributes:
         part: Path of a parameter, name of a field, or name of a file.
-        what: What it is, see `surgery.consumers.traits.Trait`.
+        what: What it is, see `surgery.consumers.traits.Trait`; or `FORMAT`.
         outcome: What becomes of it.
         why: The rule, in a sentence; empty for what is honoured without a word.
         remedy: What makes the program honour it; empty where only a merge into the base does.

@@ -25,7 +25,8 @@ from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError, SurgeryError, UsageError
 from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_folder
-from surgery_formats.files.output.single import write_single
+from surgery_formats.files.output.single import check_single, write_single
+from surgery_formats.files.output.staging import check_folder
 from surgery_formats.files.raw import File
 from surgery_formats.models.identity import fingerprint, fingerprint_of
 from surgery_formats.tensors.tensor import as_bytes
@@ -34,6 +35,7 @@ from surgery_formats.text import show
 __all__ = [
     "Prove",
     "WriteOptions",
+    "check_adapter_output",
     "job_id",
     "put_adapter",
     "rendered_fingerprint",
@@ -93,6 +95,18 @@ def job_id(facts: Mapping[str, Any], inputs: Iterable[File | str], rendering: Re
     prints = sorted({entry if isinstance(entry, str) else fingerprint(entry) for entry in inputs})
     whole = [__version__, dict(facts), small, dict(rendering.metadata), tensors, prints]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def check_adapter_output(target: Format, output: Path, inputs: tuple[Path, ...], *, overwrite: bool) -> None:
+    """Refuse an output that `write_adapter` could not write, before hours are spent on it; nothing is touched.
+
+    Raises:
+        NotFoundError, UsageError, FitError, OutputExistsError: as `write_adapter`.
+    """
+    if target.single_file:
+        check_single(output, overwrite=overwrite, inputs=inputs)
+    else:
+        check_folder(output, overwrite=overwrite, inputs=inputs)
 
 
 def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, options: WriteOptions) -> Path:

@@ -6,11 +6,13 @@ The source is bound once, and its binding goes on to the proof.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.engine.adapter_card import with_card
 from surgery.engine.adapter_output import WriteOptions, job_id, stored_as, write_adapter
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.input_checks import check_base_id, check_nothing_dropped
@@ -347,5 +349,13 @@ def write_conversion(
     if rank is not None and conversion.base is not None:  # what a change is may depend on the base's values
         files += tuple(shard.file for part in conversion.base.components.values() for shard in part.shards)
     job = conversion_id(conversion, files, projections, None if rank is None else {"rank": rank})
-    output = write_adapter(conversion.rendering, conversion.target, job, prove, options)
+    output = write_adapter(_carded(conversion, result), conversion.target, job, prove, options)
     return replace(result, output=output)
+
+
+def _carded(conversion: Conversion, result: ConvertResult) -> Rendering:
+    outcomes = Counter(entry.outcome for entry in result.entries)
+    measured = [("updates", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items()))]
+    source = (conversion.source, 1.0)
+    what = f"in the place of {result.source}" if result.as_lora else f"converted from {result.source}"
+    return with_card(conversion.rendering, conversion.target, [source], conversion.base, what, measured)

@@ -15,6 +15,7 @@ from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.values import Cell, Name, Phrase, Value
 from surgery_formats.adapters.format import Entry
+from surgery_formats.text import numbered
 
 __all__ = ["ConvertResult"]
 
@@ -131,7 +132,7 @@ class ConvertResult:
         many = len(self.errors) != 1
         written = "are written as computed" if many else "is written as computed"
         what = written if self.as_lora and approximated else "change as before" if many else "changes as before"
-        same = f"{len(self.errors)} weight{'s' if many else ''} {what}; largest error {self.max_error:.1e} of a change"
+        same = f"{numbered(len(self.errors), 'weight')} {what}; largest error {self.max_error:.1e} of a change"
         near = f"{approximated} change nearly as before; largest error {self.max_approximation:.2%} of a change"
         return "; ".join([same] * bool(self.errors) + [near] * bool(approximated)) or same
 

@@ -9,9 +9,9 @@ from fnmatch import fnmatchcase
 
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
-from surgery_formats.text import closest, show
+from surgery_formats.text import closest, listing, show, summed_up
 
-__all__ = ["Selection", "check_patterns"]
+__all__ = ["Selection", "check_patterns", "left_out_warning"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ class Selection:
                 "no module is left", hint="widen `only=`" if self.only else "leave out less with `without=`"
             )
         return kept, tuple(left)
+
+
+def left_out_warning(left: Sequence[str]) -> str:
+    """What is said of the parameters that `without` left out."""
+    return f"left out, as --without says: {len(left)} parameter{'s' if len(left) != 1 else ''}, {listing(summed_up(left), 6)}"
 
 
 def matches(pattern: str, site: Site) -> bool:

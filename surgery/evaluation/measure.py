@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How likely models find the tokens of a text, and how far their distributions are apart, in sums over all tokens."""
+"""How likely models find the tokens of a text, and how far their distributions are from another's, in sums over all tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.evaluation.predictor import Predictor
 from surgery.evaluation.windows import Window
 from surgery_formats.errors import FitError
 
-__all__ = ["Sums", "measure"]
+__all__ = ["Score", "measure"]
 
 _LOGITS = 1 << 25  # numbers of a model's logits in memory at a time, or one window
 _NUMBERS = 1 << 21  # of these in float64
@@ -25,33 +25,39 @@ Array = npt.NDArray[Any]
 
 
 @dataclass
-class Sums:
-    """Over all tokens of a text.
+class Score:
+    """Of one model, over all tokens of a text; nothing but `nats` where it was compared with no other.
 
     Attributes:
-        tokens: Their number.
-        nats: By model: the negative log-likelihood.
-        divergence: KL of the first model's distribution from the second's, in nats.
-        same: Tokens for which both models expect the same one most.
+        nats: The negative log-likelihood.
+        other: The other model's.
+        divergence: KL of the model's distribution from the other's, in nats.
+        same: Tokens for which both expect the same one most.
+        squares: Of the differences between the negative log-likelihoods that both give a token, summed.
     """
 
-    tokens: int
-    nats: list[float]
+    nats: float = 0.0
+    other: float = 0.0
     divergence: float = 0.0
     same: int = 0
+    squares: float = 0.0
 
 
 def measure(
     models: Sequence[Predictor],
+    against: Predictor | None,
     ids: npt.NDArray[np.int64],
     begin: int,
     windows: Sequence[Window],
     done: Callable[[int], None],
-) -> Sums:
-    """Run one model, or two that are compared, over the windows of a text.
+) -> list[Score]:
+    """Run models over the windows of a text, one after the other, and compare each with another.
+
+    The logits of two models are in memory at a time.
 
     Args:
-        models: One or two.
+        models: Those that are scored.
+        against: The other, if there is one.
         ids: ``(tokens,)``.
         begin: The token in front of every window.
         windows: See `surgery.evaluation.windows.cut`.
@@ -60,18 +66,23 @@ def measure(
     Raises:
         FitError: a model cannot be computed, logits that are no numbers, or two models with other vocabularies.
     """
-    sums = Sums(len(ids), [0.0 for _ in models])
+    scores = [Score() for _ in models]
     scored = 0
-    for group in _groups(windows, max(1, *(model.vocabulary for model in models))):
+    for group in _groups(windows, max(1, *(model.vocabulary for model in (*models, against or models[0])))):
         rows = np.stack([np.concatenate([[begin], ids[window.start : window.stop]]) for window in group])
-        found = [model.logits(rows) for model in models]
-        for number, window in enumerate(group):
-            first = window.scored - window.start  # the token in front is in the place before the window's first
-            logits = [_finite(side[number, first:-1], model) for side, model in zip(found, models, strict=True)]
-            _add(sums, logits, ids[window.scored : window.stop], models)
+        targets = [ids[window.scored : window.stop] for window in group]
+        beside = None if against is None else _logits(against, rows, group)
+        for score, model in zip(scores, models, strict=True):
+            logits = _logits(model, rows, group)
+            if beside is None or against is None:
+                score.nats += sum(map(_nats, logits, targets))
+                continue
+            _check_widths(logits[0], model, beside[0], against)
+            for model_side, other_side, following in zip(logits, beside, targets, strict=True):
+                _compare(score, model_side, other_side, following)
         scored += len(group)
         done(scored)
-    return sums
+    return scores
 
 
 def _groups(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]]:
@@ -82,24 +93,45 @@ def _groups(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]
         yield from (listed[at : at + step] for at in range(0, len(listed), step))
 
 
-def _add(sums: Sums, logits: Sequence[Array], targets: npt.NDArray[np.int64], models: Sequence[Predictor]) -> None:
-    widths = [side.shape[-1] for side in logits]
-    if len(set(widths)) > 1:
+def _logits(model: Predictor, rows: npt.NDArray[np.int64], group: Sequence[Window]) -> list[Array]:
+    """Of each window, ``(tokens, V)``: the logits that predict the tokens that it scores."""
+    logits = model.logits(rows)
+    places = (window.scored - window.start for window in group)  # the token in front is in the place before the first
+    found = [row[first:-1] for row, first in zip(logits, places, strict=True)]
+    if not all(np.isfinite(row).all() for row in found):
+        raise FitError("computes logits that are no finite numbers", file=model.path)
+    return found
+
+
+def _check_widths(logits: Array, model: Predictor, beside: Array, against: Predictor) -> None:
+    if logits.shape[-1] != beside.shape[-1]:
         raise FitError(
-            f"has {widths[1]} tokens and {models[0].path} {widths[0]}: their distributions cannot be compared",
-            file=models[1].path,
+            f"has {beside.shape[-1]} tokens and {model.path} {logits.shape[-1]}: their distributions cannot be compared",
+            file=against.path,
             hint="evaluate each by itself: bits per byte can be compared",
         )
-    step = max(1, _NUMBERS // widths[0])
+
+
+def _pieces(targets: Array, *sides: Array) -> Iterator[tuple[npt.NDArray[np.float64], ...]]:
+    """By some tokens at a time: the log-likelihoods of all tokens, and of those that follow, for each of `sides`."""
+    step = max(1, _NUMBERS // sides[0].shape[-1])
     for at in range(0, len(targets), step):
-        sides = [_log_softmax(side[at : at + step]) for side in logits]
         chosen = targets[at : at + step, None]
-        for number, side in enumerate(sides):
-            sums.nats[number] -= float(np.take_along_axis(side, chosen, 1).sum())
-        if len(sides) == 2:
-            model, other = sides
-            sums.divergence += float((np.exp(other) * (other - model)).sum())
-            sums.same += int((model.argmax(-1) == other.argmax(-1)).sum())
+        everything = [_log_softmax(side[at : at + step]) for side in sides]
+        yield (*everything, *(np.take_along_axis(side, chosen, 1) for side in everything))
+
+
+def _nats(logits: Array, targets: npt.NDArray[np.int64]) -> float:
+    return -sum(float(followed.sum()) for _, followed in _pieces(targets, logits))
+
+
+def _compare(score: Score, logits: Array, beside: Array, targets: npt.NDArray[np.int64]) -> None:
+    for model, other, likely, likely_too in _pieces(targets, logits, beside):
+        score.nats -= float(likely.sum())
+        score.other -= float(likely_too.sum())
+        score.divergence += float((np.exp(other) * (other - model)).sum())
+        score.same += int((model.argmax(-1) == other.argmax(-1)).sum())
+        score.squares += float(((likely - likely_too) ** 2).sum())
 
 
 def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
@@ -107,9 +139,3 @@ def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
     values -= values.max(-1, keepdims=True)
     values -= np.log(np.exp(values).sum(-1, keepdims=True))
     return values
-
-
-def _finite(logits: Array, model: Predictor) -> Array:
-    if not np.isfinite(logits).all():
-        raise FitError("computes logits that are no finite numbers", file=model.path)
-    return logits

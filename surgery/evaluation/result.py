@@ -14,6 +14,7 @@ from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.summary import Summary, warning_notes
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.text import numbered
 
 __all__ = ["EvalResult", "ScoredModel"]
 
@@ -38,12 +39,17 @@ class ScoredModel:
     bits_per_token: float
     bits_per_byte: float | None
 
+    @staticmethod
+    def bits_of(nats: float) -> float:
+        """Nats in bits."""
+        return nats / math.log(2)
+
     @classmethod
     def of(
         cls, path: Path, adapters: tuple[str, ...], computed_by: str, nats: float, tokens: int, nbytes: int | None
     ) -> ScoredModel:
         """From the sum of negative log-likelihoods, in nats."""
-        bits = nats / math.log(2)
+        bits = cls.bits_of(nats)
         return cls(path, adapters, computed_by, nats, bits / tokens, None if nbytes is None else bits / nbytes)
 
 
@@ -99,12 +105,13 @@ class EvalResult:
     def summary(self, *, verbose: bool = False) -> Summary:
         """The figures of each model, and how far they are apart."""
         begins = "its first " if self.limited else ""
-        nbytes = () if self.text_bytes is None else (f" ({begins}{self.text_bytes:,} bytes)",)
+        nbytes = () if self.text_bytes is None else (f" ({begins}{numbered(self.text_bytes, 'byte')})",)
+        apart = "" if self.windows == 1 else f", {self.stride:,} apart"
         measured: list[tuple[Phrase, Phrase]] = [
             ("text", (Name(self.text, PATH), *nbytes)),
             (
                 "measured on",
-                f"{self.tokens:,} tokens, in {self.windows:,} windows of at most {self.context}, {self.stride} apart",
+                f"{numbered(self.tokens, 'token')}, in {numbered(self.windows, 'window')} of at most {self.context:,}{apart}",
             ),
         ]
         columns = (
@@ -116,19 +123,22 @@ class EvalResult:
             (str(s.path), ", ".join(s.adapters) or None, s.computed_by, s.bits_per_byte, s.bits_per_token)
             for s in sides
         )
-        apart: list[tuple[Phrase, Phrase]] = []
+        between: list[tuple[Phrase, Phrase]] = []
         if self.divergence is not None and self.agreement is not None and self.against is not None:
-            apart = [
+            between = [
                 ("KL divergence", (Value(self.divergence, "number", 3), " nats per token")),
                 ("same top token", (Value(self.agreement, "share", 2), f" of {self.tokens:,}")),
                 ("bits", _better(self.model.nats, self.against.nats)),
             ]
         sections: list[Section] = [Facts(tuple(measured)), Table(columns, rows)]
-        if apart:
-            sections.append(Facts(tuple(apart)))
+        if between:
+            sections.append(Facts(tuple(between)))
         return Summary("Evaluation", (*sections, *warning_notes(self.warnings)))
 
 
 def _better(nats: float, other: float) -> Phrase:
+    """Where two places behind the point are zeros, the sign would be of noise."""
     share = 1 - nats / other if other else 0.0
+    if abs(share) < 0.00005:
+        return "as many as the other, to 0.01%"
     return (Value(abs(share), "share", 2), " fewer than the other" if share >= 0 else " more than the other")

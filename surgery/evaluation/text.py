@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,12 @@ import numpy.typing as npt
 
 from surgery.onnx.run.arrays import read_array
 from surgery.onnx.run.tokenizer import NAME, open_tokenizer
-from surgery_formats.errors import FitError, MalformedError, NotFoundError
+from surgery_formats.errors import FitError, NotFoundError
 from surgery_formats.files.bounded_json import CONFIG_LIMIT, TOKENIZER_LIMIT, read_object
 from surgery_formats.files.raw import open_file
+from surgery_formats.files.text_file import read_text_file
 
 __all__ = ["EvaluationText", "check_same_vocabulary", "read_evaluation_text"]
-
-_MOST = 256 << 20  # bytes that are tokenised in one piece
-_CUT = 3  # bytes of a character that a limit may cut off
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,14 @@ class EvaluationText:
         begin: The token in front of every window, which is not predicted.
         nbytes: UTF-8 bytes of the text; None where tokens alone were given.
         limited: Whether the file goes on.
+        digest: sha256 of these bytes, empty without them.
     """
 
     ids: npt.NDArray[np.int64]
     begin: int
     nbytes: int | None
     limited: bool = False
+    digest: str = ""
 
 
 def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limit: int | None) -> EvaluationText:
@@ -57,7 +58,7 @@ def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limi
     """
     if limit is not None and ids is not None:
         raise FitError("a limit of bytes is one of a text, and tokens were given", hint="give fewer tokens")
-    data, limited = (None, False) if text is None else _bytes(text, limit)
+    data, limited = (None, False) if text is None else read_text_file(text, limit)
     if ids is not None:
         tokens = _tokens(ids)
     else:
@@ -67,7 +68,8 @@ def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limi
         tokens = np.array(encoded, np.int64)
         if not len(tokens):
             raise FitError("the tokenizer makes no token of the text", file=text)
-    return EvaluationText(tokens, _begin(folder), None if data is None else len(data), limited)
+    digest = "" if data is None else hashlib.sha256(data).hexdigest()
+    return EvaluationText(tokens, _begin(folder), None if data is None else len(data), limited, digest)
 
 
 def check_same_vocabulary(one: Path, other: Path) -> None:
@@ -89,39 +91,6 @@ def check_same_vocabulary(one: Path, other: Path) -> None:
             file=paths[1],
             hint="evaluate each by itself: bits per byte can be compared",
         )
-
-
-def _bytes(path: Path, limit: int | None) -> tuple[bytes, bool]:
-    """The text, or as many whole characters of it as have `limit` bytes, and whether it goes on.
-
-    Raises:
-        NotFoundError, MalformedError: no file, or not UTF-8.
-        FitError: nothing in it, or too much.
-    """
-    source = open_file(path)
-    size = source.size if limit is None else min(limit, source.size)
-    if size > _MOST:
-        raise FitError(f"has {source.size:,} bytes (at most {_MOST:,} are read)", file=path, hint=f"limit {_MOST}")
-    data = bytes(source.read(0, size))
-    limited = size < source.size
-    end = size
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        end = error.start
-        if not limited or size - end > _CUT or error.reason != "unexpected end of data":
-            raise MalformedError(
-                f"not a text in UTF-8 (byte {error.start})",
-                file=path,
-                hint="convert it, for example with iconv -t UTF-8",
-            ) from error
-    if b"\0" in data:
-        raise MalformedError(
-            f"not a text: byte {data.index(0)} is zero, as in UTF-16", file=path, hint="convert it to UTF-8"
-        )
-    if not data[:end].strip():
-        raise FitError("there is no text to evaluate on", file=path)
-    return data[:end], limited
 
 
 def _tokens(path: Path) -> npt.NDArray[np.int64]:

@@ -6,17 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from surgery.extraction.figures import ExtractRow, RankChoice
+from surgery.extraction.figures import AS_AUTO, ExtractRow, RankChoice
 from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.drawings import Lines, Mark
 from surgery.reports.layer_grid import layer_chart
 from surgery.reports.sections import Chart, Column, Table
 from surgery.reports.values import Phrase, Piece, Value
 
-__all__ = ["AS_AUTO", "extract_charts", "knee_of", "rank_chart"]
+__all__ = ["extract_charts", "knee_of", "rank_chart", "rank_note"]
 
-AS_AUTO = "auto"
-"""The layers of the choice that `Rank.auto` would make: all, each with its directions above the noise."""
+_LEAST_FALL = 0.01
+"""Of the change: where all ranks together bring less, none is a reason to choose."""
 _CHOICES = (
     Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"),
     Column("size", "bytes"),
@@ -45,6 +45,18 @@ def rank_chart(choices: Sequence[RankChoice]) -> Chart:
     return Chart("Missing of the change, by rank and size", Table(_CHOICES, rows), drawings)
 
 
+def rank_note(choices: Sequence[RankChoice]) -> Phrase:
+    """What the chart marks, in words; nothing where it marks nothing."""
+    of_all = {choice.rank: choice for choice in choices if choice.layers == "all"}
+    auto = next((choice for choice in choices if choice.layers == AS_AUTO), None)
+    said: list[Piece] = []
+    if (knee := knee_of([(rank, choice.residual) for rank, choice in of_all.items()])) is not None:
+        said += [f"the knee is at rank {knee} (", Value(of_all[knee].nbytes, "bytes"), "): more directions bring less"]
+    if auto is not None:
+        said += ["; " if said else "", f"rank auto takes up to {auto.rank} (", Value(auto.nbytes, "bytes"), ")"]
+    return tuple(said)
+
+
 def knee_of(points: Sequence[tuple[int, float]]) -> int | None:
     """The rank from which on more directions bring less: the point farthest below the line from the first to the last.
 
@@ -55,7 +67,7 @@ def knee_of(points: Sequence[tuple[int, float]]) -> int | None:
         return None
     xs = [math.log2(rank) for rank, _ in points]
     fall = points[0][1] - points[-1][1]
-    if fall <= 0:
+    if fall < _LEAST_FALL:
         return None
     below = [
         (1 - (x - xs[0]) / (xs[-1] - xs[0])) - (left - points[-1][1]) / fall
@@ -96,9 +108,13 @@ def _spectra(spectra: Sequence[RoleSpectrum]) -> Chart:
 def _above(spectra: Sequence[RoleSpectrum], *, by_edge: bool) -> Phrase:
     said: list[Piece] = []
     for spectrum in spectra:
-        count = len(spectrum.values)
         said += [", " if said else "", f"{spectrum.role} "]
-        said += [Value(spectrum.above, "number", 3), f" of {count}"] if by_edge else [f"{count} directions"]
+        if by_edge:
+            said += ["" if spectrum.complete else "at least ", Value(spectrum.above, "number", 3)]
+            least, most = spectrum.of
+            said.append(f" of {most}" if least == most else f" (median) of {least} to {most}")
+        else:
+            said.append(f"{len(spectrum.values)} directions")
     return (*said, " directions above the noise" if by_edge else "")
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from surgery.extraction.extract_charts import extract_charts, rank_chart
+from surgery.extraction.extract_charts import extract_charts, rank_chart, rank_note
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice, layers_of
+from surgery.extraction.recovery import Recovery
+from surgery.extraction.recovery_table import recovery_sections
 from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.output import DRY_RUN
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -30,6 +32,7 @@ def extract_summary(
     spectra: Sequence[RoleSpectrum],
     warnings: tuple[str, ...],
     *,
+    recovery: Recovery | None,
     verbose: bool,
     dry_run: bool,
 ) -> Summary:
@@ -41,10 +44,13 @@ def extract_summary(
         table: Other ranks and fewer layers.
         spectra: Of the change, by role.
         warnings: What the user should know.
+        recovery: What the adapter is worth on a text, if that was measured.
         verbose: Each layer.
         dry_run: Whether nothing was written.
     """
     sections: list[Section] = [Facts(tuple(facts))]
+    if recovery is not None:
+        sections += recovery_sections(recovery, table)
     changed = [row for row in rows if row.energy or row.form]
     if changed:
         layers = layers_of(changed, apart=verbose)
@@ -53,6 +59,8 @@ def extract_summary(
             sections.append(Note("like-named layers are taken together", "omitted"))
     if table:
         sections.append(rank_chart(table))
+        if note := rank_note(table):
+            sections.append(Note(note))
     sections += extract_charts(spectra, rows)
     if dry_run:
         sections.append(DRY_RUN)

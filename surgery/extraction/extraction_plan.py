@@ -20,6 +20,7 @@ from surgery.extraction.findings import Kind
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
+from surgery.extraction.recovery import Recovery
 from surgery.extraction.refine import Refinement, refine
 from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
 from surgery.extraction.stream.scan import ScanResult
@@ -174,6 +175,7 @@ class ExtractionPlan:
         calibrated: What changed because of calibration inputs.
         warnings: Facts that the user should know.
         refined: What came of fitting factors to the cells of TUNED's values; None if that was not asked for.
+        recovery: What `adapter` is worth on a text; None if that was not asked for, or is measured on what is read back.
     """
 
     checkpoints: CheckpointPair
@@ -192,6 +194,7 @@ class ExtractionPlan:
     calibrated: CalibrationChanges
     warnings: tuple[str, ...]
     refined: Refinement | None = None
+    recovery: Recovery | None = None
 
     @property
     def nbytes(self) -> int:

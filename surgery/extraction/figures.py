@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgery.extraction.findings import CalibrationFacts, Signal, six_digits
+from surgery.extraction.recovery import TextScore
 from surgery.reports.targets import pattern_of
-from surgery.reports.to_json import plain
 
-__all__ = ["ExtractClass", "ExtractRow", "Layers", "RankChoice", "layers_of"]
+__all__ = ["AS_AUTO", "ExtractClass", "ExtractRow", "Layers", "RankChoice", "layers_of"]
+
+AS_AUTO = "auto"
+"""The layers of the choice that `Rank.auto` would make: all, each with its directions above the noise."""
 
 ExtractClass = Literal[
     "low-rank", "dense", "rows", "new rows", "unchanged", "alias", "derivable", "corrected", "dropped"
@@ -100,6 +103,8 @@ class RankChoice:
         residual: ``||TUNED - (BASE + adapter)|| / ||TUNED - BASE||`` over the whole model.
         parameters: Number of values in the adapter.
         nbytes: Their size.
+        score: How well it predicts the text; None where that was not measured.
+        recovered: Share of TUNED's gain that it has on the text; None where that is not defined either.
     """
 
     rank: int
@@ -107,10 +112,15 @@ class RankChoice:
     residual: float
     parameters: int
     nbytes: int
+    score: TextScore | None = None
+    recovered: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The choice as plain values, for ``--json`` and the manifest."""
-        return six_digits(plain(self))
+        figures = {name: getattr(self, name) for name in ("rank", "layers", "residual", "parameters", "nbytes")}
+        if self.score is None:
+            return six_digits(figures)
+        return six_digits(figures) | self.score.as_json() | six_digits({"recovered": self.recovered})
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.adapter_output import WriteOptions, rendered_fingerprint, write_adapter
 from surgery.engine.conversion import conversion_id, plan_conversion, prove_conversion
@@ -15,13 +15,16 @@ from surgery.engine.proof import read_back
 from surgery.extraction.card import extraction_card
 from surgery.extraction.extraction_plan import ExtractionPlan, Stopwatch
 from surgery.extraction.result import ExtractResult
-from surgery.extraction.rows import coded_result, predicted_result, proved_result, rows_without
+from surgery.extraction.rows import coded_result, predicted_result, proved_result, rows_without, with_recovery
 from surgery.progress import Callback, Progress
 from surgery_formats.adapters.format import Format, Rendering, what_to_tell
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.sets_beside import sets_beside
 from surgery_formats.text import show
+
+if TYPE_CHECKING:
+    from surgery.extraction.evaluated import EvaluatedPair
 
 __all__ = ["load_writer", "write_extraction"]
 
@@ -34,10 +37,13 @@ def write_extraction(
     *,
     overwrite: bool,
     progress: Callback | None,
+    evaluated: EvaluatedPair | None = None,
 ) -> ExtractResult:
     """Write what was decided to `out`, in the format `target`.
 
-    PEFT's file keeps to a budget of bytes; another format's may not, and a warning says so.
+    With `evaluated` its recovery is measured: before PEFT's folder is written, whose model card states it, and of another
+    format on what is read back of it, which may be codes or lack something. PEFT's file keeps to a budget of bytes;
+    another format's may not, and a warning says so.
 
     Raises:
         FitError: `target` cannot hold all of it.
@@ -46,9 +52,16 @@ def write_extraction(
     written = _Progress(stopwatch, progress)
     inputs = [plan.checkpoints.base.path, plan.checkpoints.tuned.path]
     inputs += [] if plan.request.calibration is None else [plan.request.calibration.path]
+    inputs += [] if evaluated is None else [evaluated.path]
     options = WriteOptions(out, tuple(inputs), _side_files(plan), overwrite, written, plan.request.workspace.workers)
+    if target.name != plan.peft.name:
+        planned = _converted(plan, target, evaluated, progress)
+    else:
+        if evaluated is not None:
+            plan = evaluated.measured(plan, progress)
+            stopwatch.lap("evaluating")
+        planned = _as_planned(plan)
     result = predicted_result(plan)
-    planned = _as_planned(plan, result) if target.name == plan.peft.name else _converted(plan, target)
 
     def prove(path: Path) -> Mapping[str, Any]:
         nonlocal result
@@ -107,18 +120,20 @@ class _PlannedOutput:
     prove: Callable[[Path], tuple[ExtractResult, Mapping[str, Any]]]
 
 
-def _as_planned(plan: ExtractionPlan, predicted: ExtractResult) -> _PlannedOutput:
+def _as_planned(plan: ExtractionPlan) -> _PlannedOutput:
     """In the format in which it was planned: the factors that are read back are those that were measured."""
 
     def prove(path: Path) -> tuple[ExtractResult, Mapping[str, Any]]:
         result = proved_result(plan, _bound(plan, read_back(plan.peft, path)))
         return result, result.as_manifest()
 
-    files = {**plan.rendering.small_files, "README.md": extraction_card(plan, predicted)}
+    files = {**plan.rendering.small_files, "README.md": extraction_card(plan, predicted_result(plan))}
     return _PlannedOutput(replace(plan.rendering, small_files=files), plan.id, prove)
 
 
-def _converted(plan: ExtractionPlan, target: Format) -> _PlannedOutput:
+def _converted(
+    plan: ExtractionPlan, target: Format, evaluated: EvaluatedPair | None, progress: Callback | None
+) -> _PlannedOutput:
     """Rendered by `target`: the extraction is proved before it is rendered, then what was written of it is compared."""
     binding, request = _bound(plan, plan.adapter), plan.request
     conversion = plan_conversion(plan.adapter, target, plan.checkpoints.base, binding, allow_loss=request.allow_loss)
@@ -142,6 +157,8 @@ def _converted(plan: ExtractionPlan, target: Format) -> _PlannedOutput:
             )
         rows = rows_without(result.rows, plan.storage, lost)
         result = replace(result, format=target.name, rows=rows, adapter_nbytes=size, warnings=tuple(warnings))
+        if evaluated is not None:
+            result = with_recovery(result, evaluated.recovery(plan, read_back(target, path), progress))
         return result, {**converted.as_manifest(), "extract": result.as_manifest()}
 
     return _PlannedOutput(

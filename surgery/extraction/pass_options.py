@@ -10,6 +10,7 @@ from surgery.engine.inputs import check_alpha
 from surgery.extraction.extraction_plan import stored_factor_specs
 from surgery.extraction.ranks import RankGoal, rank_goal
 from surgery.extraction.stream.scan_plan import ScanPlan, layout_of, plan_scan
+from surgery.extraction.targets import LowRankTarget
 from surgery.rank import Rank
 from surgery_formats.adapters.format import Coded, Format, Scaling
 from surgery_formats.adapters.registry import format_to_write
@@ -33,6 +34,7 @@ class PassOptions:
         dtype: Type of the factors, as it was asked for.
         full: Whether embedding and head are stored whole.
         whole: Whether all matrices are.
+        by_rank: Whether adapters of several ranks are made of the factors, so that all directions are kept.
     """
 
     goal: RankGoal
@@ -42,6 +44,7 @@ class PassOptions:
     dtype: str
     full: bool
     whole: bool
+    by_rank: bool = False
 
     def stored(self, tuned: Component) -> DType:
         """Type of the factors; of codes, what these are made of."""
@@ -55,7 +58,7 @@ class PassOptions:
         """
         layout = layout_of(old, new, full=self.full, matrices=self.whole)
         self.goal.check_patterns(layout.targets)
-        specs = stored_factor_specs(self.goal, self.scaling, self.stored(new))
+        specs = _decided_later if self.by_rank else stored_factor_specs(self.goal, self.scaling, self.stored(new))
         return plan_scan(layout, self.goal, specs, on_gpus=on_gpus)
 
 
@@ -70,8 +73,9 @@ def pass_options(
     to: str,
     factors: str | None,
     table: bool,
+    evaluated: bool = False,
 ) -> PassOptions:
-    """Understand them; all are as `surgery.extract_lora` takes them.
+    """Understand them; all are as `surgery.extract_lora` takes them, but for `evaluated`: whether there is a text.
 
     Raises:
         UsageError: an argument of a wrong type.
@@ -83,7 +87,12 @@ def pass_options(
     check_alpha(alpha)
     scaling = Scaling(None if alpha is None else float(alpha), rslora, goal.rank.number)
     adapter_format = coded_as(format_to_write("compact" if factors is not None and to == "peft" else to), factors)
-    return PassOptions(goal, scaling, adapter_format, _coding(adapter_format, dtype), dtype, full or whole, whole)
+    coding = _coding(adapter_format, dtype)
+    return PassOptions(goal, scaling, adapter_format, coding, dtype, full or whole, whole, table and evaluated)
+
+
+def _decided_later(target: LowRankTarget) -> None:
+    """The stored form of no target's factors: they are kept as they were computed."""
 
 
 def one_of(value: str, known: tuple[str, ...], what: str) -> str:

@@ -7,14 +7,14 @@ By number, share of energy, error, a budget for all matrices, or whatever is abo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy
 
 from surgery.engine.selection import matches
 from surgery.extraction.factorise import TargetFactors
-from surgery.extraction.figures import RankChoice
+from surgery.extraction.figures import AS_AUTO, RankChoice
 from surgery.extraction.storage_plan import StoragePlan, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget
@@ -26,7 +26,7 @@ from surgery_formats.linalg.coding import Coding
 from surgery_formats.linalg.rank_criteria import allocate
 from surgery_formats.text import closest, show
 
-__all__ = ["TABLE_RANKS", "RankGoal", "magnitude_count", "rank_goal", "rank_table", "ranks_of"]
+__all__ = ["TABLE_RANKS", "RankGoal", "magnitude_count", "rank_goal", "rank_table", "ranks_of", "table_ranks"]
 
 DEFAULT = 16
 _HEADER = 200  # bytes of a file's header that one tensor takes, at most, with names as long as they get
@@ -198,13 +198,27 @@ def rank_table(
         return lambda target: rank if not roles or role(target.path) in roles else 0
 
     rows = [choice(rank, layers, chosen(rank, roles)) for rank in TABLE_RANKS for layers, roles in _LAYERS.items()]
-    signals = {target.path: _signal(factored[target.path]) for target in storage.targets}
-    if (
-        signals
-        and (known := {path: count for path, count in signals.items() if count is not None}).keys() == signals.keys()
-    ):
-        rows.append(choice(max(known.values()), "auto", lambda target: known[target.path]))
+    if known := _signals(storage, factored):
+        rows.append(choice(max(known.values()), AS_AUTO, lambda target: known[target.path]))
     return tuple(rows)
+
+
+def table_ranks(
+    storage: StoragePlan, factored: Mapping[str, TargetFactors]
+) -> Iterator[tuple[tuple[int, str], dict[str, int]]]:
+    """The rows of `rank_table` that are of all layers, by rank and layers, with the rank of each target by its path."""
+    entries = {target.path: factored[target.path] for target in storage.targets}
+    for rank in TABLE_RANKS:
+        yield (rank, "all"), {path: max(1, min(rank, entry.rank)) for path, entry in entries.items()}
+    if known := _signals(storage, factored):
+        yield (max(known.values()), AS_AUTO), known
+
+
+def _signals(storage: StoragePlan, factored: Mapping[str, TargetFactors]) -> dict[str, int]:
+    """The directions of each target above the noise; empty where those of any are not all known."""
+    signals = {target.path: _signal(factored[target.path]) for target in storage.targets}
+    known = {path: count for path, count in signals.items() if count is not None}
+    return known if known.keys() == signals.keys() else {}
 
 
 def _signal(entry: TargetFactors) -> int | None:

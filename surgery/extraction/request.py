@@ -38,6 +38,7 @@ from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.files.raw import File
 from surgery_formats.models.component import Component
 from surgery_formats.models.identity import fingerprint
+from surgery_formats.text import without_local_paths
 
 __all__ = ["ExtractRequest", "ExtractWork"]
 
@@ -60,6 +61,7 @@ class ExtractRequest:
         to: Format of the adapter.
         factors: Codes of the factors.
         table: Whether there will be a table of ranks.
+        evaluated: Whether the driver evaluates the adapter on a text.
         on_gpus: Whether workers compute on GPUs: on all of them, or on none.
     """
 
@@ -74,6 +76,7 @@ class ExtractRequest:
     to: str = "peft"
     factors: str | None = None
     table: bool = False
+    evaluated: bool = False
     on_gpus: bool = False
 
     def work(self) -> ExtractWork:
@@ -92,6 +95,7 @@ class ExtractRequest:
             to=self.to,
             factors=self.factors,
             table=self.table,
+            evaluated=self.evaluated,
         )
         pair = CheckpointPair(as_checkpoint(self.base), as_checkpoint(self.tuned, "tuned"))
         return ExtractWork.of(pair, options, on_gpus=self.on_gpus)
@@ -130,6 +134,7 @@ class ExtractWork:
             self.on_gpus,
             [repr(self.plan.goal.rank), self.plan.goal.table, sorted(layout.whole)],
             [[fingerprint(file) for file in files] for files in map(_files, self._components)],
+            [without_local_paths(component.config) for component in self._components],  # what codes stand for
             [[p.pair.name, p.path, p.form, p.pair.base.kind, p.pair.tuned.kind] for p in layout.parameters],
             [[target.path, target.shape, repr(spec_of(target))] for target in layout.targets],
             [unit.names for unit in self.plan.units],

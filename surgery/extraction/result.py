@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice
 from surgery.extraction.findings import CalibrationTotals, KindFacts, MergedLoRA, six_digits
+from surgery.extraction.recovery import Recovery
 from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.output import PATH, counted, nbytes_of, written
 from surgery.reports.result import elapsed, summarised
@@ -48,6 +49,7 @@ class ExtractResult:
         kind: LoRA or DoRA, and why.
         calibration: Effect of calibration inputs; None without any.
         quantised: What rounding to codes has to do with the change; empty if neither side is quantised.
+        recovery: How much of TUNED's gain on a text the adapter has; None without a text.
         reproduced: Of a merge whose factors were found beyond its rounding: the shares of TUNED's values that BASE with
             the plain factors, and with those written, rounds to bit for bit.
         tuned: Which part of BASE changed, where that has a name (docs/insert.md); never part of a manifest.
@@ -55,7 +57,7 @@ class ExtractResult:
         timings: Seconds, for ``--json``; never part of a manifest. ``starting``: until the first byte of a tensor was
             asked for; ``reading``: from then until all differences were factorised; then ``kind`` (LoRA or DoRA),
             ``calibrating``, ``identifying`` (the content id), ``noise`` (what a merge would keep), ``settling`` (all
-            other decisions), ``writing``, ``syncing`` (configuration and factors to the disk), ``proving``,
+            other decisions), ``evaluating`` (on a text), ``writing``, ``syncing`` (configuration and factors to the disk), ``proving``,
             ``committing``; ``first_read_to_synced``: all but ``starting``.
         devices: Where it was computed.
         why_devices: Why there, if that was left open (``auto``).
@@ -76,6 +78,7 @@ class ExtractResult:
     kind: KindFacts | None = None
     calibration: CalibrationTotals | None = None
     quantised: tuple[str, ...] = ()
+    recovery: Recovery | None = None
     reproduced: tuple[float, float] | None = None
     tuned: SelectiveTuning | None = None
     spectra: tuple[RoleSpectrum, ...] = ()
@@ -163,6 +166,7 @@ class ExtractResult:
             "warnings": list(self.warnings),
         }
         facts |= {"quantised": list(self.quantised)} if self.quantised else {}
+        facts |= {"recovery": self.recovery.as_json()} if self.recovery is not None else {}
         return six_digits(facts | ({"table": [choice.as_json() for choice in self.table]} if self.table else {}))
 
     def summary(self, *, verbose: bool = False, output: Path | None = None) -> Summary:
@@ -176,7 +180,14 @@ class ExtractResult:
 
         facts = (*_facts(self), *_outcome(self, output))
         return extract_summary(
-            facts, self.rows, self.table, self.spectra, self.warnings, verbose=verbose, dry_run=self.output is None
+            facts,
+            self.rows,
+            self.table,
+            self.spectra,
+            self.warnings,
+            recovery=self.recovery,
+            verbose=verbose,
+            dry_run=self.output is None,
         )
 
 
@@ -200,9 +211,17 @@ def _facts(result: ExtractResult) -> Iterator[tuple[str, Phrase]]:
         plain, refined = (Value(share, "share") for share in result.reproduced)
         yield "reproduced", (refined, " of the merged values bit for bit (plain factors: ", plain, ")")
     yield "held", ("all but ", Value(result.residual, "share"), " of the change", *lost)
+    if result.recovery is not None:
+        yield "recovered", _recovered(result.recovery)
     times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"
     copy = Value(result.tuned_nbytes, "bytes")
     yield "size", (Value(result.adapter_nbytes, "bytes"), f", {times} than the full copy's ", copy)
+
+
+def _recovered(recovery: Recovery) -> Phrase:
+    if recovery.recovered is not None:
+        return Value(recovery.recovered, "share", 1), " of what TUNED gains on the text"
+    return "not defined: TUNED does not predict the text clearly better than BASE"
 
 
 def _outcome(result: ExtractResult, output: Path | None) -> Iterator[tuple[str, Phrase]]:

@@ -16,20 +16,23 @@ from surgery.extraction.noise import remark
 from surgery.extraction.pairing import Pair
 from surgery.extraction.proof import Residual, agrees, prove
 from surgery.extraction.ranks import rank_table
+from surgery.extraction.recovery import Recovery
 from surgery.extraction.result import ExtractResult
 from surgery.extraction.spectra import role_spectra
 from surgery.extraction.storage_plan import DenseTensor, StoragePlan, Via, dense_size
 from surgery.extraction.stream.tally import PairMeasure
 from surgery.extraction.targets import LowRankTarget, sharing
 from surgery.reports.selective import ChangedWeight, SelectiveTuning, selective_tuning
+from surgery_formats import text
 from surgery_formats.arrays import cast, energy
 from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.linalg.coding import CODINGS
 from surgery_formats.storage.base import read_rows
 from surgery_formats.text import listing
 
-__all__ = ["coded_result", "predicted_result", "proved_result", "rows_without"]
+__all__ = ["coded_result", "predicted_result", "proved_result", "rows_without", "with_recovery"]
 
 _CLASS: Mapping[Via, ExtractClass] = {
     "modules_to_save": "dense",
@@ -47,7 +50,7 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
     """
     request, rows = plan.request, _predicted_rows(plan)
     nbytes = sum(row.nbytes for row in rows) if request.coding else plan.nbytes
-    return ExtractResult(
+    result = ExtractResult(
         None,
         plan.peft.name,
         plan.adapter.base_id,
@@ -73,6 +76,17 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         tuned=_tuned(plan),
         spectra=role_spectra(plan.scan.factored, plan.checkpoints.base.main.role),
     )
+    return result if plan.recovery is None else with_recovery(result, plan.recovery)
+
+
+def with_recovery(result: ExtractResult, recovery: Recovery) -> ExtractResult:
+    """`result` with what was measured on a text, of the ranks of its table too."""
+    scores = [recovery.ranks.get((choice.rank, choice.layers)) for choice in result.table]
+    table = tuple(
+        choice if score is None else replace(choice, score=score, recovered=recovery.share(score))
+        for choice, score in zip(result.table, scores, strict=True)
+    )
+    return replace(result, recovery=recovery, table=table, warnings=result.warnings + recovery.remarks)
 
 
 def _tuned(plan: ExtractionPlan) -> SelectiveTuning | None:
@@ -94,10 +108,17 @@ def _too_large(plan: ExtractionPlan, nbytes: int) -> tuple[str, ...]:
     """A warning where the rank was looked for, and what was found is no smaller than a copy."""
     if not plan.request.goal.rank.above_noise or nbytes <= plan.checkpoints.tuned.nbytes:
         return ()
-    return (
+    said = (
         "the adapter is larger than TUNED: its change has no low rank, or is hidden by rounding; if you know the rank, "
-        "give it (rank N)",
+        "give it (rank N)"
     )
+    numbers = sum(target.cost * plan.ranks[target.path] for target in plan.storage.targets)
+    rest = nbytes - plan.request.stored.nbytes(numbers)
+    sizes = {coding.name: coding.nbytes(numbers) + rest for coding in CODINGS.values()}
+    smaller = [name for name, size in sizes.items() if size < plan.checkpoints.tuned.nbytes]
+    if smaller and plan.request.coding is None:
+        said += f"; as {smaller[0]} codes it would have {text.nbytes(sizes[smaller[0]])} (factors {smaller[0]})"
+    return (said,)
 
 
 def proved_result(plan: ExtractionPlan, binding: Binding) -> ExtractResult:

@@ -24,6 +24,8 @@ class RoleSpectrum:
         values: Of each direction the median over the matrices, relative to the largest value that rounding alone would have
             in that matrix, or to its own first value if there is no rounding (`by_edge`). As many as every matrix has.
         above: How many values of a matrix are above that edge, as the median.
+        of: How many a matrix has, computed or not: the least and the greatest.
+        complete: Whether all that are above the edge were computed, of every matrix.
         by_edge: Whether `values` are relative to the edge of noise.
     """
 
@@ -31,24 +33,35 @@ class RoleSpectrum:
     matrices: int
     values: tuple[float, ...]
     above: float
+    of: tuple[int, int]
+    complete: bool
     by_edge: bool
 
 
 def role_spectra(factored: Mapping[str, TargetFactors], role: Callable[[str], str]) -> tuple[RoleSpectrum, ...]:
-    """The spectra of the targets by role, in order of first appearance; `role` tells it of a path."""
-    matrices: dict[str, list[FactorisedMatrix]] = {}
-    for path, target in factored.items():
-        matrices.setdefault(role(path), []).extend(matrix for matrix in target.matrices if matrix.values)
-    by_edge = all(matrix.edge > 0 for group in matrices.values() for matrix in group)
+    """The spectra of the targets by role, which `role` tells of a path, in the order of their paths.
+
+    That of `factored` is the one in which threads were done.
+    """
+    matrices: dict[str, list[tuple[FactorisedMatrix, int]]] = {}
+    for path, target in sorted(factored.items()):
+        sized = ((matrix, target.target.largest_rank) for matrix in target.matrices if matrix.values)
+        matrices.setdefault(role(path), []).extend(sized)
+    by_edge = all(matrix.edge > 0 for group in matrices.values() for matrix, _ in group)
     return tuple(_spectrum(name, group, by_edge=by_edge) for name, group in matrices.items() if group)
 
 
-def _spectrum(role: str, matrices: Sequence[FactorisedMatrix], *, by_edge: bool) -> RoleSpectrum:
+def _spectrum(role: str, sized: Sequence[tuple[FactorisedMatrix, int]], *, by_edge: bool) -> RoleSpectrum:
+    matrices = [matrix for matrix, _ in sized]
     columns = _columns(
         [matrix.values for matrix in matrices], [matrix.edge if by_edge else matrix.values[0] for matrix in matrices]
     )
     above = statistics.median(matrix.signal for matrix in matrices)
-    return RoleSpectrum(role, len(matrices), tuple(map(statistics.median, columns)), above, by_edge)
+    sizes = [size for _, size in sized]
+    complete = all(matrix.signal < len(matrix.values) or len(matrix.values) >= size for matrix, size in sized)
+    return RoleSpectrum(
+        role, len(matrices), tuple(map(statistics.median, columns)), above, (min(sizes), max(sizes)), complete, by_edge
+    )
 
 
 def _columns(spectra: Sequence[Sequence[float]], units: Sequence[float]) -> Iterator[list[float]]:

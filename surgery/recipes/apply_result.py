@@ -113,7 +113,7 @@ class ApplyResult:
             )
             for done in self.steps
         )
-        sections: list[Section] = [Table(columns, rows)]
+        sections: list[Section] = [Table(columns, rows, "Steps")]
         if self.same is not None:
             said = "every file is what it was" if self.same else "some files are not what they were"
             sections.append(Facts((("again", said),)))
@@ -121,6 +121,7 @@ class ApplyResult:
             sections.append(Facts((("kept", f"what a run that was killed had finished: steps {', '.join(kept)}"),)))
         for done in self.steps if verbose else ():
             if done.result is not None:
+                sections.append(Facts((("step", f"{done.number}, {done.verb}"),)))
                 sections += done.result.summary().data
         if all(done.result is None and not done.kept for done in self.steps):
             sections.append(DRY_RUN)

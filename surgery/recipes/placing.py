@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.recipes.apply_result import Place
-from surgery.recipes.recipe import Operand, Recipe, Step
+from surgery.recipes.recipe import OUTPUTS, Operand, Recipe, Step
 from surgery_formats.text import show
 
 __all__ = ["adds_to", "check_apart", "outputs_of", "placed_steps"]
@@ -19,10 +19,6 @@ _FOLDED = {"base", "adapters"}
 
 _OF_FILES = {"dtype", "to", "shard_size", "adapter_output"}
 """What is said of the files of a result, and what is written beside it: there is none of that in memory."""
-
-
-_OTHER_OUTPUTS = ("adapter_output", "residual", "merge_rest")
-"""Arguments that are outputs beside that of the step."""
 
 
 def check_apart(steps: Sequence[Step]) -> None:
@@ -35,7 +31,7 @@ def check_apart(steps: Sequence[Step]) -> None:
     """
     known: list[tuple[str, Step]] = []
     for step in steps:
-        more = [step.arguments.get(name) for name in _OTHER_OUTPUTS]
+        more = [step.arguments.get(name) for name in OUTPUTS]
         for text in (step.output, *more):
             if not isinstance(text, str) or not text:
                 continue

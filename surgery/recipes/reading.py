@@ -25,7 +25,7 @@ from typing import Any
 
 from surgery.engine.recorded import NOT_RECORDED, takes_references
 from surgery.recipes.document import Collection, Scalar, Value, read_document
-from surgery.recipes.recipe import RANKED, VERBS, Input, Operand, Recipe, Step
+from surgery.recipes.recipe import OUTPUTS, RANKED, VERBS, Input, Operand, Recipe, Step
 from surgery_formats.errors import FitError, MalformedError
 from surgery_formats.files.output.manifest import FORMAT, MANIFEST
 from surgery_formats.text import closest, listing, show
@@ -98,9 +98,8 @@ def _recipe(path: Path, document: Collection, manifest: Mapping[str, Any] | None
         if step.name and (step.name in inputs or step.name in [earlier.name for earlier in found]):
             raise step.fail(f"'{show(step.name)}' is the name of something else")
         found.append(step)
-    output = top.get("output")
-    if isinstance(output, Scalar) and not found[-1].output:
-        found[-1] = replace(found[-1], output=output.text)
+    if (output := top.get("output")) is not None and not found[-1].output:
+        found[-1] = replace(found[-1], output=_path(found[-1], "output", output))
     return Recipe(path, inputs, tuple(found), manifest)
 
 
@@ -148,7 +147,8 @@ def _with_options(step: Step, fields: Mapping[str, Value]) -> Step:
         if takes_references(annotation) and name != "adapter_output":
             operands[name] = tuple(_operands(step, value))
         else:
-            arguments[name] = _plain(step, key, value, annotation)
+            written = name in OUTPUTS and isinstance(value, Scalar) and step.line
+            arguments[name] = _path(step, key, value) if written else _plain(step, key, value, annotation)
     return replace(step, arguments=arguments, operands=operands)
 
 
@@ -177,11 +177,29 @@ def _with_result(step: Step, fields: Mapping[str, Value]) -> Step:
     called = name.text if isinstance(name, Scalar) else ""
     if name is not None and not _NAME.fullmatch(called):
         raise step.fail(f"'{show(called)}' is no name for a result", "letters, digits, _ and -")
-    if step.verb == "verify" or not isinstance(output, Scalar):
+    if step.verb == "verify" or output is None:
         return replace(step, name=called)
-    if output.value is True and not step.line:  # a manifest says that it was written, and not where
+    if isinstance(output, Scalar) and output.value is True and not step.line:  # a manifest says that, and not where
         return replace(step, name=called, written=True)
-    return replace(step, name=called, output=output.text)
+    return replace(step, name=called, output=_path(step, "output", output))
+
+
+def _path(step: Step, key: str, value: Value) -> str:
+    """Where something is written: a text, as a slip of another kind would be the name of a folder.
+
+    Raises:
+        UsageError: a number, yes or no, nothing, or a dash, which is no stream here.
+    """
+    text = value.value if isinstance(value, Scalar) else None
+    if not isinstance(text, str) or not text:
+        shown = f"'{show(value.text)}'" if isinstance(value, Scalar) and value.text else "what stands there"
+        raise step.fail(
+            f"{key}{_at_line(value.line)} is a path, and {shown} is none", "a name of digits alone is written ./3"
+        )
+    if text == "-":
+        what = f"{key}{_at_line(value.line)}: '-' is no path, and streams are not supported"
+        raise step.fail(what, "a folder of that name is ./-")
+    return text
 
 
 def _operands(step: Step, value: Value) -> list[Operand]:

@@ -15,13 +15,15 @@ from typing import Any
 from surgery_formats.errors import SurgeryError, UsageError
 from surgery_formats.text import show
 
-__all__ = ["RANKED", "VERBS", "Input", "Operand", "Recipe", "Step"]
+__all__ = ["OUTPUTS", "RANKED", "VERBS", "Input", "Operand", "Recipe", "Step"]
 
 VERBS = (
     *("combine", "resize", "convert", "extract-lora", "insert", "merge", "unmerge", "layers", "export-onnx", "verify"),
     *("fold", "prompt-bake", "prompt-combine", "prompt-convert", "prompt-transfer"),
 )
 """What a step may do."""
+OUTPUTS = ("adapter_output", "residual", "merge_rest")
+"""Options that are outputs beside that of the step."""
 RANKED = ("rank", "energy", "max_error", "budget", "rank_pattern")
 """Options that make one choice of ranks together."""
 

@@ -21,6 +21,7 @@ from surgery.reports.values import Name, NameList, Phrase, Piece, Value
 from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.canonical.provenance import ScaleSource
 from surgery_formats.models.module_tree import Totals
+from surgery_formats.text import numbered
 
 __all__ = ["AdapterReport", "PromptFacts"]
 
@@ -141,18 +142,23 @@ class AdapterReport:
             sections.append(_every_parameter(self.modules) if verbose else _groups(self.targets))
         sections += delta_charts(self.deltas)
         if self.metadata and not verbose:
-            plural = "s" if len(self.metadata) != 1 else ""
-            sections.append(Note(f"{len(self.metadata)} metadata string{plural}", "omitted"))
+            sections.append(Note(numbered(len(self.metadata), "metadata string"), "omitted"))
         if self.ignored:
             sections.append(Note(("without effect on a base: ", NameList(tuple(self.ignored)))))
         return Summary(self.path.resolve().name, (*sections, *warning_notes(self.traps)))
 
+    def _kind(self) -> Phrase:
+        """``LoRA of 42 weights``; before that what the file says, where that is another word."""
+        kinds = ", ".join(f"{kind} of {numbered(number, 'weight')}" for kind, number in self.kinds.items())
+        if len(self.kinds) == 1 and self.kind.casefold() == next(iter(self.kinds)).casefold():
+            return kinds
+        return (Name(self.kind), f": {kinds}") if kinds else Name(self.kind)
+
     def _facts(self) -> list[tuple[str, Phrase]]:
-        kinds = ", ".join(f"{number} {kind}" for kind, number in self.kinds.items())
         rows: list[tuple[str, Phrase]] = [
             ("adapter", Name(self.path, PATH)),
             ("format", Name(self.format)),
-            ("kind", (Name(self.kind), f" ({kinds})") if kinds else Name(self.kind)),
+            ("kind", self._kind()),
         ]
         for label, values in (("rank", self.ranks), ("alpha", self.alphas), ("scale", self.scales)):
             if values:

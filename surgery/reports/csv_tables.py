@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of a summary as CSV (RFC 4180), numbers in full. No cell is a formula to a spreadsheet."""
+"""The tables and facts of a summary as CSV (RFC 4180), numbers in full. No cell is a formula to a spreadsheet."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 
-from surgery.reports.sections import Chart, Column, Section, Table
-from surgery.reports.values import NUMERIC, Cell, Value, cell_text
+from surgery.reports.sections import Chart, Column, Facts, Section, Table
+from surgery.reports.values import NUMERIC, Cell, Value, cell_text, phrase_text
 from surgery_formats.text import clean
 
 __all__ = ["as_csv"]
@@ -22,10 +22,11 @@ _MOST = 32_767
 
 
 def as_csv(sections: Iterable[Section]) -> str:
-    """All tables, one below the other: the heading of each, its rows, and an empty line between two."""
+    """All tables, one below the other: the heading of each, its rows, and an empty line between two. Facts come last."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    for number, table in enumerate(_tables(sections)):
+    listed = tuple(sections)
+    for number, table in enumerate((*_tables(listed), *_facts(listed))):
         if number:
             writer.writerow([])
         writer.writerow([_word(column.heading) for column in table.columns])
@@ -41,7 +42,21 @@ def _tables(sections: Iterable[Section]) -> Iterator[Table]:
             yield section
 
 
+def _facts(sections: Iterable[Section]) -> Iterator[Table]:
+    """All facts as one table: a fact that begins with a number is that number."""
+    rows = tuple(
+        (phrase_text(label), said if isinstance(said, tuple) else (said,))
+        for section in sections
+        if isinstance(section, Facts)
+        for label, said in section.rows
+    )
+    if rows:
+        yield Table((Column("fact"), Column("value", "figure")), rows)
+
+
 def _cell(cell: Cell, column: Column) -> str:
+    if column.type == "figure" and isinstance(cell, tuple) and isinstance(cell[0], Value):
+        cell = cell[0]  # a number with its share behind it
     type = cell.type if isinstance(cell, Value) else column.type
     value = cell.value if isinstance(cell, Value) else cell
     if isinstance(value, int | float) and not isinstance(value, bool) and type in NUMERIC:

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+from operator import itemgetter
 
 from surgery.reports.drawings import HeatMap
 from surgery.reports.sections import Chart, Column, Table
-from surgery.reports.values import Name, Phrase, Type, Value
-from surgery_formats.text import show
+from surgery.reports.values import Name, Piece, Type, Value
+from surgery_formats.text import numbered, show
 
 __all__ = ["layer_chart", "layer_of"]
 
 _LAYERS, _PARTS = 160, 24
-"""Most rows and columns; a model that has more of them shows the first layers, and the parts that most layers have."""
+"""Most rows and columns; a model that has more of them shows the first layers, and the parts that most layers have, and says
+so. The sentence is of all."""
 _HEADING = 60  # characters of a part's name
 _REPEATED = ("layers", "layer", "blocks", "block", "attentions", "resnets", "h")
 """What is in front of a number that counts layers; a name's first number does in any case, those of experts never do."""
@@ -73,45 +76,43 @@ def layer_chart(
             layer = sums.setdefault(place[0], {})
             one, other = layer.get(place[1], (0.0, 0.0))
             layer[place[1]] = one + above, other + below
-    layers = sorted(sums, key=_numbers)[:_LAYERS]
-    times = Counter(part for layer in layers for part in sums[layer])
+    layers = sorted(sums, key=_numbers)
+    values = {layer: {part: finish(*places) for part, places in sums[layer].items()} for layer in layers}
+    times = Counter(part for layer in layers for part in values[layer])
+    if times.total() < 2:
+        return None
     kept = {part for part, _ in times.most_common(_PARTS)}
     parts = [part for part in times if part in kept]
-    if sum(times.values()) < 2 or not parts:
-        return None
-    names = _short(layers)
+    names = dict(zip(layers, _short(layers), strict=True))
     columns = Column("layer", "name"), *(Column(show(part, _HEADING), type, digits) for part in parts)
-    cells = [[finish(*sums[layer][part]) if part in sums[layer] else None for part in parts] for layer in layers]
-    rows = tuple((name, *line) for name, line in zip(names, cells, strict=True))
+    rows = tuple((names[layer], *(values[layer].get(part) for part in parts)) for layer in layers[:_LAYERS])
     drawing = HeatMap(0, tuple(range(1, len(columns))), log, low, high)
-    return Chart(title, Table(columns, rows), drawing, _said(names, parts, cells, (type, digits), worst))
-
-
-def _said(
-    names: Sequence[str],
-    parts: Sequence[str],
-    cells: Sequence[Sequence[float | None]],
-    written: tuple[Type, int],
-    worst: str,
-) -> Phrase:
-    """Where the greatest, or the least, number is, beside the one in the middle."""
-    known = sorted(
-        (value, row, column) for row, line in enumerate(cells) for column, value in enumerate(line) if value is not None
+    says = _said({names[layer]: places for layer, places in values.items()}, (type, digits), worst)
+    left = f"; {len(rows)} of {numbered(len(layers), 'layer')} and {len(parts)} of {numbered(len(times), 'part')} are shown"
+    return Chart(
+        title,
+        Table(columns, rows),
+        drawing,
+        says if (len(rows), len(parts)) == (len(layers), len(times)) else (*says, left),
     )
-    if not known:
-        return "none"
-    value, row, column = known[-1 if worst == "greatest" else 0]
-    middle = known[len(known) // 2][0]
-    where = "layer ", Name(names[row], 60), ", ", Name(parts[column], 60)
+
+
+def _said(values: Mapping[str, Mapping[str, float]], written: tuple[Type, int], worst: str) -> tuple[Piece, ...]:
+    """Where the greatest, or the least, number of all places is, beside the median."""
+    known = [(value, layer, part) for layer, places in values.items() for part, value in places.items()]
+    choose = max if worst == "greatest" else min
+    value, layer, part = choose(known, key=itemgetter(0))
+    middle = statistics.median(value for value, _, _ in known)
+    where = "layer ", Name(layer, 60), ", ", Name(part, 60)
     return f"{worst} ", Value(value, *written), " (", *where, "), median ", Value(middle, *written)
 
 
 def _short(layers: Sequence[str]) -> list[str]:
     """Names of layers without what all of them begin with."""
-    split = [re.split(r"[._:]", layer) for layer in layers]
+    split = [re.split(r"(?<=[._:])", layer) for layer in layers]  # behind what joins the words, which stays with them
     shared = sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, zip(*split, strict=False)))
     shared = min(shared, min(map(len, split)) - 1)
-    return [".".join(words[shared:]) for words in split]
+    return ["".join(words[shared:]) for words in split]
 
 
 def _numbers(layer: str) -> list[tuple[int, int | str]]:

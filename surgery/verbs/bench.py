@@ -9,26 +9,20 @@ copies.
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from surgery.engine.inputs import StrPath, as_list, check_counts, local_path
 from surgery.onnx.graph.contract import from_metadata
 from surgery.onnx.graph.read_metadata import read_metadata
-from surgery.onnx.run.chosen_adapters import choose_adapters, slot_arrays
-from surgery.onnx.run.decoder import Decoder
-from surgery.onnx.run.encoder import encode, vocabulary
+from surgery.onnx.run.encoder import vocabulary
 from surgery.onnx.run.foreign import longest_of
-from surgery.onnx.run.opening import GraphSession, find_graph, open_graph
-from surgery.onnx.run.peak import Peak, device_nbytes, resident_nbytes
-from surgery.onnx.run.prepare import prepare_decoder
-from surgery.onnx.run.timing import PREFILLS, Ratio, Timing, cache_length, compare, measure
+from surgery.onnx.run.opening import GraphSession, find_graph
+from surgery.onnx.run.timed_graph import floor_seconds, measure_all, open_timed, peak_nbytes, step_nbytes
+from surgery.onnx.run.timing import Ratio, cache_length, compare
 from surgery.onnx.run.token_tables import token_tables
 from surgery.reports.drawings import Bars
 from surgery.reports.result import elapsed, summarised, timed
@@ -38,17 +32,7 @@ from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
 from surgery_formats.errors import FitError
 
-__all__ = [
-    "BenchResult",
-    "BenchSide",
-    "Bound",
-    "bench",
-    "bind",
-    "floor_seconds",
-    "measure_all",
-    "peak_nbytes",
-    "step_nbytes",
-]
+__all__ = ["BenchResult", "BenchSide", "bench"]
 
 _PROMPT = 512
 _MOST_TOKENS = 1 << 20
@@ -145,6 +129,9 @@ class BenchResult:
             times = ", ".join(f"{floor * 1e3:.3f} ms" for floor in self.floors)
             speed = Value(self.bandwidth, "rate")
             yield f"floor: {times} per step to read the weights once, at ", speed, " copied on this device"
+        if self.device == "cpu" and len(self.sides) == 2:
+            first, second = (Name(side.model, 200) for side in self.sides)
+            yield "memory of ", second, " is what it took beside ", first, ": what both use is counted once"
         ratio, what = (self.token_ratio, "token") if self.token_ratio else (self.prefill_ratio, "run")
         if ratio is not None:
             spread = f"half of {ratio.pairs} pairs within {ratio.low:.3f} to {ratio.high:.3f}"
@@ -159,33 +146,6 @@ _COLUMNS = (
     Column("peak", "bytes"),
     Column("weights", "bytes"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """A graph ready to be measured.
-
-    Attributes:
-        model: As given.
-        opened: Its session.
-        decoder: None for an encoder.
-        load_seconds: Until the session stood.
-        memory_nbytes: It took.
-        virtual_tokens: In front of every row.
-        peak: Counts what it takes.
-        held_nbytes: It took, mapped weights that were read included.
-        slots: Arrays of adapters that each run of an encoder is given; a decoder has its own.
-    """
-
-    model: str
-    opened: GraphSession
-    decoder: Decoder | None
-    load_seconds: float
-    memory_nbytes: int
-    virtual_tokens: int
-    peak: Peak
-    held_nbytes: int
-    slots: Mapping[str, npt.NDArray[Any]]
 
 
 @timed
@@ -232,7 +192,7 @@ def bench(
         raise FitError(text, hint="fewer: `batch=`, `prompt_length=`")
     length = cache or cache_length(prompt_length, new_tokens)
     sides = [
-        bind(
+        open_timed(
             path,
             batch=batch,
             max_length=length,
@@ -291,117 +251,5 @@ def _fitting(models: Sequence[StrPath], asked: int | None, new_tokens: int) -> i
     return fitting
 
 
-def bind(
-    model: StrPath,
-    *,
-    batch: int,
-    max_length: int,
-    device: str = "auto",
-    cuda_graph: bool = True,
-    threads: int | None = None,
-    adapters: Sequence[StrPath] = (),
-    prompt_adapter: StrPath | None = None,
-    provider_options: Mapping[str, str] | None = None,
-    session_config: Mapping[str, str] | None = None,
-    profile: StrPath | None = None,
-) -> Bound:
-    """Open `model` and make its buffers; `max_length` is without virtual tokens.
-
-    See `open_graph` and `prepare_decoder`.
-    """
-    used, peak = _used(device), Peak(device)
-    began = time.perf_counter()
-    opened = open_graph(
-        model, device=device, cuda_graph=cuda_graph, threads=threads, provider_options=provider_options,
-        session_config=session_config, profile=profile,
-    )  # fmt: skip
-    loaded = time.perf_counter() - began
-    decoder, past, slots = None, None, dict[str, npt.NDArray[Any]]()
-    if opened.contract.kind == "decoder":
-        decoder, past = prepare_decoder(
-            opened, batch=batch, max_length=max_length, adapters=adapters, prompt_adapter=prompt_adapter
-        )
-    else:
-        slots = slot_arrays(choose_adapters(list(adapters), opened), opened)
-    tokens = past.tokens if past else 0
-    return Bound(
-        os.fspath(model), opened, decoder, loaded, max(0, _used(device) - used), tokens, peak, peak.held(), slots
-    )
-
-
-def measure_all(
-    sides: Sequence[Bound], rows: list[list[int]], new_tokens: int, repeats: int = PREFILLS
-) -> list[Timing]:
-    """Time of every side, all of them alive, in turns."""
-
-    def begin(side: Bound) -> Callable[[], Any]:
-        if side.decoder is None:
-            return lambda: encode(side.opened, rows, side.slots)
-        decoder = side.decoder
-        return lambda: decoder.prefill(rows)
-
-    return measure([begin(side) for side in sides], [side.decoder for side in sides], new_tokens, len(rows), repeats)
-
-
-def peak_nbytes(side: Bound, rows: list[list[int]], new_tokens: int) -> int:
-    """The most that a side takes for a prefill and a step, besides what others of the process hold."""
-    decoder = side.decoder
-
-    def work() -> None:
-        if decoder is None:
-            encode(side.opened, rows, side.slots)
-            return
-        decoder.prefill(rows)
-        if new_tokens:
-            decoder.step(np.ones(len(rows), np.int64))
-
-    return side.held_nbytes + side.peak.during(work)
-
-
-def floor_seconds(side: Bound) -> float:
-    """Seconds to read the weights of one step once, at the copy bandwidth of this device, measured now.
-
-    Raises:
-        FitError: not on CUDA.
-    """
-    from surgery.onnx.run.cudart import CudaMemory, copy_bandwidth
-
-    memory, nbytes = side.opened.memory, step_nbytes(side.opened.path)
-    if not isinstance(memory, CudaMemory):
-        raise FitError("the floor is measured on CUDA only")
-    return nbytes / copy_bandwidth(memory, min(nbytes, memory.free() // 3))
-
-
-def step_nbytes(path: Path) -> int:
-    """Bytes of the weights that a step reads: all but tables of which it looks up a row.
-
-    A weight used twice is read once.
-    """
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    names = {tensor.name for tensor in graph.initializer}
-    cast = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast" and node.input[0] in names}
-    whole = {
-        cast.get(name, name)
-        for node in graph.node
-        for index, name in enumerate(node.input)
-        if not (node.op_type == "Gather" and index == 0) and node.output[0] not in cast
-    }
-    sizes: dict[tuple[str, int], int] = {}
-    for tensor in graph.initializer:
-        if tensor.name in whole:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            inside = len(tensor.raw_data) or tensor.ByteSize()
-            key = (place["location"], int(place.get("offset", 0))) if place else (tensor.name, -1)
-            sizes[key] = max(sizes.get(key, 0), int(place["length"]) if place else inside)
-    return sum(sizes.values())
-
-
 def _vocabulary(opened: GraphSession) -> int:
     return opened.contract.vocabulary or vocabulary(opened)
-
-
-def _used(device: str) -> int:
-    """Bytes taken: on CUDA of the device, else private memory of this process; 0 where the system does not say."""
-    return (device_nbytes(device) if device != "cpu" else 0) or resident_nbytes("RssAnon")

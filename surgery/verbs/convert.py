@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.algebra.change_svd import HERE
 from surgery.consumers.consent import Consent, SavedChoice, check_greatest_rank
-from surgery.engine.adapter_output import WriteOptions
+from surgery.engine.adapter_output import WriteOptions, check_adapter_output
 from surgery.engine.chosen_part import chosen_part, left_out
 from surgery.engine.conversion import (
     Errors,
@@ -196,6 +196,9 @@ def convert(
     opened = as_adapter(adapter)
     checkpoint = None if base is None else as_checkpoint(base)
     original, left = chosen_part(opened, checkpoint, component, without)
+    inputs = (original.path, *(() if checkpoint is None else (checkpoint.path,)))
+    if destination is not None and as_lora:  # SVDs take long
+        check_adapter_output(target, destination, inputs, overwrite=overwrite)
     svds: AbstractContextManager[SVDs] = contextlib.nullcontext(HERE)
     if request is not None:
         run = Run(overwrite=overwrite, progress=progress)
@@ -250,7 +253,7 @@ def convert(
         )
         options = WriteOptions(
             destination,
-            (original.path, *(() if checkpoint is None else (checkpoint.path,))),
+            inputs,
             original.files_beside,
             overwrite,
             progress,
@@ -330,6 +333,12 @@ def _for_consumer(
     from surgery.verbs.rest import rest_merger, rest_name
 
     program, version = consumer_named(consumer)
+    if output is not None and output.suffix == ".gguf" and program.format != "gguf":
+        raise UsageError(
+            f"a folder is written for {program.title}, of which a GGUF is made",
+            file=output,
+            hint='`to="gguf"` instead of `consumer=` writes a GGUF itself, of what it can hold as it is',
+        )
     merger = None
     if merge_rest is not None and output is not None:
         merger = rest_merger(base, merge_rest, overwrite, progress)

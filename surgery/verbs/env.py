@@ -24,6 +24,7 @@ from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
 from surgery.reports.values import Name, Phrase, Value
 from surgery_formats.extras import EXTRAS, install_line
+from surgery_formats.text import numbered
 from surgery_formats.threads import cores
 
 __all__ = ["EnvironmentReport", "Finding", "Gpu", "Package", "env"]
@@ -232,7 +233,7 @@ def _deep() -> dict[str, str]:
 def _look_at_torch(torch: Any) -> str:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     threads = torch.get_num_threads()
-    counts = f"{devices} device{'s' if devices != 1 else ''}, {threads} thread{'s' if threads != 1 else ''}"
+    counts = f"{numbered(devices, 'device')}, {numbered(threads, 'thread')}"
     return f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {counts}"
 
 

@@ -67,9 +67,10 @@ def eval(
     name = text_path or ids_path
     if name is None:
         raise UsageError("nothing to evaluate on", hint="name a text")
-    models = [open_predictor(model, adapters, "model", device=device, threads=threads)]
+    side = open_predictor(model, adapters, "model", device=device, threads=threads)
+    other = None
     if against is not None:
-        models.append(open_predictor(against, against_adapters, "against", device=device, threads=threads))
-        check_same_vocabulary(models[0].folder, models[1].folder)
-    read = read_evaluation_text(models[0].folder, text_path, ids_path, limit)
-    return evaluate(models, read, name, context, stride, progress)
+        other = open_predictor(against, against_adapters, "against", device=device, threads=threads)
+        check_same_vocabulary(side.folder, other.folder)
+    read = read_evaluation_text(side.folder, text_path, ids_path, limit)
+    return evaluate(side, other, read, name, context, stride, progress)

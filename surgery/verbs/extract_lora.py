@@ -14,8 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from surgery.engine.adapter_output import check_adapter_output
 from surgery.engine.calibration_file import open_calibration
 from surgery.engine.devices import Devices, devices_of, extraction_devices, on_gpus
 from surgery.engine.execute import Run, default_workers
@@ -25,6 +26,7 @@ from surgery.engine.inputs import (
     as_checkpoint,
     as_path,
     check_counts,
+    local_path,
     output_path,
 )
 from surgery.engine.shares.choice import cluster_of, device_of_workers
@@ -58,6 +60,9 @@ from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.remote.path import is_remote
 from surgery_formats.models.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from surgery.extraction.evaluated import EvaluatedPair
+
 __all__ = ["ExtractResult", "extract_lora"]
 
 _HELPFUL = 2  # threads beside a GPU: with more the proof takes longer, for they share one interpreter
@@ -86,6 +91,7 @@ def extract_lora(
     workers: int | None = None,
     overwrite: bool = False,
     table: bool = False,
+    eval: StrPath | None = None,
     graph_of: CheckpointLike | None = None,
     dry_run: bool = False,
     engine: EngineLike | None = None,
@@ -121,6 +127,8 @@ def extract_lora(
             GPU. Never changes the result.
         overwrite: Replace an existing output, atomically.
         table: Say what ranks 4 to 64 would cost and leave out, for attention, MLP and all layers.
+        eval: A text in UTF-8, on which BASE, BASE with the adapter attached, and TUNED are measured
+            (docs/evaluating.md): how much of what TUNED gained the adapter has. With `table` LoRAs of its ranks are, too.
         graph_of: Where `tuned`, or `base` and `tuned`, are ONNX graphs of any exporter: the checkpoint whose names their
             weights get (docs/graphs.md); by default `base`, if that is none.
         dry_run: Compare and factorise, write nothing.
@@ -132,13 +140,13 @@ def extract_lora(
         UsageError: an argument of a wrong type, or no output.
         InputError: an input cannot be read.
         FitError: another architecture, other shapes, NaN, a change that nothing holds, options that contradict each
-            other.
+            other, models that predict no next token or have different vocabularies, and a text for them.
         NothingChangedError: TUNED is BASE.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
     asked: dict[str, Any] = {
         "rank": rank, "alpha": alpha, "rslora": rslora, "embeddings": embeddings, "matrices": matrices, "dtype": dtype,
-        "to": to, "factors": factors, "table": table,
+        "to": to, "factors": factors, "table": table, "evaluated": eval is not None,
     }  # fmt: skip
     chosen = pass_options(**asked)
     options = StorageOptions(_dense(dense), "full" if chosen.full else "lora", matrices)
@@ -152,6 +160,7 @@ def extract_lora(
     named = device if cluster is None else device_of_workers(device)
     if named != "auto" and cluster is None:
         devices_of(named)  # before anything is read
+    text = None if eval is None else local_path(eval, "eval")
     folder = output_path(output, dry_run=dry_run)
     request = None
     if cluster is not None:
@@ -162,6 +171,7 @@ def extract_lora(
         request = ExtractRequest(portable(base, "base"), portable(tuned, "tuned"), **asked, on_gpus=on_gpus([named]))
     with _both(base, tuned, graph_of, folder, workers) as sides:
         pair = CheckpointPair(*sides)
+        evaluated = None if text is None else _evaluated(pair, text)
         numel = sum(tensor.numel for tensor in pair.new.tensors.values())
         devices, why = Devices(("cpu",)) if cluster is not None else extraction_devices(named, numel)
         inputs = None if calibration is None else open_calibration(calibration)
@@ -193,6 +203,8 @@ def extract_lora(
                 names = [*shared, *(tree_name(name, pair.old) for name in shared)]
                 check_modules(inputs, layout.parameters, layout.targets, names)
             if folder is not None:
+                roots = (pair.base.path, pair.tuned.path, *([] if text is None else [text]))
+                check_adapter_output(chosen.adapter_format, folder, roots, overwrite=overwrite)
                 load_writer()
             if cluster is not None and request is not None and folder is not None:
                 run = Run(workers, device=named, overwrite=overwrite, progress=progress)
@@ -208,14 +220,23 @@ def extract_lora(
             stopwatch.lap("reading")
             plan = plan_extraction(pair, layout, scanned, settings, stopwatch)
             if folder is None:
-                predicted = replace(
-                    _reproduced(predicted_result(plan), plan),
-                    format=chosen.adapter_format.name,
-                    timings=stopwatch.parts,
-                )
+                if evaluated is not None:
+                    plan = evaluated.measured(plan, progress)
+                    stopwatch.lap("evaluating")
+                predicted = _reproduced(predicted_result(plan), plan)
+                if evaluated is not None and chosen.adapter_format.name != predicted.format:
+                    before = f"a dry run makes no {chosen.adapter_format.name}: what comes before it was evaluated"
+                    predicted = replace(predicted, warnings=(*predicted.warnings, before))
+                predicted = replace(predicted, format=chosen.adapter_format.name, timings=stopwatch.parts)
                 return replace(predicted, devices=devices, why_devices=why)
             result = write_extraction(
-                plan, chosen.adapter_format, folder, stopwatch, overwrite=overwrite, progress=progress
+                plan,
+                chosen.adapter_format,
+                folder,
+                stopwatch,
+                overwrite=overwrite,
+                progress=progress,
+                evaluated=evaluated,
             )
             timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
             return replace(_reproduced(result, plan), timings=timings, devices=devices, why_devices=why)
@@ -246,6 +267,12 @@ def _both(
     beside = folder.absolute().parent if folder is not None and folder.absolute().parent.is_dir() else None
     with as_checkpoints(paths[0], paths[1], names, beside, workers) as (old, new):
         yield old or as_checkpoint(base), new or as_checkpoint(tuned, "tuned")
+
+
+def _evaluated(pair: CheckpointPair, text: Path) -> EvaluatedPair:
+    from surgery.extraction.evaluated import open_evaluated_pair  # who asks for no text needs no tokenizer
+
+    return open_evaluated_pair(pair, text)
 
 
 def _scratch_folder(output: Path | None) -> Path | None:

@@ -30,7 +30,7 @@ from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
-from surgery_formats.files.remote.path import is_remote, to_path
+from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.threads import one_thread
 
@@ -190,7 +190,6 @@ def merge(
             base, adapters, dtype=dtype, shard_size=shard_size, layout=layout, quantized=quantized,
             only_touched=only_touched, rounding=rounding, rank=rank, max_error=max_error, calibration=calibration,
             reversible=reversible, as_trained=as_trained, without=tuple(as_list(without)),
-            by_files=folder is None or not is_remote(folder),
         )  # fmt: skip
         shared = InShares(cluster, request, run)
         binding, plan = request.planned()

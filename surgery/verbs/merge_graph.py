@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from surgery.engine.execute import Run, default_workers, execute
@@ -11,7 +12,7 @@ from surgery.engine.input_checks import check_base_id
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.merge_result import MergeResult
-from surgery.engine.selection import Selection
+from surgery.engine.selection import Selection, left_out_warning
 from surgery.onnx.edit.opening import graph_at
 from surgery.onnx.merge.graph_plan import GraphEngine, GraphPlan, plan_graph, prove_structure
 from surgery_formats.binding.bind import Binding, bind
@@ -52,13 +53,14 @@ def merge_graph(
     weighted = as_weighted(adapters)
     if not weighted:
         raise FitError("no adapter was named")
-    if without:
-        weighted, _ = Selection(without=tuple(without)).chosen(weighted)
+    weighted, left = Selection(without=tuple(without)).chosen(weighted) if without else (weighted, ())
     checkpoint = as_checkpoint(base, "graph_of")
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
+    if left:
+        binding = replace(binding, warnings=(*binding.warnings, left_out_warning(left)))
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     graph = graph_at(path)
-    planned = _planned(graph, binding, run, compare=folder is None)
+    planned = _planned(graph, binding, left, run, compare=folder is None)
     plan = planned.plan
     if folder is None:
         return MergeResult(None, Ledger(plan), plan.warnings)
@@ -77,7 +79,7 @@ def merge_graph(
     return MergeResult(folder, ledger, tuple(warnings))
 
 
-def _planned(graph: OnnxGraph, binding: Binding, run: Run, *, compare: bool) -> GraphPlan:
+def _planned(graph: OnnxGraph, binding: Binding, left: Sequence[str], run: Run, *, compare: bool) -> GraphPlan:
     """The plan; what is written is compared with the base while it is computed, a dry run does it here."""
     from surgery.onnx.locate.search import located_weights
     from surgery.onnx.locate.wanted import wanted_weights
@@ -91,4 +93,4 @@ def _planned(graph: OnnxGraph, binding: Binding, run: Run, *, compare: bool) -> 
         compare=compare,
         workers=run.workers or default_workers(),
     )
-    return plan_graph(graph, changes_of(located, binding), binding)
+    return plan_graph(graph, changes_of(located, binding), binding, left)

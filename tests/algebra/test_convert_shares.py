@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import signal
 import subprocess
@@ -127,6 +128,18 @@ def test_a_killed_share_is_missed_and_goes_on(oft: tuple[str, str], tmp_path: Pa
     convert(adapter, base, output, engine=Shares(2))
     assert contents(output) == contents(tmp_path / "single")
     assert left_beside(tmp_path) == []
+
+
+def test_shares_of_another_configuration_are_none_of_this(tmp_path: Path) -> None:
+    _, base, adapter = trained("hra", tmp_path / "hra")
+    request = ConvertRequest(str(adapter), str(base), 3)
+    for assignment in assignments(request, request.work(), tmp_path / "out", 2):
+        write_share(assignment)
+    config = Path(adapter) / "adapter_config.json"
+    asked = json.loads(config.read_text())
+    config.write_text(json.dumps(asked | {"apply_GS": not asked["apply_GS"]}))  # no byte of a tensor differs
+    with pytest.raises(FitError, match="of 2 shares these are missing: 0, 1"):
+        convert(adapter, base, tmp_path / "out", engine=Shares(2))
 
 
 @pytest.mark.parametrize("place", ["head", "factors"])

@@ -42,6 +42,7 @@ OTHERWISE: dict[str, dict[str, str | None]] = {
     "prompt nearest": {"text_file": "texts", "ids": "texts"},
 }
 PAGES = {"html_file", "csv_file", "md_file"}  # of a summary, which has a method for each
+PUSH = {"push", "private", "commit_message"}  # of a finished output, whatever made it
 CALLBACKS = {"progress", "on_text"}
 
 GROUPS = {"prompt"}
@@ -74,7 +75,7 @@ def test_every_command_is_a_function_and_every_function_a_command():
 
 @pytest.mark.parametrize("name", VERBS)
 def test_options_of_a_command_are_parameters_of_its_function(name: str):
-    options = {option.name for option in command_of(name).params} - {option.name for option in global_options()}
+    options = {option.name for option in command_of(name).params} - {option.name for option in global_options()} - PUSH
     parameters = inspect.signature(getattr(surgery, function_name(name))).parameters
     if options & PAGES:
         options -= {*PAGES, *({"overwrite"} - set(parameters))}

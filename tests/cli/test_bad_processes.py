@@ -141,7 +141,7 @@ def test_what_an_argument_makes_large_takes_no_memory(name: str, world: dict[str
 
 def _bounded(words: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", BOUNDED, *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
 
 
 def _sparse(name: str, size: int) -> Callable[[Path], Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from tests.support.kit import Run
 
@@ -28,3 +29,15 @@ def test_what_is_wrong_has_its_exit_code(run: Run) -> None:
     assert run("eval", "examples/lora", "--text", TEXT).exit_code == 4
     assert run("eval", BASE, "--text", TEXT, "--context", "8", "--stride", "9").exit_code == 4
     assert run("eval", BASE, "--against-adapter", "examples/lora", "--text", TEXT).exit_code == 2
+
+
+def test_models_that_are_the_same_are_not_told_apart_by_noise(run: Run) -> None:
+    shown = run("eval", BASE, "--against", BASE, "--text", TEXT, "--limit", "300").stdout
+    assert "as many as the other, to 0.01%" in shown
+
+
+def test_of_one_there_is_no_plural(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    shown = run("eval", BASE, "--text", str(tmp_path / "a.txt")).stdout
+    assert "a.txt (1 byte)" in shown
+    assert "1 token, in 1 window of at most 480\n" in shown

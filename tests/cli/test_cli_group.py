@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
-import time
 
 import pytest
 
@@ -41,9 +41,10 @@ def test_help_imports_no_command_and_nothing_heavy():
 
 def test_help_is_quick():
     def seconds() -> float:
-        began = time.perf_counter()
+        before = os.times()
         assert spawn("--help").returncode == 0
-        return time.perf_counter() - began
+        after = os.times()  # of a processor: how long it takes, the other work of the machine decides
+        return after.children_user - before.children_user + after.children_system - before.children_system
 
     assert min(seconds() for _ in range(5)) < LIMIT
 

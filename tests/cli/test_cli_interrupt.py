@@ -56,7 +56,7 @@ def test_in_the_middle_of_a_merge(base, lora, tmp_path, number):
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
         told = process.stderr.read()
-        assert process.wait(60) == 128 + number
+        assert process.wait(300) == 128 + number
     assert told == "error: interrupted\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
@@ -69,5 +69,5 @@ def test_under_nohup_a_closed_terminal_is_ignored(base, lora, tmp_path):
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGHUP)
         process.stdout.read()
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     assert (tmp_path / "out/model.safetensors").exists()

@@ -181,7 +181,7 @@ def test_the_bar_is_for_people_at_a_terminal(base, lora, tmp_path, flags):
     assert process.stdout is not None
     data = process.stdout.read()
     process.stdout.close()
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert b"\x1b" not in data
     assert (b"merging" in shown) == (not flags)
     assert (b"/s" in shown) == (not flags)

@@ -30,6 +30,14 @@ PAGES = (
     "combine",
     "layers",
     "bench",
+    "strip",
+    "apply",
+    "prompt show",
+    "prompt nearest",
+    "prompt bake",
+    "prompt combine",
+    "prompt convert",
+    "prompt transfer",
 )
 
 
@@ -46,11 +54,17 @@ def refused(run: Run, code: int, *words: str) -> str:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_commands_whose_result_can_be_looked_at(name):
-    names = [param.name for param in program.get_command(click.Context(program), name).params]
+    command: click.Command = program
+    for word in name.split():
+        assert isinstance(command, click.Group)
+        found = command.get_command(click.Context(command), word)
+        assert found is not None
+        command = found
+    names = [param.name for param in command.params]
     assert {"html_file", "csv_file"} <= set(names)
     assert names.count("overwrite") == 1
     assert names.index("csv_file") > names.index("html_file")
-    assert name in COMMANDS
+    assert name.partition(" ")[0] in COMMANDS
 
 
 def test_the_page_is_the_summary_that_the_screen_shows(run: Run):
@@ -93,6 +107,15 @@ def test_nothing_is_replaced_unasked_and_nothing_computed_before_that_is_known(r
 
 
 @pytest.mark.parametrize(
+    ("page", "code", "said"),
+    [("/proc/a.html", 7, "/proc/a.html: cannot be written"), ("s3://bucket/a.html", 4, "use a folder of a disk")],
+)
+def test_a_place_that_cannot_be_written_is_noticed_before_anything_is_computed(run: Run, page, code, said):
+    assert said in refused(run, code, "merge", BASE, LORA, "-o", "out", "--html", page)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("words", "code", "said"),
     [
         (("--html", "model.safetensors"), 2, "the name of the file ends in .html"),
@@ -110,6 +133,17 @@ def test_names_that_are_refused(run: Run, words, code, said):
 def test_a_page_that_the_disk_cannot_hold_ends_with_its_own_code(run: Run):
     Path("a.html").mkdir()
     assert "already exists" in refused(run, 2, "inspect", LORA, "--html", "a.html", "--overwrite")
+
+
+def test_the_page_of_a_recipe_has_what_each_step_says_with_v(run: Run):
+    Path("base").symlink_to(BASE)
+    Path("r.yaml").write_text(
+        f"inputs: {{base: base, lora: {LORA}}}\nsteps:\n  - {{verb: merge, base: base, adapters: lora, output: out}}\n"
+    )
+    run("apply", "r.yaml", "-v", "--html", "a.html")
+    assert len(check_page(Path("a.html").read_text()).all("figure")) == 2
+    words = ("apply", "r.yaml", "--dry-run", "--input", "base=base", "--html", "base/a.html")
+    assert "the output lies in the input base" in refused(run, 4, *words)
 
 
 def test_json_has_what_pages_draw(run: Run):

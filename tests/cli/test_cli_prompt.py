@@ -78,5 +78,5 @@ def test_errors_name_options(run: Run, tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_told(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"\xff\xfe")
     told = run("prompt", "nearest", PROMPT, BASE, "--by", "effect", "--text-file", tmp_path / "text")
-    assert told.exit_code == 2
+    assert told.exit_code == 3
     assert "not a text in UTF-8" in told.stderr

@@ -150,13 +150,13 @@ def _harmless(text: str) -> None:
 
 
 def _checked(words: list[str], *, told: bool) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     if not told and words[0] in PAGED:
         number = next(NUMBERS)
         words = [*words, "--html", f"page{number}.html", "--csv", f"page{number}.csv"]
     result = invoke(*words)
     assert result.exit_code != 1, result.stderr[:2000]
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
     if not told:
         _harmless(result.stdout)
         _harmless(result.stderr)

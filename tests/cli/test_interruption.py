@@ -83,7 +83,7 @@ except KeyboardInterrupt:
 
 def _told(script: str, *words: str) -> tuple[str, str]:
     command = [sys.executable, "-c", LISTENING + script, *words]
-    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=True)
     return ran.stdout, ran.stderr
 
 
@@ -127,7 +127,7 @@ def _interrupted(words: list[str], number: int, after: float | None) -> tuple[in
             time.sleep(after)
             process.send_signal(number)
         told = process.stderr.read()
-        code = process.wait(60)
+        code = process.wait(300)
     return code, told, time.monotonic() - began
 
 

@@ -39,6 +39,12 @@ def test_a_log_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]
     ]
 
 
+def test_a_phase_with_the_name_of_the_work_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter([0.0, 10.0])
+    progress._Lines("evaluating", lambda: next(seconds))(Progress(1000, 2000, "evaluating"))
+    assert capsys.readouterr().err == "evaluating: 1 kB of 2 kB (50%), 100 B/s\n"
+
+
 @pytest.mark.parametrize("settings", [Settings(quiet=True), Settings(json=True)])
 def test_quiet_and_json_have_no_lines(settings: Settings) -> None:
     with progress.bar(settings, "merge") as callback:

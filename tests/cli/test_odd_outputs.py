@@ -28,7 +28,7 @@ from tests.support.small_world import invoke, make_world
 READ = {
     "apply": ("recipe",),
     "eval": ("text", "ids"),
-    "extract-lora": ("calibration",),
+    "extract-lora": ("calibration", "eval"),
     "fold": ("model", "adapters"),
     "insert": ("calibration",),
     "prompt nearest": ("text_file",),

@@ -14,6 +14,7 @@ import pytest
 import surgery
 from tests.support.adapter_files import assert_close, mlx_deltas, peft_deltas, write_base, write_peft
 from tests.support.decoder import MODULES, TARGETS, lora_of
+from tests.support.kit import ROOT
 
 
 @pytest.mark.parametrize(
@@ -140,3 +141,24 @@ def test_modules_left_out_by_choice_are_in_the_account(base: Path, tmp_path: Pat
     assert {
         entry["site"] for entry in json.loads((tmp_path / "b" / "surgery_manifest.json").read_text())["entries"]
     } >= {*gone}
+
+
+def test_llama_cpp_loads_the_gguf_that_is_written_for_it(tmp_path: Path) -> None:
+    """Its converter reads PEFT folders, its runtime what that makes of them."""
+    base, lora, file = ROOT / "examples/base", ROOT / "examples/lora", tmp_path / "a.gguf"
+    surgery.convert(lora, "gguf", base=base, output=file)
+    (check,) = surgery.check(base, file, consumer="llama.cpp").consumers
+    assert [verdict.outcome for verdict in check.verdicts] == ["honoured"] * 42
+    (other,) = surgery.check(base, file, consumer="mlx-lm").consumers
+    assert [fault.why for fault in other.faults] == ["it loads mlx, this is gguf"]
+    with pytest.raises(surgery.UsageError, match=r"a folder is written for llama\.cpp, of which a GGUF is made"):
+        surgery.convert(lora, consumer="llama.cpp", base=base, output=tmp_path / "b.gguf")
+
+
+def test_a_program_that_refuses_the_file_refuses_every_part_of_it() -> None:
+    """One refusal of the format beside 42 parts that another program honours would draw as nearly nothing."""
+    result = surgery.check(ROOT / "examples/base", ROOT / "examples/lora")
+    parts, chart = result.summary().sections[1:3]
+    rows = {row[0]: row for row in parts.rows}
+    assert rows["mlx-lm"][2:4] == ("refused", "all refused")
+    assert {row[0]: row[1:] for row in chart.table.rows}["mlx-lm"] == (0, 0, 0, 42)

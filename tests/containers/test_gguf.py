@@ -211,10 +211,10 @@ HOSTILE: Mapping[str, tuple[RawGguf, str]] = {
 def test_hostile_headers_are_refused_at_once(name: str, tmp_path: Path) -> None:
     raw, fault = HOSTILE[name]
     path = raw.write(tmp_path / "a.gguf")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(MalformedError, match=fault) as caught:
         read_header(open_file(path))
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert caught.value.file == str(path)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ import surgery
 from surgery.engine.merge.merge_request import request_of
 from surgery.engine.shares.folders import Shares
 from surgery.engine.shares.ray import Ray, share_count
+from surgery.engine.shares.ray import _connected as connected
 from surgery_formats.errors import MissingPackageError, ResourceError, UsageError
 from tests.support.kit import ROOT, spawn
 
@@ -98,3 +100,24 @@ def test_the_number_of_shares_follows_from_the_work_alone():
 def test_a_ray_cluster_says_what_an_address_is():
     assert Ray("10.0.0.1:6379").address == "10.0.0.1:6379"
     assert Ray("[::1]:6379").address == "[::1]:6379"
+
+
+@pytest.mark.parametrize(("address", "running", "asked"), [
+    ("", True, ["auto"]), ("auto", True, ["auto"]), ("auto", False, ["auto", "local"]), ("local", True, ["local"]),
+])  # fmt: skip
+def test_rays_own_words_for_an_address_are_no_host(
+    address: str, running: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[str] = []
+
+    def init(address: str, **options: object) -> None:
+        seen.append(address)
+        if address == "auto" and not running:
+            raise ConnectionError
+
+    ray = SimpleNamespace(is_initialized=lambda: False, init=init, shutdown=lambda: None)
+    monkeypatch.setattr("surgery.engine.shares.ray._library", lambda: ray)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with connected("") as found:
+        assert found is ray
+    assert seen == asked

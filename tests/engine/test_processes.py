@@ -51,7 +51,7 @@ else:
 def merge(base: Path, lora: Path, out: Path, workers: int, fault: str = "") -> tuple[list[int], str, str]:
     command = [sys.executable, "-c", MERGE, str(base), str(lora), str(out), str(workers), fault]
     environ = environment(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
-    done = subprocess.run(command, env=environ, capture_output=True, check=False, timeout=100)
+    done = subprocess.run(command, env=environ, capture_output=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     forks, error, text = json.loads(done.stdout)
     return forks, error, text

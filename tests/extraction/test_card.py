@@ -35,17 +35,19 @@ def test_the_card_holds_what_was_measured_and_what_still_holds_of_the_bases(cach
     _, metadata, text = card.split("---\n", 2)
     assert metadata.splitlines() == [
         "base_model: some-org/tiny-model",
-        "base_model_relation: adapter",
+        "language: en",
         "library_name: peft",
         "license: mit",
-        "language: en",
         "pipeline_tag: text-generation",
         "tags:",
         "- lora",
         "- code",
+        "base_model_relation: adapter",
     ]
     assert "# `tuned` as a LoRA of `some-org/tiny-model`" in text
-    assert f"all but {result.residual:.2%} of the change" in text
+    assert (
+        f"| of the change of the weights, missing (Frobenius norm, over all tensors) | {result.residual:.2%} |" in text
+    )
     missing = dict(re.findall(r"^\| `([^`]+)` \| 4 \| .* \| ([\d.]+)% \|$", text, re.M))
     down = [row.residual for row in result.rows if row.name.endswith("down_proj.weight")]
     assert min(down) * 100 - 0.01 <= float(missing["model.layers.*.mlp.down_proj"]) <= max(down) * 100 + 0.01

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.extraction.extract_charts import knee_of
+from surgery.extraction.spectra import role_spectra
 from surgery.reports.sections import Chart
+from surgery.reports.values import phrase_text
 from tests.support.page_reader import check_page
 
 RANK = 8  # of the example's LoRA
@@ -34,10 +38,19 @@ def test_the_spectra_of_a_merged_lora_fall_below_the_edge_behind_its_rank(result
     assert {spectrum.role: spectrum.matrices for spectrum in result.spectra} == {"mlp": 18, "attention": 24}
     for spectrum in result.spectra:
         assert spectrum.by_edge
+        assert spectrum.complete
         assert spectrum.above == RANK
         assert spectrum.values[RANK - 1] > 10
         assert spectrum.values[RANK] < 1
         assert list(spectrum.values) == sorted(spectrum.values, reverse=True)
+
+
+def test_spectra_come_in_one_order_whichever_thread_was_done_first():
+    matrix = SimpleNamespace(values=(3.0, 2.0), edge=1.0, signal=2)
+    entry: Any = SimpleNamespace(matrices=(matrix,), target=SimpleNamespace(largest_rank=2))
+    done = [("lm_head", entry), ("layers.1.mlp", entry), ("layers.0.attention", entry)]
+    for order in (done, done[::-1]):
+        assert [spectrum.role for spectrum in role_spectra(dict(order), str)] == sorted(path for path, _ in done)
 
 
 def test_the_choice_of_auto_is_what_auto_then_does(result, merged):
@@ -46,6 +59,20 @@ def test_the_choice_of_auto_is_what_auto_then_does(result, merged):
     assert auto.rank == max(row.rank for row in done.rows) == RANK
     assert auto.parameters == done.parameters
     assert auto.residual == pytest.approx(done.residual, rel=1e-6)
+
+
+def test_the_sentence_counts_the_directions_that_there_are_and_says_where_more_may_be():
+    """64 were looked at for the table; matrices of the MLP have 128."""
+    result = surgery.extract_lora("examples/base", "examples/tuned", rank=4, table=True, dry_run=True)
+    charts = {section.title: section for section in result.summary().sections if isinstance(section, Chart)}
+    says = phrase_text(charts["Spectra of the change, times the edge of noise"].says)
+    assert "mlp at least 64 of 128" in says
+    assert "attention at least 64 (median) of 64 to 128" in says
+
+
+def test_the_table_says_in_words_what_the_page_marks(result):
+    text = result.summary().as_text()
+    assert "the knee is at rank 8 (224 kB): more directions bring less; rank auto takes up to 8 (224 kB)" in text
 
 
 def test_auto_is_not_told_where_more_may_stand_out_of_the_noise():
@@ -80,7 +107,10 @@ def test_the_knee_of_a_low_rank_change_is_its_rank(power, noise):
     assert found == 2**power or (power == 6 and found == 64)
 
 
-@pytest.mark.parametrize("left", [[1, 1, 1], [0.5, 0.6, 0.7], [0.9, 0.8, 0.7], [1.0, 0.99, 0.2], [1.0, 0.0], []])
+@pytest.mark.parametrize(
+    "left",
+    [[1, 1, 1], [0.5, 0.6, 0.7], [0.9, 0.8, 0.7], [1.0, 0.99, 0.2], [1.0, 0.0], [], [0.004, 0.002, 0.001, 0.001]],
+)
 def test_a_curve_without_a_bend_has_no_knee(left):
     assert knee_of([(2**n, value) for n, value in enumerate(left)]) is None
 

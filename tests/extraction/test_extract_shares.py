@@ -122,6 +122,23 @@ def test_every_tensor_is_in_one_share(pair: tuple[str, str], count: int) -> None
     assert [*map(list, shares)] == [*map(list, ExtractRequest(*pair).work().plan.shares(count))]
 
 
+def test_the_driver_evaluates_what_shares_have_factorised(tmp_path: Path) -> None:
+    """Of the ranks of a table more directions are kept than are written."""
+    text = tmp_path / "text"
+    text.write_text("A text of a few words, and some more.")
+    options: dict[str, Any] = {"rank": 4, "table": True, "eval": text}
+    pair = str(ROOT / "examples" / "base"), str(ROOT / "examples" / "tuned")
+    single = surgery.extract_lora(*pair, output=tmp_path / "single", **options)
+    request = ExtractRequest(*pair, rank=4, table=True, evaluated=True)
+    for assignment in assignments(request, request.work(), tmp_path / "shared", 2):
+        write_share(assignment)
+    shared = surgery.extract_lora(*pair, output=tmp_path / "shared", engine=Shares(2), **options)
+    assert contents(tmp_path / "shared") == contents(tmp_path / "single")
+    assert single.recovery is not None
+    assert len(single.recovery.ranks) >= 5
+    assert single.recovery == shared.recovery
+
+
 def test_what_the_driver_decides_needs_no_other_shares(pair: tuple[str, str], tmp_path: Path) -> None:
     """A LoRA and a DoRA are chosen from the same measurements."""
     request = ExtractRequest(*pair, rank=4)

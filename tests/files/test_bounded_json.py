@@ -29,10 +29,10 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_what_is_hostile_is_refused_at_once(case: str) -> None:
     raw, said = HOSTILE[case]
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(MalformedError, match=said):
         parse_object(raw, file="config.json")
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_countless_small_values_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_threads_that_read_at_once_read_their_own_files(tmp_path: Path) -> None:
     barrier = threading.Barrier(12)
 
     def read(start: int) -> bool:
-        barrier.wait(10)
+        barrier.wait(300)
         return all(files[(start + at) % 40].read(3, 90) == bytes([(start + at) % 40]) * 90 for at in range(400))
 
     with ThreadPoolExecutor(12) as pool:

@@ -186,6 +186,18 @@ def test_a_finished_file_is_durable_before_its_journal_line(tmp_path: Path, monk
 
 
 class TestProof:
+    def test_a_file_that_a_successor_has_begun_is_not_named_as_ones_own(self, tmp_path: Path) -> None:
+        """Where locks hold on one machine alone, a worker that was given up writes beside the one that has its work now."""
+        with output_folder(tmp_path / "out", PLAN) as folder:
+            lost = folder.create("model.safetensors", 5)
+            lost.pwrite(b"hello", 0)
+            lost.path.unlink()  # as who comes next does, and begins anew
+            lost.path.write_bytes(b"he\0\0\0")
+            with pytest.raises(ProofError, match="another process writes it, too"):
+                lost.finish({})
+            assert not (folder.staged / "model.safetensors").exists()
+        assert os.listdir(tmp_path) == []
+
     @pytest.mark.parametrize(
         ("writes", "gap"),
         [

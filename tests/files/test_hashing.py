@@ -82,7 +82,7 @@ def test_a_file_that_cannot_be_read_back_is_an_error(tmp_path: Path) -> None:
         state = FollowingHash(Descriptor(os.dup(file.fileno()), None), SIZE, SIGNED, pool)
         state.reached(500_000, 0)
         with pytest.raises(OSError, match="ends at byte 1000"):
-            state.complete().result(timeout=10)
+            state.complete().result(timeout=300)
 
 
 def test_a_hash_that_is_given_up_midway_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_a_hash_that_is_given_up_midway_is_none(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(os, "preadv", last)
         with pytest.raises(OSError, match="canceled"):
-            state.complete().result(timeout=10)
+            state.complete().result(timeout=300)
 
 
 def test_threads_that_are_late_make_no_second_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

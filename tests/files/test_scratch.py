@@ -49,9 +49,10 @@ class TestScratchFolder:
             with scratch_folder(beside) as folder:
                 assert folder.parent == tmp_path
 
-    def test_a_failure_within_is_told_of_a_place_that_people_know(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("inside", ["step/model.safetensors", ""])
+    def test_a_failure_within_is_told_of_a_place_that_people_know(self, inside: str, tmp_path: Path) -> None:
         def fill() -> None:
-            with scratch_folder(tmp_path) as folder, output_faults(folder / "step/model.safetensors"):
+            with scratch_folder(tmp_path) as folder, output_faults(folder / inside):
                 raise OSError(28, "No space left on device")
 
         with pytest.raises(ResourceError) as caught:
@@ -106,6 +107,24 @@ class TestSingleFile:
         out = tmp_path / "out.bin"
         out.write_bytes(b"old")
         write_single(out, PLAN, 3, lambda file: file.pwrite(b"new", 0), overwrite=True)
+        assert out.read_bytes() == b"new"
+        assert os.listdir(tmp_path) == ["out.bin"]
+
+    def test_what_is_replaced_is_gone_even_if_its_removal_is_interrupted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out, unlink, asked = tmp_path / "out.bin", Path.unlink, []
+        out.write_bytes(b"old")
+
+        def interrupted(path: Path, missing_ok: bool = False) -> None:
+            asked.append(path)
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_single(out, PLAN, 3, lambda file: file.pwrite(b"new", 0), overwrite=True)
         assert out.read_bytes() == b"new"
         assert os.listdir(tmp_path) == ["out.bin"]
 

@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ def test_a_traceback_and_a_hang_are_faults(monkeypatch: pytest.MonkeyPatch, tmp_
             monkeypatch.setattr(type(KOHYA), "read", reader)
             faults = [fault.what for number in range(20) if (fault := fuzzer.run(number))]
             assert any(what in fault for fault in faults)
+
+
+def test_what_waits_is_a_fault_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(limits, "WAITING", 0.05)
+    _first_fault(lambda case: time.sleep(60), tmp_path, "TooSlowError")
 
 
 def test_what_does_more_than_reading_is_a_fault_and_does_not_happen(tmp_path: Path) -> None:

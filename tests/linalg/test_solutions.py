@@ -78,7 +78,7 @@ def test_what_a_thread_is_at_is_kept_however_many_threads_there_are() -> None:
 
     def both_factors(key: str) -> None:
         solutions.of(key, lambda: (solved.append(key) or bytes(4), 0.0))
-        all_have_one.wait(10)
+        all_have_one.wait(300)
         solutions.of(key, lambda: (solved.append(key) or bytes(4), 0.0))
 
     with ThreadPoolExecutor(6) as pool:

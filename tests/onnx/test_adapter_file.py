@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -11,9 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import surgery
+from surgery.onnx.insert import contents
+from surgery.onnx.insert.contents import factors_for
 from surgery.onnx.run.adapter_file import AdapterFile, read_adapter_file
 from surgery_formats.containers.onnx_adapter import open_onnx_adapter
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, ProofError
+from tests.oracles import recipes
 from tests.support.graphs import HEAD_DIM, KV_HEADS, LAYERS, decoder, factors, plain_logits, prefix
 from tests.support.onnx_files import write_adapter_file
 
@@ -143,3 +148,23 @@ def test_a_damaged_file_is_read_or_refused(tmp_path, data):
     except MalformedError:
         return
     assert sum(array.nbytes for array in found.values()) <= 2 * len(raw)
+
+
+def test_factors_are_made_weight_by_weight(tmp_path, monkeypatch):
+    """What an adapter puts into the slots of another's graph: never more than those of two weights are held."""
+    base = recipes.build("llama", tmp_path / "base", num_hidden_layers=4)
+    surgery.export_onnx(base, output=tmp_path / "graph")
+    surgery.insert(base, new="lora", targets="all", output=tmp_path / "lora")
+    held, most, calls = [], 0, 0
+
+    def watched(*arguments):
+        nonlocal held, most, calls
+        made = factors_for(*arguments)
+        held = [each for each in held if each() is not None] + [weakref.ref(array) for array in made]
+        most, calls = max(most, len(held)), calls + 1
+        return made
+
+    monkeypatch.setattr(contents, "factors_for", watched)
+    surgery.insert(tmp_path / "graph" / "model.onnx", tmp_path / "lora", base=base, output=tmp_path / "out")
+    assert calls >= 2 * 4 * 7  # for its hash, and to be written
+    assert most <= 4

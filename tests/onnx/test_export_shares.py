@@ -22,6 +22,7 @@ from surgery.onnx.export.request import ExportRequest, WeightsAsked
 from surgery.onnx.export.weight_options import WeightOptions
 from surgery_formats.errors import FitError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.models.families.tasks import FEATURES
 from tests.oracles import recipes
 from tests.support import trained
 from tests.support.kit import environment
@@ -210,6 +211,14 @@ def test_a_worker_that_plans_other_codes_refuses(other: dict[str, Any], base: Pa
 def test_bits_that_a_budget_chose_are_a_part_of_the_work(base: Path) -> None:
     ids = {request_of(base, [], {"weights_type": "mixed", "budget": size}).work().id for size in (110_000, 120_000)}
     assert len(ids) == 2
+
+
+def test_weights_that_only_some_tasks_read_are_a_part_of_the_work(base: Path) -> None:
+    works = [
+        request_of(base, [], {"weights_type": "int4", "task": task}).work() for task in ("text-generation", FEATURES)
+    ]
+    assert len({work.nbytes for work in works}) == 2, "one has a head"
+    assert len({work.id for work in works}) == 2
 
 
 def test_what_cannot_travel_is_refused(base: Path, tmp_path: Path) -> None:

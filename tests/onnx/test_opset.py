@@ -27,7 +27,8 @@ OWN = ("SimplifiedLayerNormalization",)  # onnxruntime's, in ONNX's domain
 def graphs(name, folder, target, opset=None, io=DType.F32, **fields):
     source = recipes.build(name, folder / name, **fields)
     options = GraphOptions(twin(TARGETS[target]), io, opset=opset)
-    return source, build(open_checkpoint(source).main, options).graphs
+    built = build(open_checkpoint(source).main, options)
+    return source, {file: graph.unpacked() for file, graph in built.graphs.items()}
 
 
 def stamped(model):

@@ -64,7 +64,7 @@ class Exported:
         component = open_checkpoint(self.folder).main
         built = build(component, GraphOptions(twin(TARGETS[target]), DType.F32))
         for name, model in built.graphs.items():
-            (self.folder / f"{target}-{name}").write_bytes(model.SerializeToString())
+            (self.folder / f"{target}-{name}").write_bytes(model.data)
         return self.folder / f"{target}-model.onnx", built
 
     @functools.cache  # noqa: B019

@@ -24,7 +24,7 @@ from tests.support.sessions import feed_encoder, open_session
 def test_outputs_match_transformers(tmp_path, name, target):
     folder = recipes.build(name, tmp_path)
     built = build(open_checkpoint(folder).main, GraphOptions(TARGETS[target], DType.F32))
-    (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+    (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].data)
     session, contract = open_session(folder / "model.onnx")
     model = recipes.load(name, folder)
     pad = model.config.pad_token_id or 0

@@ -68,7 +68,7 @@ def test_every_graph_matches_transformers(made, name, target, opset):
     built = build(open_checkpoint(folder).main, GraphOptions(TARGETS[target], DType.F32, opset=opset))
     sessions = {}
     for file, graph in built.graphs.items():
-        (folder / file).write_bytes(graph.SerializeToString())
+        (folder / file).write_bytes(graph.data)
         sessions[file] = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
     source = source_of(name)
     mask = {"encoder_attention_mask": MASK} if "attention_mask" in source else {}

@@ -53,7 +53,7 @@ def test_outputs_match_transformers_and_the_reference(tmp_path, name):
     wanted = [alone(model, row, typed) for row in (LONG, SHORT)]
     for target in TARGETS:
         built = build(component, GraphOptions(TARGETS[target], DType.F32))
-        (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+        (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].data)
         session, contract = open_session(folder / "model.onnx")
         assert (contract.kind, contract.cache, list(built.graphs)) == ("encoder", "none", ["model.onnx"])
         sides = ("right", "left") if contract.padding == "any" else (contract.padding,)
@@ -95,7 +95,7 @@ def test_a_row_whose_first_token_is_padding_has_no_first_token(tmp_path, name, o
     (ids, mask), (left, left_mask) = padded("right", 0), padded("left", 0)
     for target in TARGETS:
         built = build(open_checkpoint(folder).main, GraphOptions(TARGETS[target], DType.F32))
-        (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+        (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].data)
         session, _ = open_session(folder / "model.onnx")
 
         def run(tokens, ones, session=session):
@@ -115,7 +115,7 @@ def test_without_a_padding_token_a_classifier_takes_one_row(tmp_path):
     folder = recipes.build("llama_classifier", tmp_path, pad_token_id=None)
     component, model = open_checkpoint(folder).main, recipes.load("llama_classifier", folder)
     built = build(component, GraphOptions(TARGETS["cpu"], DType.F32))
-    (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+    (folder / "model.onnx").write_bytes(built.graphs["model.onnx"].data)
     session, _ = open_session(folder / "model.onnx")
     (found,) = session.run(None, {"input_ids": np.array([LONG]), "attention_mask": np.ones((1, len(LONG)), np.int64)})
     assert np.abs(found - alone(model, LONG, False)["logits"]).max() <= LIMIT

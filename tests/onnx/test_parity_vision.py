@@ -70,7 +70,7 @@ def test_graphs_and_reference_match_transformers(name, tmp_path):
     _assert_equal({key: value.numpy() for key, value in found.items()}, expected, inputs)
     for target in TARGETS:
         built = build(component, GraphOptions(TARGETS[target], DType.F32))
-        (folder / f"{target}.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+        (folder / f"{target}.onnx").write_bytes(built.graphs["model.onnx"].data)
         session, contract = open_session(folder / f"{target}.onnx")
         names = [one.name for one in session.get_outputs()]
         _assert_equal(dict(zip(names, session.run(None, inputs), strict=True)), expected, inputs)

@@ -13,7 +13,7 @@ from surgery.onnx.run.decoder import make_decoder, text_past
 from surgery.onnx.run.generate import generate
 from surgery.onnx.run.opening import open_graph
 from surgery.onnx.run.sampling import Sampling
-from surgery.verbs.bench import bind, floor_seconds, measure_all
+from surgery.onnx.run.timed_graph import floor_seconds, measure_all, open_timed
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.kit import ROOT
@@ -30,9 +30,9 @@ def graph(request, tmp_path_factory):
     shutil.copytree(ROOT / "examples" / "base", out)
     io = TYPES[request.param]
     built = build(open_checkpoint(out).main, GraphOptions(choose("cuda", io), io, prefill=False))
-    (out / "model.onnx").write_bytes(built.graphs["model.onnx"].SerializeToString())
+    (out / "model.onnx").write_bytes(built.graphs["model.onnx"].data)
     twin = build(open_checkpoint(out).main, GraphOptions(TARGETS["portable"], DType.F32))
-    (out / "twin.onnx").write_bytes(twin.graphs["model.onnx"].SerializeToString())
+    (out / "twin.onnx").write_bytes(twin.graphs["model.onnx"].data)
     return out
 
 
@@ -77,7 +77,7 @@ def test_two_decoders_of_one_session_do_not_replay_each_other(graph):
 
 
 def test_no_step_is_faster_than_reading_its_weights(graph):
-    side = bind(graph, batch=1, max_length=64, device="cuda")
+    side = open_timed(graph, batch=1, max_length=64, device="cuda")
     (timing,) = measure_all([side], ROWS[:1], 20)
     assert timing.token is not None
     assert 0 < floor_seconds(side) < timing.token

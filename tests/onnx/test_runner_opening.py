@@ -84,9 +84,9 @@ def test_metadata_of_a_large_graph_is_read_fast(tmp_path):
         file.truncate(6 + size)
         file.seek(6 + size)
         file.write(onnx.ModelProto(metadata_props=onnx.load(path).metadata_props).SerializeToString())
-    began = time.perf_counter()
+    began = time.process_time()
     assert from_metadata(read_metadata(tmp_path / "large.onnx")) == CONTRACT
-    assert time.perf_counter() - began < 0.1
+    assert time.process_time() - began < 0.1
 
 
 def test_a_folder_or_a_file_is_opened(tmp_path):

@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory) -> Path:
     shutil.copytree(BASE, out)
     built = build(open_checkpoint(out).main, GraphOptions(twin(TARGETS[request.param]), DType.F32))
     for name, model in built.graphs.items():
-        (out / name).write_bytes(model.SerializeToString())
+        (out / name).write_bytes(model.data)
     return out
 
 

@@ -70,7 +70,7 @@ def test_a_prefill_graph_of_another_model_is_refused(folder, tmp_path):
     component = open_checkpoint(BASE).main
     slotted = frozenset({"model.layers.0.self_attn.q_proj.weight"})
     other = build(component, GraphOptions(TARGETS["portable"], DType.F32, slotted=slotted)).graphs["model.onnx"]
-    (tmp_path / "prefill.onnx").write_bytes(other.SerializeToString())
+    (tmp_path / "prefill.onnx").write_bytes(other.data)
     opened = open_graph(tmp_path, device="cpu", threads=1)
     with pytest.raises(MalformedError, match="slots differs"):
         open_prefill(opened)

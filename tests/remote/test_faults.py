@@ -16,11 +16,12 @@ import pytest
 import surgery
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
-from surgery_formats.files.remote import bucket
+from surgery_formats.files.remote import bucket, stage
 from tests.support.kit import environment
 from tests.support.s3 import Faults, Storage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+KEEPING = "import surgery; from surgery_formats.files.remote import stage; stage._WORTH_KEEPING = 0"
 HOW = ("refused", "request", "answer")
 
 
@@ -34,7 +35,8 @@ def faults(storage: Storage, server: str, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def models(storage: Storage) -> tuple[str, str]:
+def models(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    monkeypatch.setattr(stage, "_WORTH_KEEPING", 0)
     return storage.upload(EXAMPLES / "base", "base"), storage.upload(EXAMPLES / "lora", "lora")
 
 
@@ -104,6 +106,7 @@ def _check_gone(storage: Storage, models: tuple[str, str], faults: Faults, step:
         faults.begin()
         _again(storage, models, complete=MANIFEST in left)
         assert storage.objects("out/") == whole, number
+        assert storage.objects(".") == {}, number
         assert storage.unfinished() == [], number
         storage.clear("out/")
 
@@ -127,7 +130,7 @@ def _check_killed(storage: Storage, models: tuple[str, str], faults: Faults, ste
     whole, count = _whole(storage, models, faults)
     for number in _points(count, step, step - 1):
         faults.begin()
-        program = f"import surgery; surgery.merge(*{models!r}, output={storage.url('out')!r}, shard_size=2_000_000)"
+        program = f"{KEEPING}; surgery.merge(*{models!r}, output={storage.url('out')!r}, shard_size=2_000_000)"
         with subprocess.Popen([sys.executable, "-c", program]) as process:
 
             def kill(request: int, number: int = number, pid: int = process.pid) -> None:
@@ -135,13 +138,14 @@ def _check_killed(storage: Storage, models: tuple[str, str], faults: Faults, ste
                     os.kill(pid, signal.SIGKILL)
 
             faults.also = kill
-            process.wait(60)
+            process.wait(300)
         left = storage.objects("out/")
         complete = MANIFEST in left
         assert complete or not left or UNFINISHED in left, number
         faults.begin()
         _again(storage, models, complete=complete)
         assert storage.objects("out/") == whole, number
+        assert storage.objects(".") == {}, number
         assert storage.unfinished() == [], number
         assert storage.waiting("out") == [], number
         storage.clear("out/")
@@ -164,7 +168,7 @@ def _check_interrupted(storage: Storage, models: tuple[str, str], faults: Faults
     for number in _points(count, step, step - 1):
         sent = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number % 3]
         faults.begin()
-        command = [sys.executable, "-m", "surgery_cli", *words]
+        command = [sys.executable, "-c", f"{KEEPING}; from surgery_cli.__main__ import main; main()", *words]
         with subprocess.Popen(
             command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=_hears
         ) as process:
@@ -176,7 +180,7 @@ def _check_interrupted(storage: Storage, models: tuple[str, str], faults: Faults
                     process.send_signal(sent)
 
             faults.also = interrupt
-            _, told = process.communicate(timeout=60)
+            _, told = process.communicate(timeout=300)
         left = storage.objects("out/")
         assert (process.returncode, told) in ((128 + sent, "error: interrupted\n"), (0, "")), number
         assert left in ({}, whole), number

@@ -252,3 +252,13 @@ def test_what_is_unknown_is_passed_on_as_one_line() -> None:
     told = fault_of(RuntimeError("something\x1b[2J\nmore"), "hf://org/x", "org/x")
     assert "something" in str(told)
     assert "\x1b" not in str(told)
+
+
+def test_what_is_kept_of_a_file_does_not_grow_with_what_is_read_of_it(hub: Hub) -> None:
+    data = bytes(range(256)) * (20 << 12)  # 20 MB
+    hub.put(REPO, {"model.safetensors": data})
+    repository = hub_files.open_repository(REPO, None, REPO)
+    for stop in (100, 3 << 20, 1000):
+        assert repository.read("model.safetensors", 0, stop).data == data[:stop]
+    assert sum(map(len, repository._heads.values())) <= hub_files.HEAD
+    assert [asked.range for asked in hub.asked if asked.range] == ["bytes=0-99", f"bytes=0-{(3 << 20) - 1}"]

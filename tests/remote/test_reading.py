@@ -276,3 +276,14 @@ def test_a_plain_endpoint_that_is_named_is_used(
     with pytest.raises(InputError, match="the connection failed"):
         surgery.inspect(reference)
     bucket.connect.cache_clear()
+
+
+@pytest.mark.parametrize("then", [b"cde", bytes(100), b""])
+def test_a_tiny_object_that_was_replaced_since_it_was_listed_is_the_new_one(storage: Storage, then: bytes) -> None:
+    storage.put("models/a", b"ab")
+    path = RemotePath(storage.url("models/a"))
+    assert path.is_file()  # its size is remembered for some seconds
+    storage.put("models/a", then)
+    file = open_file(path)
+    file.check_unchanged()
+    assert file.read(0, file.size) == then

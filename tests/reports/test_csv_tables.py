@@ -30,12 +30,29 @@ def test_numbers_are_whole_and_text_is_text():
     assert rows_of(Facts((("a", "b"),)), table) == [
         ["tensor", "bytes", "survives", "shape", "rank", "note"],
         ['a, "b"', "3007696", repr(1 / 3), "2x3", "", "off by 50.00%"],
+        [],
+        ["fact", "value"],
+        ["a", "b"],
     ]
+
+
+def test_facts_are_rows_behind_the_tables_with_their_numbers_in_full():
+    facts = Facts(
+        (("KL divergence", (Value(2.2149e-05, "number", 2), " nats per token")), ("text", (Name("=a.txt"), "!")))
+    )
+    assert rows_of(facts, Table((Column("n", "integer"),), ((1,),))) == [
+        ["n"], ["1"], [], ["fact", "value"], ["KL divergence", "2.2149e-05"], ["text", "'=a.txt!"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("cell", "text"), [(-1.5, "-1.5"), (math.nan, ""), (math.inf, "inf"), (Sides(8, 4), "8 | 4")])
 def test_a_number_below_zero_stays_one(cell, text):
     assert rows_of(Table((Column("n", "number"),), ((cell,),)))[1:] == [[text]] if text else [[]]
+
+
+def test_a_number_that_the_screen_shows_with_its_share_is_whole():
+    cell = Value(294_912, "count"), " (", Value(0.197, "share", 1), ")"
+    assert rows_of(Table((Column("attention", "figure"),), ((cell,),))) == [["attention"], ["294912"]]
 
 
 def test_several_tables_lie_below_each_other():

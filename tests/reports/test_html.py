@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
+from importlib import resources
 
 import pytest
 from hypothesis import given, settings
@@ -85,6 +87,33 @@ def test_a_chart_is_one_line_or_its_table_where_nothing_is_drawn():
     assert (section["section"], section["drawings"]["kind"]) == ("chart", "bars")
 
 
+def test_bars_say_what_they_measure_and_whose_they_are():
+    long = "prefill.onnx: 8 decode steps of 3 rows, padded on the "
+    table = Table((Column("check"), Column("of the bound", "share")), ((f"{long}left", 0.1), (f"{long}right", 0.2)))
+    picture = next(svg for svg in check_page(Summary("", (Chart("t", table, Bars(0, (1,))),)).as_html()).all("svg"))
+    assert [text.text for text in picture.all("text")] == [
+        "of the bound", f"{long}left", "10.00%", f"{long}right", "20.00%",
+    ]  # fmt: skip
+    bars, names = picture.all("rect"), picture.all("text")[1::2]
+    assert all(float(name.attributes["y"]) < float(bar.attributes["y"]) for name, bar in zip(names, bars, strict=True))
+
+
+def test_a_page_says_how_to_have_what_it_leaves_out():
+    page = check_page(Summary("", (Note("... and 12 more", "omitted"), Note("dry run"))).as_html())
+    assert [note.text for note in page.all("p")] == ["... and 12 more; -v shows all", "dry run"]
+
+
+def test_paper_is_light_and_cuts_no_table():
+    """As Chromium shows it: ``tools/page_pictures.py``."""
+    style = resources.files("surgery.reports.html").joinpath("style.css").read_text()
+    dark, paper = (style.partition(f"@media {medium} {{")[2] for medium in ("(prefers-color-scheme: dark)", "print"))
+    colours = set(re.findall(r"--\w+(?=:)", dark.partition("}")[0]))
+    assert len(colours) > 20
+    assert colours == set(re.findall(r"--\w+(?=:)", paper)), "a colour of the dark scheme is printed"
+    assert "@media" not in paper, "a later rule wins over that of paper"
+    assert re.search(r"\.scroll \{ overflow: visible; max-height: none; \}", paper)
+
+
 def test_one_table_may_have_several_pictures():
     chart = Chart("Ranks", Table(COLUMNS, ROWS), tuple(DRAWINGS.values()))
     (figure,) = check_page(Summary("", (chart,)).as_html()).all("figure")
@@ -101,6 +130,15 @@ def test_points_lie_where_the_numbers_say():
     assert points[0][1] > points[2][1] > points[1][1], "down is up"
     assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.2)
     assert points[0][1] - points[1][1] == pytest.approx(2 * (points[0][1] - points[2][1]), abs=0.2)
+
+
+def test_a_column_that_does_not_depend_on_the_group_is_one_line():
+    """Full copies of N tasks are the same whatever adapter stands beside them, and so they are where one has more points."""
+    columns = Column("tasks", "integer"), Column("with"), Column("copies", "bytes"), Column("adapters", "bytes")
+    rows = tuple((n, name, n * 100, 100 + n * size) for n in (1, 10) for name, size in (("a", 3), ("b", 5)))
+    table = Table(columns, (*rows, (2, "both", 200, 108)))
+    picture = check_page(Summary("", (Chart("t", table, Lines(0, (2, 3), by=1)),)).as_html())
+    assert [entry.text for entry in picture.all("li")] == ["copies", "adapters, a", "adapters, b", "adapters, both"]
 
 
 def test_colours_of_a_heat_map_go_by_the_numbers():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As much of the hub as is asked for models, and the host that it sends to for large files: two servers of this process."""
+"""As much of the hub as reading and pushing models asks for, and the host of its large files: two servers of this process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ import urllib.parse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from surgery_formats.files.remote import hub as hub_files
+from tests.support.hub_uploads import ATTRIBUTES, LARGE, TakesFiles, Uploads, blob_of
 
 TOKEN = "hf_a-secret-that-nobody-prints"
 SIGNATURE = "signed-by-the-hub"
-LARGE = 4096
-"""Bytes of a file that is kept elsewhere, as git LFS does."""
 
 
 @dataclass
@@ -42,7 +41,10 @@ class Hub:
 
     Attributes:
         url: Of the hub.
-        repositories: Files by repository and commit, the last commit being ``main``.
+        repositories: Files by repository and commit.
+        heads: The commit of each branch, by repository.
+        messages: Of commits that were pushed.
+        uploads: Who pushes, and what becomes of it.
         lock: Repositories that answer with an error: the status, and the hub's code for it.
         drop: How many answers with weights break off in the middle.
         expire: How many signed addresses are refused once.
@@ -52,28 +54,36 @@ class Hub:
     url: str = ""
     cdn: str = ""
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    heads: dict[str, dict[str, str]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+    uploads: Uploads = field(default_factory=Uploads)
     locked: dict[str, tuple[int, str]] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     drop: int = 0
     expire: int = 0
     whole: bool = False
     other: bytes | None = None
+    signature: str = SIGNATURE
 
     def add(self, repo: str, folder: Path) -> str:
         """Put a folder's files into a new commit of `repo`; the commit."""
-        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-        return self.put(repo, files)
+        return self.put(repo, contents(folder))
 
-    def put(self, repo: str, files: dict[str, bytes]) -> str:
+    def put(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         """A new commit of `repo`."""
         commits = self.repositories.setdefault(repo, {})
         commit = hashlib.sha1(f"{repo}{len(commits)}".encode()).hexdigest()
         commits[commit] = files
+        self.heads.setdefault(repo, {})[branch] = commit
         return commit
 
     def commit_of(self, repo: str, revision: str) -> str | None:
         commits = self.repositories.get(repo, {})
-        return list(commits)[-1] if revision == "main" and commits else revision if revision in commits else None
+        return self.heads.get(repo, {}).get(revision, revision if revision in commits else None)
+
+    def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
+        """What a branch holds."""
+        return self.repositories[repo][self.heads[repo][branch]]
 
     def bytes_of(self, name: str) -> int:
         """How many bytes of a file were sent."""
@@ -84,10 +94,22 @@ class Hub:
 
 
 def etag_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest() if len(data) > LARGE else hashlib.sha1(data).hexdigest()
+    return hashlib.sha256(data).hexdigest() if len(data) > LARGE else blob_of(data)
 
 
-class _Handler(BaseHTTPRequestHandler):
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def pushed(hub: Hub, repo: str, branch: str = "main") -> dict[str, bytes]:
+    """What a branch holds beside the hub's own file."""
+    files = dict(hub.files(repo, branch))
+    assert files.pop(".gitattributes") == ATTRIBUTES[".gitattributes"]
+    return files
+
+
+class _Handler(TakesFiles):
     protocol_version = "HTTP/1.1"
     hub: Hub
     host = ""
@@ -102,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body if cut is None else body[:cut])
             if cut is not None:
                 self.wfile.flush()
@@ -110,6 +132,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
 
     def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def do_PUT(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
@@ -139,7 +167,14 @@ class _Front(_Handler):
     host = "hub"
 
     def reply(self, path: str, query: dict[str, str]) -> None:
-        if path.startswith("/api/models/"):
+        if self.command == "POST":
+            self.takes(path)
+        elif path == "/api/whoami-v2":
+            self.told(200, self.hub.uploads.account)
+        elif path.endswith("/auth-check/write"):
+            repo = path.removeprefix("/api/models/").removesuffix("/auth-check/write")
+            self.told(403 if repo in self.hub.uploads.read_only else 200)
+        elif path.startswith("/api/models/"):
             repo, _, rest = path.removeprefix("/api/models/").partition("/revision/")
             rest, _, _ = rest.partition("/tree")
             if "/tree/" in repo:
@@ -172,9 +207,10 @@ class _Front(_Handler):
         for name, data in files.items():
             lfs = {"size": len(data), "sha256": etag_of(data), "oid": etag_of(data), "pointerSize": 134}
             row = {"rfilename": name, "path": name, "type": "file", "size": len(data)}
-            row |= {"blobId": hashlib.sha1(data).hexdigest(), "oid": hashlib.sha1(data).hexdigest()}
+            row |= {"blobId": blob_of(data), "oid": blob_of(data)}
             rows.append({**row, "lfs": lfs} if len(data) > LARGE else row)
-        body = rows if tree else {"id": repo, "sha": commit, "siblings": rows}
+        private = repo in self.hub.uploads.private
+        body = rows if tree else {"id": repo, "sha": commit, "siblings": rows, "private": private}
         self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
 
     def file(self, repo: str, revision: str, name: str) -> None:
@@ -196,6 +232,8 @@ class _Elsewhere(_Handler):
     host = "elsewhere"
 
     def reply(self, path: str, query: dict[str, str]) -> None:
+        if self.command == "PUT":
+            return self.arrives(path, query)
         if query.get("signature") != SIGNATURE or self.headers["Authorization"]:
             return self.answer(400)  # as S3 answers who signs twice
         if self.hub.expire:
@@ -232,6 +270,7 @@ def reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub_files, "_PAUSE", 0.0)
         monkeypatch.setattr(hub_files, "_opened", {})

@@ -32,7 +32,7 @@ def environment(**extra: str) -> dict[str, str]:
 def spawn(*words: object, **extra: str) -> subprocess.CompletedProcess[str]:
     """``python -m surgery_cli`` in a process of its own."""
     command = [sys.executable, "-m", "surgery_cli", *map(str, words)]
-    done = subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=300, check=False)
     look(list(map(str, words)), done.stdout, done.stderr)
     return done
 

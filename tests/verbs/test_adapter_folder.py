@@ -248,16 +248,17 @@ def test_a_card_keeps_the_base_s_licence_and_names_the_base_that_was_given(
     head = (tmp_path / "out/README.md").read_text().split("---\n")[1].splitlines()
     assert head == [
         "base_model: org/given",
-        "base_model_relation: merge",
-        "library_name: transformers",
-        "license: llama3.2",
-        "license_link: https://example.org/license",
         "language:",
         "- en",
         "- de",
+        "library_name: transformers",
+        "license: llama3.2",
+        "license_link: https://example.org/license",
+        "pipeline_tag: text-generation",
         "tags:",
         "- merge",
         "- chat",
+        "base_model_relation: merge",
     ]
 
 

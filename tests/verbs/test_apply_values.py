@@ -35,6 +35,28 @@ WRONG: Mapping[str, tuple[str, str]] = {
         "inputs: {a: x}\nsteps:\n  - {verb: merge, base: a, adapters: y, as: a, output: o}\n",
         "is the name of something",
     ),
+    "a number for an output": (
+        "steps:\n  - {verb: merge, base: x, adapters: y, output: 3}\n",
+        "output (line 2) is a path, and '3' is none",
+    ),
+    "yes for an output": ("steps:\n  - {verb: merge, base: x, adapters: y, output: yes}\n", "'yes' is none"),
+    "a list for an output": (
+        "steps:\n  - {verb: merge, base: x, adapters: y, output: [a]}\n",
+        "is a path, and what stands there is none",
+    ),
+    "nothing for an output": (
+        "steps:\n  - {verb: merge, base: x, adapters: y, output: ''}\n",
+        "what stands there is none",
+    ),
+    "a dash for an output": ("steps:\n  - {verb: merge, base: x, adapters: y, output: '-'}\n", "'-' is no path"),
+    "a dash for the last output": (
+        "output: '-'\nsteps:\n  - {verb: merge, base: x, adapters: y}\n",
+        "output (line 1): '-'",
+    ),
+    "a number for an output beside": (
+        "steps:\n  - {verb: layers, base: x, keep: 1, adapter: a, adapter_output: 5, output: o}\n",
+        "adapter_output (line 2) is a path, and '5' is none",
+    ),
     "no yaml": ("steps: [\n", "no YAML"),
     "alias": ("a: &x [1]\nsteps: *x\n", "line 1: anchors and aliases are not read"),
     "tag": ("steps: !!python/object/apply:os.system [ls]\n", "line 1: tags are not read"),

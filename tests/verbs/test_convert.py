@@ -269,7 +269,7 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
 def test_what_a_format_cannot_read_back_is_named_by_the_output(
     target: str, config: str, number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("surgery_formats.adapters.peft.read_config.LARGEST_ALPHA", 1e301)
+    monkeypatch.setattr("surgery_formats.adapters.peft.config_fields.LARGEST_ALPHA", 1e301)
     q = "base_model.model.model.layers.0.self_attn.q_proj"
     tensors = {f"{q}.lora_A.weight": draw(1, 2, 6), f"{q}.lora_B.weight": draw(2, 6, 2)}
     source = write_peft(tmp_path / "a", tensors, r=2, lora_alpha=1e300)

@@ -164,6 +164,13 @@ def test_an_adapter_that_is_larger_than_the_copy_is_warned_of(tmp_path: Path) ->
     result = surgery.extract_lora(base, tuned, rank=surgery.Rank.auto, kind="lora", dry_run=True)
     assert result.saved < 1
     assert "the adapter is larger than TUNED" in result.warnings[-1]
+    coded = surgery.extract_lora(
+        base, tuned, rank=surgery.Rank.auto, kind="lora", factors="int8", allow_loss=True, dry_run=True
+    )
+    assert "as int8 codes it would have 1.71 MB (factors int8)" in result.warnings[-1]
+    assert coded.adapter_nbytes == pytest.approx(1.71e6, rel=0.01)
+    assert coded.saved > 1
+    assert not any("larger than TUNED" in warning for warning in coded.warnings)
     assert not surgery.extract_lora(base, tuned, rank=128, kind="lora", dry_run=True).warnings
 
 

@@ -12,6 +12,8 @@ from typing import Any
 __all__ = ["MEMORY", "SECONDS", "ForbiddenError", "Limited", "TooSlowError", "bound_memory"]
 
 SECONDS = 10.0
+"""Of the processor: a busy machine makes no fault."""
+WAITING = 60.0  # seconds of the clock, for what waits and takes no processor
 MEMORY = 1 << 30
 """Bytes of addresses, beyond those of the program without an input."""
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -60,7 +62,7 @@ sys.dont_write_bytecode = True
 
 
 def _over(*_: Any) -> None:
-    raise TooSlowError(f"more than {SECONDS} seconds")
+    raise TooSlowError(f"more than {SECONDS} seconds of the processor, or {WAITING} of the clock")
 
 
 class Limited:
@@ -68,13 +70,16 @@ class Limited:
 
     def __enter__(self) -> None:
         global _watching
+        signal.signal(signal.SIGPROF, _over)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.signal(signal.SIGALRM, _over)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, WAITING)
         _watching = True
 
     def __exit__(self, *_: object) -> None:
         global _watching
         _watching = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .fuzzer import Fault, Fuzzer
-from .limits import SECONDS, bound_memory
+from .limits import WAITING, bound_memory
 
 __all__ = ["Outcome", "execute"]
 
@@ -88,7 +88,7 @@ def _watched(workers: list[Any], beats: Any, results: Any) -> Outcome:
                 continue
             if beats[2 * number + 1] != seen[number][0]:
                 seen[number] = beats[2 * number + 1], now
-            stuck = now - seen[number][1] > STUCK + SECONDS
+            stuck = now - seen[number][1] > STUCK + WAITING
             if stuck:
                 os.kill(worker.pid, signal.SIGKILL)
                 worker.join()

@@ -10,6 +10,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 from surgery_formats.text import show
 
@@ -27,6 +28,7 @@ def _named(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 
 
 @subcommand("apply")
+@pages()
 @click.argument("recipe", metavar="RECIPE", shell_complete=complete_files)
 @option.path("-o", "--output", metavar="OUT", help="Of the last step.")
 @click.option(

@@ -26,7 +26,7 @@ FINDINGS = 6
 @click.option("--header", is_flag=True, help="Names, types and shapes alone; no value is read.")
 @click.option("--spectrum", is_flag=True, help="Of models: how each difference spreads over directions.")
 @click.option(
-    "--intruders", is_flag=True, help="Of models: count B's strong directions that resemble none of A's; takes long."
+    "--intruders", is_flag=True, help="Of models: count B's strong directions that resemble none of A's; hours for 7 B."
 )
 @click.option(
     "--tolerance",

@@ -132,6 +132,11 @@ def _dense(text: str) -> tuple[str, ...]:
     help="Computing threads; by default one per core, at most 8; 3 for each GPU.",
 )
 @click.option("--table", is_flag=True, help="Show what ranks 4 to 64 cost and leave out, by layers; --html does too.")
+@option.path(
+    "--eval",
+    metavar="TEXT",
+    help="Measure how much of TUNED's gain on a text the adapter has; with --table or --html other ranks too.",
+)
 @click.option(
     "--base",
     "graph_of",
@@ -155,6 +160,7 @@ def command(settings: Settings, base: str, tuned: str, output: Path | None, **op
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 16 --rank-pattern 'self_attn.*=32'
       surgery extract-lora llama/ my-llama/ -o my-lora/ --budget 20MB
       surgery extract-lora llama/ my-llama/ -o my-lora/ --rank 64 --factors int4
+      surgery extract-lora llama/ my-llama/ -o my-lora/ --table --eval held-out.txt
       surgery extract-lora model.onnx tuned.onnx --base llama/ -o my-lora/
     """
     from surgery.verbs.extract_lora import extract_lora

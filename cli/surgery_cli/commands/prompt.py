@@ -11,6 +11,7 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output, show_result
+from surgery_cli.pages import pages
 from surgery_cli.progress import bar
 
 __all__ = ["command"]
@@ -31,6 +32,7 @@ def command() -> None:
 
 
 @subcommand("show")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @option.reference("--base", metavar="BASE", help="The model: check that it fits, and compare norms with its tokens'.")
 def show(settings: Settings, prompt: str, base: str | None) -> None:
@@ -47,13 +49,11 @@ def show(settings: Settings, prompt: str, base: str | None) -> None:
 
 
 @subcommand("nearest")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @click.argument("base", shell_complete=complete_files)
 @option.choice("--by", values=("distance", "effect"), help="What lies near each token, or what each does on texts.")
-@click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure effects on.")
-@option.path("--text-file", metavar="FILE", help="File of such a text.")
-@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option("--length", type=option.count(2), default=128, show_default=True, help="Most tokens of a text.")
+@option.texts("effects")
 @click.option(
     "--max-tokens",
     type=option.count(2),
@@ -96,6 +96,7 @@ def nearest(
 
 
 @subcommand("bake")
+@pages()
 @click.argument("prompt", metavar="[PROMPT]", shell_complete=complete_files)
 @click.argument("base", required=False, metavar="BASE", shell_complete=complete_files)
 @option.output("Folder to make; it must not exist yet.")
@@ -137,6 +138,7 @@ def bake(settings: Settings, prompt: str | None, base: str | None, output: Path 
 
 
 @subcommand("combine")
+@pages()
 @click.argument(
     "prompts",
     nargs=-1,
@@ -177,6 +179,7 @@ def _kind(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 @subcommand("convert")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @option.output("Folder to make, or file of a textual inversion.")
 @click.option(
@@ -207,6 +210,7 @@ def convert(settings: Settings, prompt: str, output: Path | None, **options: Any
 
 
 @subcommand("transfer")
+@pages()
 @click.argument("prompt", shell_complete=complete_files)
 @click.argument("base", shell_complete=complete_files)
 @click.option(
@@ -214,10 +218,7 @@ def convert(settings: Settings, prompt: str, output: Path | None, **options: Any
 )
 @option.output("Folder to make; it must not exist yet.")
 @option.choice("--method", values=("auto", "ridge", "orthogonal"), help="Of the map; auto: what holds better.")
-@click.option("-p", "--text", "texts", multiple=True, metavar="TEXT", help="Text to measure its gain on.")
-@option.path("--text-file", metavar="FILE", help="File of such a text.")
-@click.option("--ids", multiple=True, metavar="1,5,9", callback=option.token_ids, help="Token ids instead of text.")
-@click.option("--length", type=option.count(2), default=128, show_default=True, help="Most tokens of a text.")
+@option.texts("its gain")
 @click.option("--accept-loss", is_flag=True, help="Write what a worthless map makes, too.")
 @option.dry_run("Show the score; write nothing.")
 @option.overwrite()
@@ -250,15 +251,10 @@ def transfer(
 def _texts(
     texts: tuple[str, ...], text_file: Path | None, ids: tuple[tuple[int, ...], ...]
 ) -> list[str | tuple[int, ...]] | None:
-    of_file = () if text_file is None else (_text_of(text_file),)
+    from surgery_formats.files.text_file import read_text_file
+
+    of_file = () if text_file is None else (read_text_file(text_file)[0].decode(),)
     return [*texts, *of_file, *ids] or None
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise click.BadParameter(f"'{file}' is not a text in UTF-8", param_hint="--text-file") from error
 
 
 for _each in (show, nearest, bake, combine, convert, transfer):

@@ -11,11 +11,13 @@ import click
 from surgery_cli import options as option
 from surgery_cli.options import Settings, complete_files, subcommand
 from surgery_cli.output import show_output
+from surgery_cli.pages import pages
 
 __all__ = ["command"]
 
 
 @subcommand("strip")
+@pages()
 @click.argument("model", type=option.PATH, shell_complete=complete_files)
 @option.output("Folder to make; it must not exist yet.")
 @click.option("--all-metadata", is_flag=True, help="All metadata and documentation of nodes, names of modules too.")

@@ -7,11 +7,12 @@ Unlike for the methods of `Path`, a name that is too long or a loop of links is 
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 from surgery_formats.files.remote.path import RemotePath
 
-__all__ = ["entries", "exists", "is_file", "is_folder", "is_own_folder", "names_in"]
+__all__ = ["entries", "exists", "is_file", "is_folder", "is_own_folder", "names_in", "size_and_version"]
 
 
 def is_folder(path: Path) -> bool:
@@ -34,6 +35,18 @@ def exists(path: Path, *, links: bool = False) -> bool:
     if isinstance(path, RemotePath):
         return path.exists()
     return os.path.lexists(path) if links else os.path.exists(path)
+
+
+def size_and_version(path: Path) -> tuple[int, int | str]:
+    """The size of a regular file and its time of modification in ns, or of an object and its etag, as of now; -1 if it is none."""
+    if isinstance(path, RemotePath):
+        facts = path.bucket.facts_if_any(path.key)
+        return (-1, "") if facts is None else (facts.size, facts.etag)
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return -1, 0
+    return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else (-1, 0)
 
 
 def names_in(folder: Path) -> list[str]:

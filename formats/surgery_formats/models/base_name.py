@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
+from surgery_formats.files.remote.hub_cache import cached_repository
 from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["base_name", "hub_name"]
+__all__ = ["base_name", "hub_name", "is_hub_name"]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _READ_THERE = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:[@/].*)?")
@@ -20,6 +20,11 @@ def base_name(base: Checkpoint) -> str:
     return hub_name(base) or base.path.resolve().name
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether it could be one of the hub: ``org/name``."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
 def hub_name(base: Checkpoint, told: Iterable[str] = ()) -> str:
     """The hub's name of a base, or nothing.
 
@@ -28,16 +33,9 @@ def hub_name(base: Checkpoint, told: Iterable[str] = ()) -> str:
     """
     if (there := _READ_THERE.fullmatch(str(base.path))) is not None:
         return there["name"] if _HUB_NAME.fullmatch(there["name"]) else ""
-    if (cached := _cached_name(base.path)) is not None:
-        return cached
+    cached = cached_repository(base.path)
+    if cached is not None and _HUB_NAME.fullmatch(cached[0]):
+        return cached[0]
     known = [str(component.config.get("_name_or_path", "")) for component in base.components.values()]
     own = base.path.resolve().name
     return next((name for name in (*known, *told) if _HUB_NAME.fullmatch(name) and name.rpartition("/")[2] == own), "")
-
-
-def _cached_name(path: Path) -> str | None:
-    for folder in (path, *path.parents):
-        organisation, _, name = folder.name.removeprefix("models--").partition("--")
-        if folder.name.startswith("models--") and _HUB_NAME.fullmatch(f"{organisation}/{name}"):
-            return f"{organisation}/{name}"
-    return None

@@ -125,16 +125,13 @@ def _runs(origin: int, count: int, size: int) -> Iterator[tuple[int, int, int, i
         start = stop
 
 
-def groups_of(values: Array, size: int, axis: int) -> Iterator[Array]:
-    """`values` by whole groups along `axis`, which is split in two, and then what is left of the last group."""
-    count = values.shape[axis]
+def groups_of(values: Array, size: int) -> Iterator[Array]:
+    """`values` by whole groups of rows, ``(groups, size, columns)``, and then what is left of the last group."""
+    count = len(values)
     whole = count // size * size
     for start, stop in ((0, whole), (whole, count)):
         if start < stop:
-            if axis == 0:
-                yield values[start:stop].reshape(-1, min(size, stop - start), values.shape[1])
-            else:
-                yield values[:, start:stop].reshape(values.shape[0], -1, min(size, stop - start))
+            yield values[start:stop].reshape(-1, min(size, stop - start), values.shape[1])
 
 
 def finite_scales(tensor: StoredTensor, start: int, stop: int) -> Array:

@@ -176,7 +176,7 @@ class GroupedRows:
             return None
         import numpy as np
 
-        each = [self.fitting(part, self.bits, self.packing.shift) for part in groups_of(values, self.size, 0)]
+        each = [self.fitting(part, self.bits, self.packing.shift) for part in groups_of(values, self.size)]
         scales = stored_scales(np.concatenate([fitted.scales for fitted in each]), self.scales.dtype)
         return self._grid(scales, np.concatenate([fitted.offsets for fitted in each]), fitted=True)
 

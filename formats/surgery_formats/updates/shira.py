@@ -3,80 +3,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from surgery_formats.tensors.tensor import Tensor
-from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
-from surgery_formats.updates.sparse import adding_at, check_places
+from surgery_formats.arrays import Array
+from surgery_formats.updates.sparse import SparseAddition
 
 __all__ = ["SHiRA"]
 
 
 @dataclass(frozen=True, slots=True)
-class SHiRA:
-    """Numbers that are added to single weights.
-
-    Attributes:
-        values: ``(n,)``.
-        places: ``(2, n)``, the row and the column of each; stored, and not trained.
-        scale: Factor on the values.
-        outputs: Rows of the weight; 0 until `fitted`.
-        inputs: Its columns; 0 until `fitted`.
-    """
+class SHiRA(SparseAddition):
+    """Numbers that are added to single elements of a weight, of which each has a row and a column: ``places``, ``(2, n)``."""
 
     kind: ClassVar[str] = "SHiRA"
-    needs_weight: ClassVar[bool] = False
-    effect: ClassVar[Effect] = "adds"
-    rank: ClassVar[None] = None
-    alpha: ClassVar[None] = None
 
-    values: Factor
-    places: Tensor
-    scale: float = 1.0
-    outputs: int = 0
-    inputs: int = 0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Logical ``(out, in)``."""
-        return self.outputs, self.inputs
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The values', then the indices."""
-        return (*self.values.tensors, self.places)
-
-    @property
-    def untrained(self) -> tuple[Tensor, ...]:
-        """The indices."""
-        return (self.places,)
-
-    def scaled(self, weight: float) -> SHiRA:
-        """The same places, `weight` times as far."""
-        return replace(self, scale=self.scale * weight)
-
-    def fitted(self, fit: Fit) -> SHiRA:
-        """The sizes of the weight."""
-        return replace(self, outputs=fit.shape[0], inputs=fit.shape[1])
-
-    def factors(self) -> dict[str, Factor]:
-        """``values``."""
-        return {"values": self.values}
-
-    def low_rank(self) -> None:
-        """None: what is sparse has no low rank."""
-
-    def parts(self) -> tuple[tuple[int, SHiRA], ...]:
-        """Itself."""
-        return ((0, self),)
-
-    def prepare(self, weight: Weight) -> Apply:
-        """Load the values once.
-
-        Raises:
-            FitError: a place is outside of the weight.
-        """
+    def rows_and_columns(self) -> tuple[Array, Array]:
+        """As they are stored."""
         rows, cols = self.places.read()
-        check_places(rows, cols, self.shape, self.places)
-        return adding_at(rows, cols, self.values.load(weight.dtype, weight.device) * self.scale)
+        return rows, cols

@@ -3,14 +3,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
 from surgery_formats.arrays import Array, array_of, to_cpu
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
-from surgery_formats.updates.base import Apply
+from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
 
-__all__ = ["adding_at", "check_places"]
+__all__ = ["SparseAddition", "adding_at", "check_places"]
+
+
+@dataclass(frozen=True, slots=True)
+class SparseAddition:
+    """Numbers that are added to single elements of a weight; a kind says how it stores their places.
+
+    Attributes:
+        values: ``(n,)``.
+        places: Where each goes, as the kind has it; stored, and not trained.
+        scale: Factor on the values.
+        outputs: Rows of the weight; 0 until `fitted`.
+        inputs: Its columns; 0 until `fitted`.
+    """
+
+    needs_weight: ClassVar[bool] = False
+    effect: ClassVar[Effect] = "adds"
+    rank: ClassVar[None] = None
+    alpha: ClassVar[None] = None
+
+    values: Factor
+    places: Tensor
+    scale: float = 1.0
+    outputs: int = 0
+    inputs: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Logical ``(out, in)``."""
+        return self.outputs, self.inputs
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The values', then the places."""
+        return (*self.values.tensors, self.places)
+
+    @property
+    def untrained(self) -> tuple[Tensor, ...]:
+        """The places."""
+        return (self.places,)
+
+    def scaled(self, weight: float) -> Self:
+        """The same places, `weight` times as far."""
+        return replace(self, scale=self.scale * weight)
+
+    def fitted(self, fit: Fit) -> Self:
+        """The sizes of the weight."""
+        return replace(self, outputs=fit.shape[0], inputs=fit.shape[1])
+
+    def factors(self) -> dict[str, Factor]:
+        """``values``."""
+        return {"values": self.values}
+
+    def low_rank(self) -> None:
+        """None: what is sparse has no low rank."""
+
+    def parts(self) -> tuple[tuple[int, Self], ...]:
+        """Itself."""
+        return ((0, self),)
+
+    def rows_and_columns(self) -> tuple[Array, Array]:
+        """The places as rows and columns, ``(n,)`` each, which may lie outside of the weight."""
+        raise NotImplementedError
+
+    def prepare(self, weight: Weight) -> Apply:
+        """Load the values once.
+
+        Raises:
+            FitError: a place is outside of the weight.
+        """
+        rows, cols = self.rows_and_columns()
+        check_places(rows, cols, self.shape, self.places)
+        return adding_at(rows, cols, self.values.load(weight.dtype, weight.device) * self.scale)
 
 
 def check_places(rows: Array, cols: Array, shape: tuple[int, int], stored: Tensor) -> None:

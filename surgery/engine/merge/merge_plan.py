@@ -19,7 +19,7 @@ from surgery.engine.merge.output_config import coded_modules, corrected_config, 
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
 from surgery.engine.quantised.mixed_config import torn_apart
 from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
-from surgery.engine.selection import Selection
+from surgery.engine.selection import Selection, left_out_warning
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.binding.edits import Edit
 from surgery_formats.canonical.quantised_base import quantised_base_of
@@ -32,7 +32,7 @@ from surgery_formats.models.identity import fingerprint
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_coded as is_quantised
 from surgery_formats.tensors.tensor import origin
-from surgery_formats.text import listing, show, summed_up, without_local_paths
+from surgery_formats.text import listing, show, without_local_paths
 
 if TYPE_CHECKING:
     from surgery.engine.two_bases.as_trained import TrainedValues
@@ -92,8 +92,7 @@ def planned_merge(
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
     if left:
-        out = f"left out, as --without says: {len(left)} parameter{'s' if len(left) != 1 else ''}, {listing(summed_up(left), 6)}"
-        binding = replace(binding, warnings=(*binding.warnings, out))
+        binding = replace(binding, warnings=(*binding.warnings, left_out_warning(left)))
     if undone is None:  # else the values are another model's
         check_base_id(checkpoint, [entry.adapter for entry in weighted])
     quantised.check(checkpoint)

@@ -35,7 +35,6 @@ class MergeRequest:
         reversible: As `surgery.merge` takes it.
         as_trained: As `surgery.merge` takes it: a rule, or a reference.
         without: As `surgery.merge` takes it.
-        by_files: Whether shares may be files of the output: it is not in a bucket.
     """
 
     base: str
@@ -52,7 +51,6 @@ class MergeRequest:
     reversible: bool = False
     as_trained: str | None = None
     without: tuple[str, ...] = ()
-    by_files: bool = True
 
     def planned(self) -> tuple[Binding, Plan]:
         """The binding and the plan; opens the inputs.
@@ -86,8 +84,7 @@ class MergeRequest:
         Raises:
             FitError, InputError: see `surgery.merge`.
         """
-        plan = self.planned()[1]
-        return work_of_output(plan) if self.by_files else PlannedWork(plan)
+        return work_of_output(self.planned()[1])
 
 
 def request_of(

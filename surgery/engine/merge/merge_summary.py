@@ -21,6 +21,7 @@ from surgery.reports.values import Cell, Name, NameList, Phrase, Value
 from surgery_formats.files.remote.path import is_remote
 from surgery_formats.linalg.survival import Survival
 from surgery_formats.storage.quantised import is_coded as is_quantised
+from surgery_formats.text import numbered
 
 if TYPE_CHECKING:
     from surgery.engine.quantised.residual import ResidualLoRA
@@ -103,10 +104,11 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
     sizes = [(math.prod(tensor.step.sizes), tensor.outcome) for tensor in ledger.plan.weights]
     changed = sum(size for size, outcome in sizes if outcome in ("updated", "replaced", "added"))
     whole = Value(sum(size for size, _ in sizes), "count")
+    used = numbered(ledger.adapter_tensors, "tensor")
     in_lora = f"; {ledger.plan.in_lora} of them in the LoRA beside the model" if ledger.plan.in_lora else ""
     return [
         ("tensors", counted(ledger.classes)),
-        ("adapter", f"{ledger.adapter_tensors} tensors used, {len(ledger.plan.ignored)} without effect{in_lora}"),
+        ("adapter", f"{used} used, {len(ledger.plan.ignored)} without effect{in_lora}"),
         ("parameters", (Value(changed, "count"), " of ", whole, " lie in tensors that change")),
     ]
 

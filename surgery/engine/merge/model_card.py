@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from surgery._version import __version__
+from surgery.engine.card_metadata import merge_metadata
 from surgery.engine.ledger import Ledger
-from surgery.engine.merge.card_metadata import merge_metadata
 from surgery.reports.markdown_parts import table_lines
 from surgery_formats.binding.bind import Binding
 from surgery_formats.models.module_tree import module_graph
@@ -34,27 +34,30 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False) -> b
     ]
     parameters = sum(module_graph(component).parameters for component in base.components.values())
     classes = ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
+    measured = [
+        (
+            "base",
+            f"{markdown_code(show(base.path.resolve().name))}, {count(parameters)} parameters, {nbytes(base.nbytes)}",
+        ),
+        ("tensors", classes),
+    ]
+    if not math.isnan(ledger.survival):
+        measured += [
+            ("of the update, held by the stored type", f"{ledger.survival:.2%}"),
+            ("rounding noise, of the update's norm", f"{ledger.rounding:.2%}"),
+        ]
     lines = [
-        "---",
-        *merge_metadata(binding),
-        "---",
         "",
         f"# {markdown_code(show(base.path.resolve().name))} with {', '.join(names)} {'beside it' if residual else 'merged in'}",
         "",
         *table_lines(("adapter", "kind", "weight", "trained parameters"), rows),
         "",
-        f"- Base: {markdown_code(show(base.path.resolve().name))}, {count(parameters)} parameters, {nbytes(base.nbytes)}.",
-        f"- Tensors: {classes}.",
+        *table_lines(("measured", ""), measured),
     ]
+    notes = [f"- Warning: {markdown(show(warning, 500))}" for warning in ledger.plan.warnings]
     if residual:
-        lines.append(
-            "- The weights do not hold all of the update: attach the LoRA in `adapter/`, for instance with PEFT."
-        )
-    if not math.isnan(ledger.survival):
-        lines.append(
-            f"- {ledger.survival:.2%} of the update survives in the stored type (rounding noise {ledger.rounding:.2%} "
-            "of its norm)."
-        )
-    lines += [f"- Warning: {markdown(show(warning, 500))}" for warning in ledger.plan.warnings]
+        beside = "- The weights do not hold all of the update: attach the LoRA in `adapter/`, for instance with PEFT."
+        notes.insert(0, beside)
+    lines += ["", *notes] if notes else []
     lines += ["", f"Made by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
-    return "\n".join(lines).encode()
+    return (merge_metadata(binding) + "\n".join(lines)).encode()

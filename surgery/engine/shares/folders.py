@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -21,15 +22,19 @@ from typing import Any
 
 from surgery._version import __version__
 from surgery.engine.execute import Run
-from surgery.engine.shares.work import Work, WorkRequest
-from surgery_formats.errors import FitError, OutputExistsError, ProofError
+from surgery.engine.shares.work import Work, WorkRequest, absolute
+from surgery_formats.errors import FitError, OutputExistsError, ProofError, SurgeryError
 from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.raw import File
+from surgery_formats.files.remote.hub_cache import hub_file
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import listing, show
 
 __all__ = ["Assignment", "Shares", "assignments", "finished_shares", "is_finished", "job_of", "write_share"]
+
+_log = logging.getLogger("surgery.shares")
 
 _PATIENCE = 60.0  # seconds in which the lock of a worker that was lost must be gone
 _LONGEST = 120  # bytes of the output's name in that of a share
@@ -76,7 +81,7 @@ def assignments(
     if count < 1:
         raise FitError(f"there is no work in {count} shares")
     text = os.fspath(output)
-    place = text if isinstance(to_path(text), RemotePath) else os.path.abspath(text)
+    place = text if isinstance(to_path(text), RemotePath) else absolute(text)
     job = job_of(work, verify=verify)
     return tuple(Assignment(request, work.id, job, index, count, place, verify) for index in range(count))
 
@@ -117,8 +122,9 @@ def write_share(assignment: Assignment, run: Run | None = None, plan: Callable[[
     hashes = run.hashes if work.makes_files else ()  # what else a share holds has hashes of its own
     until = time.monotonic() + _PATIENCE
     while not is_finished(folder):
+        _clear_remains(folder)
         try:
-            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes) as staged:
+            with output_folder(folder, _of_share(assignment), inputs=work.roots, hashes=hashes, private=True) as staged:
                 said = work.write_share(index, count, staged, run)
                 for file in work.inputs:
                     file.check_unchanged()
@@ -135,10 +141,15 @@ def job_of(work: Work, *, verify: bool = False) -> str:
     """Digest of the work, of the inputs' sizes and times, and of which hashes the files of an output have.
 
     Unlike an inode, these are the same on every machine of a file system. So a share of other inputs is never taken for
-    one of these.
+    one of these. Of a file of the hub, which each machine has in a cache of its own, they are its commit and name.
     """
-    inputs = sorted((file.path.name, *file.identity[2:]) for file in work.inputs)
+    inputs = sorted(map(_seen, work.inputs))
     return hashlib.sha256(json.dumps([work.id, inputs, verify and work.makes_files]).encode()).hexdigest()
+
+
+def _seen(file: File) -> list[str]:
+    known = hub_file(file.path)
+    return [file.path.name, *map(str, file.identity[2:] if known is None else (file.size, known))]
 
 
 def is_finished(folder: Path) -> bool:
@@ -200,8 +211,21 @@ def _of_share(assignment: Assignment) -> str:
 
 
 def _remove(folder: Path) -> None:
+    """Remove a share, its manifest first: what a killed command leaves of one is no share then, and `_clear_remains` finds it."""
+    try:
+        if isinstance(folder, RemotePath):
+            below = folder.bucket.all_below(folder.key)
+            folder.bucket.delete([f"{folder.key}/{name}" for name in sorted(below, key=lambda name: name != MANIFEST)])
+        else:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder)
+    except (OSError, SurgeryError) as error:  # the output is complete, so this is no fault of the command
+        _log.warning("%s is of no more use, and could not be removed: %s", show(folder, 300), show(str(error), 300))
+
+
+def _clear_remains(folder: Path) -> None:
+    """Remove what is left of a share that was being removed: a folder appears with its manifest, so one without had it."""
     if isinstance(folder, RemotePath):
-        bucket = folder.bucket
-        bucket.delete([f"{folder.key}/{name}" for name in bucket.all_below(folder.key)])
-    else:
+        return  # there files appear before their manifest, and what is none of the share goes when it is complete
+    if folder.is_dir() and not (folder / MANIFEST).exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan in shares: each is some of its files, complete, or holds computed weights of it.
 
-Files become files of the output without being read again: they are linked. Computed weights, and files where there are no links,
-are copied and compared with their hashes.
+Files become files of the output without being read again: they are linked, or copied by the store. Computed weights, and files
+where there are no links, are copied and compared with their hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,8 @@ from surgery_formats.errors import MalformedError, ProofError
 from surgery_formats.files.bounded_json import MANIFEST_LIMIT, read_object
 from surgery_formats.files.output.folder import FileRecord, OutputFolder
 from surgery_formats.files.output.manifest import MANIFEST
-from surgery_formats.files.output.resume import has_size, same_digest
+from surgery_formats.files.output.resume import same_digest
+from surgery_formats.files.places import size_and_version
 from surgery_formats.files.raw import File, open_file
 
 __all__ = ["InShares", "PlannedWork", "work_of_output"]
@@ -92,7 +92,7 @@ class PlannedWork:
         write_weights(share, staged, run)
         if not self.makes_files:
             return {}
-        return {"times": {file.name: os.stat(staged.staged / file.name).st_mtime_ns for file in share.files}}
+        return {"versions": {file.name: staged.version(file.name) for file in share.files}}
 
 
 def work_of_output(plan: Plan) -> PlannedWork:
@@ -133,7 +133,7 @@ class InShares:
         if not plan.computed():
             yield _nothing
             return
-        work = PlannedWork(plan) if into is None or into.in_order else work_of_output(plan)
+        work = PlannedWork(plan) if into is None else work_of_output(plan)
         with self.cluster.shares(self.request, work, output, self.run) as folders:
             yield _reader(_located(work, folders, into))
 
@@ -167,22 +167,23 @@ def _located(work: PlannedWork, folders: Sequence[Path], into: OutputFolder | No
 def _taken(file: PlannedFile, folder: Path, manifest: Mapping[str, Any], into: OutputFolder) -> bool:
     """Whether a file of a share is one of the output now.
 
-    It is what its worker wrote and proved if its size and its time of modification are those that the worker saw; where a
-    file system has other times for another machine, if its bytes have the hash.
+    It is what its worker wrote and proved if its size and its version, the time of modification or the etag, are those that
+    the worker saw; where a file system has other times for another machine, if its bytes have the hash.
 
     Raises:
         MalformedError: the manifest is none of a share.
         ProofError: the file is another one.
     """
     try:
-        details, time = dict(manifest["files"][file.name]), manifest.get("times", {}).get(file.name)
+        details, version = dict(manifest["files"][file.name]), manifest.get("versions", {}).get(file.name)
         record = FileRecord(file.name, details.pop("size"), details)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _no_manifest(folder) from error
     path = folder / file.name
-    if record.size != file.nbytes or not has_size(path, file.nbytes):
+    size, now = size_and_version(path)
+    if record.size != file.nbytes or size != file.nbytes:
         raise ProofError(f"is not the file of {file.nbytes} bytes that a worker wrote", file=path, hint=_AGAIN)
-    if os.stat(path).st_mtime_ns != time and not same_digest(path, record):
+    if now != version and not same_digest(path, record):
         raise ProofError("is not what the worker wrote", file=path, hint=_AGAIN)
     return into.take(path, record)
 

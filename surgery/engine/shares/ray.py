@@ -263,14 +263,15 @@ def _connected(address: str) -> Iterator[ModuleType]:
 
 def _connect(ray: ModuleType, address: str) -> None:
     silent: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    if address:
+    if address not in ("", "auto", "local"):  # which are Ray's own words for RAY_ADDRESS
         _check_answers(address)
         ray.init(address, **silent)
         return
-    try:
-        ray.init("auto", **silent)
-    except ConnectionError:  # none runs on this machine
-        ray.init("local", include_dashboard=False, object_store_memory=_STORE, **silent)
+    if address != "local":
+        with contextlib.suppress(ConnectionError):  # none runs on this machine
+            ray.init("auto", **silent)
+            return
+    ray.init("local", include_dashboard=False, object_store_memory=_STORE, **silent)
 
 
 def _check_answers(address: str) -> None:

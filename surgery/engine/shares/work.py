@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.engine.execute import Run
     from surgery_formats.files.output.folder import OutputFolder
 
-__all__ = ["Cluster", "EngineLike", "Work", "WorkRequest", "portable", "portable_adapters"]
+__all__ = ["Cluster", "EngineLike", "Work", "WorkRequest", "absolute", "portable", "portable_adapters"]
 
 
 class WorkRequest(Protocol):
@@ -130,7 +130,12 @@ def portable(reference: object, argument: str) -> str:
             hint=f"give the path: `{argument}=`",
         )
     text = os.fspath(reference)
-    return os.path.abspath(text) if not is_remote(text) and os.path.lexists(text) else text
+    return absolute(text) if not is_remote(text) and os.path.lexists(text) else text
+
+
+def absolute(path: str) -> str:
+    """The whole path, wherever it is read. Its ``..`` stay: behind a link they lead elsewhere than the text says."""
+    return str(Path(path).absolute())
 
 
 def portable_adapters(adapters: object, argument: str = "adapters") -> tuple[tuple[str, float], ...]:

@@ -22,7 +22,7 @@ from surgery.engine.plan import Compute, Plan, PlannedFile, SideFile, is_coded
 from surgery.engine.quantised.output import QuantisedOutput
 from surgery.engine.undo.belongs import Evidence, check_belongs, dequantised_weights, grown_weights
 from surgery.engine.undo.inverse import estimates, inverted, why_not
-from surgery.engine.undo.record import adapters_of, label_of, undone_height
+from surgery.engine.undo.record import label_of, undone_height, unmerge_facts
 from surgery.engine.undo.residue import LINE, nearest_bits
 from surgery_formats.arrays import Array, empty
 from surgery_formats.binding.bind import Binding
@@ -30,7 +30,6 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.output.folder import OutputFolder
-from surgery_formats.models.identity import fingerprint
 from surgery_formats.tensors.tensor import as_bytes
 
 __all__ = ["Estimation", "estimation"]
@@ -150,10 +149,7 @@ def estimation(
             side_files.append(SideFile(f"{name}/config.json" if name else "config.json", source=config))
     inputs = [shard.file for component in merged.components.values() for shard in component.shards]
     inputs += list({file.identity: file for adapter, _ in adapters for file in adapter.files}.values())
-    about = {
-        "adapters": adapters_of(adapters),
-        "merged": {shard.path.name: fingerprint(shard.file) for c in merged.components.values() for shard in c.shards},
-    }
+    about = unmerge_facts(adapters, merged)
     plan = Plan(
         verb="unmerge",
         files=tuple(files),

@@ -37,9 +37,19 @@ from surgery_formats.models.side_files import BASE_ROUNDING
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import Quantised, is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes
+from surgery_formats.text import without_local_paths
 from surgery_formats.threads import one_thread
 
-__all__ = ["adapters_of", "bound_again", "label_of", "lost_dtype", "operations_on", "record_base", "undone_height"]
+__all__ = [
+    "adapters_of",
+    "bound_again",
+    "label_of",
+    "lost_dtype",
+    "operations_on",
+    "record_base",
+    "undone_height",
+    "unmerge_facts",
+]
 
 Bound = Sequence[tuple[Any, float]]
 
@@ -113,6 +123,18 @@ def adapters_of(adapters: Bound) -> list[dict[str, Any]]:
         }
         for adapter, weight in adapters
     ]
+
+
+def unmerge_facts(adapters: Bound, merged: Checkpoint) -> dict[str, Any]:
+    """What identifies the inputs of an unmerge: scales and switches of the adapters stand in their configurations."""
+    return {
+        "adapters": [
+            {**told, "config": without_local_paths(adapter.config)}
+            for told, (adapter, _) in zip(adapters_of(adapters), adapters, strict=True)
+        ],
+        "merged": {shard.path.name: fingerprint(shard.file) for c in merged.components.values() for shard in c.shards},
+        "configs": {name: without_local_paths(component.config) for name, component in merged.components.items()},
+    }
 
 
 def bound_again(adapters: Bound, merged: Checkpoint) -> Binding | None:

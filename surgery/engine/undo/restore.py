@@ -23,7 +23,14 @@ from surgery.engine.undo.codes import decode_codes
 from surgery.engine.undo.coding import unpack_bytes
 from surgery.engine.undo.inverse import Chain, estimates, inverted
 from surgery.engine.undo.originals import unpack_original
-from surgery.engine.undo.record import adapters_of, bound_again, label_of, lost_dtype, operations_on
+from surgery.engine.undo.record import (
+    adapters_of,
+    bound_again,
+    label_of,
+    lost_dtype,
+    operations_on,
+    unmerge_facts,
+)
 from surgery.engine.undo.residue import LINE, decode
 from surgery.engine.undo.sidecar import Segments, Sidecar
 from surgery_formats.arrays import Array, dtype_of
@@ -164,10 +171,7 @@ class _Planner:
         inputs.append(self._sidecar.file)
         about = {
             "base": str(facts["base"]),
-            "adapters": adapters_of(self._adapters),
-            "merged": {
-                shard.path.name: fingerprint(shard.file) for c in self._merged.components.values() for shard in c.shards
-            },
+            **unmerge_facts(self._adapters, self._merged),
             "base_rounding": fingerprint(self._sidecar.file),
         }
         plan = Plan(

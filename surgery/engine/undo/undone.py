@@ -19,7 +19,7 @@ from surgery.engine.jobs import ComputeWeight
 from surgery.engine.plan import Compute, Plan, PlannedTensor
 from surgery.engine.undo.belongs import recorded_base
 from surgery.engine.undo.estimate import estimation
-from surgery.engine.undo.record import adapters_of
+from surgery.engine.undo.record import unmerge_facts
 from surgery.engine.undo.restore import restoration
 from surgery.engine.undo.sidecar import open_sidecar
 from surgery_formats.arrays import Array
@@ -79,7 +79,7 @@ def undone_values(merged: Checkpoint, adapters: Sequence[tuple[Adapter, float]],
         estimated = estimation(bind(adapters, merged), adapters, recorded)
         weights, files = _weights(merged, estimated.plan, estimated.compute), []
         known = {"estimate": estimated.evidence.source}
-    facts = {"adapters": adapters_of(adapters), **known}
+    facts = {"adapters": unmerge_facts(adapters, merged)["adapters"], **known}
     files += {file.identity: file for adapter, _ in adapters for file in adapter.files}.values()
     return UndoneValues(weights, facts, tuple(files), tuple(adapter.path for adapter, _ in adapters), kept is not None)
 

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery._version import __version__
 from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.graph.contract import contract_of
+from surgery.onnx.run.adapter_file import SmallFiles, sha256_of, write_small_files
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.containers.onnx.parse import parsed_model
 from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
 from surgery_formats.files.output.manifest import MANIFEST, is_safe_name
-from surgery_formats.files.raw import stays_inside
+from surgery_formats.files.raw import open_file, stays_inside
 from surgery_formats.models.identity import fingerprint, tensor_digest
 from surgery_formats.text import nbytes as human
 
@@ -73,7 +75,7 @@ def write_edited(
     model: onnx.ModelProto,
     output: Path,
     *,
-    files: Mapping[str, bytes],
+    files: SmallFiles,
     facts: Mapping[str, Any],
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
@@ -106,11 +108,13 @@ def write_edited(
     name = graph.path.name
     ours = {name, *files, *(_location(graph, file.path) for file in graph.external)}
     sides = [side for side in _beside(graph.path.parent) if side.name not in ours]
-    state = [name, [file.identity for file in graph.files], hashlib.sha256(data).hexdigest()]
-    state += [sorted((key, hashlib.sha256(value).hexdigest()) for key, value in files.items())]
-    job = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+    made = sorted((key, sha256_of(value)) for key, value in files.items())
+    # new values are in no graph: they follow from what is read, and from what the manifest says of it
+    read = [fingerprint(file) for file in (*graph.files, *(open_file(path) for path in inputs if path.is_file()))]
+    plan = _digest([__version__, name, hashlib.sha256(data).hexdigest(), made, read, dict(facts)])
+    job = _digest([plan, [file.identity for file in graph.files]])
     roots = [graph.path.parent, *inputs]
-    with output_folder(output, job, overwrite=overwrite, inputs=roots) as folder:
+    with output_folder(output, job, overwrite=overwrite, inputs=roots, recorded=plan) as folder:
         for file in graph.external:
             location = _location(graph, file.path)
             if location not in folder.finished:
@@ -122,13 +126,16 @@ def write_edited(
                 out.finish({})
         for side in sides:
             write_side_file(side, folder)
-        for key, value in {**files, name: data}.items():
-            folder.write_small(key, value)
+        write_small_files(folder, {**files, name: data})
         _prove(graph, folder.staged / name, changed, set(dropped))
         graph.check_unchanged()
-        account = {"plan": job, "inputs": {name: fingerprint(graph.file)}, **facts}
+        account = {"plan": plan, "inputs": {name: fingerprint(graph.file)}, **facts}
         folder.commit(account | recorded_recipe())
     return len(data) + sum(file.size for file in graph.external) + sum(map(len, files.values()))
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _forget_companion(model: onnx.ModelProto, path: Path) -> None:

@@ -33,8 +33,6 @@ from surgery_formats.models.families.recipe import Model
 from surgery_formats.models.sets_beside import same_bytes, sets_beside
 
 if TYPE_CHECKING:
-    import onnx
-
     from surgery.onnx.export.slots import Swappable
 
 __all__ = ["NONE", "ROWS", "Assembly", "Form", "prompt_form"]
@@ -135,7 +133,7 @@ class Assembly:
         Raises:
             FitError: see `surgery.onnx.graph.build.build`.
         """
-        built = self._built(empty_past(self.model) if self.form == "kv" else {})
+        built = self._built(empty_past(self.model)) if self.form == "kv" else self._final
         longest = max((prompt.tokens for prompt in self.prompts), default=0)
         if longest and built.contract.max_length < (1 if self.form in ("front", "layers") else longest + 1):
             raise FitError(
@@ -159,16 +157,14 @@ class Assembly:
         names += [SENTENCE_FILE] if self.sentence is not None and self.sentence.layout is not None else []
         return (*names, *(["genai_config.json"] if self.for_genai(draft) else []), *draft.graphs)
 
-    def files(
-        self, location: WeightLocation
-    ) -> tuple[dict[str, bytes | AdapterFile], GraphSet, dict[str, onnx.ModelProto]]:
-        """Create all small files; the graphs are not yet serialised. `location` is where the weights lie now.
+    def files(self, location: WeightLocation) -> tuple[dict[str, bytes | AdapterFile], GraphSet]:
+        """Create all small files; the graphs stand apart. `location` is where the weights lie now.
 
         Raises:
             FitError, ProofError: see `computed_past` and `AdapterFile.of`.
         """
         pasts = self._pasts(location) if self.form == "kv" else []
-        built = self._built(pasts[0] if pasts else {})
+        built = self._built(pasts[0] if pasts else {}) if self.form == "kv" else self._final
         kind = _numpy_type(self.options)
         files: dict[str, bytes | AdapterFile] = {}
         for named, adapter, places in zip(self.roles.swap, self.slots, self.module_slots.names, strict=True):
@@ -179,7 +175,7 @@ class Assembly:
                 contract = built.encoder if part and built.encoder else built.contract
                 inputs = {name: built.inputs[name] for name in contract.replaceable}
                 full = {name: stored_array(values, built.inputs[name], name) for name, values in modules.items()}
-                arrays = SlotArrays.of(adapter, contract.slots, _slot_sizes(built), kind, inputs, full)
+                arrays = SlotArrays.of(adapter, contract.slots, built.sizes, kind, inputs, full)
                 files[self._adapter_file(named.name, part)] = AdapterFile.of(arrays.specs, arrays.make)
         for prompt, past in zip(self.prompts, pasts, strict=False):
             files[self._prompt_file(prompt)] = adapter_bytes(
@@ -205,7 +201,7 @@ class Assembly:
                 genai,
                 position_ids=self.options.position_ids,
             )
-        return files, built, dict(built.graphs)
+        return files, built
 
     @cached_property
     def _brought(self) -> dict[str, Path]:
@@ -222,7 +218,7 @@ class Assembly:
 
     def _nothing(self, built: GraphSet) -> dict[str, dict[str, tuple[int, ...]]]:
         """What switches everything off, by file: shapes of factors of rank 0, and of a past without tokens."""
-        sizes = _slot_sizes(built)
+        sizes = built.sizes
         past = empty_past(self.model) if self.form == "kv" else {}
         found: dict[str, dict[str, tuple[int, ...]]] = {NONE: {name: array.shape for name, array in past.items()}}
         for name, contract in ((NONE, built.contract), (NONE_OF_ENCODER, built.encoder)):
@@ -250,6 +246,11 @@ class Assembly:
         computed = computed_past(uncomputed, self.component, self.model, self.options, location)
         pasts = {**stored, **{prompt.name: past for prompt, past in zip(uncomputed, computed, strict=True)}}
         return [pasts[prompt.name] for prompt in self.prompts]
+
+    @cached_property
+    def _final(self) -> GraphSet:
+        """The graphs, where nothing has to be computed for them: the draft is what is written."""
+        return self._built({})
 
     def _built(self, past: Mapping[str, Array]) -> GraphSet:
         rows = [prompt.embeddings for prompt in self.prompts if prompt.embeddings is not None]
@@ -344,14 +345,3 @@ def _numpy_type(options: GraphOptions) -> np.dtype[Any]:
     from surgery.onnx.graph.graph import Graph
 
     return Graph().numpy_type(options.io)
-
-
-def _slot_sizes(built: GraphSet) -> dict[str, tuple[int, int]]:
-    """Rows of A and columns of B, by slot."""
-    shapes = {
-        port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
-        for graph in built.graphs.values()
-        for port in graph.graph.input
-    }
-    slots = (*built.contract.slots, *(built.encoder.slots if built.encoder else ()))
-    return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in slots}

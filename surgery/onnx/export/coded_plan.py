@@ -86,6 +86,8 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         for weight in (base.owners[name],)
     ]
     facts = {**merged.facts, "coding": coding.facts}
+    # which weights a graph reads is decided by its task as well
+    placed_at = [[tensor.label, tensor.dtype.label, tensor.shape, tensor.offset] for tensor in file.tensors]
     plan = replace(
         merged,
         verb="export-onnx",
@@ -97,7 +99,7 @@ def coded_weights(binding: Binding, coding: WeightCoding, task: str, io: DType) 
         facts=facts,
         id=hashlib.sha256(
             json.dumps(
-                [merged.id, coding.facts, io.label, sorted(coding.chosen.items()), *stacks], sort_keys=True
+                [merged.id, coding.facts, io.label, sorted(coding.chosen.items()), *stacks, placed_at], sort_keys=True
             ).encode()
         ).hexdigest(),
     )

@@ -52,12 +52,16 @@ def graph_files(
     Raises:
         FitError, ProofError: see `Assembly.files` and `embed`.
     """
-    files, graph_set, graphs = assembly.files(location)
+    files, graph_set = assembly.files(location)
     inside = dict(held or {})
     if held is not None:
         small = {file: files.pop(file) for file in (INSERTED, SENTENCE_FILE) if file in files}
         inside |= {file: nameless_file(data, Path(file)) for file, data in small.items() if isinstance(data, bytes)}
-    for file, graph in graphs.items():
+    for file, packed in graph_set.graphs.items():
+        if held is None and arrangement.keeps_names:
+            files[file] = packed.data
+            continue
+        graph = packed.unpacked()
         if held is not None:
             embed(graph, inside)
         arrangement.apply(graph)

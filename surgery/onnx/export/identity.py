@@ -36,7 +36,7 @@ def export_id(draft: GraphSet, assembly: Assembly, arrangement: Arrangement) -> 
     """Digest of everything that decides the files: the draft's graphs name weights and adapters by content."""
     state = hashlib.sha256(json.dumps([__version__, assembly.form]).encode())
     for name, graph in draft.graphs.items():
-        state.update(name.encode() + graph.SerializeToString(deterministic=True))
+        state.update(name.encode() + graph.data)
     if arrangement.files or arrangement.layout.name != "plain":
         state.update(json.dumps([arrangement.layout.name, dict(arrangement.files)], sort_keys=True).encode())
     return state.hexdigest()

@@ -76,7 +76,7 @@ def check_fused(draft: GraphSet, asked: str) -> None:
     Raises:
         FitError: there is none.
     """
-    nodes = (node.op_type for graph in draft.graphs.values() for node in graph.graph.node)
+    nodes = (node.op_type for graph in draft.graphs.values() for node in graph.unpacked().graph.node)
     if asked == "fused" and not {"MoE", "QMoE"} & set(nodes):
         raise FitError(
             "no layer has experts that one operator computes exactly: their router, activation, slots or codes are others",

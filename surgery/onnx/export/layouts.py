@@ -164,6 +164,11 @@ class Arrangement:
         encoder = self.path(contract.encoder).rpartition("/")[2] if contract.encoder else ""
         return replace(contract, weights=files, encoder=encoder)
 
+    @property
+    def keeps_names(self) -> bool:
+        """Whether a graph is written as it was built."""
+        return not self.weights and not self.layout.by_type and self.layout.name != "triton"
+
     def apply(self, model: onnx.ModelProto) -> None:
         """Rename the weight files that a graph refers to, in place."""
         if not self.weights and not self.layout.by_type:

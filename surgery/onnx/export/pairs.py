@@ -39,4 +39,4 @@ def check_pair(model: Model, *, texts: Collection[str] = (), modules: bool = Fal
 
 def whole_graphs(built: GraphSet) -> list[onnx.ModelProto]:
     """The graphs that read every weight once: the main one, or those of an encoder and of the decoder for all its runs."""
-    return [graph for name, graph in built.graphs.items() if name in ("model.onnx", ENCODER, MERGED)]
+    return [graph.unpacked() for name, graph in built.graphs.items() if name in ("model.onnx", ENCODER, MERGED)]

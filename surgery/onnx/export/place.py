@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import WeightLocation
-from surgery.onnx.run.adapter_file import AdapterFile, SmallFiles
+from surgery.onnx.run.adapter_file import SmallFiles, write_small_files
 from surgery_formats.errors import FitError, OutputExistsError, ProofError
 from surgery_formats.files.output.folder import SIGNED, OutputFolder, output_folder
 from surgery_formats.files.output.kernel_copy import rename_new, sync_folder
@@ -135,25 +136,19 @@ def write_export(
         NothingChangedError: see `ExportJob.judge`.
         ResourceError, ProofError, FitError: see `surgery_formats.files.output.folder`.
     """
-    if job.plan is None:
-        return _write(job, output, mode, home, run, None)
-    with (engine or ThisProcess()).computing(job.plan, output) as compute:
-        return _write(job, output, mode, home, run, compute)
-
-
-def _write(
-    job: ExportJob, output: Path, mode: Mode, home: Path, run: Run, compute: ComputeWeight | None
-) -> ExportOutcome:
+    computing = _computing(job, output, engine or ThisProcess())
     if _same_folder(output, home):
-        return _add(job, output, mode, run, compute)
-    with output_folder(
+        return _add(job, output, mode, run, computing)
+    staged = output_folder(
         output,
         _stage_id(job, mode),
         overwrite=run.overwrite,
         inputs=[home, *job.inputs],
         verify=still_good,
         hashes=run.hashes,
-    ) as folder:
+    )
+    # the place is taken first: nobody wants to hear at the end that it is in use
+    with staged as folder, computing as compute:
         written = _bring_weights(folder, job, mode, run.verify_copies)
         for side in job.side_files:
             write_side_file(side, folder)
@@ -163,11 +158,16 @@ def _write(
         else:
             ledger = _compute(job, folder, run, compute)
             files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
-        _write_files(folder, files)
+        write_small_files(folder, files)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
     return _outcome(files, ledger if mode != "embed" else None, written, ledger)
+
+
+def _computing(job: ExportJob, output: Path, engine: Engine) -> AbstractContextManager[ComputeWeight | None]:
+    """What computes the weights of the job; None if it has none."""
+    return contextlib.nullcontext() if job.plan is None else engine.computing(job.plan, output)
 
 
 def _outcome(files: SmallFiles, ledger: Ledger | None, written: int, account: Ledger | None) -> ExportOutcome:
@@ -234,10 +234,10 @@ def _content_id(job: ExportJob, mode: Mode) -> str:
 
 
 def _stage_id(job: ExportJob, mode: Mode) -> str:
-    """Identify the job by its input files as they are now, so that a resumed run never mixes inputs."""
+    """Identify the job by its input files as they are now, and by how weights are computed, so that a resumed run never mixes."""
     identities = [[file.path.name, *file.identity] for file in job.weights]
     identities += [[file.path.name, *file.identity] for file in (job.plan.inputs if job.plan else ())]
-    return _digest([mode, identities, job.id])
+    return _digest([mode, identities, job.plan.id if job.plan else "", job.id])
 
 
 def _digest(values: list[Any]) -> str:
@@ -251,7 +251,9 @@ def _same_folder(first: Path, second: Path) -> bool:
         return False
 
 
-def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWeight | None) -> ExportOutcome:
+def _add(
+    job: ExportJob, folder: Path, mode: Mode, run: Run, computing: AbstractContextManager[ComputeWeight | None]
+) -> ExportOutcome:
     """Add files to an existing folder: each complete or not at all, none replaced, all removed if a later one fails.
 
     They are staged in a folder within, so that they lie on the same file system and the graph can already read computed
@@ -266,14 +268,15 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWei
     added: list[Path] = []
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with output_folder(folder / _STAGED, _stage_id(job, mode), verify=still_good) as stage:
+        staged = output_folder(folder / _STAGED, _stage_id(job, mode), verify=still_good)
+        with staged as stage, computing as compute:
             ledger = _compute(job, stage, run, compute)
             location = (
                 WeightLocation(folder, stage.staged.name, frozenset(planned)) if planned else WeightLocation(folder)
             )
             files = job.make(location)
             _check_unchanged(job)
-            _write_files(stage, files)
+            write_small_files(stage, files)
             if ledger is not None or job.facts["adapters"]:
                 account = _account(job, ledger, files, stage)
                 stage.write_small(EXPORT_ACCOUNT, account)
@@ -287,15 +290,6 @@ def _add(job: ExportJob, folder: Path, mode: Mode, run: Run, compute: ComputeWei
     finally:
         os.close(fd)
     return _outcome(files, ledger, 0, ledger)
-
-
-def _write_files(folder: OutputFolder, files: SmallFiles) -> None:
-    for name, data in files.items():
-        if isinstance(data, AdapterFile):
-            folder.write_made(name, len(data), data.pieces())
-            data.prove(folder.staged / name)
-        else:
-            folder.write_small(name, data)
 
 
 def _account(job: ExportJob, ledger: Ledger | None, files: SmallFiles, stage: OutputFolder) -> bytes:

@@ -168,7 +168,7 @@ def computed_past(
                 opset=None,
                 virtual=Virtual(embedded=embedded),
             )
-            graph = build(component, plain, model).graphs["model.onnx"]
+            graph = build(component, plain, model).graphs["model.onnx"].unpacked()
             sessions[embedded] = _session(graph, location, component)
         feed = _feed(prompt, model)
         names = [name.replace("past_key_values", "present") for name in empty_past(model)]

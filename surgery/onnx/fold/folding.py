@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldedWeight", "Folding", "fold_branches"]
 
 Array = npt.NDArray[Any]
+_BLOCK = 1 << 18  # elements of a sum at a time
 _NUMBERS = (1, 10, 11, 16)  # TensorProto.FLOAT, FLOAT16, DOUBLE, BFLOAT16
 
 
@@ -54,15 +55,27 @@ class FoldedWeight:
         Raises:
             FitError: a value does not fit the type.
         """
-        total = values.astype(np.promote_types(values.dtype, np.float32))
-        for factors, turned in self.factors:
-            left, right = factors.read()
-            product = left @ right
-            total += (product.T if turned else product).reshape(total.shape)
-        stored = total.astype(values.dtype)
-        if not np.isfinite(stored.astype(total.dtype)).all() and np.isfinite(values.astype(total.dtype)).all():
+        wide = np.promote_types(values.dtype, np.float32)
+        products = [self._product(factors, turned).reshape(values.shape) for factors, turned in self.factors]
+        stored, fits, finite = np.empty_like(values), True, True
+        step = max(1, _BLOCK // max(1, values[:1].size))
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            before = values[rows].astype(wide)
+            finite &= bool(np.isfinite(before).all())
+            for product in products:
+                before += product[rows]
+            stored[rows] = before.astype(values.dtype)
+            fits &= bool(np.isfinite(stored[rows].astype(wide)).all())
+        if finite and not fits:
             raise FitError("the sum does not fit the type of the weight", tensor=self.tensor)
         return stored
+
+    @staticmethod
+    def _product(factors: BranchFactors, turned: bool) -> Array:
+        left, right = factors.read()
+        product: Array = left @ right
+        return product.T if turned else product
 
 
 @dataclass

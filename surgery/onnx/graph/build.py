@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import onnx
 import xxhash
 
 from surgery.onnx.graph.coded import GraphCodes, by_format
@@ -19,6 +18,7 @@ from surgery.onnx.graph.encoder import encoder
 from surgery.onnx.graph.graph import Graph
 from surgery.onnx.graph.lower import check_opset, lower
 from surgery.onnx.graph.opset import least_opset
+from surgery.onnx.graph.packed import PackedGraph
 from surgery.onnx.graph.pair import pair_contexts
 from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
 from surgery.onnx.graph.rotary import longest
@@ -104,15 +104,17 @@ class GraphSet:
         nodes: Number of nodes of the main graph.
         files: Weight files that hold its initializers.
         inputs: Types of the inputs that replace parameters.
+        sizes: Rows of A and columns of B, by the weight of a slot.
         encoder: Contract of the encoder of an encoder-decoder, whose main graph is the decoder; else None.
     """
 
-    graphs: Mapping[str, onnx.ModelProto]
+    graphs: Mapping[str, PackedGraph]
     contract: Contract
     model: Model
     nodes: int
     files: tuple[File | UnwrittenFile, ...]
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     encoder: Contract | None = None
 
 
@@ -137,7 +139,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     length = _length(model, options)
     if model.encoder is not None:
         return _pair(component, model, replace(options, target=standard(options.target)), length)
-    graphs: dict[str, onnx.ModelProto] = {}
+    graphs: dict[str, PackedGraph] = {}
     contract = _contract(component, model, options, length)
     embedding_files: list[File | UnwrittenFile] = []
     if options.inputs_embeds:
@@ -155,16 +157,20 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
         contract = replace(contract, prefill_batch=False)
         if options.prefill:
             contract = replace(contract, prefill="prefill.onnx")
-            standard_options = replace(options, target=standard(options.target))
-            ctx = _context(component, model, standard_options, length)
-            prefill_contract = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="")
-            graphs["prefill.onnx"] = _finished(ctx, replace(prefill_contract, **_built_parts(ctx)), options)
+            graphs["prefill.onnx"] = _prefill(component, model, options, length, contract)
     ctx = _context(component, model, options, length)
     contract = replace(contract, **_built_parts(ctx))
     graphs["model.onnx"] = _finished(ctx, contract, options)
     inputs = {name: ctx.graph.numpy_type(dtype) for name, dtype in ctx.weights.inputs.items()}
     files = tuple(dict.fromkeys([*ctx.weights.files, *embedding_files]))
-    return GraphSet(graphs, contract, model, ctx.graph.nodes, files, inputs)
+    return GraphSet(graphs, contract, model, ctx.graph.nodes, files, inputs, _slot_sizes(ctx))
+
+
+def _prefill(component: Component, model: Model, options: GraphOptions, length: int, contract: Contract) -> PackedGraph:
+    """The graph for several rows on top of a past; what built it is gone before the main graph is built."""
+    ctx = _context(component, model, replace(options, target=standard(options.target)), length)
+    own = replace(contract, padding="any", cache="growing", prefill_batch=True, prefill="", **_built_parts(ctx))
+    return _finished(ctx, own, options)
 
 
 def takes_grouped(attention: Attention) -> bool:
@@ -198,18 +204,20 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
         graphs[BEGUN] = _finished(parts.begun, contract, options)
     graph = parts.merged()
     nodes = least_opset(graph.proto, options.io)
-    graphs[MERGED] = graph.model(contract.as_metadata(), options.opset or nodes)
+    graphs[MERGED] = PackedGraph.of(graph.model(contract.as_metadata(), options.opset or nodes))
     inputs = {name: ctx.graph.numpy_type(dtype) for ctx in parts for name, dtype in ctx.weights.inputs.items()}
     files = tuple(dict.fromkeys(file for ctx in parts for file in ctx.weights.files))
     number = parts.first.graph.nodes + parts.begun.graph.nodes
-    return GraphSet(graphs, contract, model, number, files, inputs, encoder_contract)
+    sizes = {weight: size for ctx in (parts.encoder, parts.first) for weight, size in _slot_sizes(ctx).items()}
+    return GraphSet(graphs, contract, model, number, files, inputs, sizes, encoder_contract)
 
 
-def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> onnx.ModelProto:
+def _finished(ctx: Context, contract: Contract, options: GraphOptions) -> PackedGraph:
     if options.opset is not None:
         lower(ctx.graph, options.opset, ctx.io)
     opset = options.opset or least_opset(ctx.graph.proto, ctx.io)
-    return ctx.graph.model(contract.as_metadata(), opset)
+    ctx.real = str  # it leads back to the context, whose graph would stay until garbage is collected
+    return PackedGraph.of(ctx.graph.model(contract.as_metadata(), opset))
 
 
 def _built_parts(ctx: Context) -> dict[str, Any]:
@@ -220,6 +228,12 @@ def _built_parts(ctx: Context) -> dict[str, Any]:
         "weights": tuple(weight_file(file) for file in ctx.weights.files),
         "quantised": by_format(ctx.weights.used_codes.values()),
     }
+
+
+def _slot_sizes(ctx: Context) -> dict[str, tuple[int, int]]:
+    """Rows of A and columns of B, by slot."""
+    shapes = {port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim] for port in ctx.graph.proto.input}
+    return {slot.weight: (shapes[slot.A][0], shapes[slot.B][1]) for slot in ctx.slots}
 
 
 def _new_context(component: Component, model: Model, options: GraphOptions) -> Context:

@@ -37,7 +37,9 @@ class Graph:
 
     def __init__(self) -> None:
         self._onnx = onnx
-        self._proto = onnx.GraphProto(name="surgery")
+        self._model = onnx.ModelProto()
+        self._proto = self._model.graph
+        self._proto.name = "surgery"
         self._taken: dict[str, int] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._initializers: set[str] = set()
@@ -183,16 +185,14 @@ class Graph:
                     self._proto.value_info.add(name=name).type.tensor_type.elem_type = ONNX_TYPES[dtype]
 
     def model(self, metadata: Mapping[str, str], opset: int) -> onnx.ModelProto:
-        """Return the complete model, stamped with a set of operators."""
-        model = self._onnx.ModelProto(
-            ir_version=ir_version(opset), producer_name="surgery", producer_version=__version__
-        )
+        """Complete the model that this is the graph of, stamp it with a set of operators, and return it: the last step."""
+        model = self._model
+        model.ir_version, model.producer_name, model.producer_version = ir_version(opset), "surgery", __version__
         model.opset_import.add(domain="", version=opset)
         if any(node.domain == MICROSOFT for node in nodes_of(self._proto)):
             model.opset_import.add(domain=MICROSOFT, version=1)
         for key in sorted(metadata):
             model.metadata_props.add(key=key, value=metadata[key])
-        model.graph.CopyFrom(self._proto)
         return model
 
 

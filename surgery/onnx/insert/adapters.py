@@ -3,28 +3,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
-from surgery.onnx.export.additions import BoundAdditions, bound_additions, factors_of
+from surgery.onnx.export.additions import BoundAdditions, bound_additions
 from surgery.onnx.export.replaced import is_small
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.inserted import state_inserted, stated_inserted
+from surgery.onnx.insert.contents import SlotContents, factors_for
 from surgery.onnx.insert.gates import GatedAdapter, add_gated
 from surgery.onnx.insert.places import places_of
 from surgery.onnx.insert.replaced import replaced_tensors
 from surgery.onnx.insert.result import GraphInsertion
 from surgery.onnx.insert.slots import SlotShape, Spot, add_slots, spots_of
 from surgery.onnx.insert.unfuse import unfuse
-from surgery.onnx.run.adapter_file import adapter_bytes
+from surgery.onnx.run.adapter_file import AdapterFile, sha256_of
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
@@ -34,8 +32,6 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = ["insert_adapters"]
-
-Array = npt.NDArray[Any]
 
 
 def insert_adapters(
@@ -73,11 +69,16 @@ def insert_adapters(
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
-    files: dict[str, bytes] = {}
+    files: dict[str, AdapterFile] = {}
     slots = () if gated else tuple(shape.slot for shape in shapes.values())
     if gated:
         parts = [
-            GatedAdapter(named.name, f"strength.{named.name}", named.weight, _factors(bound, shapes))
+            GatedAdapter(
+                named.name,
+                f"strength.{named.name}",
+                named.weight,
+                {name: factors_for(bound, name, shapes[name]) for name in bound.weights},
+            )
             for named, bound in zip(adapters, bounds, strict=True)
         ]
         add_gated(model, spots, shapes, parts, required=required)
@@ -94,7 +95,7 @@ def insert_adapters(
             )
         names = [f"adapters/{named.name}.onnx_adapter" for named in adapters]
         for name, bound in zip(names, bounds, strict=True):
-            files[name] = adapter_bytes(_arrays(bound, shapes) | replaced.arrays(bound.replaced, graph))
+            files[name] = SlotContents(bound, shapes, replaced.arrays(bound.replaced, graph)).file
         add_slots(model, spots, shapes, required=required)
         entries = tuple(entry(named, "swapped", file=name) for named, name in zip(adapters, names, strict=True))
     known = stated_inserted(model, path)
@@ -107,6 +108,8 @@ def insert_adapters(
     state_inserted(model, now, path)
     warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model))
     nodes, written = _nodes(model) - before, 0
+    for data in files.values():
+        sha256_of(data)  # makes every array once: what a slot cannot hold is refused now, in a dry run too
     if output is not None:
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
         read = [checkpoint.path, *(named.adapter.path for named in adapters)]
@@ -190,22 +193,3 @@ def _check_free(model: onnx.ModelProto, shapes: Mapping[str, SlotShape], path: P
                     tensor=name,
                     hint="write the adapter for the slots that are there: surgery convert",
                 )
-
-
-def _factors(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> dict[str, tuple[Array, Array]]:
-    """A and B of one adapter for every weight."""
-    factors = {}
-    for name, additions in bound.weights.items():
-        size, table = bound.sizes[name], shapes[name].table
-        inputs = math.prod(size[1:])
-        factors[name] = factors_of(additions, (size[0], inputs) if table else (inputs, size[0]), table=table)
-    return factors
-
-
-def _arrays(bound: BoundAdditions, shapes: Mapping[str, SlotShape]) -> dict[str, Array]:
-    """What one adapter puts into the slots."""
-    arrays: dict[str, Array] = {}
-    for name, factors in _factors(bound, shapes).items():
-        shape = shapes[name]
-        arrays[shape.slot.A], arrays[shape.slot.B] = shape.shaped(*factors)
-    return arrays

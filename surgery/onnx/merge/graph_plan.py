@@ -103,8 +103,10 @@ class GraphEngine:
         yield work
 
 
-def plan_graph(graph: OnnxGraph, changes: Sequence[TensorChange], binding: Binding) -> GraphPlan:
-    """The plan.
+def plan_graph(
+    graph: OnnxGraph, changes: Sequence[TensorChange], binding: Binding, left_out: Sequence[str] = ()
+) -> GraphPlan:
+    """The plan; `left_out` names the parameters of the adapters that are not merged.
 
     Raises:
         FitError: two tensors share bytes, and one of them alone changes.
@@ -129,6 +131,8 @@ def plan_graph(graph: OnnxGraph, changes: Sequence[TensorChange], binding: Bindi
     side = _beside(folder, {file.name for file in files}) if files else []
     side += _companion(graph, {file.name for file in files})
     facts = merge_facts(binding)
+    if left_out:
+        facts["left_out"] = list(left_out)
     facts["graph"] = {file.name: fingerprint(opened) for file, opened in zip(files, graph.files, strict=True)}
     checkpoint = binding.checkpoint
     inputs = [*graph.files]

@@ -7,9 +7,11 @@ writer takes all arrays at once; here they are made one by one while the file is
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,18 @@ from surgery_formats.containers.base import TensorSpec
 from surgery_formats.containers.onnx_adapter import ELEMENTS, open_onnx_adapter
 from surgery_formats.containers.onnx_adapter_layout import OnnxAdapterPlan, plan_onnx_adapter
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.tensors.tensor import as_bytes
 
-__all__ = ["AdapterFile", "SmallFiles", "adapter_bytes", "adapter_file", "read_adapter_file"]
+__all__ = [
+    "AdapterFile",
+    "SmallFiles",
+    "adapter_bytes",
+    "adapter_file",
+    "read_adapter_file",
+    "sha256_of",
+    "write_small_files",
+]
 
 Array = npt.NDArray[Any]
 SmallFiles = Mapping[str, "bytes | AdapterFile"]
@@ -68,6 +79,18 @@ class AdapterFile:
         """
         return self.plan.pieces(map(self._bytes_of, self.plan.ranges))
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of all bytes, for which every array is made once.
+
+        Raises:
+            FitError: as `make`.
+        """
+        state = hashlib.sha256()
+        for piece in self.pieces():
+            state.update(piece)
+        return state.hexdigest()
+
     def _bytes_of(self, name: str) -> memoryview:
         array = np.ascontiguousarray(self.make(name))
         _, dtype, shape = self.specs[name]
@@ -106,6 +129,30 @@ def adapter_bytes(arrays: Mapping[str, Array]) -> bytes:
         FitError: no arrays, a type that ONNX lacks, or more data than a flatbuffer holds.
     """
     return b"".join(adapter_file(arrays).pieces())
+
+
+def sha256_of(data: bytes | AdapterFile) -> str:
+    """Of the contents of a small file.
+
+    Raises:
+        FitError: as `AdapterFile.make`.
+    """
+    return data.sha256 if isinstance(data, AdapterFile) else hashlib.sha256(data).hexdigest()
+
+
+def write_small_files(folder: OutputFolder, files: SmallFiles) -> None:
+    """Write all of them, and read back those that are made while they are written.
+
+    Raises:
+        FitError, ResourceError: as `OutputFolder.write_made`.
+        ProofError: see `AdapterFile.prove`.
+    """
+    for name, data in files.items():
+        if isinstance(data, AdapterFile):
+            folder.write_made(name, len(data), data.pieces())
+            data.prove(folder.staged / name)
+        else:
+            folder.write_small(name, data)
 
 
 def read_adapter_file(path: str | os.PathLike[str]) -> dict[str, Array]:

@@ -11,7 +11,7 @@ from surgery.reports.result import summarised
 from surgery.reports.sections import Note, Verbatim
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain
-from surgery_formats.text import show
+from surgery_formats.text import numbered, show
 
 __all__ = ["RunResult", "RunText"]
 
@@ -87,7 +87,7 @@ class RunResult:
             notes.append("the graph's longest sequence is reached")
         if verbose:
             notes += [
-                f"{len(text.prompt)} tokens in, {len(text.tokens)} out, ended by {text.reason or 'itself'}"
+                f"{numbered(len(text.prompt), 'token')} in, {len(text.tokens)} out, ended by {text.reason or 'itself'}"
                 for text in self.texts
             ]
         return Summary("Output", (*([Verbatim("\n".join(lines))] if lines else []), *map(Note, notes)))
@@ -95,9 +95,9 @@ class RunResult:
     def _times(self) -> str:
         text = f"{self.device}: loaded in {self.load_seconds:.2f} s"
         if self.virtual_tokens:
-            text += f", {self.virtual_tokens} virtual tokens"
+            text += f", {numbered(self.virtual_tokens, 'virtual token')}"
         if self.new_tokens:
-            text += f", first token {self.first_seconds * 1e3:.1f} ms, {self.new_tokens} tokens"
+            text += f", first token {self.first_seconds * 1e3:.1f} ms, {numbered(self.new_tokens, 'token')}"
             following, left = self.new_tokens - len(self.texts), self.seconds - self.first_seconds
             text += f", {following / left:.1f} tokens/s" if left > 0 and following > 0 else ""
         return text

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery_formats.errors import FitError
-from surgery_formats.files.raw import open_file
+from surgery_formats.files.text_file import read_text_file
 
 __all__ = ["rows_of_text"]
 
@@ -24,7 +24,7 @@ def rows_of_text(folder: Path, text: str | Path, vocabulary: int, most: int) -> 
         most: Positions of the model; 0 for no bound.
 
     Raises:
-        NotFoundError, MalformedError: no text, no tokenizer, or it cannot be read.
+        NotFoundError, MalformedError: no text, another encoding, no tokenizer, or it cannot be read.
         FitError: an empty text.
     """
     width = min(_WIDTH, most or _WIDTH)
@@ -35,8 +35,8 @@ def rows_of_text(folder: Path, text: str | Path, vocabulary: int, most: int) -> 
     else:
         from surgery.onnx.run.tokenizer import open_tokenizer
 
-        raw = open_file(text)
-        ids = open_tokenizer(folder).encode(bytes(raw.read(0, min(raw.size, _READ))).decode(errors="replace"))
+        data, _ = read_text_file(text, _READ)
+        ids = open_tokenizer(folder).encode(data.decode())
     if not ids:
         raise FitError("the text to measure on has no tokens")
     return [ids[start : start + width] for start in range(0, min(len(ids), _ROWS * width), width)]

@@ -15,8 +15,9 @@ from surgery.reports.values import cell_text
 __all__ = ["draw_heat_map"]
 
 _COLOURS = 9
-_CELL, _NAME, _EACH = 20, 18, 600
-"""Height of a cell; characters of a name; cells that say their number, of more the page would grow large."""
+_CELL, _HEADING, _NAME, _EACH = 20, 24, 18, 600
+"""Height of a cell; characters of a name beside the cells, and of one below; cells that say their number: of more the page
+would grow large."""
 
 
 def draw_heat_map(table: Table, drawing: HeatMap) -> Picture | None:
@@ -27,7 +28,7 @@ def draw_heat_map(table: Table, drawing: HeatMap) -> Picture | None:
         return None
     low = min(known) if drawing.low is None else drawing.low
     high = max(known) if drawing.high is None else drawing.high
-    headings = [shortened(table.columns[column].heading, _NAME) for column in drawing.values]
+    headings = [shortened(table.columns[column].heading, _HEADING) for column in drawing.values]
     names = [cell_text(row[drawing.label], table.columns[drawing.label].type) for row in table.rows]
     left = 8 + CHARACTER * max(map(len, headings))
     width = (WIDTH - left - 4) / len(names)

@@ -33,25 +33,29 @@ def draw_lines(table: Table, drawing: Lines) -> Picture | None:
     left = 12 + CHARACTER * max((len(tick_text(tick, y_column.type)) for tick in vertical.ticks), default=0)
     horizontal = axis_over((x for x, _ in points), left, WIDTH - _RIGHT, log=drawing.log_x, each=True)
     y_name = drawing.label or (y_column.heading if len(drawing.y) == 1 else y_column.type)
-    shapes = [*_frame(horizontal, vertical, x_column, y_column, y_name), *_marks(drawing.marks, horizontal, vertical)]
+    shapes = [*_frame(horizontal, vertical, x_column, y_column, y_name)]
     for number, (name, line) in enumerate(series.items()):
         shapes += _line(number, name, line, horizontal, vertical, (x_column, y_column), joined=drawing.joined)
+    shapes += _marks(drawing.marks, horizontal, vertical)  # last, so that no line runs through their words
     legend = tuple(_key(number, name, joined=drawing.joined) for number, name in enumerate(series))
     about = f"{y_name} over {x_column.heading}"
     return Picture(_HEIGHT, tuple(shapes), legend if len(legend) > 1 else (), about)
 
 
 def _series(table: Table, drawing: Lines) -> Series:
-    """The points of each line. A column that is the same for all of them is drawn once."""
+    """The points of each line. A column of one value for each place is one line, whatever the rows are parted by."""
     found: Series = {}
     groups = list(dict.fromkeys(_named(row, table, drawing.by) for row in table.rows))
     for column in drawing.y:
         lines = {group: _points(table, drawing, column, group) for group in groups}
         heading = table.columns[column].heading
-        same = len({tuple(line) for line in lines.values()}) == 1
+        all_points = {point for line in lines.values() for point in line}
+        if len(drawing.y) > 1 and len(all_points) == len({x for x, _ in all_points}):
+            found |= {heading: sorted(all_points)} if all_points else {}
+            continue
         for group, line in lines.items():
             if line:
-                parts = ([heading] if len(drawing.y) > 1 else []) + ([group] if group and not same else [])
+                parts = ([heading] if len(drawing.y) > 1 else []) + ([group] if group else [])
                 found[", ".join(parts) or heading] = line
     return found
 

@@ -111,7 +111,8 @@ def _blocks(title: str, sections: Iterable[Section], most: int) -> list[dict[str
             case Note(text, level):
                 notes += 1
                 if notes <= most:
-                    blocks.append({"kind": "note", "level": level, "text": Markup(phrase_text(text, _HTML))})
+                    more = "; -v shows all" if level == "omitted" else ""
+                    blocks.append({"kind": "note", "level": level, "text": Markup(phrase_text(text, _HTML) + more)})
             case Verbatim(text):
                 blocks.append({"kind": "verbatim", "text": escape(verbatim(text[:_TEXT]))})
     return blocks

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery_formats.adapters.alphas import LARGEST_ALPHA
+from surgery_formats.adapters.peft.config_fields import FieldReader
 from surgery_formats.adapters.peft.keys import bare_pattern, path_ends
 from surgery_formats.adapters.peft.patterns import Patterns
 from surgery_formats.errors import FitError, MalformedError
@@ -162,7 +162,7 @@ class PeftConfig:
         Raises:
             MalformedError: the numbers differ.
         """
-        field, reader = "n_frequency", _FieldReader(self.raw, self.file)
+        field, reader = "n_frequency", FieldReader(self.raw, self.file)
         pattern = reader.pattern("n_frequency_pattern", reader.check_rank)
 
         def matches(key: str) -> bool:
@@ -226,19 +226,19 @@ class PeftConfig:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Another field that is true or false."""
-        return _FieldReader(self.raw, self.file).flag(key, default)
+        return FieldReader(self.raw, self.file).flag(key, default)
 
     def choice(self, key: str, allowed: tuple[str, ...]) -> str:
         """Another field that is one of these words, the first by default."""
-        return _FieldReader(self.raw, self.file).choice(key, allowed)
+        return FieldReader(self.raw, self.file).choice(key, allowed)
 
     def integer(self, key: str, default: int, low: int = 0) -> int:
         """Another field that is a whole number of at least `low`."""
-        return _FieldReader(self.raw, self.file).integer(key, default, low)
+        return FieldReader(self.raw, self.file).integer(key, default, low)
 
     def number(self, key: str, default: float) -> float:
         """Another field that is a finite number."""
-        return _FieldReader(self.raw, self.file).number(key, default)
+        return FieldReader(self.raw, self.file).number(key, default)
 
     def before(self, major: int, minor: int) -> bool:
         """Whether it was written by a PEFT before ``major.minor``, or before PEFT recorded its version (0.18)."""
@@ -251,7 +251,7 @@ class PeftConfig:
             return None
         if isinstance(value, str):
             return self._matches(key, value, module, whole=True)
-        return module.endswith(_FieldReader(self.raw, self.file).names(key))
+        return module.endswith(FieldReader(self.raw, self.file).names(key))
 
 
 def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switches]) -> PeftConfig:
@@ -268,7 +268,7 @@ def parse_config(raw: Mapping[str, Any], file: Path, kinds: Mapping[str, Switche
     """
     if raw.keys() >= {"r", "lora_alpha"}:  # all that tinker-cookbook asks of one
         raw = {"peft_type": "LORA", **raw}
-    read = _FieldReader(raw, file)
+    read = FieldReader(raw, file)
     kind = raw.get("peft_type")
     if not isinstance(kind, str):
         raise MalformedError("no 'peft_type'", file=file, hint="is this an adapter's folder?")
@@ -336,82 +336,9 @@ def _before(version: object, since: tuple[int, int]) -> bool:
     return len(numbers) == 2 and tuple(map(int, numbers)) < since
 
 
-def _token_indices(read: _FieldReader, kind: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
+def _token_indices(read: FieldReader, kind: str) -> tuple[int, ...] | Mapping[str, tuple[int, ...]]:
     key = "token_indices" if kind == "TRAINABLE_TOKENS" else "trainable_token_indices"
     value = read.raw.get(key)
     if isinstance(value, Mapping):
         return {name: read.indices(key, rows) for name, rows in value.items()}
     return read.indices(key, value or [])
-
-
-@dataclass(frozen=True, slots=True)
-class _FieldReader:
-    raw: Mapping[str, Any]
-    file: Path
-
-    def fail(self, key: str, value: object, expected: str) -> MalformedError:
-        return MalformedError(f"'{show(key)}' is {show(repr(value), 40)}, not {expected}", file=self.file)
-
-    def check_integer(self, key: str, value: object, low: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 31:
-            raise self.fail(key, value, f"a whole number of at least {low}")
-        return value
-
-    def check_number(self, key: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST_ALPHA:
-            raise self.fail(key, value, f"a finite number of at most {LARGEST_ALPHA:g}")
-        return float(value)
-
-    def integer(self, key: str, default: int, low: int) -> int:
-        value = self.raw.get(key)
-        return default if value is None else self.check_integer(key, value, low)
-
-    def number(self, key: str, default: float) -> float:
-        value = self.raw.get(key)
-        return default if value is None else self.check_number(key, value)
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.raw.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self.fail(key, value, "true or false")
-        return default if value is None else value
-
-    def check_rank(self, key: str, value: object) -> int:
-        return self.check_integer(key, value, 1)
-
-    def count(self, key: str, value: object) -> int:
-        if not isinstance(value, list) or not all(isinstance(kept, bool) for kept in value):
-            raise self.fail(key, value, "a list of true and false")
-        return sum(value)
-
-    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
-        value = self.raw.get(key, allowed[0])
-        if value not in allowed:
-            raise self.fail(key, value, f"one of {', '.join(allowed)}")
-        return str(value)
-
-    def bias(self) -> str:
-        value = self.raw.get("bias", "none")
-        if value not in ("none", "all") and not (isinstance(value, str) and value.endswith("_only")):
-            raise self.fail("bias", value, "one of none, all and <kind>_only")
-        return str(value)
-
-    def names(self, key: str) -> tuple[str, ...]:
-        value = self.raw.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.fail(key, value, "a list of names")
-        return tuple(sorted(value))
-
-    def pattern(self, key: str, check: Any) -> Mapping[str, Any]:
-        value = self.raw.get(key) or {}
-        if not isinstance(value, Mapping):
-            raise self.fail(key, value, "an object")
-        return {name: check(f"{key}.{name}", entry) for name, entry in value.items()}
-
-    def indices(self, key: str, value: object) -> tuple[int, ...]:
-        if not isinstance(value, list):
-            raise self.fail(key, value, "a list of token ids")
-        ids = tuple(self.check_integer(key, entry, 0) for entry in value)
-        if len(set(ids)) != len(ids):
-            raise self.fail(key, value, "a list of distinct token ids")
-        return ids

@@ -22,9 +22,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from surgery_formats.errors import FitError, ProofError, UsageError
+from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.hashing import hash_threads, new_hash
 from surgery_formats.files.output.kernel_copy import sync_folder, write_all
 from surgery_formats.files.output.manifest import (
@@ -37,14 +37,15 @@ from surgery_formats.files.output.manifest import (
 )
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.resume import Finished, has_size, parse_line, same_digest
-from surgery_formats.files.output.scratch import OF_FILES
 from surgery_formats.files.output.stage import Stage
+from surgery_formats.files.output.staging import Staging, stage_of
 from surgery_formats.files.raw import File
-from surgery_formats.files.remote.path import RemotePath, to_path
+from surgery_formats.files.remote.path import RemotePath
 from surgery_formats.text import listing, show
 from surgery_formats.whole import whole
 
 if TYPE_CHECKING:
+    from surgery_formats.files.remote.stage import RemoteStage
     from surgery_formats.files.remote.upload import Upload
 
 __all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
@@ -70,6 +71,7 @@ def output_folder(
     verify: Verify | None = None,
     hashes: Sequence[str] = QUICK,
     recorded: str | None = None,
+    private: bool = False,
 ) -> OutputFolder:
     """Return the output folder of one job, for use in a ``with`` statement that ends with `OutputFolder.commit`.
 
@@ -82,58 +84,13 @@ def output_folder(
             of the whole file.
         hashes: `QUICK`, `SIGNED` or none, of every file that is not written at once; small ones have both.
         recorded: The plan that its manifest will name, where that is another than `plan_id`.
+        private: Nobody looks there but for the manifest: in a bucket, weights may appear as they are finished.
 
     Raises:
         UsageError: the name is that of a file.
     """
-    if (path := to_path(out)).suffix in OF_FILES and not path.is_dir():
-        raise UsageError(
-            "a folder is written, and the name is that of a file",
-            file=path,
-            hint=f"write to {show(path.with_suffix(''), 200)}",
-        )
-    stage: Staging
-    if isinstance(path, RemotePath):
-        from surgery_formats.files.remote.stage import RemoteStage
-
-        stage = RemoteStage(path, plan_id, overwrite=overwrite, inputs=inputs)
-    else:
-        stage = Stage(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded)
+    stage = stage_of(out, plan_id, overwrite=overwrite, inputs=inputs, recorded=recorded, private=private)
     return OutputFolder(stage, plan_id, verify, hashes)
-
-
-class Staging(Protocol):
-    """Where the files of a job lie until they are complete: beside the output, or in memory and in uploads for a bucket."""
-
-    @property
-    def path(self) -> Path:
-        """The folder of finished files."""
-        ...
-
-    @property
-    def shown(self) -> Path:
-        """The output as the user wrote it."""
-        ...
-
-    def acquire(self) -> None:
-        """Begin, as the only writer."""
-        ...
-
-    def release(self) -> None:
-        """Remove what has not become the output; may be called twice."""
-        ...
-
-    def reserve(self, nbytes: int) -> None:
-        """Raise a `FitError` if no file of this size can be staged."""
-        ...
-
-    def sync(self) -> None:
-        """Make the entries of `path` durable."""
-        ...
-
-    def publish(self) -> Path:
-        """Let the output appear."""
-        ...
 
 
 class OutputFolder:
@@ -215,23 +172,43 @@ class OutputFolder:
         """Whether weights are uploaded as they are made, so that they have to come in the order of their files."""
         return not isinstance(self._stage, Stage)
 
-    def upload(self, name: str, nbytes: int, *, verify: bool = False) -> Upload:
+    @property
+    def _remote(self) -> RemoteStage:
+        from surgery_formats.files.remote.stage import RemoteStage
+
+        assert isinstance(self._stage, RemoteStage)
+        return self._stage
+
+    def upload(self, name: str, nbytes: int, *, verify: bool = False, keep: bool = False) -> Upload:
         """As `create` for an output in a bucket, byte by byte in order; it counts once it is `noted`.
+
+        Args:
+            name: The file.
+            nbytes: Its size.
+            verify: Whether it is read back before the output is complete.
+            keep: Whether much is still to be done after it, so that a run that is killed should not have to send it again.
 
         Raises:
             FitError: as `create`.
         """
-        from surgery_formats.files.remote.stage import RemoteStage
-
-        assert isinstance(self._stage, RemoteStage)
         self._claim(name)
-        return self._stage.upload(name, nbytes, self._hashes, verify=verify)
+        return self._remote.upload(name, nbytes, self._hashes, verify=verify, keep=keep)
 
     def noted(self, name: str, upload: Upload, record: Mapping[str, Any]) -> None:
         """The upload has all its bytes; its hashes go into the manifest beside what is in `record`."""
         digests = {kind: digest for kind, digest in upload.digests.items() if kind in self._hashes}
+        noted = FileRecord(name, upload.nbytes, {**record, **digests})
+        self._remote.sent(noted)
         with self._lock:
-            self._done[name] = FileRecord(name, upload.nbytes, {**record, **digests})
+            self._done[name] = noted
+
+    def reread(self, name: str) -> None:
+        """A file that was finished before is read again before an output in a bucket is complete."""
+        self._remote.reread(self.finished[name])
+
+    def version(self, name: str) -> str | int:
+        """What changes when a finished file is written to: its time of modification, or its etag."""
+        return self._remote.etag(name) if self.in_order else os.stat(self.staged / name).st_mtime_ns
 
     def link(self, name: str, source: File) -> None:
         """Hard-link `source` as `name`: no bytes are written, and a write to either file changes both.
@@ -253,27 +230,32 @@ class OutputFolder:
     def take(self, source: Path, record: FileRecord) -> bool:
         """Let a file that another process wrote and proved be the file of `record`, which `finished` has then.
 
-        It is hard-linked, so `source` stays what it is until this folder is committed or given up, and no bytes are moved.
+        It is hard-linked, so `source` stays what it is until this folder is committed or given up, and no bytes are moved. A
+        bucket makes a copy of it when this folder is committed.
 
         Returns:
-            False where that cannot be done: the file system has no links, or `source` is of another one or of another user.
+            False where that cannot be done: the file system has no links, or `source` is of another one or of another user; the
+            store does not copy that much.
 
         Raises:
             FitError, ResourceError: as `create`.
         """
         path = self._claim(record.name)
+        if isinstance(source, RemotePath):
+            return self._kept_if(self._remote.take(source, record), record)
         with output_faults(self._stage.shown / record.name):
             try:
                 os.link(source, path, follow_symlinks=False)
             except OSError as error:
                 if error.errno not in _NO_LINK:
                     raise
-                with self._lock:
-                    self._taken.discard(record.name)
-                return False
+                return self._kept_if(False, record)
+        return self._kept_if(True, record)
+
+    def _kept_if(self, taken: bool, record: FileRecord) -> bool:
         with self._lock:
-            self._kept.add(record)
-        return True
+            self._kept.add(record) if taken else self._taken.discard(record.name)
+        return taken
 
     def write_small(self, name: str, data: bytes) -> None:
         """Write a small file at once. It has no journal line: a resumed run writes it again.
@@ -408,13 +390,20 @@ class OutputFolder:
                         _remove(self._stage.path / name / inner)
             elif name not in kept:
                 _remove(self._stage.path / name)
+        if self.in_order:
+            noted |= self._remote.recalled()
         self.finished = self._kept = Finished(noted, self._is_good)
 
     def _is_good(self, record: FileRecord) -> bool:
+        if self.in_order:  # its etag was compared
+            return {*self._hashes} <= {*record.record}
         path = self._stage.path / record.name
         return has_size(path, record.size) and {*self._hashes} <= {*record.record} and self._verify(path, record)
 
     def _discard(self, name: str) -> None:
+        if self.in_order:
+            self._remote.discard(name)
+            return
         path = self._stage.path / name
         _remove(path)
         if path.parent != self._stage.path and not os.listdir(path.parent):

@@ -187,7 +187,7 @@ class OutputFile:
             record: JSON values; the hashes of the whole file are added.
 
         Raises:
-            ProofError: a planned byte was never written, or the size is not the planned one.
+            ProofError: a planned byte was never written, the size is not the planned one, or its name is another file's.
             ResourceError: the disk failed. There is no retry: the kernel reports an fsync error only once.
         """
         if (gap := self._gap()) is not None:
@@ -196,10 +196,13 @@ class OutputFile:
             hashes = self._hash.complete()
             with self._descriptor as fd:
                 os.fsync(fd)
-                size = os.fstat(fd).st_size
-            if size != self.nbytes:
-                raise ProofError(f"has {size} bytes instead of the planned {self.nbytes}", file=self._shown)
-            self._publish(self, {**record, **hashes.result()})
+                status = os.fstat(fd)
+            if status.st_size != self.nbytes:
+                raise ProofError(f"has {status.st_size} bytes instead of the planned {self.nbytes}", file=self._shown)
+            record = {**record, **hashes.result()}
+            if not os.path.samestat(status, os.lstat(self.path)):  # where a lock holds on one machine alone
+                raise ProofError("another process writes it, too", file=self._shown, hint="wait, and run again")
+            self._publish(self, record)
             self.close()
 
     def close(self) -> None:

@@ -94,9 +94,9 @@ def _unnamed(path: Path) -> Iterator[None]:
     try:
         yield
     except SurgeryError as error:
-        inside = (error.file or "").removeprefix(f"{path}{os.sep}")
+        inside = f"{error.file or ''}{os.sep}".removeprefix(f"{path}{os.sep}").removesuffix(os.sep)
         if inside != (error.file or ""):
-            error.file = os.fspath(path.parent) if isinstance(error, ResourceError) else inside
+            error.file = os.fspath(path.parent) if isinstance(error, ResourceError) or not inside else inside
         raise
 
 

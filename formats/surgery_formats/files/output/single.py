@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,7 @@ from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
 from surgery_formats.whole import whole
 
-__all__ = ["SingleFile", "check_single", "write_single"]
+__all__ = ["SingleFile", "check_single", "check_writable", "write_single"]
 
 Prove = Callable[[Path], None]
 
@@ -128,31 +129,48 @@ def write_single(
                         prove(hidden)
                 synced.result()
             _publish(hidden, final, shown, overwrite=overwrite)
-            replaced = overwrite and os.path.lexists(hidden)
+            if overwrite and os.path.lexists(hidden):
+                _remove_old(hidden, shown)
         except BaseException:
-            _give_up(hidden)
+            _give_up(hidden)  # or, where the output is complete already, the old one
             raise
         finally:
             os.close(fd)
-        if replaced:
-            _remove_old(hidden, shown)
     with contextlib.suppress(OSError):  # the output is complete: what other commands began there is of no use any more
         sweep(parent, stages_of(shown.stem[:150], shown.suffix))
     return shown
 
 
 def check_single(out: Path, *, overwrite: bool = False, inputs: tuple[Path, ...] = ()) -> Path:
-    """Where the file `out` of this machine would lie, if `write_single` can write it; nothing is written.
+    """Where the file `out` would lie, if `write_single` can write it; nothing is written.
 
     Raises:
         NotFoundError, UsageError, OutputExistsError, FitError: as `write_single` does.
     """
+    if isinstance(out, RemotePath):
+        if any(source in (out, *out.parents) for source in inputs):
+            raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
+        if out.exists() and not overwrite:
+            raise _exists(out)
+        return out
     final = Path(os.path.realpath(out.parent)) / out.name
     if not final.parent.is_dir():
         raise NotFoundError("no such folder to write into", file=out.parent)
     check_output_name(final)
     _refuse(final, out, inputs, overwrite=overwrite)
     return final
+
+
+def check_writable(final: Path, shown: Path) -> None:
+    """Refuse a place where no file can be made, by making one without a name beside `final`.
+
+    Rights alone do not tell: root may write anywhere, and yet not into ``/proc`` or what is mounted to be read.
+
+    Raises:
+        ResourceError: no file can be made there.
+    """
+    with output_faults(shown), tempfile.TemporaryFile(prefix=".surgery-", dir=final.parent):
+        pass
 
 
 def _write_object(
@@ -168,10 +186,7 @@ def _write_object(
     """An object: made and proved in memory, then uploaded, which is one step."""
     from surgery_formats.files.remote.upload import upload_file
 
-    if any(source in (out, *out.parents) for source in inputs):
-        raise FitError("the output is an input, or lies in one", file=out, hint="inputs are never changed")
-    if out.exists() and not overwrite:
-        raise _exists(out)
+    check_single(out, overwrite=overwrite, inputs=inputs)
     with scratch_folder(memory_folder()) as folder:
         made = write_single(folder / out.name, job, nbytes, fill, prove=prove)
         try:
@@ -205,7 +220,8 @@ def _same(one: Path, other: Path) -> bool:
 
 @whole
 def _give_up(hidden: Path) -> None:
-    hidden.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # why it is given up matters more
+        hidden.unlink(missing_ok=True)
 
 
 @whole
@@ -236,6 +252,7 @@ def _publish(hidden: Path, final: Path, shown: Path, *, overwrite: bool) -> None
         raise
 
 
+@whole
 def _remove_old(hidden: Path, shown: Path) -> None:
     try:
         hidden.unlink()

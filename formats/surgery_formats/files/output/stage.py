@@ -77,15 +77,7 @@ class Stage:
             OutputExistsError: the output exists, or another process is writing it.
             ResourceError: the parent cannot be written.
         """
-        if not self._parent.is_dir():
-            raise NotFoundError(
-                "no such folder to write into",
-                file=self.shown.parent,
-                hint=f"mkdir -p {show(self.shown.parent, 200)}",
-            )
-        check_output_name(self._final)
-        self._refuse_unsafe()
-        self._refuse_existing()
+        self.check()
         try:
             with output_faults(self.shown):
                 # Opened now, so that nothing after the rename can fail for lack of descriptors.
@@ -96,6 +88,22 @@ class Stage:
         except BaseException:
             self.release()
             raise
+
+    def check(self) -> None:
+        """Refuse an output that could not be written, as of now; nothing is touched.
+
+        Raises:
+            NotFoundError, UsageError, FitError, OutputExistsError: as `acquire`.
+        """
+        if not self._parent.is_dir():
+            raise NotFoundError(
+                "no such folder to write into",
+                file=self.shown.parent,
+                hint=f"mkdir -p {show(self.shown.parent, 200)}",
+            )
+        check_output_name(self._final)
+        self._refuse_unsafe()
+        self._refuse_existing()
 
     @whole
     def release(self) -> None:

@@ -35,6 +35,7 @@ RETRIES = 8
 """How often a request is repeated: within about half a minute."""
 _REMEMBERED = 10.0  # seconds
 _ASKED_AGAIN = 2
+_DELETED_AT_ONCE = 1000
 _PAUSE = 0.2  # seconds
 _ANSWER = timedelta(minutes=5)  # for one request with its body
 _ENDPOINTS = {
@@ -85,13 +86,20 @@ def _credentials(scheme: str) -> dict[str, Any]:
 
 
 class Bucket:
-    """A bucket; every method may be called from any thread."""
+    """A bucket; every method may be called from any thread.
+
+    Attributes:
+        scheme: Of which store it is.
+        name: Its name.
+        lost: How many requests have failed because the store could not be reached, or was not able to answer.
+    """
 
     def __init__(self, scheme: str, name: str, library: ModuleType, store: Any) -> None:
         self.scheme = scheme
         self.name = name
         self.obstore = library
         self.store = store
+        self.lost = 0
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[float, Listing]] = {}
 
@@ -219,15 +227,29 @@ class Bucket:
             if self.read(key).data != data:
                 raise
 
+    def copy(self, key: str, to: str) -> None:
+        """Have the store copy an object; what is at `to` gives way.
+
+        Raises:
+            NotFoundError: there is none.
+            ResourceError: the store does not copy it.
+        """
+        self.forget()
+        with self.faults(key, writing=True):
+            self._repeated(partial(self.obstore.copy, self.store, key, to))
+
     def delete(self, keys: list[str]) -> None:
         """Delete objects, there or not.
 
         Raises:
             ResourceError: they cannot be deleted.
         """
-        for key in keys:  # of one that is not there S3 says nothing, and other stores an error
-            with self.faults(key, writing=True), contextlib.suppress(FileNotFoundError):
-                self._repeated(partial(self.obstore.delete, self.store, key))  # S3: a POST
+        # Of one that is not there S3 says nothing, and other stores an error. S3 takes many with one request.
+        step = _DELETED_AT_ONCE if self.scheme == "s3" else 1
+        for start in range(0, len(keys), step):
+            some = keys[start : start + step]
+            with self.faults(some[0], writing=True), contextlib.suppress(FileNotFoundError):
+                self._repeated(partial(self.obstore.delete, self.store, some))
         self.forget()
 
     def _repeated(self, ask: Callable[[], object]) -> None:
@@ -283,12 +305,14 @@ class Bucket:
         if "without LOCATION" in text or "AuthorizationHeaderMalformed" in text:
             return kind("the bucket is in another region", file=file, hint="name it with AWS_REGION")
         if status:
+            self.lost += status >= "500"
             said = text[text.index("status code: ") + len("status code: ") :]
             return kind(f"the store answers {_said(said.rstrip(': '))}", file=file, hint="run again, or ask its keeper")
         if "scheme is not allowed" in text:
             return kind(
                 "plain http:// is refused", file=file, hint=f"name the endpoint with {_ENDPOINTS[self.scheme][0]}"
             )
+        self.lost += 1
         hint = "check the endpoint and the network, and run again"
         return kind(f"the connection failed, and {RETRIES} repetitions did not help", file=file, hint=hint)
 

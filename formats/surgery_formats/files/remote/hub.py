@@ -24,9 +24,9 @@ from typing import Any, TypeVar
 from surgery_formats.errors import InputError, NotFoundError, ProofError, SurgeryError
 from surgery_formats.extras import require
 from surgery_formats.files.remote.hub_faults import fault_of, is_dropped, is_expired
-from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
+from surgery_formats.files.remote.store import HEAD, Listing, ObjectFacts, Reply
 
-__all__ = ["HubRepository", "library", "open_repository", "repository_of"]
+__all__ = ["HubRepository", "library", "open_repository", "repeated", "repository_of"]
 
 _log = logging.getLogger("surgery.remote")
 
@@ -44,17 +44,21 @@ _SECONDS = 30  # without a byte
 Answer = TypeVar("Answer")
 
 
-def library() -> Any:
+def library(purpose: str = "names on the hub", otherwise: str = "download the repository and give its folder") -> Any:
     """huggingface_hub.
+
+    Args:
+        purpose: What needs it, in the plural.
+        otherwise: What can be done without it.
 
     Raises:
         MissingPackageError: it is not installed.
         InputError: it is too old.
     """
-    hub = require("huggingface_hub", "names on the hub", otherwise="download the repository and give its folder")
+    hub = require("huggingface_hub", purpose, otherwise=otherwise)
     if hub.__version__.startswith("0."):
         raise InputError(f"huggingface_hub {hub.__version__} is too old", hint="pip install -U huggingface_hub")
-    for part in ("constants", "utils"):  # it is lazy, and has no attributes for them before
+    for part in ("constants", "errors", "utils"):  # it is lazy, and has no attributes for them before
         importlib.import_module(f"huggingface_hub.{part}")
     return hub
 
@@ -221,15 +225,15 @@ class HubRepository:
 
         with self._faults(key):
             try:
-                data = _repeated(ask, look_again)
+                data = repeated(ask, look_again)
             except Exception as error:  # of two HTTP libraries without a common base; others go on
                 if not is_expired(error) or key not in self._locations:
                     raise
                 look_again()
-                data = _repeated(ask, look_again)
+                data = repeated(ask, look_again)
         if start == 0:
             with self._lock:
-                self._heads[key] = data
+                self._heads[key] = data[:HEAD]
                 while len(self._heads) > _HEADS:
                     self._heads.popitem(last=False)
         return data
@@ -309,7 +313,7 @@ def open_repository(repo: str, revision: str | None, shown: str | os.PathLike[st
         return known
     hub = library()
     try:
-        told = _repeated(lambda: hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_SECONDS))
+        told = repeated(lambda: hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_SECONDS))
     except Exception as error:  # the same; a fault of this machine goes on as it is
         if isinstance(error, OSError) and error.errno is not None and not is_dropped(error):
             raise
@@ -344,7 +348,7 @@ def _facts(file: Any, commit: str) -> ObjectFacts:
     return ObjectFacts(int(file.size), str(etag), commit)
 
 
-def _repeated(ask: Callable[[], Answer], before: Callable[[], object] = lambda: None) -> Answer:
+def repeated(ask: Callable[[], Answer], before: Callable[[], object] = lambda: None) -> Answer:
     """Ask again after a dropped connection; `before` each repetition."""
     for attempt in range(_TRIES - 1):
         try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from surgery_formats.errors import InputError, NotFoundError, SurgeryError
+from surgery_formats.errors import InputError, MalformedError, NotFoundError, ProofError, ResourceError, SurgeryError
 from surgery_formats.text import show
 
-__all__ = ["fault_of", "is_dropped", "is_expired", "is_offline", "is_out_of_reach"]
+__all__ = ["fault_of", "is_dropped", "is_expired", "is_offline", "is_out_of_reach", "push_fault"]
 
 _GONE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "IncompleteSnapshotError"}
 _DROPPED = {408, 425, 429, 500, 502, 503, 504}
@@ -79,6 +79,49 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
         return InputError("the hub cannot be reached", file=shown, hint="check the network and HF_ENDPOINT")
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return NotFoundError(f"the hub could not provide it: {show(said, 300)}", file=shown)
+
+
+def push_fault(error: BaseException, shown: str) -> SurgeryError:
+    """The error to raise for `error`, which ended a push to `shown`."""
+    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
+        said = show(" ".join(str(error).split()).partition(". - ")[2], 300)
+        return MalformedError(f"the hub does not take the metadata of README.md: {said}", file=shown)
+    error = _source(error)
+    names, status = _names(error), _status(error)
+    if "GatedRepoError" in names or status == 403:
+        hint = "the token needs the right to write to this repository; HF_TOKEN goes before 'hf auth login'"
+        return ResourceError("the hub denies access", file=shown, hint=hint)
+    if status == 401:
+        hint = "it may have expired: set HF_TOKEN, or run 'hf auth login'"
+        return ResourceError("the hub does not accept the token", file=shown, hint=hint)
+    if status == 402:
+        return ResourceError("the hub asks for a payment", file=shown, hint="see the plan of its owner")
+    if status == 404:
+        hint = "check the name; the token may not see a private repository"
+        return ResourceError("the hub has no such repository, or hides it", file=shown, hint=hint)
+    if status == 409:
+        hint = "the repository may be there and hidden from this token, or somebody else writes to it"
+        return ResourceError("the hub answers that something is in the way", file=shown, hint=hint)
+    if status == 412:
+        return ProofError("the branch moved while it was pushed to", file=shown, hint="look at it, and push again")
+    if status == 413:
+        return ResourceError("the files are too large for the hub", file=shown, hint="a smaller `shard_size=` may help")
+    if status == 429:
+        return ResourceError("the hub has had too many requests", file=shown, hint="wait")
+    if status is not None:
+        return ResourceError(f"the hub answers {status}", file=shown, hint="push again later")
+    if is_dropped(error):
+        return ResourceError("the hub cannot be reached", file=shown, hint="check the network and HF_ENDPOINT")
+    said = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return ResourceError(f"the hub did not take it: {show(said, 300)}", file=shown)
+
+
+def _source(error: BaseException) -> BaseException:
+    """What an error was raised from, where that came from the hub: an upload's is wrapped."""
+    inner = error
+    while inner.__cause__ is not None and _status(inner) is None:
+        inner = inner.__cause__
+    return inner if _status(inner) is not None or is_dropped(inner) else error
 
 
 def _names(error: BaseException) -> set[str]:

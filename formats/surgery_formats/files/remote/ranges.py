@@ -16,15 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from surgery_formats.errors import NotFoundError, ProofError
 from surgery_formats.files.remote.path import RemotePath
-from surgery_formats.files.remote.store import ObjectFacts, ObjectStore
+from surgery_formats.files.remote.store import HEAD, ObjectFacts, ObjectStore
 
 __all__ = ["BLOCK", "RemoteObject", "open_remote"]
 
-HEAD = 256 << 10  # bytes fetched with the first request: most headers
 BLOCK = 8 << 20
 _RUN = 512 << 10  # a read of so many bytes belongs to a run, and so does one that goes on where another ended
 _KEPT = 16  # blocks of all objects together
-_AHEAD = 2  # blocks
+_AHEAD = 3  # blocks
 _THREADS = 8
 _SERIALS = itertools.count()
 _LEAST = 4  # bytes of a header that a first request must have to be worth it
@@ -199,7 +198,6 @@ def open_remote(path: RemotePath) -> RemoteObject:
     store, known = path.store, path.facts()
     if known is None:
         raise NotFoundError("no such object", file=str(path))
-    if known.size < _LEAST:  # a range of nothing is an error
-        return RemoteObject(store, path.key, known, store.read(path.key).data)
-    first = store.read(path.key, 0, min(HEAD, known.size))
+    # a range of nothing is an error; and what is known may be of a version that is gone since
+    first = store.read(path.key, 0, min(HEAD, known.size)) if known.size >= _LEAST else store.read(path.key)
     return RemoteObject(store, path.key, first.facts, first.data)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """An output below a prefix: complete when its manifest is there, which is written last.
 
-Small files wait in a folder in memory, weights in uploads that are not completed. Then everything appears, one object after
-the other, since no store changes several objects at once:
+Small files wait in a folder in memory, weights in uploads that are not completed, or as finished objects beside the output
+(`FinishedFiles`), which another run goes on with. Then everything appears, one object after the other, since no store changes
+several objects at once:
 
-    marker (what is going to be written) -> weights -> small files, configurations and indices last -> sizes compared
-    -> with `overwrite` what the old output had besides -> manifest -> marker removed
+    marker (what is going to be written) -> weights: uploads completed, finished objects copied by the store -> small files,
+    configurations and indices last -> sizes compared -> with `overwrite` what the old output had besides -> manifest
+    -> finished objects removed -> marker removed
 
 With `overwrite` the old manifest goes after the marker is there. A marker without a manifest is what a killed run leaves:
 the next run, of any job, takes what it lists for its own.
@@ -14,33 +16,34 @@ the next run, of any job, takes what it lists for its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import xxhash
 
 from surgery_formats.errors import FitError, OutputExistsError, ProofError, SurgeryError
-from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
+from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED, FileRecord
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.scratch import sweep
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.remote.bucket import Bucket
+from surgery_formats.files.remote.finished import FinishedFiles, FinishedObject, in_parallel, remove_others
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.files.remote.store import ObjectFacts
 from surgery_formats.files.remote.unfinished import abort_unfinished
 from surgery_formats.files.remote.upload import Upload, upload_file
 from surgery_formats.text import nbytes as readable
-from surgery_formats.whole import interruptible
+from surgery_formats.whole import interruptible, whole
 
 __all__ = ["RemoteStage"]
 
 _LAST = ("config.json", "model_index.json", ".index.json")  # what programs look for first
-_AT_ONCE = 8
+_WORTH_KEEPING = 64 << 20  # bytes that are sent again rather than kept
 _MOST_WAITING = 2 << 30  # bytes of files that are made at once and proved before they appear, such as adapters
 _MARKER_LIMIT = 16 << 20
 _STAGES = re.compile(r"\.[0-9a-f]{16}\.surgery-[0-9a-f]{16}\Z")  # in memory, of every output
@@ -61,6 +64,7 @@ class RemoteStage:
         *,
         overwrite: bool = False,
         inputs: Iterable[str | os.PathLike[str]] = (),
+        private: bool = False,
     ) -> None:
         self.shown = out
         self._inputs = [to_path(path) for path in inputs]
@@ -69,16 +73,33 @@ class RemoteStage:
         name = hashlib.sha256(str(out).encode(errors="surrogatepass")).hexdigest()[:16]
         self._local = Stage(memory_folder() / name, plan_id)
         self.path = self._local.path
+        self._private = private
         self._uploads: dict[str, Upload] = {}
-        self._checked: list[str] = []
+        self._finished: dict[str, FinishedObject] = {}
+        self._of_others: set[str] = set()  # finished ones that stay where they are
+        self._checked: dict[str, str] = {}  # names, and the hash that has to be read
         self._waiting = 0
         self._claimed = False  # the marker of this run may be there
+        self._lost = 0
         self._left: ObjectFacts | None = None  # the marker of a killed run, as this one has found it
 
     @property
     def bucket(self) -> Bucket:
         """The bucket that is written to."""
         return self.shown.bucket
+
+    @functools.cached_property
+    def _beside(self) -> FinishedFiles:
+        return FinishedFiles(self.shown, self._job, in_place=self._private)
+
+    def check(self) -> None:
+        """Refuse an output that could not be written, as of now.
+
+        Raises:
+            FitError, OutputExistsError: as `acquire`.
+        """
+        self._refuse_unsafe()
+        self._there()
 
     @interruptible
     def acquire(self) -> None:
@@ -100,19 +121,37 @@ class RemoteStage:
             sweep(self.path.parent, _STAGES)
         try:
             self._local.acquire()
-            abort_unfinished(self.bucket, self.shown.key)
+            for prefix in {self.shown.key, self._beside.prefix}:
+                abort_unfinished(self.bucket, prefix)
+            self._finished = self._beside.look()
         except BaseException:
             self._local.release()
             raise
+        self._lost = self._unanswered()
 
     def release(self) -> None:
-        """Give up everything that has not appeared; may be called twice."""
+        """Give up everything that has not appeared; may be called twice.
+
+        If a store could not be reached, finished files stay for another run.
+        """
         try:
             for upload in self._uploads.values():
                 upload.abort()
             self._uploads.clear()
+            if self._unanswered() == self._lost:
+                with contextlib.suppress(SurgeryError):
+                    in_parallel([functools.partial(self._beside.remove, file) for file in self._own()])
+            self._finished.clear()
         finally:
             self._local.release()
+
+    def _own(self) -> list[FinishedObject]:
+        return [file for name, file in self._finished.items() if name not in self._of_others]
+
+    def _unanswered(self) -> int:
+        """How many requests to the buckets of this job had no answer."""
+        stores = {path.store for path in (self.shown, *self._inputs) if isinstance(path, RemotePath)}
+        return sum(store.lost for store in stores if isinstance(store, Bucket))
 
     def sync(self) -> None:
         """Nothing here is durable before it is uploaded."""
@@ -131,12 +170,70 @@ class RemoteStage:
                 hint="write to a folder, and upload it",
             )
 
-    def upload(self, name: str, nbytes: int, hashes: Sequence[str], *, verify: bool = False) -> Upload:
-        """A file of weights that goes to the bucket as it is made; with `verify` it is read back before it counts."""
-        upload = self._uploads[name] = Upload(self.bucket, self._key(name), nbytes, [*dict.fromkeys(("xxh3", *hashes))])
+    @whole  # an upload that has begun is known to `release`
+    def upload(
+        self, name: str, nbytes: int, hashes: Sequence[str], *, verify: bool = False, keep: bool = False
+    ) -> Upload:
+        """A file of weights that goes to the bucket as it is made.
+
+        Args:
+            name: The file.
+            nbytes: Its size.
+            hashes: Of the whole file.
+            verify: Whether it is read back before it counts.
+            keep: Whether it is of use to another run once it is whole, since others are still to be made.
+        """
+        worth = keep and nbytes >= _WORTH_KEEPING and FinishedFiles.can_copy(self.bucket, nbytes)
+        key = self._beside.key(name) if worth or self._private else self._key(name)
+        upload = self._uploads[name] = Upload(self.bucket, key, nbytes, [*dict.fromkeys(("xxh3", *hashes))])
         if verify:
-            self._checked.append(name)
+            self._checked[name] = ""
         return upload
+
+    def sent(self, record: FileRecord) -> None:
+        """All bytes of a file were sent; if it is to be kept, it is completed now, and has this record.
+
+        Raises:
+            ResourceError: the store does not take it.
+            ProofError: the store has another number of bytes.
+        """
+        name = record.name
+        upload = self._uploads[name]
+        if name in self._checked:
+            self._checked[name] = upload.digests["xxh3"]
+        if self._private or upload.key != self._key(name):
+            upload.complete()
+            self._finished[name] = self._beside.noted(record)
+            del self._uploads[name]
+
+    def recalled(self) -> Mapping[str, FileRecord]:
+        """The files that an earlier run of this job has finished."""
+        return {name: file.record for name, file in self._finished.items()}
+
+    def discard(self, name: str) -> None:
+        """A finished file is not wanted: it is removed."""
+        if (file := self._finished.pop(name, None)) is not None:
+            self._beside.remove(file)
+
+    def reread(self, record: FileRecord) -> None:
+        """A finished file is to be read before it counts."""
+        self._checked[record.name] = record.record["xxh3"]
+
+    def take(self, source: RemotePath, record: FileRecord) -> bool:
+        """Let an object that another process wrote and proved be copied to the output; False if the store does not do that.
+
+        Raises:
+            NotFoundError: it is not there.
+        """
+        if not FinishedFiles.can_copy(self.bucket, record.size) or source.bucket is not self.bucket:
+            return False
+        self._finished[record.name] = FinishedObject(source.key, self.bucket.facts(source.key), record)
+        self._of_others.add(record.name)
+        return True
+
+    def etag(self, name: str) -> str:
+        """The etag of a finished file."""
+        return self._finished[name].facts.etag
 
     @interruptible
     def publish(self) -> RemotePath:
@@ -148,12 +245,19 @@ class RemoteStage:
             ResourceError: the store does not take it. What had appeared is removed.
         """
         small = {path.relative_to(self.path).as_posix(): path for path in self.path.rglob("*") if path.is_file()}
-        names = [name for name in sorted({*self._uploads, *small}) if name != MANIFEST]
+        names = [name for name in sorted({*self._uploads, *self._finished, *small}) if name != MANIFEST]
         sizes = {name: upload.nbytes for name, upload in self._uploads.items()}
+        sizes |= {name: file.record.size for name, file in self._finished.items()}
         sizes |= {name: path.stat().st_size for name, path in small.items() if name != MANIFEST}
+        copied = {} if self._private else self._finished
         try:
             stale = self._claim(names)
-            self._in_parallel([upload.complete for upload in self._uploads.values()])
+            # A store that says that it has copied, and has not, must not pass with what was there.
+            self.bucket.delete([self._key(name) for name in copied if name in stale])
+            in_parallel(
+                [upload.complete for upload in self._uploads.values()]
+                + [functools.partial(file.copy_to, self.bucket, self._key(name)) for name, file in copied.items()]
+            )
             ordered = sorted(small.keys() - {MANIFEST}, key=lambda name: (name.endswith(_LAST), name))
             for name in ordered:
                 upload_file(self.bucket, self._key(name), small[name])
@@ -165,10 +269,18 @@ class RemoteStage:
                 with contextlib.suppress(SurgeryError):  # the first fault is reported; the marker lists what is left
                     self._take_back(names, small[MANIFEST].read_bytes())
             raise
-        with contextlib.suppress(SurgeryError):  # the output is complete, and the next run removes the marker
-            self.bucket.delete([self._key(UNFINISHED)])
+        self._finished.clear()
+        with contextlib.suppress(
+            SurgeryError
+        ):  # the output is complete, and the next run removes the rest and the marker
+            self._tidy()
         abort_unfinished(self.bucket, self.shown.key)  # a request that was repeated has begun two
         return self.shown
+
+    def _tidy(self) -> None:
+        if not self._private:
+            remove_others(self.shown)
+        self.bucket.delete([self._key(UNFINISHED)])
 
     def _take_back(self, names: list[str], manifest: bytes) -> None:
         """Remove what has appeared, first the manifest, whose answer may be what failed; not the output of another run."""
@@ -206,8 +318,8 @@ class RemoteStage:
             if name not in there or there[name].size != size:
                 found = "is not there" if name not in there else f"has {there[name].size} bytes"
                 raise ProofError(f"{found} after {size} were sent", file=self.shown / name)
-        for name in self._checked:
-            if self._digest(name, there[name]) != self._uploads[name].digests["xxh3"]:
+        for name, digest in self._checked.items():
+            if self._digest(name, there[name]) != digest:
                 raise ProofError("the store gives back other bytes than were sent", file=self.shown / name)
 
     def _digest(self, name: str, facts: ObjectFacts) -> str:
@@ -219,11 +331,6 @@ class RemoteStage:
             state.update(buffer[: source.read_into(buffer, at)])
         source.close()
         return state.hexdigest()
-
-    def _in_parallel(self, actions: list[Callable[[], None]]) -> None:
-        with ThreadPoolExecutor(_AT_ONCE, "surgery-complete") as pool:
-            for done in [pool.submit(action) for action in actions]:
-                done.result()
 
     def _key(self, name: str) -> str:
         return f"{self.shown.key}/{name}"
@@ -240,11 +347,13 @@ class RemoteStage:
             raise OutputExistsError("exists and is not a folder", file=self.shown, hint="write elsewhere")
         if MANIFEST in there:
             if UNFINISHED in there:  # of a run that was killed after its last step
-                bucket.delete([self._key(UNFINISHED)])
+                self._tidy()
                 del there[UNFINISHED]
             if not self._overwrite:
                 hint = "use `overwrite=True` to replace it, or write elsewhere"
                 raise OutputExistsError("already exists", file=self.shown, hint=hint)
+        elif self._private:
+            pass  # whatever is there, a run that was killed has left it
         elif UNFINISHED not in there:
             if there:
                 raise OutputExistsError(

@@ -6,7 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-__all__ = ["Listing", "ObjectFacts", "ObjectStore", "Reply"]
+__all__ = ["HEAD", "Listing", "ObjectFacts", "ObjectStore", "Reply"]
+
+HEAD = 256 << 10
+"""Bytes of an object that come with the first request: most headers."""
 
 
 @dataclass(frozen=True, slots=True)

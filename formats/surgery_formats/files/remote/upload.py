@@ -185,7 +185,7 @@ class Upload:
     def _stream(self) -> Iterator[Any]:
         self._begun = True
         while (block := self._blocks.get()) is not None:
-            if self._decided.is_set():
+            if self._decided.is_set() and not self._wanted:
                 raise _GivenUp
             yield block
         self._decided.wait()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What people see of a recovery: three models beside each other on one text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.extraction.figures import RankChoice
+from surgery.extraction.recovery import Recovery, TextScore
+from surgery.reports.drawings import Lines
+from surgery.reports.output import PATH
+from surgery.reports.sections import Chart, Column, Facts, Section, Table
+from surgery.reports.values import Name, Phrase, Value
+from surgery_formats.text import numbered
+
+__all__ = ["recovery_rows", "recovery_sections"]
+
+_MODELS = (
+    Column("model"), Column("bits per byte", "fixed", 4), Column("recovered", "share", 1),
+    Column("KL from TUNED", "number", 3), Column("same top token", "share", 1),
+)  # fmt: skip
+_RANKS = (
+    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("size", "bytes"),
+    Column("bits per byte", "fixed", 4), Column("recovered", "share", 1),
+)  # fmt: skip
+
+
+def recovery_rows(
+    recovery: Recovery, names: tuple[str, str, str] = ("BASE", "BASE with the adapter", "TUNED")
+) -> tuple[tuple[str, float, float | None, float, float], ...]:
+    """BASE, BASE with the adapter, and TUNED: bits per byte, share of the gain, KL in nats, share of equal top tokens."""
+    scores = recovery.base, recovery.adapter, TextScore(recovery.tuned, 0.0, 1.0)
+    return tuple(
+        (name, score.bits_per_byte, recovery.share(score), score.divergence, score.agreement)
+        for name, score in zip(names, scores, strict=True)
+    )
+
+
+def recovery_sections(recovery: Recovery, choices: Sequence[RankChoice]) -> list[Section]:
+    """The text, the three models on it, and LoRAs of other ranks where these were measured."""
+    text = (
+        Name(recovery.text, PATH),
+        f" ({numbered(recovery.text_bytes, 'byte')}, {numbered(recovery.tokens, 'token')})",
+    )
+    facts: list[tuple[str, Phrase]] = [("measured on", text)]
+    if recovery.recovered is None:
+        gain, least = (Value(number, "number", 3) for number in (recovery.gain, recovery.least))
+        facts.append(("TUNED's gain", (gain, " bits per byte, where up to ", least, " may be chance")))
+    sections: list[Section] = [Table(_MODELS, recovery_rows(recovery), "What the adapter does on the text")]
+    sections.append(Facts(tuple(facts)))
+    measured = [(choice, choice.score) for choice in choices if choice.score is not None]
+    if measured:
+        rows = tuple(
+            (one.rank, one.layers, one.residual, one.nbytes, score.bits_per_byte, one.recovered)
+            for one, score in measured
+        )
+        shown = (4,) if recovery.recovered is None else (5,)
+        drawings = Lines(x=0, y=shown, log_x=True), Lines(x=3, y=shown, log_x=True)
+        sections.append(Chart("Recovered on the text, by rank and size", Table(_RANKS, rows), drawings))
+    return sections
