@@ -63,7 +63,7 @@ def outputs_of(step: Step, place: Place, folder: Path | None) -> tuple[Path, ...
     if adapter is None and "adapter" in step.operands and "adapter_output" in step.parameters:
         assert folder is not None
         adapter = folder / f"{step.name or step.number}.adapter"
-    others = (step.arguments.get(name) for name in _OTHER_OUTPUTS if name != "adapter_output")
+    others = (step.arguments.get(name) for name in OUTPUTS if name != "adapter_output")
     more = [Path(one) for one in (adapter, *others) if one]
     return (Path(step.output) if place == "output" else _in_folder(step, folder), *more)
 
