@@ -182,7 +182,12 @@ def summary(judged: Mapping[str, Judged], facts: Sequence[tuple[str, str]], out:
     share = f"{adapter['nbytes'] / base['nbytes']:.1%} of a copy; trains {adapter['share']:.1%} of the parameters"
     many = f"{ten['shared_nbytes']:,} B, instead of {ten['copies_nbytes']:,} B for 10 full copies"
     rows = [*facts, ("the adapter", f"{adapter['nbytes']:,} B, {share}"), ("10 tasks on one base", many)]
-    rows.append(("look at it", f"surgery inspect {_shown(out / 'merged')}"))
+    program = Path(sys.executable).with_name(
+        "surgery"
+    )  # of the environment that make made, which is on nobody's path yet
+    rows.append(
+        ("look at it", f"{_shown(program) if program.exists() else 'surgery'} inspect {_shown(out / 'merged')}")
+    )
     for name, text in rows:
         print(f"{name:<21} {text}")
     print(f"\nall checks held, {seconds:.0f} s. The merged model: {_shown(out / 'merged')}")

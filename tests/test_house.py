@@ -42,3 +42,16 @@ def test_every_file_of_tests_has_a_name_of_its_own() -> None:
     """pytest takes two of one name for the same module, and collects neither: a run of both rooms ends before it begins."""
     times = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, count in times.items() if count > 1] == []
+
+
+def test_every_decision_has_a_number_of_its_own() -> None:
+    """Two branches that each take the next free number meet here."""
+    files = sorted((ROOT / "docs/adr").glob("*.md"))
+    numbers = [int(file.name.partition("-")[0]) for file in files]
+    assert [number for number, times in Counter(numbers).items() if times > 1] == []
+    wrong = [
+        file.name
+        for file, number in zip(files, numbers, strict=True)
+        if not file.read_text().startswith(f"# {number}. ")
+    ]
+    assert wrong == []

@@ -65,7 +65,8 @@ COMPLETE = "_SURGERY_COMPLETE"  # click's name for it; the scripts of ``surgery 
 _EPILOG = """\b
 Exit codes: 0 done; 1 internal error; 2 usage; 3 input missing, unreadable or
 malformed; 4 does not fit; 5 proof failed; 6 findings (diff --fail-on,
-check --for, fingerprint --against); 7 not enough disk or memory; 130 interrupted.
+check --for, fingerprint --against); 7 not enough disk or memory, or a bucket or
+hub that refuses; 130 interrupted.
 """
 
 
