@@ -37,6 +37,7 @@ class Done:
         place: Where that is.
         output: The path, for an output.
         result: What the verb returned; None for a dry run, and for what is not written.
+        kept: Whether it was not done, because a run that was killed had finished it; `result` is None then.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Done:
     place: Place
     output: Path | None = None
     result: Result | None = None
+    kept: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -54,6 +56,7 @@ class Done:
             "as": self.name,
             "place": self.place,
             "output": None if self.output is None else str(self.output),
+            "kept": self.kept,
             "result": None if self.result is None else self.result.as_json(),
         }
 
@@ -114,10 +117,12 @@ class ApplyResult:
         if self.same is not None:
             said = "every file is what it was" if self.same else "some files are not what they were"
             sections.append(Facts((("again", said),)))
+        if kept := [str(done.number) for done in self.steps if done.kept]:
+            sections.append(Facts((("kept", f"what a run that was killed had finished: steps {', '.join(kept)}"),)))
         for done in self.steps if verbose else ():
             if done.result is not None:
                 sections.append(Facts((("step", f"{done.number}, {done.verb}"),)))
                 sections += done.result.summary().data
-        if all(done.result is None for done in self.steps):
+        if all(done.result is None and not done.kept for done in self.steps):
             sections.append(DRY_RUN)
         return Summary("Recipe", (*sections, *warning_notes(self.warnings)))

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from surgery.recipes.apply_result import Place
 from surgery.recipes.recipe import OUTPUTS, Operand, Recipe, Step
 from surgery_formats.text import show
 
-__all__ = ["check_apart", "placed_steps"]
+__all__ = ["adds_to", "check_apart", "outputs_of", "placed_steps"]
 
 _FOLDED = {"base", "adapters"}
 """All that a merge may say that an export takes over."""
@@ -36,16 +37,47 @@ def check_apart(steps: Sequence[Step]) -> None:
                 continue
             path = os.path.realpath(text)
             for other, owner in known:
-                if path == other and not _adds_to(step, owner):
+                if path == other and not adds_to(step, owner):
                     raise step.fail(f"'{show(text)}' is an output of {owner.title} too")
                 if path != other and os.path.commonpath((path, other)) in (path, other):
                     raise step.fail(f"'{show(text)}' and an output of {owner.title} lie in one another")
             known.append((path, step))
 
 
-def _adds_to(step: Step, owner: Step) -> bool:
+def adds_to(step: Step, owner: Step) -> bool:
+    """Whether a step adds its files to the folder that an earlier one writes."""
     base = step.operands.get("base", ())
-    return step.verb == "export-onnx" and [one.text for one in base] == [owner.name]
+    same = bool(step.output and owner.output) and os.path.realpath(step.output) == os.path.realpath(owner.output)
+    return step.verb == "export-onnx" and same and [one.text for one in base] == [owner.name]
+
+
+def outputs_of(step: Step, place: Place, folder: Path | None) -> tuple[Path, ...]:
+    """What a step writes: its result, an adapter that it moves, and other outputs.
+
+    Args:
+        step: One that writes.
+        place: Of its result.
+        folder: For what is written and not kept.
+    """
+    adapter = step.arguments.get("adapter_output")
+    if adapter is None and "adapter" in step.operands and "adapter_output" in step.parameters:
+        assert folder is not None
+        adapter = folder / f"{step.name or step.number}.adapter"
+    others = (step.arguments.get(name) for name in OUTPUTS if name != "adapter_output")
+    more = [Path(one) for one in (adapter, *others) if one]
+    return (Path(step.output) if place == "output" else _in_folder(step, folder), *more)
+
+
+def _in_folder(step: Step, folder: Path | None) -> Path:
+    """Where a result is written that only later steps read; formats of one file are told by their ending."""
+    from surgery_formats.adapters.registry import format_to_write
+
+    assert folder is not None
+    to = step.arguments.get("to")
+    if step.verb == "convert" and isinstance(to, str) and (target := format_to_write(to)).single_file:
+        suffix = {"gguf": ".gguf", "torchtune": ".pt", "keras": ".lora.h5"}.get(target.name, ".safetensors")
+        return folder / f"{step.name or step.number}{suffix}"
+    return folder / (step.name or str(step.number))
 
 
 def placed_steps(recipe: Recipe) -> list[tuple[Step, Place]]:

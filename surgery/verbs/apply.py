@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,17 +18,18 @@ from surgery.progress import Callback
 from surgery.recipes.apply_result import ApplyResult, Done, Place
 from surgery.recipes.arguments import step_arguments
 from surgery.recipes.finding import found_inputs, kept_recipe
-from surgery.recipes.placing import check_apart, placed_steps
+from surgery.recipes.placing import check_apart, outputs_of, placed_steps
 from surgery.recipes.reading import read_recipe
 from surgery.recipes.recipe import Recipe, Step
+from surgery.recipes.resuming import JOURNAL, Journal, finished_steps, step_ids
 from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
-from surgery_formats.errors import SurgeryError
-from surgery_formats.files.output.manifest import MANIFEST
-from surgery_formats.files.output.scratch import scratch_folder
+from surgery_formats.errors import NotFoundError, SurgeryError
+from surgery_formats.files.output.manifest import MANIFEST, check_output_name
+from surgery_formats.files.output.scratch import hidden_beside, kept_folder, scratch_folder
 from surgery_formats.files.output.several import several_outputs
 from surgery_formats.files.remote.path import on_a_disk
-from surgery_formats.text import listing
+from surgery_formats.text import listing, show
 
 __all__ = ["ApplyResult", "apply"]
 
@@ -100,23 +104,36 @@ def _applied(
     found = found_inputs(read, inputs)
     if dry_run:
         return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
-    several = sum(place == "output" for _, place in placed) > 1
-    with _temporary(placed) as folder, several_outputs(several):
-        runner = _Runner(read, found, folder, overwrite, progress)
-        done = tuple(runner.do(step, place) for step, place in placed)
+    with _resumable(placed) as folder:
+        journal = Journal(folder) if folder is not None else None
+        several = sum(place == "output" for _, place in placed) > 1 or (journal is not None and journal.resumed)
+        runner = _Runner(read, found, folder, overwrite, progress, journal)
+        runner.resume(placed)
+        with several_outputs(several):
+            done = tuple(runner.do(step, place) for step, place in placed)
     result = ApplyResult(done[-1].output, done, None, tuple(runner.warnings))
     return result if read.recorded is None or result.output is None else _compared(read, result)
 
 
 @contextmanager
-def _temporary(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
-    """A folder beside the last output, on its disk; gone afterwards, whatever happens."""
-    moved = (step for step, place in placed if place == "output" and step.verb == "layers")
-    if all(place != "temporary" for _, place in placed) and not any("adapter" in step.operands for step in moved):
+def _resumable(placed: list[tuple[Step, Place]]) -> Iterator[Path | None]:
+    """The folder of what lies between steps, and of the journal; gone afterwards, whatever happens. None where one step writes."""
+    written = [(step, place) for step, place in placed if place in ("output", "temporary")]
+    if len(written) < 2 and not any("adapter" in step.operands and step.verb == "layers" for step, _ in written):
         yield None
         return
-    outputs = [Path(step.output) for step, place in placed if place == "output"]
-    with scratch_folder(outputs[-1].absolute().parent if outputs else None) as folder:
+    outputs = [Path(step.output) for step, place in written if place == "output"]
+    if not outputs:  # steps that only look at what others wrote
+        with scratch_folder(None) as folder:
+            yield folder
+        return
+    last, parent = outputs[-1].absolute(), Path(os.path.realpath(outputs[-1].absolute().parent))
+    if not parent.is_dir():
+        hint = f"mkdir -p {show(outputs[-1].parent, 200)}"
+        raise NotFoundError("no such folder to write into", file=outputs[-1].parent, hint=hint)
+    check_output_name(last)
+    job = hashlib.sha256(b"apply\0" + os.fsencode(parent / last.name)).hexdigest()
+    with kept_folder(hidden_beside(parent / last.name, job), outputs[-1], JOURNAL) as folder:
         yield folder
 
 
@@ -153,6 +170,9 @@ class _Runner:
         folder: For what is written and not kept.
         overwrite: Replace outputs.
         progress: Called with every step.
+        journal: Of the finished steps; None where only one writes.
+        ids: Of the steps, by number.
+        finished: The numbers of those that a killed run finished.
         results: By name: what later steps get.
         warnings: Of all steps.
     """
@@ -162,8 +182,23 @@ class _Runner:
     folder: Path | None
     overwrite: bool
     progress: Callback | None
+    journal: Journal | None
+    ids: Mapping[int, str | None] = field(default_factory=dict)
+    finished: frozenset[int] = frozenset()
     results: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+
+    def resume(self, placed: Sequence[tuple[Step, Place]]) -> None:
+        """Find the steps that a killed run finished, and remove what it left of others that lie in `folder`."""
+        if self.folder is None or self.journal is None:
+            return
+        self.ids = step_ids(placed, self.inputs, self.folder)
+        self.finished = finished_steps(placed, self.ids, self.folder, self.journal)
+        for step, place in placed if self.journal.resumed else ():
+            if place in ("output", "temporary") and step.number not in self.finished:
+                for path in outputs_of(step, place, self.folder):
+                    if path.parent == self.folder:
+                        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
     def do(self, step: Step, place: Place) -> Done:
         """One step.
@@ -174,6 +209,8 @@ class _Runner:
         done = Done(step.number, step.verb, step.name, place)
         if place == "folded":
             return done
+        if step.number in self.finished:
+            return self._kept(step, place, done)
         with step.located():
             if place == "memory":
                 self._remember(step)
@@ -213,34 +250,32 @@ class _Runner:
         if place == "check":
             result: Result = step.function(**arguments)
             return replace(done, result=result)
-        output = Path(step.output) if place == "output" else self._place(step)
+        outputs = outputs_of(step, place, self.folder)
         if arguments.get("adapter") is not None and "adapter_output" in step.parameters:
-            arguments.setdefault("adapter_output", self._beside(step))
+            arguments.setdefault("adapter_output", outputs[1])
         if "progress" in step.parameters:
             arguments["progress"] = self.progress
         arguments["overwrite"] = self.overwrite
         with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step))):
-            result = step.function(**arguments, output=output)
+            result = step.function(**arguments, output=outputs[0])
         self.warnings += result.warnings
+        if self.journal is not None:
+            self.journal.note(self.ids[step.number], outputs, result.warnings)
+        self._remember_written(step, outputs)
+        return replace(done, output=outputs[0] if place == "output" else None, result=result)
+
+    def _kept(self, step: Step, place: Place, done: Done) -> Done:
+        """A step that a killed run finished."""
+        if place == "memory":
+            return done
+        assert self.journal is not None
+        outputs = outputs_of(step, place, self.folder)
+        self.warnings += self.journal.warnings(self.ids[step.number])
+        self._remember_written(step, outputs)
+        return replace(done, output=outputs[0] if place == "output" else None, kept=True)
+
+    def _remember_written(self, step: Step, outputs: Sequence[Path]) -> None:
         if step.name:
-            self.results[step.name] = output
-            beside = arguments.get("adapter_output")
-            if beside is not None:
-                self.results[f"{step.name}.adapter"] = Path(beside)
-        return replace(done, output=output if place == "output" else None, result=result)
-
-    def _beside(self, step: Step) -> Path:
-        """Where an adapter is moved to that the recipe writes nowhere."""
-        assert self.folder is not None
-        return self.folder / f"{step.name or step.number}.adapter"
-
-    def _place(self, step: Step) -> Path:
-        """Where a result is written that only later steps read; formats of one file are told by their ending."""
-        from surgery_formats.adapters.registry import format_to_write
-
-        assert self.folder is not None
-        to = step.arguments.get("to")
-        if step.verb == "convert" and isinstance(to, str) and (target := format_to_write(to)).single_file:
-            suffix = {"gguf": ".gguf", "torchtune": ".pt", "keras": ".lora.h5"}.get(target.name, ".safetensors")
-            return self.folder / f"{step.name or step.number}{suffix}"
-        return self.folder / (step.name or str(step.number))
+            self.results[step.name] = outputs[0]
+            if "adapter" in step.operands and "adapter_output" in step.parameters:
+                self.results[f"{step.name}.adapter"] = outputs[1]

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery_formats.errors import UsageError
+from surgery_formats.files.output.scratch import OF_FILES
 from surgery_formats.files.output.several import may_be_there
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.text import show
 
 __all__ = ["Staging", "check_folder", "stage_of"]
-
-_OF_FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".npy", ".h5", ".onnx", ".onnx_adapter")
 
 
 class Staging(Protocol):
@@ -71,7 +70,7 @@ def stage_of(
     Raises:
         UsageError: the name is that of a file.
     """
-    if (path := to_path(out)).suffix in _OF_FILES and not path.is_dir():
+    if (path := to_path(out)).suffix in OF_FILES and not path.is_dir():
         raise UsageError(
             "a folder is written, and the name is that of a file",
             file=path,
