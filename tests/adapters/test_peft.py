@@ -147,12 +147,16 @@ def test_several_parts_need_a_choice(tmp_path: Path) -> None:
         convert(source, "peft", output=tmp_path / "c", base=base, component="vae")
 
 
-def test_a_bias_is_scaled_with_its_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"lora_bias": True}, {}], ids=["PEFT", "mergekit 0.1.5, which states no lora_bias"]
+)
+def test_a_bias_is_scaled_with_its_lora(settings: dict[str, bool], tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_A.weight": draw(1, 2, 6), f"{Q}.lora_B.weight": draw(2, 6, 2), f"{Q}.lora_B.bias": draw(3, 6)}
-    source = write_peft(tmp_path / "a", tensors, r=2, lora_alpha=5, lora_bias=True)
+    source = write_peft(tmp_path / "a", tensors, r=2, lora_alpha=5, **settings)
     convert(source, "peft", output=tmp_path / "b")
     written = load_file(tmp_path / "b/adapter_model.safetensors")
     assert np.array_equal(written[f"{Q}.lora_B.bias"], tensors[f"{Q}.lora_B.bias"])
+    assert config_of(tmp_path / "b")["lora_bias"] is True
 
 
 def _stacked_parameters(folder: Path, version: str) -> tuple[Path, dict[str, np.ndarray]]:

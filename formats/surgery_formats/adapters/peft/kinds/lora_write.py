@@ -75,10 +75,15 @@ def write_lora(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     put_parameters(file, stacks)
     named = {tensor.name.removeprefix(file.prefix).partition(".lora_")[0] for tensor in file.adapter.tensors}
     file.rewritten |= any(named_by_peft(path) != path for path in named)
+    biased = any(key.endswith(".lora_B.bias") for key in file.tensors)
+    if (
+        biased and file.own is not None and not file.own.raw.get("lora_bias")
+    ):  # mergekit-extract-lora 0.1.5 leaves it out
+        file.rewritten = True
     file.defaults = {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
     file.fields = {
         **ranks_and_alphas(file),
-        "lora_bias": any(key.endswith(".lora_B.bias") for key in file.tensors),
+        "lora_bias": biased,
         **base_fields(part),
         "target_modules": targets(file),
         "use_dora": dora,
