@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
@@ -389,7 +390,7 @@ def _affordable(plan: Plan, run: Run) -> int:
         raise ResourceError(
             f"computing this tensor takes up to {human(largest[0])}, the limit is {human(run.memory_limit)}",
             tensor=largest[1],
-            hint=f"raise the limit to {human(largest[0])}",
+            hint=f"raise the limit to {math.ceil(largest[0] / 1e6)} MB",  # rounded up: it has to be enough
         )
     return max(1, min(workers, run.memory_limit // largest[0]))
 
