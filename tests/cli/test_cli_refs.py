@@ -130,7 +130,7 @@ def test_commands_take_names_of_the_hub(hub: Hub, run: Run, tmp_path: Path):
     hub.add("org/lora", make_lora(tmp_path / "made"))
     result = run("inspect", "org/lora")
     assert result.exit_code == 0, result.stderr
-    assert "LORA" in result.stdout
+    assert "LoRA" in result.stdout
 
 
 def test_weights_that_a_plugin_reads_are_seen_where_there_is_no_safetensors(hub: Hub):
