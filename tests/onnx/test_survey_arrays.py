@@ -54,7 +54,7 @@ def test_factors_under_names_of_olives_are_told(tmp_path: Path) -> None:
     report = surgery.inspect(OLIVE / "adapter_weights.onnx_adapter")
     assert isinstance(report, AdapterReport)  # names and orientation of its factors are known, so that it is a LoRA
     assert (report.format, report.kind) == ("onnx-adapter", "LORA")
-    assert "14 LoRA" in str(report)
+    assert "LoRA of 14 weights" in str(report)
 
 
 def test_names_that_the_graph_lacks_are_listed(tmp_path: Path) -> None:
