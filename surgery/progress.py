@@ -14,9 +14,9 @@ class Progress:
     """One step.
 
     Attributes:
-        done: Bytes written so far.
-        total: Bytes the plan will write.
-        phase: ``writing``, ``syncing``, ``reading``.
+        done: Bytes written so far, or tokens measured.
+        total: Bytes the plan will write, or tokens of all texts.
+        phase: ``writing``, ``syncing``, ``reading``, ``measuring``.
     """
 
     done: int

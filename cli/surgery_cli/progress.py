@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Progress in bytes and bytes per second on stderr: a bar where a person is watching, else a line now and then."""
+"""Progress in bytes, or in tokens, and per second on stderr: a bar where a person is watching, else a line now and then."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SECONDS = 5.0  # between two lines
 
 
 @contextlib.contextmanager
-def bar(settings: Settings, what: str) -> Iterator[Callback]:
+def bar(settings: Settings, what: str, *, unit: str = "bytes") -> Iterator[Callback]:
     """The callback to hand to the library; it shows a bar where somebody watches, and always asks whether to stop.
 
     Elsewhere, in a log, it is a line every few seconds.
@@ -34,18 +34,14 @@ def bar(settings: Settings, what: str) -> Iterator[Callback]:
         yield lambda step: interruption.check()
         return
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield _Lines(what)
+        yield _Lines(what, unit=unit)
         return
     from rich import progress as rich
     from rich.console import Console
 
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(),
-    )
+    of_bytes = (rich.DownloadColumn(), rich.TransferSpeedColumn())
+    amounts = of_bytes if unit == "bytes" else (rich.MofNCompleteColumn(), rich.TextColumn(unit))
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), *amounts, rich.TimeRemainingColumn())
     # transient: once the work is done its summary says more than a full bar
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=None)
@@ -61,8 +57,8 @@ def bar(settings: Settings, what: str) -> Iterator[Callback]:
 class _Lines:
     """Progress as lines of text, the first when a few seconds have passed."""
 
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._clock = what, clock
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic, *, unit: str = "bytes") -> None:
+        self._what, self._clock, self._unit = what, clock, unit
         self._began = self._last = clock()
 
     def __call__(self, step: Progress) -> None:
@@ -73,5 +69,8 @@ class _Lines:
         self._last = now
         label = self._what if step.phase in ("writing", self._what) else f"{self._what}, {step.phase}"
         share = f" ({step.done / step.total:.0%})" if step.total else ""
-        speed = f", {nbytes(round(step.done / (now - self._began)))}/s" if step.done else ""
-        click.echo(f"{label}: {nbytes(step.done)} of {nbytes(step.total)}{share}{speed}", err=True)
+        speed = f", {self._amount(round(step.done / (now - self._began)))}/s" if step.done else ""
+        click.echo(f"{label}: {self._amount(step.done)} of {self._amount(step.total)}{share}{speed}", err=True)
+
+    def _amount(self, number: int) -> str:
+        return nbytes(number) if self._unit == "bytes" else f"{number:,} {self._unit}"

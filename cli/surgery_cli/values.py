@@ -21,6 +21,8 @@ __all__ = ["count", "first_ids", "number", "rank_of", "share", "size", "token_id
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
+# a whole number alone may be the name of a graph's adapter
+_WEIGHT = re.compile(r"(?:(?P<adapter>.*[^/:]):|(?=.*\.))(?P<weight>-?\d*\.?\d+)", re.ASCII)
 
 
 def size(text: str) -> int:
@@ -119,10 +121,16 @@ def weighted(text: str) -> tuple[str, float]:
     """``ADAPTER[=WEIGHT]`` -> reference and weight. A file or folder that has the whole name always wins.
 
     Raises:
-        click.BadParameter: what follows the last ``=`` is not a finite number.
+        click.BadParameter: what follows the last ``=`` is not a finite number; or a weight written otherwise: behind a
+            colon, or as a word of its own.
     """
     reference, equals, suffix = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if Path(text).exists():
+        return text, 1.0
+    if not equals:
+        if match := _WEIGHT.fullmatch(text):
+            adapter = show(match["adapter"] or "ADAPTER")
+            raise click.BadParameter(f"there is no '{show(text)}'; weights are written {adapter}={match['weight']}")
         return text, 1.0
     weight = _float(suffix)
     if not math.isfinite(weight) or not reference:

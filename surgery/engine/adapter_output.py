@@ -129,7 +129,7 @@ def write_adapter(rendering: Rendering, target: Format, job: str, prove: Prove, 
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
     output = options.output
-    content = _TensorFile.of(rendering)
+    content = _TensorFile.of(rendering, output if target.single_file else output / rendering.tensor_file)
 
     def proved(path: Path) -> Mapping[str, Any]:
         try:
@@ -173,7 +173,7 @@ def put_adapter(
     Raises:
         FitError, ResourceError: as `write_adapter`.
     """
-    content = _TensorFile.of(rendering)
+    content = _TensorFile.of(rendering, folder.shown / (within + rendering.tensor_file))
     for name, data in rendering.small_files.items():
         folder.write_small(within + name, data)
     file = folder.create(within + rendering.tensor_file, content.size)
@@ -189,15 +189,19 @@ class _TensorFile:
     Attributes:
         packed: Its plan.
         tensors: By name.
+        path: What messages call it.
     """
 
     packed: PackedFile
     tensors: Mapping[str, NewTensor]
+    path: Path
 
     @classmethod
-    def of(cls, rendering: Rendering) -> _TensorFile:
+    def of(cls, rendering: Rendering, path: Path | None = None) -> _TensorFile:
+        """The file that `rendering` will be at `path`."""
         specs = [(tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors]
-        return cls(rendering.packing(specs, rendering.metadata), {tensor.name: tensor for tensor in rendering.tensors})
+        tensors = {tensor.name: tensor for tensor in rendering.tensors}
+        return cls(rendering.packing(specs, rendering.metadata), tensors, path or Path(rendering.tensor_file))
 
     @property
     def size(self) -> int:
@@ -234,7 +238,7 @@ class _TensorFile:
 
     def bytes_of(self, name: str) -> memoryview:
         """The bytes of one tensor, computed now."""
-        return as_bytes(_rounded(self.tensors[name]))
+        return as_bytes(_rounded(self.tensors[name], self.path))
 
     def moved(self, name: str, buffer: Array) -> memoryview | None:
         """The bytes of one tensor in `buffer`, if they are those of stored ones and all its numbers are finite.
@@ -341,16 +345,21 @@ def rendered_fingerprint(rendering: Rendering) -> str:
     return fingerprint_of(file.size, lambda offset, nbytes: [file.read(offset, nbytes)])
 
 
-def _rounded(tensor: NewTensor) -> Array:
-    """The tensor's values, rounded once.
+def _rounded(tensor: NewTensor, file: Path) -> Array:
+    """The tensor's values, rounded once; `file` is what messages call the file that they are for.
 
     Raises:
-        FitError: a value is too large for the stored type.
+        FitError: a value is too large for the stored type, or no number.
     """
     values = tensor.load()
     if tuple(values.shape) != tensor.shape:
         raise ProofError(f"made with shape {list(values.shape)} instead of {list(tensor.shape)}", tensor=tensor.name)
     stored = cast(values, tensor.dtype).reshape(-1)
     if tensor.dtype.is_float and not all_finite(stored):
-        raise FitError(f"NaN, Inf, or a value too large for {tensor.dtype.label}", tensor=tensor.name)
+        if not all_finite(values):
+            what, hint = "holds NaN or Inf", "the weights that it is made of are damaged, or their scale is too large"
+        else:
+            what = f"a value is too large for {tensor.dtype.label}"
+            hint = "lower its scale" if tensor.dtype is DType.F32 else "store it as bf16 or fp32"
+        raise FitError(what, file=file, tensor=tensor.name, hint=hint)
     return stored

@@ -99,7 +99,11 @@ def _logits(model: Predictor, rows: npt.NDArray[np.int64], group: Sequence[Windo
     places = (window.scored - window.start for window in group)  # the token in front is in the place before the first
     found = [row[first:-1] for row, first in zip(logits, places, strict=True)]
     if not all(np.isfinite(row).all() for row in found):
-        raise FitError("computes logits that are no finite numbers", file=model.path)
+        raise FitError(
+            "computes logits that are no finite numbers",
+            file=model.path,
+            hint="a weight is NaN or Inf, or so large that a product overflows: export or merge again from sound weights",
+        )
     return found
 
 

@@ -67,7 +67,7 @@ def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limi
         encoded = open_tokenizer(folder).encode(data.decode(), begins=False)
         tokens = np.array(encoded, np.int64)
         if not len(tokens):
-            raise FitError("the tokenizer makes no token of the text", file=text)
+            raise FitError("the tokenizer makes no token of the text", file=text, hint="give a text of its language")
     digest = "" if data is None else hashlib.sha256(data).hexdigest()
     return EvaluationText(tokens, _begin(folder), None if data is None else len(data), limited, digest)
 
@@ -99,7 +99,7 @@ def _tokens(path: Path) -> npt.NDArray[np.int64]:
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise FitError(f"holds {found.dtype} of the shape {list(found.shape)}, not a row of token ids", file=path)
     if not len(found):
-        raise FitError("there are no tokens to evaluate on", file=path)
+        raise FitError("there are no tokens to evaluate on", file=path, hint="give at least one token id")
     if int(found.min()) < 0 or int(found.max()) > np.iinfo(np.int32).max:
         raise FitError("a token id is below 0 or beyond every vocabulary", file=path)
     return found.astype(np.int64)

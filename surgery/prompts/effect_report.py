@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from surgery.progress import Callback
 from surgery.prompts.conversion import check_positions
 from surgery.prompts.effect_result import EffectReport, Substitute, VirtualEffect
 from surgery.prompts.effects import Effects, Measured, Subject, measure_effects
@@ -34,6 +35,7 @@ def effect_report(
     component: Component,
     texts: Sequence[Sequence[int]],
     given: int,
+    progress: Callback | None = None,
 ) -> EffectReport:
     """Measure what a prompt and each of its tokens do on texts, which are taken from `given` tokens.
 
@@ -47,7 +49,7 @@ def effect_report(
         raise FitError("what a token does is seen in the next token, and an encoder has none", file=component.folder)
     vocabulary = None if prompt.prefix is not None else vocabulary_of(component, prompt)
     subject, nearest = _subject(prompt, reference, vocabulary)
-    effects = measure_effects(reference, subject, texts)
+    effects = measure_effects(reference, subject, texts, progress)
     tokens = tuple(_token(effects, number, nearest) for number in range(subject.tokens))
     shown = {row for token in tokens for row, _ in (*token.raises, *token.lowers)} | set(nearest)
     spelt = spelling_of(component.folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from surgery.progress import Callback, Progress
 from surgery.reference import Cache, Reference, forward
 
 __all__ = ["Effects", "Measured", "Subject", "measure_effects"]
@@ -89,8 +90,10 @@ class Effects:
 
 
 @torch.no_grad()
-def measure_effects(reference: Reference, subject: Subject, texts: Sequence[Sequence[int]]) -> Effects:
-    """Measure on texts, as token ids.
+def measure_effects(
+    reference: Reference, subject: Subject, texts: Sequence[Sequence[int]], progress: Callback | None = None
+) -> Effects:
+    """Measure on texts, as token ids; `progress` is told the tokens that are done.
 
     Raises:
         FitError: an id beyond the vocabulary, or more tokens than the model has positions.
@@ -102,6 +105,8 @@ def measure_effects(reference: Reference, subject: Subject, texts: Sequence[Sequ
         effects.all_nearest, effects.all_drawn = Measured(), Measured()
     for text in texts:
         _add_text(effects, _Text(reference, subject, torch.tensor([list(text)])))
+        if progress is not None:
+            progress(Progress(effects.positions, sum(map(len, texts)), "measuring"))
     return effects
 
 

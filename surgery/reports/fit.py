@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.reports.targets import site_roles
+from surgery_formats.binding.bind import other_base
 from surgery_formats.binding.containers import housed
 from surgery_formats.binding.parts import in_its_part
 from surgery_formats.binding.sizes import fit_of, slices_of
@@ -73,7 +74,8 @@ def fit_report(adapter: Adapter, base: Checkpoint) -> FitReport:
             file=adapter.path,
             hint=_hint(odd[0], base),
         )
-    warnings = (*_prompt(adapter, base), *notes)
+    elsewhere = other_base(given, base)
+    warnings = (*_prompt(adapter, base), *notes, *([elsewhere] if elsewhere else []))
     if odd:
         count = f"{len(odd)} of {len(adapter.updates)} parameters"
         warnings = (f"{count} do not fit the base: {listing(map(str, odd))}", *warnings)

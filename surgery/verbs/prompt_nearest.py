@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from surgery.engine.inputs import AdapterLike, CheckpointLike, as_adapter, as_checkpoint, check_counts
+from surgery.progress import Callback
 from surgery.prompts.effect_result import EffectReport
 from surgery.prompts.nearest_result import NearestReport, VirtualToken
 from surgery.prompts.search import search
@@ -15,6 +18,7 @@ from surgery.prompts.vocabulary import component_for, spelling_of, vocabulary_of
 from surgery.reports.result import timed
 from surgery_formats.adapters.soft_prompts import soft_prompt, soft_prompts
 from surgery_formats.arrays import cast
+from surgery_formats.binding.bind import warn_of_other_base
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import UsageError
 from surgery_formats.text import show
@@ -34,6 +38,7 @@ def prompt_nearest(
     top: int = 5,
     sample: int | None = None,
     component: str | None = None,
+    progress: Callback | None = None,
 ) -> NearestReport | EffectReport:
     """Find the tokens of a vocabulary that are nearest to virtual ones, by cosine, distance and dot product; or what each does.
 
@@ -52,6 +57,7 @@ def prompt_nearest(
         top: How many tokens to find of each.
         sample: How many tokens are asked for their own nearest neighbour; by default all of a small vocabulary, else 512.
         component: Of virtual tokens for several text encoders, the one to look at.
+        progress: Called with the tokens measured so far, of an effect.
 
     Raises:
         UsageError: an argument of a wrong type, or an effect and no texts.
@@ -69,12 +75,14 @@ def prompt_nearest(
     found = soft_prompt(adapter, component)
     where = component if component is not None else next(iter(soft_prompts(adapter)))
     network = component_for(checkpoint, where)
+    elsewhere = warn_of_other_base([adapter], checkpoint)
     if by == "effect":
         from surgery.prompts.effect_report import effect_report  # torch
 
         rows = token_rows(texts, network.folder, length)
         given = sum(map(len, rows))
-        return effect_report(adapter, found, network, spread(rows, max_tokens or given), given)
+        report = effect_report(adapter, found, network, spread(rows, max_tokens or given), given, progress)
+        return replace(report, warnings=tuple(elsewhere))
     vocabulary = vocabulary_of(network, found)
     vectors = cast(found.embeddings(), DType.F32)
     spacing = spacing_of(vocabulary, sample)
@@ -94,5 +102,5 @@ def prompt_nearest(
         spacing,
         {row: text for row, text in spelling_of(network.folder).items() if row in ids},
         sum(source.nbytes for source in vocabulary.storage.sources),
-        tuple(warnings),
+        (*elsewhere, *warnings),
     )

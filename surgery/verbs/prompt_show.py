@@ -16,6 +16,7 @@ from surgery.reports.result import timed
 from surgery_formats.adapters.adapterhub.prompts import HUB_PROMPT
 from surgery_formats.adapters.soft_prompts import history, soft_prompts
 from surgery_formats.arrays import cast
+from surgery_formats.binding.bind import warn_of_other_base
 from surgery_formats.binding.prompt_fit import check_prompt
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.dtypes import DType
@@ -55,6 +56,7 @@ def prompt_show(prompt: AdapterLike, *, base: CheckpointLike | None = None) -> P
         None if checkpoint is None else checkpoint.path,
         (
             *adapter.known_issues(),
+            *([] if checkpoint is None else warn_of_other_base([adapter], checkpoint)),
             *(_UNKNOWN if checkpoint is not None and not all(part.fits for part in parts) else ()),
         ),
     )

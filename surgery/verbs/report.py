@@ -22,6 +22,8 @@ from surgery_formats.models.module_tree import leaves, module_graph
 
 __all__ = ["SavingsReport", "report"]
 
+_TASKS = (1, 10, 100)
+
 
 @timed
 def report(
@@ -29,7 +31,7 @@ def report(
     *,
     base: CheckpointLike | None = None,
     other_base: CheckpointLike | None = None,
-    tasks: int | Sequence[int] = (1, 10, 100),
+    tasks: int | Sequence[int] | None = None,
 ) -> SavingsReport:
     """Parameter and storage savings of adapters. Only headers are read, unless two bases are compared.
 
@@ -39,17 +41,17 @@ def report(
         other_base: The same model, quantised or not: how far its values lie from the base's is measured beside what
             each adapter adds, and which of the two gives the behaviour that the adapter had in training. Or the name
             of a rule, ``nf4``: what bitsandbytes makes of the base (see `surgery.merge`).
-        tasks: Numbers of tasks to compare.
+        tasks: Numbers of tasks to compare; by default 1, 10 and 100.
 
     Raises:
         NotFoundError, MalformedError: a path cannot be read.
-        FitError: a full model where an adapter was expected, an adapter none of whose parameters the base has, or a
-            number of tasks below one.
+        UsageError: a number of tasks below one, or numbers of tasks and no base.
+        FitError: a full model where an adapter was expected, an adapter none of whose parameters the base has.
     """
-    tasks = as_list(tasks)
-    for number in tasks:
+    numbers = list(_TASKS) if tasks is None else as_list(tasks)
+    for number in numbers:
         check_counts(tasks=number)
-    tasks = [int(number) for number in tasks]
+    numbers = [int(number) for number in numbers]
     adapters: list[Adapter] = []
     models: list[Checkpoint] = []
     listed: list[Openable] = as_list(references)
@@ -65,10 +67,14 @@ def report(
             refuse_known(models[-1].path, component.tensors, networks=True)
         raise FitError("more than one base", file=models[-1].path, hint="an adapter was expected here")
     model = models[0] if models else None if base is None else as_checkpoint(base)
+    if model is None and tasks is not None:
+        raise UsageError(
+            "tasks on one base are compared with copies of it, and no base is given", hint="`base=` names it"
+        )
     if model is not None and adapters:
         model = as_checkpoint(model)  # a graph's names say nothing of what an adapter meets
     base_cost = None if model is None else _base_cost(model)
-    costs = tuple(_adapter_cost(adapter, model, base_cost, tasks) for adapter in adapters)
+    costs = tuple(_adapter_cost(adapter, model, base_cost, numbers) for adapter in adapters)
     together = None
     if base_cost and len(costs) > 1:
         together = _task_cost(base_cost, len(costs), sum(c.nbytes for c in costs), sum(c.trained for c in costs))

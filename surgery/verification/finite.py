@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the logits finite in the type that a graph computes in?"""
+"""Can the logits prove anything: are they finite in the type that a graph computes in, and not all 0?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
     from surgery.verification.onnx import LogitDifference
     from surgery.verification.session import GraphFile
 
-__all__ = ["check_finite", "fits_half"]
+__all__ = ["SOFT_PROMPT", "check_finite", "fits_half", "nothing_to_compare"]
+
+SOFT_PROMPT = "soft prompt"
+"""What the comparison of a stored prompt is called."""
 
 _NEAR = 0.5  # of the largest: rounding on the way may carry less of it beyond
 
@@ -25,10 +29,12 @@ Measure = Callable[[], Sequence["LogitDifference"]]
 
 
 def check_finite(graph: GraphFile, measures: Sequence[LogitDifference], seen: Stored) -> None:
-    """Refuse logits that are not finite in float32: a weight is damaged.
+    """Refuse logits that are not finite in float32, or all 0: a weight is damaged, or far too large.
+
+    A soft prompt may be 0: it is what was stored, not what was computed.
 
     Raises:
-        ProofError: a logit is NaN or Inf.
+        ProofError: a logit is NaN or Inf, or all of a comparison are 0.
     """
     if not all(math.isfinite(measure.size) for measure in measures):
         raise ProofError(
@@ -36,6 +42,17 @@ def check_finite(graph: GraphFile, measures: Sequence[LogitDifference], seen: St
             file=graph.path,
             hint="the weights are damaged, or were before the export",
         )
+    if (empty := next((one for one in measures if one.size == 0 and one.name != SOFT_PROMPT), None)) is not None:
+        raise nothing_to_compare(graph.path, empty.name)
+
+
+def nothing_to_compare(graph: Path, what: str) -> ProofError:
+    """The error for a reference that computes nothing but 0: a graph that is wrong may agree with it."""
+    return ProofError(
+        f"{what}: all that the model itself computes is 0, which gives nothing to compare",
+        file=graph,
+        hint="its weights are 0, or so large that a norm makes 0 of them: check them, and the weights of the adapters",
+    )
 
 
 def fits_half(graph: GraphFile, seen: Stored, again: Measure) -> str:

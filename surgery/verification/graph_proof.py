@@ -14,7 +14,7 @@ from surgery.reference import Reference
 from surgery.reference.stored import watched
 from surgery.verification.bytes import compare_files
 from surgery.verification.coded_weights import is_written_anew
-from surgery.verification.finite import check_finite, fits_half
+from surgery.verification.finite import SOFT_PROMPT, check_finite, fits_half
 from surgery.verification.graph_model import check_written_anew, model_of_graphs
 from surgery.verification.inserted import with_adapter_modules, with_baked_modules
 from surgery.verification.onnx import LogitDifference, compare_decoder, compare_encoder, compare_prompt, compare_slots
@@ -160,13 +160,13 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
         ProofError: the graph computes something else.
     """
     short = graph.rounded or (
-        measure.name == "soft prompt" and graph.contract.dtype != "fp32"
+        measure.name == SOFT_PROMPT and graph.contract.dtype != "fp32"
     )  # stored in the cache's type
     share = tolerance or (SHORT_TOLERANCE if short else TOLERANCE)
     limit = share * max(1.0, measure.size)
     if not measure.within(share):
         tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
-        what = "key or value" if measure.name == "soft prompt" else "logit"
+        what = "key or value" if measure.name == SOFT_PROMPT else "logit"
         raise ProofError(
             f"{measure.name}: a {what} differs by {measure.difference:.3g} from what the model computes (at most "
             f"{limit:.3g}){tokens}",

@@ -13,6 +13,7 @@ import torch
 from surgery.engine.merge.merge_plan import plan_merge
 from surgery.onnx.run.text_rows import rows_of_text
 from surgery.reference import Reference, forward, open_reference
+from surgery.verification.finite import nothing_to_compare
 from surgery.verification.result import LogitError
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile, Session, read_graph
@@ -35,7 +36,7 @@ def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, 
 
     Raises:
         FitError: a graph without logits of texts, see `check_measurable`.
-        ProofError: logits of other sizes, or such as are no numbers.
+        ProofError: logits of other sizes, such as are no numbers, or a model whose logits are all 0.
     """
     check_measurable(path)
     graph = read_graph(path)
@@ -90,7 +91,9 @@ def _measured(graph: GraphFile, wanted: Reference, rows: Sequence[Sequence[int]]
         divergence += float((model.exp() * (model - own)).sum())
     if not math.isfinite(error):
         raise ProofError("logits on the text are not finite", file=graph.path)
-    return LogitError(count, math.sqrt(error / max(energy, 1e-300)), same / count, max(divergence / count, 0.0))
+    if not energy:
+        raise nothing_to_compare(graph.path, "logits on the text")
+    return LogitError(count, math.sqrt(error / energy), same / count, max(divergence / count, 0.0))
 
 
 def _logits(model: Reference, ids: torch.Tensor) -> torch.Tensor:

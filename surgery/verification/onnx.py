@@ -13,6 +13,7 @@ import torch
 
 from surgery.onnx.graph.contract import KEEP, Contract
 from surgery.reference import Cache, Reference, forward, prompt_cache
+from surgery.verification.finite import SOFT_PROMPT
 from surgery.verification.inserted import is_gated
 from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
@@ -334,4 +335,4 @@ def compare_prompt(
     # numpy's maximum is NaN where one is, and Python's need not be
     difference = np.max([float((a.double() - b.double()).abs().max()) for a, b in pairs_of_parts])
     size = np.max([float(b.abs().max()) for _, b in pairs_of_parts])
-    return LogitDifference("soft prompt", float(difference), float(size))
+    return LogitDifference(SOFT_PROMPT, float(difference), float(size))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,16 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.binding.bind import other_base
 from surgery_formats.errors import FitError
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.adapter_files import GOLDEN
 from tests.support.hand_made import write_adapter, write_model
+from tests.support.kit import ROOT
+from tests.support.quantised_folders import quantise_folder
+
+BASE = ROOT / "examples" / "base"
 
 
 @pytest.mark.parametrize("side", ["embedding", "head"])
@@ -130,3 +138,19 @@ def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
     }
     with pytest.raises(FitError, match="same weight"):
         surgery.merge(base, write_adapter(tmp_path / "lora", lora), output=tmp_path / "out")
+
+
+def test_another_base_is_told_and_a_quantised_copy_is_none(tmp_path: Path) -> None:
+    adapter = read_adapter(ROOT / "examples/lora")  # of examples/base
+    assert other_base(adapter, open_checkpoint(BASE)) is None
+    for name, coded, told in (("base-nf4", True, False), ("based", True, True), ("base-tuned", False, True)):
+        there = tmp_path / name
+        if coded:
+            quantise_folder(BASE, there, "nf4")
+        else:
+            shutil.copytree(BASE, there)
+        checkpoint = open_checkpoint(there)
+        assert checkpoint.is_quantised is coded
+        assert (other_base(adapter, checkpoint) is not None) is told
+    assert "base given is 'base-tuned'" in " ".join(surgery.report(adapter, base=tmp_path / "base-tuned").warnings)
+    assert surgery.report(adapter, base=BASE).warnings == ()

@@ -42,7 +42,7 @@ def test_numbers_of_a_model_are_those_of_its_file(run: Run, base):
 
 def test_inspect_shows_ranks_and_scales_of_an_adapter(run: Run, lora):
     result = run("inspect", lora)
-    for text in ("peft", "LORA", "rank", "alpha", "scale", "model.layers.*.self_attn.q_proj"):
+    for text in ("peft", "LoRA", "rank", "alpha", "scale", "model.layers.*.self_attn.q_proj"):
         assert text in result.stdout, text
     found = json.loads(run("inspect", lora, "--json").stdout)["result"]
     assert found["ranks"] == {str(RANK): 2 * LAYERS}

@@ -108,7 +108,7 @@ def test_a_misspelt_path_that_looks_like_a_name_of_the_hub_is_told_so_first(hub:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"no file or folder of this name is here.*cannot be reached; .*'examples'"):
         resolve("exampls/lora")
-    with pytest.raises(InputError, match="no file or folder of this name.* cannot be reached.*hf download org/name"):
+    with pytest.raises(InputError, match=r"no file or folder of this name.* cannot be reached.*hf download org/name"):
         resolve("org/name")
     with pytest.raises(InputError) as caught:
         resolve("hf://org/name")

@@ -41,3 +41,18 @@ def test_an_unknown_name_is_a_fault_of_usage(words: list[str], known: str, run: 
     assert done.stderr.startswith(f"error: invalid value for '{words[-2]}': ")
     assert known in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (["merge", BASE, f"{LORA}:0.7"], "lora=0.7"),
+        (["merge", BASE, LORA, "0.7"], "there is no '0.7'; weights are written ADAPTER=0.7"),
+        (["combine", LORA, f"{LORA}:1"], "lora=1"),
+        (["report", LORA, "--tasks", "100"], "hint: --base names it"),
+    ],
+)
+def test_what_is_written_otherwise_is_refused_with_how_to_write_it(words: list[str], cure: str, run: Run) -> None:
+    done = run(*words, *(["--dry-run"] if words[0] != "report" else []))
+    assert done.exit_code == 2, done.output
+    assert cure in done.stderr

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer
 
 import surgery
@@ -188,8 +189,22 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, excerpt: Path) -> N
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         os.link(BASE / name, bare / name)
-    with pytest.raises(NotFoundError, match=r"no tokenizer\.json"):
+    with pytest.raises(
+        NotFoundError, match=r"no tokenizer\.json beside the model; copy the model's, or give token ids"
+    ):
         surgery.eval(bare, text=excerpt)
+
+    tensors = load_file(BASE / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "tokenizer.json"):
+        os.link(BASE / name, damaged / name)
+    with pytest.raises(
+        FitError, match="no finite numbers; a weight is NaN or Inf, or so large that a product overflows"
+    ):
+        surgery.eval(damaged, text=excerpt)
 
 
 def test_models_of_other_vocabularies_are_not_compared(tmp_path: Path, excerpt: Path) -> None:

@@ -33,6 +33,6 @@ def test_logits_are_measured_on_texts_alone(tmp_path: Path) -> None:
     with pytest.raises(MalformedError, match="not a text in UTF-8"):
         rows_of_text(BASE, BASE / "model.safetensors", 1536, 0)
     (tmp_path / "blank.txt").write_text("\n")
-    with pytest.raises(FitError, match="there is no text in it"):
+    with pytest.raises(FitError, match="there is no text in it; give a file that has one"):
         rows_of_text(BASE, tmp_path / "blank.txt", 1536, 0)
     assert len(rows_of_text(BASE, "examples/heldout/target.txt", 1536, 0)) == 8

@@ -95,7 +95,7 @@ def test_a_stop_token_ends_its_row_only(folder, tmp_path):
 def test_missing_files_and_oversized_requests_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "bare")
     (tmp_path / "bare" / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+    with pytest.raises(InputError, match=r"no tokenizer\.json beside the graph; copy the base model's"):
         surgery.run(tmp_path / "bare", ["text"], device="cpu")
     assert len(surgery.run(tmp_path / "bare", [[5, 6]], device="cpu", max_new=3).texts[0].tokens) == 3
     (tmp_path / "bare" / "tokenizer.json").write_text("{}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 import surgery
+from surgery.progress import Progress
 from surgery.prompts.texts import spread, token_rows
 from surgery_formats.errors import FitError, UsageError
 from tests.oracles import recipes
@@ -225,3 +227,13 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     rows = np.ones((2, 32), np.float32)
     with pytest.raises(FitError, match="an encoder has none"):
         surgery.prompt_nearest(write_prompt(tmp_path / "p", rows), tmp_path, by="effect", texts=[[1, 2]])
+
+
+def test_progress_counts_the_tokens_and_another_base_is_told(tmp_path: Path) -> None:
+    told: list[Progress] = []
+    shutil.copytree(BASE, tmp_path / "other")
+    done = surgery.prompt_nearest(PROMPT, tmp_path / "other", by="effect", texts=TEXTS, progress=told.append)
+    assert [(step.done, step.total) for step in told] == [(5, 9), (9, 9)]
+    assert done.warnings == surgery.prompt_nearest(PROMPT, tmp_path / "other").warnings
+    assert "the base given is 'other'" in done.warnings[0]
+    assert surgery.prompt_nearest(PROMPT, BASE).warnings == ()

@@ -324,8 +324,10 @@ def test_a_value_too_large_for_the_type(tmp_path: Path) -> None:
         {f"{Q}.lora_A.weight": np.full((2, 6), 1e5, np.float32), f"{Q}.lora_B.weight": draw(2, 6, 2)},
         r=2,
     )
-    with pytest.raises(FitError, match="too large for F16"):
+    with pytest.raises(FitError, match="too large for F16; store it as bf16 or fp32") as caught:
         convert(source, "mlx", output=tmp_path / "b", dtype="fp16")
+    assert caught.value.file == str(tmp_path / "b" / "adapters.safetensors")
+    assert caught.value.tensor == "model.layers.0.self_attn.q_proj.lora_a"
     assert os.listdir(tmp_path) == ["a"]
 
 

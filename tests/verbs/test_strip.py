@@ -67,10 +67,10 @@ def test_traces_go_and_all_else_stays(traced: Path, tmp_path: Path) -> None:
 
 def test_an_output_may_lie_beside_the_graph_and_on_no_file_of_it(traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(traced.parent)
-    surgery.strip("model.onnx", output="clean")
+    surgery.strip(Path("model.onnx"), output="clean")
     assert surgery.diff(traced, "clean/model.onnx").equal
     with pytest.raises(FitError, match="holds the input"):
-        surgery.strip("model.onnx", output=".", overwrite=True)
+        surgery.strip(Path("model.onnx"), output=".", overwrite=True)
 
 
 def test_all_metadata_goes_where_asked_but_for_the_models_own(traced: Path, tmp_path: Path) -> None:

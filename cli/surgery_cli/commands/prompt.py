@@ -91,7 +91,8 @@ def nearest(
     """
     from surgery.verbs.prompt_nearest import prompt_nearest
 
-    result = prompt_nearest(prompt, base, texts=_texts(texts, text_file, ids), **options)
+    with bar(settings, "measuring", unit="tokens") as progress:
+        result = prompt_nearest(prompt, base, texts=_texts(texts, text_file, ids), progress=progress, **options)
     show_result("prompt nearest", result, settings, data=True)
 
 

@@ -26,11 +26,9 @@ __all__ = ["command"]
     "--tasks",
     type=option.count(),
     multiple=True,
-    default=(1, 10, 100),
-    show_default=True,
-    help="Numbers of tasks to compare; may be repeated.",
+    help="Numbers of tasks to compare, by default 1, 10 and 100; needs the base; may be repeated.",
 )
-def command(settings: Settings, references: tuple[str, ...], **options: Any) -> None:
+def command(settings: Settings, references: tuple[str, ...], tasks: tuple[int, ...], **options: Any) -> None:
     """Report what adapters save in parameters and storage.
 
     Trained share of the parameters, bytes against a full copy, N tasks on one base against N copies, and what the
@@ -44,4 +42,4 @@ def command(settings: Settings, references: tuple[str, ...], **options: Any) -> 
     """
     from surgery.verbs.report import report
 
-    show_result("report", report(references, **options), settings, data=True)
+    show_result("report", report(references, tasks=tasks or None, **options), settings, data=True)

@@ -37,7 +37,7 @@ from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.text import listing, local_name
 from surgery_formats.updates import is_replacing
 
-__all__ = ["Binding", "bind", "warn_of_other_base"]
+__all__ = ["Binding", "bind", "other_base", "warn_of_other_base"]
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,18 @@ def _warn_of_parting(untied: frozenset[str], checkpoint: Checkpoint) -> list[str
 
 def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> list[str]:
     """A different recorded base name is only a warning: folders get renamed."""
+    return [f"{adapter.path.name}: {text}" for adapter in adapters if (text := other_base(adapter, checkpoint))]
+
+
+def other_base(adapter: Adapter, checkpoint: Checkpoint) -> str | None:
+    """That the base recorded in `adapter` has another name than the one given; None if it is the same, or a quantised copy.
+
+    A quantised copy has the name of what it was made of and an ending: ``llama-bnb-4bit``.
+    """
+    given, recorded = checkpoint.path.resolve().name, adapter.base_name.rstrip("/").rpartition("/")[2]
     config = next(iter(checkpoint.components.values())).config
-    names = {checkpoint.path.resolve().name, str(config.get("_name_or_path", "")).rpartition("/")[2]}
-    return [
-        f"{adapter.path.name}: was trained on '{local_name(adapter.base_name)}', "
-        f"the base given is '{checkpoint.path.resolve().name}'"
-        for adapter in adapters
-        if adapter.base_name and adapter.base_name.rstrip("/").rpartition("/")[2] not in names
-    ]
+    if not recorded or recorded in (given, str(config.get("_name_or_path", "")).rpartition("/")[2]):
+        return None
+    if checkpoint.is_quantised and given.startswith(tuple(recorded + mark for mark in "-_.")):
+        return None
+    return f"was trained on '{local_name(adapter.base_name)}', the base given is '{given}'"

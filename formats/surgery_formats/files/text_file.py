@@ -43,5 +43,6 @@ def read_text_file(path: str | os.PathLike[str], limit: int | None = None) -> tu
             f"not a text: byte {data.index(0)} is zero, as in UTF-16", file=path, hint="convert it to UTF-8"
         )
     if not data[:end].strip():
-        raise FitError("there is no text in it", file=path)
+        hint = "give a higher limit of bytes" if limited else "give a file that has one"
+        raise FitError("there is no text in it", file=path, hint=hint)
     return data[:end], limited

@@ -40,7 +40,7 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 Additions = tuple[tuple[LoRA, View], ...]
-_HINT = "merge it instead, or make LoRAs of it: surgery convert --as lora"
+_HINT = "merge it instead, or make LoRAs of it: surgery convert ADAPTER --to peft --as lora --rank N --base BASE -o OUT"
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,12 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     """
     file = folder / NAME
     if not file.exists():
-        raise NotFoundError(f"no {NAME} beside the graph", file=folder, hint="copy the base model's, or give token ids")
+        is_graph = any(folder.glob("*.onnx"))
+        raise NotFoundError(
+            f"no {NAME} beside the {'graph' if is_graph else 'model'}",
+            file=folder,
+            hint=f"copy the {'base model' if is_graph else 'model'}'s, or give token ids",
+        )
     tokenizers = require("tokenizers", "texts", otherwise="give token ids")
     source = open_file(file)
     if source.size > TOKENIZER_LIMIT:

@@ -4,7 +4,7 @@
 ``add_weighted_adapter`` gives its result ``lora_alpha = r`` and no patterns. Two of its versions made that wrong:
 
     before 0.21        the combinations by SVD multiply each source's ``alpha / r`` in twice
-    until 0.21, rsLoRA ``use_rslora`` is copied from the first source, which scales the result by ``sqrt(r)``
+    0.21 too, rsLoRA   ``use_rslora`` is copied from the first source, which scales the result by ``sqrt(r)``
                        (huggingface/peft#3449)
 
 torchtune exports to PEFT with a configuration of four or five fields. It puts rows of queries and keys in another order for
