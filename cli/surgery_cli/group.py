@@ -90,7 +90,7 @@ class SurgeryGroup(click.Group):
         """Resolve a command as click does, with a "did you mean" from the table."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            hint = closest(name, COMMANDS)
+            hint = closest(name, [known for known in COMMANDS if known.startswith(name)] or COMMANDS)
             raise click.UsageError(f"no command '{show(name)}'" + (f"; {hint}" if hint else ""), ctx)
         return super().resolve_command(ctx, args)
 

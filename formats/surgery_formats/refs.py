@@ -37,6 +37,8 @@ _HUB = re.compile(
     rf"(?P<repo>(?:{_WORD}/)?{_WORD})"
     r"(?:@(?P<revision>[A-Za-z0-9][A-Za-z0-9._/-]{0,250}))?(?::(?P<file>[^:\\\0]{1,500}))?"
 )
+# How a repository is written elsewhere: the address of its page, or the scheme with a slash too few.
+_ADDRESS = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/?)(?P<repo>(?:{_WORD}/)?{_WORD})")
 # Other copies of the weights; a repository often holds its model several times over.
 _OTHER_COPIES = ("*.tflite", "*.mlpackage/*", "original/*", "consolidated*")
 
@@ -81,7 +83,7 @@ def resolve(reference: str | os.PathLike[str]) -> Path:
         return path
     name = parse_hub_name(text)
     if not text.startswith(_SCHEME) and (name is None or _looks_local(name.repo)):
-        raise NotFoundError("no such file or folder", file=text, hint=_hint(path, name))
+        raise NotFoundError("no such file or folder", file=text, hint=_hint(text, name))
     if name is None:
         raise NotFoundError("not a hub name", file=text, hint="write hf://org/name; @revision and :file are optional")
     return _on_the_hub(name, text)
@@ -111,7 +113,10 @@ def _looks_local(repo: str) -> bool:
     return _exists(Path(repo.split("/")[0])) or repo.lower().endswith(".json") or holds_weights(repo.lower())
 
 
-def _hint(path: Path, name: HubName | None) -> str | None:
+def _hint(text: str, name: HubName | None) -> str | None:
+    if address := _ADDRESS.match(text):
+        return f"write {_SCHEME}{show(address['repo'])} if you mean the hub"
+    path = Path(text)
     try:
         hint = closest(path.name, sorted(os.listdir(path.parent)))
     except (OSError, ValueError):
@@ -121,26 +126,19 @@ def _hint(path: Path, name: HubName | None) -> str | None:
     return hint
 
 
-def _near(text: str) -> str | None:
-    """Hint at a local folder whose name is close to the first part of `text`."""
-    return None if text.startswith(_SCHEME) else closest(text.split("/")[0], sorted(os.listdir()))
-
-
 def _on_the_hub(name: HubName, text: str) -> Path:
-    hub = library()
-    if hub.constants.HF_HUB_OFFLINE:
-        return _from_cache(name, text)
     try:
-        repository = open_repository(name.repo, name.revision, text)
+        repository = _repository_or_cached(name, text)
     except SurgeryError as error:
-        if error.__cause__ is None or not is_out_of_reach(error.__cause__):
-            if near := _near(text):
-                error.hint = near
-            raise
-        try:
-            return _from_cache(name, text)
-        except NotFoundError:
-            raise error from error.__cause__
+        error.file = error.file or text
+        if not text.startswith(_SCHEME):  # it may be a misspelt path
+            error.message = (
+                f"no file or folder of this name is here, so it was taken for one on the hub: {error.message}"
+            )
+            error.hint = closest(text.split("/")[0], sorted(os.listdir())) or error.hint
+        raise
+    if isinstance(repository, Path):
+        return repository
     _hide_other_copies(repository)
     root = RemotePath(f"{_SCHEME}{repository.name}")
     if name.file is None:
@@ -150,6 +148,21 @@ def _on_the_hub(name: HubName, text: str) -> Path:
     if is_weight_file(name.file):  # the other files of a split GGUF are found beside it
         return (None if series(Path(name.file)) else repository.cached(name.file)) or root / name.file
     return _downloaded(repository, name.file)
+
+
+def _repository_or_cached(name: HubName, text: str) -> HubRepository | Path:
+    """The repository, or without a network what the hub's cache holds of it."""
+    if library().constants.HF_HUB_OFFLINE:
+        return _from_cache(name, text)
+    try:
+        return open_repository(name.repo, name.revision, text)
+    except SurgeryError as error:
+        if error.__cause__ is None or not is_out_of_reach(error.__cause__):
+            raise
+        try:
+            return _from_cache(name, text)
+        except NotFoundError:
+            raise error from error.__cause__
 
 
 def _needs_a_file_named(repository: HubRepository, text: str) -> None:

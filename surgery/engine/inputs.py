@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from surgery.arguments import check_types, wrong_type
 from surgery_formats.containers.onnx.container import ONNX
+from surgery_formats.containers.onnx.graph import external_locations
 from surgery_formats.containers.sharded import MODEL_STEMS, is_index
 from surgery_formats.containers.weight_files import holds_weights, is_weight_file
 from surgery_formats.errors import FitError, NotFoundError, UsageError
@@ -62,6 +63,7 @@ AdaptersLike: TypeAlias = "WeightedLike | Iterable[WeightedLike] | Mapping[Any, 
 
 Item = TypeVar("Item")
 
+_GRAPH = "model.onnx"
 _AN_ADAPTER = "an adapter where a full model was expected"
 
 
@@ -121,10 +123,23 @@ def opened_or_graph(value: Openable, argument: str) -> Checkpoint | Adapter | Pa
         value = as_path(value, argument)
         if value.name.endswith(ONNX.suffixes) and value.is_file():
             return value
+        if value.is_dir() and (graph := _graph_of_weights(value)) is not None:
+            return graph
     opened = as_opened(value, argument)
     if isinstance(opened, Checkpoint) and opened.is_graph and not opened.is_pipeline:
         return opened.main.shards[0].path
     return opened
+
+
+def _graph_of_weights(folder: Path) -> Path | None:
+    """The graph that uses all of several files of weights, none of which is a model by its name: an export with an adapter."""
+    names = _weight_files(folder)
+    graphs = [name for name in names if name.endswith(ONNX.suffixes)]
+    weights = set(names) - set(graphs)
+    if len(weights) < 2 or _model_files(folder):
+        return None
+    name = _GRAPH if _GRAPH in graphs else graphs[0] if len(graphs) == 1 else None
+    return folder / name if name and weights <= set(external_locations(folder / name)) else None
 
 
 def _weight_files(folder: Path) -> list[str]:

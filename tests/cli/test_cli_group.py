@@ -111,10 +111,11 @@ def test_without_arguments_help_is_an_error_on_stderr(run: Run):
     assert "Change a model:" in result.stderr
 
 
-def test_a_misspelt_command_is_guessed(run: Run):
-    result = run("mrge")
+@pytest.mark.parametrize(("name", "meant"), [("mrge", "merge"), ("export", "export-onnx"), ("extract", "extract-lora")])
+def test_a_misspelt_command_is_guessed(name: str, meant: str, run: Run):
+    result = run(name)
     assert result.exit_code == 2
-    assert "did you mean 'merge'" in result.stderr
+    assert f"did you mean '{meant}'" in result.stderr
 
 
 def test_completion_of_names_comes_from_the_table():

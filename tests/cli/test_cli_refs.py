@@ -13,7 +13,7 @@ import pytest
 
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.weight_files import ENTRY_POINTS
-from surgery_formats.errors import MissingPackageError, NotFoundError
+from surgery_formats.errors import InputError, MissingPackageError, NotFoundError
 from surgery_formats.refs import HubName, parse_hub_name, resolve
 from surgery_formats.testing.plugins import installed
 from tests.support.hub import Hub, reached
@@ -91,6 +91,31 @@ def test_the_way_to_the_hub_is_told(hub: Hub):
         resolve("models/mine")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["https://huggingface.co/org/name", "https://huggingface.co/org/name/tree/main", "hf:/org/name", "hf:org/name"],
+)
+def test_a_name_of_the_hub_in_another_spelling_is_told_as_it_is_written(hub: Hub, text: str):
+    with pytest.raises(NotFoundError, match="write hf://org/name if"):
+        resolve(text)
+    assert hub.asked == []
+
+
+def test_a_misspelt_path_that_looks_like_a_name_of_the_hub_is_told_so_first(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    Path("examples").mkdir()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"no file or folder of this name is here.*cannot be reached; .*'examples'"):
+        resolve("exampls/lora")
+    with pytest.raises(InputError, match=r"no file or folder of this name.* cannot be reached.*hf download org/name"):
+        resolve("org/name")
+    with pytest.raises(InputError) as caught:
+        resolve("hf://org/name")
+    assert caught.value.message == "the hub cannot be reached"
+    assert "hf download org/name" in (caught.value.hint or "")
+
+
 def test_a_hub_name_without_the_hub_package_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
@@ -102,8 +127,9 @@ def test_a_hub_name_without_the_hub_package_names_what_to_install(monkeypatch, t
     for module in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
-    with pytest.raises(MissingPackageError, match=r"pip install 'model-surgery\[hub\]', or download"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'model-surgery\[hub\]', or download") as caught:
         resolve("org/name")
+    assert str(caught.value).startswith("org/name: no file or folder of this name is here, so it was taken for one on")
 
 
 def test_a_full_disk_is_not_the_hubs_fault(hub: Hub, monkeypatch: pytest.MonkeyPatch):

@@ -14,6 +14,7 @@ import pytest
 
 import surgery
 from surgery.onnx.export.layouts import LAYOUTS
+from surgery.reports.graph_report import GraphReport
 from surgery_formats.errors import FitError, NotFoundError, ProofError, SurgeryError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import recipes
@@ -55,6 +56,12 @@ def test_nobody_loads_the_base_of_a_merged_export_as_the_merged_model(tmp_path: 
     surgery.export_onnx(BASE, LORA, output=tmp_path / "out")
     with pytest.raises(SurgeryError, match="2 files of weights"):
         open_checkpoint(tmp_path / "out")
+    graph = surgery.inspect(tmp_path / "out")
+    assert isinstance(graph, GraphReport)
+    assert graph.path == tmp_path / "out" / "model.onnx"
+    shutil.copy(tmp_path / "out" / "base.safetensors", tmp_path / "out" / "another.safetensors")
+    with pytest.raises(SurgeryError, match="3 files of weights"):  # not all are the graph's
+        surgery.inspect(tmp_path / "out")
     surgery.export_onnx(BASE, output=tmp_path / "plain")
     assert open_checkpoint(tmp_path / "plain").main.tensors.keys() == open_checkpoint(BASE).main.tensors.keys()
 

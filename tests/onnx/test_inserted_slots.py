@@ -138,6 +138,17 @@ def test_a_folder_with_a_graph_is_the_graph(base: Path, tmp_path: Path):
     assert surgery.insert(graph.parent, adapter, base=base, output=tmp_path / "out").graph == graph
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_output_may_lie_beside_the_graph(gated: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    graph = write_graph(tmp_path / "model.onnx", "matmul", weights_in(base))
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    monkeypatch.chdir(tmp_path)
+    surgery.insert(graph.name, adapter.name, base=base, gated=gated, output="out")
+    assert Path("out/model.onnx").is_file()
+    with pytest.raises(FitError, match="lies in the input style"):
+        surgery.insert(graph.name, adapter.name, base=base, gated=gated, output="style/out")
+
+
 def test_a_graph_needs_its_base(base: Path, tmp_path: Path):
     graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
     with pytest.raises(surgery.UsageError, match="found by those of its base"):

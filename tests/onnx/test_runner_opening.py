@@ -47,6 +47,15 @@ def logits(opened):
     return opened.session.run(["logits"], {"input_ids": [[1, 2]], "attention_mask": [[1, 1]], **feeds})[0]
 
 
+def test_the_only_graph_of_a_folder_needs_no_name_of_its_own(tmp_path):
+    path = decoder(tmp_path)
+    path = path.rename(tmp_path / "foreign.onnx")
+    assert find_graph(tmp_path) == path
+    (tmp_path / "second.onnx").write_bytes(path.read_bytes())
+    with pytest.raises(NotFoundError, match=r"several graphs: foreign\.onnx, second\.onnx; name one"):
+        find_graph(tmp_path)
+
+
 def test_the_contract_is_read_without_the_graph(tmp_path):
     path = decoder(tmp_path)
     props = read_metadata(path)

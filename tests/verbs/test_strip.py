@@ -17,7 +17,7 @@ from click.testing import CliRunner
 import surgery
 from surgery.onnx.edit.strip import STACK_TRACE
 from surgery_cli.group import surgery as command
-from surgery_formats.errors import NothingChangedError
+from surgery_formats.errors import FitError, NothingChangedError
 from tests.support.kit import ROOT
 
 GRAPHS = ROOT / "tests" / "golden" / "onnx_graphs"
@@ -63,6 +63,14 @@ def test_traces_go_and_all_else_stays(traced: Path, tmp_path: Path) -> None:
     assert not surgery.inspect(written).warnings
     json.dumps(result.as_json())
     assert result.nbytes == sum(path.stat().st_size for path in written.parent.iterdir() if "model.onnx" in path.name)
+
+
+def test_an_output_may_lie_beside_the_graph_and_on_no_file_of_it(traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(traced.parent)
+    surgery.strip(Path("model.onnx"), output="clean")
+    assert surgery.diff(traced, "clean/model.onnx").equal
+    with pytest.raises(FitError, match="holds the input"):
+        surgery.strip(Path("model.onnx"), output=".", overwrite=True)
 
 
 def test_all_metadata_goes_where_asked_but_for_the_models_own(traced: Path, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def write_edited(
     read = [fingerprint(file) for file in (*graph.files, *(open_file(path) for path in inputs if path.is_file()))]
     plan = _digest([__version__, name, hashlib.sha256(data).hexdigest(), made, read, dict(facts)])
     job = _digest([plan, [file.identity for file in graph.files]])
-    roots = [graph.path.parent, *inputs]
+    roots = [*(file.path for file in graph.files), *(side.source for side in sides if side.source), *inputs]
     with output_folder(output, job, overwrite=overwrite, inputs=roots, recorded=plan) as folder:
         for file in graph.external:
             location = _location(graph, file.path)

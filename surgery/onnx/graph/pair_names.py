@@ -5,7 +5,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["BEGUN", "ENCODER", "FIRST", "MASK", "MERGED", "STATES", "SWITCH", "graph_in", "is_main", "kept_names"]
+__all__ = [
+    "BEGUN",
+    "ENCODER",
+    "FIRST",
+    "MASK",
+    "MERGED",
+    "STATES",
+    "SWITCH",
+    "graph_in",
+    "graphs_in",
+    "is_main",
+    "kept_names",
+    "only_graph",
+]
 
 ENCODER = "encoder_model.onnx"
 FIRST, BEGUN, MERGED = "decoder_model.onnx", "decoder_with_past_model.onnx", "decoder_model_merged.onnx"
@@ -29,6 +42,16 @@ def graph_in(folder: Path, name: str = "model.onnx") -> Path:
     whole = folder / name
     pairs = sorted(folder.glob(f"{_STEM}*.onnx"))
     return whole if whole.exists() or not pairs else pairs[0]
+
+
+def graphs_in(folder: Path) -> list[Path]:
+    """The files of graphs in a folder."""
+    return sorted(one for one in folder.glob("[!.]*.onnx") if one.is_file())
+
+
+def only_graph(folder: Path) -> Path | None:
+    """The graph of a folder that has one alone."""
+    return graphs[0] if len(graphs := graphs_in(folder)) == 1 else None
 
 
 def is_main(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
 from surgery.onnx.graph.inserted import inserted_in
-from surgery.onnx.graph.pair_names import graph_in, kept_names
+from surgery.onnx.graph.pair_names import graph_in, graphs_in, kept_names, only_graph
 from surgery.onnx.graph.read_metadata import external_files, read_metadata
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract, named_slots
@@ -27,7 +27,7 @@ from surgery_formats.errors import FitError, MalformedError, NotFoundError, Usag
 from surgery_formats.files.output.manifest import is_safe_name
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.remote.path import on_a_disk
-from surgery_formats.text import show
+from surgery_formats.text import listing, show
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -78,10 +78,11 @@ class GraphSession:
 
 
 def placed_graph(folder: Path) -> Path | None:
-    """The main graph of a folder, where one of the layouts of `surgery.onnx.export.layouts` has it."""
+    """The main graph of a folder, where one of the layouts of `surgery.onnx.export.layouts` has it, or the only one in it."""
     below = (graph for name in _BELOW for graph in sorted((folder / name).glob("model*.onnx")))
     pairs = (graph_in(folder / name) for name in _BELOW)
-    return next((graph for graph in (graph_in(folder), *below, *pairs) if graph.exists()), None)
+    placed = next((graph for graph in (graph_in(folder), *below, *pairs) if graph.exists()), None)
+    return placed or only_graph(folder)
 
 
 def side_folder(graph: Path) -> Path:
@@ -96,13 +97,16 @@ def find_graph(model: str | os.PathLike[str]) -> Path:
     """Return the graph file of `model`, which is a graph or its folder.
 
     Raises:
-        NotFoundError: it does not exist, or is a folder without ``model.onnx``.
+        NotFoundError: it does not exist, or is a folder without ``model.onnx`` and not with one graph alone.
     """
     on_a_disk(model, "onnxruntime reads files")
     path = Path(model)
     if path.is_dir():
         if (found := placed_graph(path)) is None:
-            raise NotFoundError(f"no {GRAPH} in this folder", file=model, hint="create one with surgery export-onnx")
+            names = listing(graph.name for graph in graphs_in(path))
+            what = f", but several graphs: {names}" if names else ""
+            hint = "name one of them" if names else "create one with surgery export-onnx"
+            raise NotFoundError(f"no {GRAPH} in this folder{what}", file=model, hint=hint)
         path = found
     elif not path.exists():
         raise NotFoundError("no such file or folder", file=model)

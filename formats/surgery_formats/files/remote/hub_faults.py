@@ -76,7 +76,11 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
     if status is not None:
         return InputError(f"the hub answers {status}", file=shown, hint="run again later")
     if is_dropped(error):
-        return InputError("the hub cannot be reached", file=shown, hint="check the network and HF_ENDPOINT")
+        return InputError(
+            "the hub cannot be reached",
+            file=shown,
+            hint=f"check the network and HF_ENDPOINT, or run 'hf download {show(repo)}' where there is a network",
+        )
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return NotFoundError(f"the hub could not provide it: {show(said, 300)}", file=shown)
 
