@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,27 @@ def test_connections_that_break_and_addresses_that_expire_lose_nothing(
     surgery.merge(opened, lora, output=tmp_path / "out")
     assert getattr(hub, fault) == 0
     assert all(contents(tmp_path / "out")[name] == contents(tmp_path / "right")[name] for name in SHARDS)
+
+
+def test_an_address_that_another_thread_has_given_up_is_asked_for_again(
+    hub: Hub, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(REPO, base)
+    lora = make_lora(tmp_path / "lora")
+    opened = surgery.open(f"hf://{REPO}")
+    ranged = hub_files.HubRepository._ranged
+
+    def given_up(repository: hub_files.HubRepository, key: str, *asked: Any) -> bytes:
+        try:
+            return ranged(repository, key, *asked)
+        except Exception:
+            repository._locations.pop(key, None)
+            raise
+
+    monkeypatch.setattr(hub_files.HubRepository, "_ranged", given_up)
+    hub.expire = 1
+    surgery.merge(opened, lora, output=tmp_path / "out")
+    assert hub.expire == 0
 
 
 def test_a_host_without_ranges_is_refused_by_name(hub: Hub, base: Path) -> None:

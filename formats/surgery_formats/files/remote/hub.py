@@ -224,10 +224,11 @@ class HubRepository:
             self._locations.pop(key, None)
 
         with self._faults(key):
+            known = key in self._locations  # an address that expires does so for all threads, and the first forgets it
             try:
                 data = repeated(ask, look_again)
             except Exception as error:  # of two HTTP libraries without a common base; others go on
-                if not is_expired(error) or key not in self._locations:
+                if not (is_expired(error) and (known or key in self._locations)):
                     raise
                 look_again()
                 data = repeated(ask, look_again)
