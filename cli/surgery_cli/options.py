@@ -27,7 +27,7 @@ from surgery_cli.values import count, first_ids, number, rank_of, share, size, t
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
-    from surgery_cli.pages import Pages
+    from surgery_cli.page_files import Pages
     from surgery_cli.push import Push
 
 __all__ = [

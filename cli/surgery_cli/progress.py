@@ -34,7 +34,7 @@ def bar(settings: Settings, what: str, *, unit: str = "bytes") -> Iterator[Callb
         yield lambda step: interruption.check()
         return
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield _Lines(what, unit=unit)
+        yield _LinesOfProgress(what, unit=unit)
         return
     from rich import progress as rich
     from rich.console import Console
@@ -54,7 +54,7 @@ def bar(settings: Settings, what: str, *, unit: str = "bytes") -> Iterator[Callb
         yield advance
 
 
-class _Lines:
+class _LinesOfProgress:
     """Progress as lines of text, the first when a few seconds have passed."""
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic, *, unit: str = "bytes") -> None:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from surgery.algebra.group import key_of
 from surgery.comparison.additive import Chain, Squares, are_sums, blocks_of, compared, measured_side, ratio, side_of
 from surgery.comparison.conflict import conflict_of
+from surgery.comparison.entries import AdapterStatus, ModuleDiff
 from surgery.comparison.on_base import pairs_on
-from surgery.comparison.results import AdapterDiff, AdapterStatus, ModuleDiff
+from surgery.comparison.results import AdapterDiff
 from surgery.engine.factor_proof import tensor_error
 from surgery_formats.binding.sizes import check_complete
 from surgery_formats.canonical.adapter import Adapter, Site

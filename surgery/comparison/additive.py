@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surgery.comparison.results import Profile, Side
+from surgery.comparison.entries import Profile, Side
 from surgery_formats.arrays import Array
 from surgery_formats.dtypes import DType
 from surgery_formats.updates import LoRA, Update, in_full, low_rank_part

@@ -7,9 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from surgery.comparison.entries import TensorDiff, TensorHeader, TensorStatus, Values
 from surgery.comparison.measure import CodeTotals, measure
 from surgery.comparison.quantisation_loss import QuantisationLoss
-from surgery.comparison.results import CheckpointDiff, TensorDiff, TensorHeader, TensorStatus, Values
+from surgery.comparison.results import CheckpointDiff
 from surgery.progress import Callback, Progress
 from surgery.reports.selective import ChangedWeight, SelectiveTuning, selective_tuning
 from surgery_formats.dtypes import DType

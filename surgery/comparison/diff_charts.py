@@ -12,7 +12,7 @@ from surgery.reports.layer_grid import layer_chart
 from surgery.reports.sections import Chart
 
 if TYPE_CHECKING:
-    from surgery.comparison.results import ModuleDiff, TensorDiff
+    from surgery.comparison.entries import ModuleDiff, TensorDiff
 
 __all__ = ["module_charts", "tensor_charts"]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from surgery.comparison.diff_charts import tensor_charts
-from surgery.comparison.results import TensorDiff, tensor_sections
+from surgery.comparison.entries import TensorDiff
+from surgery.comparison.results import tensor_sections
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy
 
 from surgery.comparison.checkpoints import diff_checkpoints
+from surgery.comparison.entries import TensorDiff, TensorHeader
 from surgery.comparison.graph_diff import GraphDiff, NodeChange, PortChange
 from surgery.comparison.graph_nodes import changed_nodes, changed_ports
 from surgery.comparison.graph_pairs import TensorPair, paired
-from surgery.comparison.results import TensorDiff, TensorHeader
 from surgery.onnx.survey.modules import module_names
 from surgery.onnx.survey.ports import inputs_of, outputs_of
 from surgery.onnx.survey.survey import computed_weights, operator_counts

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from surgery.comparison.results import Values
+from surgery.comparison.entries import Values
 from surgery_formats.arrays import Array, cast, energy
 from surgery_formats.dtypes import DType
 from surgery_formats.storage.base import Storage, is_contiguous, read_block

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy
 
 from surgery.comparison.additive import SHARES
-from surgery.comparison.results import Profile
+from surgery.comparison.entries import Profile
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError

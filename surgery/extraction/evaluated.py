@@ -13,7 +13,8 @@ from pathlib import Path
 
 from surgery.evaluation.evaluate import Evaluation, plan_evaluation
 from surgery.evaluation.measure import Score
-from surgery.evaluation.predictor import Predictor, open_predictor
+from surgery.evaluation.opening import open_predictor
+from surgery.evaluation.predictor import Predictor
 from surgery.evaluation.result import ScoredModel
 from surgery.evaluation.text import check_same_vocabulary, read_evaluation_text
 from surgery.extraction.adapter import FactorSettings, extracted_adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, check_counts, local_path
 from surgery.evaluation.evaluate import evaluate
-from surgery.evaluation.predictor import open_predictor
+from surgery.evaluation.opening import open_predictor
 from surgery.evaluation.result import EvalResult
 from surgery.evaluation.text import check_same_vocabulary, read_evaluation_text
 from surgery.evaluation.windows import CONTEXT, STRIDE

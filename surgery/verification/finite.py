@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgery.reference.stored import LARGEST_HALF, Stored, watched
+from surgery.verification.logit_difference import SOFT_PROMPT, LogitDifference
 from surgery_formats.errors import ProofError
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
-    from surgery.verification.onnx import LogitDifference
     from surgery.verification.session import GraphFile
 
-__all__ = ["SOFT_PROMPT", "check_finite", "fits_half", "nothing_to_compare"]
-
-SOFT_PROMPT = "soft prompt"
-"""What the comparison of a stored prompt is called."""
+__all__ = ["check_finite", "fits_half", "nothing_to_compare"]
 
 _NEAR = 0.5  # of the largest: rounding on the way may carry less of it beyond
 
-Measure = Callable[[], Sequence["LogitDifference"]]
+Measure = Callable[[], Sequence[LogitDifference]]
 
 
 def check_finite(graph: GraphFile, measures: Sequence[LogitDifference], seen: Stored) -> None:

@@ -14,10 +14,11 @@ from surgery.reference import Reference
 from surgery.reference.stored import watched
 from surgery.verification.bytes import compare_files
 from surgery.verification.coded_weights import is_written_anew
-from surgery.verification.finite import SOFT_PROMPT, check_finite, fits_half
+from surgery.verification.finite import check_finite, fits_half
 from surgery.verification.graph_model import check_written_anew, model_of_graphs
 from surgery.verification.inserted import with_adapter_modules, with_baked_modules
-from surgery.verification.onnx import LogitDifference, compare_decoder, compare_encoder, compare_prompt, compare_slots
+from surgery.verification.logit_difference import SOFT_PROMPT, LogitDifference
+from surgery.verification.onnx import compare_decoder, compare_encoder, compare_prompt, compare_slots
 from surgery.verification.pair import halves, measure_half
 from surgery.verification.result import Check
 from surgery.verification.sentence import own_task, with_sentence_modules

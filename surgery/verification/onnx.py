@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 
 from surgery.onnx.graph.contract import KEEP, Contract
 from surgery.reference import Cache, Reference, forward, prompt_cache
-from surgery.verification.finite import SOFT_PROMPT
 from surgery.verification.inserted import is_gated
+from surgery.verification.logit_difference import SOFT_PROMPT, LogitDifference
 from surgery.verification.session import Arrays, Session
 from surgery_formats.arrays import as_torch
 from surgery_formats.canonical.adapter import Adapter
@@ -23,7 +23,6 @@ from surgery_formats.models.families.recipe import ClassifierHead, Model, Patche
 from surgery_formats.text import show
 
 __all__ = [
-    "LogitDifference",
     "compare_decoder",
     "compare_encoder",
     "compare_prompt",
@@ -37,27 +36,6 @@ __all__ = [
 _PROMPT, _STEPS = 13, 8
 _SEED = 20
 Ids = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class LogitDifference:
-    """One comparison.
-
-    Attributes:
-        name: Description of the run.
-        difference: Greatest absolute difference of a logit.
-        size: Greatest absolute logit of the reference.
-        wrong_tokens: Differing greedy tokens, except near ties of the reference.
-    """
-
-    name: str
-    difference: float
-    size: float
-    wrong_tokens: int = 0
-
-    def within(self, tolerance: float) -> bool:
-        """Whether the difference is at most `tolerance` times the larger of 1 and `size`; NaN never is."""
-        return self.difference <= tolerance * max(1.0, self.size) and not self.wrong_tokens
 
 
 def _prompts(reference: Reference, contract: Contract, rows: int, steps: int) -> tuple[Ids, list[int]]:

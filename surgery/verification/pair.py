@@ -14,7 +14,8 @@ import torch
 from surgery.onnx.graph.pair_names import BEGUN, FIRST, MASK, STATES, SWITCH, kept_names
 from surgery.reference import Cache, Encoded, Reference, encode, forward
 from surgery.reference.attention import kept_of
-from surgery.verification.onnx import LogitDifference, measured, real_tokens, sides, wrong_tokens
+from surgery.verification.logit_difference import LogitDifference
+from surgery.verification.onnx import measured, real_tokens, sides, wrong_tokens
 from surgery.verification.session import Arrays, GraphFile, Session, check_sizes, read_graph
 from surgery.verification.slots import random_slots
 from surgery_formats.errors import ProofError

@@ -24,7 +24,7 @@ BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
 
 def test_a_log_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([0.0, 1.0, 4.9, 5.0, 9.9, 10.5])
-    lines = progress._Lines("merge", lambda: next(seconds))
+    lines = progress._LinesOfProgress("merge", lambda: next(seconds))
     for done, phase in (
         (1, "writing"),
         (10**9, "writing"),
@@ -41,16 +41,16 @@ def test_a_log_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]
 
 def test_a_phase_with_the_name_of_the_work_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = iter([0.0, 10.0])
-    progress._Lines("evaluating", lambda: next(seconds))(Progress(1000, 2000, "evaluating"))
+    progress._LinesOfProgress("evaluating", lambda: next(seconds))(Progress(1000, 2000, "evaluating"))
     assert capsys.readouterr().err == "evaluating: 1 kB of 2 kB (50%), 100 B/s\n"
 
 
 @pytest.mark.parametrize("settings", [Settings(quiet=True), Settings(json=True)])
 def test_quiet_and_json_have_no_lines(settings: Settings) -> None:
     with progress.bar(settings, "merge") as callback:
-        assert not isinstance(callback, progress._Lines)
+        assert not isinstance(callback, progress._LinesOfProgress)
     with progress.bar(Settings(), "merge") as callback:
-        assert isinstance(callback, progress._Lines)
+        assert isinstance(callback, progress._LinesOfProgress)
 
 
 def test_the_library_logs_and_is_silent_by_default(
