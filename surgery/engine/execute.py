@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from surgery.engine.finished import remembered, still_good
 from surgery.engine.jobs import ByteMeter, Computed, ComputeWeight, FileJob, WeightJob, Write
 from surgery.engine.ledger import Ledger, Measurement
 from surgery.engine.plan import Compute, Plan, SideFile
@@ -27,7 +28,7 @@ from surgery.engine.processes import Stop, can_fork, forked
 from surgery.engine.recorded import recorded_recipe, versions_of
 from surgery.progress import Callback
 from surgery_formats.errors import FitError, ResourceError
-from surgery_formats.files.output.folder import QUICK, SIGNED, FileRecord, OutputFolder, Verify, output_folder
+from surgery_formats.files.output.folder import QUICK, SIGNED, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.remote.path import is_remote, to_path
 from surgery_formats.text import nbytes as human
@@ -40,8 +41,6 @@ __all__ = [
     "default_workers",
     "execute",
     "most_workers",
-    "remembered",
-    "still_good",
     "write_side_file",
     "write_weights",
 ]
@@ -393,26 +392,3 @@ def _affordable(plan: Plan, run: Run) -> int:
             hint=f"raise the limit to {math.ceil(largest[0] / 1e6)} MB",  # rounded up: it has to be enough
         )
     return max(1, min(workers, run.memory_limit // largest[0]))
-
-
-def remembered(record: Mapping[str, Any]) -> dict[str, Measurement]:
-    """The recorded measurements of a finished file's tensors, by label."""
-    return {label: Measurement.of_record(fields) for label, fields in record["tensors"].items()}
-
-
-def still_good(path: Path, record: FileRecord) -> bool:
-    """Whether a file that an interrupted run finished still holds the computed tensors it finished with."""
-    from surgery_formats.containers.weight_files import open_shard
-    from surgery_formats.models.identity import tensor_digest
-
-    if "tensors" not in record.record:
-        return False  # a side file: copied again
-    try:
-        stored = {tensor.name: tensor for tensor in open_shard(path).tensors}
-        for label, fields in record.record["tensors"].items():
-            tensor = stored[label.rpartition(":")[2]]
-            if tensor_digest(tensor) != fields["xxh3"]:
-                return False
-    except (KeyError, TypeError, ValueError):
-        return False
-    return True

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from surgery.engine.execute import Run, remembered, write_weights
+from surgery.engine.execute import Run, write_weights
+from surgery.engine.finished import remembered
 from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
 from surgery.engine.plan import Compute, Plan, PlannedFile, PlannedTensor

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.engine.execute import Engine, Run, ThisProcess, still_good, write_side_file, write_weights
+from surgery.engine.execute import Engine, Run, ThisProcess, write_side_file, write_weights
+from surgery.engine.finished import still_good
 from surgery.engine.jobs import ComputeWeight
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
