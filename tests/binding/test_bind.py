@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery_formats.adapters.registry import read_adapter
-from surgery_formats.binding.bind import other_base
+from surgery_formats.binding.bind import bind, other_base
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.adapter_files import GOLDEN
@@ -154,3 +155,14 @@ def test_another_base_is_told_and_a_quantised_copy_is_none(tmp_path: Path) -> No
         assert (other_base(adapter, checkpoint) is not None) is told
     assert "base given is 'base-tuned'" in " ".join(surgery.report(adapter, base=tmp_path / "base-tuned").warnings)
     assert surgery.report(adapter, base=BASE).warnings == ()
+
+
+def test_a_tensor_that_no_update_uses_is_refused_before_a_plan_is_made(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    base = write_model(tmp_path / "base", {f"{name}.weight": torch.randn(8, 8)}, model_type="llama")
+    factors = {f"{name}.lora_A.weight": torch.randn(2, 8), f"{name}.lora_B.weight": torch.randn(8, 2)}
+    adapter, checkpoint = read_adapter(write_adapter(tmp_path / "lora", factors)), open_checkpoint(base)
+    unused = checkpoint.main.tensors[f"{name}.weight"]
+    bind([(adapter, 1.0)], checkpoint)
+    with pytest.raises(FitError, match="1 of 3 tensors are not used by any update"):
+        bind([(replace(adapter, tensors=(*adapter.tensors, unused)), 1.0)], checkpoint)
