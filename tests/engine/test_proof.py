@@ -6,13 +6,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from surgery.engine.factor_proof import distance, scale_error
-from surgery.engine.proof import check_errors, compare, restricted
+from surgery.engine.proof import check_errors, compare, read_back, restricted
+from surgery_formats.adapters.format import Format
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
@@ -95,6 +97,34 @@ def test_a_weight_that_is_missing_or_new_is_named(tmp_path: Path) -> None:
     here, there = adapter_of(toy), adapter_of(toy, "model.layers.1.self_attn.q_proj")
     with pytest.raises(ProofError, match=r"1 weights are missing \(model.layers.0.*1 are new \(model.layers.1"):
         compare(here, there, None)
+
+
+def test_a_weight_that_is_only_missing_or_only_new_is_named_too(tmp_path: Path) -> None:
+    toy = gained_lora(tmp_path / "toy.safetensors")
+    one, both = adapter_of(toy), adapter_of(toy)
+    both = replace(both, updates={**both.updates, Site("model.layers.1.self_attn.q_proj.weight"): (toy,)})
+    with pytest.raises(ProofError, match=r"1 weights are missing \(model.layers.1.*0 are new"):
+        compare(both, one, None)
+    with pytest.raises(ProofError, match=r"0 weights are missing .*1 are new \(model.layers.1"):
+        compare(one, both, None)
+
+
+def test_a_written_tensor_that_no_update_uses_is_refused(tmp_path: Path) -> None:
+    adapter = adapter_of(gained_lora(tmp_path / "toy.safetensors"))
+    (unused,) = stored(tmp_path / "unused.safetensors", unused=np.ones(2, np.float32))["unused"].tensors
+
+    class Sloppy:
+        name = "sloppy"
+
+        def read(self, path: Path) -> Adapter:
+            return replace(adapter, tensors=(*adapter.tensors, unused))
+
+        def detect(self, path: Path) -> bool:
+            return True
+
+    with pytest.raises(ProofError, match="are not used by any update") as refused:
+        read_back(cast(Format, Sloppy()), tmp_path)
+    assert refused.value.tensor == "unused"
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
