@@ -10,16 +10,21 @@ from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 from surgery.engine.factor_proof import distance, scale_error
 from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery_formats.adapters.format import Format
+from surgery_formats.adapters.registry import read_adapter
+from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
+from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, TokenRows, Update
+from tests.support.hand_made import write_adapter, write_model
 from tests.support.toy_kinds import adapter_of, gained_lora, outer_sine, row_gain
 
 
@@ -107,6 +112,22 @@ def test_a_weight_that_is_only_missing_or_only_new_is_named_too(tmp_path: Path) 
         compare(both, one, None)
     with pytest.raises(ProofError, match=r"0 weights are missing .*1 are new \(model.layers.1"):
         compare(one, both, None)
+
+
+def test_a_tie_that_only_one_of_the_two_parts_is_refused(tmp_path: Path) -> None:
+    shared, a, b = torch.randn(16, 8), torch.randn(2, 16), torch.randn(8, 2)
+    weights = {"model.embed_tokens.weight": shared}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    base = open_checkpoint(write_model(tmp_path / "base", weights, **config))
+    embedding = {"model.embed_tokens.lora_embedding_A": a, "model.embed_tokens.lora_embedding_B": b}
+    head = {"lm_head.lora_A.weight": b.T.contiguous(), "lm_head.lora_B.weight": a.T.contiguous()}
+    parting = read_adapter(write_adapter(tmp_path / "one", embedding))
+    keeping = read_adapter(write_adapter(tmp_path / "both", embedding | head))
+    binding = bind([(parting, 1.0)], base)
+    assert binding.untied
+    compare(parting, parting, binding)
+    with pytest.raises(ProofError, match="only one of source and output parts the head"):
+        compare(parting, keeping, binding)
 
 
 def test_a_written_tensor_that_no_update_uses_is_refused(tmp_path: Path) -> None:
