@@ -14,7 +14,8 @@ import torch
 from safetensors.numpy import save_file
 
 from surgery.engine.factor_proof import distance, scale_error
-from surgery.engine.proof import check_errors, compare, read_back, restricted
+from surgery.engine.proof import check_errors, compare, compare_prompt, read_back, restricted
+from surgery.engine.weight_error import ProofTarget, weight_error
 from surgery_formats.adapters.format import Format
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.binding.bind import bind
@@ -23,8 +24,10 @@ from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import open_checkpoint
+from surgery_formats.tensors.views import rows, whole
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, TokenRows, Update
 from tests.support.hand_made import write_adapter, write_model
+from tests.support.kit import ROOT
 from tests.support.toy_kinds import adapter_of, gained_lora, outer_sine, row_gain
 
 
@@ -77,6 +80,42 @@ def test_factors_that_are_transformed_into_each_other_are_equal_by_their_delta(t
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
     factors = stored(tmp_path / "a.safetensors", A=turn.T @ A, B=B @ turn)
     assert error(lora, LoRA(factors["A"], factors["B"], lora.scale)) < 1e-12
+
+
+def test_a_difference_in_the_last_row_alone_is_found(tmp_path: Path) -> None:
+    a, b = np.eye(2, 6), np.ones((4, 2))
+    mine, theirs = (
+        stored(tmp_path / f"{last}.safetensors", A=a, B=np.concatenate([b[:-1], [[1.0, last]]])) for last in (1.0, 3.0)
+    )
+    assert error(LoRA(mine["A"], mine["B"], 1.0), LoRA(theirs["A"], theirs["B"], 1.0)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("second", "scale", "wrong"), [("own", 1.0, 0.0), ("own", 2.0, 1.0), ("first", 1.0, 1.0)])
+def test_bands_of_rows_are_compared_each_with_its_own(second: str, scale: float, wrong: float, tmp_path: Path) -> None:
+    """One LoRA of a fused weight, written as two: the other's second half has another scale, or the first's rows."""
+    top, bottom = np.array([[1.0, 0.0]] * 2), np.array([[0.0, 1.0]] * 2)
+    a = np.eye(2, 6)
+    fused = stored(tmp_path / "fused.safetensors", A=a, B=np.concatenate([top, bottom]))
+    parts = [
+        stored(tmp_path / f"{name}.safetensors", A=a, B=b)
+        for name, b in (("top", top), ("bottom", bottom if second == "own" else top))
+    ]
+    halves = [LoRA(part["A"], part["B"], 1.0) for part in parts]
+    halves[1] = replace(halves[1], scale=scale)
+    everything = whole((4, 6))
+    expected = ProofTarget((4, 6), ((LoRA(fused["A"], fused["B"], 1.0), everything),))
+    actual = ProofTarget((4, 6), ((halves[0], rows(everything, 0, 2)), (halves[1], rows(everything, 2, 4))))
+    assert weight_error("fused", expected, actual, adapter_of(halves[0])) == pytest.approx(wrong)
+
+
+def test_virtual_tokens_are_compared_with_those_that_were_written(tmp_path: Path) -> None:
+    adapter = read_adapter(ROOT / "examples/prompt")
+    assert adapter.prompt is not None
+    assert list(compare_prompt(adapter.prompt, adapter).values()) == [0.0]
+    doubled = 2 * adapter.prompt.table.read()
+    (table,) = stored(tmp_path / "doubled.safetensors", table=doubled)["table"].tensors
+    other = replace(adapter, prompt=replace(adapter.prompt, table=table))
+    assert list(compare_prompt(adapter.prompt, other).values()) == pytest.approx([1.0])
 
 
 def test_what_depends_on_the_base_is_compared_by_its_factors(tmp_path: Path) -> None:
