@@ -74,7 +74,7 @@ def convert_graph(
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         name = None if base is None else hub_name(base) or base_of_card(base.path)
         whose = "" if base is None else f", by the names of {model_name(base)}"
-        title = f"The weights of {name_of(path if path.is_dir() else path.parent)}{whose}"
+        title = f"The weights of {name_of(graph_at(path).path)}{whose}"
         return {CARD: rebuilt_card(source, title, ledger, gone=("onnx",), name=name, warnings=plan.warnings)}
 
     ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress), finish)

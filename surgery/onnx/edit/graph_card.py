@@ -30,7 +30,7 @@ def edited_card(
 
     Args:
         graph: The file it was made of. What the card beside it says and still holds is kept, and else what the base's says.
-        title: Behind the name of the graph's folder, in Markdown.
+        title: Behind the name of the graph's file, in Markdown: where it lay is not told.
         measured: Rows of the table of figures.
         base: The checkpoint that the graph was made of, if it was given.
         adapters: What was put in.
@@ -47,7 +47,7 @@ def edited_card(
         tags=("onnx", *((relation,) if relation == "merge" else ())),
     )
     tables = [adapter_table(adapters)] if adapters else []
-    return card(head, f"{name_of(folder)} {title}", *tables, measured_table(measured), warnings=warnings)
+    return card(head, f"{name_of(graph)} {title}", *tables, measured_table(measured), warnings=warnings)
 
 
 def _name(folder: Path, base: Checkpoint | None, adapters: Sequence[tuple[Adapter, float]]) -> str:

@@ -163,7 +163,9 @@ def write_export(
             ledger = _compute(job, folder, run, compute)
             files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
         write_small_files(folder, files)
-        folder.write_small(CARD, job.card(ledger))
+        text = job.card(ledger)
+        folder.write_small(CARD, text)
+        written += len(text)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())
