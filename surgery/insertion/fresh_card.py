@@ -9,6 +9,7 @@ from surgery.engine.adapter_card import LIBRARIES
 from surgery.engine.card import CARD, card, measured_table, model_name
 from surgery.engine.card_metadata import card_metadata
 from surgery.insertion.fresh_result import FreshResult
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.models.base_name import hub_name
 from surgery_formats.models.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def with_fresh_card(rendering: Rendering, result: FreshResult, base: Checkpoint,
     text = card(
         head,
         f"A fresh {result.kind} for {model_name(base)}",
-        measured_table(result.figures()),
+        measured_table(markdown_rows(result.figures())),
         notes=["It is not trained: these are the values that training begins with."],
         warnings=result.warnings,
     )

@@ -136,11 +136,9 @@ class FreshResult:
             )
         return Summary("Fresh adapter", (*sections, *warning_notes(self.warnings)))
 
-    def figures(self) -> list[tuple[str, str]]:
-        """What is trained and what that takes, in Markdown, for a model card."""
-        from surgery.reports.markdown import markdown_rows
-
-        return markdown_rows((("begun as", self._begun()), *self._training()))
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What is trained and what that takes, for a model card."""
+        return ("begun as", self._begun()), *self._training()
 
     def _begun(self) -> str:
         size = f"{_SIZES.get(self.kind, 'rank')} {self.rank}, " if self.kind != "ia3" else ""

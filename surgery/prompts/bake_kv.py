@@ -22,6 +22,7 @@ from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery.onnx.run.tokenizer import open_tokenizer
 from surgery.prompts.bake_result import BakeResult
 from surgery.prompts.conversion import check_positions
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.adapters.soft_prompts import soft_prompt
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
@@ -158,7 +159,7 @@ def _card(found: KeyValues) -> bytes:
     what = "A text" if adapter is None else name_of(adapter.path)
     tables = [] if adapter is None else [adapter_table([(adapter, 1.0)])]
     title = f"{what} as keys and values of {model_name(base)}"
-    return card(head, title, *tables, measured_table(result.figures()), warnings=result.warnings)
+    return card(head, title, *tables, measured_table(markdown_rows(result.figures())), warnings=result.warnings)
 
 
 def _short(name: str) -> str:

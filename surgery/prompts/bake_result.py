@@ -102,11 +102,9 @@ class BakeResult:
             sections.append(Verbatim(self.loading))
         return Summary("Baked prompt", (*sections, *warning_notes(self.warnings)))
 
-    def figures(self) -> list[tuple[str, str]]:
-        """What was made, in Markdown, for a model card."""
-        from surgery.reports.markdown import markdown_rows
-
-        return markdown_rows(self._made())
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What was made, for a model card."""
+        return tuple(self._made())
 
     def _made(self) -> Iterator[tuple[Phrase, Phrase]]:
         yield "tokens", f"{self.tokens}" + (f", ids {self.ids[0]} to {self.ids[-1]}" if self.ids else "")

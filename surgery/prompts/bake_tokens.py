@@ -19,6 +19,7 @@ from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.prompts.bake_result import BakeResult
 from surgery.prompts.token_files import TokenFiles, first_id, token_files
 from surgery.prompts.vocabulary import Vocabulary, recipe_of, vocabulary_of
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.prompts import SoftPrompt
@@ -131,7 +132,7 @@ def write_tokens(planned: TokenPlan, output: Path, run: Run) -> BakeResult:
             base,
             f"{model_name(base)} with {name_of(adapter.path)} in its vocabulary",
             ledger,
-            planned.result.figures(),
+            markdown_rows(planned.result.figures()),
             adapters=[(adapter, 1.0)],
             relation="merge",
             tags=("merge",),

@@ -13,6 +13,7 @@ import numpy as np
 from surgery.engine.adapter_card import with_card
 from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter
 from surgery.prompts.prompt_result import PromptResult
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.adapters.adapterhub.prompts import render_hub_prefix
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.peft.prompt_adapter import TABLE, prompt_adapter
@@ -112,7 +113,13 @@ def write_prompt(
     rendering = made.render(sources[0].path, output.name.partition(".")[0] or "prompt")
     weighted = list(zip(sources, (weight for _, weight in result.sources), strict=True))
     rendering = with_card(
-        rendering, target, weighted, base, _DONE[result.verb], result.figures(), moved=result.verb == "transfer"
+        rendering,
+        target,
+        weighted,
+        base,
+        _DONE[result.verb],
+        markdown_rows(result.figures()),
+        moved=result.verb == "transfer",
     )
     files: list[File] = [file for adapter in sources for file in adapter.files]
     manifest = result.as_manifest()

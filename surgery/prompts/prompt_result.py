@@ -119,11 +119,9 @@ class PromptResult:
         sections: list[Section] = [Facts(tuple(rows)), *([DRY_RUN] if self.output is None else [])]
         return Summary("Soft prompt", (*sections, *warning_notes(self.warnings)))
 
-    def figures(self) -> list[tuple[str, str]]:
-        """What was made, in Markdown, for a model card."""
-        from surgery.reports.markdown import markdown_rows
-
-        return markdown_rows(self._made())
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What was made, for a model card."""
+        return tuple(self._made())
 
     def _made(self) -> list[tuple[Phrase, Phrase]]:
         rows: list[tuple[Phrase, Phrase]] = [

@@ -26,6 +26,7 @@ from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
 from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.engine.rebuild.vocabulary_choice import with_vocabulary
 from surgery.progress import Callback
+from surgery.reports.markdown import markdown_rows
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
@@ -126,7 +127,7 @@ def layers(
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
         title = f"{model_name(checkpoint)} with {'other parts' if rebuilt.facts else 'another type'}"
-        return {CARD: rebuilt_card(checkpoint, title, ledger, result.figures(), warnings=plan.warnings)}
+        return {CARD: rebuilt_card(checkpoint, title, ledger, markdown_rows(result.figures()), warnings=plan.warnings)}
 
     if move is None or adapter_output is None:
         return replace(result, output=folder, ledger=execute(plan, folder, run, finish))

@@ -119,11 +119,9 @@ class LayersResult:
             sections.append(Note(("next: look at it: surgery inspect ", Name(self.output, PATH))))
         return Summary("Layers", (*sections, *warning_notes(self.warnings)))
 
-    def figures(self) -> Iterator[tuple[str, str]]:
-        """What was done, in Markdown, for a model card."""
-        from surgery.reports.markdown import markdown_rows
-
-        yield from markdown_rows((*self._done(), ("parameters", self._parameters())))
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What was done, for a model card."""
+        return *self._done(), ("parameters", self._parameters())
 
     def _parameters(self) -> Phrase:
         from surgery.reports.values import Value
