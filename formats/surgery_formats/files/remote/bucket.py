@@ -21,9 +21,9 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
+from surgery_formats.allocator import limit_arenas
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
 from surgery_formats.extras import require
-from surgery_formats.files.remote.arenas import limit_arenas
 from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
 from surgery_formats.text import show
 
