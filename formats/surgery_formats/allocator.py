@@ -31,14 +31,12 @@ def limit_arenas() -> None:
     _set(_ARENA_MAX, _ARENAS)
 
 
-@functools.cache
 def keep_large_blocks() -> None:
     """Have no block of up to 32 MB given back to the kernel when it is freed, from now on."""
     _set(_MMAP_THRESHOLD, _LARGEST)
     _set(_TRIM_THRESHOLD, _MOST_KEPT)
 
 
-@functools.cache
 def return_large_blocks() -> None:
     """Have every block of 4 MB or more given back to the kernel when it is freed, from now on."""
     _set(_MMAP_THRESHOLD, _LARGE)
