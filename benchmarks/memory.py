@@ -6,8 +6,8 @@
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
 six times its bytes on the disk; ``verify`` of a graph runs it, and is left out from 1 GB on. With ``--limits``, merges for eight
-workers run under ``--memory-limit``, and all their processes together must stay within it and the fixed cost. With ``--tiny``, tensors
-have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its bytes.
+workers, of two sizes of matrices, run under ``--memory-limit``, and all their processes together must stay within it and the fixed
+cost. With ``--tiny``, tensors have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from shapes import Shape, write_adapter, write_base
 
 SHAPE = Shape(2048, 1, 32, 4, 5632, 16000)
 """TinyLlama's layers, 88 MB each, and half its vocabulary: 2 layers are 0.24 GB, 45 are 4."""
-LIMIT_SHAPE = Shape(1024, 1, 16, 4, 4096, 32000)
-"""Smaller matrices, so that small limits leave room for one."""
+SMALLER = Shape(1024, 1, 16, 4, 4096, 32000)
+"""Matrices of which small limits leave room for several."""
 TINY, FEW, MANY = Shape(256, 1, 4, 2, 512, 2000), 5, 125
 PER_LAYER = 9  # tensors
 HELD, HOLDS = 1.0, "verify GRAPH"  # from so many GB on, the command that holds the model is not run
@@ -158,7 +158,7 @@ def main() -> None:
     sizes = [float(size) for size in options.sizes.split(",")]
     shapes = [replace(SHAPE, layers=layers_of(size)) for size in sizes]
     if options.limits:
-        shapes = [replace(LIMIT_SHAPE, layers=layers_of(size, LIMIT_SHAPE)) for size in sizes]
+        shapes = [replace(shape, layers=layers_of(size, shape)) for shape in (SMALLER, SHAPE) for size in sizes]
     if options.tiny:
         shapes = [replace(TINY, layers=layers) for layers in (FEW, MANY)]
     table: list[dict[str, int]] = []
@@ -169,7 +169,7 @@ def main() -> None:
         finally:
             shutil.rmtree(work)
     print(versions("numpy"))
-    heads = [f"{shape.layers} layers, {2 * shape.parameters / 1e9:.2f} GB" for shape in shapes]
+    heads = [f"{shape.layers} layers of {shape.hidden}, {2 * shape.parameters / 1e9:.2f} GB" for shape in shapes]
     print(f"| command | {' | '.join(heads)} | {'a tensor more' if options.tiny else 'growth'} |")
     print(f"| --- |{' ---: |' * (len(shapes) + 1)}")
     for name in chosen:

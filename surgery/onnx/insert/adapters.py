@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.engine.card import CARD
+from surgery.onnx.edit.graph_card import edited_card
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
@@ -70,7 +72,7 @@ def insert_adapters(
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
-    files: dict[str, AdapterFile] = {}
+    files: dict[str, bytes | AdapterFile] = {}
     slots = () if gated else tuple(shape.slot for shape in shapes.values())
     if gated:
         parts = [
@@ -112,6 +114,16 @@ def insert_adapters(
     for data in files.values():
         sha256_of(data)  # makes every array once: what a slot cannot hold is refused now, in a dry run too
     if output is not None:
+        title = "with adapters inside" if gated else "with slots for adapters"
+        files[CARD] = edited_card(
+            path,
+            title,
+            [*([("slots", str(len(slots)))] if slots else []), ("nodes more", str(nodes))],
+            base=checkpoint,
+            adapters=[(named.adapter, named.weight) for named in adapters],
+            relation="merge" if gated else "",
+            warnings=warnings,
+        )
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
         read = [checkpoint.path, *(named.adapter.path for named in adapters)]
         written = write_edited(graph, model, output, files=files, facts=facts, inputs=read, overwrite=overwrite)

@@ -160,7 +160,7 @@ def test_files_that_run_the_graph_go_along(tmp_path: Path, base: Path) -> None:
     (path.parent / "notes.txt").write_text("mine")
     surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
     assert {one.name for one in (tmp_path / "out").iterdir()} == {
-        "g.onnx", "g.onnx.data", "genai_config.json", "surgery_manifest.json",
+        "README.md", "g.onnx", "g.onnx.data", "genai_config.json", "surgery_manifest.json",
     }  # fmt: skip
 
 
