@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Port", "as_array", "bind_number", "cpu_session", "element", "execute", "ports", "run_options"]
 
-_HELD = 4 << 30
+_HELD = 2 << 30
 _CONVERT_AT_LOAD = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 """Optimizers of onnxruntime. The second, without the first, fails where a converted weight is read in a branch (onnxruntime 1.31)."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
