@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExtractResult"]
 
-_STORED = {"low-rank": "low-rank (as factors)", "dense": "dense (in full)"}
+_STORED = {"low-rank": "as factors", "dense": "in full"}
 
 
 @summarised
@@ -206,7 +206,7 @@ def _facts(result: ExtractResult) -> Iterator[tuple[str, Phrase]]:
     ranks = sorted({row.rank for row in result.rows if row.rank})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
     noise = Value(result.noise, "share", 1)
-    yield "tensors", counted({_STORED.get(kind, kind): number for kind, number in result.classes.items()})
+    yield "tensors", counted(result.classes, _STORED)
     moved = (
         Value(result.moved, "share", 1),
         " of the values moved; storage rounding makes up ",

@@ -75,6 +75,7 @@ class EffectReport:
         all_drawn: With tokens drawn at random in their place, the mean of several draws.
         tokens: Every virtual token.
         spelt: How the tokenizer spells the tokens found, by id; empty without one.
+        decoded: The same as people read them.
         nbytes: Of the model's weight files.
         warnings: What the user should know.
         seconds: How long it took.
@@ -92,6 +93,7 @@ class EffectReport:
     all_drawn: Substitute | None
     tokens: tuple[VirtualEffect, ...]
     spelt: dict[int, str]
+    decoded: dict[int, str]
     nbytes: int
     warnings: tuple[str, ...] = ()
     seconds: float = elapsed()
@@ -160,7 +162,7 @@ class EffectReport:
         return ", ".join(f"{self._spelt(row)} {by:+.1%}" for row, by in changes)
 
     def _spelt(self, row: int) -> str:
-        return self.spelt.get(row, f"#{row}")
+        return self.decoded.get(row, f"#{row}")
 
 
 def _nats(loss: float) -> tuple[Value, str]:

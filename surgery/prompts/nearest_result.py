@@ -49,6 +49,7 @@ class NearestReport:
         tokens: Every virtual token.
         spacing: How the vocabulary's tokens lie among themselves.
         texts: How the tokenizer spells the tokens found, by id; empty without one.
+        decoded: The same as people read them.
         nbytes: Of the embedding that was read.
         warnings: What the user should know.
         seconds: How long it took.
@@ -60,6 +61,7 @@ class NearestReport:
     tokens: tuple[VirtualToken, ...]
     spacing: Spacing
     texts: dict[int, str]
+    decoded: dict[int, str]
     nbytes: int
     warnings: tuple[str, ...] = ()
     seconds: float = elapsed()
@@ -116,7 +118,7 @@ class NearestReport:
         return [Table(columns, tuple(rows))]
 
     def _spelt(self, row: int) -> str:
-        return self.texts.get(row, f"#{row}")
+        return self.decoded.get(row, f"#{row}")
 
 
 _WORDS = {
