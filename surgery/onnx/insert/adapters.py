@@ -15,6 +15,7 @@ from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
 from surgery.onnx.export.additions import BoundAdditions, bound_additions
 from surgery.onnx.export.replaced import is_small
+from surgery.onnx.fold.standing import warning_of_branches
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.inserted import state_inserted, stated_inserted
 from surgery.onnx.insert.contents import SlotContents, factors_for
@@ -108,7 +109,7 @@ def insert_adapters(
         replaceable=(*known.replaceable, *replaced.inputs),
     )
     state_inserted(model, now, path)
-    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model))
+    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model), *warning_of_branches(graph))
     nodes, written = _nodes(model) - before, 0
     for data in files.values():
         sha256_of(data)  # makes every array once: what a slot cannot hold is refused now, in a dry run too
