@@ -5,9 +5,10 @@
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-six times its bytes on the disk; commands that run the model are left out from 1 GB on. With ``--limits``, merges for eight
-workers, of two sizes of matrices, run under ``--memory-limit``, and all their processes together must stay within it and the fixed
-cost. With ``--tiny``, tensors have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its bytes.
+six times its bytes on the disk; commands that run the model, and ``--rank auto``, are left out from 1 GB on. With ``--limits``,
+merges for eight workers, of two sizes of matrices, run under ``--memory-limit``, and all their processes together must stay within
+it and the fixed cost. With ``--tiny``, tensors have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its
+bytes.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ SMALLER = Shape(1024, 1, 16, 4, 4096, 32000)
 TINY, FEW, MANY = Shape(256, 1, 4, 2, 512, 2000), 5, 125
 PER_LAYER = 9  # tensors
 HELD = 1.0
-HOLDS = {"verify GRAPH", "run", "bench", "prompt bake --as kv", "eval"}
-"""Commands that run the model, and are not run with models of so many GB."""
+HOLDS = {"verify GRAPH", "run", "bench", "prompt bake --as kv", "eval", "extract-lora --rank auto"}
+"""Commands that run the model, or take all singular values, and are not run with models of so many GB."""
 FLAT = 1.10
 """How much more the largest model may take than the smallest."""
 FIXED = 64 << 20

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.card import CARD
 from surgery.onnx.edit.graph_card import edited_card
@@ -80,7 +81,8 @@ def insert_adapters(
                 named.name,
                 f"strength.{named.name}",
                 named.weight,
-                {name: factors_for(bound, name, shapes[name]) for name in bound.weights},
+                bound.weights,
+                partial(_factors, bound, shapes),
             )
             for named, bound in zip(adapters, bounds, strict=True)
         ]
@@ -144,6 +146,10 @@ def _check_replaced(bounds: Sequence[BoundAdditions], *, required: bool, gated: 
             file=found.adapter.path,
             hint="without `required=`" if required else "without `gated=`, or merge it",
         )
+
+
+def _factors(bound: BoundAdditions, shapes: Mapping[str, SlotShape], name: str) -> tuple[Any, Any]:
+    return factors_for(bound, name, shapes[name])
 
 
 def _nodes(model: onnx.ModelProto) -> int:
