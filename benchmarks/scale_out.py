@@ -43,6 +43,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from measure import environment, versions
+from scale_model import GB, Rates, Site, Taken, on_paper, predicted
 from shapes import Shape, write_adapter, write_base
 
 import surgery
@@ -58,7 +59,6 @@ SHAPE = Shape(4096, 1, 32, 8, 14336, 32000, tied=False)
 REST = 4 * SHAPE.vocabulary * SHAPE.hidden
 LAYER = 2 * SHAPE.parameters - REST
 LLAMA_405B = Shape(16384, 126, 128, 8, 53248, 128256, tied=False)
-GB = 1e9
 
 
 def gpu(number: int) -> dict[str, str]:
@@ -174,29 +174,6 @@ def started(runner: str, count: int, threads: int, *, gpus: bool = False) -> Ite
 
 
 @dataclass(frozen=True)
-class Taken:
-    """One run.
-
-    Attributes:
-        workers: How many.
-        shares: Seconds until all shares were there.
-        driver: Seconds besides.
-        nbytes: Of all shares.
-        count: Of shares.
-    """
-
-    workers: int
-    shares: float
-    driver: float
-    nbytes: int
-    count: int
-
-    @property
-    def seconds(self) -> float:
-        return self.shares + self.driver
-
-
-@dataclass(frozen=True)
 class Bench:
     """How everything is measured.
 
@@ -251,24 +228,6 @@ def remove(folder: Path) -> None:
     folder.rmdir()
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Bytes a second of one worker with all its threads (r: read, a: computed, w: written), and of the disk, by all.
-
-    `computed` is f, the part of the bytes that are.
-    """
-
-    read: float
-    arithmetic: float
-    write: float
-    disk: float
-    computed: float
-
-    @property
-    def of_a_byte(self) -> float:
-        return 1 / self.read + self.computed / self.arithmetic + 1 / self.write
-
-
 def rates_of_merging(request: MergeRequest, threads: int, most: int, folder: Path) -> Rates:
     """Each step alone, by as many threads as a worker has; the disk by as many as all workers have."""
     from surgery.engine.arithmetic import compute
@@ -307,12 +266,6 @@ def rates_of_merging(request: MergeRequest, threads: int, most: int, folder: Pat
     return Rates(reading, arithmetic, writing[0], max(writing), nbytes / plan.nbytes)
 
 
-def predicted(first: Taken, count: int, plan: float, disk: float) -> float:
-    """T(n) of this module's model, from the run with one worker."""
-    share = (first.shares - plan) / first.count
-    return plan + max(math.ceil(first.count / count) * share, first.nbytes / disk) + first.driver
-
-
 def table(title: str, taken: Sequence[Taken], nbytes: int, plan: float, disk: float) -> None:
     print(f"\n### {title}: {nbytes / GB:.2f} GB, {taken[0].count} shares\n")
     print("| workers | shares | driver | all | rate | of the shares alone | predicted | off by |")
@@ -325,45 +278,6 @@ def table(title: str, taken: Sequence[Taken], nbytes: int, plan: float, disk: fl
             f"| {each.workers} | {each.shares:.2f} s | {each.driver:.2f} s | {each.seconds:.2f} s | {nbytes / each.seconds / GB:.2f} GB/s "
             f"| {nbytes / each.shares / GB:.2f} GB/s | {shown} | {off} |"
         )
-
-
-@dataclass(frozen=True)
-class Site:
-    """A cluster on paper: its nodes, their cores and GPUs, bytes a second of a node's network in each direction and of the file system."""
-
-    nodes: int = 16
-    cores: int = 64
-    gpus: int = 8
-    network: float = 12.5 * GB
-    files: float = 100 * GB
-
-
-def on_paper(
-    title: str, site: Site, seconds: float, read: float, written: float, driver: float, *, gpus: bool = False
-) -> str:
-    """The model on a cluster.
-
-    Args:
-        title: What is done.
-        site: Where.
-        seconds: Of one core or GPU, for all shares.
-        read: Bytes that workers read.
-        written: Bytes that workers write.
-        driver: Seconds of the driver.
-        gpus: Whether GPUs compute.
-    """
-    parts = {
-        "GPUs" if gpus else "cores": seconds / site.nodes / (site.gpus if gpus else site.cores),
-        "network": max(read, written) / site.nodes / site.network,
-        "file system": (read + written) / site.files,
-    }
-    bound = max(parts, key=lambda part: parts[part])
-    told = ", ".join(f"{part} {needed:.0f} s" for part, needed in parts.items())
-    return (
-        f"{title}, {site.nodes} nodes of {site.cores} cores and {site.gpus} GPUs, {site.network / GB:g} GB/s each, "
-        f"a file system of {site.files / GB:g} GB/s: "
-        f"{parts[bound]:.0f} s of shares, bound by the {bound} ({told}), and {driver:.0f} s of the driver"
-    )
 
 
 def merging(bench: Bench, base: Path, lora: Path, tuned: Path, shape: Shape) -> None:

@@ -3,7 +3,7 @@
 
 A mutant is a small change to the text of one file: a changed scale, a dropped tensor, a swapped axis, a wrong zero point, a
 check left out. The tests beside it run on a copy of the tree, first as it is, then with the fault. A fault that they pass is a
-hole in them. The table that is printed stands in docs/mutants.md.
+hole in them. What came out stands in docs/guarantees.md, section 8.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Mutant:
     """One fault.
 
     Attributes:
-        room: Ledger, proof, binding or codecs.
+        room: What it is a fault of, as `mutants.toml` groups them.
         fault: In words.
         file: Changed.
         before: Text that stands in it once.
@@ -53,9 +53,14 @@ def read_mutants() -> tuple[Mutant, ...]:
 def main() -> int:
     """Run them all, or those of the rooms named; the exit code is the number of faults that passed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rooms", nargs="*", metavar="ROOM", help="ledger, proof, binding, codecs; all by default")
-    rooms = parser.parse_args().rooms
-    chosen = [mutant for mutant in read_mutants() if not rooms or mutant.room in rooms]
+    parser.add_argument("rooms", nargs="*", metavar="ROOM", help="such as ledger or codecs; all by default")
+    parser.add_argument("--fault", default="", metavar="WORDS", help="only those that are said with these words")
+    asked = parser.parse_args()
+    chosen = [
+        mutant
+        for mutant in read_mutants()
+        if (not asked.rooms or mutant.room in asked.rooms) and asked.fault in mutant.fault
+    ]
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder) / "tree"
         _copy(tree)

@@ -144,7 +144,7 @@ def global_options() -> list[click.Parameter]:
         flag("--json", is_flag=True, help="Data as JSON on stdout, everything else on stderr."),
         flag("--json-schema", is_flag=True, help="Show the JSON Schema of --json and exit.", callback=_json_schema),
         flag("-v", "--verbose", count=True, help="Show more; twice: what is done, too."),
-        flag("-q", "--quiet", is_flag=True, help="No progress, summary or hints."),
+        flag("-q", "--quiet", is_flag=True, help="No progress, summary or hints; a dry run still says what it found."),
         flag("--debug", is_flag=True, help="Show tracebacks, and what is done."),
         flag("--version", is_flag=True, help="Show the version and exit.", callback=_version),
     ]

@@ -34,7 +34,9 @@ def bar(settings: Settings, what: str, *, unit: str = "bytes") -> Iterator[Callb
         yield lambda step: interruption.check()
         return
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield _LinesOfProgress(what, unit=unit)
+        lines = _LinesOfProgress(what, unit=unit)
+        yield lines
+        lines.done()
         return
     from rich import progress as rich
     from rich.console import Console
@@ -60,17 +62,23 @@ class _LinesOfProgress:
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic, *, unit: str = "bytes") -> None:
         self._what, self._clock, self._unit = what, clock, unit
         self._began = self._last = clock()
+        self._said = False
 
     def __call__(self, step: Progress) -> None:
         interruption.check()
         now = self._clock()
         if now - self._last < _SECONDS:
             return
-        self._last = now
+        self._last, self._said = now, True
         label = self._what if step.phase in ("writing", self._what) else f"{self._what}, {step.phase}"
         share = f" ({step.done / step.total:.0%})" if step.total else ""
         speed = f", {self._amount(round(step.done / (now - self._began)))}/s" if step.done else ""
         click.echo(f"{label}: {self._amount(step.done)} of {self._amount(step.total)}{share}{speed}", err=True)
+
+    def done(self) -> None:
+        """Say that it is done, where it was said how far it is: else the last line would be of something unfinished."""
+        if self._said:
+            click.echo(f"{self._what}: done in {self._clock() - self._began:.0f} s", err=True)
 
     def _amount(self, number: int) -> str:
         return nbytes(number) if self._unit == "bytes" else f"{number:,} {self._unit}"

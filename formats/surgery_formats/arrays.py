@@ -141,15 +141,22 @@ def assign(target: Array, values: Array) -> None:
             numpy.copyto(target, values, casting="unsafe")
 
 
-def add_product(block: Array, left: Array, right: Array) -> Array:
-    """``block += left @ right``, in place; returns `block`."""
+def add_product(block: Array, left: Array, right: Array, *, in_pieces: bool = False) -> Array:
+    """``block += left @ right``, in place; returns `block`.
+
+    `in_pieces` says that the factors are parts of some that are `low_rank_product.same_in_pieces`.
+    """
     if is_torch(block):
         return block.addmm_(left, right)  # one pass over the block less
     if block.strides[0] < block.strides[1]:  # a transposed view: both terms in the order of its memory
         return add_product(block.T, right.T, left.T).T
     import numpy
 
-    block += numpy.matmul(left, right, out=_scratch(block.shape, block.dtype, 0))
+    from surgery_formats.low_rank_product import multiply
+
+    delta = _scratch(block.shape, block.dtype, 0)
+    (multiply if in_pieces else numpy.matmul)(left, right, out=delta)
+    block += delta
     return block
 
 
@@ -208,8 +215,7 @@ def inner(left: Array, right: Array) -> float:
         return float(left @ right)
     import numpy
 
-    with numpy.errstate(over="ignore", invalid="ignore"):
-        return float(numpy.dot(left, right))  # unlike ``@``, it lets other threads run
+    return float(numpy.vdot(left, right))  # unlike ``@``, it lets other threads run; unlike `dot`, it warns of no Inf
 
 
 def wide(dtype: DType) -> DType:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["LARGEST_COUNT", "MOST_THREADS", "cores", "one_thread"]
+__all__ = ["LARGEST_COUNT", "MOST_THREADS", "blas_kernels", "cores", "one_thread"]
 
 LARGEST_COUNT = 2**63 - 1
 """Of anything that an argument counts."""
@@ -21,6 +21,14 @@ MOST_THREADS = 1024
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def blas_kernels() -> str:
+    """The name of the kernels that OpenBLAS has chosen for this processor; nothing with another library, or with several."""
+    libraries = [library for library in _controller().info() if library["user_api"] == "blas"]
+    names = {library.get("architecture", "") for library in libraries if library["internal_api"] == "openblas"}
+    return names.pop() if len(libraries) == len(names) == 1 else ""
 
 
 @contextlib.contextmanager

@@ -38,6 +38,13 @@ class Source:
     weight: float
 
 
+_MEANINGS = {
+    "exact": "the very change that was asked for",
+    "approximated": "off by the error below",
+    "kept": "as they were, at most rescaled",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Combined:
     """One weight.
@@ -127,7 +134,7 @@ class CombineResult:
         if self.method != "exact":
             facts.append(("method", self.method))
         before, after = (sum(module.ranks) for module in self.modules), (module.rank for module in self.modules)
-        facts += [("modules", counted(outcomes)), ("rank", f"{_spread(before)} -> {_spread(after)}")]
+        facts += [("modules", counted(outcomes, _MEANINGS)), ("rank", f"{_spread(before)} -> {_spread(after)}")]
         if self.error is not None:
             expected = "" if self.output else " (expected)"
             facts.append(("error", (Value(self.error, "number", 3), f" of the whole delta's norm{expected}")))

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
 from surgery.engine.card_yaml import Metadata, fenced, read_metadata
-from surgery_formats.binding.bind import Binding
-from surgery_formats.canonical.quantised_base import quantised_base_of
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.raw import open_file, stays_inside
-from surgery_formats.models.base_name import hub_name
+from surgery_formats.models.base_name import is_hub_name
 
-__all__ = ["card_metadata", "merge_metadata"]
+__all__ = ["Relation", "base_of_card", "card_metadata"]
+
+Relation = Literal["merge", "adapter", "quantized", "finetune", ""]
+"""What the hub can say that a model is of its base (ADR 71); empty where none of the four is true."""
 
 _LIMIT = 1 << 20  # bytes of a card that are looked at
 _NOT_KEPT = re.compile(
@@ -26,17 +28,15 @@ _WORDS = ("language", "license", "license_name", "license_link", "pipeline_tag",
 _HEADS = ("text-classification", "token-classification", "question-answering")
 
 
-def merge_metadata(binding: Binding) -> str:
-    """The head of a merged model's card."""
-    base = binding.checkpoint
-    task = next((adapter.task for adapter, _ in binding.adapters if adapter.task), "")
-    told = [adapter.base_name for adapter, _ in binding.adapters if quantised_base_of(adapter) is None]
-    library = "diffusers" if base.is_pipeline else "transformers"
-    return card_metadata(base.path, hub_name(base, told), relation="merge", library=library, task=task, tags=("merge",))
-
-
 def card_metadata(
-    folder: Path | None, name: str, *, relation: str, library: str, task: str = "", tags: Sequence[str] = ()
+    folder: Path | None,
+    name: str,
+    *,
+    relation: Relation,
+    library: str,
+    task: str = "",
+    tags: Sequence[str] = (),
+    gone: Collection[str] = (),
 ) -> str:
     """The head of a card, fences included.
 
@@ -44,22 +44,33 @@ def card_metadata(
         folder: Of what it was made of: what its own card says and still holds is kept, such as the licence, which is
             never guessed, and languages.
         name: Of the base on the hub, or empty.
-        relation: What was made of it (``merge``, ``adapter``, ``quantized``, ``finetune``), as the hub calls it.
+        relation: What was made of it.
         library: What loads it.
         task: What it does, as the hub names it. A head of its own decides; else the base's card goes before.
         tags: In front of those of the base.
+        gone: Tags of the base that are no longer true.
     """
-    kept = {} if folder is None else _kept(folder)
+    kept = {} if folder is None else _kept(_told_in(folder))
     of_base = kept.pop("tags", [])
     if task and (task in _HEADS or "pipeline_tag" not in kept):
         kept["pipeline_tag"] = task
-    given = {"base_model": name, "base_model_relation": relation} if name else {}
+    given = {"base_model": name} if name else {}
+    given |= {"base_model_relation": relation} if name and relation else {}
     told = [tag for tag in ([of_base] if isinstance(of_base, str) else of_base) if isinstance(tag, str)]
+    told = [tag for tag in told if tag not in gone]
     return fenced({**given, "library_name": library, **kept, "tags": list(dict.fromkeys([*tags, *told]))})
 
 
-def _kept(folder: Path) -> Metadata:
-    """A card's metadata; keys of that model alone are left out, but for its tags."""
+def base_of_card(folder: Path) -> str:
+    """The base that the card in a folder names, where it names one on the hub; else nothing."""
+    named = _told_in(folder).get("base_model")
+    if isinstance(named, list) and len(named) == 1:
+        named = named[0]
+    return named if isinstance(named, str) and is_hub_name(named) else ""
+
+
+def _told_in(folder: Path) -> Metadata:
+    """The metadata of the card in a folder."""
     card = folder / "README.md"
     if not card.is_file() or not stays_inside(card):
         return {}
@@ -68,7 +79,11 @@ def _kept(folder: Path) -> Metadata:
         text = bytes(file.read(0, min(file.size, _LIMIT))).decode()
     except (SurgeryError, UnicodeDecodeError):
         return {}  # a card is no part of a model
-    told = read_metadata(text)
+    return read_metadata(text)
+
+
+def _kept(told: Metadata) -> Metadata:
+    """Without keys of that model alone, but for its tags."""
     return {
         key: value
         for key, value in told.items()

@@ -22,6 +22,14 @@ __all__ = ["ConvertResult"]
 _LISTED = 20  # lost parts named, unless all are asked for
 
 
+_MEANINGS = {
+    "folded": "the same change, a scale multiplied in",
+    "rounded": "to a type of fewer digits",
+    "approximated": "as near as the format allows",
+    "dropped": "left out",
+}
+
+
 @summarised
 @dataclass(frozen=True)
 class ConvertResult:
@@ -107,7 +115,7 @@ class ConvertResult:
             ("convert", source),
             ("to", destination(self.output or output, self.target)),
             *([("for", self.consumer)] if self.consumer else []),
-            ("parts", counted(outcomes)),
+            ("parts", counted(outcomes, _MEANINGS)),
         ]
         if self.output is not None:
             facts += [("proof", self._proof(outcomes["approximated"])), ("wrote", wrote(self.output, self.seconds))]

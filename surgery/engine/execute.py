@@ -27,6 +27,7 @@ from surgery.engine.plan import Compute, Plan, SideFile
 from surgery.engine.processes import Stop, can_fork, forked
 from surgery.engine.recorded import recorded_recipe, versions_of
 from surgery.progress import Callback
+from surgery_formats.allocator import return_large_blocks
 from surgery_formats.errors import FitError, ResourceError
 from surgery_formats.files.output.folder import QUICK, SIGNED, OutputFolder, Verify, output_folder
 from surgery_formats.files.raw import open_file
@@ -231,6 +232,8 @@ def write_weights(
     Raises:
         ResourceError, FitError, ProofError: as `execute`.
     """
+    if run.memory_limit is not None:
+        return_large_blocks()  # what is free, but not the kernel's, counts like what is in use
     # Copies start in threads of their own, while libraries are still being imported for the rest; processes are forked
     # before there are threads.
     measured: dict[str, Measurement] = {}

@@ -83,16 +83,16 @@ def lay_out(
             stays_tied = alias and weight.name not in edits and component.name not in untied
             rewritten = shard.container != container.name
             if alias and stays_tied and rewritten and _is_tie(weight.name, alias, component):
-                accounts.append(Account(tensor, "alias", f"tied to {alias}"))
+                accounts.append(Account(tensor, "alias", f"tied to {alias}", component.name))
                 continue
             if (edit := edits.get(weight.name)) is not None and edit.replaced:
-                accounts.append(Account(tensor, "superseded", "replaced by the adapter's"))
+                accounts.append(Account(tensor, "superseded", "replaced by the adapter's", component.name))
             outputs = planner.outputs(tensor, weight)
             if not any(output.name == tensor.name for output in outputs):
                 if tensor.name.endswith(MARKER):
                     planned.append(planner.marker(tensor))
                     continue
-                accounts.append(Account(tensor, "source", f"its values are in {weight.name}"))
+                accounts.append(Account(tensor, "source", f"its values are in {weight.name}", component.name))
             planned += outputs
         groups.append((output_name(shard.path.name, suffix, {output.dtype for output in planned}), shard, planned))
     for edit in edits.values():
@@ -126,8 +126,9 @@ def _taken_out(planned: list[PlannedTensor], coded: Collection[str]) -> list[Acc
         if tensor.name.endswith(MARKER) and not any(name.startswith(tensor.name.removesuffix(MARKER)) for name in coded)
     ]
     planned[:] = [tensor for tensor in planned if tensor not in gone] if gone else planned
-    copies = (tensor.step for tensor in gone)
-    return [Account(step.source, "source", "no weight has a scale") for step in copies if isinstance(step, Copy)]
+    copies = ((tensor.step, tensor.component) for tensor in gone)
+    why = "no weight has a scale"
+    return [Account(step.source, "source", why, component) for step, component in copies if isinstance(step, Copy)]
 
 
 def _is_tie(name: str, source: str, component: Component) -> bool:

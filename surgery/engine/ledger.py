@@ -309,7 +309,7 @@ class Ledger:
             "rounding": None if math.isnan(survival) else round(self.rounding, 6),
             "tensors": {row.tensor.label: row.as_json() for row in self.rows},
             "without_output": {
-                account.tensor.name: {"class": account.outcome, "why": account.why} for account in self.plan.accounts
+                account.label: {"class": account.outcome, "why": account.why} for account in self.plan.accounts
             },
             "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),

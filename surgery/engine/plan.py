@@ -213,6 +213,12 @@ class Account:
     tensor: StoredTensor
     outcome: TensorOutcome
     why: str
+    component: str = ""
+
+    @property
+    def label(self) -> str:
+        """As `PlannedTensor.label`."""
+        return f"{self.component}:{self.tensor.name}" if self.component else self.tensor.name
 
 
 @dataclass(frozen=True)

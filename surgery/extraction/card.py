@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of an extraction: what it was made of, and what it leaves of the change.
-
-No paths, no times: the same bytes every time.
-"""
+"""The model card of an extraction: what it was made of, and what it leaves of the change."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 
-from surgery._version import __version__
+from surgery.engine.card import card, measured_table
 from surgery.engine.card_metadata import card_metadata
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.figures import layers_of
@@ -23,16 +20,21 @@ from surgery_formats.text import count, markdown, markdown_code, nbytes, numbere
 __all__ = ["extraction_card"]
 
 
-def extraction_card(plan: ExtractionPlan, result: ExtractResult) -> bytes:
-    """README.md of an extraction in PEFT's format; `result` is what is known before it is written."""
+def extraction_card(plan: ExtractionPlan, result: ExtractResult, library: str, *, before_codes: bool) -> bytes:
+    """README.md of an extraction.
+
+    Args:
+        plan: What is extracted.
+        result: What is known before it is written.
+        library: What loads it, as the hub calls it.
+        before_codes: Whether `result` is of factors that are stored as codes then.
+    """
     base, tuned = plan.checkpoints.base, plan.checkpoints.tuned
     names = [markdown_code(show(base_name(checkpoint))) for checkpoint in (base, tuned)]
     kind = "DoRA" if result.kind is not None and result.kind.kind == "dora" else "LoRA"
-    metadata = card_metadata(
-        base.path, hub_name(base), relation="adapter", library="peft", task=plan.adapter.task, tags=(kind.lower(),)
+    head = card_metadata(
+        base.path, hub_name(base), relation="adapter", library=library, task=plan.adapter.task, tags=(kind.lower(),)
     )
-    lines = ["", f"# {names[1]} as a {kind} of {names[0]}", "", *table_lines(("measured", ""), _figures(result)), ""]
-    lines += [] if result.recovery is None else [*_recovery(result.recovery), ""]
     factored = [row for row in result.rows if row.form]
     rows = [
         (
@@ -43,11 +45,12 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult) -> bytes:
         )
         for one in layers_of(factored)
     ]
-    lines += table_lines(("layers", "rank", "parameters", "of the change missing"), rows, right=(1, 2, 3))
-    notes = [f"- Warning: {markdown(show(warning, 500))}" for warning in result.warnings]
-    lines += ["", *notes] if notes else []
-    lines += ["", f"Extracted by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
-    return (metadata + "\n".join(lines)).encode()
+    tables = [measured_table(_figures(result))]
+    tables += [] if result.recovery is None else [list(_recovery(result.recovery))]
+    tables.append(table_lines(("layers", "rank", "parameters", "of the change missing"), rows, right=(1, 2, 3)))
+    title = f"{names[1]} as a {kind} of {names[0]}"
+    notes = ["The figures are of the factors before they became codes."] if before_codes else []
+    return card(head, title, *tables, notes=notes, warnings=result.warnings, made="Extracted")
 
 
 def _recovery(recovery: Recovery) -> Iterator[str]:

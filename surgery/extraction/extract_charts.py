@@ -13,19 +13,30 @@ from surgery.reports.layer_grid import layer_chart
 from surgery.reports.sections import Chart, Column, Table
 from surgery.reports.values import Phrase, Piece, Value
 
-__all__ = ["extract_charts", "knee_of", "rank_chart", "rank_note"]
+__all__ = ["extract_charts", "knee_of", "layers_of_choice", "rank_chart", "rank_note"]
 
 _LEAST_FALL = 0.01
 """Of the change: where all ranks together bring less, none is a reason to choose."""
+_OF = {"attention": "only attention", "mlp": "only MLP", AS_AUTO: "all, as auto"}
 _CHOICES = (
-    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("parameters", "count"),
+    Column("rank", "integer", says="directions that each matrix gets"),
+    Column("factors for", says="the layers that get factors; the change of all others is left out, and counted as missing"),
+    Column("missing of all", "share", says="of the change of the whole model, what such an adapter lacks (Frobenius norm)"),
+    Column("parameters", "count", says="numbers in the adapter"),
     Column("size", "bytes"),
 )  # fmt: skip
 
 
+def layers_of_choice(choice: RankChoice) -> str:
+    """Which layers get factors, in words."""
+    return _OF.get(choice.layers, choice.layers)
+
+
 def rank_chart(choices: Sequence[RankChoice]) -> Chart:
     """What each rank leaves, over the rank and over the size of the adapter, with the knee and the choice of ``auto``."""
-    rows = tuple((choice.rank, choice.layers, choice.residual, choice.parameters, choice.nbytes) for choice in choices)
+    rows = tuple(
+        (choice.rank, layers_of_choice(choice), choice.residual, choice.parameters, choice.nbytes) for choice in choices
+    )
     of_all = [choice for choice in choices if choice.layers == "all"]
     knee = knee_of([(choice.rank, choice.residual) for choice in of_all])
     auto = next((choice for choice in choices if choice.layers == AS_AUTO), None)
@@ -42,7 +53,7 @@ def rank_chart(choices: Sequence[RankChoice]) -> Chart:
         Lines(x=0, y=(2,), by=1, log_x=True, marks=tuple(ranks)),
         Lines(x=4, y=(2,), by=1, log_x=True, marks=tuple(sizes)),
     )
-    return Chart("Missing of the change, by rank and size", Table(_CHOICES, rows), drawings)
+    return Chart("Missing of the whole change, by rank and size", Table(_CHOICES, rows), drawings)
 
 
 def rank_note(choices: Sequence[RankChoice]) -> Phrase:
@@ -85,8 +96,8 @@ def extract_charts(spectra: Sequence[RoleSpectrum], rows: Sequence[ExtractRow]) 
     sizes = ((row.name, row.energy, float(math.prod(row.shape))) for row in changed)
     missing = ((row.name, row.energy * row.residual**2, row.energy) for row in changed if row.form)
     charts = (
-        layer_chart("Change of a value (RMS)", sizes, _root, log=True),
-        layer_chart("Missing of the change", missing, _root, type="share", digits=2, low=0.0),
+        layer_chart("Change of a value (RMS, absolute)", sizes, _root, log=True),
+        layer_chart("Missing of the change of each weight", missing, _root, type="share", digits=2, low=0.0, high=1.0),
     )
     yield from filter(None, charts)
 

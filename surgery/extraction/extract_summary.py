@@ -18,14 +18,22 @@ from surgery.reports.values import Cell, NameList, Phrase
 __all__ = ["extract_summary"]
 
 _LAYERS = (
-    Column("layers", "name"), Column("times", "integer", spare=2), Column("rank", "figure"), Column("share", "share"),
-    Column("missing", "share"), Column("moved", "share", 1, spare=6), Column("rms/ulp", "number", 2, spare=5),
-    Column("noise", "share", 1, spare=4), Column("signal", "figure"), Column("survives", "share", 1, spare=1),
-    Column("class", spare=3),
+    Column("layers", "name", says="weights whose names differ in the number of the layer only"),
+    Column("times", "integer", spare=2, says="how many weights these are"),
+    Column("rank", "figure", says="directions that the factors of each have"),
+    Column("share", "share", says="of the energy (squared norm) of the whole change, what these weights have"),
+    Column("missing", "share", says="of the change of these weights, what the adapter lacks (Frobenius norm): 0 % is TUNED"),
+    Column("moved", "share", 1, spare=6, says="values that differ from BASE"),
+    Column("rms/ulp", "number", 2, spare=5, says="size of the change (root mean square), in spacings of the stored type"),
+    Column("noise", "share", 1, spare=4, says="of the change, what rounding to the stored type makes up by itself"),
+    Column("signal", "figure", says="directions of the change above that noise, of those that a matrix has; >=: no more were computed"),
+    Column("survives", "share", 1, spare=1, says="of the factors' update, what is left when it is merged into BASE's stored type"),
+    Column("class", spare=3, says="low-rank: stored as factors; dense: stored in full; dropped: left out"),
 )  # fmt: skip
 
 
 def extract_summary(
+    title: str,
     facts: Iterable[tuple[str, Phrase]],
     rows: Sequence[ExtractRow],
     table: Sequence[RankChoice],
@@ -39,6 +47,7 @@ def extract_summary(
     """The whole in figures, then like-named layers in one row, or each by itself if `verbose`.
 
     Args:
+        title: Of the page.
         facts: The whole, in figures.
         rows: Every tensor of TUNED.
         table: Other ranks and fewer layers.
@@ -64,7 +73,7 @@ def extract_summary(
     sections += extract_charts(spectra, rows)
     if dry_run:
         sections.append(DRY_RUN)
-    return Summary("Extraction", (*sections, *warning_notes(warnings)))
+    return Summary(title, (*sections, *warning_notes(warnings)))
 
 
 def _layer(layer: Layers) -> tuple[Cell, ...]:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.engine.adapter_card import LIBRARIES
 from surgery.engine.adapter_output import WriteOptions, rendered_fingerprint, write_adapter
+from surgery.engine.card import CARD
 from surgery.engine.conversion import conversion_id, plan_conversion, prove_conversion
 from surgery.engine.convert_result import ConvertResult
 from surgery.engine.proof import read_back
@@ -127,8 +129,7 @@ def _as_planned(plan: ExtractionPlan) -> _PlannedOutput:
         result = proved_result(plan, _bound(plan, read_back(plan.peft, path)))
         return result, result.as_manifest()
 
-    files = {**plan.rendering.small_files, "README.md": extraction_card(plan, predicted_result(plan))}
-    return _PlannedOutput(replace(plan.rendering, small_files=files), plan.id, prove)
+    return _PlannedOutput(_carded(plan.rendering, plan, plan.peft), plan.id, prove)
 
 
 def _converted(
@@ -161,9 +162,20 @@ def _converted(
             result = with_recovery(result, evaluated.recovery(plan, read_back(target, path), progress))
         return result, {**converted.as_manifest(), "extract": result.as_manifest()}
 
-    return _PlannedOutput(
-        conversion.rendering, conversion_id(conversion, [rendered_fingerprint(plan.rendering)]), prove
-    )
+    job = conversion_id(conversion, [rendered_fingerprint(plan.rendering)])
+    return _PlannedOutput(_carded(conversion.rendering, plan, target), job, prove)
+
+
+def _carded(rendering: Rendering, plan: ExtractionPlan, target: Format) -> Rendering:
+    """`rendering` with a model card, where the hub has one for folders of `target`."""
+    if target.name not in LIBRARIES:
+        return rendering
+    predicted = predicted_result(plan)
+    lost = {entry.site: entry.detail for entry in rendering.entries if entry.outcome == "dropped"}
+    predicted = replace(predicted, rows=rows_without(predicted.rows, plan.storage, lost))
+    coded = target is not plan.peft and plan.request.coding is not None
+    text = extraction_card(plan, predicted, LIBRARIES[target.name], before_codes=coded)
+    return replace(rendering, small_files={**rendering.small_files, CARD: text})
 
 
 def _bound(plan: ExtractionPlan, adapter: Adapter) -> Binding:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from surgery.extraction.extract_charts import layers_of_choice
 from surgery.extraction.figures import RankChoice
 from surgery.extraction.recovery import Recovery, TextScore
 from surgery.reports.drawings import Lines
@@ -16,12 +17,17 @@ from surgery_formats.text import numbered
 __all__ = ["recovery_rows", "recovery_sections"]
 
 _MODELS = (
-    Column("model"), Column("bits per byte", "fixed", 4), Column("recovered", "share", 1),
-    Column("KL from TUNED", "number", 3), Column("same top token", "share", 1),
+    Column("model"),
+    Column("bits per byte", "fixed", 4, says="that the model needs for the text: fewer are better"),
+    Column("recovered", "share", 1, says="share of what TUNED gains over BASE on the text"),
+    Column("KL from TUNED", "number", 3, says="how far its predictions are from TUNED's, in nats per token: 0 is TUNED"),
+    Column("same top token", "share", 1, says="tokens for which it expects the same next one most as TUNED"),
 )  # fmt: skip
 _RANKS = (
-    Column("rank", "integer"), Column("layers"), Column("missing", "share"), Column("size", "bytes"),
-    Column("bits per byte", "fixed", 4), Column("recovered", "share", 1),
+    Column("rank", "integer", says="directions that each matrix gets"), Column("factors for"),
+    Column("missing of all", "share", says="of the change of all weights, what the adapter lacks (Frobenius norm)"),
+    Column("size", "bytes"), Column("bits per byte", "fixed", 4),
+    Column("recovered", "share", 1, says="of TUNED's gain on the text"),
 )  # fmt: skip
 
 
@@ -51,7 +57,7 @@ def recovery_sections(recovery: Recovery, choices: Sequence[RankChoice]) -> list
     measured = [(choice, choice.score) for choice in choices if choice.score is not None]
     if measured:
         rows = tuple(
-            (one.rank, one.layers, one.residual, one.nbytes, score.bits_per_byte, one.recovered)
+            (one.rank, layers_of_choice(one), one.residual, one.nbytes, score.bits_per_byte, one.recovered)
             for one, score in measured
         )
         shown = (4,) if recovery.recovered is None else (5,)

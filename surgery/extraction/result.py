@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ExtractResult"]
 
+_STORED = {"low-rank": "as factors", "dense": "in full"}
+
 
 @summarised
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class ExtractResult:
             ``committing``; ``first_read_to_synced``: all but ``starting``.
         devices: Where it was computed.
         why_devices: Why there, if that was left open (``auto``).
+        models: What BASE and TUNED are called.
         seconds: How long it took.
     """
 
@@ -85,7 +88,14 @@ class ExtractResult:
     timings: Mapping[str, float] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
     why_devices: str = ""
+    models: tuple[str, str] = ("", "")
     seconds: float = elapsed()
+
+    @property
+    def _title(self) -> str:
+        base, tuned = self.models
+        kind = "DoRA" if self.kind is not None and self.kind.kind == "dora" else "LoRA"
+        return f"{tuned} as a {kind} of {base}" if base and tuned else "Extraction"
 
     @property
     def energy(self) -> float:
@@ -180,6 +190,7 @@ class ExtractResult:
 
         facts = (*_facts(self), *_outcome(self, output))
         return extract_summary(
+            self._title,
             facts,
             self.rows,
             self.table,
@@ -195,7 +206,7 @@ def _facts(result: ExtractResult) -> Iterator[tuple[str, Phrase]]:
     ranks = sorted({row.rank for row in result.rows if row.rank})
     spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no factors"
     noise = Value(result.noise, "share", 1)
-    yield "tensors", counted(result.classes)
+    yield "tensors", counted(result.classes, _STORED)
     moved = (
         Value(result.moved, "share", 1),
         " of the values moved; storage rounding makes up ",
@@ -210,7 +221,7 @@ def _facts(result: ExtractResult) -> Iterator[tuple[str, Phrase]]:
     if result.reproduced is not None:
         plain, refined = (Value(share, "share") for share in result.reproduced)
         yield "reproduced", (refined, " of the merged values bit for bit (plain factors: ", plain, ")")
-    yield "held", ("all but ", Value(result.residual, "share"), " of the change", *lost)
+    yield "missing", (Value(result.residual, "share"), " of the change (Frobenius norm)", *lost)
     if result.recovery is not None:
         yield "recovered", _recovered(result.recovery)
     times = f"{result.saved:.3g} times smaller" if result.saved >= 1 else f"{1 / result.saved:.3g} times larger"

@@ -29,6 +29,7 @@ from surgery_formats.binding.bind import Binding
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.linalg.coding import CODINGS
+from surgery_formats.models.base_name import base_name
 from surgery_formats.storage.base import read_rows
 from surgery_formats.text import listing
 
@@ -75,6 +76,7 @@ def predicted_result(plan: ExtractionPlan) -> ExtractResult:
         plan.scan.findings,
         tuned=_tuned(plan),
         spectra=role_spectra(plan.scan.factored, plan.checkpoints.base.main.role),
+        models=(base_name(plan.checkpoints.base), base_name(plan.checkpoints.tuned)),
     )
     return result if plan.recovery is None else with_recovery(result, plan.recovery)
 

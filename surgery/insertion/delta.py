@@ -122,7 +122,7 @@ def insert_delta(base: Checkpoint, delta: Adapter, folder: Path | None, run: Run
         return DeltaResult(None, Ledger(plan), delta.path, tuned, plan.warnings)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        return {"README.md": merge_card(binding, ledger)}
+        return {"README.md": merge_card(binding, ledger, relation="finetune")}
 
     return DeltaResult(folder, execute(plan, folder, run, finish), delta.path, tuned, plan.warnings)
 

@@ -21,6 +21,7 @@ from surgery.engine.merge.merge_plan import planned_merge
 from surgery.engine.merge.model_card import merge_card
 from surgery.engine.recorded import recorded_recipe
 from surgery.insertion.draws import Draws
+from surgery.insertion.fresh_card import with_fresh_card
 from surgery.insertion.fresh_result import FreshResult
 from surgery.insertion.inserted import INSERTED_KINDS, begun_bottlenecks, begun_prefix, begun_prompt
 from surgery.insertion.kinds import KINDS, Begun, FreshRequest, begun, scale_of, tensors_of
@@ -311,7 +312,8 @@ def _write(
     progress: Callback | None,
 ) -> FreshResult:
     """Write what was planned, and of a raw start the same factors as a plain LoRA beside it."""
-    parts = [("", conversion)]
+    carded = with_fresh_card(conversion.rendering, result, _base_of(conversion), found.adapter.task)
+    parts = [("", replace(conversion, rendering=carded))]
     if found.plain is not None:
         parts.append((f"{_CONVERTIBLE}/", _planned(found.plain, conversion.target, _base_of(conversion))))
     facts = {"seed": options.seed, "kind": options.kind, "init": options.init}

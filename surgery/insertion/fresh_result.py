@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,19 +112,10 @@ class FreshResult:
             verbose: Every module that has an error.
             output: Where a dry run would write.
         """
-        size = f"{_SIZES.get(self.kind, 'rank')} {self.rank}, " if self.kind != "ia3" else ""
-        facts: list[tuple[str, Phrase]] = [
-            ("begin", f"{self.kind}, {size}init {self.init}"),
+        facts: list[tuple[Phrase, Phrase]] = [
+            ("begin", self._begun()),
             ("to", destination(self.output or output, self.format)),
-        ]
-        if self.targets:
-            facts.append(("targets", (f"{self.modules} modules: ", NameList(self.targets))))
-        times = self.full.nbytes / max(self.memory.nbytes, 1)
-        facts += [
-            ("trains", (Value(self.trained, "count"), " numbers, ", Value(self.share, "share", 3), " of all")),
-            ("memory", (Value(self.memory.nbytes, "bytes"), " to train it, activations not counted")),
-            ("all weights", (Value(self.full.nbytes, "bytes"), ": ", Value(times, "number", 3), " times as much")),
-            ("saves", (Value(self.full.nbytes - self.memory.nbytes, "bytes"), " in training; ", *self._copies())),
+            *self._training(),
         ]
         facts += [("off by", self._error())] if self.errors else []
         if self.residual is not None:
@@ -144,6 +135,23 @@ class FreshResult:
                 Note(("next: train it on its base, then ", into, Name(self.convertible, PATH), '" for a LoRA'))
             )
         return Summary("Fresh adapter", (*sections, *warning_notes(self.warnings)))
+
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What is trained and what that takes, for a model card."""
+        return ("begun as", self._begun()), *self._training()
+
+    def _begun(self) -> str:
+        size = f"{_SIZES.get(self.kind, 'rank')} {self.rank}, " if self.kind != "ia3" else ""
+        return f"{self.kind}, {size}init {self.init}"
+
+    def _training(self) -> Iterator[tuple[Phrase, Phrase]]:
+        if self.targets:
+            yield "targets", (f"{self.modules} modules: ", NameList(self.targets))
+        times = self.full.nbytes / max(self.memory.nbytes, 1)
+        yield "trains", (Value(self.trained, "count"), " numbers, ", Value(self.share, "share", 3), " of all")
+        yield "memory", (Value(self.memory.nbytes, "bytes"), " to train it, activations not counted")
+        yield "all weights", (Value(self.full.nbytes, "bytes"), ": ", Value(times, "number", 3), " times as much")
+        yield "saves", (Value(self.full.nbytes - self.memory.nbytes, "bytes"), " in training; ", *self._copies())
 
     def _copies(self) -> tuple[Any, ...]:
         size = 4 * self.trained

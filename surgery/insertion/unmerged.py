@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
 from surgery.engine.adapter_output import put_adapter
+from surgery.engine.card import CARD, model_name, name_of
 from surgery.engine.conversion import Conversion, bound_source, plan_conversion
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
+from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.reports.output import DRY_RUN, PATH
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
@@ -175,7 +177,14 @@ def insert_unmerged(
                 within = f"{one.apart.folder}/" if one.apart.folder else ""
                 put_adapter(one.rendered.rendering, folder, within)
 
-    ledger = execute(plan, output, run, last=last)
+    def finish(ledger: Ledger) -> Mapping[str, bytes]:
+        weighted = [(one.adapter, one.weight) for one in adapters]
+        title = f"{model_name(base)} with {', '.join(name_of(one.path) for one, _ in weighted)} beside it"
+        tags = tuple(dict.fromkeys(one.kind_name.lower() for one, _ in weighted))
+        text = rebuilt_card(base, title, ledger, adapters=weighted, relation="adapter", tags=tags, warnings=warnings)
+        return {CARD: text}
+
+    ledger = execute(plan, output, run, finish, last=last)
     return replace(result, output=output, ledger=ledger)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from surgery._version import __version__
+from surgery.engine.card import CARD, adapter_table, card, measured_table, model_name, name_of
+from surgery.engine.card_metadata import card_metadata
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.export.prompt_past import Prompt, WeightLocation, computed_past, of_adapter, stored_past
 from surgery.onnx.graph.build import GraphOptions
@@ -20,6 +22,7 @@ from surgery.onnx.run.adapter_file import adapter_bytes
 from surgery.onnx.run.tokenizer import open_tokenizer
 from surgery.prompts.bake_result import BakeResult
 from surgery.prompts.conversion import check_positions
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.adapters.soft_prompts import soft_prompt
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
@@ -28,6 +31,7 @@ from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
+from surgery_formats.models.base_name import hub_name
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.identity import fingerprint
@@ -47,12 +51,16 @@ class KeyValues:
     """Keys and values before they are written.
 
     Attributes:
+        adapter: The prompt; None of a text.
+        base: The model.
         arrays: ``key.0``, ``value.0`` ...: ``(1, kv_heads, n, head_dim)``.
         dtype: Type to store them in.
         facts: What identifies the inputs.
         result: What will be reported.
     """
 
+    adapter: Adapter | None
+    base: Checkpoint
     arrays: Mapping[str, np.ndarray]
     dtype: DType
     facts: Mapping[str, object]
@@ -110,7 +118,7 @@ def key_values(adapter: Adapter | None, text: str | None, base: Checkpoint, dtyp
         "prompt": text if adapter is None else sorted(fingerprint(file) for file in adapter.files),
         "dtype": stored.label,
     }
-    return KeyValues(arrays, stored, facts, result)
+    return KeyValues(adapter, base, arrays, stored, facts, result)
 
 
 def write_key_values(found: KeyValues, output: Path, *, overwrite: bool, inputs: tuple[Path, ...]) -> BakeResult:
@@ -131,6 +139,7 @@ def write_key_values(found: KeyValues, output: Path, *, overwrite: bool, inputs:
     with output_folder(output, job, overwrite=overwrite, inputs=inputs) as folder:
         folder.write_small(CACHE, bytes(data))
         folder.write_small(ONNX, adapter_bytes({_long(name): found.arrays[name] for name in names}))
+        folder.write_small(CARD, _card(found))
         written = {tensor.name: tensor for tensor in open_shard(folder.staged / CACHE).tensors}
         for name, values in found.arrays.items():
             if name not in written or bytes(as_bytes(written[name].read())) != bytes(as_bytes(values)):
@@ -138,6 +147,19 @@ def write_key_values(found: KeyValues, output: Path, *, overwrite: bool, inputs:
         account = {"plan": job, "inputs": dict(found.facts), "bake": found.result.as_manifest()}
         folder.commit(account | recorded_recipe())
     return replace(found.result, output=output, loading=_LOADING.format(output))
+
+
+def _card(found: KeyValues) -> bytes:
+    """The model card."""
+    adapter, base, result = found.adapter, found.base, found.result
+    told = () if adapter is None else (adapter.base_name,)
+    head = card_metadata(
+        base.path, hub_name(base, told), relation="adapter", library="transformers", tags=(result.kind.lower(),)
+    )
+    what = "A text" if adapter is None else name_of(adapter.path)
+    tables = [] if adapter is None else [adapter_table([(adapter, 1.0)])]
+    title = f"{what} as keys and values of {model_name(base)}"
+    return card(head, title, *tables, measured_table(markdown_rows(result.figures())), warnings=result.warnings)
 
 
 def _short(name: str) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,8 @@ class BakeResult:
         rows: list[tuple[Phrase, Phrase]] = [
             ("prompt", source),
             ("base", Name(self.base, PATH)),
-            ("tokens", f"{self.tokens}" + (f", ids {self.ids[0]} to {self.ids[-1]}" if self.ids else "")),
+            *self._made(),
         ]
-        if self.words:
-            rows.append(("written as", Name(self.words)))
-        if self.head:
-            rows.append(("head", self.head))
-        rows.append(("rounding", (Value(self.rounding, "number"), " of the greatest value")))
-        rows += [(Name(name), what) for name, what in self.files.items()]
         if self.output is not None:
             rows.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
         elif output is not None:
@@ -107,3 +101,16 @@ class BakeResult:
         elif self.loading:
             sections.append(Verbatim(self.loading))
         return Summary("Baked prompt", (*sections, *warning_notes(self.warnings)))
+
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What was made, for a model card."""
+        return tuple(self._made())
+
+    def _made(self) -> Iterator[tuple[Phrase, Phrase]]:
+        yield "tokens", f"{self.tokens}" + (f", ids {self.ids[0]} to {self.ids[-1]}" if self.ids else "")
+        if self.words:
+            yield "written as", Name(self.words)
+        if self.head:
+            yield "head", self.head
+        yield "rounding", (Value(self.rounding, "number"), " of the greatest value")
+        yield from ((Name(name), what) for name, what in self.files.items())

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from surgery.engine.card import CARD, model_name, name_of
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
 from surgery.engine.plan import Plan, SideFile
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
+from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.prompts.bake_result import BakeResult
 from surgery.prompts.token_files import TokenFiles, first_id, token_files
 from surgery.prompts.vocabulary import Vocabulary, recipe_of, vocabulary_of
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.arrays import all_finite, cast
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.prompts import SoftPrompt
@@ -41,6 +44,8 @@ class TokenPlan:
     """A model whose vocabulary has virtual tokens, before it is written.
 
     Attributes:
+        adapter: That has them.
+        base: The model.
         plan: Of its files.
         rows: What the embedding has from `first` on, as it is read.
         first: Id of the first.
@@ -48,6 +53,8 @@ class TokenPlan:
         result: What will be reported.
     """
 
+    adapter: Adapter
+    base: Checkpoint
     plan: Plan
     rows: np.ndarray
     first: int
@@ -102,7 +109,7 @@ def plan_tokens(adapter: Adapter, prompt: SoftPrompt, base: Checkpoint, name: st
         _told(files, given),
         warnings=(*plan.warnings, *_warnings(component, vocabulary, files, given, first, keep_tie=keep_tie)),
     )
-    return TokenPlan(plan, rows, first, component.embedding, result)
+    return TokenPlan(adapter, base, plan, rows, first, component.embedding, result)
 
 
 def write_tokens(planned: TokenPlan, output: Path, run: Run) -> BakeResult:
@@ -120,7 +127,18 @@ def write_tokens(planned: TokenPlan, output: Path, run: Run) -> BakeResult:
             raise ProofError("its rows are not those of the prompt", file=output, tensor=planned.embedding)
 
     def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        return {}
+        adapter, base = planned.adapter, planned.base
+        text = rebuilt_card(
+            base,
+            f"{model_name(base)} with {name_of(adapter.path)} in its vocabulary",
+            ledger,
+            markdown_rows(planned.result.figures()),
+            adapters=[(adapter, 1.0)],
+            relation="merge",
+            tags=("merge",),
+            warnings=planned.result.warnings,
+        )
+        return {CARD: text}
 
     execute(planned.plan, output, run, finish, last=last)
     return replace(planned.result, output=output, loading=_LOADING.format(output))

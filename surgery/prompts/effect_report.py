@@ -13,7 +13,8 @@ from surgery.prompts.conversion import check_positions
 from surgery.prompts.effect_result import EffectReport, Substitute, VirtualEffect
 from surgery.prompts.effects import Effects, Measured, Subject, measure_effects
 from surgery.prompts.search import search
-from surgery.prompts.vocabulary import Vocabulary, spelling_of, vocabulary_of
+from surgery.prompts.token_texts import token_texts
+from surgery.prompts.vocabulary import Vocabulary, vocabulary_of
 from surgery.reference import Cache, Reference, open_reference
 from surgery_formats.arrays import cast
 from surgery_formats.binding.prompt_fit import check_prompt
@@ -52,7 +53,6 @@ def effect_report(
     effects = measure_effects(reference, subject, texts, progress)
     tokens = tuple(_token(effects, number, nearest) for number in range(subject.tokens))
     shown = {row for token in tokens for row, _ in (*token.raises, *token.lowers)} | set(nearest)
-    spelt = spelling_of(component.folder)
     return EffectReport(
         adapter.path,
         component.folder,
@@ -65,7 +65,7 @@ def effect_report(
         None if effects.all_nearest is None else _mean(effects, effects.all_nearest),
         None if effects.all_drawn is None else _mean(effects, effects.all_drawn),
         tokens,
-        {row: text for row, text in spelt.items() if row in shown},
+        *token_texts(component.folder, shown),
         component.nbytes,
     )
 

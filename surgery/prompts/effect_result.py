@@ -75,6 +75,7 @@ class EffectReport:
         all_drawn: With tokens drawn at random in their place, the mean of several draws.
         tokens: Every virtual token.
         spelt: How the tokenizer spells the tokens found, by id; empty without one.
+        decoded: The same as people read them.
         nbytes: Of the model's weight files.
         warnings: What the user should know.
         seconds: How long it took.
@@ -92,6 +93,7 @@ class EffectReport:
     all_drawn: Substitute | None
     tokens: tuple[VirtualEffect, ...]
     spelt: dict[int, str]
+    decoded: dict[int, str]
     nbytes: int
     warnings: tuple[str, ...] = ()
     seconds: float = elapsed()
@@ -135,9 +137,9 @@ class EffectReport:
     def _table(self) -> Table:
         columns = (
             Column("token", "integer"), Column("KL without it", "number", 3), Column("loss", "figure"),
-            Column("attention", "share", 1), Column("KL as nearest", "number", 3), Column("nearest", "name"),
-            Column("KL as random", "number", 3), Column("makes likelier", "name", spare=1),
-            Column("less likely", "name", spare=2),
+            Column("attention", "share", 1), Column("KL as nearest", "number", 3), Column("nearest"),
+            Column("KL as random", "number", 3), Column("makes likelier", spare=1),
+            Column("less likely", spare=2),
         )  # fmt: skip
         rows = tuple(
             (
@@ -149,7 +151,7 @@ class EffectReport:
             )
             for token in self.tokens
         )  # fmt: skip
-        return Table(columns, rows)
+        return Table(columns, rows, "What each virtual token does")
 
     def _layers(self) -> Table:
         columns = (Column("layer", "integer"), *(Column(f"to {t.number}", "share", 1) for t in self.tokens))
@@ -160,7 +162,7 @@ class EffectReport:
         return ", ".join(f"{self._spelt(row)} {by:+.1%}" for row, by in changes)
 
     def _spelt(self, row: int) -> str:
-        return self.spelt.get(row, f"#{row}")
+        return self.decoded.get(row, f"#{row}")
 
 
 def _nats(loss: float) -> tuple[Value, str]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from surgery.engine.adapter_card import with_card
 from surgery.engine.adapter_output import WriteOptions, job_id, write_adapter
 from surgery.prompts.prompt_result import PromptResult
+from surgery.reports.markdown import markdown_rows
 from surgery_formats.adapters.adapterhub.prompts import render_hub_prefix
 from surgery_formats.adapters.format import Rendering
 from surgery_formats.adapters.peft.prompt_adapter import TABLE, prompt_adapter
@@ -23,10 +25,13 @@ from surgery_formats.canonical.prompts import Prefix
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
 from surgery_formats.files.raw import File
+from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.tensors.computed import computed
 
 __all__ = ["MadePrompt", "write_prompt"]
+
+_DONE = {"convert": "written as another kind", "combine": "combined", "transfer": "led onto another model"}
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,36 @@ def write_prompt(
     *,
     overwrite: bool,
     also: tuple[Path, ...] = (),
+    base: Checkpoint | None = None,
 ) -> PromptResult:
     """Write a prompt and read it back.
+
+    Args:
+        made: The prompt.
+        result: What is known before it is written.
+        output: Folder or file to make.
+        sources: What it was made of.
+        facts: That decide what it is.
+        overwrite: Replace an existing output.
+        also: What was read beside the sources; the output may not lie in it.
+        base: What it is for, if that was given.
 
     Raises:
         FitError: a value that is not a number.
         OutputExistsError, ResourceError, ProofError: nothing is left behind.
     """
+    target = format_to_write(made.format)
     rendering = made.render(sources[0].path, output.name.partition(".")[0] or "prompt")
+    weighted = list(zip(sources, (weight for _, weight in result.sources), strict=True))
+    rendering = with_card(
+        rendering,
+        target,
+        weighted,
+        base,
+        _DONE[result.verb],
+        markdown_rows(result.figures()),
+        moved=result.verb == "transfer",
+    )
     files: list[File] = [file for adapter in sources for file in adapter.files]
     manifest = result.as_manifest()
 
@@ -105,5 +132,5 @@ def write_prompt(
 
     job = job_id({**facts, "result": manifest}, files, rendering)
     options = WriteOptions(output, (*(adapter.path for adapter in sources), *also), overwrite=overwrite)
-    write_adapter(rendering, format_to_write(made.format), job, prove, options)
+    write_adapter(rendering, target, job, prove, options)
     return replace(result, output=output)

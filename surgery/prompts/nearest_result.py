@@ -49,6 +49,7 @@ class NearestReport:
         tokens: Every virtual token.
         spacing: How the vocabulary's tokens lie among themselves.
         texts: How the tokenizer spells the tokens found, by id; empty without one.
+        decoded: The same as people read them.
         nbytes: Of the embedding that was read.
         warnings: What the user should know.
         seconds: How long it took.
@@ -60,6 +61,7 @@ class NearestReport:
     tokens: tuple[VirtualToken, ...]
     spacing: Spacing
     texts: dict[int, str]
+    decoded: dict[int, str]
     nbytes: int
     warnings: tuple[str, ...] = ()
     seconds: float = elapsed()
@@ -87,8 +89,8 @@ class NearestReport:
 
     def _table(self) -> Table:
         columns = (
-            Column("token", "integer"), Column("norm", "number", 3), Column("by cosine", "name"), Column("", "fixed"),
-            Column("by distance", "name"), Column("", "number", 3), Column("by dot", "name", spare=1),
+            Column("token", "integer"), Column("norm", "number", 3), Column("by cosine"), Column("", "fixed"),
+            Column("by distance"), Column("", "number", 3), Column("by dot", spare=1),
             Column("", "number", 3, spare=1), Column("reading"),
         )  # fmt: skip
         rows = []
@@ -100,23 +102,23 @@ class NearestReport:
                     self._spelt(distance.id), distance.distance, self._spelt(dot.id), dot.dot, token.reading.why,
                 )
             )  # fmt: skip
-        return Table(columns, tuple(rows))
+        return Table(columns, tuple(rows), "The tokens of the vocabulary that are nearest")
 
     def _more(self, verbose: bool) -> list[Section]:
         if not any(len(near) > 1 for token in self.tokens for near in token.nearest.values()):
             return []
         if not verbose:
             return [Note("the tokens behind the nearest", "omitted")]
-        columns = Column("token", "integer"), Column("by"), Column("nearest", "name")
+        columns = Column("token", "integer"), Column("by"), Column("nearest")
         rows: list[tuple[Cell, ...]] = [
             (token.number, measure, ", ".join(f"{self._spelt(n.id)} {getattr(n, measure):.3g}" for n in near))
             for token in self.tokens
             for measure, near in token.nearest.items()
         ]
-        return [Table(columns, tuple(rows))]
+        return [Table(columns, tuple(rows), "The tokens behind the nearest")]
 
     def _spelt(self, row: int) -> str:
-        return self.texts.get(row, f"#{row}")
+        return self.decoded.get(row, f"#{row}")
 
 
 _WORDS = {

@@ -111,7 +111,22 @@ class PromptResult:
         rows: list[tuple[Phrase, Phrase]] = [
             (self.verb, (Name(path, PATH), "" if weight == 1 else f" at {weight:g}")) for path, weight in self.sources
         ]
-        rows += [("kind", Name(self.kind)), ("tokens", str(self.tokens)), ("how", self.how)]
+        rows += self._made()
+        if self.output is not None:
+            rows.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
+        elif output is not None:
+            rows.append(("would write", Name(output, PATH)))
+        sections: list[Section] = [Facts(tuple(rows)), *([DRY_RUN] if self.output is None else [])]
+        return Summary("Soft prompt", (*sections, *warning_notes(self.warnings)))
+
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What was made, for a model card."""
+        return tuple(self._made())
+
+    def _made(self) -> list[tuple[Phrase, Phrase]]:
+        rows: list[tuple[Phrase, Phrase]] = [
+            ("kind", Name(self.kind)), ("tokens", str(self.tokens)), ("how", self.how),
+        ]  # fmt: skip
         if (score := self.score) is not None:
             rows.append(("map", f"{score.method}, fitted to {score.fitted} tokens that both have"))
             rows.append(
@@ -131,12 +146,7 @@ class PromptResult:
                 ]
             if score.kept is not None:
                 rows.append(("kept", (Value(score.kept, "share", 0), " of what the prompt gains")))
-        if self.output is not None:
-            rows.append(("wrote", (Name(self.output, PATH), ": ", *wrote(self.output, self.seconds))))
-        elif output is not None:
-            rows.append(("would write", Name(output, PATH)))
-        sections: list[Section] = [Facts(tuple(rows)), *([DRY_RUN] if self.output is None else [])]
-        return Summary("Soft prompt", (*sections, *warning_notes(self.warnings)))
+        return rows
 
 
 def _losses(without: float, with_it: float) -> Phrase:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from surgery.reports.markdown_parts import table_lines
 from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table, Verbatim
-from surgery.reports.values import Cell, Notation, cell_text, phrase_text
+from surgery.reports.values import Cell, Notation, Phrase, cell_text, phrase_text
 from surgery_formats.text import markdown, markdown_code, verbatim
 
-__all__ = ["as_markdown"]
+__all__ = ["as_markdown", "markdown_rows"]
 
 _INDENT = "\u2003"  # an em space for each two of indentation, which HTML would swallow
 
@@ -22,8 +22,7 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
     for section in sections:
         match section:
             case Facts(rows):
-                facts = [f"- {phrase_text(label, _MARKDOWN)}: {phrase_text(text, _MARKDOWN)}" for label, text in rows]
-                lines += [*facts, ""]
+                lines += [*(f"- {label}: {text}" for label, text in markdown_rows(rows)), ""]
             case Table(columns, rows):
                 lines += [*_table(columns, rows), ""]
             case Chart(name, table, _, says):
@@ -34,6 +33,11 @@ def as_markdown(title: str, sections: Iterable[Section]) -> str:
             case Verbatim(text):
                 lines += [*_fenced(verbatim(text)), ""]
     return "\n".join(lines)
+
+
+def markdown_rows(facts: Iterable[tuple[Phrase, Phrase]]) -> list[tuple[str, str]]:
+    """Facts as rows of a table in Markdown."""
+    return [(phrase_text(label, _MARKDOWN), phrase_text(text, _MARKDOWN)) for label, text in facts]
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> list[str]:

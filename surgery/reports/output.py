@@ -16,9 +16,10 @@ PATH = 500  # characters; a path is worth showing whole
 DRY_RUN = Note("dry run: nothing was written")
 
 
-def counted(numbers: Mapping[str, int]) -> str:
-    """Counts as text: ``21 copied, 14 updated``."""
-    return ", ".join(f"{number} {what}" for what, number in numbers.items())
+def counted(numbers: Mapping[str, int], meanings: Mapping[str, str] | None = None) -> str:
+    """Counts as text: ``21 copied, 14 kept (as they were)``, with `meanings` of words that do not tell by themselves."""
+    told = {what: f" ({meaning})" for what, meaning in (meanings or {}).items()}
+    return ", ".join(f"{number} {what}{told.get(what, '')}" for what, number in numbers.items())
 
 
 def destination(output: Path | None, format: str) -> Phrase:

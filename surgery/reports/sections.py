@@ -32,12 +32,14 @@ class Column:
         type: How its cells are written.
         digits: See `surgery.reports.values.Value`.
         spare: Where space is short, the columns with the greatest number are dropped first; 0 is never dropped.
+        says: What its numbers are, for those who meet them for the first time: pages have it below the table.
     """
 
     heading: str
     type: Type = "text"
     digits: int = 2
     spare: int = 0
+    says: str = ""
 
     @property
     def numeric(self) -> bool:

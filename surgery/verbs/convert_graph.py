@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from surgery.engine.card import CARD, model_name, name_of
+from surgery.engine.card_metadata import base_of_card
 from surgery.engine.execute import Run, execute
 from surgery.engine.ledger import Ledger
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
+from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.onnx.edit.opening import graph_at
 from surgery.onnx.recover.recovered import recovered
 from surgery.onnx.recover.result import RecoveryResult
@@ -16,6 +20,7 @@ from surgery.progress import Callback
 from surgery_formats.adapters.registry import format_at
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.models.base_name import hub_name
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
 
 __all__ = ["RecoveryResult", "convert_graph"]
@@ -65,5 +70,12 @@ def convert_graph(
     result = RecoveryResult(None, Ledger(plan), str(rebuilt.facts["names"]), plan.warnings)
     if output is None:
         return result
-    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress))
+
+    def finish(ledger: Ledger) -> Mapping[str, bytes]:
+        name = None if base is None else hub_name(base) or base_of_card(base.path)
+        whose = "" if base is None else f", by the names of {model_name(base)}"
+        title = f"The weights of {name_of(graph_at(path).path)}{whose}"
+        return {CARD: rebuilt_card(source, title, ledger, gone=("onnx",), name=name, warnings=plan.warnings)}
+
+    ledger = execute(plan, output, Run(overwrite=overwrite, progress=progress), finish)
     return replace(result, output=output, ledger=ledger)

@@ -12,6 +12,7 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_chec
 from surgery.engine.ledger import Ledger
 from surgery.onnx.export.adapters import sort_adapters
 from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
+from surgery.onnx.export.export_card import export_card
 from surgery.onnx.export.graph_files import GraphFiles, graph_files
 from surgery.onnx.export.half_range import issues_of_types, measured_values, reach_of_values
 from surgery.onnx.export.identity import export_facts, export_id
@@ -212,6 +213,16 @@ def export_onnx(
         assert binding is not None
         warnings.extend(check_written(ledger, binding, headed=assembly.baked is not None))
 
+    seen = None
+    if range_text is not None:
+        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
+
+    def describe(ledger: Ledger | None) -> bytes:
+        contract = built[-1].graphs.contract
+        codes = code_warnings(ledger) if coding is not None and ledger is not None else ()
+        reach = "" if seen is None else reach_of_values(seen, contract.dtype)
+        return export_card(checkpoint, roles, contract, ledger, layout, reach, (*warnings, *codes))
+
     names = [arrangement.path(name) for name in assembly.names(draft)]
     taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
     config = arrangement.config(assembly.component.config, kind)
@@ -228,11 +239,9 @@ def export_onnx(
         inputs=sorted({adapter.path for adapter in roles.adapters}),
         facts=export_facts(draft, chosen, arrangement),
         id=export_id(draft, assembly, arrangement),
+        card=describe,
         placed=arrangement.files,
     )
-    seen = None
-    if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
     placed = write_export(parcel, where, chosen, checkpoint.main.folder, run, shared)
     if coding is not None and placed.ledger is not None:
         warnings += code_warnings(placed.ledger)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from surgery.engine.card import CARD, model_name
 from surgery.engine.execute import Run, execute
 from surgery.engine.input_checks import float_type
 from surgery.engine.inputs import (
@@ -22,8 +23,10 @@ from surgery.engine.inputs import (
 from surgery.engine.ledger import Ledger
 from surgery.engine.rebuild.layers_result import LayersResult
 from surgery.engine.rebuild.rebuild_plan import plan_rebuilt
+from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.engine.rebuild.vocabulary_choice import with_vocabulary
 from surgery.progress import Callback
+from surgery.reports.markdown import markdown_rows
 from surgery.reports.result import timed
 from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
@@ -121,8 +124,13 @@ def layers(
     if folder is None:
         return result
     run = Run(workers, None, "cpu", verify_copies, overwrite, progress)
+
+    def finish(ledger: Ledger) -> Mapping[str, bytes]:
+        title = f"{model_name(checkpoint)} with {'other parts' if rebuilt.facts else 'another type'}"
+        return {CARD: rebuilt_card(checkpoint, title, ledger, markdown_rows(result.figures()), warnings=plan.warnings)}
+
     if move is None or adapter_output is None:
-        return replace(result, output=folder, ledger=execute(plan, folder, run))
+        return replace(result, output=folder, ledger=execute(plan, folder, run, finish))
     beside = local_path(adapter_output, "adapter_output")
     warnings: list[str] = []
 
@@ -130,7 +138,7 @@ def layers(
         warnings.extend(move.write(beside, checkpoint.path, overwrite=overwrite, progress=progress).warnings)
 
     with several_outputs():
-        ledger = execute(plan, folder, run, last=last)
+        ledger = execute(plan, folder, run, finish, last=last)
     told = (*plan.warnings, *warnings)
     return replace(result, output=folder, ledger=ledger, adapter=move.account(beside), warnings=told)
 

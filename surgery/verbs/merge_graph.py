@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from surgery.engine.card import CARD, name_of
+from surgery.engine.card_figures import measured_of, relation_of
 from surgery.engine.execute import Run, default_workers, execute
 from surgery.engine.input_checks import check_base_id
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, as_weighted
 from surgery.engine.ledger import Ledger
 from surgery.engine.merge.merge_result import MergeResult
 from surgery.engine.selection import Selection, left_out_warning
+from surgery.onnx.edit.graph_card import edited_card
 from surgery.onnx.edit.opening import graph_at
+from surgery.onnx.fold.standing import warning_of_branches
 from surgery.onnx.merge.graph_plan import GraphEngine, GraphPlan, plan_graph, prove_structure
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.containers.onnx import OnnxGraph
@@ -60,6 +64,7 @@ def merge_graph(
         binding = replace(binding, warnings=(*binding.warnings, left_out_warning(left)))
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     graph = graph_at(path)
+    binding = replace(binding, warnings=(*binding.warnings, *warning_of_branches(graph)))
     planned = _planned(graph, binding, left, run, compare=folder is None)
     plan = planned.plan
     if folder is None:
@@ -70,7 +75,16 @@ def merge_graph(
         warnings.extend(
             check_output(ledger, checkpoint, [weight for _, weight in binding.adapters], accept_loss=accept_loss)
         )
-        return {}
+        text = edited_card(
+            graph.path,
+            f"with {', '.join(name_of(adapter.path) for adapter, _ in binding.adapters)} merged in",
+            measured_of(ledger),
+            base=checkpoint,
+            adapters=binding.adapters,
+            relation=relation_of(ledger, "merge"),
+            warnings=warnings,
+        )
+        return {CARD: text}
 
     def last(staged: OutputFolder) -> None:
         prove_structure(staged.staged / plan.files[0].name, graph)

@@ -65,4 +65,4 @@ def prompt_convert(
         return result
     facts = {"verb": "prompt convert", "to": to, "base": None if checkpoint is None else content_id(checkpoint)}
     also = () if checkpoint is None else (checkpoint.path,)
-    return write_prompt(made, result, folder, (adapter,), facts, overwrite=overwrite, also=also)
+    return write_prompt(made, result, folder, (adapter,), facts, overwrite=overwrite, also=also, base=checkpoint)

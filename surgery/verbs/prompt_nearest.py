@@ -14,7 +14,8 @@ from surgery.prompts.nearest_result import NearestReport, VirtualToken
 from surgery.prompts.search import search
 from surgery.prompts.spacing import reading_of, spacing_of
 from surgery.prompts.texts import Texts, spread, token_rows
-from surgery.prompts.vocabulary import component_for, spelling_of, vocabulary_of
+from surgery.prompts.token_texts import token_texts
+from surgery.prompts.vocabulary import component_for, vocabulary_of
 from surgery.reports.result import timed
 from surgery_formats.adapters.soft_prompts import soft_prompt, soft_prompts
 from surgery_formats.arrays import cast
@@ -100,7 +101,7 @@ def prompt_nearest(
         found.kind,
         tokens,
         spacing,
-        {row: text for row, text in spelling_of(network.folder).items() if row in ids},
+        *token_texts(network.folder, ids),
         sum(source.nbytes for source in vocabulary.storage.sources),
         (*elsewhere, *warnings),
     )

@@ -122,7 +122,9 @@ def prompt_transfer(
     if folder is None:
         return result
     facts = {"verb": "prompt transfer", "method": method, "bases": [content_id(old), content_id(new)]}
-    return write_prompt(made, result, folder, (adapter,), facts, overwrite=overwrite, also=(old.path, new.path))
+    return write_prompt(
+        made, result, folder, (adapter,), facts, overwrite=overwrite, also=(old.path, new.path), base=new
+    )
 
 
 def _warnings(score: TransferScore, tokens: int) -> tuple[str, ...]:

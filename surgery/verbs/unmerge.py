@@ -7,9 +7,11 @@ Of three things, a base, an adapter and their merge, it finds either of the firs
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from surgery.engine.card import CARD, model_name, name_of
+from surgery.engine.card_metadata import base_of_card
 from surgery.engine.execute import Run, execute
 from surgery.engine.inputs import (
     AdaptersLike,
@@ -23,6 +25,7 @@ from surgery.engine.inputs import (
 )
 from surgery.engine.inputs import open as open_reference
 from surgery.engine.ledger import Ledger
+from surgery.engine.rebuild.rebuilt_card import rebuilt_card
 from surgery.engine.undo.unmerge_result import OfCodes, UnmergeResult
 from surgery.extraction.result import ExtractResult
 from surgery.progress import Callback
@@ -31,10 +34,13 @@ from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
+from surgery_formats.models.base_name import is_hub_name
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.side_files import BASE_ROUNDING
 
 __all__ = ["UnmergeResult", "kept_beside", "unmerge"]
+
+_ESTIMATE = "this is an estimate: rounding lost what a reversible merge would have kept"
 
 
 @timed
@@ -154,14 +160,35 @@ def _estimated(
     known = recorded.get("base") if recorded else None
     same: dict[str, bool] = {}
 
+    ledgers: list[Ledger] = []
+
+    def finish(ledger: Ledger) -> Mapping[str, bytes]:
+        ledgers.append(ledger)  # the card waits until it is known whether this is the base
+        return {}
+
     def last(staged: OutputFolder) -> None:
         estimated.complete()
         for name, expected in known.items() if isinstance(known, dict) else ():
             if (path := staged.staged / name).is_file():
                 same[name] = fingerprint(open_file(path)) == expected
+        warnings = (*_estimate(same), *of_codes.warnings)
+        staged.write_small(CARD, _card(model, adapters, ledgers[0], warnings))
 
-    ledger = execute(estimated.plan, folder, run, engine=estimated, last=last)
-    exact = bool(same) and all(same.values())
-    estimate = () if exact else ("this is an estimate: rounding lost what a reversible merge would have kept",)
-    warnings = (*estimate, *of_codes.warnings)
+    ledger = execute(estimated.plan, folder, run, finish, estimated, last)
+    warnings = (*_estimate(same), *of_codes.warnings)
     return UnmergeResult(folder, ledger, "", estimated.exact, estimated.evidence, same, warnings, of_codes)
+
+
+def _estimate(same: Mapping[str, bool]) -> tuple[str, ...]:
+    """What is said where not every file is known to be the base's."""
+    return () if same and all(same.values()) else (_ESTIMATE,)
+
+
+def _card(
+    model: Checkpoint, adapters: Sequence[tuple[Adapter, float]], ledger: Ledger, warnings: Sequence[str]
+) -> bytes:
+    told = {adapter.base_name for adapter, _ in adapters}
+    common = told.pop() if len(told) == 1 else ""
+    name = base_of_card(model.path) or (common if is_hub_name(common) else "")
+    title = f"{model_name(model)} without {', '.join(name_of(adapter.path) for adapter, _ in adapters)}"
+    return rebuilt_card(model, title, ledger, adapters=adapters, gone=("merge",), name=name, warnings=warnings)

@@ -17,13 +17,13 @@ from surgery_cli import progress
 from surgery_cli.options import Settings
 from surgery_formats.errors import ResourceError
 from surgery_formats.system import check_system, missing_features
-from tests.support.kit import ROOT, environment, spawn
+from tests.support.kit import ROOT, Run, environment, spawn
 
 BASE, LORA = ROOT / "examples" / "base", ROOT / "examples" / "lora"
 
 
 def test_a_log_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    seconds = iter([0.0, 1.0, 4.9, 5.0, 9.9, 10.5])
+    seconds = iter([0.0, 1.0, 4.9, 5.0, 9.9, 10.5, 12.0])
     lines = progress._LinesOfProgress("merge", lambda: next(seconds))
     for done, phase in (
         (1, "writing"),
@@ -33,10 +33,60 @@ def test_a_log_gets_a_line_every_five_seconds(capsys: pytest.CaptureFixture[str]
         (4 * 10**9, "syncing"),
     ):
         lines(Progress(done, 4 * 10**9, phase))
+    lines.done()
     assert capsys.readouterr().err.splitlines() == [
         "merge: 2 GB of 4 GB (50%), 400 MB/s",
         "merge, syncing: 4 GB of 4 GB (100%), 381 MB/s",
+        "merge: done in 12 s",
     ]
+
+
+def test_what_is_done_before_a_line_is_due_is_not_said(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = progress._LinesOfProgress("merge", lambda: 0.0)
+    lines(Progress(1, 2, "writing"))
+    lines.done()
+    assert capsys.readouterr().err == ""
+
+
+def test_work_that_failed_is_not_said_to_be_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS", -1.0)
+
+    def fail() -> None:
+        with progress.bar(Settings(), "merge") as callback:
+            callback(Progress(1, 2, "writing"))
+            raise ResourceError("full")
+
+    with pytest.raises(ResourceError):
+        fail()
+    assert "done" not in capsys.readouterr().err
+
+
+def test_a_quiet_dry_run_says_what_it_found_and_nothing_else(tmp_path: Path, run: Run) -> None:
+    found = run("merge", BASE, LORA, "-o", tmp_path / "out", "--dry-run", "-q")
+    assert "would write" in found.stdout
+    assert found.stderr == ""
+    assert run("merge", BASE, LORA, "-o", tmp_path / "out", "-q").output == ""
+
+
+@pytest.mark.parametrize(("given", "unit"), [("--text", "bytes"), ("--ids", "tokens")])
+def test_progress_of_an_evaluation_counts_what_was_given(
+    given: str, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    from surgery_cli.commands import eval as of_eval
+
+    units: list[str] = []
+
+    def bar(settings: Settings, what: str, *, unit: str) -> object:
+        units.append(unit)
+        raise ResourceError("enough")
+
+    monkeypatch.setattr(of_eval, "bar", bar)
+    file = tmp_path / "text"
+    file.write_bytes(b"text")
+    run("eval", BASE, given, file)
+    assert units == [unit]
 
 
 def test_a_phase_with_the_name_of_the_work_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:

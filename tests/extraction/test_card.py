@@ -75,6 +75,13 @@ def test_a_folder_that_the_hub_does_not_know_is_called_by_its_own_name(tmp_path:
     assert hub_name(open_checkpoint(tmp_path / "mine"), ["some/mine"]) == "some/mine"
 
 
-def test_other_formats_have_no_card(tmp_path: Path) -> None:
-    surgery.extract_lora(BASE, TUNED, rank=4, to="mlx", allow_loss=True, output=tmp_path / "out")
+def test_folders_that_the_hub_has_no_library_for_have_no_card(tmp_path: Path) -> None:
+    surgery.extract_lora(BASE, TUNED, rank=4, to="litgpt", allow_loss=True, output=tmp_path / "out")
     assert not (tmp_path / "out" / "README.md").exists()
+
+
+def test_the_card_of_codes_says_that_its_figures_are_of_the_factors_before(tmp_path: Path) -> None:
+    surgery.extract_lora(BASE, TUNED, rank=4, to="compact", allow_loss=True, output=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- The figures are of the factors before they became codes." in card
+    assert "library_name: model-surgery" in card

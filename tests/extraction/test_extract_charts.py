@@ -83,7 +83,7 @@ def test_auto_is_not_told_where_more_may_stand_out_of_the_noise():
 
 def test_the_page_marks_both(result):
     charts = {section.title: section for section in result.summary().sections if isinstance(section, Chart)}
-    drawings = charts["Missing of the change, by rank and size"].drawings
+    drawings = charts["Missing of the whole change, by rank and size"].drawings
     assert [[mark.text for mark in drawing.marks] for drawing in drawings] == [
         ["knee: 8", "auto: up to 8"],
         ["knee: rank 8", "auto"],
@@ -92,6 +92,35 @@ def test_the_page_marks_both(result):
     assert len(page.all("figure")) == 4
     words = [text.text for text in page.all("text")]
     assert {"knee: 8", "auto: up to 8", "edge of rounding noise", "self_attn.q_proj"} <= set(words)
+
+
+def test_the_page_names_the_models_and_says_of_every_column_what_it_is(result):
+    page = check_page(result.summary().as_html())
+    assert page.all("h1")[0].text == page.all("title")[0].text == "merged as a LoRA of base"
+    for table in page.all("main")[0].all("table"):
+        told = {
+            term.text for each in page.all("dl") if each.attributes.get("class") == "columns" for term in each.all("dt")
+        }
+        headings = {heading.text for heading in table.all("thead")[0].all("th")}
+        if headings & {"missing", "missing of all"}:
+            assert headings - told <= {"size"}
+
+
+def test_rows_of_some_layers_say_that_they_are_not_of_these_alone(result):
+    text = result.summary().as_text()
+    assert "factors for     missing of all" in text
+    assert " only attention " in text
+    assert " only MLP " in text
+    assert {choice.layers for choice in result.table} == {"attention", "mlp", "all", "auto"}
+
+
+def test_what_is_missing_is_drawn_on_a_scale_of_all(result):
+    (drawing,) = (
+        section.drawings
+        for section in result.summary().sections
+        if isinstance(section, Chart) and section.title == "Missing of the change of each weight"
+    )
+    assert (drawing.low, drawing.high) == (0.0, 1.0)
 
 
 def test_the_manifest_and_json_have_no_pictures(result):

@@ -155,6 +155,25 @@ def test_colours_of_a_heat_map_go_by_the_numbers():
     assert len(colours(HeatMap(0, (2,)))) == 8, "a number that is not there has no cell"
 
 
+@pytest.mark.parametrize("log", [False, True], ids=["linear", "by ratios"])
+def test_a_heat_map_makes_nothing_of_numbers_that_are_nearly_equal(log: bool):
+    table = Table((Column("layer", "name"), Column("q", "number")), tuple((f"{n}", 10 + n / 10) for n in range(9)))
+    page = check_page(Summary("", (Chart("t", table, HeatMap(0, (1,), log=log)),)).as_html())
+    picture = next(svg for svg in page.all("svg") if "role" in svg.attributes)
+    assert {cell.attributes["class"][-1] for cell in picture.all("rect")} == {"8"}
+    low = "1.08" if log else "0"
+    assert page.all("li")[0].text.startswith(f"{low} (left) to 10.8 (right)")
+
+
+def test_what_a_column_says_stands_below_its_table():
+    table = Table((Column("rank", "integer", says="directions"), Column("size", "bytes")), ((4, 1000),))
+    page = check_page(Summary("", (table,)).as_html())
+    (columns,) = [told for told in page.all("dl") if told.attributes.get("class") == "columns"]
+    assert [(term.text, about.text) for term, about in zip(columns.all("dt"), columns.all("dd"), strict=True)] == [
+        ("rank", "directions")
+    ]
+
+
 @given(st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=12), st.booleans(), st.booleans(), st.booleans())
 def test_an_axis_keeps_order_and_holds_every_value(values, log, zero, each):
     axis = axis_over(values, 40.0, 400.0, log=log, zero=zero, each=each)

@@ -120,3 +120,19 @@ def test_what_the_base_lacks_is_left_out_of_a_conversion_too(tmp_path: Path) -> 
     assert diff(tmp_path / "a", tmp_path / "b", tolerance=1e-6).equal
     with pytest.raises(FitError, match="no module matches 'vae:\\*'"):
         convert(mixed, "diffusers", base=unet, without=["vae:*"], dry_run=True)
+
+
+def test_what_two_networks_call_the_same_is_accounted_for_twice(tmp_path: Path) -> None:
+    base = _pipeline(tmp_path / "xl", text_encoder=8, text_encoder_2=12)
+    weight = f"{CLIP[0]}.weight"
+    adapters = []
+    for width in (8, 12):
+        path = _adapter(tmp_path / f"of {width}", CLIP[1:], width)
+        tensors = {
+            **load_file(path / "adapter_model.safetensors"),
+            f"base_model.model.{weight}": draw(5, width, width),
+        }
+        adapters.append(write_peft(path, tensors, r=4, target_modules=["v_proj"], modules_to_save=["q_proj"]))
+    ledger = merge(base, adapters, output=tmp_path / "out").ledger.as_json()
+    assert ledger["classes"]["superseded"] == 2
+    assert set(ledger["without_output"]) == {f"text_encoder:{weight}", f"text_encoder_2:{weight}"}

@@ -185,6 +185,21 @@ def test_an_adapter_of_plain_weights_alone_leaves_nothing_for_a_lora(tmp_path: P
     assert written[0] == written[1]
 
 
+def test_the_account_counts_what_is_in_the_model_and_what_is_in_the_lora(tmp_path: Path) -> None:
+    base, lora = quantised(tmp_path / "base", "nf4"), tmp_path / "lora"
+    shutil.copytree(LORA, lora)
+    file, head = lora / "adapter_model.safetensors", "base_model.model.lm_head.lora_{}.weight"
+    in_lora = load_file(file)
+    in_model = {
+        head.format("A"): np.full((8, 128), 0.1, np.float32),
+        head.format("B"): np.full((1536, 8), 0.1, np.float32),
+    }
+    save_file({**in_lora, **in_model}, file)
+    result = surgery.merge(base, lora, output=tmp_path / "out", quantized="residual")
+    assert result.ledger.adapter_tensors == len(in_lora) + len(in_model)
+    assert f"{len(in_lora)} of them in the LoRA beside the model" in str(result.summary())
+
+
 @pytest.mark.parametrize("way", ["requantize", "residual"])
 def test_codes_are_kept_only_where_there_are_some_and_no_other_type_is_asked_for(way: str, tmp_path: Path) -> None:
     with pytest.raises(FitError, match="nothing of it is quantised"):

@@ -60,6 +60,6 @@ def command(settings: Settings, model: str, **options: Any) -> None:
     """
     from surgery.verbs.eval import eval as evaluated
 
-    with bar(settings, "evaluating") as progress:
+    with bar(settings, "evaluating", unit="tokens" if options["ids"] else "bytes") as progress:
         result = evaluated(model, progress=progress, **options)
     show_result("eval", result, settings)

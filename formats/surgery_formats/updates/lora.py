@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, add_product
+from surgery_formats.arrays import Array, add_product, is_torch
 from surgery_formats.dtypes import DType
+from surgery_formats.low_rank_product import same_in_pieces
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight
@@ -88,8 +89,9 @@ class LoRA:
         """Load A and ``s B`` once; each block costs one rank-r product."""
         A = self.A.load(weight.dtype, weight.device)
         B = self.B.load(weight.dtype, weight.device) * self.scale
+        in_pieces = not is_torch(A) and same_in_pieces(B, A)
 
         def apply(block: Array, rows: Index, cols: Index) -> Array:
-            return add_product(block, positions(B, 0, rows), positions(A, 1, cols))
+            return add_product(block, positions(B, 0, rows), positions(A, 1, cols), in_pieces=in_pieces)
 
         return apply

@@ -27,7 +27,7 @@ def merge_charts(ledger: Ledger) -> Iterator[Chart]:
     yield from filter(
         None,
         (
-            layer_chart("Change of a value (RMS)", sizes, _mean, log=True),
+            layer_chart("Change of a value (RMS, absolute)", sizes, _mean, log=True),
             layer_chart("Survival of the update", survivals, _share, type="share", low=0.0, high=1.0, worst="least"),
         ),
     )

@@ -97,11 +97,10 @@ class LayersResult:
         from surgery.reports.values import Name, Value
 
         plan = self.ledger.plan
-        before, after = self.parameters
         facts: list[tuple[Phrase, Phrase]] = [
             ("layers", Name(plan.roots[0], PATH)),
             *self._done(),
-            ("parameters", (Value(before, "count"), " before, ", Value(after, "count"), " after")),
+            ("parameters", self._parameters()),
             ("tensors", counted(self.ledger.classes)),
             *self._adapter(),
         ]
@@ -119,6 +118,16 @@ class LayersResult:
         else:
             sections.append(Note(("next: look at it: surgery inspect ", Name(self.output, PATH))))
         return Summary("Layers", (*sections, *warning_notes(self.warnings)))
+
+    def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
+        """What was done, for a model card."""
+        return *self._done(), ("parameters", self._parameters())
+
+    def _parameters(self) -> Phrase:
+        from surgery.reports.values import Value
+
+        before, after = self.parameters
+        return Value(before, "count"), " before, ", Value(after, "count"), " after"
 
     def _done(self) -> Iterator[tuple[Phrase, Phrase]]:
         from surgery.reports.values import Name

@@ -130,6 +130,7 @@ def _do_all(ray: ModuleType, left: Sequence[Assignment], work: Work, run: Run, c
         num_gpus=needs.gpus,
         memory=needs.memory,
         max_retries=_REPEATS,
+        max_calls=0,  # with a GPU Ray's own is 1, and every share would import torch and start CUDA again
         scheduling_strategy="SPREAD",
     )(_do_share)
     tell = _teller(run.progress, work.nbytes, count)

@@ -62,9 +62,14 @@ class AdapterRoles:
     insert: tuple[NamedAdapter, ...] = ()
 
     @property
+    def named(self) -> tuple[NamedAdapter, ...]:
+        """All adapters with their names, role by role."""
+        return (*self.merge, *self.swap, *self.prefix, *self.insert)
+
+    @property
     def adapters(self) -> tuple[Adapter, ...]:
         """All adapters."""
-        return tuple(named.adapter for named in (*self.merge, *self.swap, *self.prefix, *self.insert))
+        return tuple(named.adapter for named in self.named)
 
     @property
     def merged(self) -> list[tuple[Adapter, float]]:

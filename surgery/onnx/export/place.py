@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.engine.card import CARD
 from surgery.engine.execute import Engine, Run, ThisProcess, write_side_file, write_weights
 from surgery.engine.finished import still_good
 from surgery.engine.jobs import ComputeWeight
@@ -66,6 +67,7 @@ class ExportJob:
         inputs: Folders and files that are read beside the base; the output may not lie in them.
         facts: Facts for the manifest.
         id: Digest of the graphs and options; it covers headers of weight files, but not their values.
+        card: Makes the model card of a folder of its own; the card of the base's folder is its owner's.
         placed: Paths in the output of weight files that get another name.
     """
 
@@ -78,6 +80,7 @@ class ExportJob:
     inputs: Sequence[Path]
     facts: Mapping[str, Any]
     id: str
+    card: Callable[[Ledger | None], bytes]
     placed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -160,6 +163,9 @@ def write_export(
             ledger = _compute(job, folder, run, compute)
             files = job.make(WeightLocation(home if mode == "embed" else folder.staged, names=job.placed))
         write_small_files(folder, files)
+        text = job.card(ledger)
+        folder.write_small(CARD, text)
+        written += len(text)
         _check_unchanged(job)
         account = {"ledger": ledger.as_json()} if ledger else {}
         folder.commit({"plan": _content_id(job, mode), "export": dict(job.facts), **account} | recorded_recipe())

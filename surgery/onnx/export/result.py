@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.engine.ledger import CodeError, Ledger
+from surgery.engine.ledger import Ledger
 from surgery.onnx.export.place import Mode
 from surgery.onnx.graph.contract import Contract
 from surgery.reports.result import elapsed, summarised
 from surgery_formats.files.remote.path import is_remote
 from surgery_formats.models.families.tasks import IMAGE_TASKS
-from surgery_formats.text import show
 
 # An export takes a quarter of a second, most of it imports: those of a summary wait until one is made.
 if TYPE_CHECKING:
@@ -144,16 +142,11 @@ class ExportResult:
 
 def _codes(contract: Contract, ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
     """How many weights became codes of how many bits, and what that lost."""
-    if not (coded := ledger.coded):
-        return
-    kinds = Counter[str]()
-    for entry in contract.quantised:
-        kinds["fp8" if "type" in entry else f"{entry['bits']} bits"] += len(entry["weights"])
-    counted = ", ".join(f"{number} of {kind}" for kind, number in sorted(kinds.items()))
-    total = sum((found for _, found in coded), CodeError(0.0, 0.0, 0.0))
-    tensor, worst = max(coded, key=lambda one: one[1].relative)
-    most = f"at most {worst.relative:.4f} ({show(tensor.label.removesuffix('.codes'), 100)})"
-    yield "codes", f"{counted}: error {total.relative:.4f} of the values, {most}"
+    from surgery.onnx.export.export_card import code_figures
+
+    if (figures := code_figures(contract, ledger)) is not None:
+        counted, error, worst, name = figures
+        yield "codes", f"{counted}: error {error:.4f} of the values, at most {worst:.4f} ({name})"
 
 
 def _adapter(adapter: Mapping[str, Any]) -> tuple[str, Phrase]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.engine.card import CARD, name_of
+from surgery.onnx.edit.graph_card import edited_card
 from surgery.onnx.edit.output import NewValues, editable, write_edited
 from surgery.onnx.fold.folding import FoldedWeight, fold_branches
 from surgery.onnx.fold.result import FoldResult
@@ -62,6 +64,9 @@ def fold_graph(
     folded = tuple((name, weight.node, weight.rank) for name, weight in everything.items())
     written = 0
     if output is not None:
+        names = ", ".join(name_of(path) for path, _ in adapters)
+        title = f"with {names or 'its branches'} folded into its weights"
+        rows = [("branches that became part of a weight", str(len(folded))), ("nodes less", str(done.removed))]
         dropped = tensors - _tensors(model)
         changed: dict[str, NewValues] = {name: weight.added_to for name, weight in done.weights.items() if weight.rank}
         changed |= {name: partial(_instead, values) for name, values in baked.items()}
@@ -73,7 +78,7 @@ def fold_graph(
             graph,
             model,
             output,
-            files={},
+            files={CARD: edited_card(path, title, rows, relation="merge")},
             facts=facts,
             inputs=files,
             overwrite=overwrite,

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from surgery.engine.card import CARD
+from surgery.onnx.edit.graph_card import edited_card
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
 from surgery.onnx.export.additions import BoundAdditions, bound_additions
 from surgery.onnx.export.replaced import is_small
+from surgery.onnx.fold.standing import warning_of_branches
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.inserted import state_inserted, stated_inserted
 from surgery.onnx.insert.contents import SlotContents, factors_for
@@ -69,7 +73,7 @@ def insert_adapters(
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
-    files: dict[str, AdapterFile] = {}
+    files: dict[str, bytes | AdapterFile] = {}
     slots = () if gated else tuple(shape.slot for shape in shapes.values())
     if gated:
         parts = [
@@ -77,7 +81,8 @@ def insert_adapters(
                 named.name,
                 f"strength.{named.name}",
                 named.weight,
-                {name: factors_for(bound, name, shapes[name]) for name in bound.weights},
+                bound.weights,
+                partial(_factors, bound, shapes),
             )
             for named, bound in zip(adapters, bounds, strict=True)
         ]
@@ -106,11 +111,21 @@ def insert_adapters(
         replaceable=(*known.replaceable, *replaced.inputs),
     )
     state_inserted(model, now, path)
-    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model))
+    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model), *warning_of_branches(graph))
     nodes, written = _nodes(model) - before, 0
     for data in files.values():
         sha256_of(data)  # makes every array once: what a slot cannot hold is refused now, in a dry run too
     if output is not None:
+        title = "with adapters inside" if gated else "with slots for adapters"
+        files[CARD] = edited_card(
+            path,
+            title,
+            [*([("slots", str(len(slots)))] if slots else []), ("nodes more", str(nodes))],
+            base=checkpoint,
+            adapters=[(named.adapter, named.weight) for named in adapters],
+            relation="merge" if gated else "",
+            warnings=warnings,
+        )
         facts = {"slots": [slot.weight for slot in slots], "adapters": [dict(one) for one in entries]}
         read = [checkpoint.path, *(named.adapter.path for named in adapters)]
         written = write_edited(graph, model, output, files=files, facts=facts, inputs=read, overwrite=overwrite)
@@ -131,6 +146,10 @@ def _check_replaced(bounds: Sequence[BoundAdditions], *, required: bool, gated: 
             file=found.adapter.path,
             hint="without `required=`" if required else "without `gated=`, or merge it",
         )
+
+
+def _factors(bound: BoundAdditions, shapes: Mapping[str, SlotShape], name: str) -> tuple[Any, Any]:
+    return factors_for(bound, name, shapes[name])
 
 
 def _nodes(model: onnx.ModelProto) -> int:

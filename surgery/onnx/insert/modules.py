@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.engine.card import CARD
+from surgery.onnx.edit.graph_card import edited_card
 from surgery.onnx.edit.nodes import names_in
 from surgery.onnx.edit.output import editable, write_edited
 from surgery.onnx.edit.readers import readers_of
@@ -106,7 +108,16 @@ def insert_modules(
     )
     state_inserted(model, now, path)
     nodes, written = len(model.graph.node) - before, 0
+    warnings = issues_of(adapters, checkpoint)
     if output is not None:
+        files[CARD] = edited_card(
+            path,
+            "with inputs for modules",
+            [("modules", str(len(slots.places))), ("nodes more", str(nodes))],
+            base=checkpoint,
+            adapters=[(named.adapter, named.weight) for named in adapters],
+            warnings=warnings,
+        )
         facts = {
             "inserted": [place.network.module for place in slots.places],
             "adapters": [dict(one) for one in entries],
@@ -114,7 +125,6 @@ def insert_modules(
         read = [checkpoint.path, *(named.adapter.path for named in adapters)]
         written = write_edited(graph, model, output, files=files, facts=facts, inputs=read, overwrite=overwrite)
         checkpoint.check_unchanged()
-    warnings = issues_of(adapters, checkpoint)
     return GraphInsertion(output, path, (), entries, nodes, written, warnings=warnings)
 
 

@@ -15,6 +15,8 @@ from surgery.reports.values import cell_text
 __all__ = ["draw_heat_map"]
 
 _COLOURS = 9
+_RATIO = 10
+"""From the lightest colour to the darkest, where colours go by ratios: at least."""
 _CELL, _HEADING, _NAME, _EACH = 20, 24, 18, 600
 """Height of a cell; characters of a name beside the cells, and of one below; cells that say their number: of more the page
 would grow large."""
@@ -26,8 +28,7 @@ def draw_heat_map(table: Table, drawing: HeatMap) -> Picture | None:
     known = [value for line in grid for value in line if value is not None]
     if not known:
         return None
-    low = min(known) if drawing.low is None else drawing.low
-    high = max(known) if drawing.high is None else drawing.high
+    low, high = _scale(known, drawing)
     headings = [shortened(table.columns[column].heading, _HEADING) for column in drawing.values]
     names = [cell_text(row[drawing.label], table.columns[drawing.label].type) for row in table.rows]
     left = 8 + CHARACTER * max(map(len, headings))
@@ -46,6 +47,14 @@ def draw_heat_map(table: Table, drawing: HeatMap) -> Picture | None:
     first = table.columns[drawing.values[0]]
     about = f"{table.columns[drawing.label].heading} from left to right; from top to bottom {', '.join(headings)}"
     return Picture(height, tuple(shapes), _legend(low, high, first, log=drawing.log), about)
+
+
+def _scale(known: Sequence[float], drawing: HeatMap) -> tuple[float, float]:
+    """Values of the lightest and the darkest colour: a scale from the least to the greatest would make much of little."""
+    high = max(known) if drawing.high is None else drawing.high
+    if drawing.low is not None:
+        return drawing.low, high
+    return (min(*known, high / _RATIO) if drawing.log else min(*known, 0.0)), high
 
 
 def _drawn(cell: object, drawing: HeatMap) -> float | None:
@@ -119,8 +128,9 @@ def _names(names: Sequence[str], left: float, width: float, below: float) -> Ite
 def _legend(low: float, high: float, column: Column, *, log: bool) -> tuple[LegendEntry, ...]:
     """The colours in order, with the values of both ends."""
     swatches = tuple(
-        Shape("rect", {"x": 2.2 * number, "y": 1, "width": 2.2, "height": 10, "class": f"cell h{number}"})
+        Shape("rect", {"x": 2.5 * number, "y": 1, "width": 3, "height": 10, "class": f"h{number}"})
         for number in range(_COLOURS)
     )
-    scale = ", by ratios" if log and high > low else ""
-    return (LegendEntry(swatches, f"{tick_text(low, column.type)} to {tick_text(high, column.type)}{scale}"),)
+    scale = "; equal steps are equal ratios" if log and high > low else ""
+    ends = f"{tick_text(low, column.type)} (left) to {tick_text(high, column.type)} (right)"  # the theme says which is light
+    return (LegendEntry(swatches, f"{ends}{scale}"),)

@@ -51,6 +51,7 @@ _HTML = Notation(_name, _words)
 class _Heading:
     text: str
     numeric: bool
+    says: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,8 @@ def _grid(table: Table, title: str, most: int, *, opened: int) -> _Grid:
         tuple(_cell(cell, column) for cell, column in zip(row, table.columns, strict=True)) for row in table.rows[:most]
     ]
     shown = [index for index in range(len(table.columns)) if not rows or any(row[index] for row in rows)]
-    headings = tuple(_Heading(table.columns[index].heading, table.columns[index].numeric) for index in shown)
+    columns = [table.columns[index] for index in shown]
+    headings = tuple(_Heading(column.heading, column.numeric, column.says) for column in columns)
     caption = table.caption or f"{title}: {', '.join(heading.text for heading in headings[:4])}"
     cells = tuple(tuple(row[index] for index in shown) for row in rows)
     return _Grid(caption, headings, cells, len(table.rows) - len(rows), len(rows) * len(headings) > opened)

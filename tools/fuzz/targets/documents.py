@@ -31,8 +31,8 @@ from surgery.verification.written_files import check_added
 from surgery_formats.adapters.nemo.config import nemo_config
 from surgery_formats.errors import FitError
 from surgery_formats.files.bounded_json import parse_object
+from surgery_formats.files.output.journal import parse_line
 from surgery_formats.files.output.manifest import MANIFEST, is_safe_name, verify_folder
-from surgery_formats.files.output.resume import parse_line
 from surgery_formats.models.families.parameters import model_of
 from surgery_formats.models.families.registry import family_of
 from surgery_formats.models.rebuilt.tokenizer import smaller_tokenizer, token_ids, tokenizer_size, with_token_ids

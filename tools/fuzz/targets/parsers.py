@@ -29,7 +29,7 @@ from surgery_formats.containers.tar import tar_members
 from surgery_formats.containers.torch.pickle_file import read_torch
 from surgery_formats.containers.torch.pickle_interpreter import interpret
 from surgery_formats.files.bounded_json import parse_object
-from surgery_formats.files.output.resume import parse_line
+from surgery_formats.files.output.journal import parse_line
 from surgery_formats.files.raw import File
 from tests.support.gguf_file import F32, GgufTensor, RawGguf, text, u32
 

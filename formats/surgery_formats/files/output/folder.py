@@ -14,19 +14,18 @@ The stage's name holds the plan's digest, so jobs do not meet. Files that the jo
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.hashing import hash_threads, new_hash
-from surgery_formats.files.output.kernel_copy import sync_folder, write_all
+from surgery_formats.files.output.journal import JOURNAL, Journal, has_size
+from surgery_formats.files.output.kernel_copy import sync_folder, write_new
 from surgery_formats.files.output.manifest import (
     MANIFEST,
     FileRecord,
@@ -36,7 +35,7 @@ from surgery_formats.files.output.manifest import (
     verify_folder,
 )
 from surgery_formats.files.output.output_file import OutputFile, output_faults
-from surgery_formats.files.output.resume import Finished, has_size, parse_line, same_digest
+from surgery_formats.files.output.resume import Finished, remove, same_digest, sweep
 from surgery_formats.files.output.stage import Stage
 from surgery_formats.files.output.staging import Staging, stage_of
 from surgery_formats.files.raw import File
@@ -58,7 +57,6 @@ QUICK = ("xxh3",)
 """Hashes that tell a damaged file, at the price of reading it from memory."""
 SIGNED = ("xxh3", "sha256")
 """Those from which a folder has a digest that others can sign; sha256 takes about a second for a GB (docs/verifying.md)."""
-_JOURNAL = ".surgery-journal"
 _NO_LINK = frozenset({errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -111,7 +109,7 @@ class OutputFolder:
         self._open: dict[str, OutputFile] = {}
         self._done: dict[str, FileRecord] = {}
         self._taken: set[str] = set()
-        self._journal = -1
+        self._journal: Journal | None = None
         self._hashes = tuple(hashes)
         self._threads = hash_threads()
         self.finished = self._kept = Finished({}, self._is_good)
@@ -276,22 +274,17 @@ class OutputFolder:
         """
         self._stage.reserve(nbytes)
         path, states = self._claim(name), {kind: new_hash(kind) for kind in SIGNED}
-        part, at = path.with_name(path.name + ".part"), 0
+
+        def hashed() -> Iterator[bytes | memoryview]:
+            for piece in pieces:
+                for state in states.values():
+                    state.update(piece)
+                yield piece
+
         with output_faults(self._stage.shown / name, nbytes):
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                for piece in pieces:
-                    write_all(fd, memoryview(piece), at)
-                    at += len(piece)
-                    for state in states.values():
-                        state.update(piece)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(part, path)
-        record = {kind: state.hexdigest() for kind, state in states.items()}
+            size = _write_whole(path, hashed())
         with self._lock:
-            self._done[name] = FileRecord(name, at, record)
+            self._done[name] = FileRecord(name, size, {kind: state.hexdigest() for kind, state in states.items()})
 
     def record(self, name: str) -> FileRecord:
         """The record of a file that is finished.
@@ -319,8 +312,7 @@ class OutputFolder:
                 self._discard(name)
             self._put(MANIFEST, data)
             _log.debug("%d files are complete in %s", len(files), self._stage.path)
-            self._close_journal()
-            os.unlink(self._stage.path / _JOURNAL)
+            self._opened_journal.remove()
             for folder in sorted({Path(name).parent for name in files} - {Path()}):
                 sync_folder(self._stage.path / folder)
             return self._stage.publish()
@@ -341,55 +333,28 @@ class OutputFolder:
 
     @whole
     def _put(self, name: str, data: bytes) -> None:
-        path = self._stage.path / name
-        part = path.with_name(path.name + ".part")
         with output_faults(self._stage.shown / name, len(data)):
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                write_all(fd, memoryview(data), 0)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.rename(part, path)
+            _write_whole(self._stage.path / name, [data])
 
     @whole
     def _publish(self, output: OutputFile, details: Mapping[str, Any]) -> None:
         """Rename a synced file and write its journal line; called by `OutputFile.finish`."""
         record = FileRecord(output.name, output.nbytes, dict(details))
-        entry = {"plan": self._plan, "name": record.name, "size": record.size, "record": record.record}
-        # A line begins with a line break, so that a line torn by a kill cannot swallow the next.
-        line = b"\n" + json.dumps(entry, sort_keys=True, allow_nan=False).encode() + b"\n"
         target = self._stage.path / output.name
         os.rename(output.path, target)
         if target.parent != self._stage.path:
             sync_folder(target.parent)
         self._stage.sync()
-        with self._lock:
-            write_all(self._journal, memoryview(line), os.fstat(self._journal).st_size)
-        os.fsync(self._journal)
+        self._opened_journal.note(record)
         with self._lock:
             self._done[output.name] = record
             self._open.pop(output.name, None)
 
     def _recover(self) -> None:
         """Open the journal and delete everything in the stage that it does not list."""
-        self._journal = os.open(
-            self._stage.path / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
-        )
-        noted: dict[str, FileRecord] = {}
-        for line in os.pread(self._journal, os.fstat(self._journal).st_size, 0).split(b"\n"):
-            record = parse_line(line, self._plan)
-            if record is not None and has_size(self._stage.path / record.name, record.size):
-                noted[record.name] = record
-        kept = {_JOURNAL, *noted}
-        folders = {name.split("/")[0] for name in noted if "/" in name}
-        for name in os.listdir(self._stage.path):
-            if name in folders:
-                for inner in os.listdir(self._stage.path / name):
-                    if f"{name}/{inner}" not in kept:
-                        _remove(self._stage.path / name / inner)
-            elif name not in kept:
-                _remove(self._stage.path / name)
+        self._journal = Journal.open(self._stage.path, self._plan)
+        noted = self._journal.noted()
+        sweep(self._stage.path, {JOURNAL, *noted})
         if self.in_order:
             noted |= self._remote.recalled()
         self.finished = self._kept = Finished(noted, self._is_good)
@@ -405,14 +370,14 @@ class OutputFolder:
             self._remote.discard(name)
             return
         path = self._stage.path / name
-        _remove(path)
+        remove(path)
         if path.parent != self._stage.path and not os.listdir(path.parent):
             os.rmdir(path.parent)
 
-    def _close_journal(self) -> None:
-        fd, self._journal = self._journal, -1
-        if fd >= 0:
-            os.close(fd)
+    @property
+    def _opened_journal(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
     def _leave(self) -> None:
         """Close every descriptor and remove the stage, unless it became the output."""
@@ -421,12 +386,14 @@ class OutputFolder:
         self._threads.shutdown(cancel_futures=True)
         for output in list(self._open.values()):
             output.close()
-        self._close_journal()
+        if self._journal is not None:
+            self._journal.close()
         self._stage.release()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _write_whole(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
+    """Write a file that has its name when all of it is on the disk; returns its size."""
+    part = path.with_name(path.name + ".part")
+    size = write_new(part, pieces)
+    os.rename(part, path)
+    return size

@@ -7,13 +7,22 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from surgery_formats.files.raw import File
 
-__all__ = ["copy_range", "exchange", "rename_new", "reserve", "start_writeback", "sync_folder", "write_all"]
+__all__ = [
+    "copy_range",
+    "exchange",
+    "rename_new",
+    "reserve",
+    "start_writeback",
+    "sync_folder",
+    "write_all",
+    "write_new",
+]
 
 # Bytes per copy_file_range call: large enough to hide its cost, small enough for a quick reaction to Ctrl-C.
 _COPY_STEP = 64 << 20
@@ -116,6 +125,27 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done : done + _WRITE_STEP], offset + done)
+
+
+def write_new(path: Path, pieces: Iterable[bytes | memoryview]) -> int:
+    """Write a file that is not there yet, piece by piece, and sync it.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        OSError: as `os.open` and `os.pwrite`; what `pieces` raises.
+    """
+    size = 0
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        for piece in pieces:
+            write_all(fd, memoryview(piece), size)
+            size += len(piece)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return size
 
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an interrupted run left: the journal of its finished files, and the checks before they are reused."""
+"""The finished files that an interrupted run left, and the checks before they are reused."""
 
 from __future__ import annotations
 
-import json
 import os
-import stat
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
-from surgery_formats.errors import SurgeryError
-from surgery_formats.files.output.manifest import FileRecord, file_digest, safe_name
+from surgery_formats.files.output.manifest import FileRecord, file_digest
 
-__all__ = ["Finished", "has_size", "parse_line", "same_digest"]
+__all__ = ["Finished", "remove", "same_digest", "sweep"]
 
 
 class Finished(Mapping[str, FileRecord]):
@@ -62,22 +60,21 @@ def same_digest(path: Path, record: FileRecord) -> bool:
     return kind is not None and file_digest(path, kind) == record.record[kind]
 
 
-def parse_line(line: bytes, plan_id: str) -> FileRecord | None:
-    """Parse one journal line; None for a torn line or one of another plan."""
-    try:
-        entry = json.loads(line)
-        if entry["plan"] != plan_id or not isinstance(entry["record"], dict):
-            return None
-        safe_name(entry["name"])
-        return FileRecord(entry["name"], int(entry["size"]), entry["record"])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SurgeryError):
-        return None
+def sweep(folder: Path, kept: Collection[str]) -> None:
+    """Delete all of `folder` but the files `kept`, which lie in it or one folder down."""
+    folders = {name.split("/")[0] for name in kept if "/" in name}
+    for name in os.listdir(folder):
+        if name in folders:
+            for inner in os.listdir(folder / name):
+                if f"{name}/{inner}" not in kept:
+                    remove(folder / name / inner)
+        elif name not in kept:
+            remove(folder / name)
 
 
-def has_size(path: Path, size: int) -> bool:
-    """Whether `path` is a regular file of `size` bytes, not a link."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
-    return stat.S_ISREG(status.st_mode) and status.st_size == size
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder; one that is not there is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

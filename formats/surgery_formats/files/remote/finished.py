@@ -20,8 +20,8 @@ from functools import partial
 from typing import TypeVar
 
 from surgery_formats.errors import NotFoundError, ProofError
+from surgery_formats.files.output.journal import parse_line
 from surgery_formats.files.output.manifest import FileRecord
-from surgery_formats.files.output.resume import parse_line
 from surgery_formats.files.output.scratch import stages_of
 from surgery_formats.files.remote.bucket import Bucket
 from surgery_formats.files.remote.path import RemotePath

@@ -8,98 +8,27 @@ has a list for it (``layer_types``, ``mlp_only_layers``, ``no_rope_layers``), an
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from surgery_formats.errors import FitError
+from surgery_formats.models.rebuilt.layer_keys import (
+    LAST_IS_FULL,
+    LISTED,
+    LISTS,
+    NUMBERS,
+    OF_LAYERS,
+    OTHER_LISTS,
+    PERIODS,
+    REFUSED,
+)
 from surgery_formats.models.rebuilt.stack import COUNTS, LayerStack
 from surgery_formats.text import show
 
 __all__ = ["LayerConfig", "layer_config"]
 
-_LISTS = (
-    *("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "layers_block_type", "layer_rope_theta"),
-    *("indexer_types", "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "activation_sparsity_pattern"),
-    *("intermediate_size", "sliding_windows", "block_configs", "num_query_heads", "num_kv_heads", "ffn_multipliers"),
-    *("num_key_value_heads", "num_attention_heads", "hybrid_override_pattern", "hybrid_layer_pattern"),
-)
-"""What has an entry for each layer, where it is a list."""
-_NUMBERS = (
-    *("mlp_only_layers", "cross_attention_layers", "full_attn_idxs", "attn_layer_indices", "hybrid_layer_ids"),
-    *("moe_layers", "local_layer_ids", "global_layers", "ple_layer_ids", "rope_scaling_layers", "global_attn_indexes"),
-    *("fullatt_block_indexes", "window_block_indices", "window_block_indexes", "global_attention_blocks"),
-)
-"""Lists of the numbers of layers."""
-_OF_LAYERS = re.compile(r"(layer|block)(s|_ids|_idxs?|_index(es)?|_indices|_numbers)$")
-"""Names of lists of numbers of layers that are not known."""
-_OTHER_LISTS = frozenset(
-    {
-        *("architectures", "bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"),
-        *("keys_to_ignore_at_inference", "mrope_section", "summary_proj_to_labels", "labels", "decoder_start_token_id"),
-    }
-)
-_PERIODS = (
-    *("attn_layer_period", "expert_layer_period", "interleave_moe_layer_step", "moe_layer_freq"),
-    *("moe_layer_frequency", "layer_group_size", "moe_every_n_layers", "moe_layer_interval", "cross_layer_interval"),
-    "dense_attention_every_n_layers",
-)
-"""Rules by which every n-th layer is of another kind."""
-_REFUSED = ("num_kv_shared_layers", "num_last_full_attention_layers", "num_first_full_attention_layers")
-"""Rules that count from the last layer, or tie layers to others."""
-_LAST_IS_FULL = ("gemma4_text", "gemma4_unified_text", "diffusion_gemma_text", "embedding_gemma2_text")
-"""Types whose last layer attends to everything, whatever config.json says of it (transformers 5)."""
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-_NOT_LISTED = frozenset(
-    {
-        *(
-            "afmoe",
-            "axk1",
-            "axk2",
-            "bailing_hybrid",
-            "beam",
-            "cohere2_moe",
-            "cwm",
-            "deepseek_v4",
-            "diffusion_gemma_text",
-        ),
-        *(
-            "embedding_gemma2_text",
-            "exaone4",
-            "exaone_moe",
-            "flint",
-            "gemma3n_text",
-            "gemma4_text",
-            "gemma4_unified_text",
-        ),
-        *(
-            "glm5_next_text",
-            "granite_swa",
-            "granitemoe_swa",
-            "inkling2_text",
-            "inkling_text",
-            "kimi_linear",
-            "kolibri1",
-        ),
-        *("lfm2", "lfm3", "lfm3_vl_vision", "llama4_text", "mimo_v2_flash", "minimax", "modernbert-decoder"),
-        *("muse_glimmer_text", "muse_glimmer_vision", "muse_spark_text", "muse_spark_vision", "nemotron_h", "neomme"),
-        *("olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen4_exp_text", "t5_gemma_module", "t5gemma2_decoder"),
-        *("t5gemma2_text", "ultrabert", "vaultgemma", "zamba", "zamba2"),
-    }
-)
-"""Types whose layers differ by a rule of their own, if config.json does not list their types."""
-_LISTED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(_NOT_LISTED, ("layer_types",)),
-    "hy_v4": ("indexer_types",),
-    "llama4_text": ("layer_types", "no_rope_layers"),
-    "mistral_large4_text": ("no_rope_layers", "kv_source_layers"),
-    "molmo2_text": ("rope_scaling_layers",),
-    "muse_glimmer_text": ("layer_types", "layer_rope_theta"),
-    "muse_spark_text": ("layer_types", "layer_rope_theta"),
-    "rf_detr_dinov2": ("window_block_indexes",),
-}
-"""What config.json has to list of each of these types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +105,7 @@ class _Changes:
             FitError: the family's rule is not known, and config.json does not list what it says.
         """
         kind = str(self.config.get("model_type"))
-        lacking = [key for key in _LISTED.get(kind, ()) if not isinstance(self.config.get(key), list)]
+        lacking = [key for key in LISTED.get(kind, ()) if not isinstance(self.config.get(key), list)]
         if lacking and not self._stays:
             raise FitError(
                 f"layers of '{show(kind)}' are of several types, and config.json does not list them ({lacking[0]})",
@@ -211,13 +140,13 @@ class _Changes:
         for key, value in self.config.items():
             if not isinstance(value, list) and not (key == "hybrid_override_pattern" and isinstance(value, str)):
                 continue
-            if key in _LISTS and len(value) == self.count:
+            if key in LISTS and len(value) == self.count:
                 self._note(value)
                 new = [value[number] for number in self.order]
                 self.config[key] = "".join(new) if isinstance(value, str) else new
-            elif key in _LISTS:
+            elif key in LISTS:
                 raise FitError(f"config.json has {len(value)} {key} for {self.count} layers")
-            elif len(value) == self.count > 3 and key not in (*_OTHER_LISTS, *_NUMBERS):
+            elif len(value) == self.count > 3 and key not in (*OTHER_LISTS, *NUMBERS):
                 raise FitError(
                     f"config.json has {self.count} values of '{show(key)}': whether there is one for each layer is not known"
                 )
@@ -230,7 +159,7 @@ class _Changes:
             self._note(names)
             self.config["attention_types"] = [[[names[number]], 1] for number in self.order]
         types, kind = self.config.get("layer_types"), str(self.config.get("model_type"))
-        if kind in _LAST_IS_FULL and isinstance(types, list) and types[-1] != _FULL:
+        if kind in LAST_IS_FULL and isinstance(types, list) and types[-1] != _FULL:
             raise FitError(
                 f"the last layer would be one with a window, and {kind} makes it attend to everything",
                 hint="end with a layer of full attention",
@@ -242,12 +171,12 @@ class _Changes:
         Raises:
             FitError: a list of numbers that is not known, and by its name is one of layers.
         """
-        known = (*_LISTS, *_NUMBERS, *_OTHER_LISTS)
+        known = (*LISTS, *NUMBERS, *OTHER_LISTS)
         for key, value in self.config.items():
             odd = isinstance(value, list) and value and all(type(one) is int for one in value) and key not in known
-            if odd and _OF_LAYERS.search(key) and not self._stays:
+            if odd and OF_LAYERS.search(key) and not self._stays:
                 raise FitError(f"config.json has a list '{show(key)}', and whether it is one of layers is not known")
-        for key in _NUMBERS:
+        for key in NUMBERS:
             value = self.config.get(key)
             if isinstance(value, list) and key != "mlp_only_layers":
                 self._note([number in value for number in range(self.count)])
@@ -292,14 +221,14 @@ class _Changes:
         self.config.update(self._windows_after())
         self._dense_first()
         self._sparse_step()
-        for key in _PERIODS:
+        for key in PERIODS:
             period = self.config.get(key)
             if type(period) is not int or period < 2:
                 continue
             self._note([number % period for number in range(self.count)])
             if any(new % period != old % period for new, old in enumerate(self.order)):
                 raise FitError(f"every {period}. layer is of another kind ({key}), which would no longer be true")
-        for key in _REFUSED:
+        for key in REFUSED:
             if self.config.get(key) and not self._stays:
                 raise FitError(f"{key} of config.json ties layers to their places")
         if self.config.get("scale_attn_by_inverse_layer_idx") and any(n != o for n, o in enumerate(self.order)):

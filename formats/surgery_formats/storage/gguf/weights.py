@@ -18,6 +18,9 @@ from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = ["GgufBlocks", "GgufElements", "GgufLibrary"]
 
+_FITTED = 1 << 18
+"""Elements whose scales are searched for together: a search holds seven numbers for each, and is quickest in a core's cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Seated:
@@ -207,9 +210,17 @@ class GgufBlocks(_Seated):
         Raises:
             FitError: a value is too large for a half scale.
         """
+        import numpy as np
+
         check_rows(self, start, start + len(values))
-        blocks = self.codec.fit(values.reshape(len(values), -1, self.codec.type.block))
-        return None if blocks is None else self._grid(blocks, "after the update a value is too large for the scales of")
+        values = values.reshape(len(values), -1, self.codec.type.block)
+        height = max(1, _FITTED // self.shape[1])
+        pieces = []
+        for first in range(0, max(1, len(values)), height):
+            if (blocks := self.codec.fit(values[first : first + height])) is None:
+                return None
+            pieces.append(blocks)
+        return self._grid(np.concatenate(pieces), "after the update a value is too large for the scales of")
 
     def pack(self, start: int, codes: Array, grid: Grid) -> tuple[PartBytes, ...]:
         """See `Quantised.pack`."""

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product of two factors of low rank, a few rows at a time where that takes half the time and gives the same bits.
+
+For processors with AVX-512, OpenBLAS has kernels for products of at most a million multiplications. They read the factors as
+they are and write each value once; its other kernels first copy the factors and fill the result with zeros. A block of half a
+million values at rank 16 takes one core of an EPYC 9004 0.19 ms this way, and 0.41 ms in one go.
+
+Both kernels add the products of an inner index up in its order, each in one rounding, for every column that does not belong to
+the last ``width % 16``. They differ in one thing: a sum that underflows to -0 becomes +0 where it is added to zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from surgery_formats.threads import blas_kernels
+
+if TYPE_CHECKING:
+    import numpy
+
+__all__ = ["multiply", "same_in_pieces"]
+
+_KERNELS = "SkylakeX"
+_MOST = 10**6  # multiplications of a piece
+_PIECES = (8, 4)  # rows
+_LARGEST_RANK = 64
+_COLUMNS = 16
+_NO_UNDERFLOW = 2.0**-100
+"""Sums of products that are not smaller are multiples of 2^-148, which float32 holds: 0, or not rounded to 0."""
+_GREATEST = 0xFFFFFFFF
+
+
+def same_in_pieces(left: numpy.ndarray, right: numpy.ndarray) -> bool:
+    """Whether `multiply` gives the bits of ``left @ right``, for any rows and columns of them.
+
+    Args:
+        left: ``(rows, rank)``.
+        right: ``(rank, width)``.
+    """
+    import numpy
+
+    if not left.dtype == right.dtype == numpy.float32 or not 2 <= len(right) <= _LARGEST_RANK:
+        return False
+    return blas_kernels() == _KERNELS and _least(left) * _least(right) >= _NO_UNDERFLOW
+
+
+def multiply(left: numpy.ndarray, right: numpy.ndarray, out: numpy.ndarray) -> None:
+    """``out[...] = left @ right``, for rows and columns of factors that are `same_in_pieces`; `out` is contiguous."""
+    import numpy
+
+    (height, rank), width = left.shape, right.shape[1]
+    rows = next((rows for rows in _PIECES if rows * rank * width <= _MOST), height)
+    head = height - height % rows
+    if height - head == 1:  # numpy has another routine for a row alone
+        head -= rows
+    if head <= rows or width % _COLUMNS or not left.flags.c_contiguous or right.strides[1] != right.itemsize:
+        numpy.matmul(left, right, out=out)
+        return
+    numpy.matmul(left[:head].reshape(-1, rows, rank), right, out=out[:head].reshape(-1, rows, width))
+    if head < height:
+        numpy.matmul(left[head:], right, out=out[head:])
+
+
+def _least(factor: numpy.ndarray) -> float:
+    """The least magnitude that is not 0."""
+    import numpy
+
+    bits = (factor.view(numpy.uint32) << 1) - 1  # without the sign; 0 is the greatest of all
+    least = int(bits.min(initial=_GREATEST)) + 1 >> 1
+    return math.inf if least > _GREATEST >> 1 else float(numpy.uint32(least).view(numpy.float32))

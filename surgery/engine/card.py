@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of an output: a head for the hub, what it was made of, and what was measured.
+
+No paths, no times: the same bytes every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from surgery._version import __version__
+from surgery.reports.markdown_parts import table_lines
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.models.base_name import base_name
+from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import count, markdown, markdown_code, show
+
+__all__ = ["CARD", "adapter_table", "card", "measured_table", "model_name", "name_of"]
+
+CARD = "README.md"
+"""The file that the hub shows as a model card."""
+
+_ADAPTERS = "adapter", "kind", "weight", "trained parameters"
+
+
+def card(
+    head: str,
+    title: str,
+    *tables: Iterable[str],
+    notes: Iterable[str] = (),
+    warnings: Iterable[str] = (),
+    made: str = "Made",
+) -> bytes:
+    """A card.
+
+    Args:
+        head: See `surgery.engine.card_metadata`.
+        title: In Markdown.
+        tables: Lines of each.
+        notes: In Markdown, before the warnings.
+        warnings: As results say them.
+        made: What was done, in a word.
+    """
+    lines = ["", f"# {title}", ""]
+    for table in tables:
+        lines += [*table, ""]
+    said = [f"- {note}" for note in notes] + [f"- Warning: {markdown(show(warning, 500))}" for warning in warnings]
+    lines += [*said, ""] if said else []
+    lines += [f"{made} by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
+    return (head + "\n".join(lines)).encode()
+
+
+def name_of(path: Path) -> str:
+    """What a file or folder is called, without where it lies."""
+    return markdown_code(show(path.resolve().name))
+
+
+def model_name(model: Checkpoint) -> str:
+    """What a model is called: on the hub, if it is known there, else its folder."""
+    return markdown_code(show(base_name(model)))
+
+
+def adapter_table(adapters: Iterable[tuple[Adapter, float]]) -> list[str]:
+    """Adapters with their weights."""
+    rows = [
+        (name_of(one.path), markdown(show(f"{one.format} {one.kind_name}")), f"{weight:g}", count(one.parameters))
+        for one, weight in adapters
+    ]
+    return table_lines(_ADAPTERS, rows)
+
+
+def measured_table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Figures by what they are of; both are Markdown."""
+    return table_lines(("measured", ""), rows)

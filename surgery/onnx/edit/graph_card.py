@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a graph that was changed: merged into, given slots or modules, folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from surgery.engine.card import CARD, adapter_table, card, measured_table, name_of
+from surgery.engine.card_metadata import Relation, base_of_card, card_metadata
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.files.remote.hub_cache import cached_repository
+from surgery_formats.models.base_name import hub_name, is_hub_name
+from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["edited_card"]
+
+
+def edited_card(
+    graph: Path,
+    title: str,
+    measured: Iterable[tuple[str, str]],
+    *,
+    base: Checkpoint | None = None,
+    adapters: Sequence[tuple[Adapter, float]] = (),
+    relation: Relation = "",
+    warnings: Iterable[str] = (),
+) -> bytes:
+    """README.md of a changed graph.
+
+    Args:
+        graph: The file it was made of. What the card beside it says and still holds is kept, and else what the base's says.
+        title: Behind the name of the graph's file, in Markdown: where it lay is not told.
+        measured: Rows of the table of figures.
+        base: The checkpoint that the graph was made of, if it was given.
+        adapters: What was put in.
+        relation: What the result is of its base.
+        warnings: As the result says them.
+    """
+    folder = graph.parent
+    own = (folder / CARD).is_file() or base is None
+    head = card_metadata(
+        folder if own else base.path if base is not None else None,
+        _name(folder, base, adapters),
+        relation=relation,
+        library="onnx",
+        tags=("onnx", *((relation,) if relation == "merge" else ())),
+    )
+    tables = [adapter_table(adapters)] if adapters else []
+    return card(head, f"{name_of(graph)} {title}", *tables, measured_table(measured), warnings=warnings)
+
+
+def _name(folder: Path, base: Checkpoint | None, adapters: Sequence[tuple[Adapter, float]]) -> str:
+    """Of the base on the hub: the checkpoint that was named, what the graph's own card says, or the graph's repository."""
+    if base is not None and (name := hub_name(base, [adapter.base_name for adapter, _ in adapters])):
+        return name
+    if name := base_of_card(folder):
+        return name
+    cached = cached_repository(folder)
+    return cached[0] if cached is not None and is_hub_name(cached[0]) else ""

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card of every folder that a command makes: what it says of its base, and whose card it leaves alone (ADR 71)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx.parser
+import pytest
+from safetensors.torch import load_file, save_file
+
+import surgery
+from tests.support.cards import check_card
+from tests.support.kit import ROOT
+from tests.support.quantised_folders import quantise_folder
+
+EXAMPLES = ROOT / "examples"
+BASE = "models--org--base/snapshots/0123"
+CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- code\nbase_model: its/own\n---\n# Mine\n"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base as the hub's cache has it, with its owner's card; a graph of it, a merge, and a prompt."""
+    folder = tmp_path_factory.mktemp("world")
+    base = folder / BASE
+    shutil.copytree(EXAMPLES / "base", base)
+    (base / "README.md").write_text(CARD)
+    (folder / "lora").symlink_to(EXAMPLES / "lora")
+    surgery.export_onnx(base, output=folder / "graph")
+    surgery.merge(base, EXAMPLES / "lora", output=folder / "merged")
+    surgery.insert(base, new="prompt", rank=4, output=folder / "fresh")
+    return folder
+
+
+def delta(world: Path, out: Path) -> None:
+    """A base with the biases of a fine-tune, which is that fine-tune."""
+    tuned = out.with_name("tuned")
+    shutil.copytree(world / BASE, tuned)
+    tensors = load_file(tuned / "model.safetensors")
+    norm = "model.norm.weight"
+    save_file(tensors | {norm: tensors[norm] * 2}, tuned / "model.safetensors", {"format": "pt"})
+    surgery.extract_lora(world / BASE, tuned, output=out.with_name("delta"), matrices="full")
+    surgery.insert(world / BASE, out.with_name("delta"), output=out)
+
+
+def folded(world: Path, out: Path) -> None:
+    slots = out.with_name("slots")
+    surgery.insert(world / "graph" / "model.onnx", world / "lora", base=world / BASE, output=slots)
+    surgery.fold(slots, slots / "adapters" / "lora.onnx_adapter", output=out)
+
+
+MADE: dict[str, tuple[Callable[[Path, Path], object], str | None, str, list[str]]] = {
+    "graph": (lambda w, o: surgery.export_onnx(w / BASE, output=o), None, "onnx", ["onnx"]),
+    "graph of codes": (
+        lambda w, o: surgery.export_onnx(w / BASE, w / "lora", weights_type="int8", output=o),
+        "quantized",
+        "onnx",
+        ["onnx"],
+    ),
+    "merged graph": (
+        lambda w, o: surgery.export_onnx(w / BASE, w / "lora", output=o),
+        "merge",
+        "onnx",
+        ["onnx", "merge"],
+    ),
+    "graph with slots": (lambda w, o: surgery.export_onnx(w / BASE, swap=w / "lora", output=o), None, "onnx", ["onnx"]),
+    "transformers.js": (
+        lambda w, o: surgery.export_onnx(w / BASE, layout="transformers.js", output=o),
+        None,
+        "transformers.js",
+        ["onnx"],
+    ),
+    "merge into a graph": (
+        lambda w, o: surgery.merge(w / "graph/model.onnx", w / "lora", graph_of=w / BASE, output=o),
+        "merge",
+        "onnx",
+        ["onnx", "merge"],
+    ),
+    "slots in a graph": (
+        lambda w, o: surgery.insert(w / "graph/model.onnx", w / "lora", base=w / BASE, output=o),
+        None,
+        "onnx",
+        ["onnx"],
+    ),
+    "gated": (
+        lambda w, o: surgery.insert(w / "graph/model.onnx", w / "lora", base=w / BASE, gated=True, output=o),
+        "merge",
+        "onnx",
+        ["onnx", "merge"],
+    ),
+    "folded": (folded, "merge", "onnx", ["onnx", "merge"]),
+    "weights of a graph": (
+        lambda w, o: surgery.convert(w / "graph/model.onnx", "safetensors", output=o),
+        None,
+        "transformers",
+        [],
+    ),
+    "layers": (lambda w, o: surgery.layers(w / BASE, drop="1", output=o), None, "transformers", []),
+    "layers of a merge": (lambda w, o: surgery.layers(w / "merged", drop="1", output=o), None, "transformers", ["merge"]),
+    "unmerge": (lambda w, o: surgery.unmerge(w / "merged", w / "lora", output=o), None, "transformers", []),
+    "delta": (delta, "finetune", "transformers", []),
+    "unmerged": (
+        lambda w, o: surgery.insert(w / BASE, w / "lora", unmerged=True, output=o),
+        "adapter",
+        "transformers",
+        ["lora"],
+    ),
+    "fresh": (lambda w, o: surgery.insert(w / BASE, new="lora", rank=4, output=o), "adapter", "peft", ["lora"]),
+    "fresh in AdapterHub's form": (
+        lambda w, o: surgery.insert(w / BASE, new="bottleneck", rank=4, output=o),
+        "adapter",
+        "adapter-transformers",
+        ["bottleneck"],
+    ),
+    "tokens": (lambda w, o: surgery.prompt_bake(w / "fresh", w / BASE, output=o), "merge", "transformers", ["merge"]),
+    "keys and values": (
+        lambda w, o: surgery.prompt_bake(w / "fresh", w / BASE, form="kv", output=o),
+        "adapter",
+        "transformers",
+        ["prompt_tuning"],
+    ),
+    "prefix": (
+        lambda w, o: surgery.prompt_convert(w / "fresh", "prefix", base=w / BASE, output=o),
+        "adapter",
+        "peft",
+        ["prompt_tuning", "prompt"],
+    ),
+    "compact": (
+        lambda w, o: surgery.convert(w / "lora", "compact", base=w / BASE, output=o),
+        "adapter",
+        "model-surgery",
+        ["lora"],
+    ),
+    "extracted for MLX": (
+        lambda w, o: surgery.extract_lora(w / BASE, w / "merged", rank=4, to="mlx", allow_loss=True, output=o),
+        "adapter",
+        "mlx",
+        ["lora"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_card_says_what_its_folder_is_of_its_base(name: str, world: Path, tmp_path: Path) -> None:
+    make, relation, library, tags = MADE[name]
+    make(world, tmp_path / "out")
+    data = check_card(tmp_path / "out" / "README.md")
+    assert data.get("base_model_relation") == relation
+    assert data.library_name == library
+    assert data.base_model == "org/base"
+    assert (data.license, data.language) == ("apache-2.0", ["en"])
+    assert data.tags == [*tags, "code"]
+    if name != "gated":  # verify knows no strengths
+        surgery.verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("way", "relation"), [("dequantize", "merge"), ("requantize", "quantized"), ("residual", "quantized")]
+)
+def test_codes_make_a_merge_a_quantised_model(way: str, relation: str, tmp_path: Path) -> None:
+    base = quantise_folder(EXAMPLES / "base", tmp_path / "base", "nf4")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": "org/base"}))
+    surgery.merge(base, EXAMPLES / "lora", output=tmp_path / "out", quantized=way, accept_loss=way == "requantize")
+    data = check_card(tmp_path / "out" / "README.md")
+    assert (data.base_model, data.get("base_model_relation")) == ("org/base", relation)
+
+
+def test_a_graph_beside_its_weights_leaves_their_card_alone(world: Path, tmp_path: Path) -> None:
+    for name, card in {"own": CARD, "none": None}.items():
+        folder = tmp_path / name
+        shutil.copytree(EXAMPLES / "base", folder)
+        if card is not None:
+            (folder / "README.md").write_text(card)
+        surgery.export_onnx(folder, output=folder)
+        assert (folder / "model.onnx").exists()
+        assert ((folder / "README.md").read_text() if (folder / "README.md").exists() else None) == card
+
+
+def test_a_stripped_graph_keeps_the_card_that_lies_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "graph"
+    folder.mkdir()
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) { y = Relu(x) }'
+    )
+    model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.stack_trace", value="File model.py, line 3")
+    onnx.save(model, folder / "model.onnx")
+    surgery.strip(folder, output=tmp_path / "without")
+    assert not (tmp_path / "without" / "README.md").exists()
+    (folder / "README.md").write_text(CARD)
+    surgery.strip(folder, output=tmp_path / "with")
+    assert (tmp_path / "with" / "README.md").read_text() == CARD
+
+
+def test_a_base_that_comes_back_has_the_card_it_had(world: Path, tmp_path: Path) -> None:
+    for name, base in {"own": world / BASE, "none": EXAMPLES / "base"}.items():
+        surgery.merge(base, world / "lora", output=tmp_path / f"{name} merged", reversible=True)
+        surgery.unmerge(tmp_path / f"{name} merged", world / "lora", output=tmp_path / name)
+    assert (tmp_path / "own" / "README.md").read_text() == CARD
+    assert not (tmp_path / "none" / "README.md").exists()
+
+
+def test_a_transferred_prompt_is_not_said_to_be_for_the_model_it_came_from(world: Path, tmp_path: Path) -> None:
+    other = tmp_path / "models--org--other" / "snapshots" / "0123"
+    shutil.copytree(EXAMPLES / "tuned", other)
+    surgery.prompt_transfer(world / "fresh", world / BASE, onto=other, output=tmp_path / "out", accept_loss=True)
+    assert check_card(tmp_path / "out" / "README.md").base_model == "org/other"
