@@ -5,9 +5,10 @@
 
 Models are random Llama shapes in bf16 that differ in their number of layers alone, with a rank-16 LoRA on every linear layer: what a
 command takes beyond the largest matrix must not grow. The figure is VmHWM of a process of its own (`measure.run`). A size needs about
-six times its bytes on the disk; ``verify`` of a graph runs it, and is left out from 1 GB on. With ``--limits``, merges for eight
-workers, of two sizes of matrices, run under ``--memory-limit``, and all their processes together must stay within it and the fixed
-cost. With ``--tiny``, tensors have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its bytes.
+six times its bytes on the disk; commands that run the model, and ``--rank auto``, are left out from 1 GB on. With ``--limits``,
+merges for eight workers, of two sizes of matrices, run under ``--memory-limit``, and all their processes together must stay within
+it and the fixed cost. With ``--tiny``, tensors have at most 1 MB, and 5 and 125 layers tell what one tensor more takes, whatever its
+bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SMALLER = Shape(1024, 1, 16, 4, 4096, 32000)
 """Matrices of which small limits leave room for several."""
 TINY, FEW, MANY = Shape(256, 1, 4, 2, 512, 2000), 5, 125
 PER_LAYER = 9  # tensors
-HELD, HOLDS = 1.0, "verify GRAPH"  # from so many GB on, the command that holds the model is not run
+HELD = 1.0
+HOLDS = {"verify GRAPH", "run", "bench", "prompt bake --as kv", "eval", "extract-lora --rank auto"}
+"""Commands that run the model, or take all singular values, and are not run with models of so many GB."""
 FLAT = 1.10
 """How much more the largest model may take than the smallest."""
 FIXED = 64 << 20
@@ -39,41 +42,63 @@ FIXED = 64 << 20
 
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["inspect", "base"],
+    "inspect --html": ["inspect", "base", "--html", "page.html"],
     "report": ["report", "lora", "--base", "base"],
+    "report --other-base": ["report", "lora", "--base", "base", "--other-base", "nf4"],
     "merge": ["merge", "base", "lora", "-o", "merged"],
+    "merge --html": ["merge", "base", "lora", "-o", "out", "--html", "page.html"],
+    "merge of two": ["merge", "base", "lora=0.5", "other=0.5", "-o", "out"],
+    "merge --reversible": ["merge", "base", "lora", "-o", "out", "--reversible"],
     "verify": ["verify", "merged"],
     "verify --against": ["verify", "merged", "--against", "base"],
     "fingerprint": ["fingerprint", "merged"],
     "diff": ["diff", "base", "merged"],
+    "diff --html": ["diff", "base", "merged", "--html", "page.html"],
+    "diff of adapters": ["diff", "lora", "other"],
     "unmerge": ["unmerge", "merged", "lora", "-o", "out"],
     "extract-lora": ["extract-lora", "base", "merged", "-o", "out", "--rank", "16"],
+    "extract-lora --rank auto": ["extract-lora", "base", "merged", "-o", "out", "--rank", "auto"],
     "merge --verify full": ["merge", "base", "lora", "-o", "out", "--verify", "full"],
     "merge --dtype fp16": ["merge", "base", "lora", "-o", "out", "--dtype", "fp16"],
     "layers": ["layers", "base", "--drop", "1", "-o", "out"],
     "export-onnx": ["export-onnx", "base", "-o", "plain"],
+    "inspect GRAPH": ["inspect", "plain/model.onnx"],
+    "convert GRAPH": ["convert", "plain/model.onnx", "--to", "safetensors", "-o", "out"],
+    "merge into a graph": ["merge", "plain/model.onnx", "lora", "--base", "base", "-o", "out"],
     "insert into a graph": ["insert", "plain/model.onnx", "lora", "--base", "base", "-o", "out"],
+    "insert --gated": ["insert", "plain/model.onnx", "lora", "--base", "base", "--gated", "-o", "out"],
     "export-onnx --swap": ["export-onnx", "base", "--swap", "lora", "-o", "slots"],
     "fold": ["fold", "slots/model.onnx", "slots/adapters/lora.onnx_adapter", "-o", "out"],
     "export-onnx BASE ADAPTER": ["export-onnx", "base", "lora", "-o", "graph"],
+    "diff of graphs": ["diff", "plain/model.onnx", "graph/model.onnx"],
     "locate": ["locate", "graph/model.onnx", "--base", "base", "--adapter", "lora"],
     "verify GRAPH": ["verify", "graph", "--against", "base", "--adapter", "lora"],
+    "run": ["run", "graph", "--ids", "1,2,3", "--max-new", "2"],
+    "bench": ["bench", "graph", "--prompt-length", "8", "--new-tokens", "4"],
     "export-onnx --weights-type int4": ["export-onnx", "base", "-o", "out", "--weights-type", "int4"],
     "export-onnx --weights-type int8": ["export-onnx", "base", "-o", "out", "--weights-type", "int8"],
     "merge into NF4 as numbers": ["merge", "nf4", "lora", "-o", "out"],
     "merge into NF4": ["merge", "nf4", "lora", "-o", "out", "--quantized", "requantize"],
+    "merge --quantized residual": ["merge", "nf4", "lora", "-o", "out", "--quantized", "residual"],
     "merge into fp8": ["merge", "fp8", "lora", "-o", "out", "--quantized", "requantize"],
     "insert --new prompt": ["insert", "base", "--new", "prompt", "--rank", "20", "-o", "tokens"],
+    "prompt show": ["prompt", "show", "tokens", "--base", "base"],
+    "prompt nearest": ["prompt", "nearest", "tokens", "base"],
+    "prompt bake --as kv": ["prompt", "bake", "tokens", "base", "--as", "kv", "-o", "out"],
     "prompt bake": ["prompt", "bake", "tokens", "base", "-o", "out"],
     "insert --unmerged": ["insert", "base", "lora", "--unmerged", "-o", "out"],
     "check": ["check", "base", "lora"],
+    "eval": ["eval", "base", "--ids", "ids.npy"],
     "apply": ["apply", "recipe.yaml", "-o", "out"],
     "convert": ["convert", "lora", "--to", "mlx", "-o", "out"],
     "convert --to compact": ["convert", "lora", "--to", "compact", "-o", "out"],
     "combine": ["combine", "lora=0.5", "lora=0.25", "-o", "out"],
+    "combine of two": ["combine", "lora=0.5", "other=0.25", "-o", "out"],
     "resize": ["resize", "lora", "--rank", "8", "-o", "out"],
 }
 """In order; ``merged``, ``plain``, ``slots``, ``graph`` and ``tokens`` are kept for those that follow."""
-PLACES = {"base", "lora", "merged", "out", "plain", "slots", "graph", "tokens", "nf4", "fp8", "recipe.yaml"}
+PLACES = {"base", "lora", "other", "merged", "out", "plain", "slots", "graph", "tokens", "nf4", "fp8"}
+PLACES |= {"recipe.yaml", "page.html", "ids.npy"}
 RECIPE = """\
 steps:
   - {verb: combine, adapters: {LORA: 0.5}, as: half}
@@ -107,18 +132,21 @@ def measured(work: Path, shape: Shape, chosen: dict[str, list[str]]) -> dict[str
     size = 2 * shape.parameters / 1e9
     write_base(shape, work / "base", shards=max(2, round(size)))
     write_adapter(shape, work / "lora")
+    write_adapter(shape, work / "other", seed=2)
+    np.save(work / "ids.npy", np.arange(600) % shape.vocabulary)
     (work / "recipe.yaml").write_text(RECIPE.replace("BASE", f"{work}/base").replace("LORA", f"{work}/lora"))
     if any(format in words for words in chosen.values() for format in ("nf4", "fp8")):
         write_quantised(work)
     found = {}
     for name, words in chosen.items():
-        if name == HOLDS and size >= HELD:
+        if name in HOLDS and size >= HELD:
             continue
         places = [str(work / word) if re.split("[/=]", word)[0] in PLACES else word for word in words]
         command = [sys.executable, "-P", "-m", "surgery_cli", "-q", *places]
         found[name] = run(command, work / "log", children="--memory-limit" in words).peak
         print(f"{size:.2f} GB {name}: {found[name] / 1e6:.0f} MB", file=sys.stderr, flush=True)
         shutil.rmtree(work / "out", ignore_errors=True)
+        (work / "page.html").unlink(missing_ok=True)
     return found
 
 

@@ -4,15 +4,16 @@
     python benchmarks/object_storage.py [--gb 2] [--rounds 3] [--targets q_proj,v_proj | --targets all] [--shard-gb 5]
 
 The server (`object_server.py`) is a process of this machine that makes the base up and throws away what is written after hashing it, so
-that 20 GB need no disk; it takes cores from both contenders alike. Both run in turn, as whole processes. Before that, a small merge
-is compared, part by part, with the same merge to a folder. Asserted as well: the bytes that a merge of this size wrote are as many as
-the base's, nothing was written to the disk, and memory stays below 1 GB.
+that 20 GB need no disk; it takes cores from both contenders alike, and its own time is told. Both run in turn, as whole processes.
+Before that, a small merge is compared, part by part, with the same merge to a folder. Asserted as well: the bytes that a merge of this
+size wrote are as many as the base's, nothing was written to the disk, and memory stays below 1 GB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -60,8 +61,8 @@ for meta in obstore.list(store, "base").collect():
 
 
 @contextmanager
-def server(shape: Shape, shards: int, targets: str, compiled: Path) -> Iterator[dict[str, str]]:
-    """A server with a base and a LoRA; what leads to it."""
+def server(shape: Shape, shards: int, targets: str, compiled: Path) -> Iterator[tuple[dict[str, str], int]]:
+    """A server with a base and a LoRA; what leads to it, and its process."""
     command = [
         sys.executable,
         str(ROOT / "benchmarks" / "object_server.py"),
@@ -77,10 +78,16 @@ def server(shape: Shape, shards: int, targets: str, compiled: Path) -> Iterator[
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench",
             "AWS_REGION": "us-east-1", "OMP_NUM_THREADS": "1",
             "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(compiled),  # as pip leaves what it installs
-        }  # fmt: skip
+        }, process.pid  # fmt: skip
     finally:
         process.kill()
         process.wait()
+
+
+def seconds(process: int) -> float:
+    """The time of cores that a process has taken."""
+    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def parts(where: dict[str, str], key: str) -> list[tuple[int, str]]:
@@ -90,7 +97,7 @@ def parts(where: dict[str, str], key: str) -> list[tuple[int, str]]:
 
 def check(targets: str, folder: Path) -> None:
     """A merge into the bucket has the bytes of one into a folder."""
-    with server(SMALL, 3, targets, folder / "compiled") as where:
+    with server(SMALL, 3, targets, folder / "compiled") as (where, _):
         run([sys.executable, "-c", MERGE, "s3://bench/out"], folder / "log", where)
         run([sys.executable, "-c", MERGE, str(folder / "out")], folder / "log", where)
         files = sorted((folder / "out").glob("*.safetensors"))
@@ -119,10 +126,17 @@ def main() -> None:
         folder = Path(name)
         check(targets, folder)
         taken: dict[str, list[Sample]] = {"plain": [], "merge": []}
-        with server(shape, shards, targets, folder / "compiled") as where:
+        served: dict[str, list[float]] = {name: [] for name in taken}
+        commands = {
+            "plain": [sys.executable, "-c", PLAIN],
+            "merge": [sys.executable, "-c", MERGE, "s3://bench/out"],
+        }
+        with server(shape, shards, targets, folder / "compiled") as (where, process):
             for _ in range(options.rounds):
-                taken["plain"].append(run([sys.executable, "-c", PLAIN], folder / "log", where))
-                taken["merge"].append(run([sys.executable, "-c", MERGE, "s3://bench/out"], folder / "log", where))
+                for name, command in commands.items():
+                    before = seconds(process)
+                    taken[name].append(run(command, folder / "log", where))
+                    served[name].append(seconds(process) - before)
                 written = int((folder / "log").read_text().split()[-1])
                 assert written < 1 << 20, f"{written} bytes were written to the disk"
             for number in range(1, shards + 1):
@@ -136,7 +150,8 @@ def main() -> None:
         wall, peak = median([sample.wall for sample in samples]), max(sample.peak for sample in samples)
         cpu = median([sample.cpu for sample in samples])
         print(
-            f"{label:6} {wall:7.2f} s  {size / wall / 1e9:5.2f} GB/s  {cpu:7.2f} s of cores  {peak / 1e6:5.0f} MB at most"
+            f"{label:6} {wall:7.2f} s  {size / wall / 1e9:5.2f} GB/s  {cpu:7.2f} s of cores  "
+            f"{median(served[label]):6.2f} s of the server's  {peak / 1e6:5.0f} MB at most"
         )
     ratios = [merge.wall / plain.wall for plain, merge in zip(taken["plain"], taken["merge"], strict=True)]
     print(f"ratio  {median(ratios):.3f} (pairs {min(ratios):.3f} to {max(ratios):.3f})")

@@ -56,5 +56,12 @@ def test_the_search_has_a_name_for_those_who_do_not_see_it(site: Path):
     assert [tag for tag in dialogs if "aria-label" not in tag] == []
 
 
+def test_every_page_has_the_script_that_lets_the_keyboard_scroll(site: Path):
+    script = (site / "site.js").read_text()
+    assert "pre > code" in script
+    assert ".md-typeset__scrollwrap" in script
+    assert [page for page in site.rglob("index.html") if "site.js" not in page.read_text()] == []
+
+
 def test_marks_for_the_tests_are_not_shown(site: Path):
     assert "console run" not in (site / "tutorial" / "index.html").read_text()

@@ -215,8 +215,7 @@ def inner(left: Array, right: Array) -> float:
         return float(left @ right)
     import numpy
 
-    with numpy.errstate(over="ignore", invalid="ignore"):
-        return float(numpy.dot(left, right))  # unlike ``@``, it lets other threads run
+    return float(numpy.vdot(left, right))  # unlike ``@``, it lets other threads run; unlike `dot`, it warns of no Inf
 
 
 def wide(dtype: DType) -> DType:

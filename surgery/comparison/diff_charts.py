@@ -25,7 +25,7 @@ def tensor_charts(tensors: Sequence[TensorDiff]) -> Iterator[Chart]:
     intruders = ((name, float(value.intruders), 1.0) for name, value in values if value.intruders is not None)
     charts = (
         layer_chart("Difference relative to A", sizes, _root, log=True),
-        layer_chart("Stable rank of the difference", ranks, _mean, log=True),
+        layer_chart("Stable rank of the difference", ranks, _mean, log=True, low=1.0),
         layer_chart("Intruder directions of B", intruders, _mean, type="number", low=0.0),
     )
     yield from filter(None, charts)

@@ -291,7 +291,7 @@ class _UpdateTally:
         self.changed |= later.changed
         self.sampled += later.sampled
         self.moved += later.moved
-        self.kept = Survival.total((self.kept, later.kept))
+        self.kept = self.kept.plus(later.kept)
         if later.coded is not None:
             self.coded = later.coded if self.coded is None else self.coded + later.coded
 
@@ -318,7 +318,7 @@ class _UpdateTally:
         stored -= before
         self.sampled += math.prod(stored.shape)
         self.moved += int(namespace(stored).count_nonzero(stored != 0))
-        self.kept = Survival.total((self.kept, Survival.of(after - before, stored)))
+        self.kept = self.kept.plus(Survival.of(after - before, stored))
 
     def result(self, xxh3: str, codes: CodeChange | None = None) -> Measurement:
         """The sums so far."""

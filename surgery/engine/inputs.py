@@ -213,7 +213,7 @@ def _no_graph(checkpoint: Checkpoint) -> Checkpoint:
         raise FitError(
             "an ONNX graph where the model's own weights were expected",
             file=checkpoint.path,
-            hint="give the checkpoint that the graph was exported from; `merge` and `insert` change a graph itself",
+            hint="give the checkpoint that the graph was exported from; with it as `base=`, merge and insert change a graph itself",
         )
     return checkpoint
 

@@ -137,9 +137,9 @@ class EffectReport:
     def _table(self) -> Table:
         columns = (
             Column("token", "integer"), Column("KL without it", "number", 3), Column("loss", "figure"),
-            Column("attention", "share", 1), Column("KL as nearest", "number", 3), Column("nearest", "name"),
-            Column("KL as random", "number", 3), Column("makes likelier", "name", spare=1),
-            Column("less likely", "name", spare=2),
+            Column("attention", "share", 1), Column("KL as nearest", "number", 3), Column("nearest"),
+            Column("KL as random", "number", 3), Column("makes likelier", spare=1),
+            Column("less likely", spare=2),
         )  # fmt: skip
         rows = tuple(
             (
@@ -151,7 +151,7 @@ class EffectReport:
             )
             for token in self.tokens
         )  # fmt: skip
-        return Table(columns, rows)
+        return Table(columns, rows, "What each virtual token does")
 
     def _layers(self) -> Table:
         columns = (Column("layer", "integer"), *(Column(f"to {t.number}", "share", 1) for t in self.tokens))

@@ -89,8 +89,8 @@ class NearestReport:
 
     def _table(self) -> Table:
         columns = (
-            Column("token", "integer"), Column("norm", "number", 3), Column("by cosine", "name"), Column("", "fixed"),
-            Column("by distance", "name"), Column("", "number", 3), Column("by dot", "name", spare=1),
+            Column("token", "integer"), Column("norm", "number", 3), Column("by cosine"), Column("", "fixed"),
+            Column("by distance"), Column("", "number", 3), Column("by dot", spare=1),
             Column("", "number", 3, spare=1), Column("reading"),
         )  # fmt: skip
         rows = []
@@ -102,20 +102,20 @@ class NearestReport:
                     self._spelt(distance.id), distance.distance, self._spelt(dot.id), dot.dot, token.reading.why,
                 )
             )  # fmt: skip
-        return Table(columns, tuple(rows))
+        return Table(columns, tuple(rows), "The tokens of the vocabulary that are nearest")
 
     def _more(self, verbose: bool) -> list[Section]:
         if not any(len(near) > 1 for token in self.tokens for near in token.nearest.values()):
             return []
         if not verbose:
             return [Note("the tokens behind the nearest", "omitted")]
-        columns = Column("token", "integer"), Column("by"), Column("nearest", "name")
+        columns = Column("token", "integer"), Column("by"), Column("nearest")
         rows: list[tuple[Cell, ...]] = [
             (token.number, measure, ", ".join(f"{self._spelt(n.id)} {getattr(n, measure):.3g}" for n in near))
             for token in self.tokens
             for measure, near in token.nearest.items()
         ]
-        return [Table(columns, tuple(rows))]
+        return [Table(columns, tuple(rows), "The tokens behind the nearest")]
 
     def _spelt(self, row: int) -> str:
         return self.decoded.get(row, f"#{row}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 from surgery.reports.sections import Chart, Column, Facts, Section, Table
@@ -14,8 +15,9 @@ from surgery_formats.text import clean
 
 __all__ = ["as_csv"]
 
-_FORMULA = ("=", "+", "-", "@")
-"""What a spreadsheet takes a cell that begins so for (OWASP, "CSV Injection"); control characters are escaped anyway."""
+_FORMULA = re.compile(r"(^\s*|;\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])")
+"""Where a spreadsheet would see a formula (OWASP, "CSV Injection"): at a cell's beginning, and behind a semicolon, which parts
+cells where commas are decimal; also in full width. Control characters are escaped anyway."""
 
 _MOST = 32_767
 """Characters of a cell: what Excel holds; readers have limits too (Python's is 131,072)."""
@@ -69,4 +71,4 @@ def _cell(cell: Cell, column: Column) -> str:
 def _word(text: str) -> str:
     """A text cell that stays one, also where a spreadsheet opens it; what acts on a terminal is escaped."""
     safe = clean(text[:_MOST])[:_MOST]
-    return f"'{safe}" if safe.lstrip().startswith(_FORMULA) else safe
+    return _FORMULA.sub(r"\1'", safe)

@@ -13,6 +13,7 @@ from surgery.engine.inputs import (
     check_counts,
 )
 from surgery.onnx.edit.opening import graph_at
+from surgery.onnx.fold.standing import warning_of_branches
 from surgery.onnx.locate.result import LocateResult
 from surgery.onnx.locate.search import Located, located_weights
 from surgery.onnx.locate.wanted import wanted_weights
@@ -55,9 +56,10 @@ def locate(
     weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
     binding = bind(weighted, checkpoint) if weighted else None
     located = located_weights(opened, wanted_weights(checkpoint, binding), workers=workers)
+    warnings = (*_doubts(located), *warning_of_branches(opened))
     opened.check_unchanged()
     checkpoint.check_unchanged()
-    return LocateResult(opened.path, checkpoint.path, located, _doubts(located))
+    return LocateResult(opened.path, checkpoint.path, located, warnings)
 
 
 def _doubts(located: Located) -> tuple[str, ...]:

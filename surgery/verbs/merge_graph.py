@@ -17,6 +17,7 @@ from surgery.engine.merge.merge_result import MergeResult
 from surgery.engine.selection import Selection, left_out_warning
 from surgery.onnx.edit.graph_card import edited_card
 from surgery.onnx.edit.opening import graph_at
+from surgery.onnx.fold.standing import warning_of_branches
 from surgery.onnx.merge.graph_plan import GraphEngine, GraphPlan, plan_graph, prove_structure
 from surgery_formats.binding.bind import Binding, bind
 from surgery_formats.containers.onnx import OnnxGraph
@@ -63,6 +64,7 @@ def merge_graph(
         binding = replace(binding, warnings=(*binding.warnings, left_out_warning(left)))
     check_base_id(checkpoint, [entry.adapter for entry in weighted])
     graph = graph_at(path)
+    binding = replace(binding, warnings=(*binding.warnings, *warning_of_branches(graph)))
     planned = _planned(graph, binding, left, run, compare=folder is None)
     plan = planned.plan
     if folder is None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.onnx.fold.standing import standing_branches, what_is_added
 from surgery.onnx.locate.search import Located, located_weights
 from surgery.onnx.locate.wanted import wanted_weights
 from surgery.onnx.merge.changes import touched_labels
@@ -50,12 +51,21 @@ def compare_by_value(path: Path, base: Checkpoint, adapters: Sequence[tuple[Adap
     Raises:
         InputError: the graph cannot be read.
         FitError: the adapters do not fit the base.
-        ProofError: a weight that an adapter changes is not there as it should be, another has other values, or none is there.
+        ProofError: a weight that an adapter changes is not there as it should be, another has other values, or none is there;
+            or the graph adds LoRAs that are no weights of its own.
     """
     binding = bind(adapters, base)
     graph = open_graph(path)
     located = located_weights(graph, wanted_weights(base, binding))
     touched = touched_labels(binding)
+    explained = {piece.place.name for piece in located.pieces}
+    if branches := standing_branches(graph, explained):
+        raise ProofError(
+            f"{what_is_added(branches)}, which makes another model of it",
+            file=path,
+            tensor=branches[0].weight,
+            hint="surgery fold takes them into the weights; then name the adapter with `adapters=`",
+        )
     missing = [weight.label for weight in located.missing]
     if near := [one for one in located.near if one.piece.weight.label in missing]:
         first = near[0]

@@ -41,7 +41,7 @@ from surgery_formats.models.checkpoint import Checkpoint
 __all__ = ["TOLERANCE", "prove_graphs"]
 
 TOLERANCE = 1e-4
-"""Greatest difference of a logit, as a share of the greatest logit (of 1 where that is less), for graphs of float32."""
+"""Greatest difference of a logit, for graphs of float32, as `LogitDifference.limit` measures it."""
 SHORT_TOLERANCE = 1e-2
 """The same for graphs of 16 bits that hold constants (multipliers), which were rounded when the graph was made."""
 
@@ -164,7 +164,7 @@ def _judged(measure: LogitDifference, graph: GraphFile, tolerance: float | None)
         measure.name == SOFT_PROMPT and graph.contract.dtype != "fp32"
     )  # stored in the cache's type
     share = tolerance or (SHORT_TOLERANCE if short else TOLERANCE)
-    limit = share * max(1.0, measure.size)
+    limit = measure.limit(share)
     if not measure.within(share):
         tokens = f", {measure.wrong_tokens} greedy tokens differ" if measure.wrong_tokens else ""
         what = "key or value" if measure.name == SOFT_PROMPT else "logit"

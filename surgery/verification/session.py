@@ -295,7 +295,7 @@ class Session:
         self._path = graph.path
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
         try:
-            self._session = cpu_session(model.SerializeToString(), graph.path.parent)
+            self._session = cpu_session(model, graph.path.parent)
         except MissingPackageError:
             raise
         except Exception as error:  # onnxruntime has a dozen types without a common base

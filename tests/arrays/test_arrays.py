@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +82,19 @@ def test_a_bfloat16_file_is_read_in_a_process_that_has_not_imported_its_type(tmp
     )
     command = [sys.executable, "-c", code, str(tmp_path / "model.safetensors")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "bfloat16 [1.0, -2.5]\n"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_of_products_beyond_their_type_warn_of_nothing(dtype: type) -> None:
+    largest = np.finfo(dtype).max
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert arrays.energy(np.array([largest, largest], dtype)) == np.inf
+        assert np.isnan(arrays.inner(np.array([np.inf, np.inf], dtype), np.array([1, -1], dtype)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [0, 1, 7, 1000, 1 << 19])
+def test_sums_of_products_have_the_bits_of_numpys_dot(dtype: type, size: int) -> None:
+    left, right = np.random.default_rng(size).normal(size=(2, size)).astype(dtype)
+    assert arrays.inner(left, right) == float(np.dot(left, right))

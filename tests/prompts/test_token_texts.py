@@ -102,5 +102,7 @@ def test_a_report_shows_text_and_keeps_the_vocabularys_spelling_in_json() -> Non
     assert '" assert"' in text or '"assert"' in text
     assert "Ġ" not in text
     assert "Ċ" not in text
+    assert r'"\n\n"' in text
+    assert "\\\\" not in text
     assert any("Ġ" in spelt for spelt in report.as_json()["texts"].values())
     assert report.as_json()["texts"].keys() == report.as_json()["decoded"].keys()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.errors import FitError, NotFoundError
-from surgery_formats.text import listing
+from surgery_formats.files.output.manifest import is_safe_name
+from surgery_formats.text import listing, show
 
-__all__ = ["graph_at", "is_graph"]
+__all__ = ["check_places", "graph_at", "is_graph"]
 
 
 def is_graph(path: Path) -> bool:
@@ -38,3 +39,20 @@ def graph_at(path: Path) -> OnnxGraph:
         names = listing([one.name for one in found])
         raise FitError(f"several graphs: {names}", file=path, hint="name one of them")
     return open_graph(found[0])
+
+
+def check_places(graph: OnnxGraph) -> None:
+    """Refuse a graph whose weights have no place in an output, which keeps the names that the graph has for them.
+
+    Raises:
+        FitError: a file of weights lies two folders down, or is called what no output may hold.
+    """
+    folder = graph.path.parent
+    for file in graph.external:
+        name = file.path.relative_to(folder).as_posix() if file.path.is_relative_to(folder) else file.path.name
+        if not is_safe_name(name):
+            raise FitError(
+                f"its weights lie in '{show(name)}', and an output has files beside the graph or one folder down",
+                file=graph.path,
+                hint="save it anew: onnx.save_model(onnx.load(GRAPH), NEW, save_as_external_data=True)",
+            )

@@ -17,6 +17,7 @@ from surgery._version import __version__
 from surgery.engine.execute import write_side_file
 from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
+from surgery.onnx.edit.opening import check_places
 from surgery.onnx.graph.contract import contract_of
 from surgery.onnx.run.adapter_file import SmallFiles, sha256_of, write_small_files
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
@@ -54,9 +55,10 @@ def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
             and none can be given.
 
     Raises:
-        FitError: too large for a protocol buffer.
+        FitError: too large for a protocol buffer, or with files that no output has a place for.
         MalformedError: it, or its contract, cannot be parsed.
     """
+    check_places(graph)
     if graph.file.size > _LIMIT:
         raise FitError(f"a graph of more than {human(_LIMIT)} cannot be parsed", file=graph.path)
     model = parsed_model(bytes(graph.file.read(0, graph.file.size)), graph.path)
@@ -96,7 +98,7 @@ def write_edited(
         dropped: Tensors that the edited model no longer has.
 
     Raises:
-        FitError: too large for a protocol buffer, or files in deeper folders.
+        FitError: too large for a protocol buffer.
         OutputExistsError, ResourceError, ProofError: nothing is written.
     """
     changed = changed or {}

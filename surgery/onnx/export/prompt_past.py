@@ -194,7 +194,7 @@ def _session(graph: onnx.ModelProto, location: WeightLocation, component: Compon
             if entry.key == "location":
                 entry.value = location.location(entry.value)
     try:
-        return cpu_session(graph.SerializeToString(), location.folder)
+        return cpu_session(graph, location.folder, held=0)  # for one run
     except MissingPackageError:
         raise
     except Exception as error:  # onnxruntime's own types

@@ -58,6 +58,7 @@ class LoraBranch:
         weight: Its operand that is the weight.
         by_output: Whether that operand's rows are outputs.
         side: The sum's operand that comes from the LoRA.
+        constants: The tensors of the two small maps.
         factors: What is added to the weight.
     """
 
@@ -69,6 +70,7 @@ class LoraBranch:
     weight: str
     by_output: bool
     side: str
+    constants: tuple[str, str]
     factors: BranchFactors
 
 
@@ -126,7 +128,8 @@ def _branch(
     found = _factors(read)
     if found is None:
         return None
-    return LoraBranch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, found)
+    small_weights = (down.weight, up.weight)
+    return LoraBranch(graph, add, base, main.node, main.kind, main.weight, main.by_output, side, small_weights, found)
 
 
 def _mapped(value: str, producers: dict[str, onnx.NodeProto], constants: Constants) -> _Map | None:

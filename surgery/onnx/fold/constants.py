@@ -31,12 +31,16 @@ class Constants:
         graph: The file, which has the values of its weights.
         model: The model that is edited.
         given: Values of inputs, in place of their defaults; read anew whenever they are asked for.
+        defaults: Whether the defaults of optional inputs are constants, too.
     """
 
-    def __init__(self, graph: OnnxGraph, model: onnx.ModelProto, given: Mapping[str, Array]) -> None:
+    def __init__(
+        self, graph: OnnxGraph, model: onnx.ModelProto, given: Mapping[str, Array], *, defaults: bool = True
+    ) -> None:
         self._graph, self._model = graph, model
         self._given, self._known = given, dict[str, Array]()
-        self._initializers = {one.name: one for one in model.graph.initializer}
+        inputs = set() if defaults else {one.name for one in model.graph.input}
+        self._initializers = {one.name: one for one in model.graph.initializer if one.name not in inputs}
 
     @cached_property
     def _producers(self) -> dict[str, onnx.NodeProto]:

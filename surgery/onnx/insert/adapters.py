@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.engine.card import CARD
 from surgery.onnx.edit.graph_card import edited_card
@@ -15,6 +16,7 @@ from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.export.adapters import NamedAdapter, entry, issues_of
 from surgery.onnx.export.additions import BoundAdditions, bound_additions
 from surgery.onnx.export.replaced import is_small
+from surgery.onnx.fold.standing import warning_of_branches
 from surgery.onnx.graph.contract import Slot
 from surgery.onnx.graph.inserted import state_inserted, stated_inserted
 from surgery.onnx.insert.contents import SlotContents, factors_for
@@ -79,7 +81,8 @@ def insert_adapters(
                 named.name,
                 f"strength.{named.name}",
                 named.weight,
-                {name: factors_for(bound, name, shapes[name]) for name in bound.weights},
+                bound.weights,
+                partial(_factors, bound, shapes),
             )
             for named, bound in zip(adapters, bounds, strict=True)
         ]
@@ -108,7 +111,7 @@ def insert_adapters(
         replaceable=(*known.replaceable, *replaced.inputs),
     )
     state_inserted(model, now, path)
-    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model))
+    warnings = (*issues_of(adapters, checkpoint), *warning_of_ranges(model), *warning_of_branches(graph))
     nodes, written = _nodes(model) - before, 0
     for data in files.values():
         sha256_of(data)  # makes every array once: what a slot cannot hold is refused now, in a dry run too
@@ -143,6 +146,10 @@ def _check_replaced(bounds: Sequence[BoundAdditions], *, required: bool, gated: 
             file=found.adapter.path,
             hint="without `required=`" if required else "without `gated=`, or merge it",
         )
+
+
+def _factors(bound: BoundAdditions, shapes: Mapping[str, SlotShape], name: str) -> tuple[Any, Any]:
+    return factors_for(bound, name, shapes[name])
 
 
 def _nodes(model: onnx.ModelProto) -> int:

@@ -7,7 +7,7 @@ a node share two products: what more adapters cost is their rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +38,15 @@ class GatedAdapter:
         name: Its name.
         gate: The input for its strength.
         strength: What it is by default.
-        factors: A and B of every weight, ``(in, rank)`` and ``(rank, out)``.
+        weights: What it has factors for.
+        factors: Makes A and B of a weight, ``(in, rank)`` and ``(rank, out)``; the graph holds all of them soon enough.
     """
 
     name: str
     gate: str
     strength: float
-    factors: Mapping[str, tuple[Array, Array]]
+    weights: Collection[str]
+    factors: Callable[[str], tuple[Array, Array]]
 
 
 def add_gated(
@@ -124,8 +126,8 @@ def _branch(
     downs, ups = [], []
     for adapter in gates.adapters:
         for name, place in spot.parts:
-            if name in adapter.factors:
-                A, B = adapter.factors[name]
+            if name in adapter.weights:
+                A, B = adapter.factors(name)
                 ranks.append((adapter, A.shape[1]))
                 downs.append(A)
                 ups.append(_columns(B * np.float32(use.alpha), shapes[name], place))

@@ -20,6 +20,7 @@ from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
 from surgery.engine.merge.merge_plan import merge_facts
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile, TensorOutcome
+from surgery.onnx.edit.opening import check_places
 from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.graph.contract import contract_of
 from surgery.onnx.locate.matrix import Matrix
@@ -109,8 +110,9 @@ def plan_graph(
     """The plan; `left_out` names the parameters of the adapters that are not merged.
 
     Raises:
-        FitError: two tensors share bytes, and one of them alone changes.
+        FitError: two tensors share bytes, and one of them alone changes; or files lie where no output has a place.
     """
+    check_places(graph)
     steps: dict[int, TensorChange] = {}
     computed: dict[str, PlannedTensor] = {}
     for change in changes:

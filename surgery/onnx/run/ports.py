@@ -5,21 +5,28 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from surgery.onnx.run.conversions import converted_nbytes, with_late_conversions
 from surgery.onnx.run.runtime import load_runtime
 from surgery_formats.errors import FitError
 from surgery_formats.text import show
 
+if TYPE_CHECKING:
+    import onnx
+
 __all__ = ["Port", "as_array", "bind_number", "cpu_session", "element", "execute", "ports", "run_options"]
 
+_HELD = 2 << 30
+_CONVERT_AT_LOAD = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
+"""Optimizers of onnxruntime. The second, without the first, fails where a converted weight is read in a branch (onnxruntime 1.31)."""
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 # onnx.proto3, TensorProto.DataType, under onnxruntime's names
 _TYPES: dict[str, tuple[int, Any]] = {
@@ -79,8 +86,15 @@ def ports(nodes: Iterable[Any]) -> dict[str, Port]:
     return result
 
 
-def cpu_session(graph: bytes, folder: Path) -> Any:
-    """A session on the CPU over the weight files in `folder`, which stay mapped; onnxruntime's own errors are raised."""
+def cpu_session(model: onnx.ModelProto, folder: Path, held: int = _HELD) -> Any:
+    """A session on the CPU; onnxruntime's own errors are raised.
+
+    Args:
+        model: The graph.
+        folder: Of its weight files, which stay mapped.
+        held: Bytes that weights which are computed with in another type than they are stored in may take, converted once. More
+            are converted in every run, where each is used: the largest takes memory then, and not all.
+    """
     onnxruntime = load_runtime()
 
     options = onnxruntime.SessionOptions()
@@ -89,7 +103,16 @@ def cpu_session(graph: bytes, folder: Path) -> Any:
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", os.fspath(folder.resolve())
     )
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    unused: Sequence[str] = ()
+    if converted_nbytes(model) > held:
+        model, unused = with_late_conversions(model), _CONVERT_AT_LOAD
+        options.execution_order = (
+            onnxruntime.ExecutionOrder.PRIORITY_BASED
+        )  # in the order of the nodes, where it is free
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # which keep what was converted
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(unused)
+    )
 
 
 def bind_number(binding: Any, name: str, number: int) -> None:

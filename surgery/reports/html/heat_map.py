@@ -128,7 +128,7 @@ def _names(names: Sequence[str], left: float, width: float, below: float) -> Ite
 def _legend(low: float, high: float, column: Column, *, log: bool) -> tuple[LegendEntry, ...]:
     """The colours in order, with the values of both ends."""
     swatches = tuple(
-        Shape("rect", {"x": 2.2 * number, "y": 1, "width": 2.2, "height": 10, "class": f"h{number}"})
+        Shape("rect", {"x": 2.5 * number, "y": 1, "width": 3, "height": 10, "class": f"h{number}"})
         for number in range(_COLOURS)
     )
     scale = "; equal steps are equal ratios" if log and high > low else ""

@@ -21,7 +21,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
-from surgery_formats.allocator import limit_arenas
+from surgery_formats.allocator import keep_large_blocks, limit_arenas
 from surgery_formats.errors import InputError, NotFoundError, OutputExistsError, ProofError, ResourceError, SurgeryError
 from surgery_formats.extras import require
 from surgery_formats.files.remote.store import Listing, ObjectFacts, Reply
@@ -55,6 +55,7 @@ def connect(scheme: str, name: str) -> Bucket:
         InputError: obstore is not installed, or the environment's settings are not taken.
     """
     limit_arenas()  # before obstore starts its threads
+    keep_large_blocks()
     obstore = require("obstore", "names of object storage")
     options: dict[str, Any] = {"timeout": _ANSWER, "connect_timeout": timedelta(seconds=10)}
     if any(os.environ.get(variable, "").startswith("http://") for variable in _ENDPOINTS[scheme]):

@@ -42,22 +42,26 @@ class _Blocks:
         self._blocks: OrderedDict[tuple[int, int], Future[memoryview]] = OrderedDict()
         self._closed: deque[int] = deque()
 
-    def get(self, source: RemoteObject, number: int) -> Future[memoryview]:
-        """The block, fetched if it is not there."""
-        key = (source.serial, number)
+    def get(self, source: RemoteObject, number: int, last: int) -> Future[memoryview]:
+        """The block, fetched if it is not there, and so are those behind it up to `last`."""
         with self._lock:
             while self._closed:
                 gone = self._closed.popleft()
                 for old in [old for old in self._blocks if old[0] == gone]:
                     del self._blocks[old]
-            found = self._blocks.get(key)
-            if found is None or (found.done() and found.exception() is not None):
-                found = self._blocks[key] = _pool().submit(source.fetch, number * BLOCK, (number + 1) * BLOCK)
-                done = [old for old in self._blocks if old != key and self._blocks[old].done()]
-                for old in done[: max(len(self._blocks) - _KEPT, 0)]:
-                    del self._blocks[old]
-            self._blocks.move_to_end(key)
+            found, *_ = [self._kept(source, following) for following in range(number, last + 1)]
             return found
+
+    def _kept(self, source: RemoteObject, number: int) -> Future[memoryview]:
+        key = (source.serial, number)
+        found = self._blocks.get(key)
+        if found is None or (found.done() and found.exception() is not None):
+            found = self._blocks[key] = _pool().submit(source.fetch, number * BLOCK, (number + 1) * BLOCK)
+            done = [old for old in self._blocks if old != key and self._blocks[old].done()]
+            for old in done[: max(len(self._blocks) - _KEPT, 0)]:
+                del self._blocks[old]
+        self._blocks.move_to_end(key)
+        return found
 
     def has(self, source: RemoteObject, number: int) -> bool:
         """Whether it is there."""
@@ -143,10 +147,7 @@ class RemoteObject:
         end = offset + len(buffer)
         last = (self.facts.size - 1) // BLOCK
         for number in range(offset // BLOCK, (end - 1) // BLOCK + 1):
-            block = _BLOCKS.get(self, number)
-            for following in range(number + 1, min(number + ahead, last) + 1):
-                _BLOCKS.get(self, following)
-            data, begin = block.result(), number * BLOCK
+            data, begin = _BLOCKS.get(self, number, min(number + ahead, last)).result(), number * BLOCK
             start, stop = max(offset, begin), min(end, begin + BLOCK)
             _copy(buffer[start - offset : stop - offset], data[start - begin : stop - begin])
 
