@@ -272,7 +272,7 @@ def check_finite(block: Array, dtype: DType, label: str) -> None:
         raise FitError(
             f"after the update a value of {largest:.3g} does not fit {dtype.label}",
             tensor=label,
-            hint='use `dtype="bf16"` or fp32',
+            hint='use `dtype="bf16"` or fp32; a graph has to be exported in one of these',
         )
     raise FitError(f"after the update a value is {largest}", tensor=label, hint="is the base, or the adapter, damaged?")
 

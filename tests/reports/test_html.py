@@ -162,7 +162,7 @@ def test_a_heat_map_makes_nothing_of_numbers_that_are_nearly_equal(log: bool):
     picture = next(svg for svg in page.all("svg") if "role" in svg.attributes)
     assert {cell.attributes["class"][-1] for cell in picture.all("rect")} == {"8"}
     low = "1.08" if log else "0"
-    assert page.all("li")[0].text.startswith(f"{low} (lightest) to 10.8")
+    assert page.all("li")[0].text.startswith(f"{low} (left) to 10.8 (right)")
 
 
 def test_what_a_column_says_stands_below_its_table():

@@ -132,6 +132,5 @@ def _legend(low: float, high: float, column: Column, *, log: bool) -> tuple[Lege
         for number in range(_COLOURS)
     )
     scale = "; equal steps are equal ratios" if log and high > low else ""
-    return (
-        LegendEntry(swatches, f"{tick_text(low, column.type)} (lightest) to {tick_text(high, column.type)}{scale}"),
-    )
+    ends = f"{tick_text(low, column.type)} (left) to {tick_text(high, column.type)} (right)"  # the theme says which is light
+    return (LegendEntry(swatches, f"{ends}{scale}"),)

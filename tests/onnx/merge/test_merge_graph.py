@@ -157,11 +157,22 @@ def test_scales_of_activations_are_warned_of(tmp_path: Path, base: Path) -> None
 def test_files_that_run_the_graph_go_along(tmp_path: Path, base: Path) -> None:
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]])], external=True)
     (path.parent / "genai_config.json").write_text("{}")
+    (path.parent / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     (path.parent / "notes.txt").write_text("mine")
-    surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
+    result = surgery.merge(path, lora(tmp_path / "adapter", "q"), graph_of=base, output=tmp_path / "out")
     assert {one.name for one in (tmp_path / "out").iterdir()} == {
-        "README.md", "g.onnx", "g.onnx.data", "genai_config.json", "surgery_manifest.json",
+        "README.md", "config.json", "g.onnx", "g.onnx.data", "genai_config.json", "surgery_manifest.json",
     }  # fmt: skip
+    told = "".join(str(result.summary()).split())  # transformers finds no weights there
+    assert f'next:runitwithonnxruntime:InferenceSession("{tmp_path / "out" / "g.onnx"}")' in told
+
+
+def test_what_half_precision_cannot_hold_is_refused_with_a_cure_for_graphs(tmp_path: Path, base: Path) -> None:
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]].T.astype("f2"))])
+    with pytest.raises(FitError, match="does not fit F16") as caught:
+        surgery.merge(path, (lora(tmp_path / "adapter", "q"), 1e7), graph_of=base, output=tmp_path / "out")
+    assert "a graph has to be exported in one of these" in str(caught.value.hint)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("zeros", [False, True])
