@@ -3,7 +3,10 @@
 
     python benchmarks/peers.py      # PEFT, which is in the development environment; three minutes
     python benchmarks/peers.py --mergekit VENV/bin/mergekit-extract-lora
+    python benchmarks/peers.py --kohya VENV/bin/python SD-SCRIPTS
+    python benchmarks/peers.py --optimum VENV/bin/optimum-cli
 
+With one of the last three only that program is run. Each VENV is an environment of its own; what to install is in docs/comparison.md.
 Every program is a process of its own, called as its documentation says. What it wrote is read here and compared with the base, or
 with a merge in float64; each outcome is worded from that, and must be the one in `peers_expected.json` (``--learn`` writes it).
 """
@@ -22,6 +25,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import peers_kohya
+import peers_optimum
 import torch
 from measure import ROOT, environment, versions
 from peers_inputs import FAULTS, GOOD, faulty, fine_tune, good, merged_in_float64, other_base
@@ -180,24 +185,44 @@ def extraction(work: Path, mergekit: Path) -> Mapping[str, Mapping[str, str]]:
     return {kind: {"surgery": ours[kind], "mergekit": theirs[kind]} for kind in ours}
 
 
+def observe(work: Path, options: argparse.Namespace) -> dict[str, Mapping[str, Mapping[str, str]]]:
+    """What the programs that were asked for made of their inputs, by table."""
+    if options.mergekit:
+        return {"extraction": extraction(work, options.mergekit.absolute())}
+    if options.optimum:
+        cli = options.optimum.absolute()
+        for program, sample in peers_optimum.costs(cli, work).items():
+            print(f"{program}: {sample.cpu:.1f} s of processor time, {sample.peak / 1e6:.0f} MB")
+        return {"optimum: exports": peers_optimum.exports(cli, call, work)}
+    if options.kohya:
+        python, checkout = (path.absolute() for path in options.kohya)
+        kohya = peers_kohya.Kohya(python, checkout, call, work / "kohya-inputs")
+        assert not kohya.run("make", kohya.inputs).code
+        tables = ("merges", "precisions", "sums", "resizes", "extractions")
+        return {f"kohya: {table}": getattr(peers_kohya, table)(kohya, work) for table in tables}
+    return {"faults": faults(work), "exactness": exactness(work)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learn", action="store_true", help="write what is observed as what is expected")
     parser.add_argument("--mergekit", type=Path, help="mergekit-extract-lora of a virtual environment of its own")
+    parser.add_argument(
+        "--kohya", type=Path, nargs=2, help="Python of an environment of its own, a checkout of sd-scripts"
+    )
+    parser.add_argument("--optimum", type=Path, help="optimum-cli of a virtual environment of its own")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory(prefix="surgery-peers-") as folder:
-        work = Path(folder)
-        observed = {"faults": faults(work), "exactness": exactness(work)}
-        if options.mergekit:
-            observed["extraction"] = extraction(work, options.mergekit.absolute())
+        observed = observe(Path(folder), options)
     print(versions("peft", "transformers", "torch"))
     for title, rows in observed.items():
-        print(f"\n## {title}\n\n| | {' | '.join(next(iter(rows.values())))} |\n| --- | --- | --- |")
+        columns = list(next(iter(rows.values())))
+        print(f"\n## {title}\n\n| | {' | '.join(columns)} |\n| --- {'| --- ' * len(columns)}|")
         for row, cells in rows.items():
             print(f"| {row} | {' | '.join(cells.values())} |")
     if options.learn:
-        EXPECTED.write_text(json.dumps(observed, indent=1) + "\n")
+        EXPECTED.write_text(json.dumps(json.loads(EXPECTED.read_text()) | observed, indent=1) + "\n")
     expected = {title: rows for title, rows in json.loads(EXPECTED.read_text()).items() if title in observed}
     assert observed == expected, "not what docs/comparison.md says"
 

@@ -318,7 +318,7 @@ def _copies(
 ) -> None:
     """Copy the modules that have a changed parameter without any other form."""
     modules = {module for parameter in rest for module in _ancestors(parameter.path)}
-    layered = _layered(modules)
+    layered, holders = _layered(modules), {module.rpartition(".")[0] for module in modules}
     apart = ("bias", "part") + (("linear", "conv", "embedding", "experts") if options.matrices == "lora" else ())
     for parameter in rest:
         if not measures[parameter.pair.name].changed or parameter.form in apart:
@@ -326,9 +326,11 @@ def _copies(
         only_bias = parameter.form == "norm" and parameter.path.endswith(".bias")
         if parameter.form == "norm" and "norm" not in options.dense:
             plan.dropped.setdefault(parameter.pair.name, "norm changes were not asked for (--dense)")
-        elif not _can_be_copied(parameter.module, layered):
+        elif only_bias:  # stored with the other biases
+            continue
+        elif not _can_be_copied(parameter.module, layered, holders):
             plan.dropped[parameter.pair.name] = "it belongs to no module that PEFT could store in full"
-        elif not only_bias:
+        else:
             plan.saved_modules.add(parameter.module)
             if parameter.form == "whole":
                 plan.why[parameter.pair.name] = "no LoRA of PEFT acts here: a copy of its module does"
@@ -352,9 +354,13 @@ def _layered(modules: Set[str]) -> set[str]:
     return {ancestor for module in numbered for ancestor in _ancestors(module)}
 
 
-def _can_be_copied(module: str, layered: Set[str]) -> bool:
-    """Whether `module` is a part of a layer or of the model, not a whole layer or the whole model."""
-    return bool(module) and not module.rpartition(".")[2].isdigit() and module not in layered
+def _can_be_copied(module: str, layered: Set[str], holders: Set[str]) -> bool:
+    """Whether `module` is a part of a layer or of the model, not a whole layer or the whole model.
+
+    What has a number and holds other modules is a layer; what holds none is a step of a Sequential.
+    """
+    layer = module.rpartition(".")[2].isdigit() and module in holders
+    return bool(module) and not layer and module not in layered
 
 
 def _refuse_nests(plan: StoragePlan) -> None:

@@ -83,6 +83,32 @@ def test_equal_codes_are_unchanged_where_they_stand_for_nan(tmp_path: Path) -> N
     assert next(row for row in result.rows if row.name == "codes").kind == "unchanged"
 
 
+def test_norms_within_a_sequential_are_kept_and_named_once(tmp_path: Path) -> None:
+    """As in the blocks of Stable Diffusion: the module's name is a number, and it is no layer."""
+    norm = "model.layers.0.in_layers.0"
+    before = {f"{norm}.weight": torch.ones(32), f"{norm}.bias": torch.zeros(32)}
+    after = {name: torch.randn(32) for name in before}
+    base, tuned = checkpoint(tmp_path / "base", before), checkpoint(tmp_path / "tuned", after)
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out")
+    names = [row.name for row in result.rows]
+    assert sorted(names) == sorted(load_file(base / "model.safetensors"))
+    assert {row.kind for row in result.rows if row.name in before} == {"dense"}
+    surgery.merge(base, tmp_path / "out", output=tmp_path / "merged")
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    assert all(torch.equal(merged[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("form", ["bias", "norm"])
+def test_a_bias_of_a_norm_is_in_one_row_whatever_is_asked_for(form: str, tmp_path: Path) -> None:
+    norm = "model.layers.0.in_layers.0"
+    base = checkpoint(tmp_path / "base", {f"{norm}.weight": torch.ones(32), f"{norm}.bias": torch.zeros(32)})
+    tuned = checkpoint(
+        tmp_path / "tuned", {f"{norm}.weight": torch.ones(32), f"{norm}.bias": torch.randn(32), UP: torch.randn(64, 32)}
+    )
+    result = surgery.extract_lora(base, tuned, output=tmp_path / "out", dense=(form,), allow_loss=True)
+    assert len({row.name for row in result.rows}) == len(result.rows)
+
+
 def test_what_a_format_cannot_hold_is_dropped_in_the_ledger_too(tmp_path: Path) -> None:
     """mlx has no place for a norm: the adapter lacks it, so the account must."""
     base = checkpoint(tmp_path / "base", {})
