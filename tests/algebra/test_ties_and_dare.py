@@ -175,3 +175,14 @@ def test_a_dense_method_is_cut_optimally(pair: list[tuple[Path, float]], tmp_pat
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, object], said: str) -> None:
     with pytest.raises(FitError, match=said):
         combine([(tmp_path / "never read", 1.0)], output=tmp_path / "x", **options)  # type: ignore[arg-type]
+
+
+def test_dare_drops_other_values_of_each_adapter() -> None:
+    """Alike deltas would otherwise lose the same values, and what each keeps would not make up for the other."""
+    from surgery.algebra.ties_and_dare import merge_deltas
+
+    delta = np.ones((200, 200))
+    found = merge_deltas(
+        [delta.copy] * 2, [1.0, 1.0], method="dare-linear", density=0.5, seed=0, name="x", owners=[0, 1]
+    )
+    assert [float((found == value).mean()) for value in (0.0, 2.0, 4.0)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)

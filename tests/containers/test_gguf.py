@@ -19,6 +19,7 @@ from surgery_formats.arrays import Array, dtype_of
 from surgery_formats.containers.base import TensorSpec
 from surgery_formats.containers.gguf.container import GGUF
 from surgery_formats.containers.gguf.header import read_header
+from surgery_formats.containers.gguf.rope import rope_scaling
 from surgery_formats.containers.gguf.splits import GGUF_SPLITS
 from surgery_formats.containers.registry import container_at, open_weights
 from surgery_formats.containers.weight_files import open_shard
@@ -358,3 +359,11 @@ def test_a_folder_with_safetensors_is_not_one_of_splits(tmp_path: Path) -> None:
     split(tmp_path, [["a"], ["b"]])
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert not GGUF_SPLITS.detect(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["scaling.factor", "scale_linear"])
+def test_a_scale_of_positions_is_in_the_configuration(suffix: str, tmp_path: Path) -> None:
+    factor = struct.pack("<If", 6, 4.0)
+    entries = [("general.architecture", text("llama")), (f"llama.rope.{suffix}", factor)]
+    header = read_header(open_file(RawGguf(entries).write(tmp_path / "a.gguf")))
+    assert rope_scaling(header, {}, 64, 10000.0) == {"rope_type": "linear", "factor": 4.0}

@@ -103,6 +103,19 @@ def test_looking_for_scales_never_leaves_more_error(bits, symmetric, scale_type)
     assert bits == 8 or errors[1] < errors[0] * 0.97
 
 
+def test_inputs_that_matter_more_have_less_error():
+    """What a squared error weighs decides between scales: inputs of great importance are nearer, the others further off."""
+    values = np.random.default_rng(7).standard_t(3, size=(64, 64)).astype(np.float32)
+    importance = np.where(np.arange(64) % 8 == 0, 1e4, 1.0).astype(np.float32)
+    form, errors = BlockFormat(4, 32, search=True), []
+    for weights in (None, importance):
+        rounded, _ = coded(NBits(values.shape, form, importance=lambda weights=weights: weights), values)
+        errors.append(((rounded - values) ** 2).sum(0))
+    even, weighted = errors
+    assert (weighted * importance).sum() < 0.8 * (even * importance).sum()
+    assert weighted.sum() > even.sum()
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_blocks_of_rows_give_the_bytes_of_the_whole(turned):
     values = np.random.default_rng(1).normal(size=(24, 80)).astype(np.float32)

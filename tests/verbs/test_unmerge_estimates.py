@@ -163,6 +163,16 @@ class TestWithoutTheFile:
         for key, tensor in before.items():
             np.testing.assert_allclose(after[key].read(), tensor.read(), rtol=1e-4, atol=1e-5)
 
+    def test_what_was_done_last_is_taken_back_first(self, tmp_path: Path) -> None:
+        """A stretch after an addition stretches it too: in another order something else comes back."""
+        addition, stretch = (build(CASES[name], tmp_path / name) for name in ("llama-vera", "llama-ia3"))
+        base, adapters = addition.base, [*addition.adapters, *stretch.adapters]
+        surgery.merge(base, adapters, output=tmp_path / "out")
+        surgery.unmerge(tmp_path / "out", adapters, output=tmp_path / "back")
+        before, after = open_checkpoint(base).main.tensors, open_checkpoint(tmp_path / "back").main.tensors
+        for key, tensor in before.items():
+            np.testing.assert_allclose(after[key].read(), tensor.read(), rtol=1e-4, atol=1e-5)
+
     def test_nothing_tells_of_a_stretch_without_a_manifest(self, tmp_path: Path) -> None:
         built = build(CASES["llama-ia3"], tmp_path)
         surgery.merge(built.base, built.adapters, output=tmp_path / "out")
