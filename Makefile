@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 INSTALL := $(BIN)/python tools/install.py $(BIN)/python
 
-.PHONY: help demo test lint types imports check audit docs format clean
+.PHONY: help demo test coverage lint types imports check audit docs format clean
 help:
 	@echo "make demo    merge, convert, extract, export the shipped example and show what came out"
 	@echo "make test    run the tests"
+	@echo "make coverage the tests, and which lines of the product they run"
 	@echo "make check   lint, types, imports, tests"
 	@echo "make docs    the documentation as a site, in site/"
 	@echo "make audit   known vulnerabilities of the versions in constraints.txt (asks PyPI)"
@@ -30,6 +31,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+coverage: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term:skip-covered
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

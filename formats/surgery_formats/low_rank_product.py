@@ -29,6 +29,8 @@ _COLUMNS = 16
 _NO_UNDERFLOW = 2.0**-100
 """Sums of products that are not smaller are multiples of 2^-148, which float32 holds: 0, or not rounded to 0."""
 _GREATEST = 0xFFFFFFFF
+_LOOKED_AT = 1 << 16
+"""Values of a factor at a time: `surgery.engine.blocks` counts the factors, and no copies of them."""
 
 
 def same_in_pieces(left: numpy.ndarray, right: numpy.ndarray) -> bool:
@@ -66,6 +68,9 @@ def _least(factor: numpy.ndarray) -> float:
     """The least magnitude that is not 0."""
     import numpy
 
-    bits = (factor.view(numpy.uint32) << 1) - 1  # without the sign; 0 is the greatest of all
-    least = int(bits.min(initial=_GREATEST)) + 1 >> 1
+    least, height = _GREATEST, max(1, _LOOKED_AT // max(factor.shape[1], 1))
+    for start in range(0, len(factor), height):
+        magnitudes = factor[start : start + height].view(numpy.uint32) << 1  # without the sign
+        least = min(least, int((magnitudes - 1).min(initial=_GREATEST)))  # 0 is the greatest of all
+    least = least + 1 >> 1
     return math.inf if least > _GREATEST >> 1 else float(numpy.uint32(least).view(numpy.float32))

@@ -34,6 +34,7 @@ def card_metadata(
     *,
     relation: Relation,
     library: str,
+    behind: str = "",
     task: str = "",
     tags: Sequence[str] = (),
     gone: Collection[str] = (),
@@ -46,6 +47,7 @@ def card_metadata(
         name: Of the base on the hub, or empty.
         relation: What was made of it.
         library: What loads it.
+        behind: The base of the base, told where the base has no name: without `relation`, which is none to that one.
         task: What it does, as the hub names it. A head of its own decides; else the base's card goes before.
         tags: In front of those of the base.
         gone: Tags of the base that are no longer true.
@@ -54,7 +56,7 @@ def card_metadata(
     of_base = kept.pop("tags", [])
     if task and (task in _HEADS or "pipeline_tag" not in kept):
         kept["pipeline_tag"] = task
-    given = {"base_model": name} if name else {}
+    given = {"base_model": name or behind} if name or behind else {}
     given |= {"base_model_relation": relation} if name and relation else {}
     told = [tag for tag in ([of_base] if isinstance(of_base, str) else of_base) if isinstance(tag, str)]
     told = [tag for tag in told if tag not in gone]

@@ -64,7 +64,7 @@ def compare_by_value(path: Path, base: Checkpoint, adapters: Sequence[tuple[Adap
             f"{what_is_added(branches)}, which makes another model of it",
             file=path,
             tensor=branches[0].weight,
-            hint="surgery fold takes them into the weights; then name the adapter with `adapters=`",
+            hint="surgery fold takes them into the weights; then name the adapter too",
         )
     missing = [weight.label for weight in located.missing]
     if near := [one for one in located.near if one.piece.weight.label in missing]:

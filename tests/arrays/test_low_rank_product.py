@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products in pieces of a few rows have the bits of the product in one go."""
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -109,3 +110,15 @@ def test_the_least_magnitude_is_found_beside_zeros(value: float) -> None:
 
 def test_zeros_have_no_least_magnitude() -> None:
     assert low_rank_product._least(np.zeros((2, 2), np.float32)) == np.inf
+
+
+@pytest.mark.parametrize("shape", [(1 << 16, 16), (16, 1 << 16)])
+def test_the_least_magnitude_is_found_without_a_copy(shape: tuple[int, int]) -> None:
+    factor = np.ones(shape, np.float32)
+    factor[-1, -1] = 0.25
+    tracemalloc.start()
+    try:
+        assert low_rank_product._least(factor) == 0.25
+        assert tracemalloc.get_traced_memory()[1] < factor.nbytes / 4
+    finally:
+        tracemalloc.stop()

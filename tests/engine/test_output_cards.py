@@ -170,6 +170,29 @@ def test_codes_make_a_merge_a_quantised_model(way: str, relation: str, tmp_path:
     assert (data.base_model, data.get("base_model_relation")) == ("org/base", relation)
 
 
+LATER: dict[str, Callable[[Path, Path], object]] = {
+    "graph of codes": lambda w, o: surgery.export_onnx(w / "mine", weights_type="int8", output=o),
+    "graph with a prompt": lambda w, o: surgery.export_onnx(w / "mine", EXAMPLES / "prompt", output=o),
+    "tokens": lambda w, o: surgery.prompt_bake(w / "fresh", w / "mine", output=o),
+    "unmerged": lambda w, o: surgery.insert(w / "mine", w / "lora", unmerged=True, output=o),
+    "merge into a graph": lambda w, o: surgery.merge(w / "plain/model.onnx", w / "lora", graph_of=w / "mine", output=o),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_made_of_a_fine_tune_is_nothing_of_its_base(name: str, world: Path, tmp_path: Path) -> None:
+    """The card of the fine-tune names what it was tuned from; in codes it is no quantised copy of that."""
+    (tmp_path / "fresh").symlink_to(world / "fresh")
+    (tmp_path / "lora").symlink_to(world / "lora")
+    shutil.copytree(EXAMPLES / "base", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_text("---\nbase_model: org/other\n---\n# Mine\n")
+    if name == "merge into a graph":
+        surgery.export_onnx(tmp_path / "mine", output=tmp_path / "plain")
+    LATER[name](tmp_path, tmp_path / "out")
+    data = check_card(tmp_path / "out" / "README.md")
+    assert (data.base_model, data.get("base_model_relation")) == ("org/other", None)
+
+
 def test_a_graph_beside_its_weights_leaves_their_card_alone(world: Path, tmp_path: Path) -> None:
     for name, card in {"own": CARD, "none": None}.items():
         folder = tmp_path / name

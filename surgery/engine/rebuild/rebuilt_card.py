@@ -45,9 +45,9 @@ def rebuilt_card(
     """
     told = [adapter.base_name for adapter, _ in adapters]
     folder = source.path.parent if source.is_graph else source.path
-    base = hub_name(source, told) or base_of_card(folder) if name is None else name
+    base, behind = (hub_name(source, told), base_of_card(folder)) if name is None else (name, "")
     library = "diffusers" if source.is_pipeline else "transformers"
-    head = card_metadata(folder, base, relation=relation, library=library, tags=tags, gone=gone)
+    head = card_metadata(folder, base, relation=relation, library=library, behind=behind, tags=tags, gone=gone)
     tables = [adapter_table(adapters)] if adapters else []
     rows = (base_row(source), *measured, *measured_of(ledger))
     return card(head, title, *tables, measured_table(rows), warnings=warnings)

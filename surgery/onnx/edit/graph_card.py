@@ -39,22 +39,20 @@ def edited_card(
     """
     folder = graph.parent
     own = (folder / CARD).is_file() or base is None
+    of_graph = base_of_card(folder) or _repository(folder)
     head = card_metadata(
         folder if own else base.path if base is not None else None,
-        _name(folder, base, adapters),
+        of_graph if base is None else hub_name(base, [adapter.base_name for adapter, _ in adapters]),
         relation=relation,
         library="onnx",
+        behind=of_graph,
         tags=("onnx", *((relation,) if relation == "merge" else ())),
     )
     tables = [adapter_table(adapters)] if adapters else []
     return card(head, f"{name_of(graph)} {title}", *tables, measured_table(measured), warnings=warnings)
 
 
-def _name(folder: Path, base: Checkpoint | None, adapters: Sequence[tuple[Adapter, float]]) -> str:
-    """Of the base on the hub: the checkpoint that was named, what the graph's own card says, or the graph's repository."""
-    if base is not None and (name := hub_name(base, [adapter.base_name for adapter, _ in adapters])):
-        return name
-    if name := base_of_card(folder):
-        return name
+def _repository(folder: Path) -> str:
+    """That of the graph on the hub."""
     cached = cached_repository(folder)
     return cached[0] if cached is not None and is_hub_name(cached[0]) else ""

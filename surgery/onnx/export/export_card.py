@@ -46,9 +46,10 @@ def export_card(
     relation = _relation(contract)
     head = card_metadata(
         base.path,
-        hub_name(base, [adapter.base_name for adapter, _ in weighted]) or base_of_card(base.path),
+        hub_name(base, [adapter.base_name for adapter, _ in weighted]),
         relation=relation,
         library=_LIBRARIES.get(layout, "onnx"),
+        behind=base_of_card(base.path),
         task=contract.task,
         tags=("onnx", *((relation,) if relation == "merge" else ())),
     )
