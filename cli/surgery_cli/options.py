@@ -264,7 +264,7 @@ def told_alpha(reference: str, alpha: float | None) -> Any:
 
 def _needed(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     if value is None and not ctx.params.get("dry_run") and not ctx.resilient_parsing:
-        raise click.MissingParameter(ctx=ctx, param=param)
+        raise click.MissingParameter("--dry-run does without, and writes nothing", ctx=ctx, param=param)
     return value
 
 

@@ -158,7 +158,7 @@ class RuledConsumer:
             own = ((part, self.exceptions(part, facts, version) or honoured) for part in facts.parts)
             return tuple(Verdict(part.name, part.trait, rule.outcome, rule.why, rule.remedy) for part, rule in own)
         if facts.adapter.format not in self.reads and not self.reads_too(facts):
-            why = f"it loads {' and '.join(sorted(self.reads | self.native))}, this is {facts.adapter.format}"
+            why = f"it loads {', '.join(sorted(self.reads | self.native))}; this is {facts.adapter.format}"
             return (Verdict(facts.adapter.path.name, FORMAT, "refused", why, "rewrite"),)
         rules: dict[Trait, TraitRule] = {"LoRA": honoured, **self.rules}
         scale = self.scale

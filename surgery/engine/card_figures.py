@@ -12,7 +12,7 @@ from surgery.engine.ledger import Ledger
 from surgery.engine.plan import is_coded
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.module_tree import module_graph
-from surgery_formats.text import count, nbytes
+from surgery_formats.text import count, markdown, nbytes
 
 __all__ = ["base_row", "measured_of", "relation_of"]
 
@@ -30,6 +30,8 @@ def base_row(base: Checkpoint) -> tuple[str, str]:
 
 def measured_of(ledger: Ledger) -> Iterator[tuple[str, str]]:
     """What became of the tensors, and of an update."""
+    if trained := ledger.plan.facts.get("as_trained"):
+        yield "as trained", markdown(trained["said"])
     yield "tensors", ", ".join(f"{number} {kind}" for kind, number in ledger.classes.items())
     if not math.isnan(ledger.survival):
         yield "of the update, held by the stored type", f"{ledger.survival:.2%}"

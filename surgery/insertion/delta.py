@@ -134,7 +134,7 @@ def _check_only_copied(delta: Adapter) -> None:
         raise FitError(
             f"'{site}' has a {update.kind}, which is computed: only trained tensors are put in as they are",
             file=delta.path,
-            hint="`surgery merge` folds it into the weight",
+            hint="`surgery merge` folds it into the weight, `unmerged=True` puts it beside the model",
         )
     if not delta.updates:
         hint = "prompt bake puts virtual tokens into the vocabulary" if delta.prompt is not None else ""

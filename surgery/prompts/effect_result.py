@@ -145,7 +145,7 @@ class EffectReport:
             (
                 token.number, token.without.divergence, f"{token.without.loss - self.whole.loss:+.4f}", token.attention,
                 None if token.as_nearest is None else token.as_nearest.divergence,
-                None if token.nearest is None else self._spelt(token.nearest),
+                None if token.nearest is None else (self._spelt(token.nearest),),
                 None if token.as_drawn is None else token.as_drawn.divergence,
                 self._changes(token.raises), self._changes(token.lowers),
             )
@@ -158,8 +158,9 @@ class EffectReport:
         layers = len(self.tokens[0].by_layer) if self.tokens else 0
         return Table(columns, tuple((n, *(token.by_layer[n] for token in self.tokens)) for n in range(layers)))
 
-    def _changes(self, changes: tuple[tuple[int, float], ...]) -> str:
-        return ", ".join(f"{self._spelt(row)} {by:+.1%}" for row, by in changes)
+    def _changes(self, changes: tuple[tuple[int, float], ...]) -> Phrase:
+        """As a phrase: tokens are escaped already, and would be again as a name."""
+        return (", ".join(f"{self._spelt(row)} {by:+.1%}" for row, by in changes),)
 
     def _spelt(self, row: int) -> str:
         return self.decoded.get(row, f"#{row}")

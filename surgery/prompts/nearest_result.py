@@ -98,8 +98,8 @@ class NearestReport:
             cosine, distance, dot = (token.nearest[measure][0] for measure in ("cosine", "distance", "dot"))
             rows.append(
                 (
-                    token.number, token.norm, self._spelt(cosine.id), cosine.cosine,
-                    self._spelt(distance.id), distance.distance, self._spelt(dot.id), dot.dot, token.reading.why,
+                    token.number, token.norm, self._cell(cosine.id), cosine.cosine,
+                    self._cell(distance.id), distance.distance, self._cell(dot.id), dot.dot, token.reading.why,
                 )
             )  # fmt: skip
         return Table(columns, tuple(rows), "The tokens of the vocabulary that are nearest")
@@ -111,7 +111,7 @@ class NearestReport:
             return [Note("the tokens behind the nearest", "omitted")]
         columns = Column("token", "integer"), Column("by"), Column("nearest")
         rows: list[tuple[Cell, ...]] = [
-            (token.number, measure, ", ".join(f"{self._spelt(n.id)} {getattr(n, measure):.3g}" for n in near))
+            (token.number, measure, (", ".join(f"{self._spelt(n.id)} {getattr(n, measure):.3g}" for n in near),))
             for token in self.tokens
             for measure, near in token.nearest.items()
         ]
@@ -119,6 +119,9 @@ class NearestReport:
 
     def _spelt(self, row: int) -> str:
         return self.decoded.get(row, f"#{row}")
+
+    def _cell(self, row: int) -> Cell:
+        return (self._spelt(row),)  # a phrase: what is escaped already would be escaped again as a name
 
 
 _WORDS = {

@@ -217,6 +217,7 @@ def test_only_what_is_written_needs_a_place(run: Run, words):
     done = run(*words)
     assert done.exit_code == 2
     assert "missing option '-o' / '--output'" in done.stderr
+    assert "--dry-run does without" in done.stderr
 
 
 def test_a_dry_run_says_that_the_output_is_an_input(run: Run, base, lora):

@@ -107,7 +107,7 @@ def test_another_format_is_converted(base: Path, tmp_path: Path) -> None:
     surgery.check(base, adapter, consumer="mlx-lm", fix=tmp_path / "fixed")
     assert_close(mlx_deltas(tmp_path / "fixed"), peft_deltas(adapter))
     (back,) = surgery.check(base, tmp_path / "fixed", consumer="vllm").consumers
-    assert [fault.why for fault in back.faults] == ["it loads peft, this is mlx"]
+    assert [fault.why for fault in back.faults] == ["it loads peft; this is mlx"]
 
 
 @pytest.mark.parametrize("consumer", ["vllm", "vllm@0.30", "llama.cpp"])
@@ -150,7 +150,7 @@ def test_llama_cpp_loads_the_gguf_that_is_written_for_it(tmp_path: Path) -> None
     (check,) = surgery.check(base, file, consumer="llama.cpp").consumers
     assert [verdict.outcome for verdict in check.verdicts] == ["honoured"] * 42
     (other,) = surgery.check(base, file, consumer="mlx-lm").consumers
-    assert [fault.why for fault in other.faults] == ["it loads mlx, this is gguf"]
+    assert [fault.why for fault in other.faults] == ["it loads mlx; this is gguf"]
     with pytest.raises(surgery.UsageError, match=r"a folder is written for llama\.cpp, of which a GGUF is made"):
         surgery.convert(lora, consumer="llama.cpp", base=base, output=tmp_path / "b.gguf")
 

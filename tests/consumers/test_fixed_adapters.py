@@ -254,7 +254,7 @@ def test_saved_modules_go_to_mlx_as_loras_by_convert(base: Path, tmp_path: Path)
 def test_tensorrt_llms_python_api_gets_a_folder_of_peft_for_the_arrays_of_its_runtime(tmp_path: Path) -> None:
     base, arrays = GOLDEN / "litgpt/base", GOLDEN / "tensorrt_llm/all"
     (check,) = surgery.check(base, arrays, consumer="tensorrt-llm").consumers
-    assert [(one.what, one.why) for one in check.verdicts] == [("format", "it loads peft, this is tensorrt-llm")]
+    assert [(one.what, one.why) for one in check.verdicts] == [("format", "it loads peft; this is tensorrt-llm")]
     surgery.convert(arrays, consumer="tensorrt-llm", base=base, output=tmp_path / "out")
     assert surgery.check(base, tmp_path / "out", consumer="tensorrt-llm").honoured
     for name, adapter in {"before": arrays, "after": tmp_path / "out"}.items():

@@ -221,3 +221,26 @@ def test_an_adapter_that_is_no_file_is_told_by_what_may_be_meant(gated: bool, ba
     assert ("did you mean 'style'?" if gated else "adapters/style.onnx_adapter'?") in str(caught.value.hint)
     with pytest.raises(FitError, match=r"a folder, not an \.onnx_adapter file"):
         surgery.fold(tmp_path / "out", adapter, output=tmp_path / "folded")
+
+
+@pytest.mark.parametrize("verb", ["insert", "merge"])
+def test_of_the_files_beside_a_graph_those_go_along_that_run_it(verb: str, base: Path, tmp_path: Path):
+    graph = write_graph(tmp_path / "graph" / "model.onnx", "matmul", weights_in(base))
+    for name in (
+        "tokenizer.json",
+        "genai_config.json",
+        "LICENSE.txt",
+        "notes.txt",
+        "secrets.py",
+        "page.html",
+        "keys.json",
+    ):
+        (graph.parent / name).write_text("{}")
+    adapter = of_first_layer(tmp_path / "style", 0.1, Q_AND_V[:1])
+    if verb == "insert":
+        surgery.insert(graph, adapter, base=base, output=tmp_path / "out")
+    else:
+        surgery.merge(graph, adapter, graph_of=base, output=tmp_path / "out")
+    theirs = {"tokenizer.json", "genai_config.json", "LICENSE.txt"}
+    ours = {"model.onnx", "README.md", "surgery_manifest.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == theirs | ours

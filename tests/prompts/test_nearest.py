@@ -177,3 +177,12 @@ def test_a_table_of_zeros_finds_no_neighbours(tmp_path: Path) -> None:
     report = surgery.prompt_nearest(write_prompt(tmp_path / "prompt", rows[3:5]), tmp_path)
     assert report.spacing.tokens == 10
     assert [token.nearest["cosine"][0].id for token in report.tokens] == [3, 4]
+
+
+def test_a_token_is_escaped_once_on_every_screen() -> None:
+    report = surgery.prompt_nearest(PROMPT, BASE, top=2)
+    assert r'"\n\n"' in report.decoded.values()
+    for verbose in (False, True):
+        text = str(report.summary(verbose=verbose))
+        assert r'"\n\n"' in text
+        assert r"\\" not in text

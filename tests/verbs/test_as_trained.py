@@ -254,3 +254,9 @@ def test_a_base_without_another_and_a_command(tmp_path: Path) -> None:
     done = spawn("report", LORA, "--base", BASE, "--other-base", "nf4", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["result"]["choices"][0]["weights"] == len(deltas())
+
+
+def test_the_card_says_whose_values_the_base_was_given(tmp_path: Path) -> None:
+    surgery.merge(BASE, LORA, output=tmp_path / "out", as_trained="nf4")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| as trained | 42 weights have the values that nf4 gives them" in card

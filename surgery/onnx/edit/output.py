@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,16 @@ import numpy.typing as npt
 
 from surgery._version import __version__
 from surgery.engine.execute import write_side_file
-from surgery.engine.plan import SideFile
 from surgery.engine.recorded import recorded_recipe
+from surgery.onnx.edit.beside import files_beside
 from surgery.onnx.edit.opening import check_places
 from surgery.onnx.graph.contract import contract_of
 from surgery.onnx.run.adapter_file import SmallFiles, sha256_of, write_small_files
 from surgery_formats.containers.onnx import OnnxGraph, open_graph
 from surgery_formats.containers.onnx.parse import parsed_model
-from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import output_folder
-from surgery_formats.files.output.manifest import MANIFEST, is_safe_name
-from surgery_formats.files.raw import open_file, stays_inside
+from surgery_formats.files.raw import open_file
 from surgery_formats.models.identity import fingerprint, tensor_digest
 from surgery_formats.text import nbytes as human
 
@@ -42,8 +40,6 @@ NewValues = Callable[[Array], Array]
 
 _OPTIONAL_INPUTS = 4  # version of the IR
 _LIMIT = 2_000_000_000  # bytes of a protocol buffer; readers refuse 2 GiB
-_LARGEST_SIDE = 1 << 28
-_WEIGHTS = (".onnx", ".data", ".onnx_adapter", ".bin", ".ort")
 
 
 def editable(graph: OnnxGraph, *, inputs: bool = False) -> onnx.ModelProto:
@@ -109,7 +105,7 @@ def write_edited(
         raise FitError(f"the graph would have {human(len(data))}, more than one file of ONNX can hold", file=graph.path)
     name = graph.path.name
     ours = {name, *files, *(_location(graph, file.path) for file in graph.external)}
-    sides = [side for side in _beside(graph.path.parent) if side.name not in ours]
+    sides = [side for side in files_beside(graph.path.parent) if side.name not in ours]
     made = sorted((key, sha256_of(value)) for key, value in files.items())
     # new values are in no graph: they follow from what is read, and from what the manifest says of it
     read = [fingerprint(file) for file in (*graph.files, *(open_file(path) for path in inputs if path.is_file()))]
@@ -153,16 +149,6 @@ def _forget_companion(model: onnx.ModelProto, path: Path) -> None:
 
 def _location(graph: OnnxGraph, path: Path) -> str:
     return path.relative_to(graph.path.parent).as_posix()
-
-
-def _beside(folder: Path) -> Iterator[SideFile]:
-    """Tokenizer, configuration and the like beside a graph; no weights, and nothing of other graphs."""
-    for path in sorted(folder.iterdir()):
-        weights = holds_weights(path.name) or path.name.endswith(_WEIGHTS) or ".onnx_data" in path.name
-        if weights or path.name == MANIFEST or path.name.startswith(".") or not path.is_file():
-            continue
-        if stays_inside(path) and is_safe_name(path.name) and path.stat().st_size <= _LARGEST_SIDE:
-            yield SideFile(path.name, source=path)
 
 
 def _new(tensor: StoredTensor, graph: OnnxGraph, change: NewValues) -> bytes:

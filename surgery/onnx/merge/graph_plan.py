@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from surgery.engine.jobs import ComputeWeight, Write
 from surgery.engine.ledger import Measurement
 from surgery.engine.merge.merge_plan import merge_facts
 from surgery.engine.plan import Compute, Copy, Plan, PlannedFile, PlannedTensor, SideFile, TensorOutcome
+from surgery.onnx.edit.beside import files_beside
 from surgery.onnx.edit.opening import check_places
 from surgery.onnx.edit.ranges import warning_of_ranges
 from surgery.onnx.graph.contract import contract_of
@@ -39,13 +39,6 @@ from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import show
 
 __all__ = ["GraphEngine", "GraphPlan", "plan_graph"]
-
-_BESIDE = (
-    "config.json", "generation_config.json", "genai_config.json", "preprocessor_config.json", "processor_config.json",
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.model",
-    "*.tiktoken", "ort_config.json",
-)  # fmt: skip
-"""Files beside a graph that programs need to run it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +123,8 @@ def plan_graph(
             )  # fmt: skip
     folder = graph.path.parent
     files = [_file(file, _name(file, folder), graph, computed) for file in graph.files]
-    side = _beside(folder, {file.name for file in files}) if files else []
+    written = {file.name for file in files}
+    side = [file for file in files_beside(folder) if file.name not in written] if files else []
     side += _companion(graph, {file.name for file in files})
     facts = merge_facts(binding)
     if left_out:
@@ -219,15 +213,6 @@ def _copied(tensor: StoredTensor) -> PlannedTensor:
 def _between(file: File, name: str, start: int, stop: int) -> PlannedTensor:
     """Bytes of a file that are no tensor's: the graph's fields, padding."""
     return _copied(StoredTensor(f"{name}[{start}:{stop}]", DType.U8, (stop - start,), file, start, stop - start))
-
-
-def _beside(folder: Path, written: set[str]) -> list[SideFile]:
-    found: list[SideFile] = []
-    for path in sorted(folder.iterdir()):
-        known = any(fnmatch(path.name, pattern) for pattern in _BESIDE)
-        if known and path.name not in written and path.is_file() and stays_inside(path):
-            found.append(SideFile(path.name, path))
-    return found
 
 
 def _companion(graph: OnnxGraph, files: Collection[str]) -> list[SideFile]:
