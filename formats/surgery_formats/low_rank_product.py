@@ -70,9 +70,7 @@ def _least(factor: numpy.ndarray) -> float:
 
     least, height = _GREATEST, max(1, _LOOKED_AT // max(factor.shape[1], 1))
     for start in range(0, len(factor), height):
-        bits = (
-            factor[start : start + height].view(numpy.uint32) << 1
-        ) - 1  # without the sign; 0 is the greatest of all
-        least = min(least, int(bits.min(initial=_GREATEST)))
+        magnitudes = factor[start : start + height].view(numpy.uint32) << 1  # without the sign
+        least = min(least, int((magnitudes - 1).min(initial=_GREATEST)))  # 0 is the greatest of all
     least = least + 1 >> 1
     return math.inf if least > _GREATEST >> 1 else float(numpy.uint32(least).view(numpy.float32))

@@ -41,10 +41,11 @@ def read_as(tokenizer: Mapping[str, Any], spelt: Mapping[int, str]) -> dict[int,
     """
     added = tokenizer.get("added_tokens")
     entries = [entry for entry in added if isinstance(entry, dict)] if isinstance(added, list) else []
-    special = {entry.get("id") for entry in entries if entry.get("special") is True}
-    literal = {entry.get("id") for entry in entries}
+    entries = [entry for entry in entries if isinstance(entry.get("id"), int)]
+    special = {entry["id"] for entry in entries if entry.get("special") is True}
+    literal = {entry["id"] for entry in entries}
     decoders = list(_parts(tokenizer.get("decoder"))) or list(_parts(tokenizer.get("pre_tokenizer")))
-    kinds = {part.get("type") for part in decoders}
+    kinds = [part.get("type") for part in decoders]
     space = _space(decoders)
 
     def text_of(row: int, token: str) -> str:

@@ -133,7 +133,7 @@ def verify(
     if text is not None and base is not None:
         from surgery.verification.logit_error import error_on_text
 
-        error = error_on_text(graph, base, roles.merged, text)
+        error = error_on_text(graph, base, roles, text)
         checks.append(Check("logits on the text", error.said))
     return Verification(where, "graph", tuple(checks), tuple(notes), digest, logits=error)
 

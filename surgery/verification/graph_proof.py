@@ -34,9 +34,11 @@ from surgery.verification.session import (
     read_graph,
 )
 from surgery.verification.slots import random_slots, with_defaults
+from surgery.verification.strengths import gated_of, with_gated
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import ProofError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import listing
 
 __all__ = ["TOLERANCE", "prove_graphs"]
 
@@ -73,6 +75,11 @@ def prove_graphs(
         FitError: see `model_of_graphs`.
     """
     where, main = path.parent, read_graph(path)
+    gated, roles = gated_of(main.contract, roles)
+    if gated.unnamed:
+        notes.append(
+            f"{listing(gated.unnamed)} inside the graph: at strength 0; --adapter compares what an adapter adds"
+        )
     own = {new: old for old, new in renamed.items() if isinstance(new, str)}
     graphs = [main, *halves(main)]
     if main.contract.prefill:
@@ -103,11 +110,12 @@ def prove_graphs(
         reference = with_adapter_modules(reference, roles.insert)
     else:
         reference = with_baked_modules(reference, main)
+    if base is not None and gated.named:
+        reference = with_gated(reference, base, gated, main.contract)
     prompt = next((named.adapter for named in roles.prefix), None)
     for graph in graphs:
-        measure = partial(
-            measure_half if main.contract.encoder else partial(_measures, prompt=prompt), graph, reference
-        )
+        measures = measure_half if main.contract.encoder else partial(_measures, prompt=prompt)
+        measure = partial(measures, graph, reference, gated.strengths)
         checks += _judged_graph(graph, measure, tolerance)
 
 
@@ -131,14 +139,16 @@ def _not_dequantised(where: Path, names: Sequence[str], base: Checkpoint) -> lis
     return [name for name in names if not (where / name).exists() or sizes.get(name) == (where / name).stat().st_size]
 
 
-def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) -> list[LogitDifference]:
+def _measures(
+    graph: GraphFile, reference: Reference, strengths: Mapping[str, float], prompt: Adapter | None
+) -> list[LogitDifference]:
 
     kind = "decoder" if reference.model.generates else "encoder"
     if graph.contract.kind != kind:
         raise ProofError(f"the graph is a {graph.contract.kind}, the model a {kind}", file=graph.path)
     check_sizes(graph, reference.model)
     slots = random_slots(graph, reference)
-    session, past, front = Session(graph), None, None
+    session, past, front = Session(graph, strengths), None, None
     if graph.contract.kind == "encoder":
         past = keys_in_front_of(graph)
         front = prompt_in_front(graph) if past is None else None
@@ -149,7 +159,8 @@ def _measures(graph: GraphFile, reference: Reference, prompt: Adapter | None) ->
     if prompt is not None:
         differences.append(compare_prompt(graph.path, prompt, reference, past, front))
     if slots is not None:
-        session.slot_arrays, changed = slots
+        arrays, changed = slots
+        session.slot_arrays |= arrays
         differences += compare_slots(session, changed, past, front)
     return differences
 

@@ -4,34 +4,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from surgery.engine.merge.merge_plan import plan_merge
+from surgery.onnx.export.adapters import AdapterRoles
 from surgery.onnx.run.text_rows import rows_of_text
 from surgery.reference import Reference, forward, open_reference
 from surgery.verification.finite import nothing_to_compare
 from surgery.verification.result import LogitError
 from surgery.verification.sentence import own_task
 from surgery.verification.session import GraphFile, Session, read_graph
+from surgery.verification.strengths import gated_of, with_gated
 from surgery_formats.binding.bind import bind
-from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.models.checkpoint import Checkpoint
 
 __all__ = ["check_measurable", "error_on_text"]
 
 
-def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, float]], text: str) -> LogitError:
+def error_on_text(path: Path, base: Checkpoint, roles: AdapterRoles, text: str) -> LogitError:
     """The error of a graph's logits on a text, to those of the base with what was merged into it.
 
     Args:
         path: The graph.
         base: The base.
-        merged: Adapters, with their weights.
+        roles: Adapters: merged ones, and those inside the graph with the strengths that they get.
         text: See `surgery.onnx.run.text_rows.rows_of_text`.
 
     Raises:
@@ -40,10 +41,13 @@ def error_on_text(path: Path, base: Checkpoint, merged: Sequence[tuple[Adapter, 
     """
     check_measurable(path)
     graph = read_graph(path)
-    plan = plan_merge(bind(merged, base, new_biases=True)) if merged else None
+    gated, roles = gated_of(graph.contract, roles)
+    plan = plan_merge(bind(roles.merged, base, new_biases=True)) if roles.merged else None
     wanted = open_reference(base.main, plan, task=own_task(graph.contract))
+    if gated.named:
+        wanted = with_gated(wanted, base, gated, graph.contract)
     rows = rows_of_text(base.main.folder, text, wanted.model.vocabulary, graph.contract.max_length)
-    return _measured(graph, wanted, rows)
+    return _measured(graph, gated.strengths, wanted, rows)
 
 
 def check_measurable(path: Path) -> None:
@@ -69,9 +73,11 @@ def check_measurable(path: Path) -> None:
         )
 
 
-def _measured(graph: GraphFile, wanted: Reference, rows: Sequence[Sequence[int]]) -> LogitError:
+def _measured(
+    graph: GraphFile, strengths: Mapping[str, float], wanted: Reference, rows: Sequence[Sequence[int]]
+) -> LogitError:
     """Run the graph and the model that it was made of on rows of tokens."""
-    session, count, same = Session(graph), 0, 0
+    session, count, same = Session(graph, strengths), 0, 0
     energy = error = divergence = 0.0
     for row in rows:
         ids = np.array([row], np.int64)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,20 @@ def halves(main: GraphFile) -> list[GraphFile]:
     return [read_graph(path) for path in (encoder, folder / FIRST, folder / BEGUN) if path.is_file()]
 
 
-def measure_half(graph: GraphFile, reference: Reference) -> list[LogitDifference]:
+def measure_half(
+    graph: GraphFile, reference: Reference, strengths: Mapping[str, float] | None = None
+) -> list[LogitDifference]:
     """Compare one graph, without adapters and with its slots filled, with the `reference` of the pair."""
     assert reference.model.encoder is not None
     own = reference
     if graph.contract.kind == "encoder":
         own = replace(reference, model=reference.model.encoder)
     check_sizes(graph, own.model)
-    session, slots = Session(graph), random_slots(graph, own)
+    session, slots = Session(graph, strengths), random_slots(graph, own)
     found = list(_measures(session, own, reference))
     if slots is not None:
-        session.slot_arrays, changed = slots
+        arrays, changed = slots
+        session.slot_arrays |= arrays
         filled = _measures(session, changed, reference)
         found += [replace(measure, name=f"{measure.name}, slots filled") for measure in filled]
     return found

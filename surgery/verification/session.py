@@ -18,6 +18,7 @@ from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files
 from surgery.onnx.graph.virtual_tokens import key_name
 from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
+from surgery.verification.strengths import strength_inputs
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, MissingPackageError, NotFoundError, ProofError
 from surgery_formats.files.output.manifest import is_safe_name
@@ -282,15 +283,15 @@ def check_weights(graph: GraphFile) -> None:
 
 
 class Session:
-    """A graph in onnxruntime, in float32, on the CPU.
+    """A graph in onnxruntime, in float32, on the CPU; adapters inside it have the strength 0, but for `strengths`, by input.
 
     Raises:
         ProofError: onnxruntime cannot load the graph.
     """
 
-    def __init__(self, graph: GraphFile) -> None:
-        self.slot_arrays: Mapping[str, Any] = {}
-        """Arrays for slots, passed to every run."""
+    def __init__(self, graph: GraphFile, strengths: Mapping[str, float] | None = None) -> None:
+        self.slot_arrays: dict[str, Any] = {}
+        """Arrays for slots and strengths, passed to every run."""
         self.contract = graph.contract
         self._path = graph.path
         model = graph.model if graph.contract.dtype == "fp32" else float32_twin(graph.model, graph.contract.head_dim)
@@ -314,6 +315,9 @@ class Session:
             for port, shape in zip(ports, empty, strict=True)
             if port.name in factors  # those without a default
         }
+        known = {**dict.fromkeys(strength_inputs(graph.contract), 0.0), **(strengths or {})}
+        given = known.keys() & (self.inputs | self.optional)
+        self.slot_arrays |= {name: np.array([known[name]], np.float32) for name in given}
         self._outputs = [port.name for port in self._session.get_outputs()]
 
     def _refused(self, error: Exception) -> ProofError:

@@ -23,6 +23,7 @@ from surgery.verification.inserted import random_modules
 from surgery.verification.replaced_weights import ReplacedWeights
 from surgery.verification.sentence import own_task
 from surgery.verification.session import Arrays, GraphFile
+from surgery.verification.strengths import strength_inputs
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.families.parameters import model_of, parameters, projections
@@ -54,10 +55,11 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
         ProofError: slots and inputs of the graph differ, or a slot is for a weight that the model lacks.
     """
     slots = graph.contract.slots
+    others = {*_OTHERS, *strength_inputs(graph.contract)}
     sizes = {
         port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
         for port in graph.model.graph.input
-        if port.name not in _OTHERS and not port.name.startswith(("past_key_values.", "past_conv."))
+        if port.name not in others and not port.name.startswith(("past_key_values.", "past_conv."))
     }
     slot_inputs = [name for slot in slots for name in (slot.A, slot.B)] + [*graph.contract.replaceable]
     if sorted(slot_inputs) != sorted(sizes):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ SPLIT = {"decoder": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers":
 )
 def test_marks_are_read_as_what_they_stand_for(tokenizer: dict[str, Any], token: str, text: str) -> None:
     assert read_as(tokenizer, {0: token}) == {0: text}
+
+
+@pytest.mark.parametrize("wrong", [[0], {"a": 0}, None, "0", 0.5])
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda wrong: {"added_tokens": [{"id": wrong, "content": "a", "special": True}, wrong]},
+        lambda wrong: {"added_tokens": wrong, "decoder": wrong, "pre_tokenizer": wrong},
+        lambda wrong: {"decoder": {"type": wrong, "pattern": wrong, "content": wrong}},
+        lambda wrong: {"decoder": {"type": "Sequence", "decoders": [{"type": wrong}, wrong]}},
+        lambda wrong: {"decoder": {"type": "Replace", "content": " ", "pattern": {"String": wrong}}},
+    ],
+    ids=["id", "whole", "type", "part", "mark"],
+)
+def test_a_tokenizer_with_values_of_other_kinds_is_read_as_spelt(place: Callable[[Any], Any], wrong: Any) -> None:
+    assert read_as(place(wrong), {0: "a"}) == {0: '"a"'}
 
 
 def test_llamas_tokens_are_what_the_tokenizers_library_makes_of_them(tmp_path: Path) -> None:

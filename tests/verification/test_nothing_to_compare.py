@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import surgery
+from surgery.onnx.export.adapters import AdapterRoles
 from surgery.verification.logit_difference import LogitDifference
 from surgery.verification.logit_error import error_on_text
 from surgery.verification.session import Session
@@ -53,7 +54,7 @@ def test_a_model_without_logits_is_no_proof(silent: Path, tmp_path: Path, dtype:
 def test_an_error_relative_to_nothing_is_none(silent: Path, tmp_path: Path) -> None:
     surgery.export_onnx(silent, output=tmp_path / "out", weights_type="int4")
     with pytest.raises(ProofError, match="logits on the text: all that the model itself computes is 0"):
-        error_on_text(tmp_path / "out" / "model.onnx", surgery.open(silent), (), "words")
+        error_on_text(tmp_path / "out" / "model.onnx", surgery.open(silent), AdapterRoles(), "words")
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-5, 9e-4])

@@ -39,9 +39,8 @@ def next_step(plan: Plan, output: Path, residual: ResidualLoRA | None) -> tuple[
         if plan.files and plan.files[0].name.endswith(".gguf"):
             return "use the model with its LoRA, in GGUF for llama.cpp: convert_lora_to_gguf.py ", lora
         return 'load the model, and attach the LoRA to it: PeftModel.from_pretrained(model, "', lora, '")'
-    if plan.files and plan.files[0].name.endswith(
-        ".onnx"
-    ):  # config.json beside it is of the model it was exported from
+    # config.json beside a graph is of the model it was exported from
+    if plan.files and plan.files[0].name.endswith(".onnx"):
         return 'run it with onnxruntime: InferenceSession("', Name(output / plan.files[0].name, PATH), '")'
     if "model_index.json" in names:
         return 'load it with diffusers: DiffusionPipeline.from_pretrained("', path, end

@@ -106,9 +106,8 @@ def cpu_session(model: onnx.ModelProto, folder: Path, held: int = _HELD) -> Any:
     unused: Sequence[str] = ()
     if converted_nbytes(model) > held:
         model, unused = with_late_conversions(model), _CONVERT_AT_LOAD
-        options.execution_order = (
-            onnxruntime.ExecutionOrder.PRIORITY_BASED
-        )  # in the order of the nodes, where it is free
+        # in the order of the nodes, where it is free
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False  # which keep what was converted
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(unused)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters inside a graph, each behind an input for its strength: at 0 the graph is what its weights make, else they are added."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from surgery.engine.merge.merge_plan import plan_merge
+from surgery.onnx.export.adapters import AdapterRoles, NamedAdapter, entry
+from surgery.onnx.graph.contract import Contract
+from surgery.reference import Reference, open_reference
+from surgery.reference.weights import ReferenceWeights, planned_weights, stored_weights
+from surgery.verification.sentence import own_task
+from surgery_formats.binding.bind import bind
+from surgery_formats.dtypes import DType
+from surgery_formats.models.checkpoint import Checkpoint
+
+__all__ = ["Gated", "gated_of", "strength_inputs", "with_gated"]
+
+
+def strength_inputs(contract: Contract) -> frozenset[str]:
+    """The inputs that adapters are multiplied by."""
+    return frozenset(str(one["strength"]) for one in contract.adapters if "strength" in one)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The adapters inside a graph that are named, and those that are not.
+
+    Attributes:
+        named: With the weights that their strengths get.
+        strengths: By input.
+        unnamed: Names of the others.
+    """
+
+    named: tuple[NamedAdapter, ...]
+    strengths: Mapping[str, float]
+    unnamed: tuple[str, ...]
+
+
+def gated_of(contract: Contract, roles: AdapterRoles) -> tuple[Gated, AdapterRoles]:
+    """Part the adapters that are inside the graph, known by the hashes of their files, from the others."""
+    inside = {one["id"]: one for one in contract.adapters if "strength" in one}
+    found = {digest: named for named in roles.merge if (digest := entry(named, "gated")["id"]) in inside}
+    gated = Gated(
+        tuple(found.values()),
+        {str(inside[digest]["strength"]): named.weight for digest, named in found.items()},
+        tuple(str(one["name"]) for digest, one in inside.items() if digest not in found),
+    )
+    return gated, replace(roles, merge=tuple(named for named in roles.merge if named not in gated.named))
+
+
+def with_gated(reference: Reference, base: Checkpoint, gated: Gated, contract: Contract) -> Reference:
+    """`reference` with what `gated` adds to the weights of `base`, not rounded.
+
+    Raises:
+        FitError: an adapter does not fit the base.
+    """
+    binding = bind([(named.adapter, named.weight) for named in gated.named], base)
+    plan = plan_merge(binding)
+    changed = {tensor.weight for tensor in plan.computed()}
+    exact = planned_weights(plan_merge(binding, dtype=DType.F32))
+    known = stored_weights(base.main)
+    weights = _AddedTo(reference.weights, changed, exact, known)
+    if changed <= {*known.names}:
+        return replace(reference, weights=weights)
+    return replace(reference, model=open_reference(base.main, plan, task=own_task(contract)).model, weights=weights)
+
+
+@dataclass(frozen=True)
+class _AddedTo:
+    """Weights of which some have what ``exact - known`` is added to them; one that is not known, a head that was tied, is `exact`."""
+
+    inner: ReferenceWeights
+    changed: Collection[str]
+    exact: ReferenceWeights
+    known: ReferenceWeights
+
+    @property
+    def names(self) -> Collection[str]:
+        return {*self.inner.names, *self.changed}
+
+    def load(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        if name not in self.changed:
+            return self.inner.load(name, start, stop)
+        values = self.exact.load(name, start, stop)
+        if name not in self.known.names:
+            return values
+        return values - self.known.load(name, start, stop).float() + self.inner.load(name, start, stop).float()
