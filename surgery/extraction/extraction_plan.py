@@ -17,12 +17,13 @@ from surgery.extraction.calibration import CalibrationChanges, calibrate, unused
 from surgery.extraction.choose_kind import KindDecision, choose_kind, lora_decision
 from surgery.extraction.factorise import StoredFactorSpec, TargetFactors
 from surgery.extraction.findings import Kind
+from surgery.extraction.losses import check_losses
 from surgery.extraction.noise import NoiseReport, noise_report
 from surgery.extraction.pairing import differing_settings
 from surgery.extraction.ranks import RankGoal, ranks_of
 from surgery.extraction.recovery import Recovery
 from surgery.extraction.refine import Refinement, refine
-from surgery.extraction.storage_plan import StorageOptions, StoragePlan, check_losses, plan_storage
+from surgery.extraction.storage_plan import StorageOptions, StoragePlan, plan_storage
 from surgery.extraction.stream.scan import ScanResult
 from surgery.extraction.stream.scan_plan import ScanLayout
 from surgery.extraction.stream.scratch import Workspace

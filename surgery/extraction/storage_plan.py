@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from surgery.extraction.pairing import path_of
@@ -23,7 +22,6 @@ from surgery_formats.models.component import Component
 from surgery_formats.models.parameter_order import is_order_known
 from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.tensor import matrix_of
-from surgery_formats.text import show
 
 __all__ = [
     "MOST_ROWS",
@@ -31,7 +29,6 @@ __all__ = [
     "StorageOptions",
     "StoragePlan",
     "Via",
-    "check_losses",
     "dense_size",
     "plan_storage",
 ]
@@ -383,23 +380,3 @@ def dense_size(dense: DenseTensor) -> tuple[int, int]:
     columns, numel = matrix_of(dense.weight.sizes)[1], math.prod(dense.weight.sizes)
     numbers = len(dense.rows) * columns if dense.rows else numel
     return numbers, dense.weight.dtype.nbytes(numbers)
-
-
-def check_losses(storage: StoragePlan, measures: Mapping[str, PairMeasure], tuned: Path, *, allow_loss: bool) -> None:
-    """Refuse changes that no form holds, unless the user allowed their loss.
-
-    Raises:
-        FitError: there are such changes.
-    """
-    if not storage.dropped or allow_loss:
-        return
-    total = math.fsum(measure.energy for measure in measures.values())
-    share = math.fsum(measures[name].energy for name in storage.dropped) / total if total else 0.0
-    reasons = "; ".join(f"'{show(name)}' ({why})" for name, why in list(storage.dropped.items())[:3])
-    more = f"; and {len(storage.dropped) - 3} more" if len(storage.dropped) > 3 else ""
-    raise FitError(
-        f"{len(storage.dropped)} changed tensors, {share:.2%} of the change, would be lost: {reasons}{more}",
-        file=tuned,
-        tensor=next(iter(storage.dropped)),
-        hint="`allow_loss=True` leaves them out",
-    )

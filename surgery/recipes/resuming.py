@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.refs import resolve
 
 __all__ = ["JOURNAL", "Journal", "finished_steps", "step_ids"]
+
+_log = logging.getLogger("surgery.recipes")
 
 JOURNAL = ".journal"
 _MOST = 10_000  # files of an input or an output
@@ -48,11 +51,22 @@ class Journal:
         self._path.touch()
 
     def note(self, step_id: str | None, outputs: Sequence[Path], warnings: Sequence[str]) -> None:
-        """A step is finished; nothing is noted of what could not be recognised."""
+        """A step is finished; nothing is noted of what could not be recognised.
+
+        Nor is it where the disk does not take the line: the outputs are complete, and a run that is killed does the step again.
+        """
         written = [_account(path) for path in outputs]
         if step_id is None or None in written:
             return
         line = json.dumps({"id": step_id, "outputs": written, "warnings": list(warnings)}, sort_keys=True)
+        try:
+            self._append(line)
+        except OSError as error:
+            _log.warning(
+                "that a step is finished was not noted (%s): a run that is killed does it again", error.strerror
+            )
+
+    def _append(self, line: str) -> None:
         fd = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC)
         try:  # a line begins with a line break, so that a line torn by a kill cannot swallow it
             write_all(fd, memoryview(f"\n{line}\n".encode()), os.fstat(fd).st_size)

@@ -42,14 +42,22 @@ class Gated:
 
 
 def gated_of(contract: Contract, roles: AdapterRoles) -> tuple[Gated, AdapterRoles]:
-    """Part the adapters that are inside the graph, known by the hashes of their files, from the others."""
-    inside = {one["id"]: one for one in contract.adapters if "strength" in one}
-    found = {digest: named for named in roles.merge if (digest := entry(named, "gated")["id"]) in inside}
-    gated = Gated(
-        tuple(found.values()),
-        {str(inside[digest]["strength"]): named.weight for digest, named in found.items()},
-        tuple(str(one["name"]) for digest, one in inside.items() if digest not in found),
-    )
+    """Part the adapters that are inside the graph, known by the hashes of their files, from the others.
+
+    Of files that are inside twice each is told by its name, if it has that of one of them.
+    """
+    waiting = [one for one in contract.adapters if "strength" in one]
+    found: list[NamedAdapter] = []
+    strengths: dict[str, float] = {}
+    for named in roles.merge:
+        digest = entry(named, "gated")["id"]
+        same = [one for one in waiting if one["id"] == digest]
+        if same:
+            own = next((one for one in same if one["name"] == named.name), same[0])
+            waiting.remove(own)
+            found.append(named)
+            strengths[str(own["strength"])] = named.weight
+    gated = Gated(tuple(found), strengths, tuple(str(one["name"]) for one in waiting))
     return gated, replace(roles, merge=tuple(named for named in roles.merge if named not in gated.named))
 
 

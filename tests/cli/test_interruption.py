@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.crash_inputs import write_inputs
 from tests.support.kit import environment
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="without timers it is answered at once")
@@ -113,11 +114,19 @@ main()
 """
 
 
-def _interrupted(words: list[str], number: int, after: float | None) -> tuple[int, str, float]:
+def _interrupted(
+    words: list[str], number: int, after: float | None, folder: Path | None = None
+) -> tuple[int, str, float]:
     """A command that gets a signal some seconds after its first line of code; its exit code, its words, and its own seconds."""
     command = [sys.executable, "-c", STARTED, "-q", *words]
     with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        cwd=folder,
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -152,3 +161,49 @@ def test_at_any_moment_a_signal_leaves_all_or_nothing(base, lora, tmp_path: Path
         else:
             assert (code, told) == (128 + number, "error: interrupted\n")
             assert left in ([], ["out"])
+
+
+COMMANDS = {
+    "extract-lora": ("extract-lora in/base in/tuned --rank 2 -o work/out", "out"),
+    "export-onnx": ("export-onnx in/base in/lora -o work/out", "out"),
+    "combine": ("combine in/lora=0.5 in/other -o work/out", "out"),
+    "insert": ("insert in/base in/lora in/other --unmerged -o work/out", "out"),
+    "prompt bake": ("prompt bake in/prompt in/base -o work/out", "out"),
+    "apply": ("apply recipe.yaml", "out"),
+    "eval": ("eval in/base --adapter in/lora --text text.txt --csv work/out.csv", "out.csv"),
+    "diff": ("diff in/base in/tuned --html work/out.html", "out.html"),
+}
+"""What is run, and the name of what it writes into ``work``."""
+RECIPE = """\
+steps:
+  - {verb: convert, adapter: in/lora, to: mlx, as: small}
+  - {verb: merge, base: in/base, adapters: small, output: work/out}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_any_command_is_left_at_any_moment(name: str, tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in")
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "text.txt").write_text("a b c " * 40)
+    line, output = COMMANDS[name]
+    out = tmp_path / "work" / output
+    out.parent.mkdir()
+    code, usual, seconds = _interrupted(line.split(), signal.SIGINT, None, tmp_path)
+    assert code == 0, usual
+    draw = random.Random(name)
+    stopped = 0
+    for turn in range(40):
+        if out.exists():
+            out.rename(tmp_path / f"{turn}")
+        number = draw.choice([signal.SIGINT, signal.SIGTERM])
+        code, told, _ = _interrupted(line.split(), number, draw.random() * seconds, tmp_path)
+        left = [path.name for path in out.parent.iterdir()]
+        if code == 0:
+            assert (told, left) == (usual, [output])
+        else:
+            stopped += 1
+            assert (code, told) == (128 + number, "error: interrupted\n")
+            assert left in ([], [output])
+    assert stopped

@@ -187,7 +187,7 @@ def test_the_command_refuses_what_means_nothing(
 def test_the_command_tells_and_counts(llama: tuple[Path, Path], tmp_path: Path) -> None:
     done = spawn("extract-lora", *llama, "-o", tmp_path / "out", "--rank", "4")
     assert done.returncode == 0, done.stderr
-    assert "5 dense, 16 low-rank" in done.stdout
+    assert "5 dense (in full), 16 low-rank (as factors)" in done.stdout
     again = spawn("extract-lora", *llama, "-o", tmp_path / "json", "--rank", "4", "--json")
     document = json.loads(again.stdout)
     assert document["command"] == "extract-lora"

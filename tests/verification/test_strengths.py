@@ -76,3 +76,13 @@ def test_a_changed_factor_is_a_fault(inputs: Paths, tmp_path: Path) -> None:
     (out / "surgery_manifest.json").unlink()
     with pytest.raises(ProofError, match="a logit differs by"):
         surgery.verify(out, against=base, adapters={style: 1.0, facts: 1.0})
+
+
+def test_a_file_that_is_inside_twice_has_two_strengths(inputs: Paths, tmp_path: Path) -> None:
+    base, style, _ = inputs
+    again = tmp_path / "again"
+    shutil.copytree(style, again)
+    out = gated((base, style, again), tmp_path)
+    surgery.verify(out, against=base, adapters={style: -0.4, again: 0.2})
+    (note,) = [note for note in surgery.verify(out, against=base, adapters={again: 0.2}).notes if "inside" in note]
+    assert note.startswith("style inside the graph")

@@ -214,11 +214,11 @@ def _fault(
     name: str,
 ) -> str:
     """Why the format cannot hold an update; empty if it can."""
+    if not namer.prefix:
+        return f"this format has no name for '{part}'" if part else "this format names diffusion models only"
     lora, dora = held.lora, held.dora
     if not (lora or held.offset):
         return f"this format has no {held.update.kind}"
-    if not namer.prefix:
-        return f"this format has no name for '{part}'" if part else "this format names diffusion models only"
     if where is None:
         return ""
     if not namer.key(name):

@@ -105,7 +105,13 @@ def _taken(path: Path, shown: Path) -> int:
     for _ in range(_ATTEMPTS):
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        if (fd := _locked(path)) is not None:
+        try:
+            fd = _locked(path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what a killed run left is not empty, and stays
+                os.rmdir(path)
+            raise
+        if fd is not None:
             if os.fstat(fd).st_uid != os.geteuid():
                 os.close(fd)
                 raise ResourceError("belongs to another user", file=path, hint="remove it, or write elsewhere")
