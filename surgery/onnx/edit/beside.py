@@ -29,11 +29,15 @@ _NAMES = (
 _LARGEST = 1 << 28  # bytes
 
 
-def files_beside(folder: Path) -> Iterator[SideFile]:
-    """Configuration, tokenizer, processor and licence in a graph's folder; links that lead out of it are none."""
+def files_beside(folder: Path, *more: str) -> Iterator[SideFile]:
+    """Configuration, tokenizer, processor and licence in a graph's folder, and `more`; links that lead out of it are none."""
     for path in sorted(folder.iterdir()):
         name = path.name
-        if holds_weights(name) or not is_safe_name(name) or not any(fnmatchcase(name, known) for known in _NAMES):
+        if (
+            holds_weights(name)
+            or not is_safe_name(name)
+            or not any(fnmatchcase(name, known) for known in (*_NAMES, *more))
+        ):
             continue
         if path.is_file() and stays_inside(path) and path.stat().st_size <= _LARGEST:
             yield SideFile(name, source=path)

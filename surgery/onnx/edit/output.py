@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery._version import __version__
+from surgery.engine.card import CARD
 from surgery.engine.execute import write_side_file
 from surgery.engine.recorded import recorded_recipe
 from surgery.onnx.edit.beside import files_beside
@@ -105,7 +106,7 @@ def write_edited(
         raise FitError(f"the graph would have {human(len(data))}, more than one file of ONNX can hold", file=graph.path)
     name = graph.path.name
     ours = {name, *files, *(_location(graph, file.path) for file in graph.external)}
-    sides = [side for side in files_beside(graph.path.parent) if side.name not in ours]
+    sides = [side for side in files_beside(graph.path.parent, CARD) if side.name not in ours]
     made = sorted((key, sha256_of(value)) for key, value in files.items())
     # new values are in no graph: they follow from what is read, and from what the manifest says of it
     read = [fingerprint(file) for file in (*graph.files, *(open_file(path) for path in inputs if path.is_file()))]
