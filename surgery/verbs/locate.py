@@ -56,16 +56,17 @@ def locate(
     weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
     binding = bind(weighted, checkpoint) if weighted else None
     located = located_weights(opened, wanted_weights(checkpoint, binding), workers=workers)
-    warnings = (*_doubts(located), *warning_of_branches(opened))
+    warnings = (*_doubts(located, bool(weighted)), *warning_of_branches(opened))
     opened.check_unchanged()
     checkpoint.check_unchanged()
     return LocateResult(opened.path, checkpoint.path, located, warnings)
 
 
-def _doubts(located: Located) -> tuple[str, ...]:
+def _doubts(located: Located, merged: bool) -> tuple[str, ...]:
     """A word where a graph holds little of a base: it is more likely another's than an exporter's doing."""
     sizes = {weight.label: weight.rows * weight.cols for weight in located.weights}
     found = sum(sizes[weight.label] for weight in located.whole)
     if 2 * found >= sum(sizes.values()):
         return ()
-    return ("less than half of the base is in the graph: was it made of another model, or merged since?",)
+    why = "or without the adapters that were named" if merged else "or merged since"
+    return (f"less than half of the base is in the graph: was it made of another model, {why}?",)

@@ -12,7 +12,7 @@ import pytest
 import surgery
 from surgery.onnx.run.adapter_file import read_adapter_file
 from surgery_formats import FitError, NotFoundError
-from tests.support.kit import make_base, make_lora
+from tests.support.kit import ROOT, make_base, make_lora
 from tests.support.small_graphs import FORMS, answer, weights_in, write_graph
 
 Q_AND_V = ("self_attn.q_proj", "self_attn.v_proj")
@@ -244,3 +244,11 @@ def test_of_the_files_beside_a_graph_those_go_along_that_run_it(verb: str, base:
     theirs = {"tokenizer.json", "genai_config.json", "LICENSE.txt"}
     ours = {"model.onnx", "README.md", "surgery_manifest.json"}
     assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == theirs | ours
+
+
+def test_a_graph_of_the_base_is_no_graph_of_what_was_named(tmp_path: Path):
+    surgery.export_onnx(ROOT / "examples" / "base", output=tmp_path / "out")
+    found = surgery.locate(
+        tmp_path / "out" / "model.onnx", ROOT / "examples" / "base", adapters=ROOT / "examples" / "lora"
+    )
+    assert any("or without the adapters that were named" in warning for warning in found.warnings)
