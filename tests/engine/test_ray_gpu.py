@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import surgery
 from tests.support.held_request import HeldOnRay
@@ -32,8 +33,9 @@ def cluster() -> Iterator[Any]:
         found = cluster_utils.Cluster(initialize_head=True, head_node_args=nothing)
         try:
             found.add_node(**nothing)
-            for _ in range(2):
-                found.add_node(**nothing | {"num_gpus": 1, "env_vars": {"CUDA_VISIBLE_DEVICES": "0"}})
+            for number in range(2):
+                seen = {"CUDA_VISIBLE_DEVICES": str(number % torch.cuda.device_count())}
+                found.add_node(**nothing | {"num_gpus": 1, "env_vars": seen})
             ray.init(found.address, log_to_driver=False, logging_level="CRITICAL")
             yield found
         finally:

@@ -6,14 +6,17 @@ import json
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import xxhash
 
 from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
 from surgery.onnx.graph.read_metadata import initializer_shapes, read_metadata
+from surgery.onnx.run import cudart
 from surgery.onnx.run.opening import find_graph, open_graph
 from surgery_formats.containers.safetensors import layout
 from surgery_formats.dtypes import DType
@@ -207,6 +210,15 @@ def test_an_unavailable_device_is_named(tmp_path):
     (tmp_path / "empty.onnx").write_bytes(b"")
     with pytest.raises(FitError, match="cannot load"):
         open_graph(tmp_path / "empty.onnx", device="cpu")
+
+
+def test_a_gpu_beside_an_onnxruntime_of_the_cpu_gets_the_cure(tmp_path, monkeypatch):
+    path = decoder(tmp_path / "cuda", contract=replace(CONTRACT, target="cuda"))
+    monkeypatch.setattr(cudart, "device_count", lambda: 1)
+    monkeypatch.setattr(cudart, "CudaMemory", lambda index: SimpleNamespace(device="cuda", index=index, stream=0))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(FitError, match="installed without CUDA.*onnxruntime-gpu"):
+        open_graph(path, device="cuda")
 
 
 @pytest.mark.parametrize(

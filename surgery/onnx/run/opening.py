@@ -288,8 +288,9 @@ def _session(
     session_config: Mapping[str, str],
     profile: str | os.PathLike[str] | None,
 ) -> Any:
-    onnxruntime = load_runtime()
+    from surgery.onnx.run.cudart import INSTALL
 
+    onnxruntime = load_runtime()
     if memory.device == "cpu" and contract is not None and contract.dtype == "bf16":
         raise FitError(
             "a bf16 graph does not run on the cpu", file=path, hint='export with `dtype="fp32"` or `target="cpu"`'
@@ -313,6 +314,8 @@ def _session(
         options.add_session_config_entry(key, value)
     providers: list[Any] = ["CPUExecutionProvider"]
     if memory.device == "cuda":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise FitError("onnxruntime is installed without CUDA", hint=INSTALL)
         cuda_options = {"device_id": str(memory.index), "enable_cuda_graph": str(int(cuda_graph))}
         cuda_options["user_compute_stream"] = str(memory.stream)
         providers.insert(0, ("CUDAExecutionProvider", {**cuda_options, **provider_options}))
@@ -333,8 +336,6 @@ def _session(
         hint = "try without a CUDA graph" if cuda_graph else None
         raise FitError(f"onnxruntime cannot load it: {show(error, 500)}", file=path, hint=hint) from error
     if memory.device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        from surgery.onnx.run.cudart import INSTALL
-
         raise FitError("onnxruntime could not use CUDA", hint=INSTALL)
     return session
 
