@@ -217,7 +217,7 @@ def test_a_gpu_beside_an_onnxruntime_of_the_cpu_gets_the_cure(tmp_path, monkeypa
     monkeypatch.setattr(cudart, "device_count", lambda: 1)
     monkeypatch.setattr(cudart, "CudaMemory", lambda index: SimpleNamespace(device="cuda", index=index, stream=0))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(FitError, match="installed without CUDA.*onnxruntime-gpu"):
+    with pytest.raises(FitError, match=r"installed without CUDA.*onnxruntime-gpu"):
         open_graph(path, device="cuda")
 
 
