@@ -71,6 +71,16 @@ def test_a_manifest_finds_its_inputs_by_their_content(kitchen: Path, monkeypatch
     assert not Path("never").exists()
 
 
+def test_a_card_that_calls_a_folder_by_another_name_is_told_and_no_difference(kitchen: Path):
+    surgery.layers("examples/base", drop="2", output="out")
+    (kitchen / "examples" / "base").rename(kitchen / "examples" / "renamed")
+    result = surgery.apply("out/surgery_manifest.json", output="again", inputs={"base": "examples/renamed"})
+    assert result.same
+    assert result.warnings == ("README.md is another one: it calls folders by their names",)
+    old, new = files_of(Path("out")), files_of(Path("again"))
+    assert {name for name in old if old[name] != new[name]} == {"README.md", "surgery_manifest.json"}
+
+
 def test_what_was_in_memory_cannot_be_applied_again(kitchen: Path):
     shallow = rebuild(surgery.open("examples/base"), drop="4-").checkpoint
     lora = surgery.open("examples/lora")
