@@ -28,7 +28,7 @@ from surgery_formats.files.output.manifest import MANIFEST, file_digest, verify_
 from surgery_formats.files.remote.path import RemotePath, to_path
 from surgery_formats.refs import resolve
 
-__all__ = ["JOURNAL", "Journal", "finished_steps", "step_ids"]
+__all__ = ["JOURNAL", "StepJournal", "finished_steps", "step_ids"]
 
 _log = logging.getLogger("surgery.recipes")
 
@@ -37,7 +37,7 @@ _MOST = 10_000  # files of an input or an output
 _Seen = dict[str, list[int]]
 
 
-class Journal:
+class StepJournal:
     """The finished steps, by id.
 
     Attributes:
@@ -110,7 +110,7 @@ def _entries(text: bytes) -> Iterator[tuple[str, _Entry]]:
 
 
 def finished_steps(
-    placed: Sequence[tuple[Step, Place]], ids: Mapping[int, str | None], folder: Path, journal: Journal
+    placed: Sequence[tuple[Step, Place]], ids: Mapping[int, str | None], folder: Path, journal: StepJournal
 ) -> frozenset[int]:
     """The numbers of the steps that need not be done: those a killed run finished, and what only they use."""
     finished: set[int] = set()

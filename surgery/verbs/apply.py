@@ -22,7 +22,7 @@ from surgery.recipes.finding import found_inputs, kept_recipe
 from surgery.recipes.placing import check_apart, outputs_of, placed_steps
 from surgery.recipes.reading import read_recipe
 from surgery.recipes.recipe import Recipe, Step
-from surgery.recipes.resuming import JOURNAL, Journal, finished_steps, step_ids
+from surgery.recipes.resuming import JOURNAL, StepJournal, finished_steps, step_ids
 from surgery.reports.request import Request, asked
 from surgery.reports.result import Result, timed
 from surgery_formats.errors import NotFoundError, SurgeryError
@@ -106,7 +106,7 @@ def _applied(
     if dry_run:
         return ApplyResult(None, tuple(Done(one.number, one.verb, one.name, place) for one, place in placed))
     with _resumable(placed) as folder:
-        journal = Journal(folder) if folder is not None else None
+        journal = StepJournal(folder) if folder is not None else None
         several = sum(place == "output" for _, place in placed) > 1 or (journal is not None and journal.resumed)
         runner = _Runner(read, found, folder, overwrite, progress, journal)
         runner.resume(placed)
@@ -187,7 +187,7 @@ class _Runner:
     folder: Path | None
     overwrite: bool
     progress: Callback | None
-    journal: Journal | None
+    journal: StepJournal | None
     ids: Mapping[int, str | None] = field(default_factory=dict)
     finished: frozenset[int] = frozenset()
     results: dict[str, Any] = field(default_factory=dict)
