@@ -7,12 +7,12 @@ INSTALL := $(BIN)/python tools/install.py $(BIN)/python
 
 .PHONY: help demo test coverage lint types imports check audit docs format clean
 help:
-	@echo "make demo    merge, convert, extract, export the shipped example and show what came out"
-	@echo "make test    run the tests"
-	@echo "make coverage the tests, and which lines of the product they run"
-	@echo "make check   lint, types, imports, tests"
-	@echo "make docs    the documentation as a site, in site/"
-	@echo "make audit   known vulnerabilities of the versions in constraints.txt (asks PyPI)"
+	@echo "make demo      merge, convert, extract, export the shipped example and show what came out"
+	@echo "make test      run the tests"
+	@echo "make coverage  the tests, and which lines of the product they run"
+	@echo "make check     lint, types, imports, tests"
+	@echo "make docs      the documentation as a site, in site/"
+	@echo "make audit     known vulnerabilities of the versions in constraints.txt (asks PyPI)"
 
 # What the demo takes; torch first and by its exact version: a CPU build that is at hand is taken, and nothing else pulls a larger one.
 $(VENV)/.demo: pyproject.toml constraints.txt
