@@ -8,6 +8,9 @@
   processor time there, and no more where blocks are small.
 - Blocks of some MB on their way from a store to a store would be such, and the kernel clears the pages of each: of the 11.4 s of
   cores that 4 GB take that is 0.5.
+
+The last two were measured with glibc 2.36, 2026-11-30: `benchmarks/memory.py --sizes 0.2 --limits` and `benchmarks/object_storage.py --gb 4
+--targets all`; what follows for a user is in docs/guarantees.md, section 4, and docs/object-storage.md.
 """
 
 from __future__ import annotations
