@@ -23,5 +23,13 @@ def nearby_inputs(manifest: Path) -> Iterator[Path]:
             if os.path.isfile(entry.path):
                 if holds_weights(entry.name):
                     yield Path(entry.path)
-            elif os.path.isdir(entry.path) and any(holds_weights(name) for name in os.listdir(entry.path)):
+            elif any(map(holds_weights, _names(entry.path))):
                 yield Path(entry.path)
+
+
+def _names(folder: str) -> list[str]:
+    """What lies in a folder; nothing where there is none, or none that may be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
