@@ -32,7 +32,7 @@ _ANSWERS: dict[int, tuple[str, str | None, str | None]] = {
     ),
     404: (
         "the hub has no such repository, or hides it",
-        "check the name; a private repository needs HF_TOKEN or 'hf auth login'",
+        "a private repository needs HF_TOKEN or 'hf auth login'",
         "check the name; the token may not see a private repository",
     ),
     409: (
@@ -72,12 +72,11 @@ def is_out_of_reach(error: BaseException) -> bool:
 def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> SurgeryError:
     """The error to raise for `error`, which ended a reading of `shown` in the repository `repo`."""
     names, status = _names(error), _status(error)
-    elsewhere = f"run 'hf download {show(repo)}' where there is a network"
     if names & _GONE:
         return NotFoundError(
             "the hub's cache does not hold it, and HF_HUB_OFFLINE forbids to ask the hub",
             file=shown,
-            hint=f"unset HF_HUB_OFFLINE, or {elsewhere}",
+            hint=f"unset HF_HUB_OFFLINE, or {_otherwise(repo)}",
         )
     if "GatedRepoError" in names:
         return InputError(
@@ -94,13 +93,14 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
     if "RepositoryNotFoundError" in names or status == 404:
         message, hint = _answer(404)
         if os.environ.get("HF_TOKEN"):
-            hint = "check the name; if it is private, HF_TOKEN may not read it"
-        return NotFoundError(message, file=shown, hint=hint)
+            hint = "if it is private, HF_TOKEN may not read it"
+        first = "check the name" if "/" in repo else _otherwise(repo)
+        return NotFoundError(message, file=shown, hint=f"{first}; {hint}")
     if status is not None:
         message, hint = _answer(status)
         return InputError(message, file=shown, hint=hint)
     if is_dropped(error):
-        return InputError(_UNREACHED, file=shown, hint=f"{_CHECK}, or {elsewhere}")
+        return InputError(_UNREACHED, file=shown, hint=f"{_CHECK}, or {_otherwise(repo)}")
     return NotFoundError(f"the hub could not provide it: {_words(error)}", file=shown)
 
 
@@ -117,6 +117,13 @@ def push_fault(error: BaseException, shown: str) -> SurgeryError:
     if is_dropped(error):
         return ResourceError(_UNREACHED, file=shown, hint=_CHECK)
     return ResourceError(f"the hub did not take it: {_words(error)}", file=shown)
+
+
+def _otherwise(repo: str) -> str:
+    """What to do about a repository that is not here; a name without an organisation is mostly half of one."""
+    if "/" in repo:
+        return f"run 'hf download {show(repo)}' where there is a network"
+    return f"write hf://ORG/{show(repo)} or hf://{show(repo)}/NAME: all repositories but a few old ones are ORG/NAME"
 
 
 def _answer(status: int, *, pushing: bool = False) -> tuple[str, str]:
