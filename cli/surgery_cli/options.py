@@ -300,9 +300,9 @@ dtype = choice(
 )
 
 
-def adapters(*, required: bool = True) -> Callable[[F], F]:
+def adapters(*, required: bool = True, metavar: str = "") -> Callable[[F], F]:
     """``ADAPTER[=WEIGHT]...``."""
-    metavar = "ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]..."
+    metavar = metavar or ("ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]...")
     return click.argument(
         "adapters", nargs=-1, required=required, type=weighted, metavar=metavar, shell_complete=complete_files
     )

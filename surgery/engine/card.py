@@ -31,6 +31,7 @@ def card(
     notes: Iterable[str] = (),
     warnings: Iterable[str] = (),
     made: str = "Made",
+    manifest: str = "surgery_manifest.json",
 ) -> bytes:
     """A card.
 
@@ -41,13 +42,14 @@ def card(
         notes: In Markdown, before the warnings.
         warnings: As results say them.
         made: What was done, in a word.
+        manifest: Where it lies from here.
     """
     lines = ["", f"# {title}", ""]
     for table in tables:
         lines += [*table, ""]
     said = [f"- {note}" for note in notes] + [f"- Warning: {markdown(show(warning, 500))}" for warning in warnings]
     lines += [*said, ""] if said else []
-    lines += [f"{made} by surgery {__version__}; `surgery_manifest.json` accounts for every tensor.", ""]
+    lines += [f"{made} by surgery {__version__}; `{manifest}` accounts for every tensor.", ""]
     return (head + "\n".join(lines)).encode()
 
 

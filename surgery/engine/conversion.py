@@ -357,5 +357,9 @@ def _carded(conversion: Conversion, result: ConvertResult) -> Rendering:
     outcomes = Counter(entry.outcome for entry in result.entries)
     measured = [("updates", ", ".join(f"{number} {outcome}" for outcome, number in outcomes.items()))]
     source = (conversion.source, 1.0)
-    what = f"in the place of {result.source}" if result.as_lora else f"converted from {result.source}"
+    target, codes = conversion.target, ""
+    if isinstance(target, Coded):
+        codes = f" ({target.coding.name})"
+    done = f"in the place of {result.source}, as" if result.as_lora else f"converted from {result.source} to"
+    what = f"{done} {target.name}{codes}"
     return with_card(conversion.rendering, conversion.target, [source], conversion.base, what, measured)

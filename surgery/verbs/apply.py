@@ -146,14 +146,14 @@ def _compared(recipe: Recipe, result: ApplyResult) -> ApplyResult:
     made = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
     old, new = (dict(one.get("files") or {}) for one in (recipe.recorded, made))
     other = sorted(name for name in {*old, *new} if not _is_same(old.get(name), new.get(name)))
-    carded = CARD in other and CARD in old and CARD in new
-    if carded:  # a card calls a model by its folder, which may lie elsewhere, or between the steps
-        other.remove(CARD)
+    cards = [name for name in other if name.rpartition("/")[2] == CARD and name in old and name in new]
+    other = [name for name in other if name not in cards]
     same = not other and made.get("plan") == recipe.recorded.get("plan")
     before, now = recipe.recorded["recipe"].get("version"), made.get("recipe", {}).get("version")
     told = f"; the manifest is of surgery {before}, this is {now}" if before != now else ""
     which = f": {listing(other)}" if other else ""
-    warnings = [f"{CARD} is another one: it calls folders by their names"] if carded else []
+    # A card calls a model by its folder, which may lie elsewhere, or between the steps.
+    warnings = [f"{name} is another one: it calls folders by their names" for name in cards]
     warnings += [] if same else [f"not all is what the manifest says{which}{told}"]
     return replace(result, same=same, warnings=(*result.warnings, *warnings))
 

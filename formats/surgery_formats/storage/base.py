@@ -23,6 +23,7 @@ __all__ = [
     "is_contiguous",
     "is_housed",
     "is_stacked",
+    "is_storage",
     "read_block",
     "read_rows",
     "read_values",
@@ -229,6 +230,11 @@ def is_stacked(storage: Storage) -> bool:
 def is_contiguous(storage: Storage) -> bool:
     """Whether its stored tensors can be copied as they are: each is a range of bytes in C order."""
     return all(source.strides is None for source in storage.sources)
+
+
+def is_storage(encoding: Encoding) -> TypeGuard[Storage]:
+    """Whether it can be read, too."""
+    return hasattr(encoding, "read_into")
 
 
 def is_housed(storage: Encoding) -> TypeGuard[Housed]:

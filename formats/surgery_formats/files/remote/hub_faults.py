@@ -48,7 +48,7 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
         return NotFoundError(
             "the hub's cache does not hold it, and HF_HUB_OFFLINE forbids to ask the hub",
             file=shown,
-            hint=f"unset HF_HUB_OFFLINE, or run 'hf download {show(repo)}' where there is a network",
+            hint=f"unset HF_HUB_OFFLINE, or {_otherwise(repo)}",
         )
     if "GatedRepoError" in names:
         return InputError(
@@ -63,10 +63,11 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
     if "DisabledRepoError" in names:
         return InputError("the hub has disabled the repository", file=shown)
     if "RepositoryNotFoundError" in names or status == 404:
-        hint = "check the name; a private repository needs HF_TOKEN or 'hf auth login'"
+        hint = "a private repository needs HF_TOKEN or 'hf auth login'"
         if named:
-            hint = "check the name; if it is private, HF_TOKEN may not read it"
-        return NotFoundError("the hub has no such repository, or hides it", file=shown, hint=hint)
+            hint = "if it is private, HF_TOKEN may not read it"
+        first = "check the name" if "/" in repo else _otherwise(repo)
+        return NotFoundError("the hub has no such repository, or hides it", file=shown, hint=f"{first}; {hint}")
     if status == 401:
         return InputError("the hub does not accept the token", file=shown, hint="it may have expired: 'hf auth login'")
     if status == 403:
@@ -79,10 +80,17 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
         return InputError(
             "the hub cannot be reached",
             file=shown,
-            hint=f"check the network and HF_ENDPOINT, or run 'hf download {show(repo)}' where there is a network",
+            hint=f"check the network and HF_ENDPOINT, or {_otherwise(repo)}",
         )
     said = next(iter(str(error).splitlines()), "") or type(error).__name__
     return NotFoundError(f"the hub could not provide it: {show(said, 300)}", file=shown)
+
+
+def _otherwise(repo: str) -> str:
+    """What to do about a repository that is not here; a name without an organisation is mostly half of one."""
+    if "/" in repo:
+        return f"run 'hf download {show(repo)}' where there is a network"
+    return f"write hf://ORG/{show(repo)} or hf://{show(repo)}/NAME: all repositories but a few old ones are ORG/NAME"
 
 
 def push_fault(error: BaseException, shown: str) -> SurgeryError:
