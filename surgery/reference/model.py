@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -96,6 +96,7 @@ def forward(
     encoded: Encoded | None = None,
     grid: torch.Tensor | None = None,
     images: torch.Tensor | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -112,6 +113,7 @@ def forward(
         encoded: What the layers of an encoder-decoder's decoder look at besides, see `encode`.
         grid: Places of the new tokens in time, height and width, see `Mask`.
         images: Which new tokens are of images, see `Mask`.
+        done: Called behind every layer with the number of those that were run; not for a model of images.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
@@ -141,10 +143,10 @@ def forward(
     if model.altup is not None:
         if front:
             raise FitError("a model with an embedding for each layer takes no virtual tokens")
-        values, caches = run_streams(reference, values, ids, mask, None if past is None else past.layers)
+        values, caches = run_streams(reference, values, ids, mask, None if past is None else past.layers, done)
         values = normalise(values, model.final_norm, reference.load)
     else:
-        values, caches = _run_layers(reference, values, mask, past, encoded)
+        values, caches = _run_layers(reference, values, mask, past, encoded, done)
     logits, outputs = outputs_of(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
 
@@ -163,7 +165,12 @@ def _seen(reference: Reference, pixels: torch.Tensor) -> Output:
 
 
 def _run_layers(
-    reference: Reference, values: torch.Tensor, mask: Mask, past: Cache | None, encoded: Encoded | None
+    reference: Reference,
+    values: torch.Tensor,
+    mask: Mask,
+    past: Cache | None,
+    encoded: Encoded | None,
+    done: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
     caches = []
     for index, layer in enumerate(reference.model.layers):
@@ -174,6 +181,8 @@ def _run_layers(
             real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
             values = convolve(reference.model.convolution, first, values, real, reference.load)
         caches.append(cache)
+        if done is not None:
+            done(index + 1)
     return normalise(values, reference.model.final_norm, reference.load), tuple(caches)
 
 
