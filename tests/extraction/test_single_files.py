@@ -17,6 +17,7 @@ from tests.support.single_files import UNET, G, sdxl
 
 NORM, PROJECTION = f"{UNET}input_blocks.1.0.in_layers.0.weight", f"{UNET}input_blocks.4.1.proj_in.weight"
 ATTENTION, BESIDE = f"{G}attn.in_proj_weight", "control_model.zero_conv.bias"
+LINEAR, VAE = "control_model.zero_conv.weight", "first_stage_model.quant_conv.weight"
 
 
 def pair(folder: Path, changed: Iterable[str]) -> tuple[Path, Path]:
@@ -24,7 +25,7 @@ def pair(folder: Path, changed: Iterable[str]) -> tuple[Path, Path]:
     before = sdxl() | {
         NORM: np.ones(6, np.float32),
         BESIDE: draw(30, 6),
-        BESIDE.replace("bias", "weight"): draw(31, 6, 4),
+        LINEAR: draw(31, 6, 4),
     }
     after = {
         name: held + draw(at, *held.shape) / 8 for at, (name, held) in enumerate(before.items()) if name in changed
@@ -49,7 +50,8 @@ def test_what_changed_in_modules_is_named_as_kohya_names_it(tmp_path: Path) -> N
             "it is several weights in one, which this format names apart, as the folder of a pipeline has them",
         ),
         (BESIDE, "it is of no network that this format names"),
-        ("first_stage_model.quant_conv.weight", "this format has no name for 'vae'"),
+        (LINEAR, "it is of no network that this format names"),
+        (VAE, "this format has no name for 'vae'"),
     ],
 )
 def test_what_kohya_cannot_hold_of_a_diffusion_model_is_told_as_that(changed: str, why: str, tmp_path: Path) -> None:
@@ -70,3 +72,16 @@ def test_a_whole_parameter_is_explained_with_the_format_that_holds_it(tmp_path: 
     assert any(
         name.endswith("in_layers.0.weight") for name in load_file(tmp_path / "out" / "adapter_model.safetensors")
     )
+
+
+@pytest.mark.parametrize("target", ["kohya", "comfyui", "bare", "diffusers"])
+@pytest.mark.parametrize("beside", [VAE, LINEAR])
+def test_what_is_beside_the_denoiser_is_left_out_and_not_written_as_part_of_it(
+    beside: str, target: str, tmp_path: Path
+) -> None:
+    base, tuned = pair(tmp_path, [PROJECTION, beside])
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(FitError, match=f"{target} cannot hold 1 of 2 parts: '{beside}'"):
+        surgery.extract_lora(base, tuned, to=target, rank=4, output=out)
+    surgery.extract_lora(base, tuned, to=target, rank=4, output=out, allow_loss=True)
+    assert len({name.partition(".lora_")[0].removesuffix(".alpha") for name in load_file(out)}) == 1
