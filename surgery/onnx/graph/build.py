@@ -11,7 +11,7 @@ import xxhash
 
 from surgery.onnx.graph.coded import GraphCodes, by_format
 from surgery.onnx.graph.context import Context
-from surgery.onnx.graph.contract import Contract, WeightFile
+from surgery.onnx.graph.contract import Contract
 from surgery.onnx.graph.decoder import decoder, embedding_graph
 from surgery.onnx.graph.dims import BATCH
 from surgery.onnx.graph.encoder import encoder
@@ -24,6 +24,7 @@ from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
+from surgery.onnx.graph.weight_files import WeightFile
 from surgery.onnx.graph.weights import GraphTensor, GraphWeights, Replaceable
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
