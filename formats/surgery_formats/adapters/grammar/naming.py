@@ -14,6 +14,7 @@ from surgery_formats.binding.sizes import component_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
+from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.names import Names, WeightSlice
 from surgery_formats.updates import Update, is_directed
 
@@ -59,6 +60,10 @@ class SiteNames:
         if self.spelt.at(site) is not None:
             return self.dialect.prefix_for(component) or ""
         if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
+            names = self.base.names_of(component)
+            if own := encoder_name(names.prefix) if names else "":  # of a file that ComfyUI saved
+                told = self.dialect.encoders.get(own, self.dialect.encoders.get("*"))
+                return told.replace("*", own) if told else None
             encoder = component_of(site, self.base)
             kind = str(encoder.config.get("model_type"))
             level = _TEXT if kind == _CLIP and not any(name.startswith(_TEXT) for name in encoder.parameters) else ""
