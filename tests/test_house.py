@@ -38,6 +38,12 @@ def test_a_test_for_a_kind_is_counted(test: str, tmp_path: Path) -> None:
     assert kind_tests(read_modules(tmp_path)) == {"surgery.one": 1}
 
 
+def test_no_file_is_longer_than_400_lines() -> None:
+    rooms = ("surgery", "formats", "cli", "tests", "tools", "benchmarks", "examples", "findings")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
+    assert {str(path.relative_to(ROOT)): lines for path in files if (lines := path.read_text().count("\n")) > 400} == {}
+
+
 def test_every_file_of_tests_has_a_name_of_its_own() -> None:
     """pytest takes two of one name for the same module, and collects neither: a run of both rooms ends before it begins."""
     times = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
