@@ -45,13 +45,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "p
 @click.option(
     "--without", multiple=True, metavar="PATTERN", help="Leave modules of this name out. Both may be repeated."
 )
-@click.option(
-    "--to",
-    type=option.adapter_format,
-    shell_complete=option.complete_formats,
-    metavar="FORMAT",
-    help="Format to write; by default the first adapter's.",
-)
+@option.format_option("Format to write; by default the first adapter's.")
 @option.reference("--base", metavar="BASE", help="The model, if names come from it.")
 @option.dtype
 @option.dry_run("Show ranks and errors; write nothing.")

@@ -87,8 +87,7 @@ def formats() -> dict[str, Format]:
     Raises:
         SurgeryError: see `surgery_formats.plugins.with_plugins`.
     """
-    members = (member for member in vars(Format) if not member.startswith("_"))
-    return with_plugins(ENTRY_POINTS, BUILT_IN, "format", members)
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "format", Format)
 
 
 def format_named(name: str) -> Format:
