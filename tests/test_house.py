@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tools.house import kind_tests, read_modules
+from tools.house import Module, circles, import_graph, kind_tests, read_modules, reused_classes
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_only_formats_test_for_a_kind_of_update_and_nothing_for_a_kind_of_storage() -> None:
-    tests = kind_tests(read_modules(ROOT))
+@pytest.fixture(scope="module")
+def product() -> dict[str, Module]:
+    return read_modules(ROOT)
+
+
+def test_only_formats_test_for_a_kind_of_update_and_nothing_for_a_kind_of_storage(product: dict[str, Module]) -> None:
+    tests = kind_tests(product)
     assert {name: count for name, count in tests.items() if ".adapters." not in name} == {}
 
 
@@ -36,6 +41,11 @@ def test_a_test_for_a_kind_is_counted(test: str, tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert kind_tests(read_modules(tmp_path)) == {"surgery.one": 1}
+
+
+def test_every_class_has_a_name_of_its_own_and_no_imports_form_a_circle(product: dict[str, Module]) -> None:
+    assert reused_classes(product) == {}
+    assert circles(import_graph(product)) == []
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

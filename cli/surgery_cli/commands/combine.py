@@ -77,7 +77,9 @@ def _check(options: dict[str, Any]) -> None:
     """Check the options before anything is read."""
     dense = options["method"] in _DENSE
     if dense and options["density"] is None:
-        raise click.UsageError(f"--method {options['method']} needs --density")
+        raise click.UsageError(
+            f"--method {options['method']} needs --density, the share of the values to keep: --density .5"
+        )
     if not dense and options["density"] is not None:
         raise click.UsageError(f"--method {options['method']} drops no values: --density has no meaning")
     if options["majority"] is not None and not options["method"].endswith("ties"):
