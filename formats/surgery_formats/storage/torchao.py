@@ -82,7 +82,7 @@ def _weight(
     def fail(what: str) -> NoReturn:
         raise MalformedError(what, file=codes.path, tensor=codes.name)
 
-    kind, fields, parts = _told(name, codes, metadata, fail)
+    kind, fields, parts = _described(name, codes, metadata, fail)
     for part in ("scale", *parts):
         if stem + part not in tensors:
             fail(f"there is no '{show(stem + part)}' beside it")
@@ -120,7 +120,7 @@ def _weight(
     )
 
 
-class _Told(NamedTuple):
+class _Description(NamedTuple):
     """What a file's metadata says of a weight: its class, the class's fields, and its tensors beside the codes."""
 
     kind: object
@@ -128,7 +128,9 @@ class _Told(NamedTuple):
     parts: list[str]
 
 
-def _told(name: str, codes: StoredTensor, metadata: Mapping[str, str], fail: Callable[[str], NoReturn]) -> _Told:
+def _described(
+    name: str, codes: StoredTensor, metadata: Mapping[str, str], fail: Callable[[str], NoReturn]
+) -> _Description:
     """What the metadata says of the weight `name`; refuses what is not undone here."""
     if name not in metadata or METADATA_NAMES not in metadata:
         fail(f"the file's metadata does not say what '{show(name)}' is, as torchao needs it")
@@ -149,7 +151,7 @@ def _told(name: str, codes: StoredTensor, metadata: Mapping[str, str], fail: Cal
             file=codes.path,
             tensor=codes.name,
         )
-    return _Told(kind, fields, parts)
+    return _Description(kind, fields, parts)
 
 
 def _int4(
