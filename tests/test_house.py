@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tools.house import Module, circles, function_lengths, import_graph, kind_tests, read_modules, reused_classes
+from tools.house import (
+    Module,
+    circles,
+    function_lengths,
+    import_graph,
+    kind_tests,
+    read_modules,
+    reused_classes,
+    silent_tests,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +75,20 @@ def test_lines_of_a_function_are_those_of_its_body(tmp_path: Path) -> None:
     text = f'def bare(x):\n{body}\n\ndef told(x):\n    """Say.\n\n    More.\n    """\n{body}\n\ndef empty():\n    """."""\n'
     (tmp_path / "surgery/one.py").write_text(text)
     assert [*function_lengths(read_modules(tmp_path)).values()] == [7, 7, 0]
+
+
+def test_every_test_asserts_something() -> None:
+    """Not to raise is no claim: a test that only runs the product passes, whatever comes out."""
+    assert silent_tests(ROOT) == []
+
+
+def test_a_test_that_asserts_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_it.py").write_text(
+        "def helper(x):\n    other(x)\ndef other(x):\n    assert x\ndef test_a():\n    helper(1)\ndef test_b():\n    run(1)\n"
+        "def test_c():\n    with pytest.raises(ValueError):\n        run(1)\ndef test_d():\n    numpy.testing.assert_equal(1, 1)\n"
+    )
+    assert silent_tests(tmp_path) == ["tests/test_it.py: test_b"]
 
 
 def test_every_file_of_tests_has_a_name_of_its_own() -> None:

@@ -229,6 +229,35 @@ def known_kinds(modules: Mapping[str, Module]) -> frozenset[str]:
     )
 
 
+def silent_tests(tree: Path) -> list[str]:
+    """Tests that assert nothing, neither themselves nor through a function of ``tests`` of which any of that name does."""
+    tests: dict[str, set[str]] = {}
+    helpers: dict[str, set[str]] = defaultdict(set)
+    for path in sorted((tree / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                tests[f"{path.relative_to(tree)}: {node.name}"] = _judged_by(node)
+            elif isinstance(node, ast.FunctionDef):
+                helpers[node.name] |= _judged_by(node)
+    judging = {""}
+    while more := {name for name, called in helpers.items() if called & judging} - judging:
+        judging |= more
+    return [name for name, called in tests.items() if not called & judging]
+
+
+def _judged_by(function: ast.FunctionDef) -> set[str]:
+    """Names of what it calls; an empty one stands for what fails a test by itself."""
+    inner = list(ast.walk(function))
+    calls = [
+        node.func.value if isinstance(node.func, ast.Subscript) else node.func
+        for node in inner
+        if isinstance(node, ast.Call)
+    ]
+    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "_") for call in calls}
+    fails = any(name in ("raises", "warns", "fail", "CHECKS") or "assert" in name for name in names)
+    return names | ({""} if fails or any(isinstance(node, ast.Assert) for node in inner) else set())
+
+
 def main() -> None:
     """Print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
