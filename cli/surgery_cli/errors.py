@@ -62,6 +62,8 @@ def fault_of(error: BaseException) -> Fault:
         case SurgeryError():
             hint = error.hint and _ARGUMENT.sub(_option, error.hint)
             return Fault(error.exit_code, error.code, error.message, hint, error.file, error.tensor)
+        case click.NoSuchOption():
+            return Fault(USAGE, "UsageError", f"no such option '{show(error.option_name)}'", _for_option(error))
         case click.UsageError():
             hint = f"see '{error.ctx.command_path} --help'" if error.ctx else None
             return Fault(USAGE, "UsageError", _lowered(error.format_message()), hint)
@@ -109,6 +111,14 @@ def _option(argument: re.Match[str]) -> str:
     option = _RENAMED.get(argument["name"]) or f"--{argument['name'].replace('_', '-')}"
     value = argument["value"].strip('"')
     return option if value in ("", "True") else f"{option} {shlex.quote(value)}"
+
+
+def _for_option(error: click.NoSuchOption) -> str | None:
+    if error.ctx is None:
+        return None
+    from surgery_cli.unknown_options import hint_for_option  # it looks at every command
+
+    return hint_for_option(error.option_name, error.ctx) or f"see '{error.ctx.command_path} --help'"
 
 
 def guarded(work: Callable[[], None], settings: Settings, words: Sequence[str]) -> int:

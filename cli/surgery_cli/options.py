@@ -14,9 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from surgery_cli.engines import (
-    device,
     device_option,
-    devices,
     devices_option,
     engine,
     runtime_device_option,
@@ -33,21 +31,18 @@ if TYPE_CHECKING:
 __all__ = [
     "PATH",
     "Settings",
-    "adapter_format",
     "adapters",
     "alpha",
     "choice",
     "complete_files",
-    "complete_formats",
     "count",
-    "device",
     "device_option",
-    "devices",
     "devices_option",
     "dry_run",
     "dtype",
     "engine",
     "first_ids",
+    "format_option",
     "global_options",
     "number",
     "output",
@@ -202,6 +197,13 @@ def adapter_format(text: str) -> str:
     return text
 
 
+def format_option(help: str, **more: Any) -> Callable[[F], F]:
+    """``--to``, a format to write."""
+    return click.option(
+        "--to", type=adapter_format, metavar="FORMAT", shell_complete=complete_formats, help=help, **more
+    )
+
+
 def complete_formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names of formats that begin so."""
     from surgery_formats.adapters.registry import formats
@@ -300,9 +302,9 @@ dtype = choice(
 )
 
 
-def adapters(*, required: bool = True) -> Callable[[F], F]:
+def adapters(*, required: bool = True, metavar: str = "") -> Callable[[F], F]:
     """``ADAPTER[=WEIGHT]...``."""
-    metavar = "ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]..."
+    metavar = metavar or ("ADAPTER[=WEIGHT]..." if required else "[ADAPTER[=WEIGHT]]...")
     return click.argument(
         "adapters", nargs=-1, required=required, type=weighted, metavar=metavar, shell_complete=complete_files
     )

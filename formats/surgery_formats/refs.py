@@ -39,6 +39,7 @@ _HUB = re.compile(
 )
 # How a repository is written elsewhere: the address of its page, or the scheme with a slash too few.
 _ADDRESS = re.compile(rf"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:/?)(?P<repo>(?:{_WORD}/)?{_WORD})")
+_INSIDE = re.compile(rf"{_SCHEME}(?P<repo>{_WORD}/{_WORD})/(?P<file>.*)")
 # Other copies of the weights; a repository often holds its model several times over.
 _OTHER_COPIES = ("*.tflite", "*.mlpackage/*", "original/*", "consolidated*")
 
@@ -85,7 +86,11 @@ def resolve(reference: str | os.PathLike[str]) -> Path:
     if not text.startswith(_SCHEME) and (name is None or _looks_local(name.repo)):
         raise NotFoundError("no such file or folder", file=text, hint=_hint(text, name))
     if name is None:
-        raise NotFoundError("not a hub name", file=text, hint="write hf://org/name; @revision and :file are optional")
+        hint = "write hf://org/name; @revision and :file are optional"
+        if inside := _INSIDE.fullmatch(text):
+            file = inside["file"].strip("/")
+            hint = f"write {_SCHEME}{inside['repo']}" + (f":{show(file)}, a file follows a colon" if file else "")
+        raise NotFoundError("not a hub name", file=text, hint=hint)
     return _on_the_hub(name, text)
 
 

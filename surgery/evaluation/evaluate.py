@@ -47,9 +47,9 @@ class Evaluation:
         """
         whole = self.tokens if self.text.nbytes is None else self.text.nbytes
 
-        def done(number: int) -> None:
+        def done(share: float) -> None:
             if progress is not None:
-                progress(Progress(whole * number // len(self.windows), whole, "evaluating"))
+                progress(Progress(round(whole * share), whole, "evaluating"))
 
         return measure(models, against, self.text.ids, self.text.begin, self.windows, done)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,13 @@ class GraphPredictor:
         first, count = self.graph.contract.vocabulary_rows or (0, 0)
         return range(first, first + count)
 
-    def logits(self, rows: npt.NDArray[np.int64]) -> Array:
-        """``(B, S, V)`` after every token of `rows`."""
-        return np.concatenate([self._row(row) for row in rows])
+    def logits(self, rows: npt.NDArray[np.int64], done: Callable[[float], None]) -> Array:
+        """``(B, S, V)`` after every token of `rows`, row by row."""
+        found = []
+        for number, row in enumerate(rows, start=1):
+            found.append(self._row(row))
+            done(number / len(rows))
+        return np.concatenate(found)
 
     def _row(self, row: npt.NDArray[np.int64]) -> Array:
         graph = self.graph

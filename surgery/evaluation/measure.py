@@ -43,13 +43,27 @@ class Score:
     squares: float = 0.0
 
 
+@dataclass
+class _Passes:
+    """Runs of a model over a window, and how many of all of them are done."""
+
+    whole: int
+    done: Callable[[float], None]
+    begun: int = 0
+
+    def of(self, windows: int) -> Callable[[float], None]:
+        """Begin the next `windows`: what is to be told of the share of them that is done."""
+        before, self.begun = self.begun, self.begun + windows
+        return lambda share: self.done((before + windows * share) / self.whole)
+
+
 def measure(
     models: Sequence[Predictor],
     against: Predictor | None,
     ids: npt.NDArray[np.int64],
     begin: int,
     windows: Sequence[Window],
-    done: Callable[[int], None],
+    done: Callable[[float], None],
 ) -> list[Score]:
     """Run models over the windows of a text, one after the other, and compare each with another.
 
@@ -61,27 +75,25 @@ def measure(
         ids: ``(tokens,)``.
         begin: The token in front of every window.
         windows: See `surgery.evaluation.windows.cut`.
-        done: Called with the number of windows that were scored so far.
+        done: Called with the share of the work that is done, several times for a window.
 
     Raises:
         FitError: a model cannot be computed, logits that are no numbers, or two models with other vocabularies.
     """
     scores = [Score() for _ in models]
-    scored = 0
+    passes = _Passes(len(windows) * (len(models) + (against is not None)), done)
     for group in _groups(windows, max(1, *(model.vocabulary for model in (*models, against or models[0])))):
         rows = np.stack([np.concatenate([[begin], ids[window.start : window.stop]]) for window in group])
         targets = [ids[window.scored : window.stop] for window in group]
-        beside = None if against is None else _logits(against, rows, group)
+        beside = None if against is None else _logits(against, rows, group, passes.of(len(group)))
         for score, model in zip(scores, models, strict=True):
-            logits = _logits(model, rows, group)
+            logits = _logits(model, rows, group, passes.of(len(group)))
             if beside is None or against is None:
                 score.nats += sum(map(_nats, logits, targets))
                 continue
             _check_widths(logits[0], model, beside[0], against)
             for model_side, other_side, following in zip(logits, beside, targets, strict=True):
                 _compare(score, model_side, other_side, following)
-        scored += len(group)
-        done(scored)
     return scores
 
 
@@ -93,9 +105,11 @@ def _groups(windows: Sequence[Window], vocabulary: int) -> Iterator[list[Window]
         yield from (listed[at : at + step] for at in range(0, len(listed), step))
 
 
-def _logits(model: Predictor, rows: npt.NDArray[np.int64], group: Sequence[Window]) -> list[Array]:
+def _logits(
+    model: Predictor, rows: npt.NDArray[np.int64], group: Sequence[Window], done: Callable[[float], None]
+) -> list[Array]:
     """Of each window, ``(tokens, V)``: the logits that predict the tokens that it scores."""
-    logits = model.logits(rows)
+    logits = model.logits(rows, done)
     places = (window.scored - window.start for window in group)  # the token in front is in the place before the first
     found = [row[first:-1] for row, first in zip(logits, places, strict=True)]
     if not all(np.isfinite(row).all() for row in found):

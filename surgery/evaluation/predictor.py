@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,8 +50,8 @@ class Predictor(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What the user should know."""
 
-    def logits(self, rows: npt.NDArray[np.int64]) -> Array:
-        """``(B, S, V)`` after every token of `rows`, ``(B, S)``.
+    def logits(self, rows: npt.NDArray[np.int64], done: Callable[[float], None]) -> Array:
+        """``(B, S, V)`` after every token of `rows`, ``(B, S)``; `done` is told which share of the work is.
 
         Raises:
             FitError: the model cannot be computed.

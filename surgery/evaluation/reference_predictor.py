@@ -7,6 +7,7 @@ merge. A model's own weights are used as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,17 @@ class ReferencePredictor:
         taken = 0 if self.virtual is None else len(self.virtual)
         return self.reference.model.max_positions - (taken if self.past is None else self.past.real.shape[1])
 
-    def logits(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """``(B, S, V)`` in float32 after every token of `rows`."""
+    def logits(self, rows: npt.NDArray[np.int64], done: Callable[[float], None]) -> npt.NDArray[Any]:
+        """``(B, S, V)`` in float32 after every token of `rows`, layer by layer."""
+        layers = len(self.reference.model.layers)
         past = None if self.past is None else self.past.expand(len(rows))
-        output = forward(self.reference, torch.from_numpy(rows), past=past, virtual=self.virtual)
+        output = forward(
+            self.reference,
+            torch.from_numpy(rows),
+            past=past,
+            virtual=self.virtual,
+            done=lambda layer: done(layer / layers),
+        )
         found: npt.NDArray[Any] = output.logits[:, -rows.shape[1] :].numpy()
         return found
 

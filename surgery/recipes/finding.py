@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery._version import __version__
 from surgery.engine.inputs import StrPath, as_path
+from surgery.engine.nearby import nearby_inputs
 from surgery.engine.recorded import InputNames, input_digest, with_file
 from surgery.recipes.recipe import Input, Recipe, Step
-from surgery_formats.containers.weight_files import holds_weights
 from surgery_formats.errors import FitError, NotFoundError, UsageError
 from surgery_formats.text import closest, show
 
 __all__ = ["found_inputs", "kept_recipe"]
-
-_LOOKED_AT = 500  # entries of a folder
 
 
 def found_inputs(recipe: Recipe, told: Mapping[str, StrPath]) -> dict[str, Path]:
@@ -48,7 +45,7 @@ def _found(recipe: Recipe, name: str, one: Input, told: StrPath | None) -> Path:
     elif recipe.recorded is None:
         path = as_path(one.reference, name)
     else:
-        found = next((place for place in _places(recipe.path) if input_digest(place) == one.files), None)
+        found = next((place for place in nearby_inputs(recipe.path) if input_digest(place) == one.files), None)
         if found is None:
             raise NotFoundError(
                 f"the input '{show(name)}' is neither here nor beside the manifest's folder",
@@ -61,19 +58,6 @@ def _found(recipe: Recipe, name: str, one: Input, told: StrPath | None) -> Path:
     if one.files and input_digest(path) != one.files:
         raise FitError(f"is not the input '{show(name)}' that the recipe was applied to", file=path)
     return path
-
-
-def _places(manifest: Path) -> Iterator[Path]:
-    """Files of weights and folders with some, here and beside the manifest's folder."""
-    for folder in dict.fromkeys((Path.cwd(), manifest.resolve().parent.parent)):
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)[:_LOOKED_AT]:
-            if entry.name.startswith("."):
-                continue
-            if os.path.isfile(entry.path):
-                if holds_weights(entry.name):
-                    yield Path(entry.path)
-            elif os.path.isdir(entry.path) and any(holds_weights(name) for name in os.listdir(entry.path)):
-                yield Path(entry.path)
 
 
 def kept_recipe(recipe: Recipe, inputs: Mapping[str, Path], last: Step) -> Mapping[str, Any]:

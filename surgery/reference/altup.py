@@ -7,6 +7,7 @@ Streams are a list of ``(B, S, D)``.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -24,7 +25,12 @@ KeyValue = tuple[torch.Tensor, torch.Tensor]
 
 
 def run_streams(
-    reference: Reference, values: torch.Tensor, ids: torch.Tensor, mask: Mask, past: tuple[KeyValue, ...] | None
+    reference: Reference,
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    mask: Mask,
+    past: tuple[KeyValue, ...] | None,
+    done: Callable[[int], None] | None,
 ) -> tuple[torch.Tensor, tuple[KeyValue, ...]]:
     """All layers, of the first hidden states ``(B, S, D)``; and keys and values of the layers that have their own."""
     model, load = reference.model, reference.load
@@ -40,6 +46,8 @@ def run_streams(
         streams, cache = _layer(streams, layer, model.altup, inputs[number], load, mask, own, taken)
         if shared is None:
             caches.append(cache)
+        if done is not None:
+            done(number + 1)
     target = _size(streams[0])
     for number, end in enumerate(model.altup.ends, start=1):
         streams[number] = _resized(project(streams[number], end, load), target)

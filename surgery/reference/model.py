@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,7 +28,6 @@ __all__ = [
     "Output",
     "encode",
     "forward",
-    "prefix_cache",
     "prompt_cache",
 ]
 
@@ -96,6 +95,7 @@ def forward(
     encoded: Encoded | None = None,
     grid: torch.Tensor | None = None,
     images: torch.Tensor | None = None,
+    done: Callable[[int], None] | None = None,
 ) -> Output:
     """Compute the new tokens.
 
@@ -112,6 +112,7 @@ def forward(
         encoded: What the layers of an encoder-decoder's decoder look at besides, see `encode`.
         grid: Places of the new tokens in time, height and width, see `Mask`.
         images: Which new tokens are of images, see `Mask`.
+        done: Called behind every layer with the number of those that were run; not for a model of images.
 
     Raises:
         FitError: an id beyond the vocabulary, a sequence longer than the position table, or a missing tensor.
@@ -141,10 +142,10 @@ def forward(
     if model.altup is not None:
         if front:
             raise FitError("a model with an embedding for each layer takes no virtual tokens")
-        values, caches = run_streams(reference, values, ids, mask, None if past is None else past.layers)
+        values, caches = run_streams(reference, values, ids, mask, None if past is None else past.layers, done)
         values = normalise(values, model.final_norm, reference.load)
     else:
-        values, caches = _run_layers(reference, values, mask, past, encoded)
+        values, caches = _run_layers(reference, values, mask, past, encoded, done)
     logits, outputs = outputs_of(reference, values, ids, real_new)
     return Output(logits, Cache(caches, real_all), outputs)
 
@@ -163,7 +164,12 @@ def _seen(reference: Reference, pixels: torch.Tensor) -> Output:
 
 
 def _run_layers(
-    reference: Reference, values: torch.Tensor, mask: Mask, past: Cache | None, encoded: Encoded | None
+    reference: Reference,
+    values: torch.Tensor,
+    mask: Mask,
+    past: Cache | None,
+    encoded: Encoded | None,
+    done: Callable[[int], None] | None = None,
 ) -> tuple[torch.Tensor, tuple[tuple[torch.Tensor, torch.Tensor], ...]]:
     caches = []
     for index, layer in enumerate(reference.model.layers):
@@ -174,6 +180,8 @@ def _run_layers(
             real = mask.real[:, mask.real.shape[1] - values.shape[1] :]
             values = convolve(reference.model.convolution, first, values, real, reference.load)
         caches.append(cache)
+        if done is not None:
+            done(index + 1)
     return normalise(values, reference.model.final_norm, reference.load), tuple(caches)
 
 
@@ -209,28 +217,6 @@ def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None
 def prompt_cache(reference: Reference, embeddings: torch.Tensor) -> Cache:
     """The cache of a soft prompt ``(n, D)`` for one row (prompt tuning, arXiv:2104.08691; P-tuning, 2103.10385)."""
     return forward(reference, torch.empty(1, 0, dtype=torch.long), virtual=embeddings).cache
-
-
-def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
-    """Trained keys and values (prefix tuning, arXiv:2101.00190), for one row.
-
-    `flat`, ``(n, layers * 2 * kv_heads * head_dim)``, has for every token the key and the value of each layer in turn.
-    Keys are used as they are, without rotation.
-
-    Raises:
-        FitError: the width is not that of the model.
-    """
-    layers = reference.model.caching
-    sizes = [layer.attention.kv_heads * layer.attention.head_dim for layer in layers for _ in "kv"]
-    if flat.ndim != 2 or flat.shape[1] != sum(sizes):
-        raise FitError(f"the prefix has the shape {tuple(flat.shape)}, but the model needs (tokens, {sum(sizes)})")
-    parts = torch.split(flat.to(reference.dtype), sizes, dim=1)
-    caches = []
-    for index, layer in enumerate(layers):
-        heads, dim = layer.attention.kv_heads, layer.attention.head_dim
-        k, v = (part.reshape(-1, heads, dim).transpose(0, 1)[None] for part in parts[2 * index : 2 * index + 2])
-        caches.append((k, v))
-    return Cache(tuple(caches), torch.ones(1, len(flat), dtype=torch.bool))
 
 
 def _residual(

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.engine.devices import device_of
@@ -21,13 +24,15 @@ from surgery.engine.inputs import (
     output_path,
 )
 from surgery.engine.ledger import Ledger
-from surgery.engine.merge.merge_plan import planned_merge
+from surgery.engine.merge.merge_request import MergeRequest
 from surgery.engine.merge.merge_result import MergeResult
 from surgery.engine.merge.model_card import merge_card
 from surgery.engine.output_checks import check_output
-from surgery.engine.quantised.output import quantised_output
+from surgery.engine.plan import Plan
+from surgery.engine.quantised.output import QuantisedOutput
 from surgery.progress import Callback
 from surgery.reports.result import timed
+from surgery_formats.binding.bind import Binding
 from surgery_formats.errors import NothingChangedError, UsageError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.files.remote.path import to_path
@@ -36,7 +41,9 @@ from surgery_formats.threads import one_thread
 
 if TYPE_CHECKING:
     from surgery.engine.quantised.residual import ResidualLoRA
-    from surgery.engine.shares.work import EngineLike
+    from surgery.engine.shares.work import Cluster, EngineLike
+    from surgery.engine.undo.undone import UndoneValues
+    from surgery_formats.canonical.adapter import WeightedAdapter
 
 __all__ = ["MergeResult", "merge"]
 
@@ -126,120 +133,170 @@ def merge(
         OutputExistsError, ResourceError, ProofError: see `surgery.engine.execute.execute`.
     """
     check_counts(workers=workers, shard_size=shard_size, memory_limit=memory_limit)
-    cluster = None
-    if engine is not None and engine != "local":
-        from surgery.engine.shares.choice import cluster_of, device_of_workers
-
-        cluster, device = cluster_of(engine), device_of_workers(device)
-    else:
-        device = device_of(device)
+    cluster, device = _computing_on(engine, device)
     folder = output_path(output, dry_run=dry_run)
     run = Run(workers, memory_limit, device, verify_copies, overwrite, progress)
+    request = MergeRequest(
+        base, adapters, dtype, shard_size, layout, quantized, only_touched, rounding, rank, max_error,
+        calibration, reversible, as_trained, tuple(as_list(without)),
+    )  # fmt: skip
     if graph_of is not None:
         from surgery.verbs.merge_graph import merge_graph
 
-        others = {
-            "dtype": dtype != "keep", "shard_size": shard_size, "layout": layout != "keep",
-            "quantized": quantized != "dequantize", "only_touched": only_touched, "rounding": rounding,
-            "calibration": calibration, "rank": rank, "max_error": max_error, "reversible": reversible,
-            "as_trained": as_trained is not None, "memory_limit": memory_limit, "engine": cluster, "replace": replace,
-        }  # fmt: skip
-        if odd := [name for name, given in others.items() if given]:
-            raise UsageError(
-                f"{odd[0]} belongs to checkpoints: a graph keeps its types and its layout",
-                hint=f"leave out `{odd[0]}=`, or, of a checkpoint, `graph_of=`",
-            )
-        if isinstance(base, Checkpoint):
-            raise UsageError("a graph is named by its path")
-        return merge_graph(
-            as_path(base, "base"), graph_of, adapters, folder, run, without=as_list(without), accept_loss=accept_loss
-        )
+        graph = _graph_of(request, run, replace, cluster)
+        return merge_graph(graph, graph_of, adapters, folder, run, without=request.without, accept_loss=accept_loss)
     if isinstance(base, str | os.PathLike) and os.fspath(base).endswith(".onnx"):
         raise UsageError("an ONNX graph needs the checkpoint that it was made of", hint="name it: `graph_of=BASE`")
-    quantised = quantised_output(
-        quantized,
-        only_touched=only_touched,
-        rounding=rounding,
-        rank=rank,
-        max_error=max_error,
-        calibration=calibration,
-        accept_loss=accept_loss,
-        reversible=reversible,
-        as_trained=as_trained is not None,
-        dtype=dtype,
-    )
+    quantised = request.quantised(accept_loss=accept_loss)
     undone = None
     if replaced := as_weighted(replace, "replace"):
-        if as_trained is not None or reversible or quantised.way != "dequantize":
-            raise UsageError("adapters are replaced in plain weights", hint="unmerge first, and then merge")
-        if cluster is not None:
-            raise UsageError(
-                "adapters are replaced in this process alone", hint="leave out `engine=`, or unmerge first"
-            )
-        from surgery.engine.undo.undone import undone_values
-        from surgery.verbs.unmerge import kept_beside
-
-        base = as_checkpoint(base)
-        undone = undone_values(base, [(entry.adapter, entry.weight) for entry in replaced], kept_beside(base))
+        request, undone = _taken_back(request, quantised, replaced, cluster)
     shared = None
     if cluster is not None:
-        from surgery.engine.merge.merge_request import request_of
         from surgery.engine.shares.planned import InShares
 
-        request = request_of(
-            base, adapters, dtype=dtype, shard_size=shard_size, layout=layout, quantized=quantized,
-            only_touched=only_touched, rounding=rounding, rank=rank, max_error=max_error, calibration=calibration,
-            reversible=reversible, as_trained=as_trained, without=tuple(as_list(without)),
-        )  # fmt: skip
+        request = request.portable()
         shared = InShares(cluster, request, run)
-        binding, plan = request.planned()
-    else:
-        binding, plan = planned_merge(
-            base, adapters, dtype, shard_size, layout, quantised, reversible, as_trained, as_list(without), undone
-        )
+    binding, plan = request.planned(quantised, undone)
     if reversible and any(component.made for component in binding.checkpoint.components.values()):
         raise UsageError("a base that is not written cannot come back", hint="write it first")
     if folder is None:
-        from surgery.engine.preview import obstacles, preview
-
-        beside = 0
-        if quantised.way == "residual":
-            from surgery.engine.quantised.residual import most_nbytes
-
-            beside = most_nbytes(binding, quantised)
-        ahead = preview(plan, None if output is None else to_path(output), workers, beside)
-        return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=overwrite)), ahead)
-    warnings: list[str] = list(plan.warnings)
+        return _foreseen(binding, plan, quantised, None if output is None else to_path(output), run)
+    warnings = [*plan.warnings]
     if undone is not None and not undone.exact:
         warnings.append("the values before are an estimate: rounding lost what a reversible merge would have kept")
+    written = _MergeOutput(request, binding, plan, quantised, run, accept_loss, warnings)
+    ledger = execute(plan, folder, run, written.card, shared, written.what_is_lost if written.is_read_back else None)
+    return written.result(folder, ledger)
 
-    def finish(ledger: Ledger) -> Mapping[str, bytes]:
-        weights = [weight for _, weight in binding.adapters]
-        if quantised.way != "residual":
-            warnings.extend(check_output(ledger, binding.checkpoint, weights, accept_loss=accept_loss))
-        return {"README.md": merge_card(binding, ledger, residual=quantised.way == "residual")}
 
-    kept: list[int] = []
-    residual: list[ResidualLoRA] = []
+def _computing_on(engine: EngineLike | None, device: str) -> tuple[Cluster | None, str]:
+    """The cluster, None where this process computes, and the device."""
+    if engine is None or engine == "local":
+        return None, device_of(device)
+    from surgery.engine.shares.choice import cluster_of, device_of_workers
 
-    def last(staged: OutputFolder) -> None:
-        if reversible:
+    return cluster_of(engine), device_of_workers(device)
+
+
+def _graph_of(request: MergeRequest, run: Run, replace: AdaptersLike, cluster: Cluster | None) -> Path:
+    """The path of the graph to merge into; refuses all that only checkpoints have."""
+    others = {
+        "dtype": request.dtype != "keep", "shard_size": request.shard_size, "layout": request.layout != "keep",
+        "quantized": request.quantized != "dequantize", "only_touched": request.only_touched,
+        "rounding": request.rounding, "calibration": request.calibration, "rank": request.rank,
+        "max_error": request.max_error, "reversible": request.reversible, "as_trained": request.as_trained is not None,
+        "memory_limit": run.memory_limit, "engine": cluster, "replace": replace,
+    }  # fmt: skip
+    if odd := [name for name, given in others.items() if given]:
+        raise UsageError(
+            f"{odd[0]} belongs to checkpoints: a graph keeps its types and its layout",
+            hint=f"leave out `{odd[0]}=`, or, of a checkpoint, `graph_of=`",
+        )
+    if isinstance(request.base, Checkpoint):
+        raise UsageError("a graph is named by its path")
+    return as_path(request.base, "base")
+
+
+def _taken_back(
+    request: MergeRequest, quantised: QuantisedOutput, replaced: Sequence[WeightedAdapter], cluster: Cluster | None
+) -> tuple[MergeRequest, UndoneValues]:
+    """The request with its base opened, and the values that this had before the `replaced` adapters were merged."""
+    if request.as_trained is not None or request.reversible or quantised.way != "dequantize":
+        raise UsageError("adapters are replaced in plain weights", hint="unmerge first, and then merge")
+    if cluster is not None:
+        raise UsageError("adapters are replaced in this process alone", hint="leave out `engine=`, or unmerge first")
+    from surgery.engine.undo.undone import undone_values
+    from surgery.verbs.unmerge import kept_beside
+
+    base = as_checkpoint(request.base)
+    undone = undone_values(base, [(entry.adapter, entry.weight) for entry in replaced], kept_beside(base))
+    return dataclasses.replace(request, base=base), undone
+
+
+def _foreseen(binding: Binding, plan: Plan, quantised: QuantisedOutput, output: Path | None, run: Run) -> MergeResult:
+    """What a dry run knows."""
+    from surgery.engine.preview import obstacles, preview
+
+    beside = 0
+    if quantised.way == "residual":
+        from surgery.engine.quantised.residual import most_nbytes
+
+        beside = most_nbytes(binding, quantised)
+    ahead = preview(plan, output, run.workers, beside)
+    return MergeResult(None, Ledger(plan), (*plan.warnings, *obstacles(plan, ahead, overwrite=run.overwrite)), ahead)
+
+
+@dataclass(slots=True)
+class _MergeOutput:
+    """An output while it is written: what `execute` asks for beside the weights, and what that tells.
+
+    Attributes:
+        request: What was asked for.
+        binding: Of base and adapters.
+        plan: Of the weights.
+        quantised: What becomes of a quantised base.
+        run: How.
+        accept_loss: Whether codes may lose most of the update.
+        warnings: What the user should know so far.
+        rounding_nbytes: Of what a reversible merge keeps, once it is written.
+        residual: The LoRA beside the codes, once it is written.
+    """
+
+    request: MergeRequest
+    binding: Binding
+    plan: Plan
+    quantised: QuantisedOutput
+    run: Run
+    accept_loss: bool
+    warnings: list[str]
+    rounding_nbytes: int = 0
+    residual: ResidualLoRA | None = None
+
+    @property
+    def is_read_back(self) -> bool:
+        """Whether the weights are read again, for what they lost comes beside them."""
+        return self.request.reversible or self._is_residual
+
+    @property
+    def _is_residual(self) -> bool:
+        return self.quantised.way == "residual"
+
+    def card(self, ledger: Ledger) -> Mapping[str, bytes]:
+        """The model card, if the output is one to keep; see `execute`.
+
+        Raises:
+            NothingChangedError: it is not.
+        """
+        if not self._is_residual:
+            weights = [weight for _, weight in self.binding.adapters]
+            self.warnings += check_output(ledger, self.binding.checkpoint, weights, accept_loss=self.accept_loss)
+        return {"README.md": merge_card(self.binding, ledger, residual=self._is_residual)}
+
+    def what_is_lost(self, staged: OutputFolder) -> None:
+        """Write what the weights in the staged folder lack of the base, or of the update; see `execute`.
+
+        Raises:
+            NothingChangedError: neither the codes nor the LoRA beside them hold anything of the update.
+        """
+        if self.request.reversible:
             from surgery.engine.undo.record import record_base  # it reads back all that was computed
 
-            kept.append(record_base(binding, plan, staged, run))
-        if quantised.way == "residual":
+            self.rounding_nbytes = record_base(self.binding, self.plan, staged, self.run)
+        if self._is_residual:
             from surgery.engine.quantised.residual import write_residual
 
             with one_thread():
-                residual.append(write_residual(binding, plan, quantised, staged))
-            if not plan.computed() and not any(weight.update > 0 for weight in residual[0].weights):
+                self.residual = write_residual(self.binding, self.plan, self.quantised, staged)
+            if not self.plan.computed() and not any(weight.update > 0 for weight in self.residual.weights):
                 raise NothingChangedError(
                     "no weight of the base would change", hint="the adapters are all zeros, or cancel each other"
                 )
 
-    needed = reversible or quantised.way == "residual"
-    ledger = execute(plan, folder, run, finish, shared, last if needed else None)
-    found = residual[0] if residual else None
-    if found is not None and max_error is None:
-        warnings.extend(found.warnings)
-    return MergeResult(folder, ledger, tuple(warnings), rounding_nbytes=sum(kept), residual=found)
+    def result(self, folder: Path, ledger: Ledger) -> MergeResult:
+        """What became of it all."""
+        if self.residual is not None and self.request.max_error is None:
+            self.warnings += self.residual.warnings
+        return MergeResult(
+            folder, ledger, tuple(self.warnings), rounding_nbytes=self.rounding_nbytes, residual=self.residual
+        )

@@ -32,7 +32,7 @@ from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.binding.bind import bind
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.errors import FitError, UsageError
+from surgery_formats.errors import UsageError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.base_name import is_hub_name
 from surgery_formats.models.checkpoint import Checkpoint
@@ -75,7 +75,7 @@ def unmerge(
         What came back, and how far it is the base; of two models, as `surgery.extract_lora`.
 
     Raises:
-        UsageError: an argument of a wrong type, or no output.
+        UsageError: an argument of a wrong type, no adapter, or no output.
         InputError: an input cannot be read, or `base_rounding` is damaged.
         FitError: other adapters were merged, or the file was kept for another model; without the file: an update is not
             in the weights, or has no inverse.
@@ -107,10 +107,12 @@ def unmerge(
     merged = as_checkpoint(model, "model")
     assert not isinstance(adapters, Checkpoint)  # that is a model, see above
     weighted = [(entry.adapter, entry.weight) for entry in as_weighted(adapters)]
-    if not weighted:
-        raise FitError("no adapter was named")
     run = Run(workers=workers, overwrite=overwrite, progress=progress)
     kept = kept_beside(merged) if base_rounding is None else local_path(base_rounding, "base_rounding")
+    if not weighted:
+        from surgery.engine.undo.unnamed import none_named
+
+        raise none_named(merged.path, kept)
     if kept is not None:
         from surgery.engine.undo.restore import prove_base, restoration
         from surgery.engine.undo.sidecar import open_sidecar

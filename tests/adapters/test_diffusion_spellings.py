@@ -226,3 +226,45 @@ def test_a_number_beyond_the_parts_is_no_name(tmp_path: Path) -> None:
     save_file(_named("transformer.double_blocks.0.img_attn_qkv.3", DOWN_UP, _pair(1, H, H)), tmp_path / "x.safetensors")
     with pytest.raises(FitError, match="has no parameter"):
         merge(base, tmp_path / "x.safetensors", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("target", "prefixes"),
+    [
+        ("comfyui", ("text_encoders.clip_l.transformer.", "text_encoders.t5xxl.transformer.")),
+        ("diffusers", ("text_encoder.", "text_encoder_2.")),
+        ("kohya", ("lora_te1_", "lora_te3_")),
+        ("omi", ("clip_l.", "t5.")),
+    ],
+)
+def test_text_encoders_in_one_file_are_written_by_its_names(
+    target: str, prefixes: tuple[str, str], tmp_path: Path
+) -> None:
+    """sd-scripts numbers T5 the third; Flux has it second, and a file that ComfyUI saved has no configuration that says so."""
+    stored = {
+        f"text_encoders.{name}.transformer.{module}.weight": np.ones(shape, np.float32)
+        for name, (_, modules) in (("clip_l", CLIP), ("t5xxl", T5))
+        for module, shape in modules.items()
+    }
+    denoiser = {"model.diffusion_model.double_blocks.0.img_attn.proj.weight": np.ones((H, H), np.float32)}
+    save_file({**stored, **denoiser}, tmp_path / "base.safetensors")
+    modules = [next(iter(modules)) for _, modules in (CLIP, T5)]
+    tensors = {
+        key: value
+        for seed, (prefix, module) in enumerate(zip(("lora_te1_", "lora_te3_"), modules, strict=True))
+        for key, value in _named(f"{prefix}{module.replace('.', '_')}", DOWN_UP, _pair(seed, H, H)).items()
+    }
+    source, out = tmp_path / "kohya.safetensors", tmp_path / "x.safetensors"
+    save_file(tensors, source)
+    convert(source, target, output=out, base=tmp_path / "base.safetensors")
+    written = {key.rpartition(".lora_")[0] for key in load_file(out) if ".lora_" in key}
+    flat = target == "kohya"
+    assert written == {
+        f"{prefix}{module.replace('.', '_') if flat else module}"
+        for prefix, module in zip(prefixes, modules, strict=True)
+    }
+    for file in (source, out):
+        merge(tmp_path / "base.safetensors", file, output=tmp_path / file.stem)
+    one, two = (load_file(tmp_path / file.stem / "base.safetensors") for file in (source, out))
+    assert all(np.array_equal(one[key], two[key]) for key in one)
+    assert sum(not np.array_equal(one[key], value) for key, value in stored.items()) == 2

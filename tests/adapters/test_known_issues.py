@@ -98,6 +98,27 @@ def test_a_file_of_merge_lora_concat(tmp_path: Path) -> None:
     assert "0.5 of its strength" in said_by(joined)
 
 
+def test_projections_that_were_trained_in_parts(tmp_path: Path) -> None:
+    """sd-scripts 48d368f, ``lora_sd3.py`` and ``lora_flux.py``: run there, such a file gives 1/3 of what was trained, 1/4 of linear1."""
+    module = "lora_unet_joint_blocks_0_x_block_attn"
+    tensors = {
+        f"{module}_qkv.lora_down.weight": draw(1, 12, 6),
+        f"{module}_qkv.lora_up.weight": draw(2, 18, 12),
+        f"{module}_proj.lora_down.weight": draw(3, 4, 6),
+        f"{module}_proj.lora_up.weight": draw(4, 6, 4),
+        **{f"{module}_{end}.alpha": np.array(2, np.float32) for end in ("qkv", "proj")},
+    }
+    for on in ("True", "False"):
+        said = {"ss_network_dim": "4", "ss_network_alpha": "2.0", "ss_network_args": f'{{"split_qkv": "{on}"}}'}
+        save_file(tensors, tmp_path / "x.safetensors", said)
+        assert ("1 fused projections act at 1/3 of their strength" in said_by(tmp_path / "x.safetensors")) is (
+            on == "True"
+        )
+    alone = {key: value for key, value in tensors.items() if "_qkv" in key}
+    save_file(alone, tmp_path / "x.safetensors", said | {"ss_network_args": '{"split_qkv": "True"}'})
+    assert "--concat" not in said_by(tmp_path / "x.safetensors")
+
+
 def test_a_file_of_a_merge_script(tmp_path: Path) -> None:
     facts = {"ss_network_dim": "4", "ss_network_alpha": "2.0", "modelspec.merged_from": "a, b"}
     assert "merge_lora.py squares the ratios" in said_by(kohya(tmp_path / "m.safetensors", 4, 2.0, **facts))

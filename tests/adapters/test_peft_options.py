@@ -25,7 +25,8 @@ from surgery_formats.adapters.peft.kinds import switches
 from surgery_formats.adapters.peft.read_config import NOT_READ
 from surgery_formats.errors import SurgeryError
 from tests.oracles import disk, measure, models, peft_oracle
-from tests.oracles.catalog_options import ALL, CASES, CONV1D, EXPERTS, KINDS, LINEAR, NOT_INSTALLED, Fields
+from tests.oracles.catalog_options import CASES, KINDS, NOT_INSTALLED
+from tests.oracles.option_walks import ALL, CONV1D, EXPERTS, LINEAR, Fields
 
 CLASSES = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 IDS = torch.randint(0, 21, (2, 8), generator=torch.Generator().manual_seed(7))

@@ -20,17 +20,8 @@ from surgery_formats.errors import FitError
 from surgery_formats.testing.update import UPDATE_CHECKS, UpdateCase
 from surgery_formats.updates import Factor, LoRA, Stacked
 from tests.oracles import disk, recipes
-from tests.support.toy_kinds import (
-    adapter_of,
-    gained_experts,
-    gained_lora,
-    halves,
-    lengthened,
-    outer_sine,
-    overwritten,
-    overwritten_by_two,
-    row_gain,
-)
+from tests.support.toy_kinds import adapter_of, gained_experts, gained_lora, halves, outer_sine
+from tests.support.toy_kinds_of_a_weight import lengthened, overwritten, overwritten_by_two, row_gain
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -129,6 +129,14 @@ def test_an_adapter_of_several_models_does_not_fit_one() -> None:
     assert surgery.merge(GOLDEN / "kohya/sd1/base/unet", mixed, dry_run=True, without=["text_encoder:*"]).ledger.classes
 
 
+def test_a_text_encoder_alone_is_told_by_its_names_and_the_cure_leaves_out_the_rest() -> None:
+    mixed, encoder = GOLDEN / "kohya/sd1/mixed/adapter.safetensors", GOLDEN / "kohya/sd1/base/text_encoder"
+    with pytest.raises(FitError, match="the base is one model") as caught:
+        surgery.merge(encoder, mixed, dry_run=True)
+    assert str(caught.value.hint).endswith('without them: `without="unet:*"`')
+    assert surgery.merge(encoder, mixed, dry_run=True, without=["unet:*"]).ledger.classes
+
+
 def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", {"model.layers.0.q_proj.weight": torch.randn(4, 4)}, model_type="llama")
     a, b = torch.randn(2, 4), torch.randn(4, 2)

@@ -95,7 +95,7 @@ def test_weights_without_a_config_are_refused_by_its_name(run, tmp_path):
 def test_codes_are_told_with_their_error_and_measured_without_a_length(run, tmp_path):
     out = tmp_path / "out"
     done = run("export-onnx", BASE, LORA, "--weights-type", "int4", "-o", out)
-    assert "43 of 4 bits: error 0.0861 of the values, at most 0.089" in " ".join(done.stdout.split())
+    assert "43 in int4: error 0.0861 of the values, at most 0.089" in " ".join(done.stdout.split())
     timed = run("--json", "bench", out, "--new-tokens", "5", "--device", "cpu", "--threads", "1")
     assert json.loads(timed.stdout)["result"]["prompt_length"] == 503  # 512 positions, less the steps
     done = run("bench", out, "--prompt-length", "512", "--device", "cpu")

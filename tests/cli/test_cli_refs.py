@@ -116,6 +116,37 @@ def test_a_misspelt_path_that_looks_like_a_name_of_the_hub_is_told_so_first(hub:
     assert "hf download org/name" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("way", ["offline", "unreachable", "not there"])
+def test_half_of_a_name_of_the_hub_is_told_as_that(way: str, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    if way == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif way == "unreachable":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for text in ("hf://nobody", "hf://nobody@main:a.safetensors"):
+        with pytest.raises(InputError) as caught:
+            resolve(text)
+        hint = caught.value.hint or ""
+        assert "hf download" not in hint
+        assert "write hf://ORG/nobody or hf://nobody/NAME: all repositories but a few old ones are ORG/NAME" in hint
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("hf://org/name/", "write hf://org/name"),
+        ("hf://org/name/unet/a.safetensors", "write hf://org/name:unet/a.safetensors, a file follows a colon"),
+        ("hf://", "write hf://org/name; @revision and :file are optional"),
+    ],
+)
+def test_a_name_of_the_hub_with_a_slash_too_many_is_told_as_it_is_written(hub: Hub, text: str, hint: str):
+    with pytest.raises(NotFoundError) as caught:
+        resolve(text)
+    assert caught.value.hint == hint
+    assert hub.asked == []
+
+
 def test_a_hub_name_without_the_hub_package_names_what_to_install(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import surgery
-from surgery.engine.merge.merge_request import request_of
+from surgery.engine.merge.merge_request import MergeRequest
 from surgery.engine.shares.folders import Shares
 from surgery.engine.shares.ray import Ray, share_count
 from surgery.engine.shares.ray import _connected as connected
@@ -79,11 +79,11 @@ def test_workers_get_their_gpus_from_the_cluster():
 def test_references_become_absolute_and_weights_stay(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(BASE.parent)
     for given in ({"lora": 0.5}, ("lora", 0.5), [("lora", 0.5)], [(Path("lora"), 0.5)]):
-        assert request_of("base", given).adapters == ((str(LORA), 0.5),)
-    request = request_of("base", ["lora", "hf://org/name"], as_trained="nf4")
+        assert MergeRequest("base", given).portable().adapters == ((str(LORA), 0.5),)
+    request = MergeRequest("base", ["lora", "hf://org/name"], as_trained="nf4").portable()
     assert (request.base, request.as_trained) == (str(BASE), "nf4")
     assert request.adapters == ((str(LORA), 1.0), ("hf://org/name", 1.0))
-    assert request_of("s3://bucket/base", "lora").base == "s3://bucket/base"
+    assert MergeRequest("s3://bucket/base", "lora").portable().base == "s3://bucket/base"
 
 
 def test_the_number_of_shares_follows_from_the_work_alone():

@@ -13,9 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.onnx.edit.graph_card import folded_relation
 from tests.support.cards import check_card
 from tests.support.kit import ROOT
 from tests.support.quantised_folders import quantise_folder
+from tests.verbs.test_merge_gguf import GOLDEN, adapter, apart, main
 
 EXAMPLES = ROOT / "examples"
 BASE = "models--org--base/snapshots/0123"
@@ -92,7 +94,7 @@ MADE: dict[str, tuple[Callable[[Path, Path], object], str | None, str, list[str]
         "onnx",
         ["onnx", "merge"],
     ),
-    "folded": (folded, "merge", "onnx", ["onnx", "merge"]),
+    "folded": (folded, None, "onnx", ["onnx"]),
     "weights of a graph": (
         lambda w, o: surgery.convert(w / "graph/model.onnx", "safetensors", output=o),
         None,
@@ -156,6 +158,29 @@ def test_a_card_says_what_its_folder_is_of_its_base(name: str, world: Path, tmp_
     assert data.tags == [*tags, "code"]
     if name != "gated":  # verify knows no strengths
         surgery.verify(tmp_path / "out")
+
+
+FOLDED = {
+    "": ("", ""),
+    "merge": ("merge", "merge"),
+    "quantized": ("quantized", "quantized"),
+    "finetune": ("finetune", ""),
+}
+
+
+@pytest.mark.parametrize("told", FOLDED)
+def test_a_folded_graph_says_of_its_base_what_is_known_without_it(told: str, tmp_path: Path) -> None:
+    """A graph of a fine-tune of org/base that lies on this disk: with an adapter it is no merge of org/base."""
+    alone, with_adapters = FOLDED[told]
+    head = f"base_model: org/base\nbase_model_relation: {told}\n" if told else "base_model: org/base\n"
+    (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+    assert folded_relation(tmp_path / "model.onnx", added=False) == alone
+    assert folded_relation(tmp_path / "model.onnx", added=True) == with_adapters
+
+
+def test_a_graph_whose_card_names_no_base_is_itself_the_base(tmp_path: Path) -> None:
+    assert folded_relation(tmp_path / "model.onnx", added=True) == "merge"
+    assert folded_relation(tmp_path / "model.onnx", added=False) == ""
 
 
 @pytest.mark.parametrize(
@@ -232,3 +257,69 @@ def test_a_transferred_prompt_is_not_said_to_be_for_the_model_it_came_from(world
     shutil.copytree(EXAMPLES / "tuned", other)
     surgery.prompt_transfer(world / "fresh", world / BASE, onto=other, output=tmp_path / "out", accept_loss=True)
     assert check_card(tmp_path / "out" / "README.md").base_model == "org/other"
+
+
+def test_the_title_of_a_conversion_names_both_formats(world: Path, tmp_path: Path) -> None:
+    titles = {"mlx": "mlx", "compact": "compact (int8)", "peft": "peft"}
+    for target, named in titles.items():
+        surgery.convert(world / "lora", target, base=world / BASE, output=tmp_path / target)
+        assert f"# `lora`, converted from peft to {named}\n" in (tmp_path / target / "README.md").read_text()
+    surgery.convert(world / "lora", "compact", factors="int4", output=tmp_path / "int4")
+    assert "to compact (int4)\n" in (tmp_path / "int4" / "README.md").read_text()
+    surgery.convert(EXAMPLES / "dora", "peft", as_lora=True, rank=8, base=world / BASE, output=tmp_path / "as lora")
+    assert "# `dora`, in the place of peft, as peft\n" in (tmp_path / "as lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("way", "told"),
+    [
+        ("dequantize", None),
+        ("requantize", "chosen again: 42 in `NF4`"),
+        ("residual", "as they were: 42 in `NF4`"),
+    ],
+)
+def test_a_card_names_the_codes_that_its_model_is_stored_in(way: str, told: str | None, tmp_path: Path) -> None:
+    base = quantise_folder(EXAMPLES / "base", tmp_path / "base", "nf4")
+    surgery.merge(base, EXAMPLES / "lora", output=tmp_path / "out", quantized=way, accept_loss=way == "requantize")
+    rows = [
+        row
+        for row in (tmp_path / "out" / "README.md").read_text().split("\n")
+        if row.startswith("| weights in codes |")
+    ]
+    assert rows == ([] if told is None else [f"| weights in codes | {told} |"])
+
+
+def test_a_card_names_the_codes_of_a_gguf_and_of_a_graph(world: Path, tmp_path: Path) -> None:
+    wide = GOLDEN / "wide.gguf"
+    surgery.merge(wide, adapter(tmp_path / "style", apart(main(wide))), output=tmp_path / "out", quantized="requantize")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| weights in codes | chosen again: 5 in `Q4_K`, 2 in `Q6_K`, 1 in `Q5_0`, 1 in `Q8_0` |" in text
+    surgery.export_onnx(world / BASE, weights_type="int4", output=tmp_path / "graph")
+    assert "| codes | 43 in int4 |" in (tmp_path / "graph" / "README.md").read_text()
+
+
+def test_the_lora_beside_a_quantised_model_has_a_card(tmp_path: Path) -> None:
+    base = quantise_folder(EXAMPLES / "base", tmp_path / "models--org--base" / "snapshots" / "0123", "nf4")
+    surgery.merge(base, EXAMPLES / "lora", output=tmp_path / "out", quantized="residual")
+    card = tmp_path / "out" / "adapter" / "README.md"
+    data = check_card(card)
+    assert (data.library_name, data.base_model, data.tags) == ("peft", "org/base", ["lora"])
+    assert data.get("base_model_relation") is None  # it is for the model above it
+    text = card.read_text()
+    assert "# What the codes of `org/base` do not hold of `lora`\n" in text
+    assert "| greatest rank | 8 |" in text
+    assert "no adapter of the base" in text
+    surgery.verify(tmp_path / "out")
+    card.write_text(text + "more\n")
+    with pytest.raises(surgery.ProofError, match=r"adapter/README\.md"):
+        surgery.verify(tmp_path / "out")
+
+
+def test_a_gguf_of_plain_numbers_is_no_quantised_model(tmp_path: Path) -> None:
+    base = tmp_path / "models--org--base" / "snapshots" / "0123" / "llama.gguf"
+    base.parent.mkdir(parents=True)
+    shutil.copy(GOLDEN / "llama.gguf", base)
+    surgery.merge(base, adapter(tmp_path / "style", apart(main(base))), output=tmp_path / "out")
+    card = tmp_path / "out" / "README.md"
+    assert check_card(card).get("base_model_relation") == "merge"
+    assert "in codes" not in card.read_text()

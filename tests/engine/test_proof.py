@@ -28,7 +28,8 @@ from surgery_formats.tensors.views import rows, whole
 from surgery_formats.updates import DoRA, Factor, LoRA, Offset, TokenRows, Update
 from tests.support.hand_made import write_adapter, write_model
 from tests.support.kit import ROOT
-from tests.support.toy_kinds import adapter_of, gained_lora, outer_sine, row_gain
+from tests.support.toy_kinds import adapter_of, gained_lora, outer_sine
+from tests.support.toy_kinds_of_a_weight import row_gain
 
 
 def stored(file: Path, **values: np.ndarray) -> dict[str, Factor]:

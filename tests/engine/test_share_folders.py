@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.engine.merge.merge_request import MergeRequest, request_of
+from surgery.engine.merge.merge_request import MergeRequest
 from surgery.engine.shares import folders
 from surgery.engine.shares.folders import Shares, assignments, write_share
 from surgery_formats.errors import OutputExistsError
@@ -79,7 +79,7 @@ def test_a_way_back_out_of_a_link_leads_workers_where_it_leads_the_command(
     make_lora(tmp_path / "a")
     os.symlink(tmp_path / "far" / "deep", tmp_path / "here" / "link")
     monkeypatch.chdir(tmp_path / "here")
-    request = request_of("link/../base", "../a")
+    request = MergeRequest("link/../base", "../a").portable()
     assert os.path.samefile(request.base, tmp_path / "far" / "base")
     output = "link/../out"
     for assignment in assignments(request, request.work(), output, 2):

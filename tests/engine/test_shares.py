@@ -87,7 +87,7 @@ def merge(request: MergeRequest, **options: object) -> surgery.MergeResult:
 
 @pytest.mark.parametrize("count", [1, 3, 50])
 def test_every_computed_weight_is_in_one_share(of_weights: MergeRequest, count: int):
-    _, plan = of_weights.planned()
+    plan = of_weights.work().plan
     shares = plan.shares(count)
     labels = [tensor.label for each in shares for tensor in each.tensors]
     assert sorted(labels) == sorted(tensor.label for tensor in plan.tensors if isinstance(tensor.step, Compute))
@@ -107,7 +107,7 @@ def test_every_file_is_in_one_share(of_files: MergeRequest, count: int):
 
 
 def test_a_weight_in_two_files_is_computed_by_itself(of_files: MergeRequest):
-    plan = of_files.planned()[1]
+    plan = of_files.work().plan
     first, *others = plan.files
     changed = next(tensor for file in others for tensor in file.tensors if isinstance(tensor.step, Compute))
     cut = replace(first, tensors=(*first.tensors, replace(changed, name="its scales", part=1)))

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 import surgery
 from examples.evaluate import load, nats
 from surgery.evaluation.windows import cut
+from surgery.progress import Progress
 from surgery_formats.errors import FitError, InputError, MalformedError, NotFoundError, SurgeryError, UsageError
 
 EXAMPLES = Path("examples")
@@ -219,3 +220,22 @@ def test_models_of_other_vocabularies_are_not_compared(tmp_path: Path, excerpt: 
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(FitError, match="different vocabularies"):
         surgery.eval(BASE, against=other, text=excerpt)
+
+
+def test_progress_advances_layer_by_layer_within_a_window(tmp_path: Path, ids: list[int]) -> None:
+    """One window of a large model takes minutes."""
+    np.save(tmp_path / "ids.npy", np.array(ids[:120]))
+    layers = json.loads((BASE / "config.json").read_text())["num_hidden_layers"]
+    steps: list[Progress] = []
+    found = surgery.eval(BASE, against=BASE, adapters="examples/lora", ids=tmp_path / "ids.npy", progress=steps.append)
+    assert found.windows == 1
+    assert [step.done for step in steps] == [round(120 * n / (2 * layers)) for n in range(1, 2 * layers + 1)]
+    assert {step.total for step in steps} == {120}
+
+
+def test_progress_of_a_graph_advances_window_by_window(tmp_path: Path, excerpt: Path) -> None:
+    surgery.export_onnx(BASE, output=tmp_path / "graph")
+    steps: list[Progress] = []
+    found = surgery.eval(tmp_path / "graph", text=excerpt, context=200, stride=100, progress=steps.append)
+    assert found.windows > 5
+    assert [step.done for step in steps] == [round(BYTES * n / found.windows) for n in range(1, found.windows + 1)]

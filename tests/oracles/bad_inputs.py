@@ -8,6 +8,7 @@ file, another at what it is for.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -19,20 +20,23 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tests.oracles import hostile
-
 __all__ = [
+    "ADAPTER",
     "COMMANDS",
     "DAMAGES",
     "FILES",
     "HUGE",
     "MODEL",
+    "SETTINGS",
     "TEXTS",
     "Damage",
     "add",
     "at",
     "changed_bytes",
+    "config",
     "crossed",
+    "poke",
+    "tensors",
     "text",
 ]
 
@@ -129,6 +133,8 @@ class Damage:
 
 DAMAGES: list[Damage] = []
 _REPEATED = "apply {merged}/"
+MODEL, ADAPTER, SETTINGS = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
+HUGE = 10**30
 
 
 def crossed() -> Iterator[tuple[Damage, str]]:
@@ -237,191 +243,5 @@ def poke(tensor: str, value: float) -> Callable[[dict[str, Any]], Any]:
     return poke
 
 
-# --- weights, in whatever they are --------------------------------------------------------------------------------------------
-_WEIGHTS = (
-    ("base", "model.safetensors", "model"),
-    ("tuned", "model.safetensors", "model"),
-    ("lora", "adapter_model.safetensors", "adapter_model"),
-    ("prompt", "adapter_model.safetensors", "adapter_model"),
-    ("delta", "adapter_model.safetensors", ""),
-)
-for _of, _file, _stem in _WEIGHTS:
-    for _name, _change in FILES.items():
-        add(f"{_of}-weights-{_name}", _of, at(_file, _change), (3, 4), _stem, some=0 if _name == "cut-off" else 4)
-    for _name, _lie in hostile.LIES.items() if _of != "prompt" else ():  # which has one tensor only
-        add(f"{_of}-header-{_name}", _of, changed_bytes(_file, _lie), 3, _stem, some=2)
-
-
-# --- values and shapes --------------------------------------------------------------------------------------------------------
-Q0, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
-A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-B1 = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
-MODEL, _ADAPTER, _SETTINGS = "model.safetensors", "adapter_model.safetensors", "adapter_config.json"
-_NOT_EMPTY = "merge|convert|combine|resize|export|unmerge"
-_COMPUTE_LORA = r"merge (?!.*dry)|insert .*--base|convert|combine|resize|export-onnx|check .*--fix|diff"
-
-for _value, _word in ((float("nan"), "nan"), (float("inf"), "inf")):
-    add(f"lora-A-{_word}", "lora", tensors(_ADAPTER, poke(A0, _value)), (3, 4), "q_proj", only=_COMPUTE_LORA)
-    add(f"lora-B-{_word}", "lora", tensors(_ADAPTER, poke(B1, _value)), (3, 4), "v_proj", only=_COMPUTE_LORA)
-    add(
-        f"base-{_word}",
-        "base",
-        tensors(MODEL, poke(Q0, _value)),
-        (3, 4, 5),
-        only=r"merge \{base(?!.*dry)|extract|insert .*pissa",
-    )
-    add(f"tuned-{_word}", "tuned", tensors(MODEL, poke(DOWN, _value)), (3, 4), "down_proj", only="extract")
-    add(
-        f"prompt-{_word}",
-        "prompt",
-        tensors(_ADAPTER, poke("prompt_embeddings", _value)),
-        (3, 4),
-        "prompt",
-        only="prompt|export",
-    )
-_FITS = r"merge|insert .*(unmerged|--base)|export-onnx|check|convert .*--(for|graph)"
-add(
-    "lora-wide",
-    "lora",
-    tensors(_ADAPTER, lambda t: t.update({A0: np.ones((2, 17), np.float32)})),
-    (3, 4),
-    "q_proj",
-    only=_FITS,
-)
-add(
-    "lora-tall",
-    "lora",
-    tensors(_ADAPTER, lambda t: t.update({B1: np.ones((9, 2), np.float32)})),
-    (3, 4),
-    "v_proj",
-    only=_FITS,
-)
-add("lora-rank", "lora", tensors(_ADAPTER, lambda t: t.update({A0: np.ones((3, 16), np.float32)})), (3, 4), "q_proj")
-add("lora-half", "lora", tensors(_ADAPTER, lambda t: t.pop(B1)), (3, 4), "layers.1.self_attn.v_proj")
-add("lora-vector", "lora", tensors(_ADAPTER, lambda t: t.update({A0: np.ones(32, np.float32)})), (3, 4), "q_proj")
-add(
-    "lora-int8",
-    "lora",
-    tensors(_ADAPTER, lambda t: t.update({A0: np.ones((2, 16), np.int8)})),
-    (3, 4),
-    "lora_A",
-    only=_COMPUTE_LORA,
-)
-add("lora-rank-0", "lora", tensors(_ADAPTER, lambda t: t.update({A0: np.ones((0, 16), np.float32)})), (3, 4), "q_proj")
-add(
-    "lora-stray",
-    "lora",
-    tensors(_ADAPTER, lambda t: t.update({"base_model.model.stray.thing": np.ones(3, np.float32)})),
-    (3, 4),
-    "stray",
-)
-add("lora-none", "lora", tensors(_ADAPTER, lambda t: t.clear()), (3, 4), "lora", only=_NOT_EMPTY)
-add(
-    "lora-elsewhere",
-    "lora",
-    tensors(
-        _ADAPTER,
-        lambda t: [t.update({k.replace("layers.1", "layers.7"): t.pop(k)}) for k in list(t) if "layers.1" in k],
-    ),
-    (3, 4),
-    "layers.7",
-    only=_FITS,
-)
-add(
-    "prompt-wide",
-    "prompt",
-    tensors(_ADAPTER, lambda t: t.update(prompt_embeddings=np.ones((3, 17), np.float32))),
-    (3, 4),
-    "prompt",
-    only="prompt (show|nearest|bake|convert|transfer)|export",
-)
-add(
-    "prompt-vector",
-    "prompt",
-    tensors(_ADAPTER, lambda t: t.update(prompt_embeddings=np.ones(48, np.float32))),
-    (3, 4),
-    "prompt",
-)
-add("prompt-gone", "prompt", tensors(_ADAPTER, lambda t: t.clear()), (3, 4), "prompt")
-_BUILD = r"export-onnx"
-add(
-    "base-misses-a-weight",
-    "base",
-    tensors(MODEL, lambda t: t.pop(DOWN)),
-    (3, 4),
-    "down_proj",
-    only="export-onnx|extract|unmerge|diff .*fail",
-)
-add("base-misses-q", "base", tensors(MODEL, lambda t: t.pop(Q0)), (3, 4), "q_proj", only=_FITS)
-add(
-    "base-of-other-width",
-    "base",
-    tensors(MODEL, lambda t: t.update({Q0: np.ones((16, 17), np.float32)})),
-    (3, 4),
-    "q_proj",
-    only=_FITS + "|extract",
-)
-add(
-    "tuned-of-other-width",
-    "tuned",
-    tensors(MODEL, lambda t: t.update({DOWN: np.ones((16, 9), np.float32)})),
-    (3, 4),
-    "down_proj",
-    only="extract",
-)
-add(
-    "base-int8",
-    "base",
-    tensors(MODEL, lambda t: t.update({Q0: np.ones((16, 16), np.int8)})),
-    (3, 4),
-    "q_proj",
-    only="merge|export",
-)
-
-# --- configurations -----------------------------------------------------------------------------------------------------------
-for _name, _edit in TEXTS.items():
-    add(f"base-config-{_name}", "base", text("config.json", _edit), 3, "config.json", some=4)
-    add(f"lora-config-{_name}", "lora", text(_SETTINGS, _edit), 3, "adapter_config.json", some=4)
-    add(f"prompt-config-{_name}", "prompt", text(_SETTINGS, _edit), 3, "adapter_config.json", some=2)
-for _name in ("fifo", "folder", "loop", "dangling", "device", "noise"):
-    add(f"base-config-is-{_name}", "base", at("config.json", FILES[_name]), 3, "config.json", some=3)
-    add(f"lora-config-is-{_name}", "lora", at(_SETTINGS, FILES[_name]), (3, 4), "adapter_", some=3)
-HUGE = 10**30
-for _field, _value in {
-    "hidden_size": "16", "num_hidden_layers": 1_000_000_000, "num_attention_heads": -2, "head_dim": 0, "vocab_size": HUGE,
-    "rms_norm_eps": "small", "rope_theta": 0, "max_position_embeddings": -1, "hidden_act": "frob", "model_type": "frob",
-    "num_key_value_heads": 3, "intermediate_size": 1 << 62, "rope_scaling": {"rope_type": "frob"}, "rope_parameters": [1],
-}.items():  # fmt: skip
-    add(
-        f"base-{_field}-is-{_value}"[:60],
-        "base",
-        config("config.json", **{_field: _value}),
-        (3, 4),
-        "config.json",
-        only=_BUILD,
-        some=2,
-    )
-for _field, _value in {
-    "r": "2", "lora_alpha": 1e300, "peft_type": "FROB", "use_rslora": "false", "use_dora": True, "alpha_pattern": {"q(": 3},
-    "rank_pattern": {"q_proj": HUGE}, "modules_to_save": 5, "layer_replication": [[0, 2]],
-    "target_parameters": {"a": 1}, "use_frob": True,
-}.items():  # fmt: skip
-    add(f"lora-{_field}-is-{_value}"[:60], "lora", config(_SETTINGS, **{_field: _value}), (3, 4), "adapter_", some=3)
-add(
-    "lora-regex",
-    "lora",
-    config(_SETTINGS, alpha_pattern={r"(?:([a-z_.0-9]+)+\1*)+(?<!j)": 3}),
-    3,
-    "alpha_pattern",
-    some=3,
-)
-for _field, _value in {
-    "num_virtual_tokens": 4,
-    "token_dim": "16",
-    "peft_type": "FROB",
-    "num_transformer_submodules": HUGE,
-}.items():
-    add(f"prompt-{_field}-is-{_value}"[:60], "prompt", config(_SETTINGS, **{_field: _value}), (3, 4), "prompt", some=4)
-
-
-from tests.oracles import bad_graphs as _graphs  # noqa: E402, F401  (registers more)
+for _name in ("bad_weights", "bad_configurations", "bad_graphs"):  # each adds its damages, in this order
+    importlib.import_module(f"tests.oracles.{_name}")

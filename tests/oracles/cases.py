@@ -232,3 +232,4 @@ from tests.oracles import catalog as _catalog  # noqa: E402, F401  (registers ca
 from tests.oracles import catalog_kinds as _kinds  # noqa: E402, F401
 from tests.oracles import catalog_parts as _parts  # noqa: E402, F401
 from tests.oracles import catalog_peft_kinds as _peft_kinds  # noqa: E402, F401
+from tests.oracles import catalog_spellings as _spellings  # noqa: E402, F401

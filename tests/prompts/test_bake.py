@@ -4,60 +4,28 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
 import pytest
-import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import surgery
 from surgery.prompts.vocabulary import recipe_of
-from surgery_formats.errors import FitError, MalformedError, ProofError, UsageError
+from surgery_formats.errors import FitError, ProofError, UsageError
 from surgery_formats.models.checkpoint import open_checkpoint
 from tests.oracles import peft_oracle, recipes
+from tests.support.baked_prompts import KINDS, TOKENS, attached
 from tests.support.kit import ROOT
 from tests.support.prompts import write_prompt
 from tests.support.quantised_folders import FORMATS, quantise_folder
 
 PROMPT, BASE = ROOT / "examples" / "prompt", ROOT / "examples" / "base"
 IDS = torch.tensor([[5, 17, 40, 8, 33, 61, 9]])
-TOKENS = 5
 FAMILIES = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": TOKENS}),
-    "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": TOKENS, "encoder_hidden_size": 16}),
-    "p-tuning-lstm": (
-        "PromptEncoderConfig",
-        {"num_virtual_tokens": TOKENS, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"},
-    ),
-    "cpt": ("CPTConfig", {"cpt_token_ids": [3, 4, 5], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]}),
-    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": TOKENS}),
-    "prefix-projected": (
-        "PrefixTuningConfig",
-        {"num_virtual_tokens": TOKENS, "prefix_projection": True, "encoder_hidden_size": 16},
-    ),
-    "cartridge": ("CartridgeConfig", {"num_virtual_tokens": TOKENS}),
-}
-
-
-def attached(name: str, kind: str, folder: Path, **fields: Any) -> Any:
-    """A base in ``folder/base``, a random prompt of it in ``folder/prompt``, and what PEFT loads of both."""
-    (folder / "base").mkdir()
-    recipes.build(name, folder / "base", **fields)
-    config, options = KINDS[kind]
-    with peft_oracle.quiet():
-        wrapped = peft.get_peft_model(
-            recipes.load(name, folder / "base"), getattr(peft, config)(task_type="CAUSAL_LM", **options)
-        )
-        peft_oracle.randomise(wrapped, torch.Generator().manual_seed(4))
-        wrapped.save_pretrained(folder / "prompt")
-        return peft.PeftModel.from_pretrained(recipes.load(name, folder / "base"), folder / "prompt").eval()
 
 
 @pytest.mark.parametrize("kind", ["prompt", "p-tuning", "p-tuning-lstm", "cpt"])
@@ -130,80 +98,6 @@ def test_a_bf16_base_rounds_as_peft_does(tmp_path: Path) -> None:
     assert 0 < result.rounding < 2**-8
 
 
-def test_the_tokenizer_puts_them_before_every_text_and_conversation(tmp_path: Path) -> None:
-    shutil.copytree(BASE, tmp_path / "base")
-    settings = json.loads((BASE / "tokenizer_config.json").read_text())
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    (tmp_path / "base" / "other.jinja").write_text("{{ bos_token }}")
-    result = surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "out", name="soft")
-    assert result.words.startswith("<soft_0><soft_1>")
-    assert not [text for text in result.warnings if "template" in text]
-    before = transformers.AutoTokenizer.from_pretrained(tmp_path / "base")
-    after = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert len(after) == len(before) + 16
-    for text in ("def f(x):\n    return x", "", "numeric <soft objects"):
-        assert after(text).input_ids == [*result.ids, *before(text).input_ids]
-        assert after(text, add_special_tokens=False).input_ids == before(text, add_special_tokens=False).input_ids
-        assert after.decode(after(text).input_ids, skip_special_tokens=True) == before.decode(
-            before(text).input_ids, skip_special_tokens=True
-        )
-    assert after(result.words, add_special_tokens=False).input_ids == list(result.ids)
-    talk = [{"role": "user", "content": "hello"}]
-    old = before.apply_chat_template(talk, tokenize=True, return_dict=False)
-    assert after.apply_chat_template(talk, tokenize=True, return_dict=False) == [*result.ids, *old]
-    assert (tmp_path / "out" / "other.jinja").read_text() == result.words + "{{ bos_token }}"
-    named = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
-    named["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
-    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(named))
-    surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "several", name="soft")
-    several = json.loads((tmp_path / "several" / "tokenizer_config.json").read_text())["chat_template"]
-    assert [entry["template"] for entry in several] == [result.words + template, result.words + "x"]
-    pair = after("a", "b").input_ids
-    assert pair == [*result.ids, *before("a", "b").input_ids]
-
-
-def test_the_shipped_prompt_is_served_by_text_alone(tmp_path: Path) -> None:
-    surgery.prompt_bake(PROMPT, BASE, output=tmp_path / "out")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).eval()
-    with peft_oracle.quiet():
-        model = peft.PeftModel.from_pretrained(
-            transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.bfloat16), PROMPT
-        ).eval()
-    text = "The following methods can be defined"
-    plain = transformers.AutoTokenizer.from_pretrained(BASE)(text, return_tensors="pt")
-    inputs = tokenizer(text, return_tensors="pt")
-    with torch.no_grad(), peft_oracle.quiet():
-        wanted = model.generate(**plain, max_new_tokens=12, do_sample=False)[:, plain.input_ids.shape[1] :]
-        got = baked.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs.input_ids.shape[1] :]
-    assert torch.equal(wanted, got)
-    exported = surgery.export_onnx(tmp_path / "out", output=tmp_path / "graph")
-    assert exported.contract is not None
-    ran = surgery.run(tmp_path / "graph", text, device="cpu", max_new=12)
-    assert ran.texts[0].prompt == tuple(inputs.input_ids[0].tolist())
-    assert surgery.verify(tmp_path / "out", against=BASE)
-
-
-def test_rows_that_no_token_has_are_taken_first(tmp_path: Path) -> None:
-    """Many models have more rows than tokens; new tokens get the ids that the tokenizer gives next."""
-    attached("llama", "prompt", tmp_path)
-    shutil.copy(BASE / "tokenizer.json", tmp_path / "base")
-    whole = json.loads((BASE / "tokenizer.json").read_text())
-    vocabulary = {token: row for token, row in whole["model"]["vocab"].items() if row < 90}
-    whole["model"] |= {"vocab": vocabulary, "merges": []}
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
-    result = surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
-    assert result.ids == (90, 91, 92, 93, 94)
-    before, after = (load_file(tmp_path / where / "model.safetensors") for where in ("base", "out"))
-    name = "model.embed_tokens.weight"
-    assert before[name].shape == after[name].shape
-    changed = (before[name] != after[name]).any(1).nonzero()[:, 0].tolist()
-    assert changed == list(result.ids)
-    inner = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "out" / "tokenizer.json"))
-    assert inner.convert_tokens_to_ids("<p_4>") == 94
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gpt2"])
 def test_keys_and_values_give_pefts_logits(name: str, kind: str, tmp_path: Path) -> None:
@@ -246,55 +140,6 @@ def test_the_lines_that_are_shown_load_it(tmp_path: Path) -> None:
         result = surgery.prompt_bake(PROMPT, BASE, output=tmp_path / form, form=form)
         assert len(result.loading.splitlines()) <= 3
         exec(result.loading, dict(given))
-
-
-@pytest.mark.parametrize("before", ["none", "bytes", "roberta", "sequence"])
-def test_every_post_processor_gets_them_in_front(before: str, tmp_path: Path) -> None:
-    shutil.copytree(BASE, tmp_path / "base")
-    whole = json.loads((BASE / "tokenizer.json").read_text())
-    own, bytes_ = (
-        whole["post_processor"],
-        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-    )
-    roberta = {
-        "type": "RobertaProcessing",
-        "sep": ["<|end|>", 1],
-        "cls": ["<|begin|>", 0],
-        "trim_offsets": True,
-        "add_prefix_space": False,
-    }
-    whole["post_processor"] = {
-        "none": None,
-        "bytes": bytes_,
-        "roberta": roberta,
-        "sequence": {"type": "Sequence", "processors": [bytes_, own]},
-    }[before]
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
-    result = surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "out")
-    old, new = (tokenizers.Tokenizer.from_file(str(tmp_path / where / "tokenizer.json")) for where in ("base", "out"))
-    assert new.encode("a text").ids == [*result.ids, *old.encode("a text").ids]
-    assert new.encode("a text", "b").ids == [*result.ids, *old.encode("a text", "b").ids]
-
-
-def test_a_post_processor_that_is_not_understood_is_refused(tmp_path: Path) -> None:
-    shutil.copytree(BASE, tmp_path / "base")
-    whole = json.loads((BASE / "tokenizer.json").read_text())
-    for broken in ({"type": "Sequence"}, {"type": "Sequence", "processors": [3]}, 5, {"type": "TemplateProcessing"}):
-        (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": broken}))
-        with pytest.raises(MalformedError, match="not understood"):
-            surgery.prompt_bake(PROMPT, tmp_path / "base", output=tmp_path / "out")
-
-
-def test_rows_of_tokens_are_never_taken(tmp_path: Path) -> None:
-    """A vocabulary whose ids have gaps: the package counts its tokens, so that the next ids may be those of some."""
-    attached("llama", "prompt", tmp_path)
-    whole = json.loads((BASE / "tokenizer.json").read_text())
-    vocabulary = {token: row for token, row in whole["model"]["vocab"].items() if row < 60 or 72 <= row < 80}
-    whole["model"] |= {"vocab": vocabulary, "merges": []}
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(whole))
-    assert tokenizers.Tokenizer.from_str(json.dumps(whole)).add_tokens(["<p_0>"]) == 1  # and gets id 68
-    with pytest.raises(FitError, match="68 to 72, and 72 is 'f'"):
-        surgery.prompt_bake(tmp_path / "prompt", tmp_path / "base", output=tmp_path / "out")
 
 
 def test_an_opened_model_is_as_it_was(tmp_path: Path) -> None:

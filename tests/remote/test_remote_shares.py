@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.engine.merge.merge_request import MergeRequest, request_of
+from surgery.engine.merge.merge_request import MergeRequest
 from surgery.engine.shares import folders
 from surgery.engine.shares.folders import Shares, assignments, write_share
 from surgery_formats.files.output.manifest import MANIFEST
@@ -23,7 +23,7 @@ BASE, LORA = str(ROOT / "examples" / "base"), str(ROOT / "examples" / "lora")
 def test_what_is_left_of_a_share_that_was_being_removed_is_written_anew(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = request_of(BASE, LORA)
+    request = MergeRequest(BASE, LORA).portable()
     output = storage.url("out")
     shares = assignments(request, request.work(), output, 1)
     whole = write_share(shares[0])

@@ -159,9 +159,9 @@ def test_a_file_of_a_share_that_is_another_one_is_noticed(models: Storage, data:
 
 def test_a_share_that_was_killed_is_done_again(models: Storage) -> None:
     """Nobody can have put anything into a share's prefix but a worker that was lost."""
-    from surgery.engine.merge.merge_request import request_of
+    from surgery.engine.merge.merge_request import MergeRequest
 
-    request = request_of(models.url("base"), models.url("lora"), shard_size=SHARD)
+    request = MergeRequest(models.url("base"), models.url("lora"), shard_size=SHARD).portable()
     assignment = assignments(request, request.work(), models.url("out"), 3)[0]
     write_share(assignment)
     prefix = assignment.folder.key + "/"  # type: ignore[attr-defined]

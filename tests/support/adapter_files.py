@@ -161,6 +161,20 @@ def llama(folder: Path, *, tied: bool = False) -> Path:
     return write_base(folder, shapes, config)
 
 
+def llama_lora(folder: Path, **config: object) -> Path:
+    """A LoRA of rank 2 on one matrix of `llama`."""
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 6), f"{stem}.lora_B.weight": draw(2, 6, 2)}
+    return write_peft(folder, tensors, **{"r": 2, "lora_alpha": 3, **config})
+
+
+def unet_lora(folder: Path) -> Path:
+    """A LoRA of rank 2 on one convolution of `unet`."""
+    stem = "base_model.model.conv_in"
+    tensors = {f"{stem}.lora_A.weight": draw(1, 2, 3, 3, 3), f"{stem}.lora_B.weight": draw(1, 4, 2, 1, 1)}
+    return write_peft(folder, tensors, r=2)
+
+
 def merged(base: Path, adapter: Path, out: Path) -> Arrays:
     """Every weight after a merge, as ``component/name`` for a pipeline."""
     from surgery import merge

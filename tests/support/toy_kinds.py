@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kinds of updates that no module of the product knows.
+"""Kinds of updates that no module of the product knows, and that add the same to any weight.
 
-One is of low rank, one a stack of such, one is stored in full, one adds without either, one replaces a weight, two depend on the base.
+One is of low rank, one a stack of such, one is stored in full, one is neither.
 """
 
 from __future__ import annotations
@@ -14,32 +14,26 @@ from typing import ClassVar
 import numpy as np
 from safetensors.numpy import save_file
 
-from surgery_formats.arrays import Array
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.tensors.tensor import StoredTensor
-from surgery_formats.tensors.views import Index, positions, take
-from surgery_formats.updates import Apply, Factor, Held, LoRA, Offset, Update, Weight
+from surgery_formats.tensors.views import take
+from surgery_formats.updates import Apply, Factor, LoRA, Offset, Update, Weight
 from surgery_formats.updates.base import Effect
 
 __all__ = [
+    "INPUTS",
+    "OUT",
     "GainedExperts",
     "GainedLoRA",
     "Halves",
-    "Lengthened",
     "OuterSine",
-    "Overwritten",
-    "OverwrittenByTwo",
-    "RowGain",
     "adapter_of",
+    "factors_in",
     "gained_experts",
     "gained_lora",
     "halves",
-    "lengthened",
     "outer_sine",
-    "overwritten",
-    "overwritten_by_two",
-    "row_gain",
 ]
 
 OUT, INPUTS = 32, 32
@@ -130,47 +124,6 @@ class OuterSine:
 
 
 @dataclass(frozen=True)
-class RowGain:
-    """``W' = diag(g) W``: how far it goes depends on W."""
-
-    kind: ClassVar[str] = "row gain"
-    needs_weight: ClassVar[bool] = False
-    effect: ClassVar[Effect] = "maps"
-    rank: ClassVar[None] = None
-    alpha: ClassVar[None] = None
-    scale: ClassVar[None] = None
-    untrained: ClassVar[tuple[StoredTensor, ...]] = ()
-
-    gain: Factor
-    inputs: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.gain.shape[0], self.inputs
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return self.gain.tensors
-
-    def factors(self) -> Mapping[str, Factor]:
-        return {"gain": self.gain}
-
-    def low_rank(self) -> None:
-        return None
-
-    def parts(self) -> tuple[tuple[int, Update], ...]:
-        return ((0, self),)
-
-    def prepare(self, weight: Weight) -> Apply:
-        gain = self.gain.load(weight.dtype)
-
-        def apply(block: Array, rows: Index, cols: Index) -> Array:
-            return block * positions(gain, 0, rows)[:, None]
-
-        return apply
-
-
-@dataclass(frozen=True)
 class Halves:
     """``W' = W + s (high + low)``: stored in full, as two tensors."""
 
@@ -210,107 +163,6 @@ class Halves:
 
     def prepare(self, weight: Weight) -> Apply:
         return self.in_full().prepare(weight)
-
-
-@dataclass(frozen=True)
-class Overwritten:
-    """``W' = V``, in place of the base's."""
-
-    kind: ClassVar[str] = "overwritten"
-    needs_weight: ClassVar[bool] = False
-    effect: ClassVar[Effect] = "sets"
-    rank: ClassVar[None] = None
-    alpha: ClassVar[None] = None
-    scale: ClassVar[None] = None
-    held: ClassVar[Held] = "in place"
-    untrained: ClassVar[tuple[StoredTensor, ...]] = ()
-
-    stored: StoredTensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stored.matrix
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return (self.stored,)
-
-    def factors(self) -> Mapping[str, Factor]:
-        return {"V": Factor.of(self.stored)}
-
-    def low_rank(self) -> None:
-        return None
-
-    def parts(self) -> tuple[tuple[int, Update], ...]:
-        return ((0, self),)
-
-    def prepare(self, weight: Weight) -> Apply:
-        values = Factor.of(self.stored).load(weight.dtype)
-        return lambda block, rows, cols: take(values, rows, cols).copy()
-
-
-@dataclass(frozen=True)
-class OverwrittenByTwo(Overwritten):
-    """``W' = diag(g) V``, in place of the base's."""
-
-    gain: Factor
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return (self.stored, *self.gain.tensors)
-
-    def factors(self) -> Mapping[str, Factor]:
-        return {"V": Factor.of(self.stored), "gain": self.gain}
-
-
-@dataclass(frozen=True)
-class Lengthened:
-    """``W' = diag(m) (W + s B A)``: a direction and a length for each row, which no norm divides."""
-
-    kind: ClassVar[str] = "lengthened"
-    needs_weight: ClassVar[bool] = False
-    effect: ClassVar[Effect] = "maps"
-    per_row: ClassVar[bool] = True
-    untrained: ClassVar[tuple[StoredTensor, ...]] = ()
-
-    direction: LoRA
-    magnitude: Factor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.direction.shape
-
-    @property
-    def rank(self) -> int:
-        return self.direction.rank
-
-    @property
-    def alpha(self) -> float | None:
-        return self.direction.alpha
-
-    @property
-    def scale(self) -> float:
-        return self.direction.scale
-
-    @property
-    def tensors(self) -> tuple[StoredTensor, ...]:
-        return (*self.direction.tensors, *self.magnitude.tensors)
-
-    def factors(self) -> Mapping[str, Factor]:
-        return {**self.direction.factors(), "m": self.magnitude}
-
-    def low_rank(self) -> None:
-        return None
-
-    def rebuilt(self, direction: LoRA, magnitude: Factor) -> Lengthened:
-        return Lengthened(direction, magnitude)
-
-    def parts(self) -> tuple[tuple[int, Update], ...]:
-        return ((0, self),)
-
-    def prepare(self, weight: Weight) -> Apply:
-        add, lengths = self.direction.prepare(weight), self.magnitude.load(weight.dtype)
-        return lambda block, rows, cols: add(block, rows, cols) * positions(lengths, 0, rows)[:, None]
 
 
 @dataclass(frozen=True)
@@ -357,43 +209,26 @@ class GainedExperts:
         raise TypeError("applied by its parts")
 
 
-def _factors(file: Path, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factor]:
+def factors_in(file: Path, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Factor]:
+    """Random factors of `shapes`, stored in `file`."""
     draw = np.random.default_rng(seed)
     save_file({name: np.float32(0.3 * draw.standard_normal(shape)) for name, shape in shapes.items()}, file)
     return {tensor.name: Factor.of(tensor) for tensor in open_safetensors(file).tensors}
 
 
 def gained_lora(file: Path, seed: int = 1, rank: int = 3) -> GainedLoRA:
-    found = _factors(file, seed, {"A": (rank, INPUTS), "B": (OUT, rank), "gain": (OUT,)})
+    found = factors_in(file, seed, {"A": (rank, INPUTS), "B": (OUT, rank), "gain": (OUT,)})
     return GainedLoRA(found["A"], found["B"], found["gain"], 1.5)
 
 
 def outer_sine(file: Path, seed: int = 1) -> OuterSine:
-    found = _factors(file, seed, {"u": (OUT,), "v": (INPUTS,)})
+    found = factors_in(file, seed, {"u": (OUT,), "v": (INPUTS,)})
     return OuterSine(found["u"], found["v"])
 
 
-def row_gain(file: Path, seed: int = 1) -> RowGain:
-    return RowGain(_factors(file, seed, {"gain": (OUT,)})["gain"], INPUTS)
-
-
 def halves(file: Path, seed: int = 1) -> Halves:
-    found = _factors(file, seed, {"high": (OUT, INPUTS), "low": (OUT, INPUTS)})
+    found = factors_in(file, seed, {"high": (OUT, INPUTS), "low": (OUT, INPUTS)})
     return Halves(found["high"], found["low"], 0.5)
-
-
-def overwritten(file: Path, seed: int = 1) -> Overwritten:
-    return Overwritten(_factors(file, seed, {"V": (OUT, INPUTS)})["V"].tensors[0])
-
-
-def overwritten_by_two(file: Path, seed: int = 1) -> OverwrittenByTwo:
-    found = _factors(file, seed, {"V": (OUT, INPUTS), "gain": (OUT,)})
-    return OverwrittenByTwo(found["V"].tensors[0], found["gain"])
-
-
-def lengthened(file: Path, seed: int = 1) -> Lengthened:
-    found = _factors(file, seed, {"A": (3, INPUTS), "B": (OUT, 3), "m": (OUT,)})
-    return Lengthened(LoRA(found["A"], found["B"], 1.5), found["m"])
 
 
 def gained_experts(folder: Path, seeds: tuple[int, ...] = (1, 2, 3)) -> GainedExperts:

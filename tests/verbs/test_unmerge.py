@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,17 @@ import surgery
 from surgery.engine.undo.sidecar import open_sidecar
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.output.folder import verify_folder
+from surgery_formats.files.output.manifest import verify_folder
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.models.identity import content_id
 from surgery_formats.models.side_files import BASE_ROUNDING
 from surgery_formats.testing.plugins import installed_project
+from surgery_formats.updates import Update
 from tests.oracles.cases import CASES, Case, build
-from tests.support import toy_kinds
 from tests.support.kit import ROOT, make_base, make_lora, spawn
 from tests.support.quantised_folders import FORMATS, quantise_folder
+from tests.support.toy_kinds import adapter_of, gained_lora, halves, outer_sine
+from tests.support.toy_kinds_of_a_weight import lengthened, overwritten, row_gain
 
 TOY_STORAGE = Path(__file__).parents[1] / "plugins" / "toy_storage"
 sys.path.insert(0, str(TOY_STORAGE))
@@ -79,11 +82,13 @@ def test_every_type_is_taken_back_from_every_type(dtype: torch.dtype, stored: st
     same_files(base, tmp_path / "back")
 
 
-@pytest.mark.parametrize("kind", ["gained_lora", "outer_sine", "row_gain", "halves", "overwritten", "lengthened"])
+@pytest.mark.parametrize("kind", [gained_lora, outer_sine, row_gain, halves, overwritten, lengthened])
 @pytest.mark.parametrize("weight", [1.0, 0.5])
-def test_kinds_that_the_product_does_not_know_are_taken_back(kind: str, weight: float, tmp_path: Path) -> None:
+def test_kinds_that_the_product_does_not_know_are_taken_back(
+    kind: Callable[[Path], Update], weight: float, tmp_path: Path
+) -> None:
     base = make_base(tmp_path / "base")
-    adapter = toy_kinds.adapter_of(getattr(toy_kinds, kind)(tmp_path / "adapter.safetensors"))
+    adapter = adapter_of(kind(tmp_path / "adapter.safetensors"))
     surgery.merge(base, adapter * weight, output=tmp_path / "out", reversible=True)
     surgery.unmerge(tmp_path / "out", adapter * weight, output=tmp_path / "back")
     same_files(base, tmp_path / "back")

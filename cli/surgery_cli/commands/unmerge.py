@@ -19,7 +19,7 @@ __all__ = ["command"]
 @subcommand("unmerge")
 @pages()
 @click.argument("model", shell_complete=complete_files)
-@option.adapters()
+@option.adapters(required=False, metavar="ADAPTER[=WEIGHT]...")  # the verb knows which they are
 @option.output("Folder to make; it must not exist yet.")
 @option.path(
     "--base-rounding",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from surgery_formats.binding.containers import fits
 from surgery_formats.binding.edits import Edit
 from surgery_formats.binding.operation import Operation
 from surgery_formats.binding.sizes import component_of
@@ -51,12 +52,25 @@ def check_mergeable(adapter: Adapter, checkpoint: Checkpoint) -> None:
         raise FitError("the adapter holds no tensors", file=adapter.path)
     components = sorted({site.component for site in adapter.updates})
     if len(components) > 1 and not (checkpoint.is_pipeline or checkpoint.main.parts):
-        apart = [name for name in components if name.startswith("text_encoder")]
+        kept = _most_fitting(components, adapter, checkpoint)
+        others = [name for name in components if name != kept]
         raise FitError(
             f"the adapter changes {listing(components)}, the base is one model",
             file=adapter.path,
-            hint=f"give the whole pipeline as the base, or {_leaving_out(*map(_all_of, apart or components[:-1]))}",
+            hint=f"give the whole pipeline as the base, or {_leaving_out(*map(_all_of, others))}",
         )
+
+
+def _most_fitting(components: Sequence[str], adapter: Adapter, checkpoint: Checkpoint) -> str:
+    """The part of an adapter of several networks that a base of one may be: by names and shapes, else none of its text encoders."""
+    names = checkpoint.main.names
+    shares: dict[str, float] = {}
+    for component in components:
+        sites = {site: chain for site, chain in adapter.updates.items() if site.component == component}
+        slices = {site: names.resolve(site.path, flat=site.flat) for site in sites}
+        there = sum(bool(slices[site]) and fits(chain[0], slices[site]) for site, chain in sites.items())
+        shares[component] = there / len(sites)
+    return max(components, key=lambda name: (shares[name], not name.startswith("text_encoder")))
 
 
 def check_fit(update: Update, places: tuple[WeightSlice, ...]) -> None:

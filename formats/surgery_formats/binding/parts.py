@@ -7,10 +7,11 @@ PEFT's folders hold one network's names alone, and ComfyUI calls a text encoder 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 from surgery_formats.binding.containers import fits
-from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
@@ -20,7 +21,7 @@ from surgery_formats.text import listing
 
 __all__ = ["in_component", "in_its_encoder", "in_its_part"]
 
-_FIRST, _SECOND = "text_encoder", "text_encoder_2"
+_FIRST, _SECOND, _THIRD = "text_encoder", "text_encoder_2", "text_encoder_3"
 _HINT = "convert it for one of them first, which is named with `component=`"
 
 
@@ -32,7 +33,14 @@ def in_component(adapter: Adapter, component: str) -> Adapter:
 
 
 def in_its_encoder(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """`adapter` with ComfyUI's ``clip_l`` as the second text encoder, if the base has it so: HunyuanVideo's is behind a Llama."""
+    """`adapter` with its text encoders under the numbers that the base has them.
+
+    ComfyUI's ``clip_l`` is the second of HunyuanVideo's, behind a Llama; sd-scripts' and ComfyUI's T5, their third, is Flux's second.
+    """
+    return _with_clip_second(_with_t5_in_place(adapter, base), base)
+
+
+def _with_clip_second(adapter: Adapter, base: Checkpoint) -> Adapter:
     moved = {
         site: replace(site, component=_SECOND)
         for site, chain in adapter.updates.items()
@@ -43,15 +51,28 @@ def in_its_encoder(adapter: Adapter, base: Checkpoint) -> Adapter:
         return adapter
     if any(first.resolve(site.path) for site in moved) or not all(second.resolve(site.path) for site in moved):
         return adapter
-    updates = {moved.get(site, site): chain for site, chain in adapter.updates.items()}
-    if len(updates) < len(adapter.updates):
+    return _moved(adapter, moved)
+
+
+def _with_t5_in_place(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """A part that is no text encoder's, such as a file of T5 alone, has no number."""
+    home = base.name_of(_THIRD)
+    if home == _THIRD or not home.startswith(_FIRST) or any(site.component == home for site in adapter.updates):
         return adapter
+    return _moved(
+        adapter, {site: replace(site, component=home) for site in adapter.updates if site.component == _THIRD}
+    )
+
+
+def _moved(adapter: Adapter, moved: Mapping[Site, Site]) -> Adapter:
+    """`adapter` with sites of one component under another, and with the spellings of their modules."""
+    updates = {moved.get(site, site): chain for site, chain in adapter.updates.items()}
+    if not moved or len(updates) < len(adapter.updates):
+        return adapter
+    old, new = next((before.component, after.component) for before, after in moved.items())
     modules = {f":{site.path.rpartition('.')[0]}" for site in moved}
     spelling = {
-        name: {
-            **spelt,
-            **{f"{_SECOND}{one}": spelt[f"{_FIRST}{one}"] for one in sorted(modules) if f"{_FIRST}{one}" in spelt},
-        }
+        name: {**spelt, **{f"{new}{one}": spelt[f"{old}{one}"] for one in sorted(modules) if f"{old}{one}" in spelt}}
         for name, spelt in adapter.spelling.items()
     }
     optional = frozenset(moved.get(site, site) for site in adapter.optional)

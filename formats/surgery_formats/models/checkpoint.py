@@ -86,6 +86,14 @@ class Checkpoint:
             found = next((one for one in self.components.values() if one.config.get("model_type") in _T5_TYPES), None)
         return found
 
+    def name_of(self, component: str) -> str:
+        """What the base calls the network that an adapter calls `component`; empty if there is none, or it is a plain model."""
+        found = self.component(component)
+        if found is None or not found.parts or not component:
+            return found.name if found is not None else ""
+        part = _part_of(component, found.parts)
+        return part if part in found.parts else ""
+
     def names_of(self, component: str) -> Names | None:
         """The names of what an adapter calls `component`; None if there is no such network, also within the file."""
         found = self.component(component)

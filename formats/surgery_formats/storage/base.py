@@ -23,6 +23,8 @@ __all__ = [
     "is_contiguous",
     "is_housed",
     "is_stacked",
+    "is_storage",
+    "parts_named",
     "read_block",
     "read_rows",
     "read_values",
@@ -186,6 +188,12 @@ class StorageKind(Protocol):
         """
 
 
+def parts_named(weight: Storage, name: str) -> tuple[StoredPart, ...]:
+    """The stored tensors of a layer's weight as parts of one called `name`, of the same types and sizes."""
+    stem, old = name.removesuffix(".weight"), weight.name.removesuffix(".weight")
+    return tuple(StoredPart(stem + each.name[len(old) :], each.dtype, each.shape) for each in weight.sources)
+
+
 def read_block(storage: Storage, start: int, stop: int) -> Array:
     """Rows ``[start, stop)`` of the matrix, in `Storage.dtype`, in memory of the caller's own.
 
@@ -229,6 +237,11 @@ def is_stacked(storage: Storage) -> bool:
 def is_contiguous(storage: Storage) -> bool:
     """Whether its stored tensors can be copied as they are: each is a range of bytes in C order."""
     return all(source.strides is None for source in storage.sources)
+
+
+def is_storage(encoding: Encoding) -> TypeGuard[Storage]:
+    """Whether it can be read, too."""
+    return hasattr(encoding, "read_into")
 
 
 def is_housed(storage: Encoding) -> TypeGuard[Housed]:

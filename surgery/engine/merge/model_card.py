@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from surgery.engine.card import adapter_table, card, measured_table, model_name, name_of
-from surgery.engine.card_figures import base_row, measured_of, relation_of
+from surgery.engine.card_figures import base_row, code_rows, measured_of, relation_of
 from surgery.engine.card_metadata import Relation, card_metadata
 from surgery.engine.ledger import Ledger
 from surgery_formats.binding.bind import Binding
@@ -39,7 +39,7 @@ def merge_card(binding: Binding, ledger: Ledger, *, residual: bool = False, rela
         head,
         f"{model_name(base)} with {names} {'beside it' if residual else 'merged in'}",
         adapter_table(binding.adapters),
-        measured_table((base_row(base), *measured_of(ledger))),
+        measured_table((base_row(base), *code_rows(ledger), *measured_of(ledger))),
         notes=[beside] if residual else [],
         warnings=ledger.plan.warnings,
     )

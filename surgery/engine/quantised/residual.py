@@ -17,9 +17,11 @@ from typing import Any
 
 from surgery.engine.adapter_output import put_adapter, rendered_size
 from surgery.engine.blocks import block_height
+from surgery.engine.card import CARD
 from surgery.engine.output_checks import LOW_SURVIVAL
 from surgery.engine.plan import Compute, Copy, Plan
 from surgery.engine.quantised.output import QuantisedOutput
+from surgery.engine.quantised.residual_card import residual_card
 from surgery.engine.quantised.residual_choice import base_of, coded_edits
 from surgery.engine.quantised.residual_factors import largest_update, update_left
 from surgery_formats.adapters.format import Rendering
@@ -156,6 +158,9 @@ def write_residual(binding: Binding, plan: Plan, options: QuantisedOutput, folde
     residual = ResidualLoRA(nbytes, tuple(weights))
     if weights:
         folder.write_small(f"{FOLDER}/residual.json", json.dumps(residual.as_json(), indent=2).encode() + b"\n")
+    if updates:
+        text = residual_card(binding, residual.error, max(weight.rank for weight in weights))
+        folder.write_small(f"{FOLDER}/{CARD}", text)
     return residual
 
 

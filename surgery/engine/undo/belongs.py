@@ -27,7 +27,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.tensors.views import positions
 from surgery_formats.updates.weights import HeldWeight, WeightView
 
-__all__ = ["Evidence", "check_belongs", "dequantised_weights", "grown_weights", "recorded_base"]
+__all__ = ["Evidence", "check_belongs", "dequantised_weights", "grown_weights", "recorded_base", "recorded_inputs"]
 
 _HEIGHT = 512  # rows of a block
 _NEAR, _SHARP = 0.5, 0.2
@@ -51,11 +51,11 @@ class Evidence:
     noise: float = 0.0
 
 
-def recorded_base(folder: Path, adapters: Sequence[tuple[Adapter, float]]) -> Mapping[str, Any] | None:
+def recorded_inputs(folder: Path) -> Mapping[str, Any] | None:
     """What a merge's manifest in `folder` says of its inputs; None without one.
 
     Raises:
-        FitError: it names other adapters or weights, or the folder is of another command.
+        FitError: the folder is of another command, or holds a part of the update alone.
     """
     if not (folder / MANIFEST).is_file():
         return None
@@ -71,6 +71,17 @@ def recorded_base(folder: Path, adapters: Sequence[tuple[Adapter, float]]) -> Ma
             file=folder,
             hint="use the model without that LoRA if its codes were kept, else the base itself",
         )
+    return inputs
+
+
+def recorded_base(folder: Path, adapters: Sequence[tuple[Adapter, float]]) -> Mapping[str, Any] | None:
+    """What a merge's manifest in `folder` says of its inputs, which `adapters` have to be among; None without one.
+
+    Raises:
+        FitError: it names other adapters or weights, or as `recorded_inputs`.
+    """
+    if (inputs := recorded_inputs(folder)) is None:
+        return None
     try:
         check_adapters(inputs["adapters"], adapters, folder / MANIFEST)
     except SurgeryError:

@@ -96,13 +96,13 @@ def _measured(contract: Contract, ledger: Ledger) -> Iterator[tuple[str, str]]:
 
 
 def code_figures(contract: Contract, ledger: Ledger) -> tuple[str, float, float, str] | None:
-    """How many weights became codes of how many bits, their relative error, the worst one and its weight; None without codes."""
+    """How many weights became codes of which type, their relative error, the worst one and its weight; None without codes."""
     if not (coded := ledger.coded):
         return None
     kinds = Counter[str]()
     for entry in contract.quantised:
-        kinds["fp8" if "type" in entry else f"{entry['bits']} bits"] += len(entry["weights"])
-    counted = ", ".join(f"{number} of {kind}" for kind, number in sorted(kinds.items()))
+        kinds["fp8" if "type" in entry else f"int{entry['bits']}"] += len(entry["weights"])
+    counted = ", ".join(f"{number} in {kind}" for kind, number in sorted(kinds.items()))
     total = sum((error for _, error in coded), CodeError(0.0, 0.0, 0.0))
     tensor, worst = max(coded, key=lambda pair: pair[1].relative)
     return counted, total.relative, worst.relative, show(tensor.label.removesuffix(".codes"), 100)

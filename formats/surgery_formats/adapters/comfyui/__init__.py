@@ -34,6 +34,7 @@ COMFYUI = WeightFileFormat(
         written={"": _MODEL.text, _MODEL.component: _MODEL.text},
         leaves={"down": _DOWN, "up": _UP},
         encoders={
+            "*": "text_encoders.*.transformer.",
             "clip_text_model:text_encoder": "text_encoders.clip_l.transformer.",
             "clip_text_model:text_encoder_2": "text_encoders.clip_g.transformer.",
             "t5": "text_encoders.t5xxl.transformer.",

@@ -35,7 +35,8 @@ class Dialect:
         in_release: Whether modules have their makers' names, whatever the base calls them.
         names_of: Whose names of modules are written, where the dialect has one for what a base holds fused or otherwise.
         encoders: The prefix of a text encoder by the type of its model, or by type and component (``t5``,
-            ``clip_text_model:text_encoder``), where the component alone does not tell it.
+            ``clip_text_model:text_encoder``), where the component alone does not tell it; in a file that ComfyUI saved by its
+            name there (``t5xxl``, or ``*`` for any).
         loaded: Kinds of updates that the format's own program loads; others are written only where a file had them. None
             for all that the grammar has.
         norms: Ends of the modules whose weights that program takes whole, with a dot behind.

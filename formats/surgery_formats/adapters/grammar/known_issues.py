@@ -22,7 +22,7 @@ def stated_issues(
 ) -> Iterable[str]:
     """Facts worth a warning.
 
-    Sources: sd-scripts ``networks/merge_lora.py`` and ``svd_merge_lora.py``, diffusers' loader and its conversion (0.42),
+    Sources: sd-scripts ``networks/merge_lora.py``, ``svd_merge_lora.py`` and ``lora_sd3.py``, diffusers' loader and its conversion (0.42),
     LyCORIS' ``glora.py`` (4.1). docs/combine.md explains each case.
 
     Args:
@@ -56,7 +56,14 @@ def stated_issues(
             "so that its scale is lower than in training by the root of the rank"
         )
     grown = {round(lora.rank / dim, 6) for lora in loras if dim}
-    if loras and min(grown, default=1.0) > 1.0 and all(ratio == int(ratio) for ratio in grown):
+    if _is_on(metadata, "split_qkv") and max(grown, default=1.0) > 1.0:
+        weak = [lora for lora in loras if dim and lora.rank > dim]
+        parts = " or ".join(f"1/{ratio:g}" for ratio in sorted(grown) if ratio > 1.0)
+        yield (
+            f"trained with split_qkv: sd-scripts joins the factors of the parts and leaves alpha as it was, so that {len(weak)} fused "
+            f"projections act at {parts} of their strength in training, in every program"
+        )
+    elif loras and min(grown, default=1.0) > 1.0 and all(ratio == int(ratio) for ratio in grown):
         low = dim / max(lora.rank for lora in loras) if dim else 1.0
         yield (
             f"its metadata says dim {dim:g}, its factors have {max(grown):g} times that: "

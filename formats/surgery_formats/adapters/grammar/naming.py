@@ -10,10 +10,11 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.relaid import Whole, relaid, whole_of
 from surgery_formats.adapters.writing import places_of, whole_place
-from surgery_formats.binding.sizes import component_of
+from surgery_formats.binding.sizes import component_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
+from surgery_formats.models.layouts.parts import encoder_name
 from surgery_formats.models.names import Names, WeightSlice
 from surgery_formats.updates import Update, is_directed
 
@@ -55,10 +56,14 @@ class SiteNames:
 
     def prefix(self, site: Site) -> str | None:
         """How keys of a site's component begin; None if the format has no place for it."""
-        component = self._component(site)
+        component = self.component(site)
         if self.spelt.at(site) is not None:
             return self.dialect.prefix_for(component) or ""
         if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
+            names = self.base.names_of(component)
+            if own := encoder_name(names.prefix) if names else "":  # of a file that ComfyUI saved
+                told = self.dialect.encoders.get(own, self.dialect.encoders.get("*"))
+                return told.replace("*", own) if told else None
             encoder = component_of(site, self.base)
             kind = str(encoder.config.get("model_type"))
             level = _TEXT if kind == _CLIP and not any(name.startswith(_TEXT) for name in encoder.parameters) else ""
@@ -145,13 +150,21 @@ class SiteNames:
         where = whole_place(places_of(site, self.base, update.tensors))
         return where[1][2:] if where else ()
 
-    def _component(self, site: Site) -> str:
+    def component(self, site: Site) -> str:
         """What diffusers calls the component of a site; ``lora_unet_`` and ``diffusion_model.`` say it of any denoiser."""
         if self.spelt.at(site) is not None or site.component not in (*COMPONENTS, ""):
             return site.component
         if self.base is not None and self.base.is_pipeline:
             return component_of(site, self.base).name
-        return self._denoiser or site.component
+        return self._beside_denoiser(site) or self._denoiser or site.component
+
+    def _beside_denoiser(self, site: Site) -> str:
+        """Of a file that holds several networks: which a site is of that names none; empty for the one that removes noise."""
+        if site.component or self.base is None or "denoiser" not in self.base.main.parts:
+            return ""
+        stored = next((place.parameter.name for place in slices_of(site, self.base)), "")
+        part, name = self.base.main.within(stored)
+        return "" if part == "denoiser" else part or name.partition(".")[0]
 
     @cached_property
     def directed(self) -> frozenset[str]:

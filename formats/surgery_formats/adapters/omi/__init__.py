@@ -37,6 +37,9 @@ OMI = WeightFileFormat(
         encoders={
             "t5": "t5.",
             "llama": "llama.",
+            "clip_l": "clip_l.",
+            "clip_g": "clip_g.",
+            "t5xxl": "t5.",
             "clip_text_model:text_encoder": "clip_l.",
             "clip_text_model:text_encoder_2": "clip_g.",
         },

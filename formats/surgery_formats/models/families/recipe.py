@@ -39,7 +39,7 @@ from surgery_formats.models.families.recipe_heads import (
 )
 from surgery_formats.models.families.recipe_inserted import Bottleneck, BottleneckForm, Coupling
 from surgery_formats.models.families.recipe_mlp import MLP, Experts
-from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection, Shapes, norm_shapes
 from surgery_formats.models.families.recipe_vision import Patches
 
 __all__ = [
@@ -103,6 +103,11 @@ class Branch:
     gains: str = ""
     inserted: tuple[Bottleneck, ...] = ()
 
+    def shapes(self, hidden: int) -> Shapes:
+        """The base's tensors in it, in a model of `hidden` values."""
+        shapes = norm_shapes(hidden, self.before, self.after, self.on_sum)
+        return shapes | ({self.gains: (hidden,)} if self.gains else {})
+
 
 @dataclass(frozen=True, slots=True)
 class Cross:
@@ -110,6 +115,10 @@ class Cross:
 
     attention: Attention
     branch: Branch
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        return self.branch.shapes(hidden) | self.attention.shapes(hidden)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +140,14 @@ class Layer:
     cross: Cross | None = None
     altup: AltUpLayer | None = None
 
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        shapes = self.attention_branch.shapes(hidden) | self.mlp_branch.shapes(hidden)
+        shapes |= self.attention.shapes(hidden) | self.mlp.shapes()
+        if self.cross is not None:
+            shapes |= self.cross.shapes(hidden)
+        return shapes | (self.altup.shapes(hidden) if self.altup else {})
+
 
 @dataclass(frozen=True, slots=True)
 class Convolution:
@@ -151,6 +168,11 @@ class Convolution:
     groups: int
     activation: Activation
     norm: Norm
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        shapes: Shapes = {self.weight: (hidden, hidden // self.groups, self.width), self.bias: (hidden,)}
+        return shapes | norm_shapes(hidden, self.norm)
 
 
 @dataclass(frozen=True, slots=True)

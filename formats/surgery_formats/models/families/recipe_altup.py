@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+from surgery_formats.models.families.recipe_parts import (
+    Activation,
+    Norm,
+    Projection,
+    Shapes,
+    norm_shapes,
+    projection_shapes,
+)
 
 __all__ = ["AltUp", "AltUpLayer", "Laurel", "LayerEmbeddings", "LayerInput"]
 
@@ -34,6 +41,10 @@ class AltUp:
     def streams(self) -> int:
         """Number of streams."""
         return 1 + len(self.begins)
+
+    def shapes(self) -> Shapes:
+        """Its tensors."""
+        return projection_shapes(*self.begins, *self.ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,15 @@ class AltUpLayer:
     laurel: Laurel
     input: LayerInput
 
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        laurel, own = self.laurel, self.input
+        shapes = projection_shapes(
+            self.router, self.predict, self.correct, laurel.first, laurel.second, own.gate, own.projection
+        )
+        shapes |= norm_shapes(hidden, self.norm, laurel.norm, own.norm)
+        return shapes | ({self.gains: (hidden,)} if self.gains else {})
+
 
 @dataclass(frozen=True, slots=True)
 class LayerEmbeddings:
@@ -101,3 +121,8 @@ class LayerEmbeddings:
     scale: float
     projection: Projection
     norm: Norm
+
+    def shapes(self) -> Shapes:
+        """Its tensors."""
+        table: Shapes = {self.table: (self.rows, self.projection.outputs)}
+        return table | projection_shapes(self.projection) | norm_shapes(self.width, self.norm)

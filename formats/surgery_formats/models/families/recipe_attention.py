@@ -7,10 +7,10 @@ Shapes as in `surgery_formats.models.families.recipe`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from surgery_formats.models.families.recipe_parts import Norm, Projection
+from surgery_formats.models.families.recipe_parts import Norm, Projection, Shapes, norm_shapes, projection_shapes
 
 __all__ = ["Alibi", "Attention", "Disentangled", "Latent", "PositionScale", "RelativeBias", "Rope", "ShortConvolution"]
 
@@ -85,6 +85,11 @@ class Latent:
     query_norm: Norm | None = None
     query: Projection | None = None
 
+    def shapes(self) -> Shapes:
+        """Its tensors."""
+        shapes = projection_shapes(self.key_value, self.query) | norm_shapes(self.key_value.inputs, self.norm)
+        return shapes | norm_shapes(self.query.inputs if self.query else 0, self.query_norm)
+
 
 @dataclass(frozen=True, slots=True)
 class RelativeBias:
@@ -130,6 +135,11 @@ class Disentangled:
     max_distance: int = 0
     keys: Projection | None = None
     queries: Projection | None = None
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        table: Shapes = {self.table: (2 * self.span, hidden)}
+        return table | norm_shapes(hidden, self.norm) | projection_shapes(self.keys, self.queries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,3 +220,28 @@ class Attention:
     clip: float | None = None
     v_norm: Norm | None = None
     shared: int | None = None
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        shapes = projection_shapes(*self.inputs, self.output)
+        if self.bias is not None:
+            shapes[self.bias.table] = self.bias.buckets, self.heads
+        shapes |= {name: (self.heads * self.head_dim,) for name in (self.q_bias, self.v_bias) if name}
+        if self.disentangled is not None:
+            shapes |= self.disentangled.shapes(hidden)
+        if self.convolution is not None:
+            shapes[self.convolution.weight] = self.output.inputs, 1, self.convolution.kernel
+        if self.sinks:
+            shapes[self.sinks] = (self.heads,)
+        if self.latent is not None:
+            shapes |= self.latent.shapes()
+        return shapes | self._gains(self.q_norm, self.heads) | self._gains(self.k_norm, self.kv_heads)
+
+    def _gains(self, norm: Norm | None, heads: int) -> Shapes:
+        """Those of a norm of so many heads."""
+        if norm is None or self.norm_over != "heads":
+            return norm_shapes(self.head_dim * (heads if self.norm_over == "width" else 1), norm)
+        if "{h}" not in norm.weight:
+            return {name: (heads, self.head_dim) for name in (norm.weight, norm.bias) if name}
+        own = (replace(norm, weight=norm.weight.format(h=h), bias=norm.bias.format(h=h)) for h in range(heads))
+        return norm_shapes(self.head_dim, *own)

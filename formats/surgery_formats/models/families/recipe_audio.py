@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from surgery_formats.models.families.recipe_parts import Shapes
+
 __all__ = ["AudioStem", "TimeConvolution"]
 
 
@@ -39,3 +41,10 @@ class AudioStem:
     bins: int
     frames: int
     convolutions: tuple[TimeConvolution, ...]
+
+    def shapes(self) -> Shapes:
+        """Its tensors."""
+        shapes: Shapes = {}
+        for step in self.convolutions:
+            shapes |= {step.weight: (step.outputs, step.inputs, step.kernel), step.bias: (step.outputs,)}
+        return shapes

@@ -11,7 +11,14 @@ from typing import Literal
 
 from surgery_formats.models.families.recipe_inserted import Coupling
 from surgery_formats.models.families.recipe_mlp import MLP
-from surgery_formats.models.families.recipe_parts import Activation, Norm, Projection
+from surgery_formats.models.families.recipe_parts import (
+    Activation,
+    Norm,
+    Projection,
+    Shapes,
+    norm_shapes,
+    projection_shapes,
+)
 from surgery_formats.models.families.recipe_sentence import SentenceHead
 
 __all__ = ["ClassifierHead", "Head", "HiddenHead", "LanguageHead", "PooledHead", "Probe", "SpanHead"]
@@ -41,6 +48,11 @@ class LanguageHead:
     norm: Norm | None = None
     bias: str = ""
 
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors; a tied projection has the embedding's."""
+        shapes = projection_shapes(self.projection, self.before) | norm_shapes(self.projection.inputs, self.norm)
+        return shapes | ({self.bias: (1, self.projection.outputs)} if self.bias else {})
+
 
 @dataclass(frozen=True, slots=True)
 class ClassifierHead:
@@ -63,6 +75,11 @@ class ClassifierHead:
     early: int = 0
     norm: Norm | None = None
 
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors."""
+        last, _ = self.steps[-1]
+        return projection_shapes(*(step for step, _ in self.steps)) | norm_shapes(last.inputs, self.norm)
+
 
 @dataclass(frozen=True, slots=True)
 class SpanHead:
@@ -78,6 +95,11 @@ class SpanHead:
     before: tuple[Projection, Activation] | None = None
     norm: Norm | None = None
 
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors."""
+        before = self.before[0] if self.before else None
+        return projection_shapes(self.projection, before) | norm_shapes(self.projection.inputs, self.norm)
+
 
 @dataclass(frozen=True, slots=True)
 class HiddenHead:
@@ -88,6 +110,10 @@ class HiddenHead:
     """
 
     pooler: Projection | None = None
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors."""
+        return projection_shapes(self.pooler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +136,11 @@ class Probe:
     norm: Norm
     mlp: MLP
 
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        shapes: Shapes = {self.query: (1, 1, hidden)}
+        return shapes | projection_shapes(self.inputs, self.output) | norm_shapes(hidden, self.norm) | self.mlp.shapes()
+
 
 @dataclass(frozen=True, slots=True)
 class PooledHead:
@@ -131,6 +162,11 @@ class PooledHead:
     norm: Norm | None = None
     projection: Projection | None = None
     probe: Probe | None = None
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        shapes = projection_shapes(self.projection) | norm_shapes(hidden, self.norm)
+        return shapes | (self.probe.shapes(hidden) if self.probe else {})
 
 
 Head = LanguageHead | ClassifierHead | SpanHead | HiddenHead | SentenceHead | PooledHead

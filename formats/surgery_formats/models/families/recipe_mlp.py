@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery_formats.models.families.recipe_parts import Activation, Projection
+from surgery_formats.models.families.recipe_parts import Activation, Projection, Shapes, projection_shapes
 
 __all__ = ["MLP", "Experts"]
+
+_XIELU: Shapes = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,11 @@ class MLP:
     up_plus: float = 0.0
     shape: str = ""
     sparsity: float = 0.0
+
+    def shapes(self) -> Shapes:
+        """Its tensors."""
+        numbers = {f"{self.shape}.{name}": shape for name, shape in _XIELU.items()} if self.shape else {}
+        return projection_shapes(*self.inputs, self.output) | numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +93,12 @@ class Experts:
     precise: bool = False
     shared: MLP | None = None
     shared_gate: Projection | None = None
+
+    def shapes(self) -> Shapes:
+        """Its tensors, those of all experts included."""
+        shapes = projection_shapes(self.router, self.shared_gate)
+        for expert in (*self.experts, *((self.shared,) if self.shared else ())):
+            shapes |= expert.shapes()
+        if self.correction:
+            shapes[self.correction] = (*((1,) if self.correction_row else ()), len(self.experts))
+        return shapes

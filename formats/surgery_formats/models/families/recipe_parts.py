@@ -6,7 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Activation", "Norm", "Projection"]
+__all__ = ["Activation", "Norm", "Projection", "Shapes", "norm_shapes", "projection_shapes"]
+
+Shapes = dict[str, tuple[int, ...]]
+"""Name and stored shape of the tensors of a part; -1 is a size that config.json does not say."""
 
 Activation = Literal[
     "silu", "gelu", "gelu_tanh", "relu", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear", "relu2", "xielu"
@@ -53,3 +56,19 @@ class Norm:
     epsilon: float
     bias: str = ""
     plus_one: bool = False
+
+
+def projection_shapes(*projections: Projection | None) -> Shapes:
+    """The tensors of linear maps; None is one that a model does without."""
+    shapes: Shapes = {}
+    for each in filter(None, projections):
+        count = each.stack[1:] if each.stack else ()
+        shapes[each.weight] = (*count, *(each.outputs, each.inputs)[:: -1 if each.transposed else 1])
+        if each.bias:
+            shapes[each.bias] = (*count, each.outputs)
+    return shapes
+
+
+def norm_shapes(width: int, *norms: Norm | None) -> Shapes:
+    """The tensors of norms of `width` values; None is one that a model does without."""
+    return {name: (width,) for each in filter(None, norms) for name in (each.weight, each.bias) if name}

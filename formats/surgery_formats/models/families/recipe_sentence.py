@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from surgery_formats.models.families.recipe_parts import Activation, Projection
+from surgery_formats.models.families.recipe_parts import Activation, Projection, Shapes, projection_shapes
 
 __all__ = ["POOLING_MODES", "DenseStep", "PoolingMode", "SentenceHead", "UnitStep"]
 
@@ -48,3 +48,7 @@ class SentenceHead:
     modes: tuple[PoolingMode, ...]
     steps: tuple[DenseStep | UnitStep, ...]
     width: int
+
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors."""
+        return projection_shapes(*(step.projection for step in self.steps if isinstance(step, DenseStep)))

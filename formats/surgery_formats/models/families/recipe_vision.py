@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from surgery_formats.models.families.recipe_parts import Shapes
+
 __all__ = ["Patches"]
 
 
@@ -51,9 +53,9 @@ class Patches:
         """Number of tokens before those of the patches."""
         return bool(self.first) + self.register_count
 
-    def shapes(self, hidden: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of its tensors by name."""
-        named: dict[str, tuple[int, ...]] = {
+    def shapes(self, hidden: int) -> Shapes:
+        """Its tensors, in a model of `hidden` values."""
+        named: Shapes = {
             self.weight: (hidden, self.channels, *self.patch),
             self.bias: (hidden,),
             self.positions: self.positions_shape,
