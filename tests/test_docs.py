@@ -197,6 +197,33 @@ def test_links_resolve(page: Path):
     assert broken == []
 
 
+def test_every_home_of_a_word_is_there():
+    """The last column of the glossary: files and folders, from the top or from inside a package."""
+    cells = re.findall(r"\| ([^|\n]*) \|$", (ROOT / "docs/words.md").read_text(), re.MULTILINE)
+    homes = {home for cell in cells for home in re.findall(r"`([^`]+)`", cell)}
+    packages = [ROOT / folder for folder in (".", "formats", "formats/surgery_formats", "surgery", "cli/surgery_cli")]
+    assert len(homes) > 100
+    assert [home for home in sorted(homes) if not any([*package.glob(home)] for package in packages)] == []
+
+
+_NAMING = ["CONTRIBUTING.md", "docs/adding.md", "docs/words.md", "docs/guarantees.md", "tools/reader_questions.md"]
+
+
+@pytest.mark.parametrize("page", _NAMING)
+def test_every_file_that_is_named_is_there(page: str):
+    """Names in backticks that have a slash and an ending; from the top, or from any folder."""
+    text = FENCED.sub("", (ROOT / page).read_text())
+    named = {
+        one
+        for code in re.findall(r"`([^`\n]+)`", text)
+        for one in re.findall(r"[\w./-]+/[\w-]+\.(?:py|md|toml|ipynb)", code)
+    }
+    folders = ["docs", "examples", "surgery", "formats", "cli", "tests", "tools", "findings", "benchmarks"]
+    there = {str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.*")}
+    assert named
+    assert [one for one in sorted(named) if not any(path == one or path.endswith(f"/{one}") for path in there)] == []
+
+
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", page.read_text()), re.MULTILINE)

@@ -14,9 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from surgery_cli.engines import (
-    device,
     device_option,
-    devices,
     devices_option,
     engine,
     runtime_device_option,
@@ -33,21 +31,18 @@ if TYPE_CHECKING:
 __all__ = [
     "PATH",
     "Settings",
-    "adapter_format",
     "adapters",
     "alpha",
     "choice",
     "complete_files",
-    "complete_formats",
     "count",
-    "device",
     "device_option",
-    "devices",
     "devices_option",
     "dry_run",
     "dtype",
     "engine",
     "first_ids",
+    "format_option",
     "global_options",
     "number",
     "output",
@@ -200,6 +195,13 @@ def adapter_format(text: str) -> str:
             hint = closest(text, formats()) or f"there are {listing(sorted(formats()), 30)}"
         raise click.BadParameter(f"no adapter format '{show(text)}'; {hint}")
     return text
+
+
+def format_option(help: str, **more: Any) -> Callable[[F], F]:
+    """``--to``, a format to write."""
+    return click.option(
+        "--to", type=adapter_format, metavar="FORMAT", shell_complete=complete_formats, help=help, **more
+    )
 
 
 def complete_formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

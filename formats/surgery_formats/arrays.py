@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from surgery_formats.dtypes import DType
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Array",
-    "add_product",
     "all_finite",
     "array_of",
     "as_torch",
@@ -38,15 +36,11 @@ __all__ = [
     "inner",
     "is_torch",
     "namespace",
-    "product",
     "same_memory",
     "to_cpu",
     "to_device",
     "wide",
 ]
-
-_SCRATCH = 1 << 19  # elements
-_scratches = threading.local()
 
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor``. No static type describes both; docstrings give shape and element type."""
@@ -139,51 +133,6 @@ def assign(target: Array, values: Array) -> None:
             narrow(values.ravel(), target.reshape(-1))
         else:
             numpy.copyto(target, values, casting="unsafe")
-
-
-def add_product(block: Array, left: Array, right: Array, *, in_pieces: bool = False) -> Array:
-    """``block += left @ right``, in place; returns `block`.
-
-    `in_pieces` says that the factors are parts of some that are `low_rank_product.same_in_pieces`.
-    """
-    if is_torch(block):
-        return block.addmm_(left, right)  # one pass over the block less
-    if block.strides[0] < block.strides[1]:  # a transposed view: both terms in the order of its memory
-        return add_product(block.T, right.T, left.T).T
-    import numpy
-
-    from surgery_formats.low_rank_product import multiply
-
-    delta = _scratch(block.shape, block.dtype, 0)
-    (multiply if in_pieces else numpy.matmul)(left, right, out=delta)
-    block += delta
-    return block
-
-
-def product(left: Array, right: Array, slot: int = 0) -> Array:
-    """``left @ right`` of two matrices of one type, good until this thread's next product with the same `slot`.
-
-    Fresh memory for each block costs as much as adding it.
-    """
-    if is_torch(left):
-        return left @ right
-    import numpy
-
-    return numpy.matmul(left, right, out=_scratch((len(left), right.shape[1]), left.dtype, slot))
-
-
-def _scratch(shape: tuple[int, ...], dtype: numpy.dtype[Any], slot: int) -> numpy.ndarray:
-    """This thread's buffer, or fresh memory where it is too small."""
-    import numpy
-
-    size = math.prod(shape)
-    if size > _SCRATCH:
-        return numpy.empty(shape, dtype)
-    kept: dict[str, numpy.ndarray] = _scratches.__dict__
-    name = f"{dtype.char}{slot}"
-    if name not in kept:
-        kept[name] = numpy.empty(_SCRATCH, dtype)
-    return kept[name][:size].reshape(shape)
 
 
 _INFINITIES = {DType.F16: 0x7C00, DType.BF16: 0x7F80}

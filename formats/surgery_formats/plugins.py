@@ -28,21 +28,22 @@ _LOADED: dict[str, tuple[tuple[EntryPoint, Any], ...]] = {}
 """Plugins that were imported, with their entry points, by group."""
 
 
-def with_plugins(group: str, built_in: Iterable[T], noun: str, members: Iterable[str] = ()) -> dict[str, T]:
+def with_plugins(group: str, built_in: Iterable[T], noun: str, interface: type | None = None) -> dict[str, T]:
     """The objects of a registry by name: the built-in ones in their order, then those of plugins.
 
     Args:
         group: Entry point group; each of its entry points is an object like those of `built_in`.
         built_in: Objects that the registry always has.
         noun: The kind of object, for messages (``format``).
-        members: What plugins must have beside a name, so that one of an older interface is refused by its name.
+        interface: A Protocol whose members plugins must have, so that one of an older interface is refused by its name.
 
     Raises:
         SurgeryError: a plugin cannot be imported, lacks its name or another member, or has a name that is taken.
     """
     known = {item.name: item for item in built_in}
     if group not in _LOADED:
-        _LOADED[group] = _load(group, noun, tuple(members))
+        members = tuple(name for name in (vars(interface) if interface is not None else ()) if not name.startswith("_"))
+        _LOADED[group] = _load(group, noun, members)
     for entry, plugin in _LOADED[group]:
         if known.setdefault(plugin.name, plugin) is not plugin:
             raise SurgeryError(f"the {noun} plugin {_shown(entry)} takes the name '{plugin.name}', which is taken")

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery_formats.adapters.format import Format, Inheriting, Spelling
 from surgery_formats.canonical.adapter import Adapter, Site, WeightedAdapter
+from surgery_formats.tensors.tensor import origin
 from surgery_formats.updates import Update, low_rank_part
 
 __all__ = ["combined_adapter", "side_files"]
@@ -27,7 +28,7 @@ def combined_adapter(
     """
     adapters = [term.adapter for term in terms]
     first = adapters[0]
-    tensors = {tensor.name: tensor for chain in updates.values() for update in chain for tensor in update.tensors}
+    tensors = {origin(tensor): tensor for chain in updates.values() for update in chain for tensor in update.tensors}
     # A format's own writer keeps what its configuration said; it is only asked to where all sources are of it.
     same = all(adapter.format == target.name for adapter in adapters)
     config: Mapping[str, Any] = first.config if same else {}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -150,7 +151,17 @@ class CheckResult:
             fixed = self.fixed.summary(verbose=verbose)
             sections += fixed.data
             sections += [note for note in fixed.notes if note.level != "warning"]
+        sections += self._next()
         return Summary("Check", (Facts(tuple(facts)), *sections, *warning_notes(self.warnings)))
+
+    def _next(self) -> list[Section]:
+        """The command that says more of the first program that does not honour all of it, or writes the adapter anew for it."""
+        wrong = next((check.name for check in self.consumers if not check.honoured), None)
+        if wrong is None or self.fixed is not None:
+            return []
+        command = f"surgery check {shlex.quote(str(self.base))} {shlex.quote(str(self.adapter))} --for {wrong}"
+        then = " --fix OUT writes what it honours" if self.one else " shows what is wrong, and the remedy"
+        return [Note(("next: ", Name(command, 2 * PATH), then))]
 
     def plus(self, fixed: ConvertResult) -> CheckResult:
         """With what was written."""

@@ -47,8 +47,7 @@ def consumers() -> dict[str, Consumer]:
     Raises:
         SurgeryError: see `surgery_formats.plugins.with_plugins`.
     """
-    members = (member for member in vars(Consumer) if not member.startswith("_"))
-    return with_plugins(ENTRY_POINTS, BUILT_IN, "consumer", members)
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "consumer", Consumer)
 
 
 def consumer_named(text: str) -> tuple[Consumer, str]:

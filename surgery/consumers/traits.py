@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
-__all__ = ["TRAITS", "Trait"]
+__all__ = ["Trait"]
 
 Trait = Literal[
     "LoRA",
@@ -103,4 +103,3 @@ Trait = Literal[
 ``other weight files``
     Weights in several files, or in one of another name than programs look for.
 """
-TRAITS: tuple[Trait, ...] = get_args(Trait)

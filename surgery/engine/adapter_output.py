@@ -89,10 +89,10 @@ def stored_as(rendering: Rendering, dtype: DType | None) -> Rendering:
 
 
 def job_id(facts: Mapping[str, Any], inputs: Iterable[File | str], rendering: Rendering) -> str:
-    """Names a job by the contents of its inputs (files, or fingerprints), its options and what it will write."""
+    """Names a job by the contents of its inputs (files, or fingerprints), in their order, its options and what it will write."""
     small = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(rendering.small_files.items())}
     tensors = [(tensor.name, tensor.dtype.label, tensor.shape) for tensor in rendering.tensors]
-    prints = sorted({entry if isinstance(entry, str) else fingerprint(entry) for entry in inputs})
+    prints = [entry if isinstance(entry, str) else fingerprint(entry) for entry in inputs]
     whole = [__version__, dict(facts), small, dict(rendering.metadata), tensors, prints]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 

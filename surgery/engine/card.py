@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from surgery._version import __version__
-from surgery.reports.markdown_parts import table_lines
+from surgery.reports.markdown_table import table_lines
+from surgery.reports.request import current_request
 from surgery_formats.canonical.adapter import Adapter
-from surgery_formats.models.base_name import base_name
+from surgery_formats.models.base_name import hub_name
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import count, markdown, markdown_code, show
 
@@ -54,13 +55,15 @@ def card(
 
 
 def name_of(path: Path) -> str:
-    """What a file or folder is called, without where it lies."""
-    return markdown_code(show(path.resolve().name))
+    """What a file or folder is called, without where it lies: the result of a step as its recipe calls it."""
+    path, request = path.resolve(), current_request()
+    return markdown_code(show(path.name if request is None else request.results.get(path, path.name)))
 
 
 def model_name(model: Checkpoint) -> str:
     """What a model is called: on the hub, if it is known there, else its folder."""
-    return markdown_code(show(base_name(model)))
+    known = hub_name(model)
+    return markdown_code(show(known)) if known else name_of(model.path)
 
 
 def adapter_table(adapters: Iterable[tuple[Adapter, float]]) -> list[str]:

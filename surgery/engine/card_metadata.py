@@ -6,14 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from surgery.engine.card_yaml import Metadata, fenced, read_metadata
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.raw import open_file, stays_inside
 from surgery_formats.models.base_name import is_hub_name
 
-__all__ = ["Relation", "base_of_card", "card_metadata"]
+__all__ = ["Relation", "base_of_card", "card_metadata", "relation_of_card"]
 
 Relation = Literal["merge", "adapter", "quantized", "finetune", ""]
 """What the hub can say that a model is of its base (ADR 71); empty where none of the four is true."""
@@ -69,6 +69,12 @@ def base_of_card(folder: Path) -> str:
     if isinstance(named, list) and len(named) == 1:
         named = named[0]
     return named if isinstance(named, str) and is_hub_name(named) else ""
+
+
+def relation_of_card(folder: Path) -> Relation:
+    """What the card in a folder says that the model is of its base; empty where it says none of the hub's words."""
+    told = _told_in(folder).get("base_model_relation")
+    return next((word for word in get_args(Relation) if word == told), "")
 
 
 def _told_in(folder: Path) -> Metadata:

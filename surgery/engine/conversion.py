@@ -29,7 +29,7 @@ from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import is_refusing
+from surgery_formats.updates import is_refusing, is_replacing
 
 __all__ = [
     "Conversion",
@@ -171,6 +171,7 @@ def plan_conversion(
     dtype: DType | None = None,
     allow_loss: bool = False,
     as_loras: str = "",
+    without_whole: str = "",
 ) -> Conversion:
     """Render an adapter that was checked.
 
@@ -182,6 +183,7 @@ def plan_conversion(
         dtype: Type of the stored matrices; None keeps them.
         allow_loss: Whether updates that the format cannot hold may be left out.
         as_loras: How the caller makes LoRAs of other kinds, for the hint where the format lacks those.
+        without_whole: The same of what the caller does without parameters that are there whole.
 
     Raises:
         FitError: an update would be lost, nothing is left, or only a base would tell how its rows lie.
@@ -206,6 +208,7 @@ def plan_conversion(
             _refuse_what_no_weight_holds(source, rendering)
         hints = [rows] if rows else []
         hints += [as_loras] if as_loras and _other_kinds(source, rendering) else []
+        hints += [without_whole] if without_whole and _whole_ones(source, rendering) else []
         hints += ["`allow_loss=True` leaves them out"] if rendering.tensors else []
         check_nothing_dropped(rendering, target.name, source.path, ", ".join(hints) or None, base=base)
     if not rendering.tensors:
@@ -265,6 +268,12 @@ def _other_kinds(source: Adapter, rendering: Rendering) -> bool:
         if str(site) in dropped
         for update in chain
     )
+
+
+def _whole_ones(source: Adapter, rendering: Rendering) -> bool:
+    """Whether a parameter was dropped whose new values the adapter has: a norm's, a bias's."""
+    dropped = {entry.site for entry in rendering.entries if entry.outcome == "dropped"}
+    return any(str(site) in dropped and any(map(is_replacing, chain)) for site, chain in source.updates.items())
 
 
 def tolerance_of(dtype: DType | None) -> float:

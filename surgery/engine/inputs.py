@@ -195,7 +195,7 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base", *, graph: bool 
                 raise FitError(
                     _AN_ADAPTER,
                     file=path,
-                    hint="were the two given the other way round? `surgery merge` makes a full model of an adapter",
+                    hint="its base belongs here; `surgery merge` makes a full model of the two",
                 )
         return open_checkpoint(path) if graph else _no_graph(open_checkpoint(path))
     if _is_adapter(value):

@@ -311,7 +311,7 @@ class Ledger:
             "without_output": {
                 account.label: {"class": account.outcome, "why": account.why} for account in self.plan.accounts
             },
-            "ignored": {entry.tensor.name: entry.reason for entry in self.plan.ignored},
+            "ignored": {entry.label: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),
         }
         account |= {"quantised": _coded(coded)} if (coded := self.coded) else {}

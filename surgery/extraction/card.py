@@ -6,15 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from surgery.engine.card import card, measured_table
+from surgery.engine.card import card, measured_table, model_name
 from surgery.engine.card_metadata import card_metadata
 from surgery.extraction.extraction_plan import ExtractionPlan
 from surgery.extraction.figures import layers_of
 from surgery.extraction.recovery import Recovery
 from surgery.extraction.recovery_table import recovery_rows
 from surgery.extraction.result import ExtractResult
-from surgery.reports.markdown_parts import table_lines
-from surgery_formats.models.base_name import base_name, hub_name
+from surgery.reports.markdown_table import table_lines
+from surgery_formats.models.base_name import hub_name
 from surgery_formats.text import count, markdown, markdown_code, nbytes, numbered, show
 
 __all__ = ["extraction_card"]
@@ -30,7 +30,6 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult, library: str, *
         before_codes: Whether `result` is of factors that are stored as codes then.
     """
     base, tuned = plan.checkpoints.base, plan.checkpoints.tuned
-    names = [markdown_code(show(base_name(checkpoint))) for checkpoint in (base, tuned)]
     kind = "DoRA" if result.kind is not None and result.kind.kind == "dora" else "LoRA"
     head = card_metadata(
         base.path, hub_name(base), relation="adapter", library=library, task=plan.adapter.task, tags=(kind.lower(),)
@@ -48,7 +47,7 @@ def extraction_card(plan: ExtractionPlan, result: ExtractResult, library: str, *
     tables = [measured_table(_figures(result))]
     tables += [] if result.recovery is None else [list(_recovery(result.recovery))]
     tables.append(table_lines(("layers", "rank", "parameters", "of the change missing"), rows, right=(1, 2, 3)))
-    title = f"{names[1]} as a {kind} of {names[0]}"
+    title = f"{model_name(tuned)} as a {kind} of {model_name(base)}"
     notes = ["The figures are of the factors before they became codes."] if before_codes else []
     return card(head, title, *tables, notes=notes, warnings=result.warnings, made="Extracted")
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from surgery._version import __version__
@@ -227,41 +227,25 @@ def plan_extraction(
         NothingChangedError: TUNED is BASE.
         FitError: a change cannot be held.
     """
-    old, new = checkpoints.old, checkpoints.new
-    goal, dtype, scaling = request.goal, request.dtype, request.scaling
+    goal, targets = request.goal, layout.targets
 
     def formed(ranks: Mapping[str, int]) -> StoragePlan:
-        return plan_storage(layout.parameters, layout.targets, scan.measures, old, new, request.options, ranks)
+        old, new = checkpoints.old, checkpoints.new
+        return plan_storage(layout.parameters, targets, scan.measures, old, new, request.options, ranks)
 
-    ranks: Mapping[str, int] = ranks_of(goal, layout.targets, scan.factored, formed, request.stored)
+    lora_ranks = ranks_of(goal, targets, scan.factored, formed, request.stored)
     stopwatch.lap("settling")
-    decision, dora_ranks = _decide_kind(checkpoints, layout, scan, request, formed, ranks)
+    decision, ranks = _decide_kind(checkpoints, layout, scan, request, formed, lora_ranks)
     stopwatch.lap("kind")
-    if decision.facts.kind == "dora":
-        ranks = dora_ranks
     storage = formed(ranks)
-    calibrated = CalibrationChanges({}, {}, {})
+    calibrated, refined = CalibrationChanges({}, {}, {}), None
     if request.calibration is not None:
-        calibrated = calibrate(
-            request.calibration,
-            storage,
-            layout.parameters,
-            scan.factored,
-            ranks,
-            request.workspace,
-            biases="bias" in request.options.dense,
-        )
-        calibrated.into(storage, layout.parameters)
+        calibrated = _calibrated(request.calibration, storage, layout, scan, request, ranks)
         stopwatch.lap("calibrating")
-    refined = None
     if request.beyond_rounding:
         refined = refine(storage, scan.factored, ranks, request.workspace)
         stopwatch.lap("refining")
-    for target in storage.targets:
-        if (rank := goal.rank_of(target)) is not None and ranks[target.path] < rank:
-            storage.why |= dict.fromkeys(
-                target.names, f"rank cut from {rank} to {ranks[target.path]}: the change has no more"
-            )
+    _note_cut_ranks(storage, goal, ranks)
     check_losses(storage, scan.measures, checkpoints.tuned.path, allow_loss=request.allow_loss)
     if not storage.targets and not storage.dense_tensors:
         raise FitError("nothing of what changed can be held", file=checkpoints.tuned.path)
@@ -270,33 +254,17 @@ def plan_extraction(
     stopwatch.lap("identifying")
     factored = {**scan.factored, **decision.factored, **calibrated.factored, **(refined.factored if refined else {})}
     magnitudes = {path: magnitude.values for path, magnitude in decision.magnitudes.items()}
-    settings = FactorSettings(ranks, scaling, dtype, magnitudes)
+    settings = FactorSettings(ranks, request.scaling, request.dtype, magnitudes)
     adapter = extracted_adapter(storage, factored, settings, checkpoints.base, base_id, checkpoints.tuned.path)
-    peft = format_named("peft")
-    assert isinstance(peft, Scaled)
-    peft = peft.with_scaling(scaling)
+    peft = _peft(request.scaling)
     rendering = peft.render(adapter, checkpoints.base)
-    (config,) = rendering.small_files.values()
     adapter = peft.described(adapter)  # other formats are given what a reader of the PEFT folder would know
-    order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
-    facts = {
-        "version": __version__,
-        "verb": "extract-lora",
-        "config": hashlib.sha256(config).hexdigest(),
-        "tensors": [(name, dtype.label, shape) for name, dtype, shape in order],
-        "base": base_id,
-        "calibration": None if request.calibration is None else request.calibration.id,
-        "tuned": sorted(fingerprint(shard.file) for shard in new.shards),
-    }
-    plan_id = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    targets = [scan.factored[target.path] for target in storage.targets]
+    plan_id = _plan_id(rendering, base_id, request.calibration, checkpoints.new)
+    changed = [scan.factored[target.path] for target in storage.targets]
     gains = {path: magnitude.load_gains for path, magnitude in decision.magnitudes.items()}
     stopwatch.lap("settling")
-    noise = noise_report(targets, factored, ranks, scan.measures, request.workspace.workers, gains, decision.survivals)
+    noise = noise_report(changed, factored, ranks, scan.measures, request.workspace.workers, gains, decision.survivals)
     stopwatch.lap("noise")
-    warnings = differing_settings(old, new)
-    if request.calibration is not None and (unused := unused_modules(request.calibration, storage.targets)):
-        warnings += (f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}",)
     return ExtractionPlan(
         checkpoints,
         request,
@@ -312,9 +280,59 @@ def plan_extraction(
         noise,
         decision,
         calibrated,
-        warnings,
+        (*differing_settings(checkpoints.old, checkpoints.new), *_without_use(request.calibration, storage)),
         refined,
     )
+
+
+def _calibrated(
+    calibration: Calibration,
+    storage: StoragePlan,
+    layout: ScanLayout,
+    scan: ScanResult,
+    request: ExtractionSettings,
+    ranks: Mapping[str, int],
+) -> CalibrationChanges:
+    """What inputs of modules change of the factors, noted in `storage` too."""
+    biases = "bias" in request.options.dense
+    changes = calibrate(calibration, storage, layout.parameters, scan.factored, ranks, request.workspace, biases=biases)
+    changes.into(storage, layout.parameters)
+    return changes
+
+
+def _note_cut_ranks(storage: StoragePlan, goal: RankGoal, ranks: Mapping[str, int]) -> None:
+    for target in storage.targets:
+        if (asked := goal.rank_of(target)) is not None and (rank := ranks[target.path]) < asked:
+            cut = f"rank cut from {asked} to {rank}: the change has no more"
+            storage.why |= dict.fromkeys(target.names, cut)
+
+
+def _peft(scaling: Scaling) -> Scaled:
+    peft = format_named("peft")
+    assert isinstance(peft, Scaled)
+    return peft.with_scaling(scaling)
+
+
+def _plan_id(rendering: Rendering, base_id: str, calibration: Calibration | None, tuned: Component) -> str:
+    """Hex digest of the output's form and of all inputs' content."""
+    (config,) = rendering.small_files.values()
+    order = reference_order((tensor.name, tensor.dtype, tensor.shape) for tensor in rendering.tensors)
+    facts = {
+        "version": __version__,
+        "verb": "extract-lora",
+        "config": hashlib.sha256(config).hexdigest(),
+        "tensors": [(name, dtype.label, shape) for name, dtype, shape in order],
+        "base": base_id,
+        "calibration": None if calibration is None else calibration.id,
+        "tuned": sorted(fingerprint(shard.file) for shard in tuned.shards),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _without_use(calibration: Calibration | None, storage: StoragePlan) -> Iterator[str]:
+    """A warning of inputs that no factors are made for."""
+    if calibration is not None and (unused := unused_modules(calibration, storage.targets)):
+        yield f"the inputs of {len(unused)} modules are of no use, for they get no factors: {listing(unused)}"
 
 
 def _decide_kind(
@@ -325,7 +343,7 @@ def _decide_kind(
     formed: Callable[[Mapping[str, int]], StoragePlan],
     ranks: Mapping[str, int],
 ) -> tuple[KindDecision, Mapping[str, int]]:
-    """Choose LoRA or DoRA; also returns the ranks of a DoRA.
+    """Choose LoRA or DoRA, and its ranks; `ranks` are those of a LoRA.
 
     Raises:
         FitError: a DoRA is required and impossible.
@@ -349,4 +367,4 @@ def _decide_kind(
     decision = choose_kind(
         request.kind, targets, scan.factored, dora_ranks, ranks, request.workspace, checkpoints.tuned.path
     )
-    return decision, dora_ranks
+    return decision, dora_ranks if decision.facts.kind == "dora" else ranks

@@ -137,7 +137,14 @@ def _converted(
 ) -> _PlannedOutput:
     """Rendered by `target`: the extraction is proved before it is rendered, then what was written of it is compared."""
     binding, request = _bound(plan, plan.adapter), plan.request
-    conversion = plan_conversion(plan.adapter, target, plan.checkpoints.base, binding, allow_loss=request.allow_loss)
+    conversion = plan_conversion(
+        plan.adapter,
+        target,
+        plan.checkpoints.base,
+        binding,
+        allow_loss=request.allow_loss,
+        without_whole="a replacement is a whole parameter, such as a bias or a norm, and `to=peft` holds those",
+    )
     entries = conversion.rendering.entries
     planned = ConvertResult(None, plan.peft.name, target.name, entries, warnings=plan.adapter.known_issues())
 

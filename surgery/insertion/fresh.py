@@ -183,7 +183,7 @@ def fresh_adapter(
         memory=adapter_memory(base_items([component]), trained, found.frozen),
         full=full_memory(component),
         base_nbytes=base.nbytes,
-        warnings=_warnings(options, conversion),
+        warnings=_warnings(options),
     )
     if folder is None:
         return result
@@ -288,7 +288,7 @@ def _planned(adapter: Adapter, target: Format, base: Checkpoint) -> Conversion:
         raise
 
 
-def _warnings(options: FreshOptions, conversion: Conversion) -> tuple[str, ...]:
+def _warnings(options: FreshOptions) -> tuple[str, ...]:
     said: list[str] = []
     if options.init in TAKEN and options.residual is None:
         said.append(

@@ -21,8 +21,6 @@ MEASURES = ("cosine", "distance", "dot")
 _PRODUCTS = 1 << 22  # of vectors and rows, in memory at a time
 _SPARE = 8  # candidates beyond those asked for, as far as float32 may be mistaken
 
-Figures = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True, slots=True)
 class NearToken:

@@ -13,7 +13,6 @@ from surgery.reference.model import (
     Output,
     encode,
     forward,
-    prefix_cache,
     prompt_cache,
 )
 from surgery.reference.reference import Reference, open_reference
@@ -31,7 +30,6 @@ __all__ = [
     "greedy",
     "open_reference",
     "planned_weights",
-    "prefix_cache",
     "prompt_cache",
     "stored_weights",
 ]

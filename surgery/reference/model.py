@@ -28,7 +28,6 @@ __all__ = [
     "Output",
     "encode",
     "forward",
-    "prefix_cache",
     "prompt_cache",
 ]
 
@@ -218,28 +217,6 @@ def encode(reference: Reference, source: torch.Tensor, real: torch.Tensor | None
 def prompt_cache(reference: Reference, embeddings: torch.Tensor) -> Cache:
     """The cache of a soft prompt ``(n, D)`` for one row (prompt tuning, arXiv:2104.08691; P-tuning, 2103.10385)."""
     return forward(reference, torch.empty(1, 0, dtype=torch.long), virtual=embeddings).cache
-
-
-def prefix_cache(reference: Reference, flat: torch.Tensor) -> Cache:
-    """Trained keys and values (prefix tuning, arXiv:2101.00190), for one row.
-
-    `flat`, ``(n, layers * 2 * kv_heads * head_dim)``, has for every token the key and the value of each layer in turn.
-    Keys are used as they are, without rotation.
-
-    Raises:
-        FitError: the width is not that of the model.
-    """
-    layers = reference.model.caching
-    sizes = [layer.attention.kv_heads * layer.attention.head_dim for layer in layers for _ in "kv"]
-    if flat.ndim != 2 or flat.shape[1] != sum(sizes):
-        raise FitError(f"the prefix has the shape {tuple(flat.shape)}, but the model needs (tokens, {sum(sizes)})")
-    parts = torch.split(flat.to(reference.dtype), sizes, dim=1)
-    caches = []
-    for index, layer in enumerate(layers):
-        heads, dim = layer.attention.kv_heads, layer.attention.head_dim
-        k, v = (part.reshape(-1, heads, dim).transpose(0, 1)[None] for part in parts[2 * index : 2 * index + 2])
-        caches.append((k, v))
-    return Cache(tuple(caches), torch.ones(1, len(flat), dtype=torch.bool))
 
 
 def _residual(

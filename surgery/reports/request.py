@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Request", "asked", "current_request", "unrecorded"]
@@ -21,12 +22,14 @@ class Request:
         args: Of the call.
         kwargs: Of the call.
         recipe: What is being applied, ready for the manifest; None for a call.
+        results: What the recipe calls the results of earlier steps, by where they lie.
     """
 
     verb: Callable[..., Any]
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
     recipe: Mapping[str, Any] | None = None
+    results: Mapping[Path, str] = field(default_factory=dict)
 
 
 _CURRENT: ContextVar[Request | None] = ContextVar("request", default=None)

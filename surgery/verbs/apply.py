@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.engine.card import CARD
 from surgery.engine.inputs import StrPath, as_path, local_path
 from surgery.progress import Callback
 from surgery.recipes.apply_result import ApplyResult, Done, Place
@@ -146,15 +145,11 @@ def _compared(recipe: Recipe, result: ApplyResult) -> ApplyResult:
     made = json.loads(manifest.read_bytes()) if manifest.is_file() else {}
     old, new = (dict(one.get("files") or {}) for one in (recipe.recorded, made))
     other = sorted(name for name in {*old, *new} if not _is_same(old.get(name), new.get(name)))
-    cards = [name for name in other if name.rpartition("/")[2] == CARD and name in old and name in new]
-    other = [name for name in other if name not in cards]
     same = not other and made.get("plan") == recipe.recorded.get("plan")
     before, now = recipe.recorded["recipe"].get("version"), made.get("recipe", {}).get("version")
     told = f"; the manifest is of surgery {before}, this is {now}" if before != now else ""
     which = f": {listing(other)}" if other else ""
-    # A card calls a model by its folder, which may lie elsewhere, or between the steps.
-    warnings = [f"{name} is another one: it calls folders by their names" for name in cards]
-    warnings += [] if same else [f"not all is what the manifest says{which}{told}"]
+    warnings = () if same else (f"not all is what the manifest says{which}{told}",)
     return replace(result, same=same, warnings=(*result.warnings, *warnings))
 
 
@@ -261,7 +256,8 @@ class _Runner:
         if "progress" in step.parameters:
             arguments["progress"] = self.progress
         arguments["overwrite"] = self.overwrite
-        with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step))):
+        results = {path.resolve(): name for name, path in self.results.items() if isinstance(path, Path)}
+        with asked(Request(apply, recipe=kept_recipe(self.recipe, self.inputs, step), results=results)):
             result = step.function(**arguments, output=outputs[0])
         self.warnings += result.warnings
         if self.journal is not None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from surgery.algebra.combination import CombinationPlan, combine_adapters, plan_combination
-from surgery.algebra.combine_result import Combined, CombineResult, Source
+from surgery.algebra.combine_result import CombineResult
 from surgery.algebra.output import write_combination
 from surgery.algebra.sums import CombineOptions
 from surgery.algebra.ties_and_dare import DENSE_METHODS, MAJORITIES
@@ -41,7 +41,7 @@ from surgery_formats.canonical.adapter import WeightedAdapter
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.text import listing, show
 
-__all__ = ["METHODS", "CombineResult", "Combined", "Source", "combine", "combined"]
+__all__ = ["METHODS", "CombineResult", "combine", "combined"]
 
 METHODS = ("exact", "svd", *DENSE_METHODS)
 

@@ -3,48 +3,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.engine.execute import Run
 from surgery.engine.inputs import AdaptersLike, CheckpointLike, StrPath, as_checkpoint, as_list, local_path
 from surgery.engine.ledger import Ledger
-from surgery.onnx.export.adapters import sort_adapters
+from surgery.onnx.export.adapters import AdapterRoles, sort_adapters
+from surgery.onnx.export.assemble import Assembly
 from surgery.onnx.export.cautions import code_warnings, graph_warnings, warnings_before
 from surgery.onnx.export.export_card import export_card
 from surgery.onnx.export.graph_files import GraphFiles, graph_files
+from surgery.onnx.export.graphs_asked import GraphsAsked
 from surgery.onnx.export.half_range import issues_of_types, measured_values, reach_of_values
 from surgery.onnx.export.identity import export_facts, export_id
-from surgery.onnx.export.input_options import (
-    check_fused,
-    with_embeddings,
-    with_experts,
-    with_logits,
-    with_positions,
-    with_required,
-    with_sentence,
-)
-from surgery.onnx.export.layouts import arrange, check_layout, layout_named, layout_warnings
-from surgery.onnx.export.new_assembly import new_assembly
+from surgery.onnx.export.input_options import check_fused
+from surgery.onnx.export.layouts import Arrangement, arrange, check_layout, layout_named, layout_warnings
 from surgery.onnx.export.pairs import whole_graphs
-from surgery.onnx.export.place import ExportJob, choose_mode, write_export
+from surgery.onnx.export.place import ExportJob, ExportOutcome, Mode, choose_mode, write_export
 from surgery.onnx.export.prompt_past import WeightLocation
-from surgery.onnx.export.request import WeightsAsked, in_shares
+from surgery.onnx.export.request import ExportedWeights, WeightsAsked, in_shares
 from surgery.onnx.export.result import ExportResult
 from surgery.onnx.export.side_files import side_files_of
-from surgery.onnx.export.weight_options import WITHOUT_ATTENTION, WeightOptions
+from surgery.onnx.export.weight_options import WeightOptions
 from surgery.onnx.export.weights_mode import weights_mode
 from surgery.onnx.export.weights_to_write import check_written
+from surgery.onnx.graph.build import GraphSet
+from surgery.onnx.graph.contract import Contract
 from surgery.onnx.run.adapter_file import SmallFiles
 from surgery.progress import Callback
 from surgery.reports.result import timed
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File, open_file
-from surgery_formats.models.families.tasks import SENTENCE
+from surgery_formats.models.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from surgery.engine.shares.work import EngineLike
+    from surgery.reference.stored import Stored
 
 __all__ = ["ExportResult", "export_onnx"]
 
@@ -163,6 +160,10 @@ def export_onnx(
         weights_type, block, symmetric, scales, rounding, calibration, embeddings, head, budget, linear, experts
     )
     asked = WeightsAsked(task, merge_to, target, dtype, layout, opset, options_of_weights)
+    graphs = GraphsAsked(
+        asked, required, packed, tuple(as_list(bake_prompt)), prompt_form, max_length,
+        position_ids, inputs_embeds, logits,
+    )  # fmt: skip
     run = Run(verify_copies=verify_copies, overwrite=overwrite, progress=progress)
     shared = None
     if engine is not None and engine != "local":
@@ -172,94 +173,142 @@ def export_onnx(
         raise FitError("is not written yet, and a graph refers to files", file=checkpoint.path, hint="write it first")
     roles = sort_adapters(adapters, merge, swap, prefix)
     shape = layout_named(layout)
-    own, coding, full, binding, merged = asked.planned(checkpoint, roles)
-    texts: tuple[str, ...] = tuple(as_list(bake_prompt))
-    assembly = new_assembly(checkpoint, roles, merged, own, target, dtype, max_length, texts, prompt_form)
-    assembly = with_experts(assembly, experts, older=asked.older)
-    required = required or (layout == "triton" and bool(assembly.slots))
-    assembly = with_required(with_sentence(assembly) if task == SENTENCE else assembly, required, packed)
+    planned = asked.planned(checkpoint, roles)
+    assembly = graphs.assembly(checkpoint, roles, planned)
     in_place = weights == "auto" and choose_mode("auto", where, checkpoint.main.folder, ()) == "reference"
     if weights == "auto" and shape.numbered and assembly.model.encoder is not None and not in_place:
         weights = "embed"  # one file of weights would have to have two names
-    if weights == "embed" and assembly.model.encoder is not None:  # every graph holds the weights that it reads
-        assembly = replace(assembly, options=replace(assembly.options, prefill=False))
-    assembly = with_logits(with_positions(with_embeddings(assembly, inputs_embeds, layout), position_ids), logits)
-    if opset is None and linear == "matmul":
-        opset = WITHOUT_ATTENTION
-    options = replace(assembly.options, opset=opset, prefill=assembly.options.prefill and shape.companions)
-    assembly = replace(assembly, options=options, companions=shape.companions)
+    assembly = graphs.completed(assembly, shape, embedded=weights == "embed")
     draft = assembly.draft()
     check_fused(draft, experts)
     check_layout(shape, draft.contract, genai=bool(assembly.for_genai(draft)), embedded=weights == "embed" or in_place)
     sources = tuple(file for file in draft.files if isinstance(file, File))
-    chosen = weights_mode(weights, where, checkpoint.main, sources, merged, assembly, full=full)
+    mode = weights_mode(weights, where, checkpoint.main, sources, planned.merged, assembly, full=planned.full)
     kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
-    arrangement = arrange(shape, chosen, draft, kind)
-    told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
-    warnings = warnings_before(chosen, roles, checkpoint, told) + graph_warnings(assembly, draft)
-    warnings += layout_warnings(shape, draft.contract, pooled=(assembly.component.folder / "modules.json").exists())
-    own_files = {file.path.name: file for file in sources}
-    built: list[GraphFiles] = []
-
-    def make(here: WeightLocation) -> SmallFiles:
-        held = None
-        if chosen == "embed":
-            computed = merged.plan.files if merged else ()
-            held = own_files | {file.name: open_file(here.folder / arrangement.path(file.name)) for file in computed}
-        built.append(graph_files(assembly, arrangement, here, held, where.resolve().name))
-        return built[-1].files
-
-    def check(ledger: Ledger) -> None:
-        assert binding is not None
-        warnings.extend(check_written(ledger, binding, headed=assembly.baked is not None))
-
-    seen = None
+    written = _ExportOutput(
+        where, checkpoint, roles, planned, assembly, draft, sources, mode, arrange(shape, mode, draft, kind)
+    )
     if range_text is not None:
-        seen = measured_values(assembly.component, merged.plan if merged else None, own, range_text)
+        plan = planned.merged.plan if planned.merged else None
+        written.seen = measured_values(assembly.component, plan, planned.task, range_text)
+    placed = write_export(written.job(kind), where, mode, checkpoint.main.folder, run, shared)
+    # a graph beside its weights costs no look at them
+    return written.result(placed, read=mode in ("copy", "embed") or verify_copies)
 
-    def describe(ledger: Ledger | None) -> bytes:
-        contract = built[-1].graphs.contract
-        codes = code_warnings(ledger) if coding is not None and ledger is not None else ()
-        reach = "" if seen is None else reach_of_values(seen, contract.dtype)
-        return export_card(checkpoint, roles, contract, ledger, layout, reach, (*warnings, *codes))
 
-    names = [arrangement.path(name) for name in assembly.names(draft)]
-    taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
-    config = arrangement.config(assembly.component.config, kind)
-    genai = shape.name == "genai" and chosen != "reference"
-    side_files, unsaid = side_files_of(checkpoint, merged, assembly, config, taken, genai=genai)
-    warnings += unsaid
-    parcel = ExportJob(
-        names=names,
-        make=make,
-        weights=() if chosen == "embed" else sources,
-        plan=arrangement.plan(merged.plan) if merged else None,
-        judge=check,
-        side_files=side_files,
-        inputs=sorted({adapter.path for adapter in roles.adapters}),
-        facts=export_facts(draft, chosen, arrangement),
-        id=export_id(draft, assembly, arrangement),
-        card=describe,
-        placed=arrangement.files,
-    )
-    placed = write_export(parcel, where, chosen, checkpoint.main.folder, run, shared)
-    if coding is not None and placed.ledger is not None:
-        warnings += code_warnings(placed.ledger)
-    done = built[-1].graphs
-    held = built[-1].held
-    if chosen != "embed":
-        beside = (file.path.name for file in draft.files if file.path.name not in own_files)
-        held = own_files | {name: open_file(where / arrangement.path(name)) for name in beside}
-    read = chosen in ("copy", "embed") or verify_copies  # a graph beside its weights costs no look at them
-    warnings += issues_of_types(whole_graphs(draft), done.contract.dtype, held, seen, read=read)
-    return ExportResult(
-        where,
-        done.contract,
-        placed.files,
-        chosen,
-        placed.nbytes,
-        done.nodes,
-        tuple(warnings),
-        placed.ledger,
-        value_range="" if seen is None else reach_of_values(seen, done.contract.dtype),
-    )
+@dataclass(slots=True)
+class _ExportOutput:
+    """An export while it is written: its graphs are made when their weights lie there.
+
+    Attributes:
+        where: The output.
+        checkpoint: The base.
+        roles: The adapters.
+        planned: The weights.
+        assembly: What the graphs are made of.
+        draft: The graphs, with nothing computed.
+        sources: Files of the base that they refer to.
+        mode: How weights come to the graphs.
+        arrangement: Names and places of files.
+        warnings: What the user should know so far.
+        seen: Values that were measured on a text, or None.
+        built: The graphs and the small files, once they are made.
+    """
+
+    where: Path
+    checkpoint: Checkpoint
+    roles: AdapterRoles
+    planned: ExportedWeights
+    assembly: Assembly
+    draft: GraphSet
+    sources: tuple[File, ...]
+    mode: Mode
+    arrangement: Arrangement
+    warnings: list[str] = field(default_factory=list)
+    seen: Stored | None = None
+    built: GraphFiles | None = None
+
+    def job(self, kind: str) -> ExportJob:
+        """What is written; `kind` is the type of the weights, as files of configuration call it."""
+        assembly, draft, arrangement, merged = self.assembly, self.draft, self.arrangement, self.planned.merged
+        names = [arrangement.path(name) for name in assembly.names(draft)]
+        taken = {*names, *(arrangement.path(file.path.name) for file in draft.files)}
+        config = arrangement.config(assembly.component.config, kind)
+        genai = arrangement.layout.name == "genai" and self.mode != "reference"
+        side_files, unsaid = side_files_of(self.checkpoint, merged, assembly, config, taken, genai=genai)
+        self.warnings += [*self._known_before(), *unsaid]
+        return ExportJob(
+            names=names,
+            make=self._make,
+            weights=() if self.mode == "embed" else self.sources,
+            plan=arrangement.plan(merged.plan) if merged else None,
+            judge=self._judge,
+            side_files=side_files,
+            inputs=sorted({adapter.path for adapter in self.roles.adapters}),
+            facts=export_facts(draft, self.mode, arrangement),
+            id=export_id(draft, assembly, arrangement),
+            card=self._card,
+            placed=arrangement.files,
+        )
+
+    def _known_before(self) -> Iterator[str]:
+        """Warnings that wait for nothing."""
+        coding, merged, binding = self.planned.coding, self.planned.merged, self.planned.binding
+        told = merged.plan.warnings if coding and merged else binding.warnings if binding else ()
+        yield from warnings_before(self.mode, self.roles, self.checkpoint, told)
+        yield from graph_warnings(self.assembly, self.draft)
+        pooled = (self.assembly.component.folder / "modules.json").exists()
+        yield from layout_warnings(self.arrangement.layout, self.draft.contract, pooled=pooled)
+
+    @property
+    def _own(self) -> dict[str, File]:
+        return {file.path.name: file for file in self.sources}
+
+    def _make(self, here: WeightLocation) -> SmallFiles:
+        held = None
+        if self.mode == "embed":
+            merged = self.planned.merged
+            computed = merged.plan.files if merged else ()
+            paths = {file.name: here.folder / self.arrangement.path(file.name) for file in computed}
+            held = self._own | {name: open_file(path) for name, path in paths.items()}
+        self.built = graph_files(self.assembly, self.arrangement, here, held, self.where.resolve().name)
+        return self.built.files
+
+    def _judge(self, ledger: Ledger) -> None:
+        assert self.planned.binding is not None
+        self.warnings += check_written(ledger, self.planned.binding, headed=self.assembly.baked is not None)
+
+    def _card(self, ledger: Ledger | None) -> bytes:
+        assert self.built is not None
+        contract = self.built.graphs.contract
+        warnings = (*self.warnings, *self._of_codes(ledger))
+        return export_card(
+            self.checkpoint, self.roles, contract, ledger, self.arrangement.layout.name, self._reach(contract), warnings
+        )
+
+    def _of_codes(self, ledger: Ledger | None) -> list[str]:
+        return [] if self.planned.coding is None or ledger is None else code_warnings(ledger)
+
+    def _reach(self, contract: Contract) -> str:
+        return "" if self.seen is None else reach_of_values(self.seen, contract.dtype)
+
+    def result(self, placed: ExportOutcome, *, read: bool) -> ExportResult:
+        """What became of it all; `read` looks at every weight for values that the graph's type lacks."""
+        assert self.built is not None
+        self.warnings += self._of_codes(placed.ledger)
+        graphs, held = self.built.graphs, self.built.held
+        if self.mode != "embed":
+            beside = (file.path.name for file in self.draft.files if file.path.name not in self._own)
+            held = self._own | {name: open_file(self.where / self.arrangement.path(name)) for name in beside}
+        self.warnings += issues_of_types(whole_graphs(self.draft), graphs.contract.dtype, held, self.seen, read=read)
+        return ExportResult(
+            self.where,
+            graphs.contract,
+            placed.files,
+            self.mode,
+            placed.nbytes,
+            graphs.nodes,
+            tuple(self.warnings),
+            placed.ledger,
+            value_range=self._reach(graphs.contract),
+        )

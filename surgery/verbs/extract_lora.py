@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.adapter_output import check_adapter_output
-from surgery.engine.calibration_file import open_calibration
+from surgery.engine.calibration_file import Calibration, open_calibration
 from surgery.engine.devices import Devices, devices_of, extraction_devices, on_gpus
 from surgery.engine.execute import Run, default_workers
 from surgery.engine.inputs import (
@@ -30,7 +31,7 @@ from surgery.engine.inputs import (
     output_path,
 )
 from surgery.engine.shares.choice import cluster_of, device_of_workers
-from surgery.engine.shares.work import EngineLike, portable
+from surgery.engine.shares.work import Cluster, EngineLike, portable
 from surgery.extraction.calibration import check_modules
 from surgery.extraction.code_noise import with_code_noise
 from surgery.extraction.extraction_plan import (
@@ -49,11 +50,13 @@ from surgery.extraction.rows import predicted_result
 from surgery.extraction.storage_plan import StorageOptions
 from surgery.extraction.stream.lanes import Lanes, default_lanes
 from surgery.extraction.stream.scan import scan, warming
+from surgery.extraction.stream.scan_plan import ScanLayout
 from surgery.extraction.stream.scratch import ScratchFile, Workspace
 from surgery.extraction.targets import tree_name
 from surgery.progress import Callback
 from surgery.rank import Rank
 from surgery.reports.result import timed
+from surgery_formats.adapters.format import Format
 from surgery_formats.containers.weight_files import is_weight_file
 from surgery_formats.errors import FitError, UsageError
 from surgery_formats.files.output.memory import memory_folder
@@ -150,11 +153,7 @@ def extract_lora(
     }  # fmt: skip
     chosen = pass_options(**asked)
     options = StorageOptions(_dense(dense), "full" if chosen.full else "lora", matrices)
-    if kind == "dora" and calibration is not None:
-        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
-    if beyond_rounding and (calibration is not None or kind == "dora"):
-        raise FitError("`beyond_rounding=True` finds the factors of a merged LoRA, without calibration")
-    form = KINDS[KINDS.index(one_of(kind, KINDS, "kind"))]
+    form = _form(kind, calibrated=calibration is not None, beyond_rounding=beyond_rounding)
     check_counts(workers=workers)
     cluster = cluster_of(engine)
     named = device if cluster is None else device_of_workers(device)
@@ -162,84 +161,107 @@ def extract_lora(
         devices_of(named)  # before anything is read
     text = None if eval is None else local_path(eval, "eval")
     folder = output_path(output, dry_run=dry_run)
-    request = None
-    if cluster is not None:
-        if folder is None:
-            raise UsageError("shares lie beside the output, and a dry run has none", hint="leave out `engine=`")
-        if graph_of is not None:
-            raise UsageError("the weights of graphs are compared here", hint="leave out `engine=`")
-        request = ExtractRequest(portable(base, "base"), portable(tuned, "tuned"), **asked, on_gpus=on_gpus([named]))
-    with _both(base, tuned, graph_of, folder, workers) as sides:
+    run = Run(workers, device=named, overwrite=overwrite, progress=progress)
+    shares = None if cluster is None else _in_shares(cluster, base, tuned, asked, graph_of, folder, run)
+    with _both(base, tuned, graph_of, folder, workers) as sides, contextlib.ExitStack() as held:
         pair = CheckpointPair(*sides)
         evaluated = None if text is None else _evaluated(pair, text)
         numel = sum(tensor.numel for tensor in pair.new.tensors.values())
-        devices, why = Devices(("cpu",)) if cluster is not None else extraction_devices(named, numel)
+        devices, why = Devices(("cpu",)) if shares is not None else extraction_devices(named, numel)
         inputs = None if calibration is None else open_calibration(calibration)
-        scratch = ScratchFile(_scratch_folder(folder))
-        stopwatch = Stopwatch()
-        with contextlib.ExitStack() as held:
-            held.callback(scratch.close)
-            threads = workers or default_lanes(devices)
-            workspace = Workspace(
-                scratch, devices[0], threads, threads if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
-            )
-            settings = ExtractionSettings(
-                chosen.goal,
-                options,
-                chosen.scaling,
-                chosen.stored(pair.new),
-                chosen.coding,
-                table,
-                form,
-                inputs,
-                allow_loss,
-                workspace,
-                beyond_rounding,
-            )
-            work = ExtractWork.of(pair, chosen, on_gpus=request.on_gpus if request is not None else on_gpus(devices))
-            layout = work.plan.layout
-            if inputs is not None:
-                shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
-                names = [*shared, *(tree_name(name, pair.old) for name in shared)]
-                check_modules(inputs, layout.parameters, layout.targets, names)
-            if folder is not None:
-                roots = (pair.base.path, pair.tuned.path, *([] if text is None else [text]))
-                check_adapter_output(chosen.adapter_format, folder, roots, overwrite=overwrite)
-                load_writer()
-            if cluster is not None and request is not None and folder is not None:
-                run = Run(workers, device=named, overwrite=overwrite, progress=progress)
-                scanned = work.result(held.enter_context(cluster.shares(request, work, folder, run)))
-            else:
-                lanes = Lanes(devices, threads)
-                held.callback(lanes.close)
-                lanes.warm(warming(work.plan))
-                scanned = scan(work.plan, scratch, lanes, progress)
-            factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, threads)
-            scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
-            stopwatch.lap("starting", scanned.began)
-            stopwatch.lap("reading")
-            plan = plan_extraction(pair, layout, scanned, settings, stopwatch)
-            if folder is None:
-                if evaluated is not None:
-                    plan = evaluated.measured(plan, progress)
-                    stopwatch.lap("evaluating")
-                predicted = _reproduced(predicted_result(plan), plan)
-                if evaluated is not None and chosen.adapter_format.name != predicted.format:
-                    before = f"a dry run makes no {chosen.adapter_format.name}: what comes before it was evaluated"
-                    predicted = replace(predicted, warnings=(*predicted.warnings, before))
-                predicted = replace(predicted, format=chosen.adapter_format.name, timings=stopwatch.parts)
-                return replace(predicted, devices=devices, why_devices=why)
+        workspace, stopwatch = _workspace(folder, devices, workers), Stopwatch()
+        held.callback(workspace.scratch.close)
+        settings = ExtractionSettings(
+            chosen.goal, options, chosen.scaling, chosen.stored(pair.new), chosen.coding, table, form, inputs,
+            allow_loss, workspace, beyond_rounding,
+        )  # fmt: skip
+        work = ExtractWork.of(pair, chosen, on_gpus=on_gpus(devices if shares is None else [named]))
+        if inputs is not None:
+            _check_inputs(inputs, pair, work.plan.layout)
+        if folder is not None:
+            roots = (pair.base.path, pair.tuned.path, *([] if text is None else [text]))
+            check_adapter_output(chosen.adapter_format, folder, roots, overwrite=overwrite)
+            load_writer()
+        if shares is not None:
+            scanned = work.result(held.enter_context(shares(work)))
+        else:
+            lanes = Lanes(devices, workspace.lanes)
+            held.callback(lanes.close)
+            lanes.warm(warming(work.plan))
+            scanned = scan(work.plan, workspace.scratch, lanes, progress)
+        factored, measures, findings = with_code_noise(scanned.factored, scanned.measures, workspace.lanes)
+        scanned = replace(scanned, factored=factored, measures=measures, findings=findings)
+        stopwatch.lap("starting", scanned.began)
+        stopwatch.lap("reading")
+        plan = plan_extraction(pair, work.plan.layout, scanned, settings, stopwatch)
+        if folder is None:
+            result = _foreseen(plan, chosen.adapter_format, evaluated, stopwatch, progress)
+        else:
             result = write_extraction(
-                plan,
-                chosen.adapter_format,
-                folder,
-                stopwatch,
-                overwrite=overwrite,
-                progress=progress,
-                evaluated=evaluated,
-            )
+                plan, chosen.adapter_format, folder, stopwatch,
+                overwrite=overwrite, progress=progress, evaluated=evaluated,
+            )  # fmt: skip
             timings = {**stopwatch.parts, "first_read_to_synced": time.monotonic() - scanned.began}
-            return replace(_reproduced(result, plan), timings=timings, devices=devices, why_devices=why)
+            result = replace(_reproduced(result, plan), timings=timings)
+        return replace(result, devices=devices, why_devices=why)
+
+
+def _form(kind: str, *, calibrated: bool, beyond_rounding: bool) -> Kind:
+    """What factors are made as; refuses what a DoRA or inputs do not go with."""
+    if kind == "dora" and calibrated:
+        raise FitError("calibration weights the factors of a LoRA, and a DoRA was asked for", hint="kind lora")
+    if beyond_rounding and (calibrated or kind == "dora"):
+        raise FitError("`beyond_rounding=True` finds the factors of a merged LoRA, without calibration")
+    return KINDS[KINDS.index(one_of(kind, KINDS, "kind"))]
+
+
+def _in_shares(
+    cluster: Cluster,
+    base: CheckpointLike,
+    tuned: CheckpointLike,
+    asked: Mapping[str, Any],
+    graph_of: CheckpointLike | None,
+    folder: Path | None,
+    run: Run,
+) -> Callable[[ExtractWork], AbstractContextManager[Sequence[Path]]]:
+    """What has a cluster do the pass over both checkpoints; see `Cluster.shares`."""
+    if folder is None:
+        raise UsageError("shares lie beside the output, and a dry run has none", hint="leave out `engine=`")
+    if graph_of is not None:
+        raise UsageError("the weights of graphs are compared here", hint="leave out `engine=`")
+    request = ExtractRequest(portable(base, "base"), portable(tuned, "tuned"), **asked, on_gpus=on_gpus([run.device]))
+    return lambda work: cluster.shares(request, work, folder, run)
+
+
+def _workspace(output: Path | None, devices: Sequence[str], workers: int | None) -> Workspace:
+    lanes = workers or default_lanes(devices)
+    threads = lanes if devices[0] == "cpu" else min(default_workers(), _HELPFUL)
+    return Workspace(ScratchFile(_scratch_folder(output)), devices[0], lanes, threads)
+
+
+def _check_inputs(inputs: Calibration, pair: CheckpointPair, layout: ScanLayout) -> None:
+    """Check that inputs are those of modules of the model, a tied one under any of its names."""
+    shared = {*pair.old.aliases, pair.old.head, *pair.new.aliases}
+    names = [*shared, *(tree_name(name, pair.old) for name in shared)]
+    check_modules(inputs, layout.parameters, layout.targets, names)
+
+
+def _foreseen(
+    plan: ExtractionPlan,
+    target: Format,
+    evaluated: EvaluatedPair | None,
+    stopwatch: Stopwatch,
+    progress: Callback | None,
+) -> ExtractResult:
+    """What a dry run knows."""
+    if evaluated is not None:
+        plan = evaluated.measured(plan, progress)
+        stopwatch.lap("evaluating")
+    predicted = _reproduced(predicted_result(plan), plan)
+    if evaluated is not None and target.name != predicted.format:
+        before = f"a dry run makes no {target.name}: what comes before it was evaluated"
+        predicted = replace(predicted, warnings=(*predicted.warnings, before))
+    return replace(predicted, format=target.name, timings=stopwatch.parts)
 
 
 @contextlib.contextmanager

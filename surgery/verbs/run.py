@@ -7,7 +7,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -122,40 +122,77 @@ def run(
     if contract.kind == "encoder":
         return _scores(opened, chosen, given, pictures, batch_size, tokenizer, blank)
     rows = [row.ids for row in given]
-    streaming = Streaming(tokenizer, words, on_text)
-    choice = sampling or Sampling()
-    if not contract.encoder:
-        past = chosen_past(opened, prompt_adapter, own=prompt)
-        slots = slot_arrays(chosen, opened)
-        first, count = contract.vocabulary_rows or (0, 0)
-        ahead = list(range(first, first + count)) if prompt and prompt_adapter is None else []
+    writer = _AnswerWriter(
+        opened, chosen, batch_size, max_new, sampling or Sampling(), Streaming(tokenizer, words, on_text)
+    )
+    if contract.encoder:
+        return writer.answers(rows, recordings, start, blank)
+    return writer.goes_on(rows, prompt_adapter, blank, own=prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class _AnswerWriter:
+    """Has a graph write new tokens, a few rows at a time.
+
+    Attributes:
+        opened: The graph.
+        chosen: Adapters for its slots.
+        batch_size: Most rows that run together; None for all.
+        max_new: Most new tokens of a row.
+        sampling: How tokens are drawn.
+        streaming: Who is told of them.
+    """
+
+    opened: GraphSession
+    chosen: ChosenAdapters
+    batch_size: int | None
+    max_new: int
+    sampling: Sampling
+    streaming: Streaming
+
+    def goes_on(
+        self, rows: list[list[int]], prompt_adapter: StrPath | None, blank: RunResult, *, own: bool
+    ) -> RunResult:
+        """What a decoder writes behind every row, and behind its `own` soft prompt or that of a file."""
+        past = chosen_past(self.opened, prompt_adapter, own=own)
+        slots = slot_arrays(self.chosen, self.opened)
+        first, count = self.opened.contract.vocabulary_rows or (0, 0)
+        ahead = list(range(first, first + count)) if own and prompt_adapter is None else []
         blank = replace(blank, virtual_tokens=len(ahead) + (past.tokens if past else 0))
 
         def going_on(group: slice) -> Generation:
             some = [ahead + row for row in rows[group]]
-            decoder = sized_decoder(opened, len(some), max(map(len, some)) + max_new, slots, past)
-            return partial(generate, decoder, some, max_new=max_new, sampling=choice, stop=stop_tokens(opened.folder))
+            decoder = sized_decoder(self.opened, len(some), max(map(len, some)) + self.max_new, slots, past)
+            return partial(generate, decoder, some, max_new=self.max_new, sampling=self.sampling, stop=self._stop())
 
-        return generate_groups(rows, batch_size or len(rows), going_on, streaming, blank)
-    began = time.perf_counter()
-    pair = open_pair(opened, chosen)
-    source = heard(pair, recordings) if recordings else rows
-    blank = replace(blank, load_seconds=load + time.perf_counter() - began)
-    if recordings:
-        rows, blank = [[]] * len(recordings), replace(blank, inputs=tuple(map(os.fspath, recordings)))
+        return generate_groups(rows, self.batch_size or len(rows), going_on, self.streaming, blank)
 
-    def answering(group: slice) -> Generation:
-        return partial(
-            answer,
-            pair,
-            source[group],
-            max_new=max_new,
-            sampling=choice,
-            start=[int(token) for token in start],
-            stop=stop_tokens(opened.folder),
-        )
+    def answers(
+        self, rows: list[list[int]], recordings: Sequence[Path], start: Sequence[int], blank: RunResult
+    ) -> RunResult:
+        """What an encoder-decoder writes of every row, or of recordings in their place."""
+        began = time.perf_counter()
+        pair = open_pair(self.opened, self.chosen)
+        source = heard(pair, recordings) if recordings else rows
+        blank = replace(blank, load_seconds=blank.load_seconds + time.perf_counter() - began)
+        if recordings:
+            rows, blank = [[]] * len(recordings), replace(blank, inputs=tuple(map(os.fspath, recordings)))
 
-    return generate_groups(rows, batch_size or len(rows), answering, streaming, blank)
+        def answering(group: slice) -> Generation:
+            return partial(
+                answer,
+                pair,
+                source[group],
+                max_new=self.max_new,
+                sampling=self.sampling,
+                start=[int(token) for token in start],
+                stop=self._stop(),
+            )
+
+        return generate_groups(rows, self.batch_size or len(rows), answering, self.streaming, blank)
+
+    def _stop(self) -> frozenset[int]:
+        return stop_tokens(self.opened.folder)
 
 
 def _check_kind(

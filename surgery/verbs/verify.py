@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,45 +73,24 @@ def verify(
             return _by_value(graph, as_checkpoint(against, "against"), as_weighted(adapters))
         if not adapters:
             return _by_manifest(graph)
-    if where.name.endswith(".onnx") and where.is_file():
-        where = side_folder(where)
-    if where.is_file():
-        raise FitError(
-            "a file, not the folder of an output", file=where, hint="verify the folder that surgery has written"
-        )
-    if not where.is_dir():
-        raise NotFoundError("no such folder", file=where)
+    where = _folder(where)
     if adapters and against is None:
         raise FitError("adapters were named without a base", hint="name the base they were merged into: `against=BASE`")
     base = None if against is None else as_checkpoint(against, "against")
-    graph = placed_graph(where)
-    has_manifest, has_graph = (where / MANIFEST).exists(), graph is not None
-    if not has_manifest and not has_graph:
+    graph, has_manifest = placed_graph(where), (where / MANIFEST).exists()
+    if not has_manifest and graph is None:
         raise FitError(f"neither {_GRAPH} nor {MANIFEST} is there", file=where, hint="verify what surgery has written")
     checks: list[Check] = []
     notes: list[str] = []
     recorded = check_added(where, checks)
     manifest, digest = check_manifest(where, recorded, checks, base) if has_manifest else ({}, "")
-    if not has_graph and "ledger" not in manifest:  # an adapter: nothing in it is the base's
-        if base is not None:
-            notes.append("an adapter has no tensors of the base: --against has nothing to compare")
-    elif not has_graph:
-        if base is not None:
-            copied = compare_copied(open_checkpoint(where), base, manifest)
-            checks.append(Check("copied tensors", f"{count(copied)}, each the base's"))
-            if weighted := as_weighted(adapters):
-                from surgery.verification.recomputed import recomputed_weights
-
-                done, all_of_them = recomputed_weights(where, manifest, base, weighted, number)
-                which = "" if done == all_of_them else f" of {count(all_of_them)}, drawn anew each time"
-                checks.append(Check("recomputed weights", f"{count(done)}{which}, as base and adapters make them"))
-            elif recompute is not None:
-                raise UsageError("what was merged is not named", hint="name the adapters that were merged")
-        elif not set(manifest["files"]) <= _hashed(manifest["files"]):
-            notes.append("copied tensors were not compared with the base: --against BASE does")
-    if graph is None and text is not None:
-        raise FitError("logits on a text are measured of graphs, and there is none", file=where)
     if graph is None:
+        if "ledger" in manifest and base is not None:
+            checks += _against_base(where, manifest, base, adapters, number, asked=recompute is not None)
+        else:
+            notes += _not_compared(manifest, base)
+        if text is not None:
+            raise FitError("logits on a text are measured of graphs, and there is none", file=where)
         return Verification(where, "folder", tuple(checks), tuple(notes), digest)
     on_a_disk(where, "onnxruntime runs the graph, and reads files")
     if text is not None:  # before the proofs, which take minutes
@@ -136,6 +115,55 @@ def verify(
         error = error_on_text(graph, base, roles, text)
         checks.append(Check("logits on the text", error.said))
     return Verification(where, "graph", tuple(checks), tuple(notes), digest, logits=error)
+
+
+def _folder(where: Path) -> Path:
+    """The folder of an output that is named by itself, or by a graph in it."""
+    if where.name.endswith(".onnx") and where.is_file():
+        where = side_folder(where)
+    if where.is_file():
+        raise FitError(
+            "a file, not the folder of an output", file=where, hint="verify the folder that surgery has written"
+        )
+    if not where.is_dir():
+        raise NotFoundError("no such folder", file=where)
+    return where
+
+
+def _against_base(
+    where: Path,
+    manifest: Mapping[str, Any],
+    base: Checkpoint,
+    adapters: AdaptersLike,
+    number: int | None,
+    *,
+    asked: bool,
+) -> Iterator[Check]:
+    """Compare a folder of weights with its base, and, with adapters, `number` of them with what these make of it.
+
+    Raises:
+        ProofError: they are others.
+        UsageError: computing some was `asked` for, without adapters.
+    """
+    copied = compare_copied(open_checkpoint(where), base, manifest)
+    yield Check("copied tensors", f"{count(copied)}, each the base's")
+    if weighted := as_weighted(adapters):
+        from surgery.verification.recomputed import recomputed_weights
+
+        done, all_of_them = recomputed_weights(where, manifest, base, weighted, number)
+        which = "" if done == all_of_them else f" of {count(all_of_them)}, drawn anew each time"
+        yield Check("recomputed weights", f"{count(done)}{which}, as base and adapters make them")
+    elif asked:
+        raise UsageError("what was merged is not named", hint="name the adapters that were merged")
+
+
+def _not_compared(manifest: Mapping[str, Any], base: Checkpoint | None) -> Iterator[str]:
+    """A note on weights of a folder that no base was compared with."""
+    if "ledger" not in manifest:  # an adapter: nothing in it is the base's
+        if base is not None:
+            yield "an adapter has no tensors of the base: --against has nothing to compare"
+    elif not set(manifest["files"]) <= _hashed(manifest["files"]):
+        yield "copied tensors were not compared with the base: --against BASE does"
 
 
 def _number(recompute: int | str | None) -> int | None:

@@ -14,11 +14,11 @@ import onnx
 import torch
 from google.protobuf.message import DecodeError
 
-from surgery.onnx.graph.contract import Contract, WeightFile, check_weight_files, contract_of
+from surgery.onnx.graph.contract import Contract, contract_of
 from surgery.onnx.graph.virtual_tokens import key_name
+from surgery.onnx.graph.weight_files import WeightFile, check_weight_files
 from surgery.onnx.run.ports import cpu_session
 from surgery.reference import Cache
-from surgery.verification.strengths import strength_inputs
 from surgery.verification.twin import SHORT_TYPES, float32_twin
 from surgery_formats.errors import FitError, MalformedError, MissingPackageError, NotFoundError, ProofError
 from surgery_formats.files.output.manifest import is_safe_name
@@ -308,14 +308,13 @@ class Session:
         self.on_grid = any(port.name == "position_ids" and len(port.shape) == 3 for port in ports)
         """Whether positions are places in time, height and width ``(3, B, S)``."""
         self.optional = {port.name for port in self._session.get_overridable_initializers()}
-        factors = {name for slot in self.contract.slots for name in (slot.A, slot.B)}
         empty = ([size if isinstance(size, int) else 0 for size in port.shape] for port in ports)
         self.slot_arrays = {
             port.name: np.zeros(shape, np.float32)
             for port, shape in zip(ports, empty, strict=True)
-            if port.name in factors  # those without a default
+            if port.name in self.contract.slot_inputs  # those without a default
         }
-        known = {**dict.fromkeys(strength_inputs(graph.contract), 0.0), **(strengths or {})}
+        known = {**dict.fromkeys(graph.contract.strengths, 0.0), **(strengths or {})}
         given = known.keys() & (self.inputs | self.optional)
         self.slot_arrays |= {name: np.array([known[name]], np.float32) for name in given}
         self._outputs = [port.name for port in self._session.get_outputs()]

@@ -15,15 +15,13 @@ import onnx
 import torch
 
 from surgery.onnx.export.merged import with_biases
-from surgery.onnx.graph.contract import KEEP, Slot
-from surgery.onnx.graph.pair_names import MASK, STATES, SWITCH
+from surgery.onnx.graph.contract import Slot
 from surgery.reference import Reference
 from surgery.reference.weights import ReferenceWeights
 from surgery.verification.inserted import random_modules
 from surgery.verification.replaced_weights import ReplacedWeights
 from surgery.verification.sentence import own_task
 from surgery.verification.session import Arrays, GraphFile
-from surgery.verification.strengths import strength_inputs
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.bounded_json import read_object
 from surgery_formats.models.families.parameters import model_of, parameters, projections
@@ -33,19 +31,6 @@ from surgery_formats.text import show
 __all__ = ["random_slots", "with_defaults"]
 
 _RANK, _SEED, _SIZE = 2, 23, 0.3
-_OTHERS = (
-    *(
-        "input_ids",
-        "inputs_embeds",
-        "attention_mask",
-        "position_ids",
-        "token_type_ids",
-        "pad_attention_mask",
-        "input_features",
-    ),
-    "pixel_values",
-    *(STATES, MASK, SWITCH, KEEP),
-)
 
 
 def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Reference] | None:
@@ -54,14 +39,14 @@ def random_slots(graph: GraphFile, reference: Reference) -> tuple[Arrays, Refere
     Raises:
         ProofError: slots and inputs of the graph differ, or a slot is for a weight that the model lacks.
     """
-    slots = graph.contract.slots
-    others = {*_OTHERS, *strength_inputs(graph.contract)}
+    contract = graph.contract
+    slots = contract.slots
     sizes = {
         port.name: [dim.dim_value for dim in port.type.tensor_type.shape.dim]
         for port in graph.model.graph.input
-        if port.name not in others and not port.name.startswith(("past_key_values.", "past_conv."))
+        if not contract.is_run_input(port.name)
     }
-    slot_inputs = [name for slot in slots for name in (slot.A, slot.B)] + [*graph.contract.replaceable]
+    slot_inputs = [*contract.slot_inputs, *contract.replaceable]
     if sorted(slot_inputs) != sorted(sizes):
         differing = min(set(slot_inputs) ^ set(sizes), default=min(slot_inputs, default=""))
         raise ProofError("inputs of the graph and slots of its contract differ", file=graph.path, tensor=differing)

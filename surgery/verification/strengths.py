@@ -18,12 +18,7 @@ from surgery_formats.binding.bind import bind
 from surgery_formats.dtypes import DType
 from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["Gated", "gated_of", "strength_inputs", "with_gated"]
-
-
-def strength_inputs(contract: Contract) -> frozenset[str]:
-    """The inputs that adapters are multiplied by."""
-    return frozenset(str(one["strength"]) for one in contract.adapters if "strength" in one)
+__all__ = ["Gated", "gated_of", "with_gated"]
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def test_peft_loads_biases_norms_and_token_rows_that_went_through(tmp_path: Path
 
 
 def test_a_writer_that_states_too_small_an_error_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = sys.modules["surgery.verbs.convert"]
+    room = sys.modules["surgery.verbs.convert_adapter"]
     honest = room.format_to_write("compact")
 
     class Liar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -12,7 +13,7 @@ import surgery
 from surgery.consumers.consumer import RuledConsumer
 from surgery.consumers.registry import BUILT_IN, ENTRY_POINTS, consumer_named, consumers
 from surgery.consumers.rules import honoured, refused
-from surgery.consumers.traits import TRAITS
+from surgery.consumers.traits import Trait
 from surgery_formats.errors import FitError
 from surgery_formats.testing.plugins import installed
 from tests.support.adapter_files import draw, write_peft
@@ -21,7 +22,7 @@ from tests.support.decoder import DOWN, MODULES, TARGETS, lora_of
 
 @pytest.mark.parametrize("consumer", BUILT_IN, ids=lambda one: one.name)
 def test_every_consumer_has_a_rule_for_every_trait_and_names_its_sources(consumer: RuledConsumer) -> None:
-    assert {"LoRA", *consumer.rules} == {*TRAITS}
+    assert {"LoRA", *consumer.rules} == {*get_args(Trait)}
     assert consumer.sources
     assert all(source.version and source.file for source in consumer.sources)
     for rules in (consumer.rules, *(changed for _, changed in consumer.since)):
@@ -125,7 +126,7 @@ def test_results_are_json_and_markdown_without_values_read_twice(base: Path, tmp
 
 
 def test_a_plugin_is_a_consumer(base: Path, tmp_path: Path) -> None:
-    rules = dict.fromkeys(TRAITS, refused("nothing pleases it")) | {"LoRA of the head": honoured}
+    rules = dict.fromkeys(get_args(Trait), refused("nothing pleases it")) | {"LoRA of the head": honoured}
     critic = RuledConsumer("critic", "Critic", "2.1", "1", BUILT_IN[0].sources, rules)
     adapter = write_peft(tmp_path / "a", lora_of(1, MODULES), target_modules=TARGETS)
     with installed(ENTRY_POINTS, "critic", critic):

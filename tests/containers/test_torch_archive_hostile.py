@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from surgery_formats.containers.torch.pickle_file import open_torch
 from surgery_formats.containers.weight_files import open_shard
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
-from tests.support.torch_pickles import Write, tensor
+from tests.support.torch_pickles import Write, open_torch, tensor
 
 
 def assert_refused(path: Path, what: str) -> None:

@@ -15,10 +15,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgery_formats.containers.torch.pickle_file import open_torch, state_dict
+from surgery_formats.containers.torch.pickle_file import state_dict
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
+from tests.support.torch_pickles import open_torch
 
 BOTH = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 
@@ -183,8 +184,8 @@ def test_sizes_and_dtypes_become_plain_values(save: Callable[..., Path]) -> None
 def test_reading_a_pickle_does_not_import_torch(save: Callable[..., Path]) -> None:
     path = save({"a": torch.ones(2)})
     code = (
-        "import sys; from surgery_formats.containers.torch.pickle_file import *\n"
-        f"assert list(state_dict(open_torch({str(path)!r}))) == ['a']\n"
+        "import sys; from surgery_formats.containers.torch.pickle_file import *; from surgery_formats.files.raw import open_file\n"
+        f"assert list(state_dict(read_torch(open_file({str(path)!r})))) == ['a']\n"
         "assert 'torch' not in sys.modules"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

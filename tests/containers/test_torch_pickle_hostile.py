@@ -17,10 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from surgery_formats.containers.torch.pickle_file import nested_names, open_torch, state_dict
+from surgery_formats.containers.torch.pickle_file import nested_names, state_dict
 from surgery_formats.errors import MalformedError
 from surgery_formats.tensors.tensor import StoredTensor
-from tests.support.torch_pickles import TENSOR, Write, long, tensor
+from tests.support.torch_pickles import TENSOR, Write, long, open_torch, tensor
 
 BOTH = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 

@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.onnx.edit.graph_card import folded_relation
 from tests.support.cards import check_card
 from tests.support.kit import ROOT
 from tests.support.quantised_folders import quantise_folder
@@ -93,7 +94,7 @@ MADE: dict[str, tuple[Callable[[Path, Path], object], str | None, str, list[str]
         "onnx",
         ["onnx", "merge"],
     ),
-    "folded": (folded, "merge", "onnx", ["onnx", "merge"]),
+    "folded": (folded, None, "onnx", ["onnx"]),
     "weights of a graph": (
         lambda w, o: surgery.convert(w / "graph/model.onnx", "safetensors", output=o),
         None,
@@ -157,6 +158,29 @@ def test_a_card_says_what_its_folder_is_of_its_base(name: str, world: Path, tmp_
     assert data.tags == [*tags, "code"]
     if name != "gated":  # verify knows no strengths
         surgery.verify(tmp_path / "out")
+
+
+FOLDED = {
+    "": ("", ""),
+    "merge": ("merge", "merge"),
+    "quantized": ("quantized", "quantized"),
+    "finetune": ("finetune", ""),
+}
+
+
+@pytest.mark.parametrize("told", FOLDED)
+def test_a_folded_graph_says_of_its_base_what_is_known_without_it(told: str, tmp_path: Path) -> None:
+    """A graph of a fine-tune of org/base that lies on this disk: with an adapter it is no merge of org/base."""
+    alone, with_adapters = FOLDED[told]
+    head = f"base_model: org/base\nbase_model_relation: {told}\n" if told else "base_model: org/base\n"
+    (tmp_path / "README.md").write_text(f"---\n{head}---\n")
+    assert folded_relation(tmp_path / "model.onnx", added=False) == alone
+    assert folded_relation(tmp_path / "model.onnx", added=True) == with_adapters
+
+
+def test_a_graph_whose_card_names_no_base_is_itself_the_base(tmp_path: Path) -> None:
+    assert folded_relation(tmp_path / "model.onnx", added=True) == "merge"
+    assert folded_relation(tmp_path / "model.onnx", added=False) == ""
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_the_predicted_survival_is_the_one_a_merge_measures(arch: str, tmp_path:
     measured = surgery.merge(base, tmp_path / "out", output=tmp_path / "merged").ledger
     assert 0.1 < measured.survival < 0.95
     assert result.survival == pytest.approx(measured.survival, abs=0.02)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 48.0}, {"alpha": 3.0, "rslora": True}], ids=str)
+def test_a_scale_changes_no_figure(options: dict[str, Any], tmp_path: Path) -> None:
+    """What is asked of the factors after they were made sees them without the scale of their format."""
+    base = models.build_base("llama", tmp_path / "base", dtype="bfloat16")
+
+    def change(name: str, value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if value.ndim < 2:
+            return value
+        return (value.float() + 0.004 * torch.randn(value.shape, generator=generator)).to(value.dtype)
+
+    tuned = tune(base, tmp_path / "tuned", change)
+    plain = surgery.extract_lora(base, tuned, output=tmp_path / "plain", rank=3)
+    scaled = surgery.extract_lora(base, tuned, output=tmp_path / "scaled", rank=3, **options)
+    assert scaled.survival == pytest.approx(plain.survival, abs=1e-3)
+    assert plain.kind is not None
+    assert scaled.kind is not None
+    assert scaled.kind.rows == pytest.approx(plain.kind.rows, rel=2e-3)
+    assert scaled.residual == pytest.approx(plain.residual, rel=1e-4)
 
 
 def test_the_table_says_what_other_choices_would_have_been(llama: tuple[Path, Path], tmp_path: Path) -> None:

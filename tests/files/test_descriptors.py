@@ -15,7 +15,8 @@ import pytest
 
 from surgery_formats.errors import ProofError
 from surgery_formats.files import descriptors
-from surgery_formats.files.output.folder import output_folder, verify_folder
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.manifest import verify_folder
 from surgery_formats.files.raw import File, nameless_file, open_file
 from tests.support.folder_jobs import PLAN, env
 from tests.support.kit import ROOT

@@ -26,8 +26,8 @@ from surgery_formats.errors import (
     ProofError,
 )
 from surgery_formats.files.output import kernel_copy
-from surgery_formats.files.output.folder import output_folder, verify_folder
-from surgery_formats.files.output.manifest import MANIFEST, manifest_bytes, safe_name
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.manifest import MANIFEST, manifest_bytes, safe_name, verify_folder
 from surgery_formats.files.raw import open_file
 from tests.support.folder_jobs import PLAN, write_output
 

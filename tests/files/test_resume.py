@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from surgery_formats.files.output.folder import FileRecord, output_folder, verify_folder
-from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.output.folder import FileRecord, output_folder
+from surgery_formats.files.output.manifest import MANIFEST, verify_folder
 from tests.support.folder_jobs import OTHER, PLAN, leave_stage
 
 

@@ -21,8 +21,8 @@ from surgery_formats.errors import (
     SurgeryError,
 )
 from surgery_formats.files.output import kernel_copy
-from surgery_formats.files.output.folder import output_folder, verify_folder
-from surgery_formats.files.output.manifest import MANIFEST
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.manifest import MANIFEST, verify_folder
 from tests.support.folder_jobs import OTHER, PLAN, env, write_output
 
 

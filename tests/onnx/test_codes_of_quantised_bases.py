@@ -10,7 +10,9 @@ import onnxruntime
 import pytest
 
 import surgery
+from surgery.engine.merge.merge_plan import plan_merge
 from surgery.verbs.export_onnx import export_onnx
+from surgery_formats.binding.bind import bind
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.storage.base import read_rows
 from tests.oracles import recipes
@@ -72,6 +74,17 @@ def test_what_no_codes_of_blocks_can_hold_is_rounded_again_and_said(plain, kind,
         error = np.linalg.norm(found[name][:, : values.shape[1]] - values) / np.linalg.norm(values)
         assert 0 < error < 0.2
     surgery.verify(tmp_path / "out", against=base)
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_what_is_coded_again_is_read_as_the_model_has_it(plain, kind, tmp_path):
+    """Whichever way round its format stores it: GPTQ has inputs as rows."""
+    checkpoint = open_checkpoint(quantise_folder(plain, tmp_path / "base", kind))
+    steps = {tensor.name: tensor.step for tensor in plan_merge(bind([], checkpoint), packed=True).tensors}
+    for name, parameter in checkpoint.main.parameters.items():
+        if "_proj" in name:
+            assert not steps[name].source.transposed
+            assert steps[name].source.shape == parameter.sizes
 
 
 def test_what_fits_of_a_gguf_is_taken_bit_for_bit(tmp_path):

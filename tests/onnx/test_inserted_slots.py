@@ -219,6 +219,9 @@ def test_an_adapter_that_is_no_file_is_told_by_what_may_be_meant(gated: bool, ba
     with pytest.raises(NotFoundError) as caught:
         surgery.fold(tmp_path / "out", [("styles" if gated else "style", 0.5)], output=tmp_path / "folded")
     assert ("did you mean 'style'?" if gated else "adapters/style.onnx_adapter'?") in str(caught.value.hint)
+    with pytest.raises(NotFoundError) as caught:
+        surgery.fold(tmp_path / "out", "q", output=tmp_path / "folded")
+    assert ("adapters of the graph: style" if gated else "there are ") in str(caught.value.hint)
     with pytest.raises(FitError, match=r"a folder, not an \.onnx_adapter file"):
         surgery.fold(tmp_path / "out", adapter, output=tmp_path / "folded")
 

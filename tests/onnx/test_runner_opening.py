@@ -14,8 +14,9 @@ import onnxruntime
 import pytest
 import xxhash
 
-from surgery.onnx.graph.contract import Contract, WeightFile, from_metadata
+from surgery.onnx.graph.contract import Contract, from_metadata
 from surgery.onnx.graph.read_metadata import initializer_shapes, read_metadata
+from surgery.onnx.graph.weight_files import WeightFile
 from surgery.onnx.run import cudart
 from surgery.onnx.run.opening import find_graph, open_graph
 from surgery_formats.containers.safetensors import layout

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -18,8 +19,9 @@ from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
 from surgery_formats.files.output.memory import memory_folder
 from surgery_formats.files.output.single import write_single
 from surgery_formats.files.remote import upload
-from surgery_formats.files.remote.bucket import Bucket
+from surgery_formats.files.remote.bucket import Bucket, connect
 from surgery_formats.files.remote.stage import RemoteStage
+from surgery_formats.files.remote.upload import Upload
 from surgery_formats.whole import is_within_whole
 from tests.support.folder_jobs import OTHER, PLAN
 from tests.support.s3 import Storage
@@ -47,6 +49,25 @@ def test_a_commit_that_another_run_is_in_the_middle_of_is_left_alone(storage: St
         folder.commit({})
     folder.__exit__(None, None, None)
     assert storage.objects("out") == before
+
+
+def test_a_marker_that_appears_after_the_look_is_not_written_over(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a listing and the first request to write lies time enough for another run to claim the output."""
+    put, other = Bucket.put, _marker(OTHER, "config.json")
+
+    def late(bucket: Bucket, key: str, data: bytes, *, new: bool = False) -> None:
+        if key.endswith(UNFINISHED):
+            storage.put(key, other)
+        put(bucket, key, data, new=new)
+
+    folder = _begun(storage)
+    monkeypatch.setattr(Bucket, "put", late)
+    with pytest.raises(OutputExistsError, match="another process is writing it"):
+        folder.commit({})
+    folder.__exit__(None, None, None)
+    assert storage.objects("out") == {UNFINISHED: other}
 
 
 def test_the_same_run_twice_writes_the_same(storage: Storage) -> None:
@@ -124,6 +145,32 @@ def test_a_large_file_that_has_appeared_meanwhile_stays(storage: Storage, monkey
         write_single(storage.url("one.bin"), PLAN, 20, lambda file: storage.put("one.bin", b"of the other"))
     assert storage.objects() == {"one.bin": b"of the other"}
     assert storage.unfinished() == []
+
+
+@pytest.mark.parametrize("lost", ["upload", "answer"])
+def test_a_failed_upload_beside_an_old_object_of_its_size(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    """The size alone does not tell what was sent from what was there; that the object has changed does."""
+    old, sent = b"of the old output", b"of the new output"
+    storage.put("one.bin", old)
+    send = Upload._send
+
+    def fail(self: Upload, part: int) -> None:
+        if lost == "upload":
+            for _ in self._stream():
+                pass
+        else:
+            send(self, part)
+        raise ResourceError("the connection failed", file=storage.url("one.bin"))
+
+    monkeypatch.setattr(Upload, "_send", fail)
+    begun = Upload(connect("s3", storage.name), "one.bin", len(sent))
+    begun.write(sent)
+    begun.end()
+    with pytest.raises(ResourceError) if lost == "upload" else contextlib.nullcontext():
+        begun.complete()
+    assert storage.objects() == {"one.bin": old if lost == "upload" else sent}
 
 
 def test_what_killed_runs_left_in_memory_goes(storage: Storage) -> None:

@@ -11,8 +11,8 @@ import pytest
 import surgery
 from surgery.engine import streaming
 from surgery_formats.errors import FitError, OutputExistsError, ProofError, ResourceError
-from surgery_formats.files.output.folder import output_folder, verify_folder
-from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED
+from surgery_formats.files.output.folder import output_folder
+from surgery_formats.files.output.manifest import MANIFEST, UNFINISHED, verify_folder
 from surgery_formats.files.remote import stage, upload
 from surgery_formats.files.remote.bucket import Bucket
 from tests.support.folder_jobs import PLAN

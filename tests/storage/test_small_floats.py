@@ -14,7 +14,6 @@ from hypothesis.extra.numpy import arrays
 from surgery_formats.storage.small_floats import (
     E2M1,
     E2M3,
-    E3M2,
     E4M3,
     E4M3_FNUZ,
     E5M2,
@@ -24,7 +23,7 @@ from surgery_formats.storage.small_floats import (
     decode_pairs,
 )
 
-SIGNED = {E2M1: (1, 1), E2M3: (3, 1), E3M2: (2, 3), E4M3: (3, 7), E5M2: (2, 15), E4M3_FNUZ: (3, 8), E5M2_FNUZ: (2, 16)}
+SIGNED = {E2M1: (1, 1), E2M3: (3, 1), E4M3: (3, 7), E5M2: (2, 15), E4M3_FNUZ: (3, 8), E5M2_FNUZ: (2, 16)}
 """Bits of the fraction, and the bias of the exponent."""
 KINDS = pytest.mark.parametrize("kind", SIGNED, ids=lambda kind: kind.label)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surgery_formats.files.output.folder import verify_folder
+from surgery_formats.files.output.manifest import verify_folder
 
 __all__ = ["ERRORS", "Action", "Event", "Report", "at_call", "digest", "lint", "matrix", "spread"]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.output import stage
-from surgery_formats.files.output.folder import verify_folder
+from surgery_formats.files.output.manifest import verify_folder
 from tests.support.crash import ERRORS, Action, Event, at_call, digest, lint
 from tests.support.crash_job import job
 

@@ -7,10 +7,18 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["TENSOR", "Write", "long", "tensor"]
+from surgery_formats.containers.torch.pickle_file import read_torch
+from surgery_formats.files.raw import open_file
+
+__all__ = ["TENSOR", "Write", "long", "open_torch", "tensor"]
 
 Write = Callable[..., Path]
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def open_torch(path: Path) -> object:
+    """The object in the torch checkpoint at `path`."""
+    return read_torch(open_file(path))
 
 
 def tensor(

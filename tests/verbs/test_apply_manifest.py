@@ -71,12 +71,26 @@ def test_a_manifest_finds_its_inputs_by_their_content(kitchen: Path, monkeypatch
     assert not Path("never").exists()
 
 
-def test_a_card_that_calls_a_folder_by_another_name_is_told_and_no_difference(kitchen: Path):
+def test_a_card_calls_the_results_of_steps_as_the_recipe_does(kitchen: Path):
+    """Wherever they lie: one is in a folder of its own at first, and in a hidden one when the last is made again."""
+    surgery.apply(
+        write("""\
+steps:
+  - {verb: merge, base: examples/base, adapters: examples/lora, output: first, as: merged}
+  - {verb: layers, base: merged, drop: 2, output: last}
+""")
+    )
+    assert Path("last/README.md").read_text().count("`merged`") == 2  # in the title and in the table
+    assert "first" not in Path("last/README.md").read_text()
+    assert again("last", base="examples/base", adapters="examples/lora")
+
+
+def test_a_card_that_calls_an_input_by_another_name_is_told(kitchen: Path):
     surgery.layers("examples/base", drop="2", output="out")
     (kitchen / "examples" / "base").rename(kitchen / "examples" / "renamed")
     result = surgery.apply("out/surgery_manifest.json", output="again", inputs={"base": "examples/renamed"})
-    assert result.same
-    assert result.warnings == ("README.md is another one: it calls folders by their names",)
+    assert not result.same
+    assert result.warnings == ("not all is what the manifest says: README.md",)
     old, new = files_of(Path("out")), files_of(Path("again"))
     assert {name for name in old if old[name] != new[name]} == {"README.md", "surgery_manifest.json"}
 

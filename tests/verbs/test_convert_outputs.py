@@ -76,7 +76,7 @@ def test_a_writer_that_errs_is_caught_by_the_proof(
         source = unet_lora(tmp_path / "a")
     else:
         source = llama_lora(tmp_path / "a")
-    room = sys.modules["surgery.verbs.convert"]
+    room = sys.modules["surgery.verbs.convert_adapter"]
     honest = room.format_to_write(target)
 
     class Liar:

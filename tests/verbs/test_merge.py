@@ -26,7 +26,7 @@ from surgery_formats.errors import (
     ResourceError,
     UsageError,
 )
-from surgery_formats.files.output.folder import verify_folder
+from surgery_formats.files.output.manifest import verify_folder
 from tests.support.hand_made import write_adapter, write_model
 from tests.support.kit import environment, make_base, make_lora, spawn
 

@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from surgery import combine, convert, diff, merge, report, verify
+from surgery.engine.undo.record import unmerge_facts
 from surgery_formats.errors import FitError, ProofError
+from surgery_formats.models.checkpoint import open_checkpoint
 from tests.support.adapter_files import GOLDEN, Arrays, assert_close, draw, peft_deltas, write_peft
 
 UNET = [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{x}" for x in ("to_q", "to_v")]
@@ -136,3 +138,11 @@ def test_what_two_networks_call_the_same_is_accounted_for_twice(tmp_path: Path) 
     ledger = merge(base, adapters, output=tmp_path / "out").ledger.as_json()
     assert ledger["classes"]["superseded"] == 2
     assert set(ledger["without_output"]) == {f"text_encoder:{weight}", f"text_encoder_2:{weight}"}
+
+
+def test_a_merge_that_is_taken_back_is_known_by_all_of_its_networks(tmp_path: Path) -> None:
+    """Two of them have a file of one name; a run that was killed goes on only where both are the same."""
+    merged = _pipeline(tmp_path / "xl", text_encoder=8, text_encoder_2=12)
+    known = unmerge_facts((), open_checkpoint(merged))["merged"]
+    assert set(known) == {str(path.relative_to(merged)) for path in merged.rglob("*.safetensors")}
+    assert len(set(known.values())) == 3

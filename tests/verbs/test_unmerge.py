@@ -19,7 +19,7 @@ import surgery
 from surgery.engine.undo.sidecar import open_sidecar
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import FitError, ProofError
-from surgery_formats.files.output.folder import verify_folder
+from surgery_formats.files.output.manifest import verify_folder
 from surgery_formats.models.checkpoint import open_checkpoint
 from surgery_formats.models.identity import content_id
 from surgery_formats.models.side_files import BASE_ROUNDING

@@ -45,13 +45,7 @@ _DENSE = ("ties", "dare-ties", "dare-linear", "magnitude-prune", "peft-ties", "p
 @click.option(
     "--without", multiple=True, metavar="PATTERN", help="Leave modules of this name out. Both may be repeated."
 )
-@click.option(
-    "--to",
-    type=option.adapter_format,
-    shell_complete=option.complete_formats,
-    metavar="FORMAT",
-    help="Format to write; by default the first adapter's.",
-)
+@option.format_option("Format to write; by default the first adapter's.")
 @option.reference("--base", metavar="BASE", help="The model, if names come from it.")
 @option.dtype
 @option.dry_run("Show ranks and errors; write nothing.")
@@ -83,7 +77,9 @@ def _check(options: dict[str, Any]) -> None:
     """Check the options before anything is read."""
     dense = options["method"] in _DENSE
     if dense and options["density"] is None:
-        raise click.UsageError(f"--method {options['method']} needs --density")
+        raise click.UsageError(
+            f"--method {options['method']} needs --density, the share of the values to keep: --density .5"
+        )
     if not dense and options["density"] is not None:
         raise click.UsageError(f"--method {options['method']} drops no values: --density has no meaning")
     if options["majority"] is not None and not options["method"].endswith("ties"):

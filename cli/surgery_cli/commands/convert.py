@@ -39,13 +39,7 @@ def _complete_dialect(ctx: click.Context, param: click.Parameter, incomplete: st
 @subcommand("convert")
 @pages()
 @click.argument("adapter", shell_complete=complete_files)
-@click.option(
-    "--to",
-    type=option.adapter_format,
-    metavar="FORMAT",
-    shell_complete=option.complete_formats,
-    help="See 'surgery formats'.",
-)
+@option.format_option("See 'surgery formats'.")
 @click.option(
     "--for",
     "consumer",

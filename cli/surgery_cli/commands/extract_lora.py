@@ -109,15 +109,7 @@ def _dense(text: str) -> tuple[str, ...]:
     values=("auto", "fp32", "bf16", "fp16"),
     help="Stored type of the factors; auto: as TUNED.",
 )
-@click.option(
-    "--to",
-    type=option.adapter_format,
-    shell_complete=option.complete_formats,
-    default="peft",
-    show_default=True,
-    metavar="FORMAT",
-    help="See 'surgery formats'.",
-)
+@option.format_option("See 'surgery formats'.", default="peft", show_default=True)
 @click.option("--factors", type=click.Choice(["int8", "int4"]), help="Store factors as codes: format compact.")
 @click.option("--allow-loss", is_flag=True, help="Leave out what no form can hold.")
 @click.option(

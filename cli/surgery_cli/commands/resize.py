@@ -24,13 +24,7 @@ __all__ = ["command"]
 @click.option("--rank", type=option.count(), help="Greatest rank of a module.")
 @click.option("--energy", type=option.share, metavar="SHARE", help="Share of each module's energy to keep, e.g. .99.")
 @click.option("--max-error", type=option.share, metavar="SHARE", help="Greatest relative error of a module, e.g. .05.")
-@click.option(
-    "--to",
-    type=option.adapter_format,
-    shell_complete=option.complete_formats,
-    metavar="FORMAT",
-    help="Format to write; by default ADAPTER's.",
-)
+@option.format_option("Format to write; by default ADAPTER's.")
 @option.reference("--base", metavar="BASE", help="The model, if names come from it.")
 @option.dtype
 @option.dry_run("Show ranks and errors; write nothing.")

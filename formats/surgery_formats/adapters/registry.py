@@ -34,11 +34,12 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.canonical.inserted import InsertedModule
 from surgery_formats.containers.sharded import open_folder_tensors
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError, UsageError
+from surgery_formats.files.places import entries, is_folder
 from surgery_formats.files.remote.path import to_path
 from surgery_formats.models.factor_names import named_adapter
 from surgery_formats.models.known_files import refuse_known
 from surgery_formats.plugins import with_plugins
-from surgery_formats.text import closest, listing
+from surgery_formats.text import closest, listing, show
 
 __all__ = [
     "BUILT_IN",
@@ -53,6 +54,8 @@ __all__ = [
     "refuse_unread",
     "told_alpha",
 ]
+
+_LOOKED_AT = 100  # entries of a folder that is no adapter
 
 BUILT_IN: tuple[Format, ...] = (
     TORCHTUNE,
@@ -84,8 +87,7 @@ def formats() -> dict[str, Format]:
     Raises:
         SurgeryError: see `surgery_formats.plugins.with_plugins`.
     """
-    members = (member for member in vars(Format) if not member.startswith("_"))
-    return with_plugins(ENTRY_POINTS, BUILT_IN, "format", members)
+    return with_plugins(ENTRY_POINTS, BUILT_IN, "format", Format)
 
 
 def format_named(name: str) -> Format:
@@ -216,4 +218,20 @@ def read_adapter(path: str | os.PathLike[str], alpha: float | None = None) -> Ad
         raise MalformedError(
             "an ONNX graph where an adapter was expected", file=where, hint='`to="safetensors"` converts its weights'
         )
-    raise MalformedError("not an adapter of a known format", file=where, hint=f"known: {listing(formats(), 20)}")
+    what, hint = _what_is_missing(where)
+    raise MalformedError(what, file=where, hint=hint)
+
+
+def _what_is_missing(where: Path) -> tuple[str, str]:
+    """What is the matter with a path that no format knows, and what to do."""
+    known = f"known: {listing(formats(), 20)}"
+    if where.is_dir():
+        inside = [entry for entry in entries(where) if not entry.name.startswith(".")]
+        if not inside:
+            return "an empty folder where an adapter was expected", known
+        below = [str(entry) for entry in inside[:_LOOKED_AT] if is_folder(entry) and format_at(entry) is not None]
+        if below:
+            return "a folder of adapters where one was expected", f"name one of {listing(below)}"
+    elif format_at(where.parent) is not None:
+        return "one file of an adapter that is a folder", f"name the folder: {show(str(where.parent), 200)}"
+    return "not an adapter of a known format", known

@@ -8,7 +8,7 @@ weight they change, so that ties and overlaps are handled once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surgery_formats.binding.bound_operations import BoundOperation, is_carried, operations_of
 from surgery_formats.binding.containers import housed
@@ -96,9 +96,17 @@ def bind(adapters: Sequence[tuple[Adapter, float]], checkpoint: Checkpoint, *, n
         tuple(adapters),
         settled,
         untied,
-        ignored=tuple(entry for adapter, _ in adapters for entry in adapter.ignored),
+        ignored=_ignored(adapters),
         settled=tuple(sorted(bound_tensors - applied_tensors, key=lambda tensor: tensor.name)),
         warnings=(*_warnings(adapters, untied, checkpoint, settled), *notes),
+    )
+
+
+def _ignored(adapters: Sequence[tuple[Adapter, float]]) -> tuple[Ignored, ...]:
+    if len(adapters) == 1:
+        return adapters[0][0].ignored
+    return tuple(
+        replace(entry, adapter=number) for number, (adapter, _) in enumerate(adapters) for entry in adapter.ignored
     )
 
 

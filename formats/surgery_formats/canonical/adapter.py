@@ -12,7 +12,7 @@ from typing import Any, Literal
 from surgery_formats.canonical.prompts import SoftPrompt
 from surgery_formats.canonical.provenance import Provenance
 from surgery_formats.files.raw import File
-from surgery_formats.tensors.tensor import Tensor
+from surgery_formats.tensors.tensor import Tensor, origin
 from surgery_formats.updates import Update, is_directed, is_refusing
 
 __all__ = ["Adapter", "Ignored", "ModuleKind", "Site", "WeightedAdapter"]
@@ -60,10 +60,22 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Ignored:
-    """A stored tensor that does nothing to the base, and why."""
+    """A stored tensor that does nothing to the base, and why.
+
+    Attributes:
+        tensor: The tensor.
+        reason: Why.
+        adapter: Number of its adapter among several that are bound together, from 0; None where there is one.
+    """
 
     tensor: Tensor
     reason: str
+    adapter: int | None = None
+
+    @property
+    def label(self) -> str:
+        """``number:name`` of one of several adapters, which may have tensors of one name."""
+        return self.tensor.name if self.adapter is None else f"{self.adapter}:{self.tensor.name}"
 
 
 def _nothing_unmet(parameters: Collection[str], changed: Collection[str]) -> tuple[str, ...]:
@@ -187,20 +199,20 @@ class Adapter:
     def only(self, sites: Iterable[Site]) -> Adapter:
         """The updates at `sites` alone, without the stored tensors that no other update uses."""
         kept = set(sites)
-        out = {t.name for site, chain in self.updates.items() if site not in kept for u in chain for t in u.tensors}
-        out -= {t.name for site in kept for update in self.updates[site] for t in update.tensors}
+        out = {origin(t) for site, chain in self.updates.items() if site not in kept for u in chain for t in u.tensors}
+        out -= {origin(t) for site in kept for update in self.updates[site] for t in update.tensors}
         return replace(
             self,
             updates={site: chain for site, chain in self.updates.items() if site in kept},
-            tensors=tuple(tensor for tensor in self.tensors if tensor.name not in out),
+            tensors=tuple(tensor for tensor in self.tensors if origin(tensor) not in out),
         )
 
     def unconsumed(self) -> tuple[Tensor, ...]:
         """Stored tensors that no update uses and no reason excuses: must be empty (law 1)."""
-        used = {tensor.name for chain in self.updates.values() for update in chain for tensor in update.tensors}
-        used |= {entry.tensor.name for entry in self.ignored}
-        used |= {self.prompt.table.name} if self.prompt else set()
-        return tuple(tensor for tensor in self.tensors if tensor.name not in used)
+        used = {origin(tensor) for chain in self.updates.values() for update in chain for tensor in update.tensors}
+        used |= {origin(entry.tensor) for entry in self.ignored}
+        used |= {origin(self.prompt.table)} if self.prompt else set()
+        return tuple(tensor for tensor in self.tensors if origin(tensor) not in used)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,7 @@ def check_consumed(adapter: Adapter, error: type[FitError | ProofError] = FitErr
         FitError: tensors are left over (or `error`).
     """
     if left := adapter.unconsumed():
-        names = {tensor.name for tensor in left}
-        apart = left[0].path not in {tensor.path for tensor in adapter.tensors if tensor.name not in names}
+        apart = left[0].path not in {tensor.path for tensor in adapter.tensors if tensor not in left}
         apart = apart and len(left) < len(adapter.tensors)
         raise error(
             f"{len(left)} of {len(adapter.tensors)} tensors are not used by any update: "

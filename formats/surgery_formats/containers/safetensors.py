@@ -32,6 +32,7 @@ from surgery_formats.text import show
 __all__ = ["METADATA_KEY", "SAFETENSORS", "layout", "open_safetensors", "read_header", "reference_order"]
 
 _HEADER_LIMIT = 100_000_000  # the reference's MAX_HEADER_SIZE
+_CUT_OFF = "a copy or download of it was not finished: get the file again"
 METADATA_KEY = "__metadata__"
 _LENGTH_NBYTES = 8
 _ALIGNMENT = 8
@@ -140,8 +141,8 @@ def _entry(name: str, entry: Any, file: File) -> tuple[int, int, str, DType, tup
 def read_header(file: File) -> Shard:
     """Check the header of an open file as a whole, see `open_safetensors`."""
 
-    def fail(what: str, tensor: str | None = None) -> MalformedError:
-        return MalformedError(what, file=file.path, tensor=tensor)
+    def fail(what: str, tensor: str | None = None, hint: str | None = None) -> MalformedError:
+        return MalformedError(what, file=file.path, tensor=tensor, hint=hint)
 
     if file.size < _LENGTH_NBYTES:
         raise fail(f"{file.size} bytes are too few for a safetensors file")
@@ -149,7 +150,7 @@ def read_header(file: File) -> Shard:
     available = file.size - _LENGTH_NBYTES
     if length > min(available, _HEADER_LIMIT):
         why = f"of which {available} are there" if length > available else f"at most {_HEADER_LIMIT} are read"
-        raise fail(f"a header of {length} bytes, {why}")
+        raise fail(f"a header of {length} bytes, {why}", hint=_CUT_OFF if length <= _HEADER_LIMIT else None)
     raw = file.read(_LENGTH_NBYTES, length)
     if raw[:1] != b"{":
         raise fail("the header does not begin with '{'")
@@ -170,7 +171,7 @@ def read_header(file: File) -> Shard:
         at = end
     there = file.size - data
     if at > there:
-        raise fail(f"the file ends {at - there} bytes early", ranges[-1][2])
+        raise fail(f"the file ends {at - there} bytes early", ranges[-1][2], _CUT_OFF)
     if at < there:
         raise fail(f"{there - at} bytes after the last tensor")
     tensors = tuple(

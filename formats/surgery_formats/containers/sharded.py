@@ -20,6 +20,7 @@ from surgery_formats.containers.base import Shard, ShardSet
 from surgery_formats.containers.weight_files import (
     GRAPH_FILES,
     file_containers,
+    holds_weights,
     is_weight_file,
     open_shard,
     open_weight_file,
@@ -27,7 +28,7 @@ from surgery_formats.containers.weight_files import (
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, NotFoundError, SurgeryError
 from surgery_formats.files.bounded_json import INDEX_LIMIT, read_object
-from surgery_formats.files.places import exists, is_folder, names_in
+from surgery_formats.files.places import entries, exists, is_folder, names_in
 from surgery_formats.files.raw import open_file, stays_inside
 from surgery_formats.files.remote.path import to_path
 from surgery_formats.text import listing, show
@@ -53,6 +54,7 @@ _BLOCKS = re.compile(
     r"(?<=[-._])(UD-)?(I?Q\d_\w+|TQ\d_0|MXFP4(_MOE)?|NVFP4)(?=(-\d{5}-of-\d{5})?\.gguf$)", re.IGNORECASE
 )
 _HEAD = 1 << 20  # bytes of an index in which it is recognised
+_LOOKED_AT = 100  # folders in a folder without weights
 _NAME_NBYTES = 255  # of one path component on every common file system
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # Windows opens these as devices
 
@@ -159,7 +161,7 @@ def _pick(folder: Path, names: Sequence[str], stems: Iterable[str]) -> str:
             return lone[0]
     stem = next(iter(stems), "*")
     first, second, *_ = (f"{stem}{container.suffixes[0]}" for container in file_containers().values())
-    hint = _graphs_below(folder) or f"expected {first}, or {second} and the like"
+    hint = _graphs_below(folder) or _weights_below(folder) or f"expected {first}, or {second} and the like"
     raise NotFoundError("no weights here", file=folder, hint=hint)
 
 
@@ -171,6 +173,13 @@ def _graphs_below(folder: Path) -> str | None:
     except OSError:
         return None
     return f"there are graphs in 'onnx': name one, such as onnx/{show(graphs[0])}" if graphs else None
+
+
+def _weights_below(folder: Path) -> str | None:
+    """The folders in a folder of models, from which one has to be chosen."""
+    below = [entry for entry in entries(folder)[:_LOOKED_AT] if is_folder(entry) and not entry.name.startswith(".")]
+    held = [str(entry) for entry in below if any(map(holds_weights, _listed(entry)))]
+    return f"there are weights in {listing(held)}: name one" if held else None
 
 
 def _single_or_index(folder: Path, single: str, index: str, suffix: str) -> str:

@@ -14,6 +14,7 @@ from surgery_formats.containers.onnx.container import ONNX
 from surgery_formats.containers.safetensors import SAFETENSORS
 from surgery_formats.containers.torch import TORCH
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
+from surgery_formats.files.places import names_in
 from surgery_formats.files.raw import open_file
 from surgery_formats.files.remote.path import to_path
 from surgery_formats.plugins import with_plugins
@@ -96,7 +97,7 @@ def container_of_file(path: Path) -> FileContainer:
     named = [container for container in file_containers().values() if path.name.endswith(container.suffixes)]
     if not named:
         suffixes = ", ".join(suffix for container in file_containers().values() for suffix in container.suffixes)
-        hint = _what_it_is(path) or f"expected one of {suffixes}"
+        hint = _what_it_is(path) or _folder_of(path) or f"expected one of {suffixes}"
         raise MalformedError("not a file of weights by its name", file=path, hint=hint)
     return named[0] if len(named) == 1 else next((c for c in named if c.detect(path)), named[0])
 
@@ -144,6 +145,13 @@ def output_container(name: str) -> WritableContainer:
         target = show(known[name].written_as)
         raise SurgeryError(f"the container '{name}' is written as '{target}', but that container cannot be written")
     return written
+
+
+def _folder_of(path: Path) -> str | None:
+    """The folder to name in the place of a configuration in it."""
+    if path.suffix != ".json" or not path.is_file() or not any(map(holds_weights, names_in(path.parent))):
+        return None
+    return f"name the folder that it is in: {show(str(path.parent), 200)}"
 
 
 def _what_it_is(path: Path) -> str | None:

@@ -13,7 +13,7 @@ from surgery_formats.files.raw import File, FileIdentity
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.tensors.tensor import StoredTensor
 
-__all__ = ["Digests", "content_id", "fingerprint", "fingerprint_of", "tensor_digest"]
+__all__ = ["Digests", "content_id", "fingerprint", "fingerprint_of", "shard_fingerprints", "tensor_digest"]
 
 _HEAD = 1 << 20
 _SAMPLES = 64
@@ -49,6 +49,15 @@ def fingerprint_of(size: int, read: Callable[[int, int], Iterable[bytes | bytear
         for piece in read(offset, nbytes):
             state.update(piece)
     return state.hexdigest()
+
+
+def shard_fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
+    """The `fingerprint` of every file of weights, by its path in the model: two networks have files of one name."""
+    return {
+        (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)
+        for component in checkpoint.components.values()
+        for shard in component.shards
+    }
 
 
 def _ranges(size: int) -> Iterable[tuple[int, int]]:

@@ -24,6 +24,7 @@ __all__ = [
     "is_housed",
     "is_stacked",
     "is_storage",
+    "parts_named",
     "read_block",
     "read_rows",
     "read_values",
@@ -185,6 +186,12 @@ class StorageKind(Protocol):
         Raises:
             MalformedError: the configuration names this storage, and the tensors are not what it needs.
         """
+
+
+def parts_named(weight: Storage, name: str) -> tuple[StoredPart, ...]:
+    """The stored tensors of a layer's weight as parts of one called `name`, of the same types and sizes."""
+    stem, old = name.removesuffix(".weight"), weight.name.removesuffix(".weight")
+    return tuple(StoredPart(stem + each.name[len(old) :], each.dtype, each.shape) for each in weight.sources)
 
 
 def read_block(storage: Storage, start: int, stop: int) -> Array:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from surgery_formats.arrays import Array, cast
 from surgery_formats.dtypes import DType
-from surgery_formats.storage.base import PartBytes, StoredPart
+from surgery_formats.storage.base import PartBytes, StoredPart, parts_named
 from surgery_formats.storage.fitting import Fit, stored_scales
 from surgery_formats.storage.grouped_grid import GroupedGrid, finite_scales
 from surgery_formats.storage.packing import pack, unpack
@@ -70,8 +70,7 @@ class GroupedColumns:
 
     def parts(self, name: str) -> tuple[StoredPart, ...]:
         """See `Encoding.parts`."""
-        stem, old = name.removesuffix(".weight"), self.name.removesuffix(".weight")
-        return tuple(StoredPart(stem + each.name[len(old) :], each.dtype, each.shape) for each in self.sources)
+        return parts_named(self, name)
 
     def read_into(self, block: Array, start: int) -> None:
         """See `Storage.read_into`."""

@@ -2,7 +2,7 @@
 """Floating-point numbers of 4 to 8 bits: what their codes stand for, and the nearest code, by tables.
 
 The conversions of ``ml_dtypes`` go value by value, ten times slower. Sources: OCP Microscaling Formats 1.0 (E2M1, E2M3,
-E3M2, E8M0), OCP OFP8 1.0 (E4M3 and E5M2), arXiv 2206.02915 (FNUZ: no infinities, no negative zero).
+E8M0), OCP OFP8 1.0 (E4M3 and E5M2), arXiv 2206.02915 (FNUZ: no infinities, no negative zero).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy
 
-__all__ = ["E2M1", "E2M3", "E3M2", "E4M3", "E4M3_FNUZ", "E5M2", "E5M2_FNUZ", "E8M0", "SmallFloat", "decode_pairs"]
+__all__ = ["E2M1", "E2M3", "E4M3", "E4M3_FNUZ", "E5M2", "E5M2_FNUZ", "E8M0", "SmallFloat", "decode_pairs"]
 
 _PIECE = 1 << 16  # elements whose intermediate results stay in the cache
 
@@ -102,7 +102,6 @@ class SmallFloat:
 
 E2M1 = SmallFloat("E2M1", 4, 6.0, "float4_e2m1fn")
 E2M3 = SmallFloat("E2M3", 6, 7.5, "float6_e2m3fn")
-E3M2 = SmallFloat("E3M2", 6, 28.0, "float6_e3m2fn")
 E4M3 = SmallFloat("E4M3", 8, 448.0, "float8_e4m3fn", 3)
 E5M2 = SmallFloat("E5M2", 8, 57344.0, "float8_e5m2", 2)
 E4M3_FNUZ = SmallFloat("E4M3FNUZ", 8, 240.0, "float8_e4m3fnuz")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, add_product, cast, namespace
+from surgery_formats.arrays import Array, cast, namespace
+from surgery_formats.products import add_product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Weight

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, add_product, cast, namespace, to_cpu, to_device
+from surgery_formats.arrays import Array, cast, namespace, to_cpu, to_device
 from surgery_formats.dtypes import DType
+from surgery_formats.products import add_product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight

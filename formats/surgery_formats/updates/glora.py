@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, cast, namespace, product
+from surgery_formats.arrays import Array, cast, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.products import product
 from surgery_formats.storage.parameter import Parameter
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions

@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, add_product, cast, namespace
+from surgery_formats.arrays import Array, cast, namespace
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
+from surgery_formats.products import add_product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight

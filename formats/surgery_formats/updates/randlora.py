@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, add_product, to_device
+from surgery_formats.arrays import Array, to_device
 from surgery_formats.errors import FitError
+from surgery_formats.products import add_product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight

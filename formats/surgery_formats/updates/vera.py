@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
-from surgery_formats.arrays import Array, add_product, to_device
+from surgery_formats.arrays import Array, to_device
+from surgery_formats.products import add_product
 from surgery_formats.tensors.tensor import Tensor
 from surgery_formats.tensors.views import Index, positions
 from surgery_formats.updates.base import Apply, Effect, Factor, Fit, Weight
@@ -68,8 +69,8 @@ class VeRA:
         return self.b.shape[0], self.inputs
 
     @property
-    def shared(self) -> tuple[Tensor, ...]:
-        """The stored projections, which were not trained."""
+    def untrained(self) -> tuple[Tensor, ...]:
+        """The random projections, where they are stored."""
         if isinstance(self.projections, Seed):
             return ()
         return tuple(tensor for factor in self.projections for tensor in factor.tensors)
@@ -77,7 +78,7 @@ class VeRA:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The vectors', then the projections'."""
-        return (*self.b.tensors, *self.d.tensors, *self.shared)
+        return (*self.b.tensors, *self.d.tensors, *self.untrained)
 
     def scaled(self, weight: float) -> VeRA:
         """The same directions, `weight` times as far."""
@@ -89,11 +90,6 @@ class VeRA:
         projections = replace(drawn, widest=fit.widest) if isinstance(drawn, Seed) else drawn
         width = fit.widest[1] if isinstance(drawn, Seed) else drawn[0].shape[1]
         return replace(self, projections=projections, inputs=min(fit.shape[1], width))
-
-    @property
-    def untrained(self) -> tuple[Tensor, ...]:
-        """The random projections."""
-        return self.shared
 
     def factors(self) -> dict[str, Factor]:
         """``b`` and ``d``; the projections ``A`` and ``B`` where the file has them."""

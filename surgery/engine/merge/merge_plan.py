@@ -28,7 +28,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
 from surgery_formats.files.raw import File, open_file
 from surgery_formats.models.checkpoint import Checkpoint
-from surgery_formats.models.identity import fingerprint
+from surgery_formats.models.identity import fingerprint, shard_fingerprints
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import is_coded as is_quantised
 from surgery_formats.tensors.tensor import origin
@@ -246,11 +246,7 @@ def merge_facts(binding: Binding) -> dict[str, Any]:
     """Facts that identify the inputs by content, not by path."""
     made = {name: component.made for name, component in binding.checkpoint.components.items() if component.made}
     return ({"made": made} if made else {}) | {
-        "base": {
-            (f"{component.name}/" if component.name else "") + shard.path.name: fingerprint(shard.file)
-            for component in binding.checkpoint.components.values()
-            for shard in component.shards
-        },
+        "base": shard_fingerprints(binding.checkpoint),
         "side_files": {name: fingerprint(open_file(path)) for name, path in binding.checkpoint.side_files},
         "configs": {
             name: without_local_paths(component.config) for name, component in binding.checkpoint.components.items()

@@ -32,7 +32,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.folder import OutputFolder
 from surgery_formats.models.checkpoint import Checkpoint, open_checkpoint
-from surgery_formats.models.identity import content_id, fingerprint
+from surgery_formats.models.identity import content_id, fingerprint, shard_fingerprints
 from surgery_formats.models.side_files import BASE_ROUNDING
 from surgery_formats.storage.base import Storage
 from surgery_formats.storage.quantised import Quantised, is_quantised
@@ -132,7 +132,7 @@ def unmerge_facts(adapters: Bound, merged: Checkpoint) -> dict[str, Any]:
             {**told, "config": without_local_paths(adapter.config)}
             for told, (adapter, _) in zip(adapters_of(adapters), adapters, strict=True)
         ],
-        "merged": {shard.path.name: fingerprint(shard.file) for c in merged.components.values() for shard in c.shards},
+        "merged": shard_fingerprints(merged),
         "configs": {name: without_local_paths(component.config) for name, component in merged.components.items()},
     }
 

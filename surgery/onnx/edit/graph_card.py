@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from surgery.engine.card import CARD, adapter_table, card, measured_table, name_of
-from surgery.engine.card_metadata import Relation, base_of_card, card_metadata
+from surgery.engine.card_metadata import Relation, base_of_card, card_metadata, relation_of_card
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.remote.hub_cache import cached_repository
 from surgery_formats.models.base_name import hub_name, is_hub_name
 from surgery_formats.models.checkpoint import Checkpoint
 
-__all__ = ["edited_card"]
+__all__ = ["edited_card", "folded_relation"]
 
 
 def edited_card(
@@ -50,6 +50,21 @@ def edited_card(
     )
     tables = [adapter_table(adapters)] if adapters else []
     return card(head, f"{name_of(graph)} {title}", *tables, measured_table(measured), warnings=warnings)
+
+
+def folded_relation(graph: Path, *, added: bool) -> Relation:
+    """What a graph with folded branches is of the base that its card will name: no more than is known without that base.
+
+    The card beside a graph may name a base behind the one that it was made of, and does not say so.
+
+    Args:
+        graph: The file.
+        added: Whether adapters were given that it did not have.
+    """
+    if base_of_card(graph.parent):
+        told = relation_of_card(graph.parent)
+        return told if told in ("merge", "quantized") or not added else ""
+    return "merge" if added else ""  # of the graph itself, under its repository's name
 
 
 def _repository(folder: Path) -> str:

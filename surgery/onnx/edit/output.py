@@ -192,5 +192,5 @@ def _prove(before: OnnxGraph, path: Path, changed: Mapping[str, NewValues], drop
 def _same(old: StoredTensor, new: StoredTensor, before: OnnxGraph, after: OnnxGraph) -> bool:
     inside = old.file is before.file, new.file is after.file
     if inside == (False, False):  # a copy by the kernel, which is proved by the identity of its source
-        return old.offset == new.offset and old.file.path.name == new.file.path.name
+        return (_location(before, old.file.path), old.offset) == (_location(after, new.file.path), new.offset)
     return inside == (True, True) and tensor_digest(old) == tensor_digest(new)

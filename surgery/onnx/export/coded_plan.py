@@ -282,10 +282,10 @@ def _coded_step(
         own = None if form.floats else fitting_format(stored, form, turned=turned, wide=wide)
         if own is not None:
             return Compute(stored, (), NBits(stored.shape, own, turned, exact=stored, count=count)), own
-    turned = by_input != source.transposed
+    # what becomes elements is read as the model has it, however it is stored (`surgery.engine.layout`)
     if form.floats:
-        return Compute(source, operations, Float8Codes(source.shape, form, turned, count=count)), form
-    target = NBits(source.shape, form, turned, count=count)
+        return Compute(source, operations, Float8Codes(source.shape, form, by_input, count=count)), form
+    target = NBits(source.shape, form, by_input, count=count)
     if count > 1:
         return Compute(source, operations, target), form  # experts hear other inputs each, and no calibration has them
     drafted = Compute(source, operations, target)

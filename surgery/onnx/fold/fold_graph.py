@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from surgery.engine.card import CARD, name_of
-from surgery.onnx.edit.graph_card import edited_card
+from surgery.onnx.edit.graph_card import edited_card, folded_relation
 from surgery.onnx.edit.output import NewValues, editable, write_edited
 from surgery.onnx.fold.folding import FoldedWeight, fold_branches
 from surgery.onnx.fold.result import FoldResult
@@ -78,7 +78,7 @@ def fold_graph(
             graph,
             model,
             output,
-            files={CARD: edited_card(path, title, rows, relation="merge")},
+            files={CARD: edited_card(path, title, rows, relation=folded_relation(path, added=bool(adapters)))},
             facts=facts,
             inputs=files,
             overwrite=overwrite,

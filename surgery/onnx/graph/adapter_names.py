@@ -40,7 +40,9 @@ def check_adapter_file(
     if beside.is_file():
         hint: str | None = f"did you mean '{show(beside)}'?"
     else:
+        files = [show(path, 200) for path in sorted((graph.parent / _FOLDER).glob(f"*{_SUFFIX}"))]
         hint = closest(name, inside) or (f"adapters of the graph: {listing(inside)}" if inside else None)
+        hint = hint or (f"beside the graph there are {listing(files)}" if files else None)
     raise NotFoundError("no such file", file=path, hint=hint)
 
 

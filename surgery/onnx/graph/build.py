@@ -11,7 +11,7 @@ import xxhash
 
 from surgery.onnx.graph.coded import GraphCodes, by_format
 from surgery.onnx.graph.context import Context
-from surgery.onnx.graph.contract import Contract, WeightFile
+from surgery.onnx.graph.contract import Contract
 from surgery.onnx.graph.decoder import decoder, embedding_graph
 from surgery.onnx.graph.dims import BATCH
 from surgery.onnx.graph.encoder import encoder
@@ -24,6 +24,7 @@ from surgery.onnx.graph.pair_names import BEGUN, ENCODER, FIRST, MERGED
 from surgery.onnx.graph.rotary import longest
 from surgery.onnx.graph.target import OperatorSet, standard
 from surgery.onnx.graph.virtual_tokens import Virtual, front_model
+from surgery.onnx.graph.weight_files import WeightFile
 from surgery.onnx.graph.weights import GraphTensor, GraphWeights, Replaceable
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -140,7 +141,7 @@ def build(component: Component, options: GraphOptions, model: Model | None = Non
     if model.encoder is not None:
         return _pair(component, model, replace(options, target=standard(options.target)), length)
     graphs: dict[str, PackedGraph] = {}
-    contract = _contract(component, model, options, length)
+    contract = _contract(model, options, length)
     embedding_files: list[File | UnwrittenFile] = []
     if options.inputs_embeds:
         ctx = _new_context(component, model, replace(options, slotted=frozenset(), keep_logits=False))
@@ -188,10 +189,10 @@ def _pair(component: Component, model: Model, options: GraphOptions, length: int
         for ctx in parts:
             lower(ctx.graph, options.opset, ctx.io)
     reach = _length(model.encoder, replace(options, max_length=None))
-    contract = _contract(component, model.encoder, options, reach)
+    contract = _contract(model.encoder, options, reach)
     encoder_contract = replace(contract, **_built_parts(parts.encoder))
     contract = replace(
-        _contract(component, model, options, length),
+        _contract(model, options, length),
         padding=contract.padding,
         encoder=ENCODER,
         **_built_parts(parts.first),
@@ -299,7 +300,7 @@ def _length(model: Model, options: GraphOptions) -> int:
     return min((longest(rope, options.max_length, limit) for rope in ropes), default=options.max_length or limit)
 
 
-def _contract(component: Component, model: Model, options: GraphOptions, length: int) -> Contract:
+def _contract(model: Model, options: GraphOptions, length: int) -> Contract:
     first = model.layers[0].attention if model.layers else None
     grouped = options.target.attention == "gqa"
     contract = Contract(

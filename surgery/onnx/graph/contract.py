@@ -2,25 +2,21 @@
 """The contract of a graph with its runner, stored in the file: padding, cache, virtual tokens, and its weight files.
 
 A graph that is run against its contract silently gives wrong results (padding on the wrong side: logits off by 3 to 7),
-so the runner relies on the contract alone, and `verify` checks it. onnxruntime checks no offsets: with another weight
-file the logits are garbage, so these files are compared with the contract as well.
+so the runner relies on the contract alone, and `verify` checks it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-import xxhash
-
-from surgery_formats.errors import MalformedError, ProofError
+from surgery.onnx.graph.pair_names import MASK, STATES, SWITCH
+from surgery.onnx.graph.weight_files import WeightFile
+from surgery_formats.errors import MalformedError
 from surgery_formats.files.bounded_json import parse_object
-from surgery_formats.files.output.manifest import is_safe_name
-from surgery_formats.files.raw import open_file
 from surgery_formats.models.families.inserted import from_fields
 from surgery_formats.text import show
 
@@ -34,8 +30,6 @@ __all__ = [
     "TEXT",
     "Contract",
     "Slot",
-    "WeightFile",
-    "check_weight_files",
     "contract_of",
     "from_metadata",
 ]
@@ -52,6 +46,21 @@ FLOAT_CODES = "float8_e4m3fn"
 KEEP = "num_logits_to_keep"
 """Optional input of decoders: of how many last positions logits are computed; 0 for all. transformers.js's name for it."""
 
+_RUN_INPUTS = frozenset(
+    [
+        *(
+            "input_ids",
+            "inputs_embeds",
+            "attention_mask",
+            "position_ids",
+            "token_type_ids",
+            "input_features",
+            "pixel_values",
+        ),
+        *(STATES, MASK, SWITCH, KEEP, PAD_SWITCH),
+    ]
+)
+_PASTS = ("past_key_values.", "past_conv.")
 _KEY = "surgery.contract"
 _SCHEMA = 1
 _LARGEST = 1 << 48  # bound on numbers, including file sizes
@@ -71,22 +80,6 @@ _LATER = (
 )  # fields that are left out where empty, so that runners of before take the graph
 _ADAPTER_TEXTS = ("name", "mode", "kind", "id", "file", "encoder_file", "strength", "tokenizer", "problem_type")
 _TEXTS = ("task", "target", "prefill", "prompt_kind", "base", "encoder", "embedder")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightFile:
-    """A file that holds initializers of the graph.
-
-    Attributes:
-        name: Name, relative to the graph's folder.
-        size: Size in bytes.
-        header: xxh3-128 of the safetensors header with its eight bytes of length, in hexadecimal; it covers names,
-            types, shapes and offsets.
-    """
-
-    name: str
-    size: int
-    header: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +207,20 @@ class Contract:
         """Whether weights are fp8, which a session should turn into numbers once, at load."""
         return any("type" in entry for entry in self.quantised)
 
+    @property
+    def slot_inputs(self) -> tuple[str, ...]:
+        """Both inputs of every slot."""
+        return tuple(name for slot in self.slots for name in (slot.A, slot.B))
+
+    @property
+    def strengths(self) -> frozenset[str]:
+        """The inputs that adapters inside the graph are multiplied by."""
+        return frozenset(str(one["strength"]) for one in self.adapters if "strength" in one)
+
+    def is_run_input(self, name: str) -> bool:
+        """Whether an input is for what is run, a past or a strength: none that the file of an adapter fills."""
+        return name in _RUN_INPUTS or name in self.strengths or name.startswith(_PASTS)
+
     def as_metadata(self) -> dict[str, str]:
         """Render the contract as ``metadata_props`` of a graph."""
         stated = {key: value for key, value in asdict(self).items() if value or key not in _LATER}
@@ -331,37 +338,3 @@ def _is_quantised(entry: Any) -> bool:
         and type(symmetric) is bool
     )
     return known and isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
-
-
-_HEADER_LIMIT = 100 << 20  # bytes of a safetensors header: the reference's limit
-_HINT = "the graph was made for another file; export it again"
-
-
-def check_weight_files(
-    files: Iterable[WeightFile], folder: Path, read: Collection[str] | None = None
-) -> dict[str, int]:
-    """Compare size and header of every file with the contract; sizes in bytes, by name.
-
-    Of files that are not among those that the graph `read`s (its weights are inside) only the names are looked at.
-
-    Raises:
-        NotFoundError: a file is missing.
-        MalformedError: the name is not that of a file in the folder.
-        ProofError: the file differs from the one the graph was exported with.
-    """
-    sizes: dict[str, int] = {}
-    for record in files:
-        if not is_safe_name(record.name) or "/" in record.name:
-            raise MalformedError(f"the graph refers to the weight file '{show(record.name)}'", file=folder)
-        if read is not None and record.name not in read:
-            continue
-        opened = open_file(folder / record.name)
-        if opened.size != record.size:
-            raise ProofError(f"has {opened.size} bytes instead of {record.size}", file=opened.path, hint=_HINT)
-        length = int.from_bytes(opened.read(0, 8), "little") if opened.size >= 8 else 0
-        if length > min(_HEADER_LIMIT, opened.size - 8):
-            raise ProofError("not a safetensors file", file=opened.path, hint=_HINT)
-        if xxhash.xxh3_128_hexdigest(bytes(opened.read(0, 8 + length))) != record.header:
-            raise ProofError("its header differs from the graph's contract", file=opened.path, hint=_HINT)
-        sizes[record.name] = opened.size
-    return sizes

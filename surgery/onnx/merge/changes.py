@@ -87,7 +87,7 @@ def changes_of(located: Located, binding: Binding) -> tuple[TensorChange, ...]:
     for label, edit in edits.items():
         if _keeps(edit):
             continue
-        pieces = _pieces(located, binding, edit, edits)
+        pieces = _pieces(located, binding, edit)
         if pieces is None:
             missing.append(label)
             continue
@@ -95,7 +95,7 @@ def changes_of(located: Located, binding: Binding) -> tuple[TensorChange, ...]:
             sizes = f"{list(edit.source.shape)} instead of {list(pieces[0].weight.storage.shape)}"
             raise FitError(f"would have other sizes, {sizes}, and a graph keeps its own", tensor=label)
         for piece in pieces:
-            _check_shared(piece, edits, binding)
+            _check_shared(piece, edits)
             fold = owners[piece.fold] if piece.fold else None
             if fold is not None:
                 _check_fold(piece, fold, edits, binding)
@@ -189,9 +189,7 @@ def _one_tensor(name: str, changes: Sequence[Change], located: Located) -> Tenso
     return TensorChange(name, place, tuple(changes))
 
 
-def _pieces(
-    located: Located, binding: Binding, edit: Edit, edits: Mapping[str, Edit]
-) -> tuple[LocatedPiece, ...] | None:
+def _pieces(located: Located, binding: Binding, edit: Edit) -> tuple[LocatedPiece, ...] | None:
     """The pieces that an edit is for, whole together; None if there are none.
 
     Raises:
@@ -248,7 +246,7 @@ def _uses(model: onnx.ModelProto, name: str) -> set[str]:
     return found
 
 
-def _check_shared(piece: LocatedPiece, edits: Mapping[str, Edit], binding: Binding) -> None:
+def _check_shared(piece: LocatedPiece, edits: Mapping[str, Edit]) -> None:
     unchanged = [weight.label for weight in (piece.weight, *piece.also) if weight.label not in edits]
     if piece.by_order and not piece.also:
         text = f"is {show(piece.weight.label)} by the order of the graph alone: other weights have its values"

@@ -56,7 +56,7 @@ class GraphPlan:
     def still_good(self, path: Path, record: FileRecord) -> bool:
         """Whether a file that an interrupted run finished still holds the computed tensors it finished with."""
         measured = record.record.get("tensors")
-        planned = next((file for file in self.plan.files if path.name == Path(file.name).name), None)
+        planned = next((file for file in self.plan.files if file.name == record.name), None)
         if planned is None or not isinstance(measured, Mapping):
             return False
         import xxhash

@@ -58,7 +58,7 @@ def open_pair(decoder: GraphSession, chosen: ChosenAdapters) -> PairSessions:
         FitError: an adapter that does not fit; see `surgery.onnx.run.opening`.
     """
     encoder = open_encoder(decoder)
-    known = {name for slot in encoder.contract.slots for name in (slot.A, slot.B)} | {*encoder.contract.replaceable}
+    known = {*encoder.contract.slot_inputs, *encoder.contract.replaceable}
     theirs: list[tuple[StrPath, float]] = []
     own: list[tuple[StrPath, float]] = []
     for path, strength in chosen.files:

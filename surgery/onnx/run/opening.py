@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.onnx.graph.contract import Contract, check_weight_files, from_metadata
+from surgery.onnx.graph.contract import Contract, from_metadata
 from surgery.onnx.graph.inserted import inserted_in
 from surgery.onnx.graph.pair_names import graph_in, graphs_in, kept_names, only_graph
 from surgery.onnx.graph.read_metadata import external_files, read_metadata
+from surgery.onnx.graph.weight_files import check_weight_files
 from surgery.onnx.run.adapters import past_names
 from surgery.onnx.run.foreign import guessed_contract, named_slots
 from surgery.onnx.run.memory import HostMemory, Memory

@@ -64,7 +64,7 @@ def with_strength(
     if strength == 1.0:
         return arrays
     second = {slot.B for slot in contract.slots}
-    if whole := sorted(set(arrays) - second - {slot.A for slot in contract.slots}):
+    if whole := sorted(set(arrays) - set(contract.slot_inputs)):
         raise FitError("is not a factor, so it has no strength", file=file, tensor=whole[0], hint="without =NUMBER")
     return {
         name: (array * np.float32(strength)).astype(array.dtype) if name in second else array

@@ -53,12 +53,10 @@ class ModuleName:
 
     Attributes:
         name: Its module with dots, and what it is in it.
-        by_node: Whether the node that reads it told so, and not its own name.
-        unplaced: Whether neither did.
+        unplaced: Whether neither its own name nor the node that reads it tells.
     """
 
     name: str
-    by_node: bool
     unplaced: bool = False
 
 
@@ -75,7 +73,7 @@ def module_names(graph: onnx.GraphProto, names: Iterable[str]) -> dict[str, Modu
             number += 1
             one = f"{_CAST.sub('', telling or name)}.{number}"
         taken.add(one)
-        found[name] = ModuleName(one, bool(telling), not telling and not _tells(name))
+        found[name] = ModuleName(one, not telling and not _tells(name))
     return found
 
 

@@ -10,7 +10,7 @@ from surgery_formats.adapters.grammar.dialect import Dialect
 from surgery_formats.adapters.grammar.spelt_modules import SpeltModules
 from surgery_formats.adapters.relaid import Whole, relaid, whole_of
 from surgery_formats.adapters.writing import places_of, whole_place
-from surgery_formats.binding.sizes import component_of
+from surgery_formats.binding.sizes import component_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
@@ -56,7 +56,7 @@ class SiteNames:
 
     def prefix(self, site: Site) -> str | None:
         """How keys of a site's component begin; None if the format has no place for it."""
-        component = self._component(site)
+        component = self.component(site)
         if self.spelt.at(site) is not None:
             return self.dialect.prefix_for(component) or ""
         if component.startswith("text_encoder") and self.dialect.encoders and self.base is not None:
@@ -150,13 +150,21 @@ class SiteNames:
         where = whole_place(places_of(site, self.base, update.tensors))
         return where[1][2:] if where else ()
 
-    def _component(self, site: Site) -> str:
+    def component(self, site: Site) -> str:
         """What diffusers calls the component of a site; ``lora_unet_`` and ``diffusion_model.`` say it of any denoiser."""
         if self.spelt.at(site) is not None or site.component not in (*COMPONENTS, ""):
             return site.component
         if self.base is not None and self.base.is_pipeline:
             return component_of(site, self.base).name
-        return self._denoiser or site.component
+        return self._beside_denoiser(site) or self._denoiser or site.component
+
+    def _beside_denoiser(self, site: Site) -> str:
+        """Of a file that holds several networks: which a site is of that names none; empty for the one that removes noise."""
+        if site.component or self.base is None or "denoiser" not in self.base.main.parts:
+            return ""
+        stored = next((place.parameter.name for place in slices_of(site, self.base)), "")
+        part, name = self.base.main.within(stored)
+        return "" if part == "denoiser" else part or name.partition(".")[0]
 
     @cached_property
     def directed(self) -> frozenset[str]:

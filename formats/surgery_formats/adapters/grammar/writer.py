@@ -26,6 +26,7 @@ from surgery_formats.adapters.writing import ConversionLedger, places_of
 from surgery_formats.binding.growth import grown
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import show
 from surgery_formats.updates import Update, is_directed, low_rank_part
 
 __all__ = ["render_weight_file"]
@@ -104,7 +105,7 @@ class _Job:
         site, update = candidate.site, candidate.update
         prefix = self.names.prefix(site)
         if prefix is None:
-            return f"this format has no place for '{site.component}'"
+            return f"this format has no place for '{show(self.names.component(site))}'"
         if self.waiting.take(candidate, prefix):
             return ""
         parts = self.names.parts(site, update, prefix)

@@ -27,7 +27,7 @@ from surgery_formats.adapters.writing import (
     whole_place,
 )
 from surgery_formats.arrays import Array
-from surgery_formats.binding.sizes import component_of
+from surgery_formats.binding.sizes import component_of, slices_of
 from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError
@@ -70,6 +70,7 @@ def _dropped(rendering: Rendering) -> int:
 def _render_with_base_names(adapter: Adapter, base: Checkpoint) -> Rendering:
     ledger = ConversionLedger()
     namers = dict(_namers(base))
+    known = any(namer.prefix for namer in namers.values())
     fitting: dict[str, _Fitting] = {}
     for site, chain in adapter.updates.items():
         component = component_of(site, base)
@@ -77,9 +78,10 @@ def _render_with_base_names(adapter: Adapter, base: Checkpoint) -> Rendering:
             held = contents_of(source)
             form = held.lora or held.offset
             where = whole_place(places_of(site, base, form.tensors)) if form else None
-            part, name = component.within(where[0]) if where else (component.name or site.component, "")
+            stored = where[0] if where else next((each.parameter.name for each in slices_of(site, base)), "")
+            part, name = component.within(stored) if stored else (component.name or site.component, "")
             namer = namers.get(part) or namers.get(component.name, _Namer("", {}))
-            why = _fault(held, where, part, namer, name)
+            why = _fault(held, where, part, namer, name, known=known)
             if why or where is None:
                 ledger.drop(site, source, why or "the base holds it in several tensors")
             elif (mark := f"{namer.key(name)}.{_leaf(name, held)}") in fitting:
@@ -212,11 +214,25 @@ def _fault(
     part: str,
     namer: _Namer,
     name: str,
+    *,
+    known: bool,
 ) -> str:
-    """Why the format cannot hold an update; empty if it can."""
+    """Why the format cannot hold an update; empty if it can.
+
+    Args:
+        held: The update.
+        where: The base's weight, with its sizes, if it is one of its own.
+        part: The network that the weight is of.
+        namer: Of that network.
+        name: Of the weight in it.
+        known: Whether the format names any network of the base.
+    """
     if not namer.prefix:
-        return f"this format has no name for '{part}'" if part else "this format names diffusion models only"
+        nameless = "it is of no network that this format names" if known else "this format names diffusion models only"
+        return f"this format has no name for '{part}'" if part else nameless
     lora, dora = held.lora, held.dora
+    if held.whole and not namer.key(name):
+        return "it is several weights in one, which this format names apart, as the folder of a pipeline has them"
     if not (lora or held.offset):
         return f"this format has no {held.update.kind}"
     if where is None:

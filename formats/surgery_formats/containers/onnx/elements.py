@@ -11,7 +11,7 @@ import math
 
 from surgery_formats.dtypes import DType
 
-__all__ = ["ELEMENT_NAMES", "STRING", "number_of", "raw_form"]
+__all__ = ["ELEMENT_NAMES", "STRING", "raw_form"]
 
 STRING = 8
 _PLAIN = {
@@ -65,8 +65,3 @@ def raw_form(number: int, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...
     nbytes = -(-math.prod(shape) * bits // 8)
     whole = bool(shape) and shape[-1] * bits % 8 == 0
     return DType.U8, (*shape[:-1], shape[-1] * bits // 8) if whole else (nbytes,), nbytes, name
-
-
-def number_of(dtype: DType) -> int | None:
-    """The number of an element type; None for those that ONNX lacks."""
-    return next((number for number, own in _PLAIN.items() if own is dtype), None)

@@ -10,7 +10,6 @@ keys) followed by the storages, each behind its 64-bit length. The pickles go th
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -19,11 +18,11 @@ from surgery_formats.containers.torch.pickle_interpreter import interpret
 from surgery_formats.containers.torch.rebuild import PickledStorage
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import MalformedError
-from surgery_formats.files.raw import File, open_file
+from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 from surgery_formats.text import listing, show
 
-__all__ = ["is_torch", "open_torch", "read_torch", "state_dict"]
+__all__ = ["is_torch", "read_torch", "state_dict"]
 
 _PICKLE_LIMIT = 64 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -141,16 +140,6 @@ def read_torch(file: File) -> object:
     if head[:1] == b"\x80" or head == b"L119":  # the magic number in protocols 2 and up, and 0 and 1
         return _open_legacy(file)
     raise MalformedError("not a torch checkpoint", file=file.path)
-
-
-def open_torch(path: str | os.PathLike[str]) -> object:
-    """The object in the torch checkpoint at `path`; see `read_torch`.
-
-    Raises:
-        NotFoundError: no such file.
-        MalformedError: not a regular file, or see `read_torch`.
-    """
-    return read_torch(open_file(path))
 
 
 def _weights(tree: object) -> dict[object, object]:

@@ -32,7 +32,6 @@ from surgery_formats.files.output.manifest import (
     digests_of,
     manifest_bytes,
     safe_name,
-    verify_folder,
 )
 from surgery_formats.files.output.output_file import OutputFile, output_faults
 from surgery_formats.files.output.resume import Finished, remove, same_digest, sweep
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from surgery_formats.files.remote.stage import RemoteStage
     from surgery_formats.files.remote.upload import Upload
 
-__all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder", "verify_folder"]
+__all__ = ["QUICK", "SIGNED", "FileRecord", "OutputFile", "OutputFolder", "Verify", "output_folder"]
 
 _log = logging.getLogger("surgery.files")
 

@@ -17,6 +17,35 @@ _GONE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "IncompleteSnapshotE
 _DROPPED = {408, 425, 429, 500, 502, 503, 504}
 _TRANSPORT = {"TimeoutException", "NetworkError", "RemoteProtocolError", "ConnectionError", "ProxyError"}
 
+_UNREACHED, _CHECK = "the hub cannot be reached", "check the network and HF_ENDPOINT"
+_ANSWERS: dict[int, tuple[str, str | None, str | None]] = {
+    401: (
+        "the hub does not accept the token",
+        "it may have expired: 'hf auth login'",
+        "it may have expired: set HF_TOKEN, or run 'hf auth login'",
+    ),
+    402: ("the hub asks for a payment", None, "see the plan of its owner"),
+    403: (
+        "the hub denies access",
+        "the token needs the right to read this repository",
+        "the token needs the right to write to this repository; HF_TOKEN goes before 'hf auth login'",
+    ),
+    404: (
+        "the hub has no such repository, or hides it",
+        "a private repository needs HF_TOKEN or 'hf auth login'",
+        "check the name; the token may not see a private repository",
+    ),
+    409: (
+        "the hub answers that something is in the way",
+        None,
+        "the repository may be there and hidden from this token, or somebody else writes to it",
+    ),
+    412: ("the branch moved while it was pushed to", None, "look at it, and push again"),
+    413: ("the files are too large for the hub", None, "a smaller `shard_size=` may help"),
+    429: ("the hub has had too many requests", "wait, or set HF_TOKEN", "wait"),
+}
+"""Statuses of the hub: what is told, with a hint to one who reads and one to one who pushes; None where it says no more."""
+
 
 def is_dropped(error: BaseException) -> bool:
     """Whether asking once more may help: the connection was lost, or the hub is busy."""
@@ -41,9 +70,8 @@ def is_out_of_reach(error: BaseException) -> bool:
 
 
 def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> SurgeryError:
-    """The error to raise for `error`, about `shown` of the repository `repo`."""
+    """The error to raise for `error`, which ended a reading of `shown` in the repository `repo`."""
     names, status = _names(error), _status(error)
-    named = bool(os.environ.get("HF_TOKEN"))
     if names & _GONE:
         return NotFoundError(
             "the hub's cache does not hold it, and HF_HUB_OFFLINE forbids to ask the hub",
@@ -63,27 +91,32 @@ def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> 
     if "DisabledRepoError" in names:
         return InputError("the hub has disabled the repository", file=shown)
     if "RepositoryNotFoundError" in names or status == 404:
-        hint = "a private repository needs HF_TOKEN or 'hf auth login'"
-        if named:
+        message, hint = _answer(404)
+        if os.environ.get("HF_TOKEN"):
             hint = "if it is private, HF_TOKEN may not read it"
         first = "check the name" if "/" in repo else _otherwise(repo)
-        return NotFoundError("the hub has no such repository, or hides it", file=shown, hint=f"{first}; {hint}")
-    if status == 401:
-        return InputError("the hub does not accept the token", file=shown, hint="it may have expired: 'hf auth login'")
-    if status == 403:
-        return InputError("the hub denies access", file=shown, hint="the token needs the right to read this repository")
-    if status == 429:
-        return InputError("the hub has had too many requests", file=shown, hint="wait, or set HF_TOKEN")
+        return NotFoundError(message, file=shown, hint=f"{first}; {hint}")
     if status is not None:
-        return InputError(f"the hub answers {status}", file=shown, hint="run again later")
+        message, hint = _answer(status)
+        return InputError(message, file=shown, hint=hint)
     if is_dropped(error):
-        return InputError(
-            "the hub cannot be reached",
-            file=shown,
-            hint=f"check the network and HF_ENDPOINT, or {_otherwise(repo)}",
-        )
-    said = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return NotFoundError(f"the hub could not provide it: {show(said, 300)}", file=shown)
+        return InputError(_UNREACHED, file=shown, hint=f"{_CHECK}, or {_otherwise(repo)}")
+    return NotFoundError(f"the hub could not provide it: {_words(error)}", file=shown)
+
+
+def push_fault(error: BaseException, shown: str) -> SurgeryError:
+    """The error to raise for `error`, which ended a push to `shown`."""
+    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
+        said = show(" ".join(str(error).split()).partition(". - ")[2], 300)
+        return MalformedError(f"the hub does not take the metadata of README.md: {said}", file=shown)
+    error = _source(error)
+    status = 403 if "GatedRepoError" in _names(error) else _status(error)
+    if status is not None:
+        message, hint = _answer(status, pushing=True)
+        return (ProofError if status == 412 else ResourceError)(message, file=shown, hint=hint)
+    if is_dropped(error):
+        return ResourceError(_UNREACHED, file=shown, hint=_CHECK)
+    return ResourceError(f"the hub did not take it: {_words(error)}", file=shown)
 
 
 def _otherwise(repo: str) -> str:
@@ -93,39 +126,13 @@ def _otherwise(repo: str) -> str:
     return f"write hf://ORG/{show(repo)} or hf://{show(repo)}/NAME: all repositories but a few old ones are ORG/NAME"
 
 
-def push_fault(error: BaseException, shown: str) -> SurgeryError:
-    """The error to raise for `error`, which ended a push to `shown`."""
-    if isinstance(error, ValueError) and str(error).startswith("Invalid metadata in README.md"):
-        said = show(" ".join(str(error).split()).partition(". - ")[2], 300)
-        return MalformedError(f"the hub does not take the metadata of README.md: {said}", file=shown)
-    error = _source(error)
-    names, status = _names(error), _status(error)
-    if "GatedRepoError" in names or status == 403:
-        hint = "the token needs the right to write to this repository; HF_TOKEN goes before 'hf auth login'"
-        return ResourceError("the hub denies access", file=shown, hint=hint)
-    if status == 401:
-        hint = "it may have expired: set HF_TOKEN, or run 'hf auth login'"
-        return ResourceError("the hub does not accept the token", file=shown, hint=hint)
-    if status == 402:
-        return ResourceError("the hub asks for a payment", file=shown, hint="see the plan of its owner")
-    if status == 404:
-        hint = "check the name; the token may not see a private repository"
-        return ResourceError("the hub has no such repository, or hides it", file=shown, hint=hint)
-    if status == 409:
-        hint = "the repository may be there and hidden from this token, or somebody else writes to it"
-        return ResourceError("the hub answers that something is in the way", file=shown, hint=hint)
-    if status == 412:
-        return ProofError("the branch moved while it was pushed to", file=shown, hint="look at it, and push again")
-    if status == 413:
-        return ResourceError("the files are too large for the hub", file=shown, hint="a smaller `shard_size=` may help")
-    if status == 429:
-        return ResourceError("the hub has had too many requests", file=shown, hint="wait")
-    if status is not None:
-        return ResourceError(f"the hub answers {status}", file=shown, hint="push again later")
-    if is_dropped(error):
-        return ResourceError("the hub cannot be reached", file=shown, hint="check the network and HF_ENDPOINT")
-    said = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return ResourceError(f"the hub did not take it: {show(said, 300)}", file=shown)
+def _answer(status: int, *, pushing: bool = False) -> tuple[str, str]:
+    """What is told of a status of the hub, and a hint."""
+    message, read, pushed = _ANSWERS.get(status, ("", None, None))
+    hint = pushed if pushing else read
+    if hint is None:
+        return f"the hub answers {status}", f"{'push' if pushing else 'run'} again later"
+    return message, hint
 
 
 def _source(error: BaseException) -> BaseException:
@@ -134,6 +141,11 @@ def _source(error: BaseException) -> BaseException:
     while inner.__cause__ is not None and _status(inner) is None:
         inner = inner.__cause__
     return inner if _status(inner) is not None or is_dropped(inner) else error
+
+
+def _words(error: BaseException) -> str:
+    """The first line of what an error that is none of these says."""
+    return show(next(iter(str(error).splitlines()), "") or type(error).__name__, 300)
 
 
 def _names(error: BaseException) -> set[str]:

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery_formats import low_rank_product
-from surgery_formats.arrays import add_product
-from surgery_formats.low_rank_product import multiply, same_in_pieces
+from surgery_formats import products
+from surgery_formats.products import add_product, multiply_in_pieces, same_in_pieces
 from surgery_formats.threads import blas_kernels, one_thread
 
 Factors = tuple[np.ndarray, np.ndarray]
@@ -24,7 +23,7 @@ KINDS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] =
     "small integers, whose sums are often 0": lambda draw, shape: draw.integers(-1, 2, shape),
     "beyond float32": lambda draw, shape: draw.standard_normal(shape) * 1e30,
 }
-pytestmark = pytest.mark.skipif(blas_kernels() != low_rank_product._KERNELS, reason="other kernels: no pieces are made")
+pytestmark = pytest.mark.skipif(blas_kernels() != products._KERNELS, reason="other kernels: no pieces are made")
 
 
 def factors(seed: int, kind: str, height: int, rank: int, width: int) -> Factors:
@@ -37,7 +36,7 @@ def same(left: np.ndarray, right: np.ndarray) -> bool:
     """Whether both ways give one array of bits."""
     with one_thread(), np.errstate(all="ignore"):
         found, wanted = np.empty((len(left), right.shape[1]), np.float32), left @ right
-        multiply(left, right, found)
+        multiply_in_pieces(left, right, found)
     return found.tobytes() == wanted.tobytes()
 
 
@@ -84,7 +83,7 @@ def test_pieces_are_made(height: int) -> None:
     left, right = underflowing(height)
     found = np.empty((height, 4096), np.float32)
     with one_thread():
-        multiply(left, right, found)
+        multiply_in_pieces(left, right, found)
         assert not np.signbit(left @ right).any()
     assert np.signbit(found).all()
 
@@ -104,12 +103,12 @@ def test_other_products_are_not_taken_apart(left: np.ndarray, right: np.ndarray)
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 2.0**-149, -(2.0**-126), 1.5, np.inf])
 def test_the_least_magnitude_is_found_beside_zeros(value: float) -> None:
-    least = low_rank_product._least(np.array([[3e38, value], [0.0, -0.0]], np.float32))
+    least = products._least(np.array([[3e38, value], [0.0, -0.0]], np.float32))
     assert least == (np.float32(3e38) if value == 0 or value > 3e38 else abs(value))
 
 
 def test_zeros_have_no_least_magnitude() -> None:
-    assert low_rank_product._least(np.zeros((2, 2), np.float32)) == np.inf
+    assert products._least(np.zeros((2, 2), np.float32)) == np.inf
 
 
 @pytest.mark.parametrize("shape", [(1 << 16, 16), (16, 1 << 16)])
@@ -118,7 +117,7 @@ def test_the_least_magnitude_is_found_without_a_copy(shape: tuple[int, int]) -> 
     factor[-1, -1] = 0.25
     tracemalloc.start()
     try:
-        assert low_rank_product._least(factor) == 0.25
+        assert products._least(factor) == 0.25
         assert tracemalloc.get_traced_memory()[1] < factor.nbytes / 4
     finally:
         tracemalloc.stop()

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What newcomers name in the place of a model or an adapter is told as what it is, with what to name instead."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.support.kit import ROOT, Run
+
+BASE, LORA, DORA = (f"{ROOT}/examples/{name}" for name in ("base", "lora", "dora"))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder: files that were cut off, an empty folder, and one with several models and adapters."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("lora", "dora"):
+        shutil.copytree(ROOT / "examples" / name, tmp_path / "my adapters é" / name)
+    shutil.copytree(BASE, tmp_path / "models" / "base")
+    for name, source, size in (("cut head", LORA, 5000), ("cut", LORA, 300_000), ("cut base", BASE, 100_000)):
+        shutil.copytree(source, tmp_path / name)
+        (file,) = (tmp_path / name).glob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:size])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["merge", BASE, "cut head"], "of which 4992 are there", "a copy or download of it was not finished"),
+        (["merge", BASE, "cut"], "bytes early", "a copy or download of it was not finished"),
+        (["merge", "cut base", LORA], "bytes early", "a copy or download of it was not finished"),
+        (["merge", BASE, "empty"], "an empty folder where an adapter was expected", "known: "),
+        (["merge", BASE, "my adapters é"], "a folder of adapters where one was expected", "adapters é/dora, my adapt"),
+        (["merge", BASE, f"{LORA}/adapter_config.json"], "one file of an adapter that is a folder", f"folder: {LORA}"),
+        (
+            ["merge", f"{BASE}/config.json", LORA],
+            "not a file of weights by its name",
+            f"name the folder that it is in: {BASE}",
+        ),
+        (["inspect", "models"], "no weights here", "there are weights in models/base: name one"),
+        (["inspect", "empty"], "no weights here", "expected model.safetensors"),
+        (["eval", LORA, "--text", "x"], "an adapter where a full model was expected", "its base belongs here"),
+        (["combine", LORA, DORA, "--method", "ties", "--rank", "4"], "needs --density, the share of the values", ""),
+    ],
+    ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
+)
+def test_what_is_named_wrongly_is_told_with_what_to_name(
+    words: list[str], message: str, hint: str, place: Path, run: Run
+) -> None:
+    done = run(*words, *(["--dry-run"] if words[0] in ("merge", "combine") else []))
+    assert done.exit_code in (2, 3, 4)
+    told, _, hinted = done.stderr.partition("  hint: ")
+    assert message in told
+    assert hint in hinted
+
+
+def test_check_names_the_command_that_goes_on(place: Path, run: Run) -> None:
+    alone = run("check", BASE, DORA, "--for", "llama.cpp")
+    assert (
+        f"next: surgery check {BASE} {DORA} --for llama.cpp --fix OUT writes what it honours"
+        in alone.stdout + alone.stderr
+    )
+    every = run("check", BASE, "my adapters é/lora")
+    told = f"next: surgery check {BASE} 'my adapters é/lora' --for mlx-lm shows what is wrong, and the remedy"
+    assert told in every.stdout + every.stderr
+    honoured = run("check", BASE, LORA, "--for", "vllm")
+    assert "next: " not in honoured.stdout + honoured.stderr
