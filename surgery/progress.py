@@ -14,9 +14,10 @@ class Progress:
     """One step.
 
     Attributes:
-        done: Bytes written so far, or tokens measured.
-        total: Bytes the plan will write, or tokens of all texts.
-        phase: ``writing``, ``syncing``, ``reading``, ``measuring``.
+        done: So far: bytes of files, tokens of texts, or weights.
+        total: Of the whole phase, in the same unit.
+        phase: ``reading``, ``comparing``, ``factorising``, ``writing``, ``syncing``, ``proving``, ``measuring``, ``evaluating``; of
+            shares that others compute, how many are done.
     """
 
     done: int

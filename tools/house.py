@@ -161,6 +161,18 @@ def reused_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
     return {name: where for name, where in sorted(homes.items()) if len(where) > 1}
 
 
+def function_lengths(modules: Mapping[str, Module]) -> dict[str, int]:
+    """Lines of every function's body, without its docstring; those of functions inside count for both."""
+    lengths: dict[str, int] = {}
+    for name, module in modules.items():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[ast.get_docstring(node, clean=False) is not None :]
+                lines = 1 + (body[-1].end_lineno or 0) - body[0].lineno if body else 0
+                lengths[f"{name}.{node.name}:{node.lineno}"] = lines
+    return lengths
+
+
 def kind_tests(modules: Mapping[str, Module]) -> Counter[str]:
     """Number of tests for a kind of update or of storage, by module outside their own rooms.
 
@@ -217,6 +229,35 @@ def known_kinds(modules: Mapping[str, Module]) -> frozenset[str]:
     )
 
 
+def silent_tests(tree: Path) -> list[str]:
+    """Tests that assert nothing, neither themselves nor through a function of ``tests`` of which any of that name does."""
+    tests: dict[str, set[str]] = {}
+    helpers: dict[str, set[str]] = defaultdict(set)
+    for path in sorted((tree / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                tests[f"{path.relative_to(tree)}: {node.name}"] = _judged_by(node)
+            elif isinstance(node, ast.FunctionDef):
+                helpers[node.name] |= _judged_by(node)
+    judging = {""}
+    while more := {name for name, called in helpers.items() if called & judging} - judging:
+        judging |= more
+    return [name for name, called in tests.items() if not called & judging]
+
+
+def _judged_by(function: ast.FunctionDef) -> set[str]:
+    """Names of what it calls; an empty one stands for what fails a test by itself."""
+    inner = list(ast.walk(function))
+    calls = [
+        node.func.value if isinstance(node.func, ast.Subscript) else node.func
+        for node in inner
+        if isinstance(node, ast.Call)
+    ]
+    names = {call.attr if isinstance(call, ast.Attribute) else getattr(call, "id", "_") for call in calls}
+    fails = any(name in ("raises", "warns", "fail", "CHECKS") or "assert" in name for name in names)
+    return names | ({""} if fails or any(isinstance(node, ast.Assert) for node in inner) else set())
+
+
 def main() -> None:
     """Print the counts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -242,6 +283,8 @@ def main() -> None:
     print(
         f"\nlines of product code: {sum(sizes):,} in {len(sizes)} modules (median {sizes[len(sizes) // 2]}, largest {sizes[-1]})"
     )
+    name, longest = max(function_lengths(modules).items(), key=lambda item: item[1])
+    print(f"longest function: {longest} lines, {name}")
     print(f"imports upwards: {len(up)}", *(f"  {name} -> {target}" for name, target in up), sep="\n")
     print(f"circles: {len(round_trips)}", *(f"  {', '.join(circle)}" for circle in round_trips), sep="\n")
     print(

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from surgery._version import __version__
-from surgery.reports.markdown_parts import table_lines
+from surgery.reports.markdown_table import table_lines
 from surgery.reports.request import current_request
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.models.base_name import hub_name

@@ -13,7 +13,7 @@ from surgery.extraction.figures import layers_of
 from surgery.extraction.recovery import Recovery
 from surgery.extraction.recovery_table import recovery_rows
 from surgery.extraction.result import ExtractResult
-from surgery.reports.markdown_parts import table_lines
+from surgery.reports.markdown_table import table_lines
 from surgery_formats.models.base_name import hub_name
 from surgery_formats.text import count, markdown, markdown_code, nbytes, numbered, show
 

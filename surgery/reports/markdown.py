@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from surgery.reports.markdown_parts import table_lines
+from surgery.reports.markdown_table import table_lines
 from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table, Verbatim
 from surgery.reports.values import Cell, Notation, Phrase, cell_text, phrase_text
 from surgery_formats.text import markdown, markdown_code, verbatim

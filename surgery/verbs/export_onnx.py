@@ -185,7 +185,7 @@ def export_onnx(
     sources = tuple(file for file in draft.files if isinstance(file, File))
     mode = weights_mode(weights, where, checkpoint.main, sources, planned.merged, assembly, full=planned.full)
     kind = {"stored": draft.contract.dtype, "mixed": "int4"}.get(weights_type, weights_type)
-    written = _Written(
+    written = _ExportOutput(
         where, checkpoint, roles, planned, assembly, draft, sources, mode, arrange(shape, mode, draft, kind)
     )
     if range_text is not None:
@@ -197,7 +197,7 @@ def export_onnx(
 
 
 @dataclass(slots=True)
-class _Written:
+class _ExportOutput:
     """An export while it is written: its graphs are made when their weights lie there.
 
     Attributes:

@@ -165,7 +165,7 @@ def merge(
     warnings = [*plan.warnings]
     if undone is not None and not undone.exact:
         warnings.append("the values before are an estimate: rounding lost what a reversible merge would have kept")
-    written = _Written(request, binding, plan, quantised, run, accept_loss, warnings)
+    written = _MergeOutput(request, binding, plan, quantised, run, accept_loss, warnings)
     ledger = execute(plan, folder, run, written.card, shared, written.what_is_lost if written.is_read_back else None)
     return written.result(folder, ledger)
 
@@ -228,7 +228,7 @@ def _foreseen(binding: Binding, plan: Plan, quantised: QuantisedOutput, output: 
 
 
 @dataclass(slots=True)
-class _Written:
+class _MergeOutput:
     """An output while it is written: what `execute` asks for beside the weights, and what that tells.
 
     Attributes:

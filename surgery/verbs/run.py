@@ -122,14 +122,16 @@ def run(
     if contract.kind == "encoder":
         return _scores(opened, chosen, given, pictures, batch_size, tokenizer, blank)
     rows = [row.ids for row in given]
-    writer = _Writer(opened, chosen, batch_size, max_new, sampling or Sampling(), Streaming(tokenizer, words, on_text))
+    writer = _AnswerWriter(
+        opened, chosen, batch_size, max_new, sampling or Sampling(), Streaming(tokenizer, words, on_text)
+    )
     if contract.encoder:
         return writer.answers(rows, recordings, start, blank)
     return writer.goes_on(rows, prompt_adapter, blank, own=prompt)
 
 
 @dataclass(frozen=True, slots=True)
-class _Writer:
+class _AnswerWriter:
     """Has a graph write new tokens, a few rows at a time.
 
     Attributes:

@@ -94,13 +94,12 @@ def test_an_execution_depends_on_its_number_alone(fuzzer: Fuzzer) -> None:
 # --- the fuzzer sees what it is there for ---------------------------------------------------------------------------------
 
 
-def _first_fault(execute: Callable[[Case], Any], folder: Path, what: str) -> Fault:
+def _first_fault(execute: Callable[[Case], Any], folder: Path) -> Fault:
     seed = Seed("a seed", {"a.json": b'{"a": 1}'})
     fuzzer = Fuzzer([Target("test:it", execute, lambda: [seed])], 0)
     with fuzzer.working(folder):
         fault = fuzzer.run(0)
     assert fault is not None
-    assert what in fault.what
     return fault
 
 
@@ -124,16 +123,18 @@ def test_a_traceback_and_a_hang_are_faults(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_what_waits_is_a_fault_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(limits, "WAITING", 0.05)
-    _first_fault(lambda case: time.sleep(60), tmp_path, "TooSlowError")
+    assert "TooSlowError" in _first_fault(lambda case: time.sleep(60), tmp_path).what
 
 
 def test_what_does_more_than_reading_is_a_fault_and_does_not_happen(tmp_path: Path) -> None:
     written = tmp_path / "outside"
-    _first_fault(lambda case: written.write_text("x"), tmp_path / "a", "ForbiddenError")
+    assert "ForbiddenError" in _first_fault(lambda case: written.write_text("x"), tmp_path / "a").what
     assert not written.exists()
-    _first_fault(lambda case: os.remove(case.path), tmp_path / "b", "os.remove")
-    _first_fault(lambda case: subprocess.run(["true"], check=False), tmp_path / "c", "subprocess.Popen")
-    _first_fault(lambda case: socket.create_connection(("localhost", 9)), tmp_path / "d", "socket")
+    assert "os.remove" in _first_fault(lambda case: os.remove(case.path), tmp_path / "b").what
+    started = _first_fault(lambda case: subprocess.run(["true"], check=False), tmp_path / "c")
+    assert "subprocess.Popen" in started.what
+    connected = _first_fault(lambda case: socket.create_connection(("localhost", 9)), tmp_path / "d")
+    assert "socket" in connected.what
     assert not (tmp_path / "b").joinpath("none").exists()
 
 
@@ -141,4 +142,4 @@ def test_a_message_that_acts_on_a_terminal_is_a_fault(tmp_path: Path) -> None:
     def execute(case: Case) -> str:
         raise MalformedError("\x1b[2Jall is well")
 
-    _first_fault(execute, tmp_path, "MalformedError")
+    assert "MalformedError" in _first_fault(execute, tmp_path).what

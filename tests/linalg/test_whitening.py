@@ -69,6 +69,11 @@ def test_inputs_and_their_gram_matrix_give_the_same_moment(n: int, of: Of) -> No
     assert output_energy(of(d), other, other.mean) == pytest.approx(norm(rest) ** 2 / n)
 
 
+def _power(matrix: Array, exponent: float) -> Array:
+    values, vectors = numpy.linalg.eigh(matrix)
+    return (vectors * values.clip(0) ** exponent) @ vectors.T
+
+
 @each_library
 def test_times_power_uses_the_damped_moment(of: Of) -> None:
     moment, exact = moment_of(of(inputs(10, 32))), of(delta().astype(numpy.float64))
@@ -76,6 +81,8 @@ def test_times_power_uses_the_damped_moment(of: Of) -> None:
     values, vectors = numpy.linalg.eigh(damped)
     close(moment.times_power(exact, 0.25), to_cpu(exact) @ (vectors * values**0.25) @ vectors.T)
     close(moment.times_power(moment.times_power(exact, 0.25), -0.25), exact)
+    bare = to_cpu(moment.times_power(exact, 0.25)) - to_cpu(exact) @ _power(formed(moment), 0.25)
+    assert norm(bare) > 0.01  # without the damping it is another
 
 
 @each_library

@@ -100,15 +100,29 @@ def test_grouped_attention_with_a_growing_cache_runs(tmp_path):
 
     path = decoder(tmp_path, contract=replace(CONTRACT, cache="growing"))
     opened = open_graph(path, device="cpu")
-    follow(make_decoder(opened, batch=3), ROWS, path)
+    decode = make_decoder(opened, batch=3)
+    assert isinstance(decode, GrowingDecoder)
+    follow(decode, ROWS, path)
     past = prompt_past(prefix(1, 4), opened.contract, file="prompt")
-    follow(make_decoder(opened, batch=3, past=past), ROWS, path, past.arrays)
+    decode = make_decoder(opened, batch=3, past=past)
+    assert not isinstance(decode, SharedDecoder)
+    follow(decode, ROWS, path, past.arrays)
 
 
 def test_a_long_prefill_goes_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("surgery.onnx.run.shared._CHUNK", 3)
     path = decoder(tmp_path)
-    follow(make_decoder(open_graph(path, device="cpu"), batch=3), ROWS, path)
+    decode = make_decoder(open_graph(path, device="cpu"), batch=3)
+    run, widths = decode._run, []
+
+    def watched(rows_of_cache, rows):
+        widths.append(max(map(len, rows)))
+        return run(rows_of_cache, rows)
+
+    monkeypatch.setattr(decode, "_run", watched)
+    follow(decode, ROWS, path, steps=1)
+    assert len(widths) > len(ROWS)
+    assert max(widths) <= 3 < max(map(len, ROWS))
 
 
 def test_shared_buffers_stay_where_they_are(tmp_path):

@@ -86,8 +86,8 @@ def broken(case: GoldenCase, folder: Path, **changed: Array | None) -> dict[str,
 
 
 def survives_any_bytes(case: GoldenCase, kind: StorageKind, folder: Path, rounds: int) -> None:
-    """Values, types and shapes changed at random: what comes out is numbers or a `SurgeryError`."""
-    chance = random.Random(0)
+    """Values, types and shapes changed at random: what comes out is numbers or a `SurgeryError`, and each of them some times."""
+    chance, read = random.Random(0), 0
     for _ in range(rounds):
         changed = dict(case.tensors)
         for name in chance.sample(sorted(changed), k=min(2, len(changed))):
@@ -100,8 +100,10 @@ def survives_any_bytes(case: GoldenCase, kind: StorageKind, folder: Path, rounds
                 weight.put(0, finite, np.empty_like(values))
                 if is_quantised(weight) and (grid := weight.fit(0, finite)) is not None:
                     weight.pack(0, grid.nearest(finite), grid)
+            read += 1
         except SurgeryError:
             continue
+    assert 0 < read < rounds
 
 
 def _mutated(tensor: StoredTensor, chance: random.Random, folder: Path) -> StoredTensor:

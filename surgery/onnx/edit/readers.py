@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgery.onnx.edit.uses import graphs_in
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Readers", "readers_of"]
 
-Readers = Mapping[str, Sequence[tuple["onnx.GraphProto", "onnx.NodeProto"]]]
+Readers = Mapping[str, Sequence[tuple["onnx.GraphProto", "onnx.NodeProto | None"]]]
 
 
 def readers_of(main: onnx.GraphProto) -> Readers:
-    """The nodes that read each value, with the graphs that they are in; what a graph returns has itself as a reader."""
-    found: dict[str, list[Any]] = {}
+    """The nodes that read each value, with the graphs that they are in; of what a graph returns, the graph itself, without a node."""
+    found: dict[str, list[tuple[onnx.GraphProto, onnx.NodeProto | None]]] = {}
     for inner in graphs_in(main):
         for node in inner.node:
             for value in set(node.input):

@@ -20,7 +20,7 @@ from surgery_formats.containers.onnx_adapter import open_onnx_adapter
 from surgery_formats.containers.safetensors import open_safetensors
 from surgery_formats.containers.stored_zip import members
 from surgery_formats.containers.tar import tar_members
-from surgery_formats.containers.torch.pickle_file import open_torch, state_dict
+from surgery_formats.containers.torch.pickle_file import read_torch, state_dict
 from surgery_formats.errors import SurgeryError
 from surgery_formats.files.bounded_json import parse_object
 from surgery_formats.files.raw import open_file
@@ -173,7 +173,10 @@ def _torch(case: Case) -> str:
     import torch
 
     def ours() -> Mapping[str, Any]:
-        return {name: (list(t.shape), t.read().tobytes()) for name, t in state_dict(open_torch(case.path)).items()}
+        return {
+            name: (list(t.shape), t.read().tobytes())
+            for name, t in state_dict(read_torch(open_file(case.path))).items()
+        }
 
     def theirs() -> Mapping[str, Any]:
         found = torch.load(case.path, weights_only=True, map_location="cpu")

@@ -31,7 +31,7 @@ __all__ = ["write_lora"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
+class _PlainLoRA:
     """A plain LoRA that is in the file: its key, and the scale of a bias beside it."""
 
     key: str
@@ -45,7 +45,7 @@ def write_lora(file: PeftFile, updates: Sequence[tuple[Site, Update]]) -> None:
     changed = {update.taken for _, update in updates if isinstance(update, ChangedBase)}
     part = min(changed, default=None)
     file.rows = {site.path.removesuffix(".weight"): held.rows.indices for site, held in contents if held.rows}
-    plain: dict[Site, _Written] = {}
+    plain: dict[Site, _PlainLoRA] = {}
     stacks: list[StackedParameter] = []
     rest: list[tuple[Site, Contents]] = []
     for site, held in contents:
@@ -101,7 +101,7 @@ def _put_low_rank(
     site: Site,
     held: Contents,
     lora: LoRA,
-    plain: dict[Site, _Written],
+    plain: dict[Site, _PlainLoRA],
     *,
     dora: bool,
     part: Part | None,
@@ -149,7 +149,7 @@ def _put_low_rank(
         magnitude = (1, shape[0], *ones) if ones else mine.magnitude.shape
         file.put(f"{key}.lora_magnitude_vector", mine.magnitude, magnitude)
     else:
-        plain[site] = _Written(key, scale / times if times else scale)
+        plain[site] = _PlainLoRA(key, scale / times if times else scale)
         _put_tied_head(file, site, lora)
     stored = sum(tensor.numel for tensor in (*lora.A.tensors, *lora.B.tensors))
     same = not held.folded or changed is not None
@@ -194,7 +194,7 @@ def _put_factors(
         file.put(f"{key}.lora_B.weight", lora.B, (shape[0], rank, *ones), padded[1], times=times)
 
 
-def _put_bias(file: PeftFile, site: Site, held: Contents, offset: Offset, plain: Mapping[Site, _Written]) -> None:
+def _put_bias(file: PeftFile, site: Site, held: Contents, offset: Offset, plain: Mapping[Site, _PlainLoRA]) -> None:
     """``lora_bias``: an addition to the bias, scaled like the LoRA of its module."""
     lora = plain.get(replace(site, path=site.path.removesuffix("bias") + "weight"))
     if not site.path.endswith(".bias") or lora is None:
