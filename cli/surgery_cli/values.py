@@ -17,7 +17,7 @@ from surgery_formats.threads import LARGEST_COUNT
 if TYPE_CHECKING:
     from surgery.rank import Rank
 
-__all__ = ["Choice", "count", "first_ids", "number", "rank_of", "share", "size", "token_ids", "true_share", "weighted"]
+__all__ = ["OneOf", "count", "first_ids", "number", "rank_of", "share", "size", "token_ids", "true_share", "weighted"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
@@ -37,7 +37,7 @@ _OTHERWISE = {
 """What torch calls the types of elements."""
 
 
-class Choice(click.Choice[str]):
+class OneOf(click.Choice[str]):
     """One of some words; another one is told which it is near to."""
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
