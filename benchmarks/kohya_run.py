@@ -2,6 +2,7 @@
 """Run a script of kohya's sd-scripts on Stable Diffusion 1.5 in small, or make the files for it; for `peers_kohya.py`, in its environment.
 
     VENV/bin/python benchmarks/kohya_run.py CHECKOUT make FOLDER
+    VENV/bin/python benchmarks/kohya_run.py CHECKOUT flux FOLDER
     VENV/bin/python benchmarks/kohya_run.py CHECKOUT merge_lora.py --sd_model ...
 
 The scripts have the sizes of Stable Diffusion as constants. These are set to a tenth before a script runs, whose code and whose names
@@ -137,14 +138,23 @@ def main() -> None:
     checkout, what, *rest = words[full:]
     sys.path[:0] = [checkout, f"{checkout}/networks"]
     without_torchvision()
+    import kohya_networks
+
     if not full:
         shrink()
+        kohya_networks.shrink_sdxl()
     if what == "make":
         make(Path(rest[0]))
+    elif what in kohya_networks.NETWORKS:
+        kohya_networks.NETWORKS[what](Path(rest[0]))
     else:
         script = Path(checkout, "networks", what)
         sys.argv = [str(script), *rest]
-        runpy.run_path(str(script), run_name="__main__")
+        if what == "convert_flux_lora.py" and not full:  # it has Flux's width in a call
+            text = script.read_text().replace("12288", str(4 * kohya_networks.WIDTH))
+            exec(compile(text.replace("3072", str(kohya_networks.WIDTH)), script, "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

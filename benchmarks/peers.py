@@ -4,11 +4,13 @@
     python benchmarks/peers.py      # PEFT, which is in the development environment; three minutes
     python benchmarks/peers.py --mergekit VENV/bin/mergekit-extract-lora
     python benchmarks/peers.py --kohya VENV/bin/python SD-SCRIPTS
+    python benchmarks/peers.py --kohya VENV/bin/python SD-SCRIPTS --networks
     python benchmarks/peers.py --optimum VENV/bin/optimum-cli
 
-With one of the last three only that program is run. Each VENV is an environment of its own; what to install is in docs/comparison.md.
-Every program is a process of its own, called as its documentation says. What it wrote is read here and compared with the base, or
-with a merge in float64; each outcome is worded from that, and must be the one in `peers_expected.json` (``--learn`` writes it).
+With an option only that program is run, with ``--networks`` on Flux, Stable Diffusion 3 and XL. Each VENV is an environment of its own;
+what to install is in docs/comparison.md. Every program is a process of its own, called as its documentation says. What it wrote is read
+here and compared with the base, or with a merge in float64; each outcome is worded from that, and must be the one in
+`peers_expected.json` (``--learn`` writes it).
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peers_kohya
+import peers_kohya_conversions
+import peers_kohya_networks
 import peers_optimum
 import torch
 from measure import ROOT, environment, versions
@@ -185,6 +189,17 @@ def extraction(work: Path, mergekit: Path) -> Mapping[str, Mapping[str, str]]:
     return {kind: {"surgery": ours[kind], "mergekit": theirs[kind]} for kind in ours}
 
 
+def networks(kohya: peers_kohya.Kohya, work: Path) -> dict[str, Mapping[str, Mapping[str, str]]]:
+    """Its scripts for Flux, Stable Diffusion 3 and XL."""
+    kohya.inputs.mkdir()
+    for network in ("flux", "sd3", "sdxl"):
+        ran = kohya.run(network, kohya.inputs)
+        assert not ran.code, ran.text
+    tables = {table: getattr(peers_kohya_networks, table) for table in ("merges", "precisions", "sums", "resizes")}
+    tables["conversions"] = peers_kohya_conversions.conversions
+    return {f"kohya's networks: {title}": table(kohya, work) for title, table in tables.items()}
+
+
 def observe(work: Path, options: argparse.Namespace) -> dict[str, Mapping[str, Mapping[str, str]]]:
     """What the programs that were asked for made of their inputs, by table."""
     if options.mergekit:
@@ -197,6 +212,8 @@ def observe(work: Path, options: argparse.Namespace) -> dict[str, Mapping[str, M
     if options.kohya:
         python, checkout = (path.absolute() for path in options.kohya)
         kohya = peers_kohya.Kohya(python, checkout, call, work / "kohya-inputs")
+        if options.networks:
+            return networks(kohya, work)
         assert not kohya.run("make", kohya.inputs).code
         tables = ("merges", "precisions", "sums", "resizes", "extractions")
         return {f"kohya: {table}": getattr(peers_kohya, table)(kohya, work) for table in tables}
@@ -210,6 +227,7 @@ def main() -> None:
     parser.add_argument(
         "--kohya", type=Path, nargs=2, help="Python of an environment of its own, a checkout of sd-scripts"
     )
+    parser.add_argument("--networks", action="store_true", help="with --kohya: its scripts for Flux, SD 3 and XL")
     parser.add_argument("--optimum", type=Path, help="optimum-cli of a virtual environment of its own")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"

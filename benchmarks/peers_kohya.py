@@ -14,7 +14,20 @@ import torch
 from peers_kohya_files import CASES, FAULTY, Tensors, change_of
 from safetensors.torch import load_file, save_file
 
-__all__ = ["Kohya", "extractions", "merges", "precisions", "resizes", "sums"]
+__all__ = [
+    "Kohya",
+    "apart",
+    "extractions",
+    "merges",
+    "metadata",
+    "norm",
+    "off",
+    "precisions",
+    "resizes",
+    "share",
+    "sums",
+    "units",
+]
 
 Runner = Callable[..., "object"]
 _RUN = Path(__file__).with_name("kohya_run.py")
@@ -49,17 +62,17 @@ class Kohya:
         return dict(json.loads((self.inputs / "names.json").read_text()))
 
 
-def _size(tensors: Iterable[torch.Tensor]) -> float:
+def norm(tensors: Iterable[torch.Tensor]) -> float:
     return float(sum(value.double().square().sum() for value in tensors)) ** 0.5
 
 
-def _apart(after: Tensors, before: Tensors, changes: Tensors) -> float:
+def apart(after: Tensors, before: Tensors, changes: Tensors) -> float:
     """The distance of a whole file from base and change, as a share of the change."""
     left = [after[key].double() - (before[key].double() + changes.get(key, 0)) for key in before]
-    return _size(left) / _size(changes.values())
+    return norm(left) / norm(changes.values())
 
 
-def _share(value: float) -> str:
+def share(value: float) -> str:
     return "right" if value < RIGHT else f"{value:.1%} off"
 
 
@@ -92,7 +105,7 @@ def _outcome(ran: object, out: Path, before: Tensors, changes: Tensors, usual: s
         place = re.search(r"mid_block_attentions_0|middle_block\.1|down_blocks_7|strata", ran.text)
         return ", ".join([f"refused, exit {ran.code}", *(["names the place"] if place else [])])
     after = load_file(out)
-    words = [_share(_apart(after, before, changes))] if changes else []
+    words = [share(apart(after, before, changes))] if changes else []
     if not changes:
         changed = sum(not torch.equal(after[key], before[key]) for key in before)
         words.append(f"exit 0, {changed} of 204 weights changed")
@@ -125,7 +138,7 @@ def precisions(kohya: Kohya, work: Path) -> Mapping[str, Mapping[str, str]]:
             assert not kohya.merge(base, lora, out, *words).code
         for program, out in outs.items():
             after, size = load_file(out), out.stat().st_size / base.stat().st_size
-            wrong = max(_units(before[key], after[key], before[key].double() + changes[key]) for key in changes)
+            wrong = max(units(before[key], after[key], before[key].double() + changes[key]) for key in changes)
             moved = sum(
                 not torch.equal(after[key].double(), before[key].double()) for key in before.keys() - changes.keys()
             )
@@ -133,19 +146,19 @@ def precisions(kohya: Kohya, work: Path) -> Mapping[str, Mapping[str, str]]:
                 "units in the last place": f"{wrong:.2f}",
                 "size": f"{size:.2f} of the base",
                 "other tensors changed": str(moved),
-                "the base's metadata": _metadata(base, out),
+                "the base's metadata": metadata(base, out),
             }
     return rows
 
 
-def _units(before: torch.Tensor, after: torch.Tensor, exact: torch.Tensor) -> float:
+def units(before: torch.Tensor, after: torch.Tensor, exact: torch.Tensor) -> float:
     digits = 11 if before.dtype == torch.float16 else 8
     size = torch.maximum(before.double().abs(), exact.abs()).clamp_min(2.0**-14 if digits == 11 else 1e-30)
     spacing = torch.ldexp(torch.ones_like(size), torch.frexp(size)[1] - digits)
     return float(((after.double() - exact).abs() / spacing).max())
 
 
-def _metadata(base: Path, out: Path) -> str:
+def metadata(base: Path, out: Path) -> str:
     from safetensors import safe_open
 
     with safe_open(base, "pt") as one, safe_open(out, "pt") as other:
@@ -156,9 +169,9 @@ def _products(path: Path, before: Tensors, keys: Mapping[str, str]) -> Tensors:
     return change_of(load_file(path), before, keys)
 
 
-def _off(found: Tensors, exact: Tensors) -> float:
+def off(found: Tensors, exact: Tensors) -> float:
     assert found.keys() <= exact.keys(), sorted(found.keys() - exact.keys())[:3]
-    return _size(found.get(key, 0) - value for key, value in exact.items()) / _size(exact.values())
+    return norm(found.get(key, 0) - value for key, value in exact.items()) / norm(exact.values())
 
 
 def sums(kohya: Kohya, work: Path) -> Mapping[str, Mapping[str, str]]:
@@ -186,8 +199,8 @@ def sums(kohya: Kohya, work: Path) -> Mapping[str, Mapping[str, str]]:
                 weighted = [f"{file}={weight}" for file, weight in zip(files, weights, strict=True)]
                 ran = kohya.surgery("combine", *weighted, "-o", out, *words)
             assert not ran.code, ran.text
-            rows.setdefault(title, {})[f"{weights[0]:g} and {weights[1]:g}"] = _share(
-                _off(_products(out, before, keys), exact)
+            rows.setdefault(title, {})[f"{weights[0]:g} and {weights[1]:g}"] = share(
+                off(_products(out, before, keys), exact)
             )
     return rows
 
@@ -204,7 +217,7 @@ def resizes(kohya: Kohya, work: Path) -> Mapping[str, Mapping[str, str]]:
         number = list(CASES).index(title)
         source, exact = work / f"case{number}.safetensors", {}
         exact = _products(source, before, keys)
-        least = _size(torch.linalg.svdvals(value.flatten(1))[4:] for value in exact.values()) / _size(exact.values())
+        least = norm(torch.linalg.svdvals(value.flatten(1))[4:] for value in exact.values()) / norm(exact.values())
         here, there = work / f"resized{number}.safetensors", work / f"resized{number}-there.safetensors"
         ran = {
             "surgery": (kohya.surgery("resize", source, "--rank", "4", "-o", here), here),
@@ -224,7 +237,7 @@ def _resized(ran: object, out: Path, before: Tensors, keys: Mapping[str, str], e
         (len(value) for key, value in tensors.items() if key.endswith(("lora_down.weight", "hada_w1_b"))), default=0
     )
     try:
-        return f"{_off(change_of(tensors, before, keys), exact):.4f} at rank {rank}"
+        return f"{off(change_of(tensors, before, keys), exact):.4f} at rank {rank}"
     except RuntimeError:  # factors that do not fit each other
         return f"exit 0, a file whose factors do not fit, rank {rank}"
 
@@ -268,7 +281,7 @@ def extractions(kohya: Kohya, work: Path) -> Mapping[str, Mapping[str, str]]:
         rows.setdefault(title, {})[key] = ""
     return {
         title: {
-            program: f"{_size(change.get(key, 0) - exact[key] for key in names) / _size(exact[key] for key in names):.1%}"
+            program: f"{norm(change.get(key, 0) - exact[key] for key in names) / norm(exact[key] for key in names):.1%}"
             for program, change in held.items()
         }
         for title, names in rows.items()

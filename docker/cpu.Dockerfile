@@ -14,6 +14,8 @@ RUN wheel="$(echo ./*.whl)" \
  && pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
  && pip install --no-cache-dir --constraint constraints.txt onnx onnxruntime==1.31.1 tokenizers "${wheel}[hub,gguf,cloud]" \
  && rm -r ./*
+# Whoever runs it may have no home: what the hub sends lies here. Mount a folder to keep it.
+ENV HF_HOME=/tmp/huggingface
 USER 1000
 WORKDIR /models
 ENTRYPOINT ["surgery"]

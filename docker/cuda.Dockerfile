@@ -14,6 +14,8 @@ RUN wheel="$(echo ./*.whl)" \
  && pip install --no-cache-dir --constraint constraints.txt "${wheel}[all,cuda]" \
  && rm -r ./*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Whoever runs it may have no home: what the hub sends lies here. Mount a folder to keep it.
+ENV HF_HOME=/tmp/huggingface
 USER 1000
 WORKDIR /models
 ENTRYPOINT ["surgery"]

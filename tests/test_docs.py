@@ -206,7 +206,10 @@ def test_every_home_of_a_word_is_there():
     assert [home for home in sorted(homes) if not any([*package.glob(home)] for package in packages)] == []
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/adding.md", "docs/words.md", "docs/guarantees.md"])
+_NAMING = ["CONTRIBUTING.md", "docs/adding.md", "docs/words.md", "docs/guarantees.md", "tools/reader_questions.md"]
+
+
+@pytest.mark.parametrize("page", _NAMING)
 def test_every_file_that_is_named_is_there(page: str):
     """Names in backticks that have a slash and an ending; from the top, or from any folder."""
     text = FENCED.sub("", (ROOT / page).read_text())

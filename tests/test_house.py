@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tools.house import Module, circles, import_graph, kind_tests, read_modules, reused_classes, silent_tests
+from tools.house import (
+    Module,
+    circles,
+    function_lengths,
+    import_graph,
+    kind_tests,
+    read_modules,
+    reused_classes,
+    silent_tests,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +61,20 @@ def test_no_file_is_longer_than_400_lines() -> None:
     rooms = ("surgery", "formats", "cli", "tests", "tools", "benchmarks", "examples", "findings")
     files = [path for room in rooms for path in (ROOT / room).rglob("*.py")]
     assert {str(path.relative_to(ROOT)): lines for path in files if (lines := path.read_text().count("\n")) > 400} == {}
+
+
+def test_every_function_fits_on_a_screen() -> None:
+    """60 lines beside the docstring; a longer one is several stages, or knows what its parts should know."""
+    lengths = function_lengths(read_modules(ROOT))
+    assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+
+
+def test_lines_of_a_function_are_those_of_its_body(tmp_path: Path) -> None:
+    (tmp_path / "surgery").mkdir()
+    body = "    if x:\n\n        # why\n        return (\n            x\n        )\n    return 0\n"
+    text = f'def bare(x):\n{body}\n\ndef told(x):\n    """Say.\n\n    More.\n    """\n{body}\n\ndef empty():\n    """."""\n'
+    (tmp_path / "surgery/one.py").write_text(text)
+    assert [*function_lengths(read_modules(tmp_path)).values()] == [7, 7, 0]
 
 
 def test_every_test_asserts_something() -> None:

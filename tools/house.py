@@ -161,6 +161,18 @@ def reused_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
     return {name: where for name, where in sorted(homes.items()) if len(where) > 1}
 
 
+def function_lengths(modules: Mapping[str, Module]) -> dict[str, int]:
+    """Lines of every function's body, without its docstring; those of functions inside count for both."""
+    lengths: dict[str, int] = {}
+    for name, module in modules.items():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[ast.get_docstring(node, clean=False) is not None :]
+                lines = 1 + (body[-1].end_lineno or 0) - body[0].lineno if body else 0
+                lengths[f"{name}.{node.name}:{node.lineno}"] = lines
+    return lengths
+
+
 def kind_tests(modules: Mapping[str, Module]) -> Counter[str]:
     """Number of tests for a kind of update or of storage, by module outside their own rooms.
 
@@ -271,6 +283,8 @@ def main() -> None:
     print(
         f"\nlines of product code: {sum(sizes):,} in {len(sizes)} modules (median {sizes[len(sizes) // 2]}, largest {sizes[-1]})"
     )
+    name, longest = max(function_lengths(modules).items(), key=lambda item: item[1])
+    print(f"longest function: {longest} lines, {name}")
     print(f"imports upwards: {len(up)}", *(f"  {name} -> {target}" for name, target in up), sep="\n")
     print(f"circles: {len(round_trips)}", *(f"  {', '.join(circle)}" for circle in round_trips), sep="\n")
     print(

@@ -41,7 +41,7 @@ def devices(text: str) -> str:
     try:
         devices_of(text)
     except FitError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter("; ".join(filter(None, (error.message, error.hint)))) from error
     return text
 
 
@@ -86,7 +86,7 @@ def _engine(ctx: click.Context, param: click.Parameter, value: str) -> str | Non
     try:
         cluster_of(value)
     except UsageError as error:
-        raise click.BadParameter(error.message) from error
+        raise click.BadParameter("; ".join(filter(None, (error.message, error.hint)))) from error
     return value
 
 

@@ -21,7 +21,7 @@ from surgery_cli.engines import (
     threads,
 )
 from surgery_cli.push import push_asked, push_options
-from surgery_cli.values import count, first_ids, number, rank_of, share, size, token_ids, true_share, weighted
+from surgery_cli.values import OneOf, count, first_ids, number, rank_of, share, size, token_ids, true_share, weighted
 from surgery_formats.text import show
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def choice(
     *names: str, values: Sequence[str], help: str, default: str | None = None, case_sensitive: bool = True, **more: Any
 ) -> Callable[[F], F]:
     """One of `values`, by default the first."""
-    kind = click.Choice(values, case_sensitive=case_sensitive)
+    kind = OneOf(values, case_sensitive=case_sensitive)
     return click.option(*names, type=kind, default=default or values[0], show_default=True, help=help, **more)
 
 

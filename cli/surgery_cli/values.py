@@ -7,22 +7,45 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery_formats.text import show
+from surgery_formats.text import closest, show
 from surgery_formats.threads import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from surgery.rank import Rank
 
-__all__ = ["count", "first_ids", "number", "rank_of", "share", "size", "token_ids", "true_share", "weighted"]
+__all__ = ["OneOf", "count", "first_ids", "number", "rank_of", "share", "size", "token_ids", "true_share", "weighted"]
 
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([kmgt])(i?))?b?", re.IGNORECASE | re.ASCII)
 # a whole number alone may be the name of a graph's adapter
 _WEIGHT = re.compile(r"(?:(?P<adapter>.*[^/:]):|(?=.*\.))(?P<weight>-?\d*\.?\d+)", re.ASCII)
+
+
+_OTHERWISE = {
+    "bfloat16": "bf16",
+    "double": "fp64",
+    "float": "fp32",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+    "half": "fp16",
+}
+"""What torch calls the types of elements."""
+
+
+class OneOf(click.Choice[str]):
+    """One of some words; another one is told which it is near to."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """What click says, and what may be meant."""
+        said, text = super().get_invalid_choice_message(value, ctx).removesuffix("."), str(value)
+        meant = _OTHERWISE.get(text.lower().removeprefix("torch."), "")
+        near = f"did you mean '{meant}'?" if meant in self.choices else closest(text, self.choices)
+        return f"{said}; {near}" if near else said
 
 
 def size(text: str) -> int:

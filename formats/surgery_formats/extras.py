@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 from surgery_formats.errors import MissingPackageError
-from surgery_formats.system import check_system
 
 __all__ = ["EXTRAS", "explained", "install_line", "missing_package", "require"]
 
@@ -76,7 +75,6 @@ def explained(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except ModuleNotFoundError as error:
-            check_system()  # of which modules may be missing, too
             if (missing := missing_package(error)) is None:
                 raise
             raise missing from error

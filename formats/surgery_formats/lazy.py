@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from surgery_formats.extras import explained
+from surgery_formats.system import check_system
 
 __all__ = ["lazy"]
 
@@ -27,6 +28,7 @@ def lazy(
     def __getattr__(name: str) -> Any:
         if name not in home_of:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        check_system()  # before a module is imported that would fail at it
         return getattr(importlib.import_module(home_of[name]), name)
 
     return __getattr__, lambda: public, public

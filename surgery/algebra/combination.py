@@ -23,6 +23,7 @@ from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, NothingChangedError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing
+from surgery_formats.updates import is_directed
 
 __all__ = ["Combination", "CombinationPlan", "combine_adapters", "plan_combination"]
 
@@ -95,6 +96,10 @@ def combine_adapters(
         combine_weight(key, contributions, terms, options, solutions, base)
         for key, contributions in group(terms, base).items()
     )
+    if cut := sum(any(map(is_directed, one.updates)) for one in updates if one.outcome == "approximated"):
+        warnings.append(
+            f"{cut} DoRAs keep their magnitudes: errors are those of their factors' products, of the weights only the base tells them"
+        )
     return Combination(tuple(terms), options, updates, solutions, base, tuple(left), tuple(warnings))
 
 

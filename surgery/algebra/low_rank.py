@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from surgery.algebra.combined_update import CombinedUpdate, Outcome, Solutions
 from surgery.algebra.group import Contribution
@@ -16,12 +17,13 @@ from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.canonical.adapter import Site
 from surgery_formats.dtypes import DType
 from surgery_formats.tensors.computed import computed
-from surgery_formats.updates import Factor, LoRA, Update
+from surgery_formats.updates import Factor, LoRA, Update, is_directed
 
 __all__ = [
     "combine_loras",
     "common_rank",
     "computed_lora",
+    "cut_direction",
     "outcome_of",
     "solved_lora",
     "stored_type",
@@ -41,6 +43,21 @@ def combine_loras(
         kept = loras[0].scaled(contributions[0].weight)
         return CombinedUpdate(site, (kept,), "kept", target.ranks, rank, (target,))
     return solved_lora(name, site, target, loras, rank, best, options, solutions)
+
+
+def cut_direction(
+    name: str, site: Site, contribution: Contribution, options: CombineOptions, solutions: Solutions
+) -> CombinedUpdate:
+    """A DoRA alone at its whole strength: of lower rank, with the lengths that it was trained to give.
+
+    The factors are the best of their rank for their product. What that leaves of the weight only the base would tell.
+    """
+    directed = contribution.update
+    assert is_directed(directed)
+    alone = [replace(contribution, update=directed.direction)]
+    combined = combine_loras(name, site, alone, options, solutions)
+    made = tuple(directed.rebuilt(lora, directed.magnitude) for u in combined.updates if (lora := u.low_rank()))
+    return replace(combined, updates=made)
 
 
 def solved_lora(

@@ -26,7 +26,7 @@ from surgery_formats.canonical.adapter import Adapter, Site
 from surgery_formats.canonical.site_names import in_component_of, same_denoiser
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import ProofError
-from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_replacing
+from surgery_formats.updates import LoRA, Update, experts_of, in_full, is_directed, is_replacing, low_rank_part
 
 __all__ = ["CombinationProof", "SumError", "prove_combination"]
 
@@ -140,7 +140,7 @@ def _measure(
         sizes.append(norms[-1])
     for mine, theirs in zip(_whole(combined.updates), _whole(chain), strict=True):
         if not numpy.linalg.norm(mine - theirs) <= tolerance * numpy.linalg.norm(mine):
-            raise ProofError("is not the whole weight it was", file=path.name, tensor=combined.site.path)
+            raise ProofError("is not what it was, which is stored whole", file=path.name, tensor=combined.site.path)
     norm, error, size = (math.hypot(*values) for values in (norms, errors, sizes))
     if not error <= OPTIMAL * lost + tolerance * size + slack * (norm + lost):
         raise ProofError(
@@ -155,14 +155,16 @@ def _measure(
 
 
 def _whole(chain: Sequence[Update]) -> list[Array]:
-    replacing = (update for update in chain if is_replacing(update))
-    return [factor.load(DType.F64) for update in replacing for factor in update.factors().values()]
+    """Values that are taken over: whole weights, and the magnitudes of a DoRA."""
+    replacing = [factor for update in chain if is_replacing(update) for factor in update.factors().values()]
+    magnitudes = [update.magnitude for update in chain if is_directed(update)]
+    return [factor.load(DType.F64) for factor in (*replacing, *magnitudes)]
 
 
 def _loras(combined: CombinedUpdate, chain: Sequence[Update]) -> list[list[LoRA]]:
     """What was written for each of ``combined.targets``."""
     stacks = [experts for update in chain if (experts := experts_of(update))] or [(update,) for update in chain]
-    return [[lora for s in stacks if (lora := s[e].low_rank())] for e in range(len(combined.targets))]
+    return [[lora for s in stacks if (lora := low_rank_part(s[e]))] for e in range(len(combined.targets))]
 
 
 def _intended(combined: CombinedUpdate, solutions: Solutions) -> SumError | None:

@@ -13,7 +13,7 @@ from surgery.algebra.combined_update import CombinedUpdate, Solutions
 from surgery.algebra.dense_change import combine_changes, combine_offsets
 from surgery.algebra.experts import combine_stacks
 from surgery.algebra.group import Contribution
-from surgery.algebra.low_rank import combine_loras
+from surgery.algebra.low_rank import combine_loras, cut_direction
 from surgery.algebra.sums import CombineOptions
 from surgery.algebra.ties_and_dare import DENSE_METHODS
 from surgery_formats.binding.sizes import check_complete
@@ -21,7 +21,7 @@ from surgery_formats.canonical.adapter import Site, WeightedAdapter
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.text import listing, show
-from surgery_formats.updates import expanded, in_full, is_linear, is_refusing
+from surgery_formats.updates import expanded, in_full, is_directed, is_linear, is_refusing
 
 __all__ = ["combine_weight"]
 
@@ -63,6 +63,13 @@ def combine_weight(
             combined_change = combine_changes(name, site, contributions, base, options, solutions)
             if combined_change is not None:
                 return combined_change
+        if (
+            options.truncates
+            and len(contributions) == 1
+            and contributions[0].weight == 1.0
+            and is_directed(others[0].update)
+        ):
+            return cut_direction(name, site, others[0], options, solutions)
         products = _expanded(contributions)
         if products and (len({share.owner for share in contributions}) > 1 or options.method == "svd"):
             return combine_weight(key, products, terms, options, solutions, base)

@@ -87,7 +87,8 @@ def _recipe(path: Path, document: Collection, manifest: Mapping[str, Any] | None
         raise MalformedError("is no recipe", file=path)
     for key, value in top.items():
         if key not in ("inputs", "steps", "output", "version"):
-            raise MalformedError(f"line {value.line}: '{show(key)}' is no part of a recipe", file=path)
+            hint = f"each step is an entry of a list: 'steps:', then '- verb: {key}'" if key in VERBS else None
+            raise MalformedError(f"line {value.line}: '{show(key)}' is no part of a recipe", file=path, hint=hint)
     steps = top.get("steps")
     if not isinstance(steps, Collection) or not isinstance(steps.items, list) or not 0 < len(steps.items) <= _MOST:
         raise MalformedError(f"has no steps, or more than {_MOST}", file=path)

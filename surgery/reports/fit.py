@@ -121,7 +121,8 @@ def _fits(chain: tuple[Update, ...], places: tuple[WeightSlice, ...], config: Ma
 
 def _hint(site: Site, base: Checkpoint) -> str:
     component = base.component(site.component) or next(iter(base.components.values()))
-    return closest(site.path, component.parameters) or "is this the base it was trained on?"
+    near = None if site.path in component.parameters else closest(site.path, component.parameters)
+    return near or "is this the base it was trained on?"
 
 
 def _prompt(adapter: Adapter, base: Checkpoint) -> tuple[str, ...]:

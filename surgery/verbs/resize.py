@@ -38,6 +38,8 @@ def resize(
 ) -> CombineResult:
     """Write an adapter with lower ranks. Modules that are within what is asked for are taken over as they are.
 
+    A DoRA keeps its magnitudes, and errors are those of its factors' product; with `base` it becomes the best LoRA for what it does.
+
     Args:
         adapter: File or folder, or an opened Adapter.
         rank: Greatest rank of a module; or ``Rank.energy(.99)``, ``Rank.error(.05)``, or several joined by ``&``: all
@@ -53,7 +55,7 @@ def resize(
     Raises:
         UsageError: an argument of a wrong type, or no output.
         InputError: the adapter cannot be read.
-        FitError: an option is wrong, or a module is one whose rank cannot change without the base (DoRA).
+        FitError: an option is wrong, or a module is one whose rank cannot change without the base (OFT).
         NothingChangedError: no module would get a lower rank. A higher one would add zeros and nothing else.
         ProofError: what was written is further from the adapter than the best of its rank.
         OutputExistsError, ResourceError: see `surgery_formats.files`.

@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With the base at hand a DoRA can be scaled, added to others and given a rank: what comes out is the best LoRA for what it does."""
+"""With the base at hand a DoRA can be scaled, added to others and given a rank: what comes out is the best LoRA for what it does.
+
+Without it a DoRA alone gets a lower rank, and stays one.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from surgery import combine, merge, resize
-from surgery_formats.errors import FitError
+from surgery import combine, convert, merge, resize
+from surgery.algebra import proof
+from surgery_formats.adapters.format import Format
+from surgery_formats.canonical.adapter import Adapter
+from surgery_formats.errors import FitError, NothingChangedError, ProofError
+from surgery_formats.updates import is_directed
 from tests.oracles import disk, models, peft_oracle
 from tests.support.combinations import best
 
@@ -53,6 +61,59 @@ def test_a_dora_is_cut_to_the_best_lora_of_a_rank(made: tuple[Path, Path, Path],
     for name, value in one.items():
         left = float((got[name] - value).norm())
         assert left <= 1.0001 * best(value.numpy(), 4) + 2e-6 * float(value.norm()) + 1e-9, name
+
+
+@pytest.mark.parametrize("to", ["peft", "mlx"])
+def test_without_the_base_a_dora_of_a_lower_rank_keeps_its_magnitudes(
+    made: tuple[Path, Path, Path], to: str, tmp_path: Path
+) -> None:
+    """The factors are the best of their rank, and PEFT merges what was written as float64 has it."""
+    base, dora, _ = made
+    result = resize(dora, output=tmp_path / to, rank=2, to=to)
+    assert {(module.outcome, module.rank) for module in result.modules} == {("approximated", 2)}
+    assert "magnitudes" in " ".join(result.warnings)
+    back = tmp_path / to if to == "peft" else convert(tmp_path / to, "peft", output=tmp_path / "back").output
+    assert back is not None
+    before, after, got = disk.read_tensors(dora), disk.read_tensors(back), deltas(base, back)
+    weights = disk.read_tensors(base)
+    for name in (key for key in before if key.endswith("lora_magnitude_vector")):
+        assert torch.equal(before[name], after[name])
+        module = name.removesuffix(".lora_magnitude_vector")
+        product = 2.0 * before[f"{module}.lora_B.weight"].double() @ before[f"{module}.lora_A.weight"].double()
+        U, S, V = torch.linalg.svd(product)
+        weight = weights[f"{module.removeprefix('base_model.model.')}.weight"].double()
+        moved = weight + U[:, :2] * S[:2] @ V[:2]
+        wanted = before[name].double()[:, None] * moved / moved.norm(dim=1, keepdim=True) - weight
+        left = got[f"{module.removeprefix('base_model.model.')}.weight"] - wanted
+        assert float(left.norm()) <= 1e-5 * float(wanted.norm()), name
+
+
+def test_the_proof_sees_magnitudes_of_another_module(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, dora, _ = made
+    read = proof.read_back
+
+    def exchanged(target: Format, path: Path) -> Adapter:
+        adapter = read(target, path)
+        first, second = [site for site in adapter.updates if "q_proj" in site.path][:2]
+        (one,), (other,) = adapter.updates[first], adapter.updates[second]
+        assert is_directed(one)
+        assert is_directed(other)
+        return replace(adapter, updates={**adapter.updates, first: (one.rebuilt(one.direction, other.magnitude),)})
+
+    monkeypatch.setattr(proof, "read_back", exchanged)
+    with pytest.raises(ProofError, match="is not what it was"):
+        resize(dora, output=tmp_path / "out", rank=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dora_whose_rank_is_low_enough_is_taken_over(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, dora, _ = made
+    with pytest.raises(NothingChangedError, match="no module has a higher rank"):
+        resize(dora, output=tmp_path / "out", rank=3)
+    with pytest.raises(FitError, match=r"of which .* times depends on the base"):
+        combine([(dora, 0.5)], output=tmp_path / "out", rank=2)
 
 
 def test_half_a_dora_merges_as_half_of_what_it_does(made: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery_cli.options import device, size, weighted
+from surgery_cli.engines import device
+from surgery_cli.options import size, weighted
 
 
 @pytest.mark.parametrize(

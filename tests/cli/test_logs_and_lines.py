@@ -162,3 +162,7 @@ def test_the_library_refuses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing_features() == ("os.pread", "fcntl")
     with pytest.raises(ResourceError, match=r"no os\.pread, fcntl"):
         check_system()
+    for name in ("open", "inspect", "merge", "Checkpoint"):
+        with pytest.raises(ResourceError, match=r"no os\.pread, fcntl"):
+            getattr(surgery, name)
+    assert issubclass(ResourceError, surgery.SurgeryError)  # which a program can still catch

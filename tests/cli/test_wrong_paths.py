@@ -6,7 +6,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.support.kit import ROOT, Run
 
@@ -25,6 +27,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(source, tmp_path / name)
         (file,) = (tmp_path / name).glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:size])
+    (tmp_path / "cut.gguf").write_bytes((ROOT / "tests/containers/golden/wide.gguf").read_bytes()[:30_000])
+    (tmp_path / "short.yaml").write_text("merge:\n  base: x\n")
+    (tmp_path / "file").write_text("")
+    other = tmp_path / "other"
+    shutil.copytree(LORA, other)
+    tensors = {name: np.zeros((8, 8), np.float32) for name in load_file(other / "adapter_model.safetensors")}
+    save_file(tensors, other / "adapter_model.safetensors")
     return tmp_path
 
 
@@ -34,6 +43,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["merge", BASE, "cut head"], "of which 4992 are there", "a copy or download of it was not finished"),
         (["merge", BASE, "cut"], "bytes early", "a copy or download of it was not finished"),
         (["merge", "cut base", LORA], "bytes early", "a copy or download of it was not finished"),
+        (["inspect", "cut.gguf"], "its bytes are not inside the file", "a copy or download of it was not finished"),
+        (["apply", "short.yaml"], "'merge' is no part of a recipe", "'steps:', then '- verb: merge'"),
+        (
+            ["report", "other", "--base", BASE],
+            "none of its 42 parameters in the right shape",
+            "is this the base it was",
+        ),
         (["merge", BASE, "empty"], "an empty folder where an adapter was expected", "known: "),
         (["merge", BASE, "my adapters é"], "a folder of adapters where one was expected", "adapters é/dora, my adapt"),
         (["merge", BASE, f"{LORA}/adapter_config.json"], "one file of an adapter that is a folder", f"folder: {LORA}"),
@@ -57,6 +73,16 @@ def test_what_is_named_wrongly_is_told_with_what_to_name(
     told, _, hinted = done.stderr.partition("  hint: ")
     assert message in told
     assert hint in hinted
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["merge", BASE, LORA, "-o", "file/out"], ["convert", LORA, "--to", "gguf", "--base", BASE, "-o", "file/out.gguf"]],
+)
+def test_a_file_in_the_place_of_the_outputs_folder_is_told_as_a_file(words: list[str], place: Path, run: Run) -> None:
+    done = run(*words)
+    assert done.exit_code == 3
+    assert done.stderr == "error: file: a file, not a folder to write into\n"
 
 
 def test_check_names_the_command_that_goes_on(place: Path, run: Run) -> None:

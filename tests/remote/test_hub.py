@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -268,6 +269,19 @@ def test_the_command_takes_the_endpoint_from_the_environment(hub: Hub, base: Pat
     assert "gated" in done.stderr
     assert TOKEN not in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_cure(hub: Hub, base: Path, tmp_path: Path) -> None:
+    hub.add(REPO, base)
+    (tmp_path / "file").touch()
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "file" / "hub")}
+    done = spawn("merge", REPO, make_lora(tmp_path / "lora"), "-o", tmp_path / "merged", **settings)
+    assert done.returncode == 7, done.stderr
+    message, hint = [line for line in done.stderr.splitlines() if not line.startswith("warning")]
+    assert re.fullmatch(
+        rf"error: {re.escape(str(tmp_path / 'file'))}\S*: the hub's cache cannot be written \(.+\)", message
+    )
+    assert hint == "  hint: set HF_HOME to a folder that can be"
 
 
 def test_what_is_unknown_is_passed_on_as_one_line() -> None:

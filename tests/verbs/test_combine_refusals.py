@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from surgery import combine, resize
+from surgery import combine
 from surgery_formats.errors import FitError, NothingChangedError
 from tests.support.adapter_files import (
     GOLDEN,
@@ -50,8 +50,6 @@ def test_dora_survives_alone_and_is_refused_otherwise(tmp_path: Path) -> None:
     for pairs in ([(dora, 0.5)], [(dora, 1.0), (simple(tmp_path / "a"), 1.0)]):
         with pytest.raises(FitError, match="depends on the base"):
             combine(pairs, output=tmp_path / "x")
-    with pytest.raises(FitError, match="rank cannot change"):
-        resize(dora, output=tmp_path / "x", rank=1)
     assert not (tmp_path / "x").exists()
 
 

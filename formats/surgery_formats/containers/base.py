@@ -16,6 +16,7 @@ from surgery_formats.files.raw import File
 from surgery_formats.tensors.tensor import StoredTensor
 
 __all__ = [
+    "CUT_OFF",
     "MAX_DIMS",
     "SIZE_LIMIT",
     "Container",
@@ -34,6 +35,7 @@ TensorSpec = tuple[str, DType, tuple[int, ...]]
 """Name, element type and shape of a tensor that is to be stored."""
 
 MAX_DIMS = 64  # numpy's limit; torch has the same
+CUT_OFF = "a copy or download of it was not finished: get the file again"  # the cure for a file that ends early
 SIZE_LIMIT = 1 << 63  # sizes and offsets are signed 64-bit integers in torch
 
 

@@ -21,7 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from surgery_formats.collector import collector_paused
-from surgery_formats.containers.base import MAX_DIMS, SIZE_LIMIT, FileLayout, Shard, ShardSet, TensorSpec, one_file
+from surgery_formats.containers.base import (
+    CUT_OFF,
+    MAX_DIMS,
+    SIZE_LIMIT,
+    FileLayout,
+    Shard,
+    ShardSet,
+    TensorSpec,
+    one_file,
+)
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError, SurgeryError
 from surgery_formats.files.bounded_json import parse_object
@@ -32,7 +41,6 @@ from surgery_formats.text import show
 __all__ = ["METADATA_KEY", "SAFETENSORS", "layout", "open_safetensors", "read_header", "reference_order"]
 
 _HEADER_LIMIT = 100_000_000  # the reference's MAX_HEADER_SIZE
-_CUT_OFF = "a copy or download of it was not finished: get the file again"
 METADATA_KEY = "__metadata__"
 _LENGTH_NBYTES = 8
 _ALIGNMENT = 8
@@ -150,7 +158,7 @@ def read_header(file: File) -> Shard:
     available = file.size - _LENGTH_NBYTES
     if length > min(available, _HEADER_LIMIT):
         why = f"of which {available} are there" if length > available else f"at most {_HEADER_LIMIT} are read"
-        raise fail(f"a header of {length} bytes, {why}", hint=_CUT_OFF if length <= _HEADER_LIMIT else None)
+        raise fail(f"a header of {length} bytes, {why}", hint=CUT_OFF if length <= _HEADER_LIMIT else None)
     raw = file.read(_LENGTH_NBYTES, length)
     if raw[:1] != b"{":
         raise fail("the header does not begin with '{'")
@@ -171,7 +179,7 @@ def read_header(file: File) -> Shard:
         at = end
     there = file.size - data
     if at > there:
-        raise fail(f"the file ends {at - there} bytes early", ranges[-1][2], _CUT_OFF)
+        raise fail(f"the file ends {at - there} bytes early", ranges[-1][2], CUT_OFF)
     if at < there:
         raise fail(f"{there - at} bytes after the last tensor")
     tensors = tuple(

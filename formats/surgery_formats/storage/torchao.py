@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from surgery_formats.dtypes import DType
 from surgery_formats.errors import FitError, MalformedError
@@ -82,25 +82,7 @@ def _weight(
     def fail(what: str) -> NoReturn:
         raise MalformedError(what, file=codes.path, tensor=codes.name)
 
-    if name not in metadata or METADATA_NAMES not in metadata:
-        fail(f"the file's metadata does not say what '{show(name)}' is, as torchao needs it")
-    told = parse_object(metadata[name].encode(), file=codes.path)
-    kind, fields, parts = told.get("_type"), told.get("_data"), told.get("_tensor_data_names")
-    if kind in _LAID_OUT:
-        raise FitError(
-            f"is torchao's {kind}, {_LAID_OUT[kind]}, which is not undone here",
-            file=codes.path,
-            tensor=codes.name,
-            hint="take the model as it was before quantisation",
-        )
-    if not isinstance(fields, dict) or not isinstance(parts, list) or not all(isinstance(each, str) for each in parts):
-        fail(f"the file's metadata of '{show(name)}' is not what torchao writes")
-    if "act_pre_scale" in parts:
-        raise FitError(
-            "its layer multiplies the input before the weight (act_pre_scale), which is not supported",
-            file=codes.path,
-            tensor=codes.name,
-        )
+    kind, fields, parts = _described(name, codes, metadata, fail)
     for part in ("scale", *parts):
         if stem + part not in tensors:
             fail(f"there is no '{show(stem + part)}' beside it")
@@ -136,6 +118,40 @@ def _weight(
         choose=_symmetric(bits),
         others=others,
     )
+
+
+class _Description(NamedTuple):
+    """What a file's metadata says of a weight: its class, the class's fields, and its tensors beside the codes."""
+
+    kind: object
+    fields: dict[str, Any]
+    parts: list[str]
+
+
+def _described(
+    name: str, codes: StoredTensor, metadata: Mapping[str, str], fail: Callable[[str], NoReturn]
+) -> _Description:
+    """What the metadata says of the weight `name`; refuses what is not undone here."""
+    if name not in metadata or METADATA_NAMES not in metadata:
+        fail(f"the file's metadata does not say what '{show(name)}' is, as torchao needs it")
+    told = parse_object(metadata[name].encode(), file=codes.path)
+    kind, fields, parts = told.get("_type"), told.get("_data"), told.get("_tensor_data_names")
+    if kind in _LAID_OUT:
+        raise FitError(
+            f"is torchao's {kind}, {_LAID_OUT[kind]}, which is not undone here",
+            file=codes.path,
+            tensor=codes.name,
+            hint="take the model as it was before quantisation",
+        )
+    if not isinstance(fields, dict) or not isinstance(parts, list) or not all(isinstance(each, str) for each in parts):
+        fail(f"the file's metadata of '{show(name)}' is not what torchao writes")
+    if "act_pre_scale" in parts:
+        raise FitError(
+            "its layer multiplies the input before the weight (act_pre_scale), which is not supported",
+            file=codes.path,
+            tensor=codes.name,
+        )
+    return _Description(kind, fields, parts)
 
 
 def _int4(

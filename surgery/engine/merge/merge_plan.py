@@ -189,37 +189,15 @@ def plan_merge(
     outputs = [tensor for file in files for tensor in file.tensors]
     side_files = corrected_quantisation_files(binding, side_files, outputs)
     side_files += corrected_config(binding, outputs, dtype, rewritten=packed)
-    inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
-    inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
+    inputs, roots = _read(binding, quantised, values, undone)
     facts = merge_facts(binding)
     if left_out:
         facts["left_out"] = list(left_out)
     if carried.facts:
         facts["carried"] = carried.facts
-    if quantised.way == "residual":
-        facts["quantized"] = quantised.way  # who takes a merge back has to know that most of it is not in the weights
-    wider = {key for key, edit in binding.edits.items() if edit.operations and _grew(edit, checkpoint)}
-    if wider:  # who takes the merge back has to know that the base had fewer columns
-        facts["grown"] = sorted({t.weight_label for t in outputs if (t.component, t.weight) in wider})
-    if undone is not None:
-        facts["replaced"] = dict(undone.facts)
-    if dequantised := _dequantised(outputs, values):
-        facts["dequantised"] = dequantised
-    roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
-    if values is not None:
-        inputs += values.files
-        facts["as_trained"] = values.facts
-        roots += [values.root] if values.root is not None else []
-    if undone is not None:
-        inputs += undone.files
-        roots += undone.roots
+    facts |= _facts_of_weights(binding, outputs, quantised, values, undone)
     options = {"dtype": dtype.label if dtype else "keep", "shard_size": shard_size, "packed": packed}
-    options |= quantised.options
-    if quantised.calibration is not None:
-        inputs += quantised.calibration.files
-        roots.append(quantised.calibration.path)
-    if reversible:
-        options["reversible"] = True
+    options |= quantised.options | ({"reversible": True} if reversible else {})
     plan = Plan(
         verb="merge",
         files=files,
@@ -235,6 +213,49 @@ def plan_merge(
     )
     check_conservation(binding, plan)
     return plan
+
+
+def _read(
+    binding: Binding, quantised: QuantisedOutput, values: TrainedValues | None, undone: OtherValues | None
+) -> tuple[list[File], list[Path]]:
+    """Every file that is read, and what the user named of them."""
+    checkpoint = binding.checkpoint
+    inputs = [shard.file for component in checkpoint.components.values() for shard in component.shards]
+    inputs += list({file.identity: file for adapter, _ in binding.adapters for file in adapter.files}.values())
+    roots = [checkpoint.path, *(adapter.path for adapter, _ in binding.adapters)]
+    if values is not None:
+        inputs += values.files
+        roots += [values.root] if values.root is not None else []
+    if undone is not None:
+        inputs += undone.files
+        roots += undone.roots
+    if quantised.calibration is not None:
+        inputs += quantised.calibration.files
+        roots.append(quantised.calibration.path)
+    return inputs, roots
+
+
+def _facts_of_weights(
+    binding: Binding,
+    outputs: Sequence[PlannedTensor],
+    quantised: QuantisedOutput,
+    values: TrainedValues | None,
+    undone: OtherValues | None,
+) -> dict[str, Any]:
+    """How weights differ from base and adapters: what who takes the merge back has to know."""
+    facts: dict[str, Any] = {}
+    if quantised.way == "residual":  # most of it is not in the weights
+        facts["quantized"] = quantised.way
+    wider = {key for key, edit in binding.edits.items() if edit.operations and _grew(edit, binding.checkpoint)}
+    if wider:  # the base had fewer columns
+        facts["grown"] = sorted({t.weight_label for t in outputs if (t.component, t.weight) in wider})
+    if undone is not None:
+        facts["replaced"] = dict(undone.facts)
+    if dequantised := _dequantised(outputs, values):
+        facts["dequantised"] = dequantised
+    if values is not None:
+        facts["as_trained"] = values.facts
+    return facts
 
 
 def _grew(edit: Edit, checkpoint: Checkpoint) -> bool:

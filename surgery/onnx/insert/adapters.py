@@ -73,31 +73,18 @@ def insert_adapters(
     spots, shapes = _located(graph, model, checkpoint, bounds)
     _check_free(model, shapes, path)
     before = _nodes(model)
+    slots: tuple[Slot, ...] = ()
     files: dict[str, bytes | AdapterFile] = {}
-    slots = () if gated else tuple(shape.slot for shape in shapes.values())
     if gated:
-        parts = [
-            GatedAdapter(
-                named.name,
-                f"strength.{named.name}",
-                named.weight,
-                bound.weights,
-                partial(_factors, bound, shapes),
-            )
-            for named, bound in zip(adapters, bounds, strict=True)
-        ]
+        parts = _gated(adapters, bounds, shapes)
         add_gated(model, spots, shapes, parts, required=required)
         entries = tuple(
             entry(named, "gated", strength=part.gate, weight=part.strength)
             for named, part in zip(adapters, parts, strict=True)
         )
     else:
-        if heavy := next((named for named in adapters if named.weight != 1.0), None):
-            raise FitError(
-                f"has the weight {heavy.weight:g}, and slots take an adapter as it is",
-                file=heavy.adapter.path,
-                hint="with `gated=True` it is the strength",
-            )
+        _check_unweighted(adapters)
+        slots = tuple(shape.slot for shape in shapes.values())
         names = [f"adapters/{named.name}.onnx_adapter" for named in adapters]
         for name, bound in zip(names, bounds, strict=True):
             files[name] = SlotContents(bound, shapes, replaced.arrays(bound.replaced, graph)).file
@@ -145,6 +132,31 @@ def _check_replaced(bounds: Sequence[BoundAdditions], *, required: bool, gated: 
             f"it gives '{show(next(iter(found.replaced)))}' in full, which a graph takes {why}",
             file=found.adapter.path,
             hint="without `required=`" if required else "without `gated=`, or merge it",
+        )
+
+
+def _gated(
+    adapters: Sequence[NamedAdapter], bounds: Sequence[BoundAdditions], shapes: Mapping[str, SlotShape]
+) -> list[GatedAdapter]:
+    return [
+        GatedAdapter(
+            named.name, f"strength.{named.name}", named.weight, bound.weights, partial(_factors, bound, shapes)
+        )
+        for named, bound in zip(adapters, bounds, strict=True)
+    ]
+
+
+def _check_unweighted(adapters: Sequence[NamedAdapter]) -> None:
+    """Refuse an adapter with a weight, which a slot has no place for.
+
+    Raises:
+        FitError: there is one.
+    """
+    if heavy := next((named for named in adapters if named.weight != 1.0), None):
+        raise FitError(
+            f"has the weight {heavy.weight:g}, and slots take an adapter as it is",
+            file=heavy.adapter.path,
+            hint="with `gated=True` it is the strength",
         )
 
 

@@ -68,63 +68,97 @@ def render_mlx(adapter: Adapter, base: Checkpoint | None) -> Rendering:
     if updates and len(whole) == len(updates):
         return _full(adapter, whole, ledger)
     dora = any(held.dora for _, held in updates)
-    plain: dict[str, Contents] = {}
-    stacks: dict[str, _Stack] = {}
-    noted: list[tuple[Site, Contents, LoRA]] = []
-    tie = _tie(adapter, base)
+    layers = _Layers(adapter, base, _tie(adapter, base), dora, ledger)
     for site, held in updates:
-        source, update = held.update, held.lora or held.update
-        why = _fault(site, held, adapter, base, dora=dora) or _parted(site, update, base, tie)
-        if why:
-            ledger.drop(site, source, why)
-        elif base is not None and tie.follows and _stored_name(site, update, base) == base.main.head:
-            ledger.keep(site, source, "folded", "tied to the embedding, which has the same update")
-        elif not held.dora and (experts := _by_path(site, adapter, base)):
-            for path, known in experts.items():
-                stacks.setdefault(path, _Stack(count=known.count)).experts.update(known.loras)
-                noted += [(site, held, lora) for lora in known.loras.values()]
-        elif held.lora is None:
-            for path, lora in _apart(site, source, base):
-                _stack(stacks, path, lora, fused_of(site, base))
-                noted.append((site, held, lora))
-        elif not held.dora and (place := one_expert(site.path, fused_of(site, base))):
-            stack = stacks.setdefault(place[0], _Stack())
-            stack.experts[place[1]] = held.lora
-            stack.count = max(stack.count, place[1] + 1, _experts_of(site, base))
-            noted.append((site, held, held.lora))
-        else:
-            module = _module_name(site, update, base)
-            if module in plain:
-                ledger.drop(site, source, "a second one on one module")
-                continue
-            plain[module] = held
-            noted.append((site, held, held.lora))
-    scale = commonest(lora.scale for _, _, lora in noted if lora.scale) or 0.0
-    rank = max((lora.rank for _, _, lora in noted), default=1)
-    first: dict[tuple[Site, int], tuple[Site, Contents, LoRA]] = {}
-    for entry in noted:
-        first.setdefault((entry[0], id(entry[1])), entry)
-    for site, held, lora in first.values():
-        folded = [f"scale {lora.scale:g} / {scale:g}"] if lora.scale != scale else []
-        folded += [f"rank {lora.rank} padded to {rank}"] if lora.rank != rank else []
-        folded += ["stacked"] if held.stack and SWITCH not in site.path else []
-        folded += [held.folded] if held.folded else []
-        ledger.keep(site, held.update, "folded" if folded else "exact", ", ".join(folded))
+        layers.take(site, held)
+    scale = commonest(lora.scale for _, _, lora in layers.noted if lora.scale) or 0.0
+    rank = max((lora.rank for _, _, lora in layers.noted), default=1)
+    layers.state(scale, rank)
     tensors: list[NewTensor] = []
     moved = _is_moved(base)
-    for module in sorted(plain):
+    for module in sorted(layers.plain):
         embedding = is_embedding(module, base)
-        tensors += _linear(_in_mlx(module, moved=moved), plain[module], scale, rank, embedding=embedding)
-    for path, stack in sorted(stacks.items()):
+        tensors += _linear(_in_mlx(module, moved=moved), layers.plain[module], scale, rank, embedding=embedding)
+    for path, stack in sorted(layers.stacks.items()):
         tensors += _switch(_in_mlx(path.removesuffix(".weight"), moved=moved), stack, scale, rank)
     ledger.drop_prompt(adapter)
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
-    keys, layers = _keys([_in_mlx(path.removesuffix(".weight"), moved=moved) for path in (*plain, *stacks)])
+    paths = (*layers.plain, *layers.stacks)
+    keys, number = _keys([_in_mlx(path.removesuffix(".weight"), moved=moved) for path in paths])
     config = _config(adapter, "dora" if dora else "lora") | {
-        "num_layers": layers,
+        "num_layers": number,
         "lora_parameters": {**parameters, "keys": keys},
     }
     return _rendering(adapter, tensors, config, ledger)
+
+
+@dataclass
+class _Layers:
+    """The LoRA layers of mlx-lm while updates are sorted into them.
+
+    Attributes:
+        adapter: The adapter.
+        base: Its base, if one was given.
+        tie: What becomes of a tied head.
+        dora: Whether all layers have magnitudes.
+        ledger: Told of every update.
+        plain: Layers of one matrix, by module.
+        stacks: Layers of experts, by path.
+        noted: What is in them: site, contents, and each LoRA.
+    """
+
+    adapter: Adapter
+    base: Checkpoint | None
+    tie: _TiedHead
+    dora: bool
+    ledger: ConversionLedger
+    plain: dict[str, Contents] = field(default_factory=dict)
+    stacks: dict[str, _Stack] = field(default_factory=dict)
+    noted: list[tuple[Site, Contents, LoRA]] = field(default_factory=list)
+
+    def take(self, site: Site, held: Contents) -> None:
+        """Put an update into its layer, or drop it.
+
+        Raises:
+            FitError: experts, and no base is given.
+        """
+        adapter, base = self.adapter, self.base
+        source, update = held.update, held.lora or held.update
+        why = _fault(site, held, adapter, base, dora=self.dora) or _parted(site, update, base, self.tie)
+        if why:
+            self.ledger.drop(site, source, why)
+        elif base is not None and self.tie.follows and _stored_name(site, update, base) == base.main.head:
+            self.ledger.keep(site, source, "folded", "tied to the embedding, which has the same update")
+        elif not held.dora and (experts := _by_path(site, adapter, base)):
+            for path, known in experts.items():
+                self.stacks.setdefault(path, _Stack(count=known.count)).experts.update(known.loras)
+                self.noted += [(site, held, lora) for lora in known.loras.values()]
+        elif held.lora is None:
+            for path, lora in _apart(site, source, base):
+                _stack(self.stacks, path, lora, fused_of(site, base))
+                self.noted.append((site, held, lora))
+        elif not held.dora and (place := one_expert(site.path, fused_of(site, base))):
+            stack = self.stacks.setdefault(place[0], _Stack())
+            stack.experts[place[1]] = held.lora
+            stack.count = max(stack.count, place[1] + 1, _experts_of(site, base))
+            self.noted.append((site, held, held.lora))
+        elif (module := _module_name(site, update, base)) in self.plain:
+            self.ledger.drop(site, source, "a second one on one module")
+        else:
+            self.plain[module] = held
+            self.noted.append((site, held, held.lora))
+
+    def state(self, scale: float, rank: int) -> None:
+        """Note of every update what giving all layers one scale and rank did to it."""
+        first: dict[tuple[Site, int], tuple[Site, Contents, LoRA]] = {}
+        for entry in self.noted:
+            first.setdefault((entry[0], id(entry[1])), entry)
+        for site, held, lora in first.values():
+            folded = [f"scale {lora.scale:g} / {scale:g}"] if lora.scale != scale else []
+            folded += [f"rank {lora.rank} padded to {rank}"] if lora.rank != rank else []
+            folded += ["stacked"] if held.stack and SWITCH not in site.path else []
+            folded += [held.folded] if held.folded else []
+            self.ledger.keep(site, held.update, "folded" if folded else "exact", ", ".join(folded))
 
 
 def _full(adapter: Adapter, whole: Mapping[Site, Replacing], ledger: ConversionLedger) -> Rendering:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from surgery_formats.containers.base import CUT_OFF
 from surgery_formats.containers.gguf.constants import ALIGNMENT, ALIGNMENT_KEY, MAGIC, NAME_LIMIT
 from surgery_formats.errors import MalformedError
 from surgery_formats.files.raw import File
@@ -96,9 +97,9 @@ class _Cursor:
         """Bytes behind the cursor."""
         return self.file.size - self.at
 
-    def fault(self, what: str, tensor: str | None = None) -> MalformedError:
+    def fault(self, what: str, tensor: str | None = None, hint: str | None = None) -> MalformedError:
         """The error to raise."""
-        return MalformedError(what, file=self.file.path, tensor=tensor)
+        return MalformedError(what, file=self.file.path, tensor=tensor, hint=hint)
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes."""
@@ -254,7 +255,7 @@ def _placed(cursor: _Cursor, infos: list[_TensorInfo], alignment: int, begin: in
         if info.offset != at:
             raise cursor.fault(f"lies at {info.offset} of the data, not at {at} behind the tensor before it", info.name)
         if begin + at + nbytes > cursor.file.size:
-            raise cursor.fault("its bytes are not inside the file", info.name)
+            raise cursor.fault("its bytes are not inside the file", info.name, CUT_OFF)
         if info.name in tensors:
             raise cursor.fault("the name appears twice", info.name)
         dtype, shape = info.type.dtype or DType.U8, info.type.shape(info.sizes)

@@ -155,7 +155,8 @@ def check_single(out: Path, *, overwrite: bool = False, inputs: tuple[Path, ...]
         return out
     final = Path(os.path.realpath(out.parent)) / out.name
     if not final.parent.is_dir():
-        raise NotFoundError("no such folder to write into", file=out.parent)
+        what = "a file, not a folder to write into" if final.parent.exists() else "no such folder to write into"
+        raise NotFoundError(what, file=out.parent)
     check_output_name(final)
     _refuse(final, out, inputs, overwrite=overwrite)
     return final

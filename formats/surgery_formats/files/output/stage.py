@@ -96,6 +96,8 @@ class Stage:
             NotFoundError, UsageError, FitError, OutputExistsError: as `acquire`.
         """
         if not self._parent.is_dir():
+            if self._parent.exists():
+                raise NotFoundError("a file, not a folder to write into", file=self.shown.parent)
             raise NotFoundError(
                 "no such folder to write into",
                 file=self.shown.parent,

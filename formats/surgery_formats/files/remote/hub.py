@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from surgery_formats.errors import InputError, NotFoundError, ProofError, SurgeryError
 from surgery_formats.extras import require
-from surgery_formats.files.remote.hub_faults import fault_of, is_dropped, is_expired
+from surgery_formats.files.remote.hub_faults import cache_fault, fault_of, is_dropped, is_expired
 from surgery_formats.files.remote.store import HEAD, Listing, ObjectFacts, Reply
 
 __all__ = ["HubRepository", "library", "open_repository", "repeated", "repository_of"]
@@ -289,6 +289,8 @@ class HubRepository:
             raise
         except Exception as error:  # the hub's client and its HTTP library raise many types
             if isinstance(error, OSError) and error.errno is not None and not is_dropped(error):
+                if (fault := cache_fault(error)) is not None:
+                    raise fault from error
                 raise  # the disk, not the hub
             raise fault_of(error, self.url(key), self.repo) from error
 

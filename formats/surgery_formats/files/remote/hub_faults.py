@@ -6,15 +6,17 @@ Their own words are left out. They hold addresses, and those of files may be sig
 
 from __future__ import annotations
 
+import errno
 import os
 
 from surgery_formats.errors import InputError, MalformedError, NotFoundError, ProofError, ResourceError, SurgeryError
 from surgery_formats.text import show
 
-__all__ = ["fault_of", "is_dropped", "is_expired", "is_offline", "is_out_of_reach", "push_fault"]
+__all__ = ["cache_fault", "fault_of", "is_dropped", "is_expired", "is_offline", "is_out_of_reach", "push_fault"]
 
 _GONE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "IncompleteSnapshotError"}
 _DROPPED = {408, 425, 429, 500, 502, 503, 504}
+_NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _TRANSPORT = {"TimeoutException", "NetworkError", "RemoteProtocolError", "ConnectionError", "ProxyError"}
 
 _UNREACHED, _CHECK = "the hub cannot be reached", "check the network and HF_ENDPOINT"
@@ -67,6 +69,17 @@ def is_offline(error: BaseException) -> bool:
 def is_out_of_reach(error: BaseException) -> bool:
     """Whether the hub said nothing at all, so that what the cache holds is the best there is."""
     return is_dropped(error) or bool(_names(error) & _GONE)
+
+
+def cache_fault(error: OSError) -> ResourceError | None:
+    """The error to raise where the cache cannot be written: of a user without a home, its folder is none that can be made."""
+    if error.errno not in _NOT_WRITABLE:
+        return None
+    return ResourceError(
+        f"the hub's cache cannot be written ({error.strerror})",
+        file=error.filename,
+        hint="set HF_HOME to a folder that can be",
+    )
 
 
 def fault_of(error: BaseException, shown: str | os.PathLike[str], repo: str) -> SurgeryError:

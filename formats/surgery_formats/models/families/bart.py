@@ -109,22 +109,7 @@ def recipe(settings: ModelSettings) -> Model:
     """Layers of arXiv:1910.13461 (BART), 2001.08210 (mBART), 1804.00344 (Marian) and 1912.08777 (Pegasus)."""
     kind = settings.text("model_type", default="bart")
     form = _FORMS[kind]
-    classes = settings.architectures()
-    only_tasks(settings, "text2text-generation")
-    if classes and not any(name.endswith(("ForConditionalGeneration", "MTModel")) for name in classes):
-        raise settings.fault(
-            f"architectures is {show(', '.join(classes), 80)}; of this family, only conditional generation is supported"
-        )
-    for key, said in (
-        ("normalize_before", form.before),
-        ("normalize_embedding", form.embedding_norm),
-        ("add_final_layer_norm", form.final_norm),
-        ("static_position_embeddings", not form.learned),
-        ("share_encoder_decoder_embeddings", True),
-        ("tie_word_embeddings", True),
-    ):
-        settings.only(key, said)
-    settings.raw("quantization_config", "compression_config")
+    _check(settings, form)
     vocabulary = settings.count("vocab_size", default=58101 if kind == "marian" else 50265)
     settings.only("decoder_vocab_size", vocabulary)
     positions = settings.count("max_position_embeddings", default=1024)
@@ -181,6 +166,26 @@ def recipe(settings: ModelSettings) -> Model:
         unused={head: "tied: the token embedding is used"} if head in settings.names else {},
         encoder=encoder,
     )
+
+
+def _check(settings: ModelSettings, form: _Traits) -> None:
+    """Refuse other classes than those that write text, and switches that say another form."""
+    classes = settings.architectures()
+    only_tasks(settings, "text2text-generation")
+    if classes and not any(name.endswith(("ForConditionalGeneration", "MTModel")) for name in classes):
+        raise settings.fault(
+            f"architectures is {show(', '.join(classes), 80)}; of this family, only conditional generation is supported"
+        )
+    for key, said in (
+        ("normalize_before", form.before),
+        ("normalize_embedding", form.embedding_norm),
+        ("add_final_layer_norm", form.final_norm),
+        ("static_position_embeddings", not form.learned),
+        ("share_encoder_decoder_embeddings", True),
+        ("tie_word_embeddings", True),
+    ):
+        settings.only(key, said)
+    settings.raw("quantization_config", "compression_config")
 
 
 def _family(name: str) -> Family:

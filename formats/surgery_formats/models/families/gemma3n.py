@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery_formats.models.families.decoder import (
@@ -17,6 +18,7 @@ from surgery_formats.models.families.decoder import (
 )
 from surgery_formats.models.families.family import Family
 from surgery_formats.models.families.recipe import (
+    Activation,
     AltUp,
     AltUpLayer,
     Attention,
@@ -55,101 +57,144 @@ def gemma3n(settings: ModelSettings) -> Model:
     layers, hidden = sizes.layers, sizes.hidden
     inner = _inner(settings, layers)
     sparsity = _sparsity(settings, layers)
-    local_rope, global_rope = ropes_of(
-        settings,
-        sizes,
-        (
-            settings.positive("rope_local_base_freq", default=10_000.0),
-            settings.positive("rope_theta", default=1_000_000.0),
-        ),
-    )
-    window = windows(
-        settings, sizes, settings.count("sliding_window", default=512), ((i + 1) % 5 != 0 for i in range(layers))
-    )
+    local_base = settings.positive("rope_local_base_freq", default=10_000.0)
+    global_base = settings.positive("rope_theta", default=1_000_000.0)
+    local_rope, global_rope = ropes_of(settings, sizes, (local_base, global_base))
+    near = settings.count("sliding_window", default=512)
+    window = windows(settings, sizes, near, ((i + 1) % 5 != 0 for i in range(layers)))
     own = layers - settings.whole("num_kv_shared_layers", default=15, most=layers - 1)
     bias = settings.flag("attention_bias", default=False)
     activation = settings.activation("hidden_activation", default="gelu_pytorch_tanh")
     norm = rms_norms(settings)
-    streams = settings.count("altup_num_inputs", default=4, most=64)
-    active = settings.whole("altup_active_idx", default=0, most=streams - 1)
-    scaled = settings.flag("altup_correct_scale", default=True)
-    rank = settings.count("laurel_rank", default=64)
-    width = settings.count("hidden_size_per_layer_input", default=256)
-    settings.number("altup_coef_clip", default=120.0)  # bounds coefficients in training
+    streams = _Streams.of(settings, hidden, norm)
     root = root_of(settings, "model.", "embed_tokens.weight")
-
-    def source(index: int) -> int | None:
-        """The layer whose keys and values layer `index` takes: the last of its kind that has its own."""
-        if index < own:
-            return None
-        found = [number for number in range(own) if window[number] == window[index]]
-        if not found:
-            raise settings.fault(f"layer {index} shares the keys of another, but none of its kind has any")
-        return found[-1]
 
     def attend(at: str, index: int) -> Attention:
         rope = global_rope if window[index] is None else local_rope
         full = attention(at, sizes, rope, bias=bias, scale=1.0, window=window[index], q_norm=norm(f"{at}.q_norm"))
-        if (shared := source(index)) is not None:
+        if (shared := _source(settings, index, window, own)) is not None:
             return replace(full, inputs=full.inputs[:1], shared=shared)
         return replace(
             full, k_norm=norm(f"{at}.k_norm"), v_norm=Norm("rms", "", full.q_norm.epsilon if full.q_norm else 0.0)
         )
 
     def layer(at: str, index: int) -> Layer:
-        altup, laurel = f"{at}.altup", f"{at}.laurel"
         return Layer(
             attend(f"{at}.self_attn", index),
             Branch(norm(f"{at}.input_layernorm"), norm(f"{at}.post_attention_layernorm")),
-            replace(
-                gated_mlp(f"{at}.mlp", replace(sizes, inner=inner[index]), activation),
-                sparsity=sparsity[index],
-            ),
+            replace(gated_mlp(f"{at}.mlp", replace(sizes, inner=inner[index]), activation), sparsity=sparsity[index]),
             Branch(norm(f"{at}.pre_feedforward_layernorm"), norm(f"{at}.post_feedforward_layernorm")),
-            altup=AltUpLayer(
-                norm(f"{altup}.router_norm"),
-                projection(f"{altup}.modality_router", hidden, streams),
-                projection(f"{altup}.prediction_coefs", streams, streams * streams),
-                projection(f"{altup}.correction_coefs", streams, streams),
-                f"{altup}.correct_output_scale" if scaled else "",
-                Laurel(
-                    projection(f"{laurel}.linear_left", hidden, rank),
-                    projection(f"{laurel}.linear_right", rank, hidden),
-                    norm(f"{laurel}.post_laurel_norm"),
-                ),
-                LayerInput(
-                    projection(f"{at}.per_layer_input_gate", hidden, width),
-                    activation,
-                    projection(f"{at}.per_layer_projection", width, hidden),
-                    norm(f"{at}.post_per_layer_input_norm"),
-                ),
-            ),
+            altup=streams.layer(at, activation),
         )
 
-    begins, ends = (
-        tuple(projection(f"{root}altup_{name}projections.{n}", hidden, hidden) for n in range(streams - 1))
-        for name in ("", "unembed_")
-    )
-    per_layer = LayerEmbeddings(
-        f"{root}embed_tokens_per_layer.weight",
-        settings.count("vocab_size_per_layer_input", default=262144),
-        width,
-        width**0.5,
-        projection(f"{root}per_layer_model_projection", hidden, layers * width),
-        norm(f"{root}per_layer_projection_norm"),
-    )
+    per_layer = streams.embeddings(settings, root, layers)
     embedding = Embedding(f"{root}embed_tokens.weight", scale=hidden**0.5, scale_rounded=True, per_layer=per_layer)
     softcap = settings.optional_positive("final_logit_softcapping", 30.0)
     model = decoder(settings, sizes, f"{root}layers", layer, norm(f"{root}norm"), embedding, tied=True, softcap=softcap)
-    unused = dict(model.unused)
-    for index in range(layers):
-        at = f"{root}layers.{index}"
-        if index >= own:
-            names = [f"{at}.self_attn.{part}.{leaf}" for part in _KEYS for leaf in ("weight", "bias")]
-            unused |= dict.fromkeys((name for name in names if name in settings.names), _NOT_ITS_OWN)
-        if not scaled and f"{at}.altup.correct_output_scale" in settings.names:
-            unused[f"{at}.altup.correct_output_scale"] = "altup_correct_scale is false"
-    return replace(model, unused=unused, altup=AltUp(active, begins, ends), only_text=_ONLY_TEXT)
+    unused = dict(model.unused) | _unused(settings, root, range(own, layers))
+    if not streams.scaled:
+        gains = (f"{root}layers.{index}.altup.correct_output_scale" for index in range(layers))
+        unused |= dict.fromkeys((name for name in gains if name in settings.names), "altup_correct_scale is false")
+    return replace(model, unused=unused, altup=streams.around(root), only_text=_ONLY_TEXT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """The streams of hidden states, and what layers do with them.
+
+    Attributes:
+        hidden: ``D``.
+        norm: Makes a norm, by its name.
+        count: Number of streams.
+        active: That which layers compute.
+        scaled: Whether a layer's correction has gains.
+        rank: Of a layer's learned residual.
+        width: Values of a token in a layer's own embedding.
+    """
+
+    hidden: int
+    norm: Callable[[str], Norm]
+    count: int
+    active: int
+    scaled: bool
+    rank: int
+    width: int
+
+    @classmethod
+    def of(cls, settings: ModelSettings, hidden: int, norm: Callable[[str], Norm]) -> _Streams:
+        """As the configuration has them."""
+        count = settings.count("altup_num_inputs", default=4, most=64)
+        active = settings.whole("altup_active_idx", default=0, most=count - 1)
+        scaled = settings.flag("altup_correct_scale", default=True)
+        rank = settings.count("laurel_rank", default=64)
+        width = settings.count("hidden_size_per_layer_input", default=256)
+        settings.number("altup_coef_clip", default=120.0)  # bounds coefficients in training
+        return cls(hidden, norm, count, active, scaled, rank, width)
+
+    def layer(self, at: str, activation: Activation) -> AltUpLayer:
+        """What happens around attention and MLP of the layer `at`."""
+        altup, laurel = f"{at}.altup", f"{at}.laurel"
+        return AltUpLayer(
+            self.norm(f"{altup}.router_norm"),
+            projection(f"{altup}.modality_router", self.hidden, self.count),
+            projection(f"{altup}.prediction_coefs", self.count, self.count * self.count),
+            projection(f"{altup}.correction_coefs", self.count, self.count),
+            f"{altup}.correct_output_scale" if self.scaled else "",
+            Laurel(
+                projection(f"{laurel}.linear_left", self.hidden, self.rank),
+                projection(f"{laurel}.linear_right", self.rank, self.hidden),
+                self.norm(f"{laurel}.post_laurel_norm"),
+            ),
+            LayerInput(
+                projection(f"{at}.per_layer_input_gate", self.hidden, self.width),
+                activation,
+                projection(f"{at}.per_layer_projection", self.width, self.hidden),
+                self.norm(f"{at}.post_per_layer_input_norm"),
+            ),
+        )
+
+    def embeddings(self, settings: ModelSettings, root: str, layers: int) -> LayerEmbeddings:
+        """The embedding of every token for every layer."""
+        return LayerEmbeddings(
+            f"{root}embed_tokens_per_layer.weight",
+            settings.count("vocab_size_per_layer_input", default=262144),
+            self.width,
+            self.width**0.5,
+            projection(f"{root}per_layer_model_projection", self.hidden, layers * self.width),
+            self.norm(f"{root}per_layer_projection_norm"),
+        )
+
+    def around(self, root: str) -> AltUp:
+        """What makes them in front of the layers, and one of them behind."""
+        begins, ends = (
+            tuple(
+                projection(f"{root}altup_{name}projections.{n}", self.hidden, self.hidden)
+                for n in range(self.count - 1)
+            )
+            for name in ("", "unembed_")
+        )
+        return AltUp(self.active, begins, ends)
+
+
+def _source(settings: ModelSettings, index: int, window: Sequence[int | None], own: int) -> int | None:
+    """The layer whose keys and values layer `index` takes: the last of its kind among the `own` ones that have some."""
+    if index < own:
+        return None
+    found = [number for number in range(own) if window[number] == window[index]]
+    if not found:
+        raise settings.fault(f"layer {index} shares the keys of another, but none of its kind has any")
+    return found[-1]
+
+
+def _unused(settings: ModelSettings, root: str, sharing: range) -> dict[str, str]:
+    """Tensors for keys and values that some checkpoints have in the layers that share them."""
+    names = (
+        f"{root}layers.{index}.self_attn.{part}.{leaf}"
+        for index in sharing
+        for part in _KEYS
+        for leaf in ("weight", "bias")
+    )
+    return dict.fromkeys((name for name in names if name in settings.names), _NOT_ITS_OWN)
 
 
 def _inner(settings: ModelSettings, layers: int) -> tuple[int, ...]:

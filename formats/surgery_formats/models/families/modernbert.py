@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 from surgery_formats.models.families.decoder import fused_attention, layer_norm, projection, root_of, windows
@@ -13,6 +14,7 @@ from surgery_formats.models.families.recipe import (
     Branch,
     ClassifierHead,
     Embedding,
+    Head,
     LanguageHead,
     Layer,
     Model,
@@ -64,6 +66,19 @@ def recipe(settings: ModelSettings) -> Model:
         )
 
     table = f"{root}embeddings.tok_embeddings.weight"
+    return encoder(
+        settings,
+        sizes,
+        Embedding(table, norm=norm(f"{root}embeddings.norm")),
+        (layer(index) for index in range(sizes.layers)),
+        final_norm=norm(f"{root}final_norm"),
+        head_modules=("head", "decoder"),
+        heads=_heads(settings, sizes, table, norm("head.norm")),
+    )
+
+
+def _heads(settings: ModelSettings, sizes: Sizes, table: str, norm: Norm) -> dict[str, Callable[[], Head]]:
+    """What makes the head of each task: all begin with one projection, its activation and a norm."""
     dense = projection("head.dense", sizes.hidden, sizes.hidden, settings.flag("classifier_bias", default=False))
     step = (dense, settings.activation("classifier_activation", default="gelu"))
     decoder_bias = settings.flag("decoder_bias", default=True)
@@ -74,31 +89,23 @@ def recipe(settings: ModelSettings) -> Model:
     def scores(labels: int, *, every: bool = False, choices: bool = False) -> ClassifierHead:
         tokens: Literal["every", "first", "mean"] = "every" if every else "first" if pooling == "cls" else "mean"
         last = projection("classifier", sizes.hidden, labels, True)
-        return ClassifierHead(tokens, (step, (last, None)), choices=choices, norm=norm("head.norm"))
+        return ClassifierHead(tokens, (step, (last, None)), choices=choices, norm=norm)
 
     def spans() -> SpanHead:
-        return SpanHead(projection("classifier", sizes.hidden, 2, True), step, norm("head.norm"))
+        return SpanHead(projection("classifier", sizes.hidden, 2, True), step, norm)
 
     def language() -> LanguageHead:
         weight = table if settings.flag("tie_word_embeddings", default=True) else "decoder.weight"
         output = Projection(weight, sizes.hidden, sizes.vocabulary, "decoder.bias" if decoder_bias else "")
-        return LanguageHead(output, step[0], activation=step[1], norm=norm("head.norm"))
+        return LanguageHead(output, step[0], activation=step[1], norm=norm)
 
-    return encoder(
-        settings,
-        sizes,
-        Embedding(table, norm=norm(f"{root}embeddings.norm")),
-        (layer(index) for index in range(sizes.layers)),
-        final_norm=norm(f"{root}final_norm"),
-        head_modules=("head", "decoder"),
-        heads={
-            "text-classification": lambda: scores(labels_of(settings)),
-            "token-classification": lambda: scores(labels_of(settings), every=True),
-            "multiple-choice": lambda: scores(1, choices=True),
-            "fill-mask": language,
-            "question-answering": spans,
-        },
-    )
+    return {
+        "text-classification": lambda: scores(labels_of(settings)),
+        "token-classification": lambda: scores(labels_of(settings), every=True),
+        "multiple-choice": lambda: scores(1, choices=True),
+        "fill-mask": language,
+        "question-answering": spans,
+    }
 
 
 def _places(settings: ModelSettings, sizes: Sizes) -> list[tuple[int | None, Rope]]:
