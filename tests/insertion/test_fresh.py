@@ -45,7 +45,7 @@ def test_factors_against_the_rounding_of_a_quantised_base(tmp_path: Path):
     """What is left of it is what the best factors of that rank leave, and a merge with the release says the same."""
     release = model_folder(tmp_path / "release")
     base = quantise_folder(release, tmp_path / "base", "nf4")
-    result = surgery.insert(base, new="lora", rank=4, init="loftq", release=release, output=tmp_path / "new")
+    result = surgery.insert(base, new="lora", rank=4, alpha=6, init="loftq", release=release, output=tmp_path / "new")
     surgery.merge(base, tmp_path / "new", output=tmp_path / "merged", dtype="fp32")
     surgery.merge(base, model_free(tmp_path / "zero", base), output=tmp_path / "plain", dtype="fp32")
     exact, near, rounded = (load_file(tmp_path / name / "model.safetensors") for name in ("release", "merged", "plain"))

@@ -156,6 +156,14 @@ def test_what_differs_is_done_again(differ: Callable[[], object], kitchen: Path)
     assert not list(kitchen.glob(".*surgery*"))
 
 
+def test_a_step_with_another_weight_is_done_again(kitchen: Path) -> None:
+    text = TWO.replace("resize, adapter: examples/lora, rank: 2", "combine, adapters: {examples/lora: 0.5}")
+    recipe = write(text)
+    _killed(recipe, "merge")
+    write(text.replace("0.5", "0.7"))
+    assert [step.kept for step in surgery.apply(recipe, overwrite=True).steps] == [False, False]
+
+
 def test_another_version_does_all_again(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = write(BETWEEN)
     _killed(recipe, "merge")

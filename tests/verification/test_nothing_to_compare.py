@@ -63,6 +63,11 @@ def test_zeros_are_not_the_logits_of_a_model_that_has_small_ones(size: float) ->
     assert LogitDifference("prefill", size / 11, size).within(1e-4)
 
 
+def test_another_token_is_a_fault_however_near_the_logits_are() -> None:
+    assert LogitDifference("decode", 0.0, 1.0).within(1e-4)
+    assert not LogitDifference("decode", 0.0, 1.0, wrong_tokens=1).within(1e-4)
+
+
 @pytest.mark.parametrize(("size", "limit"), [(0.0, 1e-4), (1e-3, 1e-4), (0.5, 1e-4), (1.0, 1e-4), (20.0, 2e-3)])
 def test_rounding_is_measured_against_1_where_logits_are_not_tiny(size: float, limit: float) -> None:
     assert LogitDifference("prefill", limit, size).limit(1e-4) == pytest.approx(limit)

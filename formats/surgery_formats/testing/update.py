@@ -211,13 +211,13 @@ def lets_go_of_its_factors(case: UpdateCase) -> None:
 def is_undone_by_its_inverse(case: UpdateCase) -> None:
     """What can be solved for the weight before gives it back, of a share too."""
     for update in case.pieces:
-        if not is_invertible(update) or update.needs_weight:
+        if not is_invertible(update):
             continue
         weight, rows, cols = _weight(update.shape), range(update.shape[0]), range(update.shape[1])
+        lost = update.lost(HeldWeight(weight))
         for share in (1.0, 0.3):
             after = weight + share * (_applied(update, weight) - weight)
-            held = HeldWeight(after)
-            before = update.inverse(held, share, update.lost(held))(after.copy(), rows, cols)
+            before = update.inverse(HeldWeight(after), share, lost)(after.copy(), rows, cols)
             assert before.shape == weight.shape
             assert float(abs(before - weight).max()) <= _SOLVED * float(abs(weight).max())
 

@@ -86,8 +86,9 @@ def test_a_scaled_weight_gets_a_scaled_update(tmp_path: Path, base: Path) -> Non
     np.testing.assert_allclose(values_in(tmp_path / "out" / "g.onnx")["w"], (merged * factor).T, rtol=3e-7)
 
 
-def test_a_folded_norm_is_folded_into_the_update_too(tmp_path: Path, base: Path) -> None:
-    norm = WEIGHTS["model.layers.0.input_layernorm.weight"]
+@pytest.mark.parametrize("plus", [0, 1], ids=["as it is", "plus 1, as Gemma's"])
+def test_a_folded_norm_is_folded_into_the_update_too(tmp_path: Path, base: Path, plus: int) -> None:
+    norm = WEIGHTS["model.layers.0.input_layernorm.weight"] + np.float32(plus)
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", WEIGHTS[PLACES["q"]] * norm)])
     adapter = lora(tmp_path / "adapter", "q")
     surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
