@@ -14,6 +14,7 @@ __all__ = [
     "closest",
     "count",
     "encodable",
+    "exact",
     "listing",
     "local_name",
     "markdown",
@@ -139,6 +140,11 @@ def count(number: float) -> str:
         if abs(number) >= size:
             return f"{number / (1e3 if unit == 'k' else size):.3g} {unit}"
     return f"{number:g}"
+
+
+def exact(number: float) -> str:
+    """The fewest digits that are read as the same float again: ``0.7``, ``2``, ``0.3333333333333333``."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def nbytes(number: float) -> str:

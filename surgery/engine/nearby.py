@@ -17,17 +17,12 @@ _LOOKED_AT = 500  # entries of a folder
 def nearby_inputs(manifest: Path) -> Iterator[Path]:
     """Files of weights and folders with some, here and beside the manifest's folder."""
     for folder in dict.fromkeys((Path.cwd(), manifest.resolve().parent.parent)):
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name)[:_LOOKED_AT]:
-            if entry.name.startswith("."):
-                continue
-            if os.path.isfile(entry.path):
-                if holds_weights(entry.name):
-                    yield Path(entry.path)
-            elif any(map(holds_weights, _names(entry.path))):
-                yield Path(entry.path)
+        for path in (folder / name for name in sorted(_names(folder))[:_LOOKED_AT] if not name.startswith(".")):
+            if holds_weights(path.name) if path.is_file() else any(map(holds_weights, _names(path))):
+                yield path
 
 
-def _names(folder: str) -> list[str]:
+def _names(folder: Path) -> list[str]:
     """What lies in a folder; nothing where there is none, or none that may be read."""
     try:
         return os.listdir(folder)

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,3 +76,36 @@ def test_a_model_of_no_merge_is_said_to_be_none(place: Path, run: Run) -> None:
         asked = run("unmerge", model, "--dry-run")
         assert asked.exit_code == 2
         assert "nothing beside the model says which were merged into it" in asked.stderr
+
+
+def test_a_weight_is_told_to_its_last_digit(place: Path, run: Run) -> None:
+    surgery.merge("base", [("facts", 1 / 3)], output="third", reversible=True)
+    wrong = run("unmerge", "third", "facts=0.333333", "--dry-run")
+    assert wrong.exit_code == 4
+    assert (
+        "was merged with the weight 0.3333333333333333, not 0.333333\n  hint: write facts=0.3333333333333333"
+        in wrong.stderr
+    )
+    asked = run("unmerge", "third", "--dry-run")
+    assert "with the weight 0.3333333333333333 (content " in asked.stderr
+    hint = asked.stderr.split("  hint: surgery ")[1].strip()
+    assert run(*shlex.split(hint)).exit_code == 0
+
+
+def test_what_a_merge_kept_elsewhere_is_in_the_command(place: Path, run: Run) -> None:
+    surgery.merge("base", [("facts", 0.5)], output="kept", reversible=True)
+    shutil.move("kept/base.rounding", "of kept.rounding")
+    asked = run("unmerge", "kept", "--base-rounding", "of kept.rounding", "--dry-run")
+    assert asked.stderr.strip().endswith("facts=0.5 --base-rounding 'of kept.rounding' -o OUT")
+
+
+def test_a_folder_that_cannot_be_listed_holds_no_adapters(
+    place: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(folder: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("surgery.engine.nearby.os", SimpleNamespace(listdir=denied))
+    asked = run("unmerge", "merged", "--dry-run")
+    assert asked.exit_code == 2
+    assert "hint: name them as they were merged, in their order: ADAPTER=WEIGHT" in asked.stderr

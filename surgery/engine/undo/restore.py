@@ -46,7 +46,7 @@ from surgery_formats.storage.base import Storage
 from surgery_formats.storage.plain import Elements, Plain
 from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
-from surgery_formats.text import show
+from surgery_formats.text import exact, show
 
 __all__ = ["Restoration", "check_adapters", "prove_base", "restoration"]
 
@@ -129,9 +129,9 @@ def check_adapters(recorded: Sequence[Mapping[str, Any]], given: Sequence[tuple[
             )
         if float(record["weight"]) != weight:
             raise FitError(
-                f"was merged with the weight {float(record['weight']):g}, not {weight:g}",
+                f"was merged with the weight {exact(record['weight'])}, not {exact(weight)}",
                 file=adapter.path,
-                hint=f"write {show(adapter.path.name)}={float(record['weight']):g}",
+                hint=f"write {show(adapter.path.name)}={exact(record['weight'])}",
             )
 
 

@@ -17,7 +17,8 @@ from surgery.engine.undo.sidecar import open_sidecar
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import SurgeryError, UsageError
 from surgery_formats.files.output.manifest import MANIFEST
-from surgery_formats.text import numbered, show
+from surgery_formats.models.side_files import BASE_ROUNDING
+from surgery_formats.text import exact, numbered, show
 
 __all__ = ["none_named"]
 
@@ -45,7 +46,9 @@ def none_named(model: Path, kept: Path | None) -> UsageError:
     hint = "name them as they were merged, in their order: ADAPTER=WEIGHT"
     if len(found) == len(merged):
         named = " ".join(_argument(path, record) for path, record in zip(found, merged, strict=True))
-        hint = f"surgery unmerge {shlex.quote(str(model))} {named} -o OUT"
+        elsewhere = kept is not None and kept != model / BASE_ROUNDING
+        beside = f" --base-rounding {shlex.quote(str(kept))}" if elsewhere else ""
+        hint = f"surgery unmerge {shlex.quote(str(model))} {named}{beside} -o OUT"
     return UsageError(
         f"no adapter was named, and {numbered(len(merged), 'adapter')} {'was' if len(merged) == 1 else 'were'} merged into it: {told}",
         file=model,
@@ -77,7 +80,7 @@ def _described(record: Mapping[str, Any]) -> str:
     name, kind, format_name = (record.get(key) for key in ("name", "kind", "format"))
     files = ", ".join(show(each[:8], 8) for each in record["files"][:2])
     what = f"'{show(str(name), 100)}'" if name else f"a {show(str(format_name), 40)} {show(str(kind), 40)}"
-    weight = "" if record["weight"] == 1 else f" with the weight {record['weight']:g}"
+    weight = "" if record["weight"] == 1 else f" with the weight {exact(record['weight'])}"
     return f"{what}{weight} (content {files})"
 
 
@@ -95,4 +98,4 @@ def _found(model: Path, merged: Sequence[Mapping[str, Any]]) -> list[Path]:
 def _argument(path: Path, record: Mapping[str, Any]) -> str:
     here = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     plain = record["weight"] == 1 and "=" not in here
-    return shlex.quote(here if plain else f"{here}={record['weight']:g}")
+    return shlex.quote(here if plain else f"{here}={exact(record['weight'])}")
