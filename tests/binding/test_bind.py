@@ -170,7 +170,9 @@ def test_a_base_in_the_hubs_cache_is_called_by_its_repository(tmp_path: Path, re
     snapshot = tmp_path / f"models--{repository}" / "snapshots" / ("0" * 39 + "1")
     shutil.copytree(BASE, snapshot)
     text = other_base(read_adapter(ROOT / "examples/lora"), open_checkpoint(snapshot))
-    assert text == (f"was trained on 'examples/base', the base given is '{repository.replace('--', '/')}'" if told else None)
+    assert text == (
+        f"was trained on 'examples/base', the base given is '{repository.replace('--', '/')}'" if told else None
+    )
 
 
 def test_a_tensor_that_no_update_uses_is_refused_before_a_plan_is_made(tmp_path: Path) -> None:

@@ -86,9 +86,7 @@ def test_a_scaled_weight_gets_a_scaled_update(tmp_path: Path, base: Path) -> Non
     np.testing.assert_allclose(values_in(tmp_path / "out" / "g.onnx")["w"], (merged * factor).T, rtol=3e-7)
 
 
-def test_rows_with_factors_of_their_own_keep_them(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_with_factors_of_their_own_keep_them(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block of rows, here of four, takes its own factors and not those of the first block."""
     monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", 4 * 24)
     weight = WEIGHTS[PLACES["q"]]
