@@ -142,7 +142,7 @@ _INFINITIES = {DType.F16: 0x7C00, DType.BF16: 0x7F80}
 def all_finite(array: Array) -> bool:
     """Whether no value is NaN or Inf. A finite sum of squares proves it, many times faster than testing each value."""
     dtype = dtype_of(array)
-    if not dtype.is_floating_point:
+    if not dtype.is_float_or_fp8:
         return True
     if dtype in _INFINITIES and not is_torch(array) and array.flags.c_contiguous:
         from surgery_formats.halves import are_finite

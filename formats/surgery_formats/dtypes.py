@@ -54,8 +54,8 @@ class DType(enum.Enum):
         return self in (DType.F64, DType.F32, DType.F16, DType.BF16)
 
     @property
-    def is_floating_point(self) -> bool:
-        """Whether values are floating-point numbers, narrow ones that must be widened first included."""
+    def is_float_or_fp8(self) -> bool:
+        """Whether values are floating-point numbers: plain ones, or of 8 bits, which are widened before arithmetic."""
         return self.is_float or (self.bits == 8 and self.label.startswith(("F8_E4", "F8_E5")))
 
     def holds(self, other: DType) -> bool:

@@ -258,7 +258,7 @@ def _numeric(weight: Parameter) -> bool:
 
 def _counts(weight: Parameter) -> bool:
     """Whether its values are numbers that a total may hold, not indices."""
-    return weight.storage.is_float or weight.storage.dtype.is_floating_point
+    return weight.storage.is_float or weight.storage.dtype.is_float_or_fp8
 
 
 def _same_bytes(mine: _Weight, theirs: _Weight) -> bool:

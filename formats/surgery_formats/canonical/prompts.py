@@ -115,7 +115,7 @@ class SoftPrompt:
     def _values(self) -> Array:
         """The table as a matrix in float32, or float64 where stored so, read when it is needed."""
         stored = self.table.read()
-        if not self.table.dtype.is_floating_point:
+        if not self.table.dtype.is_float_or_fp8:
             raise self._error(f"trained values of type {self.table.dtype.label}")
         values = cast(stored, wide(dtype_of(stored)))
         if not all_finite(values):

@@ -52,7 +52,7 @@ class Mxfp4Storage:
                 scale = tensors.get(f"{weight}_scales")
                 if codes.dtype is DType.U8 and scale is not None and scale.dtype is DType.U8:
                     yield _experts(weight, codes, scale)
-                elif codes.dtype.is_floating_point and weight.endswith(_EXPERTS):
+                elif codes.dtype.is_float_or_fp8 and weight.endswith(_EXPERTS):
                     raise MalformedError(
                         f"is called the blocks of MXFP4 and holds numbers in {codes.dtype.label}: transformers saves "
                         "experts so that it dequantised on loading, and reads them nowhere",

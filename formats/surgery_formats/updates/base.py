@@ -86,7 +86,7 @@ class Factor:
 
 def _read(tensor: Tensor, dtype: DType | None) -> Array:
     """All values of a trained tensor, checked."""
-    if not tensor.dtype.is_floating_point:
+    if not tensor.dtype.is_float_or_fp8:
         raise FitError(f"trained values of type {tensor.dtype.label}", file=tensor.path, tensor=tensor.name)
     values = tensor.read() if dtype is None else cast(tensor.read(), dtype)
     if not all_finite(values):

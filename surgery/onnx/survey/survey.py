@@ -102,7 +102,7 @@ def computed_weights(graph: OnnxGraph) -> dict[str, StoredTensor]:
         for name, tensor in graph.tensors.items()
         if tensor.shape
         and tensor.nbytes > tensor.dtype.bits // 8
-        and (tensor.dtype.is_floating_point or tensor.packed_as or tensor.dtype in (DType.I8, DType.U8))
+        and (tensor.dtype.is_float_or_fp8 or tensor.packed_as or tensor.dtype in (DType.I8, DType.U8))
     }
 
 

@@ -118,7 +118,7 @@ def _a1111(path: Path) -> Inversion | None:
 
 
 def _checked(tensor: StoredTensor) -> StoredTensor:
-    if len(tensor.shape) not in (1, 2) or not tensor.numel or not tensor.dtype.is_floating_point:
+    if len(tensor.shape) not in (1, 2) or not tensor.numel or not tensor.dtype.is_float_or_fp8:
         raise MalformedError(
             f"{list(tensor.shape)}, not rows of an embedding", file=tensor.file.path, tensor=tensor.name
         )

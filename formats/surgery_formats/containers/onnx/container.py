@@ -44,7 +44,7 @@ def _is_weight(graph: OnnxGraph, name: str, tensor: StoredTensor) -> bool:
     if graph.holders[name] in ("initializer", "SparseTensor"):
         return True
     return tensor.nbytes > tensor.dtype.bits // 8 and (
-        tensor.dtype.is_floating_point or tensor.dtype in (DType.I8, DType.U8)
+        tensor.dtype.is_float_or_fp8 or tensor.dtype in (DType.I8, DType.U8)
     )
 
 

@@ -141,7 +141,7 @@ class TypedTensors(Mapping[str, Array]):
         """Whether it is an array of more than so many numbers of a type that weights have."""
         found = self._found[name]
         form = raw_form(found.elements, found.shape)
-        numbers = form is not None and (form[0].is_floating_point or bool(form[3]) or form[0] in (DType.I8, DType.U8))
+        numbers = form is not None and (form[0].is_float_or_fp8 or bool(form[3]) or form[0] in (DType.I8, DType.U8))
         return numbers and math.prod(found.shape) > elements
 
     def label(self, name: str) -> str:

@@ -23,7 +23,7 @@ def _read(module: ModuleTensors, scales: StatedScales) -> Iterable[ReadUpdate]:
     for role, (parameter, kind) in _KINDS.items():
         if (stored := module.parts.get(role)) is None:
             continue
-        if len(stored.shape) not in (1, 2) or not stored.dtype.is_floating_point:
+        if len(stored.shape) not in (1, 2) or not stored.dtype.is_float_or_fp8:
             raise malformed(stored, f"{list(stored.shape)}, not rows of an embedding")
         shape = (1, stored.numel) if len(stored.shape) == 1 else (stored.shape[0], stored.shape[1])
         instead = f"leave it out, and give it to the prompt from its own file: without='*{module.path}*'"
