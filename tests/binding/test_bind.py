@@ -165,6 +165,16 @@ def test_another_base_is_told_and_a_quantised_copy_is_none(tmp_path: Path) -> No
     assert surgery.report(adapter, base=BASE).warnings == ()
 
 
+@pytest.mark.parametrize(("repository", "told"), [("org--base", False), ("org--other", True)])
+def test_a_base_in_the_hubs_cache_is_called_by_its_repository(tmp_path: Path, repository: str, told: bool) -> None:
+    snapshot = tmp_path / f"models--{repository}" / "snapshots" / ("0" * 39 + "1")
+    shutil.copytree(BASE, snapshot)
+    text = other_base(read_adapter(ROOT / "examples/lora"), open_checkpoint(snapshot))
+    assert text == (
+        f"was trained on 'examples/base', the base given is '{repository.replace('--', '/')}'" if told else None
+    )
+
+
 def test_a_tensor_that_no_update_uses_is_refused_before_a_plan_is_made(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     base = write_model(tmp_path / "base", {f"{name}.weight": torch.randn(8, 8)}, model_type="llama")

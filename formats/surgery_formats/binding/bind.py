@@ -29,6 +29,7 @@ from surgery_formats.binding.tied_edits import same_values, settle_tie
 from surgery_formats.binding.together import side_by_side
 from surgery_formats.canonical.adapter import Adapter, Ignored
 from surgery_formats.errors import FitError
+from surgery_formats.models.base_name import base_name
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.storage.base import is_stacked
@@ -209,12 +210,14 @@ def warn_of_other_base(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> l
 def other_base(adapter: Adapter, checkpoint: Checkpoint) -> str | None:
     """That the base recorded in `adapter` has another name than the one given; None if it is the same, or a quantised copy.
 
-    A quantised copy has the name of what it was made of and an ending: ``llama-bnb-4bit``.
+    A quantised copy has the name of what it was made of and an ending: ``llama-bnb-4bit``. A base in the hub's cache lies in a
+    folder named by a commit, and has the name of its repository.
     """
-    given, recorded = checkpoint.path.resolve().name, adapter.base_name.rstrip("/").rpartition("/")[2]
+    name = base_name(checkpoint)
+    given, recorded = (text.rstrip("/").rpartition("/")[2] for text in (name, adapter.base_name))
     config = next(iter(checkpoint.components.values())).config
     if not recorded or recorded in (given, str(config.get("_name_or_path", "")).rpartition("/")[2]):
         return None
     if checkpoint.is_quantised and given.startswith(tuple(recorded + mark for mark in "-_.")):
         return None
-    return f"was trained on '{local_name(adapter.base_name)}', the base given is '{given}'"
+    return f"was trained on '{local_name(adapter.base_name)}', the base given is '{name}'"

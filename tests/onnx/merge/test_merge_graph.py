@@ -86,6 +86,18 @@ def test_a_scaled_weight_gets_a_scaled_update(tmp_path: Path, base: Path) -> Non
     np.testing.assert_allclose(values_in(tmp_path / "out" / "g.onnx")["w"], (merged * factor).T, rtol=3e-7)
 
 
+def test_rows_with_factors_of_their_own_keep_them(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of rows, here of four, takes its own factors and not those of the first block."""
+    monkeypatch.setattr("surgery.engine.blocks.BLOCK_ELEMENTS", 4 * 24)
+    weight = WEIGHTS[PLACES["q"]]
+    factors = np.random.default_rng(1).uniform(0.5, 2, (len(weight), 1)).astype("f4")
+    path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", weight * factors)])
+    adapter = lora(tmp_path / "adapter", "q")
+    surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
+    merged = merged_weights(base, adapter, tmp_path / "checkpoint")[PLACES["q"]]
+    np.testing.assert_allclose(values_in(tmp_path / "out" / "g.onnx")["w"], merged * factors, rtol=3e-7)
+
+
 @pytest.mark.parametrize("plus", [0, 1], ids=["as it is", "plus 1, as Gemma's"])
 def test_a_folded_norm_is_folded_into_the_update_too(tmp_path: Path, base: Path, plus: int) -> None:
     norm = WEIGHTS["model.layers.0.input_layernorm.weight"] + np.float32(plus)
