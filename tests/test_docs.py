@@ -36,8 +36,8 @@ RUN = re.compile(r"^```(python|console) run\n(.*?)^```$", re.MULTILINE | re.DOTA
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
-# Folders of the machines this is made on; the tools of a finished project have no business with them.
-MACHINE = re.compile(r"(?<![\w./-])/(?:root|work|tmp|home/\w+|Users/\w+)/[\w.-]+")
+# Folders of the machines this is made on; the tools of a finished project have no business with them. One is in our images.
+MACHINE = re.compile(r"(?<![\w./-])/(?!tmp/huggingface\b)(?:root|work|tmp|home/\w+|Users/\w+)/[\w.-]+")
 
 
 def name(page: Path) -> str:
@@ -297,4 +297,5 @@ def test_machine_folders_are_recognised():
     """The test above can fail."""
     for folder in ("root", "work", "tmp", "home/me", "Users/me"):
         assert MACHINE.search(f'path = "/{folder}/thing.py"')
-    assert not MACHINE.search("https://example.org/work/thing and a/root/b")
+        assert MACHINE.search(f"/{folder}/huggingfaces")
+    assert not MACHINE.search("https://example.org/work/thing and a/root/b; HF_HOME=/tmp/huggingface")

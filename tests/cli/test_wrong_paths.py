@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from surgery_formats.files.places import names_in
 from tests.support.kit import ROOT, Run
 
 BASE, LORA, DORA = (f"{ROOT}/examples/{name}" for name in ("base", "lora", "dora"))
@@ -96,3 +97,17 @@ def test_check_names_the_command_that_goes_on(place: Path, run: Run) -> None:
     assert told in every.stdout + every.stderr
     honoured = run("check", BASE, LORA, "--for", "vllm")
     assert "next: " not in honoured.stdout + honoured.stderr
+
+
+def test_a_folder_that_may_not_be_read_hides_no_other(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "models" / "a private one").mkdir()
+
+    def listed(folder: Path) -> list[str]:
+        if folder.name == "a private one":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return names_in(folder)
+
+    monkeypatch.setattr("surgery_formats.containers.sharded.names_in", listed)
+    asked = run("inspect", "models")
+    assert asked.exit_code == 3
+    assert "there are weights in models/base: name one" in asked.stderr

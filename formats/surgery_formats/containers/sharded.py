@@ -178,8 +178,16 @@ def _graphs_below(folder: Path) -> str | None:
 def _weights_below(folder: Path) -> str | None:
     """The folders in a folder of models, from which one has to be chosen."""
     below = [entry for entry in entries(folder)[:_LOOKED_AT] if is_folder(entry) and not entry.name.startswith(".")]
-    held = [str(entry) for entry in below if any(map(holds_weights, _listed(entry)))]
+    held = [str(entry) for entry in below if _holds_some(entry)]
     return f"there are weights in {listing(held)}: name one" if held else None
+
+
+def _holds_some(folder: Path) -> bool:
+    """Whether there are files of weights; none are known of in a folder that may not be read."""
+    try:
+        return any(map(holds_weights, _listed(folder)))
+    except OSError:
+        return False
 
 
 def _single_or_index(folder: Path, single: str, index: str, suffix: str) -> str:
