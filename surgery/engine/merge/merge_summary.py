@@ -106,11 +106,14 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
     whole = Value(sum(size for size, _ in sizes), "count")
     used = numbered(ledger.adapter_tensors, "tensor")
     in_lora = f"; {ledger.plan.in_lora} of them in the LoRA beside the model" if ledger.plan.in_lora else ""
-    return [
+    facts: list[tuple[str, Phrase]] = [
         ("tensors", counted(ledger.classes)),
         ("adapter", f"{used} used, {len(ledger.plan.ignored)} without effect{in_lora}"),
         ("parameters", (Value(changed, "count"), " of ", whole, " lie in tensors that change")),
     ]
+    if between := ledger.plan.between_nbytes:
+        facts.append(("between them", (Value(between, "bytes"), " that are no tensor's, copied")))
+    return facts
 
 
 def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
@@ -215,7 +218,7 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
     """Files, and the first operations; all of them if `verbose`."""
     rows = []
     for file in ledger.plan.files:
-        weights = [tensor for tensor in file.tensors if not tensor.part]
+        weights = [tensor for tensor in file.tensors if not tensor.part and tensor.outcome != "between"]
         computed = sum(isinstance(tensor.step, Compute) for tensor in weights)
         rows.append((file.name, file.nbytes, len(weights) - computed, computed))
     files = Column("file", "name"), Column("bytes", "bytes"), Column("copied", "integer"), Column("computed", "integer")
