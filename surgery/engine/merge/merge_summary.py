@@ -167,14 +167,15 @@ def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
     )
 
 
-def _verdict(kept: Survival, inside: Survival) -> str:
-    """In a few words; docs/quantised.md has what such numbers were worth on the example."""
+def _verdict(kept: Survival, inside: Survival) -> Phrase:
+    """What the codes hold, in a word; of what a text makes of it docs/quantised.md has examples, and `surgery eval` a measure."""
     heard = inside.correlation if inside.update > 0 else kept.correlation
-    if kept.survival >= _POOR and heard >= _HEARD:
-        return "good: nearly all of the update is there, where the adapter listens"
-    if kept.survival >= _LOST and heard >= _MUFFLED:
-        return "fair: a part of the update is lost, which --quantized residual or 16 bits keep"
-    return "poor: much of the update is lost, which --quantized residual or 16 bits keep"
+    good = kept.survival >= _POOR and heard >= _HEARD
+    fair = kept.survival >= _LOST and heard >= _MUFFLED
+    word = "good" if good else "fair" if fair else "poor"
+    rest = "" if good else "; 16 bits or --quantized residual keep the rest"
+    held = Value(kept.survival, "share"), f" of the update{rest}; surgery eval measures what that is worth on a text"
+    return f"{word} by the codes, which hold ", *held
 
 
 def _residual(residual: ResidualLoRA | None) -> Iterator[tuple[str, Phrase]]:
