@@ -315,6 +315,7 @@ class Ledger:
             "ignored": {entry.label: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),
         }
+        account |= {"notes": list(self.plan.notes)} if self.plan.notes else {}
         account |= {"between_nbytes": between} if (between := self.plan.between_nbytes) else {}
         account |= {"quantised": _coded(coded)} if (coded := self.coded) else {}
         return account | ({"requantised": _requantised(self)} if self.requantised else {})

@@ -239,6 +239,7 @@ class Plan:
         facts: What the manifest says about the inputs, as JSON has it.
         warnings: What the user should know.
         in_lora: Number of adapter tensors that are in no weight, but in a LoRA beside the model.
+        notes: What looks odd, and is as it should be.
     """
 
     verb: str
@@ -252,6 +253,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     in_lora: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:

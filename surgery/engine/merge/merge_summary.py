@@ -62,7 +62,8 @@ def merge_summary(
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
         following = Note(("next: ", *next_step(ledger.plan, output, residual)))
         sections = [Facts(tuple(facts)), *merge_charts(ledger), *_poor(ledger, verbose), following]
-    return Summary("Merge", (*sections, *warning_notes(warnings)))
+    notes = (Note(f"note: {text}") for text in ledger.plan.notes)
+    return Summary("Merge", (*sections, *notes, *warning_notes(warnings)))
 
 
 def _would_write(plan: Plan, preview: Preview | None) -> Iterator[tuple[str, Phrase]]:
