@@ -72,7 +72,7 @@ def test_the_verdict_on_requantised_codes_is_what_was_measured(
         nf4, (LORA, weight), output=tmp_path / "out", quantized="requantize", accept_loss=True, **options
     )
     (said,) = [line for line in str(result.summary()).splitlines() if line.startswith("verdict")]
-    held = f"{100 * result.ledger.survival:.2f}% of the update; "
+    held = f"{100 * result.ledger.survival:.2f}% of the update at a correlation of 0."
     assert said.removeprefix("verdict").strip().startswith(f"{verdict} by the codes, which hold {held}")
     assert said.endswith("surgery eval measures what that is worth on a text")
     assert ("--quantized residual" in said) == (verdict == "poor")

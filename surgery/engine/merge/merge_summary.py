@@ -34,6 +34,7 @@ _HEARD, _LOST, _MUFFLED = 0.99, 0.75, 0.9
 correlation below which a merge is poor."""
 _WORST = 5
 _MEASURABLE = 100_000_000  # bytes; below, starting up takes most of the time
+_TEXT = "surgery eval measures what that is worth on a text"
 _FIRST = 10  # operations of a dry run, unless all are asked for
 
 
@@ -175,7 +176,12 @@ def _verdict(kept: Survival, inside: Survival) -> Phrase:
     fair = kept.survival >= _LOST and heard >= _MUFFLED
     word = "good" if good else "fair" if fair else "poor"
     rest = "" if good else "; 16 bits or --quantized residual keep the rest"
-    held = Value(kept.survival, "share"), f" of the update{rest}; surgery eval measures what that is worth on a text"
+    held = (
+        Value(kept.survival, "share"),
+        " of the update at a correlation of ",
+        Value(heard, "number", 3),
+        f"{rest}; {_TEXT}",
+    )
     return f"{word} by the codes, which hold ", *held
 
 

@@ -24,6 +24,7 @@ __all__ = ["coded_matrices"]
 _PACKED = {"UINT4": (4, False), "INT4": (4, True), "UINT2": (2, False), "INT2": (2, True)}
 _BYTES = {DType.U8: False, DType.I8: True}
 _FLOATS = (DType.F32, DType.F16, DType.BF16)
+_FLOAT32 = 1  # TensorProto.FLOAT
 _Codes = tuple[StoredTensor, int, bool, tuple[int, ...]]
 """A tensor of codes: where it lies, bits and sign of each, and the shape of what they stand for."""
 _Values = tuple["numpy.ndarray", DType, StoredTensor | None]
@@ -38,10 +39,12 @@ def coded_matrices(graph: OnnxGraph) -> Iterator[tuple[str, tuple[CodedMatrix, .
     """
     seen: set[str] = set()
     readers: dict[str, set[str]] = {}  # of scales: the codes beside them
-    for node in graph.proto.graph.node:
+    widened = _widened(graph)
+    nodes = [_from_files(node, widened) for node in graph.proto.graph.node]
+    for node in nodes:
         for name in node.input[1:3] if node.op_type in _READERS else ():
             readers.setdefault(name, set()).add(node.input[1 if node.op_type == "MatMulNBits" else 0])
-    for node in graph.proto.graph.node:
+    for node in nodes:
         read = _READERS.get(node.op_type)
         if read is None or len(node.input) < 2:
             continue
@@ -50,6 +53,26 @@ def coded_matrices(graph: OnnxGraph) -> Iterator[tuple[str, tuple[CodedMatrix, .
                 seen.add(matrix.name)
                 shared = matrix.scales is not None and len(readers.get(matrix.scales.name, ())) > 1
                 yield matrix.name, (replace(matrix, scales=None) if shared else matrix,)
+
+
+def _widened(graph: OnnxGraph) -> Mapping[str, str]:
+    """Tensors of 16 bits by the values of float32 that a Cast makes of them, which are the same numbers."""
+    return {
+        node.output[0]: node.input[0]
+        for node in graph.proto.graph.node
+        if node.op_type == "Cast" and _attributes(node).get("to") == _FLOAT32
+        if (tensor := graph.tensors.get(node.input[0])) is not None and tensor.dtype in _FLOATS
+    }
+
+
+def _from_files(node: onnx.NodeProto, widened: Mapping[str, str]) -> onnx.NodeProto:
+    """The node as if it read what is stored."""
+    if node.op_type not in _READERS or not any(name in widened for name in node.input):
+        return node
+    straight = type(node)()
+    straight.CopyFrom(node)
+    straight.input[:] = [widened.get(name, name) for name in node.input]
+    return straight
 
 
 def _attributes(node: onnx.NodeProto) -> Mapping[str, Any]:

@@ -230,6 +230,18 @@ def test_codes_hold_the_merge_within_their_step(
     assert surgery.locate(tmp_path / "out", base, adapters=adapter).located.covered[PLACES["q"]] == 1
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_codes_of_an_export_are_found_and_merged(tmp_path: Path, dtype: str) -> None:
+    """Its scales are stored in fp16, and a graph of float32 reads them through a Cast."""
+    base, adapter = "examples/base", "examples/lora"
+    surgery.export_onnx(base, output=tmp_path / "g", weights_type="int4", dtype=dtype, target="portable")
+    result = surgery.merge(tmp_path / "g" / "model.onnx", adapter, graph_of=base, output=tmp_path / "out")
+    assert len(result.ledger.requantised) == 24
+    surgery.merge(base, adapter, output=tmp_path / "merged", dtype="fp32")
+    there = surgery.locate(tmp_path / "out" / "model.onnx", tmp_path / "merged").located
+    assert all(share == 1 for share in there.covered.values())  # each within half a step of its code
+
+
 def test_codes_of_rows_that_no_update_reaches_stay_whoever_chose_them(tmp_path: Path, base: Path) -> None:
     """A value half-way between two codes may have been rounded either way."""
     weight = WEIGHTS[PLACES["q"]].copy()
