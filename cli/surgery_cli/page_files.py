@@ -32,11 +32,15 @@ class Pages:
         files: By kind.
         overwrite: Whether a file that is there is replaced.
         inputs: Files and folders that the command line names: none of them is written to.
+        command: Its name, for the pages.
+        subjects: What it was given, for the pages.
     """
 
     files: Mapping[str, Path]
     overwrite: bool
     inputs: tuple[Path, ...]
+    command: str = ""
+    subjects: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse, before any work is done, what could not be written after it.
@@ -59,6 +63,7 @@ class Pages:
         """Write `summary`, each file at once or not at all."""
         from surgery_formats.files.output.single import write_single
 
+        summary = summary.asked(self.command, self.subjects)
         render = {"html": summary.as_html, "csv": summary.as_csv, "md": summary.as_markdown}
         for kind, path in self.files.items():
             data = render[kind]().encode()

@@ -31,13 +31,17 @@ def pages(*kinds: str) -> Callable[[F], F]:
     def wrap(function: F) -> F:
         known = ("html", "csv", *kinds)
         params: list[click.Parameter] = getattr(function, "__click_params__", [])
+        subjects = [parameter.name for parameter in reversed(params) if isinstance(parameter, click.Argument)]
         own = any(parameter.name == "overwrite" for parameter in params)
 
         @wraps(function)
         def run(settings: Settings, **options: Any) -> None:
             asked = {kind: path for kind in known if (path := options.pop(f"{kind}_file")) is not None}
             overwrite = options["overwrite"] if own else options.pop("overwrite")
-            settings.pages = Pages(asked, overwrite, tuple(_inputs(options.values())))
+            inputs = tuple(_inputs(options.values()))
+            named = tuple(_words(options[name] for name in subjects if name is not None))
+            command = click.get_current_context().command_path.partition(" ")[2]
+            settings.pages = Pages(asked, overwrite, inputs, command, named)
             settings.pages.check()
             function(settings, **options)
 
@@ -51,6 +55,15 @@ def pages(*kinds: str) -> Callable[[F], F]:
         return cast("F", run)
 
     return wrap
+
+
+def _words(values: Iterable[object]) -> Iterator[str]:
+    """Paths and names, without the weights that stand beside them."""
+    for value in values:
+        if isinstance(value, str | Path):
+            yield str(value)
+        elif isinstance(value, tuple):
+            yield from _words(value)
 
 
 def _inputs(values: Iterable[object]) -> Iterator[Path]:

@@ -98,7 +98,7 @@ def combine_adapters(
     )
     if cut := sum(any(map(is_directed, one.updates)) for one in updates if one.outcome == "approximated"):
         warnings.append(
-            f"{cut} DoRAs keep their magnitudes: errors are those of their factors' products, of the weights only the base tells them"
+            f"{cut} DoRAs keep their magnitudes: errors are those of their factors' products; those of the weights depend on the base"
         )
     return Combination(tuple(terms), options, updates, solutions, base, tuple(left), tuple(warnings))
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from surgery.comparison.diff_charts import tensor_charts
 from surgery.comparison.entries import TensorDiff
-from surgery.comparison.results import tensor_sections
+from surgery.comparison.results import sides, tensor_sections
 from surgery.reports.result import elapsed, summarised
 from surgery.reports.sections import Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary, warning_notes
@@ -72,6 +72,7 @@ class GraphDiff:
         constants: Numbers of shapes, axes and scalars that A alone has, and B alone.
         header: Whether values were left unread.
         notes: What the user should know.
+        names: What A and B are called.
         seconds: How long it took.
     """
 
@@ -84,6 +85,7 @@ class GraphDiff:
     constants: tuple[int, int]
     header: bool
     notes: tuple[str, ...] = ()
+    names: tuple[str, str] = ("", "")
     seconds: float = elapsed()
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
@@ -121,6 +123,7 @@ class GraphDiff:
         return Summary("Differences", sections)
 
     def _facts(self) -> Iterator[tuple[str, Phrase]]:
+        yield from sides(self.names)
         for what, (a, b) in self.facts.items():
             if a or b:
                 yield what, Name(a) if a == b else (Name(a or "none"), " | ", Name(b or "none"))

@@ -20,7 +20,7 @@ from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Sides, Value
 
 __all__ = [
-    "AdapterDiff", "CheckpointDiff",     "tensor_sections",
+    "AdapterDiff", "CheckpointDiff", "sides", "tensor_sections",
 ]  # fmt: skip
 
 Entry = TypeVar("Entry", "ModuleDiff", "TensorDiff")
@@ -40,6 +40,7 @@ class AdapterDiff:
             delta differs.
         header: Whether values were left unread.
         notes: What the user should know.
+        names: What A and B are called.
         seconds: How long it took.
     """
 
@@ -48,6 +49,7 @@ class AdapterDiff:
     difference: float | None
     header: bool
     notes: tuple[str, ...] = ()
+    names: tuple[str, str] = ("", "")
     seconds: float = elapsed()
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
@@ -81,6 +83,7 @@ class AdapterDiff:
             for name, (a, b) in self.facts.items()
             if a or b or name != "base"
         ]
+        facts = [*sides(self.names), *facts]
         counted = _counted("weights", (module.status for module in self.modules), self.difference)
         shown = _chosen(self.modules, verbose)
         table = _table(_MODULES, map(_module, shown))
@@ -103,6 +106,7 @@ class CheckpointDiff:
         quantisation: By the formats of both sides, the error of weights that one side stores as codes.
         notes: Why weights were not compared.
         tuned: Which part of A changed, where that has a name (docs/insert.md).
+        names: What A and B are called.
         seconds: How long it took.
     """
 
@@ -113,6 +117,7 @@ class CheckpointDiff:
     quantisation: tuple[QuantisationLoss, ...] = ()
     notes: tuple[str, ...] = ()
     tuned: SelectiveTuning | None = None
+    names: tuple[str, str] = ("", "")
     seconds: float = elapsed()
     nbytes: ClassVar[int] = 0  # not counted for this verb
 
@@ -144,7 +149,8 @@ class CheckpointDiff:
 
     def summary(self, *, verbose: bool = False) -> Summary:
         """The totals, then the tensors that differ, or all of them if `verbose`."""
-        facts = _counted("tensors", (tensor.status for tensor in self.tensors), self.difference)
+        counted = _counted("tensors", (tensor.status for tensor in self.tensors), self.difference)
+        facts = [*sides(self.names), *counted]
         if self.moved is not None:
             facts.append(("moved", (Value(self.moved, "share", 3), " of the values")))
         if self.tuned is not None:
@@ -171,6 +177,11 @@ _TENSORS = (
     Column("intruders", "integer"),
     Column("note"),
 )  # fmt: skip
+
+
+def sides(names: tuple[str, str]) -> list[tuple[str, Phrase]]:
+    """What A and B are called, where that is known."""
+    return [(side, Name(name)) for side, name in zip("AB", names, strict=True) if name]
 
 
 def _counted(what: str, statuses: Iterable[str], difference: float | None) -> list[tuple[str, Phrase]]:

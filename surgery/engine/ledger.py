@@ -222,7 +222,8 @@ class Ledger:
     @property
     def rows(self) -> tuple[Row, ...]:
         """All rows, in file order."""
-        return tuple(Row(tensor, self.measured.get(tensor.label)) for tensor in self.plan.tensors)
+        tensors = (tensor for tensor in self.plan.tensors if tensor.outcome != "between")
+        return tuple(Row(tensor, self.measured.get(tensor.label)) for tensor in tensors)
 
     @property
     def classes(self) -> dict[str, int]:
@@ -314,6 +315,8 @@ class Ledger:
             "ignored": {entry.label: entry.reason for entry in self.plan.ignored},
             "warnings": list(self.plan.warnings),
         }
+        account |= {"notes": list(self.plan.notes)} if self.plan.notes else {}
+        account |= {"between_nbytes": between} if (between := self.plan.between_nbytes) else {}
         account |= {"quantised": _coded(coded)} if (coded := self.coded) else {}
         return account | ({"requantised": _requantised(self)} if self.requantised else {})
 

@@ -63,9 +63,11 @@ TensorOutcome = Literal[
     "moved",
     "quantised",
     "dropped",
+    "between",
 ]
 """What became of a tensor (law 1). Output tensors are copied, moved (copied from ranges of others), cast, quantised, updated, replaced,
-added or (of an unmerge) restored; the others are inputs without an output."""
+added or (of an unmerge) restored; the others are inputs without an output. Bytes between the tensors of a file that is rewritten in place
+are no tensor's: they are copied, and counted in bytes alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +239,7 @@ class Plan:
         facts: What the manifest says about the inputs, as JSON has it.
         warnings: What the user should know.
         in_lora: Number of adapter tensors that are in no weight, but in a LoRA beside the model.
+        notes: What looks odd, and is as it should be.
     """
 
     verb: str
@@ -250,6 +253,7 @@ class Plan:
     facts: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     in_lora: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> tuple[PlannedTensor, ...]:
@@ -259,7 +263,12 @@ class Plan:
     @property
     def weights(self) -> tuple[PlannedTensor, ...]:
         """The first tensor of every weight, in file order: all of them, unless a weight is stored in several."""
-        return tuple(tensor for tensor in self.tensors if not tensor.part)
+        return tuple(tensor for tensor in self.tensors if not tensor.part and tensor.outcome != "between")
+
+    @property
+    def between_nbytes(self) -> int:
+        """Bytes that lie between the tensors and are copied: a graph's nodes and names, padding."""
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.outcome == "between")
 
     @property
     def nbytes(self) -> int:

@@ -129,16 +129,32 @@ class FreshResult:
             sections.append(Table(columns, tuple(_errors(name, some) for name, some in self.errors.items())))
         if self.output is None:
             sections.append(DRY_RUN)
-        elif self.convertible is not None:
-            into = 'save it with path_initial_model_for_weight_conversion="'
-            sections.append(
-                Note(("next: train it on its base, then ", into, Name(self.convertible, PATH), '" for a LoRA'))
-            )
+        else:
+            sections.append(Note(("next: ", *self._training_call(self.output))))
         return Summary("Fresh adapter", (*sections, *warning_notes(self.warnings)))
 
     def figures(self) -> tuple[tuple[Phrase, Phrase], ...]:
         """What is trained and what that takes, for a model card."""
         return ("begun as", self._begun()), *self._training()
+
+    def _training_call(self, output: Path) -> tuple[str | Name, ...]:
+        """The call with which its library goes on training it; none of them finds the base by itself."""
+        path = Name(output, PATH)
+        if self.format == "mlx":
+            weights, config = (Name(output / name, PATH) for name in ("adapters.safetensors", "adapter_config.json"))
+            flags = " --model BASE --train --data DATA --resume-adapter-file "
+            return "train it: mlx_lm.lora -c ", config, flags, weights
+        if self.format == "adapterhub":
+            return 'train it with adapters: model.train_adapter(model.load_adapter("', path, '", use_safetensors=True))'
+        if self.kind in ("prompt", "prefix"):  # PEFT trains none that it loads as a whole
+            made = "get_peft_model(model, config with inference_mode=False)"
+            return f'train it: set_peft_model_state_dict({made}, load_peft_weights("', path, '"))'
+        base: tuple[str | Name, ...] = ("its base",) if self.residual is None else (Name(self.residual, PATH),)
+        call = "train it on ", *base, ': PeftModel.from_pretrained(model, "', path, '", is_trainable=True)'
+        if self.convertible is None:
+            return call
+        into = ', then save it with path_initial_model_for_weight_conversion="'
+        return *call, into, Name(self.convertible, PATH), '" for a LoRA'
 
     def _begun(self) -> str:
         size = f"{_SIZES.get(self.kind, 'rank')} {self.rank}, " if self.kind != "ia3" else ""

@@ -74,7 +74,7 @@ class HeatMap:
         label: The column that names a row.
         values: The columns that are drawn, of one type.
         log: Whether equal steps of the colour are equal ratios.
-        low: Value of the lightest colour; None is 0 or the least, and with `log` at most a tenth of the greatest.
+        low: Value of the lightest colour; None is 0 or the least, and with `log` at most half of the greatest.
         high: Value of the darkest colour; None is the greatest.
     """
 

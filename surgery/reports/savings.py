@@ -16,6 +16,7 @@ from surgery.reports.sections import Chart, Column, Facts, Note, Section, Table
 from surgery.reports.summary import Summary
 from surgery.reports.to_json import plain, without_empty
 from surgery.reports.values import Cell, Name, Phrase, Value
+from surgery_formats.text import numbered
 
 __all__ = ["AdapterCost", "BaseCost", "SavingsReport", "Split", "TaskCost"]
 
@@ -228,18 +229,20 @@ _SPLITS = {
     "untold": "not told",
 }
 _TASKS = (
-    Column("tasks", "integer"), Column("with"), Column("full copies", "bytes"),
+    Column("tasks", "integer"), Column("adapter"), Column("full copies", "bytes"),
     Column("one base and adapters", "bytes"), Column("saved", "bytes"), Column("times smaller", "number", 3),
 )  # fmt: skip
 
 
-def _tasks_chart(rows: tuple[tuple[Cell, ...], ...]) -> Chart:
+def _tasks_chart(rows: tuple[tuple[Any, ...], ...]) -> Chart:
     """Bytes for so many tasks; of one number of them there is no line to draw."""
-    several = len({row[0] for row in rows}) > 1
+    tasks = {row[0] for row in rows}
+    several = len(tasks) > 1
     drawing = (
         Lines(x=0, y=(2, 3), by=1, log_x=True, log_y=True, label="bytes") if several else Bars(label=1, values=(2, 3))
     )
-    return Chart("Storage for so many tasks", Table(_TASKS, rows), drawing)
+    of = "so many tasks" if several else numbered(rows[0][0], "task")
+    return Chart(f"Storage for {of}", Table(_TASKS, rows), drawing)
 
 
 def _adapter(cost: AdapterCost) -> tuple[Cell, ...]:

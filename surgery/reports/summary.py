@@ -7,17 +7,20 @@ renderer needs nothing of any result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from surgery.reports.sections import Facts, Note, Section
 from surgery.reports.to_json import plain
 from surgery.reports.values import phrase_text
-from surgery_formats.text import clean
+from surgery_formats.text import clean, local_name, show
 
 __all__ = ["Summary", "warning_notes"]
 
 _BRIEF = 200  # characters of a result's repr
+_SUBJECT, _SUBJECTS = 60, 4  # characters of a name in a heading, and names
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -27,10 +30,33 @@ class Summary:
     Attributes:
         title: Of the whole.
         sections: In order; warnings come last.
+        command: The command whose result it is, where one was given.
+        subjects: What it was given, by the names that a page may tell.
     """
 
     title: str
     sections: tuple[Section, ...]
+    command: str = ""
+    subjects: tuple[str, ...] = ()
+
+    def asked(self, command: str, subjects: Iterable[str]) -> Summary:
+        """A copy that says what it is an answer to: the name of a page that is kept.
+
+        Args:
+            command: Such as ``diff``.
+            subjects: What the command was given, such as two models. Of paths of a machine the last part is kept.
+        """
+        names = (local_name(subject) for subject in subjects)
+        return replace(self, command=command, subjects=tuple(name.rstrip("/\\") or name for name in names))
+
+    @property
+    def heading(self) -> str:
+        """The title with the subjects that it does not name."""
+        told = {self.title, *self.title.split()}
+        shown = [show(name, _SUBJECT) for name in dict.fromkeys(self.subjects) if PurePath(name).name not in told]
+        more = [f"and {len(shown) - _SUBJECTS} more"] if len(shown) > _SUBJECTS else []
+        named = ", ".join(shown[:_SUBJECTS] + more)
+        return f"{self.title}: {named}" if named else self.title
 
     @property
     def data(self) -> tuple[Section, ...]:
@@ -49,7 +75,7 @@ class Summary:
 
     def plus(self, *sections: Section) -> Summary:
         """A copy with `sections` added at the end."""
-        return Summary(self.title, (*self.sections, *sections))
+        return replace(self, sections=(*self.sections, *sections))
 
     def as_text(self, width: int | None = None) -> str:
         """Plain text, fitted to `width` columns if given."""
@@ -67,7 +93,7 @@ class Summary:
         """A page of its own: one file with pictures and tables that loads nothing, the same bytes for the same summary."""
         from surgery.reports.html.page import as_page
 
-        return as_page(self.title, self.sections)
+        return as_page(self.heading, self.sections, self.command)
 
     def as_csv(self) -> str:
         """The tables, one below the other, with their numbers in full."""
@@ -98,7 +124,7 @@ class Summary:
     def _repr_html_(self) -> str:
         from surgery.reports.html.page import as_fragment
 
-        return as_fragment(self.title, self.sections)
+        return as_fragment(self.heading, self.sections)
 
 
 def warning_notes(texts: tuple[str, ...]) -> tuple[Note, ...]:

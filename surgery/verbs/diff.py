@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from surgery.comparison.adapters import diff_adapters
@@ -17,6 +18,7 @@ from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.containers.onnx import open_graph
 from surgery_formats.errors import FitError
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.text import local_name
 
 __all__ = ["diff"]
 
@@ -64,9 +66,10 @@ def diff(
     old, new = opened_or_graph(a, "a"), opened_or_graph(b, "b")
     if intruders and not (isinstance(old, Checkpoint) and isinstance(new, Checkpoint)):
         raise FitError("intruder directions are told of two models alone", hint="merge an adapter into its base first")
+    names = _called(a), _called(b)
     if isinstance(old, Adapter) and isinstance(new, Adapter):
         model = None if base is None else as_checkpoint(base)
-        return diff_adapters(old, new, header=header, tolerance=tolerance, base=model)
+        return replace(diff_adapters(old, new, header=header, tolerance=tolerance, base=model), names=names)
     if isinstance(old, Adapter) or isinstance(new, Adapter):
         raise FitError(
             "one is an adapter, the other a full model",
@@ -83,7 +86,15 @@ def diff(
         from surgery.comparison.graphs import diff_graphs
 
         sides = (open_graph(side) if isinstance(side, Path) else side for side in (old, new))
-        return diff_graphs(*sides, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
-    return diff_checkpoints(
+        graphs = diff_graphs(*sides, header=header, spectrum=spectrum, tolerance=tolerance, progress=progress)
+        return replace(graphs, names=names)
+    models = diff_checkpoints(
         old, new, header=header, spectrum=spectrum, intruders=intruders, tolerance=tolerance, progress=progress
     )
+    return replace(models, names=names)
+
+
+def _called(side: Openable) -> str:
+    """The name that a side was given by; of a path of this machine its last part."""
+    given = str(side.path if isinstance(side, Checkpoint | Adapter) else side)
+    return local_name(given).rstrip("/") or given

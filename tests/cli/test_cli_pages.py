@@ -70,12 +70,33 @@ def test_commands_whose_result_can_be_looked_at(name):
 def test_the_page_is_the_summary_that_the_screen_shows(run: Run):
     shown = run("report", LORA, "--base", BASE, "--html", "a.html", "--csv", "a.csv", "--md", "a.md")
     summary = surgery.report(LORA, base=BASE).summary()
-    assert Path("a.html").read_text() == summary.as_html()
+    assert Path("a.html").read_text() == summary.asked("report", ["lora"]).as_html()
     assert Path("a.md").read_text() == summary.as_markdown()
     with Path("a.csv").open(newline="") as file:
         assert next(csv.reader(file))[0] == "adapter"
     assert shown.stdout == run("report", LORA, "--base", BASE).stdout
     assert shown.stderr == "wrote a.html\nwrote a.csv\nwrote a.md\n"
+
+
+def test_a_page_names_what_the_command_was_given(run: Run):
+    Path("base").symlink_to(BASE)
+    run("merge", "base", f"{LORA}=0.5", "-o", "merged", "--html", "merge.html")
+    shown = run("diff", BASE, "merged", "--html", "diff.html").stdout
+    assert [line.split() for line in shown.splitlines()[:2]] == [["A", "base"], ["B", "merged"]]
+    assert run("diff", LORA, LORA, "--html", "same.html").stdout.startswith("A ")
+    run("verify", "merged", "--html", "verify.html")
+    run("prompt", "show", str(Path(LORA).parent / "prompt"), "--html", "prompt.html")
+    pages = {
+        name: check_page(Path(f"{name}.html").read_text()) for name in ("merge", "diff", "same", "verify", "prompt")
+    }
+    assert {name: page.all("title")[0].text for name, page in pages.items()} == {
+        "merge": "Merge: base, lora",
+        "diff": "Differences: base, merged",
+        "same": "Differences: lora",
+        "verify": "Verification: merged",
+        "prompt": "prompt",
+    }
+    assert "Written by surgery prompt show, version" in pages["prompt"].all("footer")[0].text
 
 
 def test_quiet_and_json_write_it_too(run: Run):

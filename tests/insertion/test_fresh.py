@@ -41,6 +41,32 @@ def test_the_same_command_gives_the_same_bytes(kind: str, tmp_path: Path):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True)) == constant
 
 
+@pytest.mark.parametrize(
+    ("options", "call"),
+    [
+        ({"new": "lora"}, 'train it on its base: PeftModel.from_pretrained(model, "{out}", is_trainable=True)'),
+        ({"new": "prompt"}, 'load_peft_weights("{out}"))'),
+        ({"new": "bottleneck"}, 'model.train_adapter(model.load_adapter("{out}", use_safetensors=True))'),
+        (
+            {"new": "lora", "format": "mlx"},
+            "mlx_lm.lora -c {out}/adapter_config.json --model BASE --train --data DATA ",
+        ),
+        ({"new": "lora", "init": "olora"}, 'path_initial_model_for_weight_conversion="{out}/initial" for a LoRA'),
+    ],
+)
+def test_the_summary_ends_with_the_call_that_trains_it(options: dict[str, Any], call: str, tmp_path: Path):
+    base, out = model_folder(tmp_path / "base"), tmp_path / "out"
+    result = surgery.insert(base, **options, rank=8, output=out)
+    (line,) = [line for line in str(result).splitlines() if line.startswith("next: ")]
+    assert call.format(out=out) in line
+
+
+def test_a_residual_base_is_what_the_adapter_is_trained_on(tmp_path: Path):
+    base, left = model_folder(tmp_path / "base"), tmp_path / "left"
+    result = surgery.insert(base, new="lora", init="olora", rank=8, residual=left, output=tmp_path / "out")
+    assert f"next: train it on {left}: PeftModel.from_pretrained" in str(result)
+
+
 def test_factors_against_the_rounding_of_a_quantised_base(tmp_path: Path):
     """What is left of it is what the best factors of that rank leave, and a merge with the release says the same."""
     release = model_folder(tmp_path / "release")

@@ -52,6 +52,12 @@ def test_recorded_steps_match_the_float32_twin(graph, rows):
             assert error < (1e-2 if "fp16" in graph.name else 4e-2)
 
 
+def test_a_graph_opens_without_a_word(graph, capfd):
+    """onnxruntime 1.31 warns of the option `device_id` wherever it is given."""
+    open_graph(graph, device="cuda")
+    assert "".join(capfd.readouterr()) == ""
+
+
 def test_a_text_read_once_stands_before_every_row_of_recorded_steps(graph):
     ahead = [3, 99, 12, 45]
     twin = make_decoder(open_graph(graph / "twin.onnx", device="cpu"), batch=3)

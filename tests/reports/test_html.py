@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
+from surgery._version import __version__
 from surgery.reports.drawings import Bars, Drawing, HeatMap, Lines, Mark
 from surgery.reports.html.axis import axis_over
 from surgery.reports.html.page import as_page
@@ -99,8 +100,30 @@ def test_bars_say_what_they_measure_and_whose_they_are():
 
 
 def test_a_page_says_how_to_have_what_it_leaves_out():
-    page = check_page(Summary("", (Note("... and 12 more", "omitted"), Note("dry run"))).as_html())
-    assert [note.text for note in page.all("p")] == ["... and 12 more; -v shows all", "dry run"]
+    summary = Summary("t", (Note("... and 12 more", "omitted"), Note("dry run")))
+    page = check_page(summary.as_html())
+    assert [note.text for note in page.all("p")] == ["... and 12 more; a page written with -v has all", "dry run"]
+    part = check_page(summary._repr_html_(), whole=False)
+    assert [note.text for note in part.all("p")][1] == "... and 12 more; summary(verbose=True) has all"
+
+
+@pytest.mark.parametrize(
+    ("title", "subjects", "heading"),
+    [
+        ("Differences", ["base", "tuned/"], "Differences: base, tuned"),
+        ("Verification", ["/models/merged/"], "Verification: merged"),
+        ("lora", ["examples/lora"], "lora"),
+        ("tuned as a LoRA of base", ["base", "tuned"], "tuned as a LoRA of base"),
+        ("Merge", ["base", *"abcdef"], "Merge: base, a, b, c, and 3 more"),
+        ("Speed", ["a\x1b<b>", "a\x1b<b>"], "Speed: a\\x1b<b>"),
+        ("Environment", [], "Environment"),
+    ],
+)
+def test_a_page_says_what_it_is_about(title, subjects, heading):
+    page = check_page(Summary(title, (Note("x"),)).asked("verb", subjects).as_html())
+    assert [page.all(tag)[0].text for tag in ("title", "h1")] == [heading, heading]
+    (footer,) = page.all("footer")
+    assert footer.text.startswith(f"Written by surgery verb, version {__version__}.")
 
 
 def test_paper_is_light_and_cuts_no_table():
@@ -142,7 +165,7 @@ def test_a_column_that_does_not_depend_on_the_group_is_one_line():
 
 
 def test_colours_of_a_heat_map_go_by_the_numbers():
-    rows = tuple((f"{n}", 10.0**n, None if n == 1 else 1.0) for n in range(9))
+    rows = tuple((f"{n}", 10.0**n, None if n == 1 else 1.0 + n) for n in range(9))
     table = Table((Column("layer", "name"), Column("q", "number"), Column("k", "number")), rows)
 
     def colours(drawing: HeatMap) -> list[str]:
@@ -157,12 +180,31 @@ def test_colours_of_a_heat_map_go_by_the_numbers():
 
 @pytest.mark.parametrize("log", [False, True], ids=["linear", "by ratios"])
 def test_a_heat_map_makes_nothing_of_numbers_that_are_nearly_equal(log: bool):
-    table = Table((Column("layer", "name"), Column("q", "number")), tuple((f"{n}", 10 + n / 10) for n in range(9)))
+    table = Table((Column("layer", "name"), Column("q", "number", 3)), tuple((f"{n}", 10 + n / 10) for n in range(9)))
     page = check_page(Summary("", (Chart("t", table, HeatMap(0, (1,), log=log)),)).as_html())
     picture = next(svg for svg in page.all("svg") if "role" in svg.attributes)
-    assert {cell.attributes["class"][-1] for cell in picture.all("rect")} == {"8"}
-    low = "1.08" if log else "0"
-    assert page.all("li")[0].text.startswith(f"{low} (left) to 10.8 (right)")
+    assert len({cell.attributes["class"] for cell in picture.all("rect")}) == 1
+    assert page.all("li")[0].text == "all alike: 10 to 10.8"
+
+
+def test_numbers_by_ratios_that_are_within_a_factor_of_two_still_have_their_colours():
+    table = Table((Column("layer", "name"), Column("q", "number")), (("0", 0.07), ("1", 0.1)))
+    page = check_page(Summary("", (Chart("t", table, HeatMap(0, (1,), log=True)),)).as_html())
+    assert page.all("li")[0].text == "0.05 (left) to 0.1 (right); equal steps are equal ratios"
+    picture = next(svg for svg in page.all("svg") if "role" in svg.attributes)
+    assert [cell.attributes["class"] for cell in picture.all("rect")] == ["cell h4", "cell h8"]
+
+
+def test_equal_numbers_are_said_to_be_equal():
+    table = Table((Column("layer", "name"), Column("q", "number")), (("0", 0.0), ("1", 0.0)))
+    page = check_page(Summary("", (Chart("t", table, HeatMap(0, (1,))),)).as_html())
+    assert page.all("li")[0].text == "all are 0"
+
+
+def test_a_chart_of_one_number_of_tasks_says_it():
+    page = check_page(surgery.report("examples/lora", base="examples/base", tasks=(100,)).summary().as_html())
+    (picture,) = [svg for svg in page.all("svg") if "role" in svg.attributes]
+    assert picture.attributes["aria-label"] == "Storage for 100 tasks: full copies, one base and adapters by adapter"
 
 
 def test_what_a_column_says_stands_below_its_table():

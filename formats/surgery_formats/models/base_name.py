@@ -16,7 +16,11 @@ _READ_THERE = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:[@/].*)?")
 
 
 def base_name(base: Checkpoint) -> str:
-    """The name on the hub, or else that of the folder: never a path of this machine."""
+    """The name on the hub, or else that of the folder: never a path.
+
+    A path is one of this machine. A relative one depends on where a command is run, is another folder elsewhere, and
+    ``models/base`` is how the hub calls a repository.
+    """
     return hub_name(base) or base.path.resolve().name
 
 

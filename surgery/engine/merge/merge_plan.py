@@ -16,6 +16,7 @@ from surgery.engine.inputs import AdaptersLike, CheckpointLike, as_checkpoint, a
 from surgery.engine.layout import WeightLayout, lay_out
 from surgery.engine.merge.carried import carried_files
 from surgery.engine.merge.output_config import coded_modules, corrected_config, corrected_quantisation_files
+from surgery.engine.merge.same_base import with_known_bases
 from surgery.engine.plan import Compute, Plan, PlannedTensor, SideFile, check_conservation, is_coded
 from surgery.engine.quantised.mixed_config import torn_apart
 from surgery.engine.quantised.output import DEQUANTISED, QuantisedOutput
@@ -91,6 +92,7 @@ def planned_merge(
     weighted, left = Selection(without=tuple(without)).chosen(weighted) if without else (weighted, ())
     checkpoint = as_checkpoint(base)
     binding = bind([(entry.adapter, entry.weight) for entry in weighted], checkpoint)
+    binding, notes = with_known_bases(binding)
     if left:
         binding = replace(binding, warnings=(*binding.warnings, left_out_warning(left)))
     if undone is None:  # else the values are another model's
@@ -114,7 +116,7 @@ def planned_merge(
         from surgery.engine.quantised.residual_choice import without_kept  # numpy
 
         planned = without_kept(binding, quantised)
-    return binding, plan_merge(
+    plan = plan_merge(
         planned,
         dtype=stored,
         shard_size=shard_size,
@@ -125,6 +127,7 @@ def planned_merge(
         left_out=left,
         undone=undone,
     )
+    return binding, replace(plan, notes=notes)
 
 
 def _with_undone(binding: Binding, undone: OtherValues) -> Binding:

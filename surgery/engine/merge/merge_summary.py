@@ -62,7 +62,8 @@ def merge_summary(
             facts.append(("kept beside it", (Value(rounding_nbytes, "bytes"), ": ", *part)))
         following = Note(("next: ", *next_step(ledger.plan, output, residual)))
         sections = [Facts(tuple(facts)), *merge_charts(ledger), *_poor(ledger, verbose), following]
-    return Summary("Merge", (*sections, *warning_notes(warnings)))
+    notes = (Note(f"note: {text}") for text in ledger.plan.notes)
+    return Summary("Merge", (*sections, *notes, *warning_notes(warnings)))
 
 
 def _would_write(plan: Plan, preview: Preview | None) -> Iterator[tuple[str, Phrase]]:
@@ -106,11 +107,14 @@ def _tensors(ledger: Ledger) -> list[tuple[str, Phrase]]:
     whole = Value(sum(size for size, _ in sizes), "count")
     used = numbered(ledger.adapter_tensors, "tensor")
     in_lora = f"; {ledger.plan.in_lora} of them in the LoRA beside the model" if ledger.plan.in_lora else ""
-    return [
+    facts: list[tuple[str, Phrase]] = [
         ("tensors", counted(ledger.classes)),
         ("adapter", f"{used} used, {len(ledger.plan.ignored)} without effect{in_lora}"),
         ("parameters", (Value(changed, "count"), " of ", whole, " lie in tensors that change")),
     ]
+    if between := ledger.plan.between_nbytes:
+        facts.append(("between them", (Value(between, "bytes"), " that are no tensor's, copied")))
+    return facts
 
 
 def _formats(plan: Plan) -> Iterator[tuple[str, Phrase]]:
@@ -164,14 +168,15 @@ def _codes(ledger: Ledger) -> Iterator[tuple[str, Phrase]]:
     )
 
 
-def _verdict(kept: Survival, inside: Survival) -> str:
-    """In a few words; docs/quantised.md has what such numbers were worth on the example."""
+def _verdict(kept: Survival, inside: Survival) -> Phrase:
+    """What the codes hold, in a word; of what a text makes of it docs/quantised.md has examples, and `surgery eval` a measure."""
     heard = inside.correlation if inside.update > 0 else kept.correlation
-    if kept.survival >= _POOR and heard >= _HEARD:
-        return "good: nearly all of the update is there, where the adapter listens"
-    if kept.survival >= _LOST and heard >= _MUFFLED:
-        return "fair: a part of the update is lost, which --quantized residual or 16 bits keep"
-    return "poor: much of the update is lost, which --quantized residual or 16 bits keep"
+    good = kept.survival >= _POOR and heard >= _HEARD
+    fair = kept.survival >= _LOST and heard >= _MUFFLED
+    word = "good" if good else "fair" if fair else "poor"
+    rest = "" if good else "; 16 bits or --quantized residual keep the rest"
+    held = Value(kept.survival, "share"), f" of the update{rest}; surgery eval measures what that is worth on a text"
+    return f"{word} by the codes, which hold ", *held
 
 
 def _residual(residual: ResidualLoRA | None) -> Iterator[tuple[str, Phrase]]:
@@ -215,7 +220,7 @@ def _planned(ledger: Ledger, verbose: bool) -> list[Section]:
     """Files, and the first operations; all of them if `verbose`."""
     rows = []
     for file in ledger.plan.files:
-        weights = [tensor for tensor in file.tensors if not tensor.part]
+        weights = [tensor for tensor in file.tensors if not tensor.part and tensor.outcome != "between"]
         computed = sum(isinstance(tensor.step, Compute) for tensor in weights)
         rows.append((file.name, file.nbytes, len(weights) - computed, computed))
     files = Column("file", "name"), Column("bytes", "bytes"), Column("copied", "integer"), Column("computed", "integer")

@@ -203,16 +203,17 @@ def _file(file: File, name: str, graph: OnnxGraph, computed: Mapping[str, Planne
     return PlannedFile(name, b"", file.size, tuple(planned))
 
 
-def _copied(tensor: StoredTensor) -> PlannedTensor:
+def _copied(tensor: StoredTensor, outcome: TensorOutcome = "copied") -> PlannedTensor:
     step = Copy(tensor, Plain.of(tensor))
     return PlannedTensor(
-        tensor.name, "", tensor.name, tensor.dtype, tensor.shape, step, "copied", tensor.offset, tensor.nbytes
+        tensor.name, "", tensor.name, tensor.dtype, tensor.shape, step, outcome, tensor.offset, tensor.nbytes
     )
 
 
 def _between(file: File, name: str, start: int, stop: int) -> PlannedTensor:
     """Bytes of a file that are no tensor's: the graph's fields, padding."""
-    return _copied(StoredTensor(f"{name}[{start}:{stop}]", DType.U8, (stop - start,), file, start, stop - start))
+    filling = StoredTensor(f"{name}[{start}:{stop}]", DType.U8, (stop - start,), file, start, stop - start)
+    return _copied(filling, "between")
 
 
 def _companion(graph: OnnxGraph, files: Collection[str]) -> list[SideFile]:

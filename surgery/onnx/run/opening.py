@@ -317,8 +317,11 @@ def _session(
     if memory.device == "cuda":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise FitError("onnxruntime is installed without CUDA", hint=INSTALL)
-        cuda_options = {"device_id": str(memory.index), "enable_cuda_graph": str(int(cuda_graph))}
-        cuda_options["user_compute_stream"] = str(memory.stream)
+        cuda_options = {"enable_cuda_graph": str(int(cuda_graph)), "user_compute_stream": str(memory.stream)}
+        if (
+            memory.index
+        ):  # onnxruntime 1.31 warns on the terminal wherever the option is there, for the first device too
+            cuda_options["device_id"] = str(memory.index)
         providers.insert(0, ("CUDAExecutionProvider", {**cuda_options, **provider_options}))
     source: str | bytes = os.fspath(path)
     names = {weight.name: (folder / weight.name).resolve() for weight in contract.weights} if contract else {}

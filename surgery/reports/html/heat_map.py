@@ -15,8 +15,9 @@ from surgery.reports.values import cell_text
 __all__ = ["draw_heat_map"]
 
 _COLOURS = 9
-_RATIO = 10
-"""From the lightest colour to the darkest, where colours go by ratios: at least."""
+_RATIO, _ALIKE = 2, 1.25
+"""From the lightest colour to the darkest, where colours go by ratios: at least. Numbers that are no farther apart than this
+have one colour of their own, and the legend says so: shades would make much of little."""
 _CELL, _HEADING, _NAME, _EACH = 20, 24, 18, 600
 """Height of a cell; characters of a name beside the cells, and of one below; cells that say their number: of more the page
 would grow large."""
@@ -29,12 +30,17 @@ def draw_heat_map(table: Table, drawing: HeatMap) -> Picture | None:
     if not known:
         return None
     low, high = _scale(known, drawing)
+    alike = drawing.low is None and drawing.high is None and _alike(known)
     headings = [shortened(table.columns[column].heading, _HEADING) for column in drawing.values]
     names = [cell_text(row[drawing.label], table.columns[drawing.label].type) for row in table.rows]
     left = 8 + CHARACTER * max(map(len, headings))
     width = (WIDTH - left - 4) / len(names)
     shapes = [label(left - 5, number * _CELL + 13.5, heading, anchor="end") for number, heading in enumerate(headings)]
-    binned = [[None if value is None else _bin(value, low, high, log=drawing.log) for value in line] for line in grid]
+
+    def bin_of(value: float) -> int:
+        return _COLOURS // 2 if alike else _bin(value, low, high, log=drawing.log)
+
+    binned = [[None if value is None else bin_of(value) for value in line] for line in grid]
     if len(known) <= _EACH:
         columns = [table.columns[column] for column in drawing.values]
         shapes += _cells(grid, binned, left, width, names, columns)
@@ -46,11 +52,17 @@ def draw_heat_map(table: Table, drawing: HeatMap) -> Picture | None:
     height = below + (8 + CHARACTER * min(max(map(len, names)), _NAME) * 0.75 if long else 18)
     first = table.columns[drawing.values[0]]
     about = f"{table.columns[drawing.label].heading} from left to right; from top to bottom {', '.join(headings)}"
-    return Picture(height, tuple(shapes), _legend(low, high, first, log=drawing.log), about)
+    legend = _legend_of_one(known, first) if alike else _legend(low, high, first, log=drawing.log)
+    return Picture(height, tuple(shapes), legend, about)
+
+
+def _alike(known: Sequence[float]) -> bool:
+    low, high = min(known), max(known)
+    return low == high or 0 < low < high <= low * _ALIKE
 
 
 def _scale(known: Sequence[float], drawing: HeatMap) -> tuple[float, float]:
-    """Values of the lightest and the darkest colour: a scale from the least to the greatest would make much of little."""
+    """Values of the lightest and the darkest colour."""
     high = max(known) if drawing.high is None else drawing.high
     if drawing.low is not None:
         return drawing.low, high
@@ -134,3 +146,11 @@ def _legend(low: float, high: float, column: Column, *, log: bool) -> tuple[Lege
     scale = "; equal steps are equal ratios" if log and high > low else ""
     ends = f"{tick_text(low, column.type)} (left) to {tick_text(high, column.type)} (right)"  # the theme says which is light
     return (LegendEntry(swatches, f"{ends}{scale}"),)
+
+
+def _legend_of_one(known: Sequence[float], column: Column) -> tuple[LegendEntry, ...]:
+    """The one colour of numbers that are alike."""
+    low, high = (cell_text(value, column.type, max(column.digits, 3)) for value in (min(known), max(known)))
+    swatch = Shape("rect", {"x": 6, "y": 1, "width": 12, "height": 10, "class": f"h{_COLOURS // 2}"})
+    said = f"all are {low}" if low == high else f"all alike: {low} to {high}"
+    return (LegendEntry((swatch,), said),)

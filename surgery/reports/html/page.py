@@ -33,6 +33,8 @@ _PAGE, _FRAGMENT = 2000, 40
 _TEXT = 100_000  # characters of verbatim text
 _OPEN, _LONG = 18, 600
 """Cells of a table below a picture, and of one by itself, that need not be folded."""
+_WITH_V, _VERBOSE = "a page written with -v has all", "summary(verbose=True) has all"
+"""How to have what a page, and what a part of one in a notebook, leaves out."""
 _INDENT = "\N{EM SPACE}"
 
 
@@ -75,25 +77,26 @@ class _Figure:
     grid: _Grid
 
 
-def as_page(title: str, sections: Sequence[Section]) -> str:
-    """A whole page, the same bytes for the same summary."""
+def as_page(title: str, sections: Sequence[Section], command: str = "") -> str:
+    """A whole page, the same bytes for the same summary: it has no date."""
     style = _style()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     page = _environment().get_template("page.html.jinja")
     return page.render(
-        title=title, policy=policy, style=Markup(style), blocks=_blocks(title, sections, _PAGE), width=WIDTH,
-        version=__version__,
+        title=title, policy=policy, style=Markup(style), blocks=_blocks(title, sections, _PAGE, _WITH_V),
+        width=WIDTH,         version=__version__, command=command,
     )  # fmt: skip
 
 
 def as_fragment(title: str, sections: Sequence[Section]) -> str:
     """A part of a page, of bounded size."""
     fragment = _environment().get_template("fragment.html.jinja")
-    return fragment.render(title=title, style=Markup(_style()), blocks=_blocks(title, sections, _FRAGMENT), width=WIDTH)
+    blocks = _blocks(title, sections, _FRAGMENT, _VERBOSE)
+    return fragment.render(title=title, style=Markup(_style()), blocks=blocks, width=WIDTH)
 
 
-def _blocks(title: str, sections: Iterable[Section], most: int) -> list[dict[str, Any]]:
+def _blocks(title: str, sections: Iterable[Section], most: int, whole: str) -> list[dict[str, Any]]:
     """What the templates show. Charts in a row are one block, which may have several columns."""
     blocks: list[dict[str, Any]] = []
     notes = 0
@@ -112,7 +115,7 @@ def _blocks(title: str, sections: Iterable[Section], most: int) -> list[dict[str
             case Note(text, level):
                 notes += 1
                 if notes <= most:
-                    more = "; -v shows all" if level == "omitted" else ""
+                    more = f"; {whole}" if level == "omitted" else ""
                     blocks.append({"kind": "note", "level": level, "text": Markup(phrase_text(text, _HTML) + more)})
             case Verbatim(text):
                 blocks.append({"kind": "verbatim", "text": escape(verbatim(text[:_TEXT]))})

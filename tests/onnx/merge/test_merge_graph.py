@@ -77,6 +77,24 @@ def same_but_for(before: Path, after: Path, changed: set[str]) -> None:
         assert np.array_equal(a, b)
 
 
+@pytest.mark.parametrize("external", [False, True])
+def test_bytes_between_tensors_are_no_tensor_and_no_parameters(tmp_path: Path, base: Path, external: bool) -> None:
+    tensors = [initializer(f"val_{short}", WEIGHTS[name]) for short, name in PLACES.items()]
+    path = graph_of(tmp_path / "in" / "g.onnx", tensors, external=external)
+    adapter = lora(tmp_path / "adapter", "q", "k")
+    result = surgery.merge(path, adapter, graph_of=base, output=tmp_path / "out")
+    numbers = {short: WEIGHTS[name].size for short, name in PLACES.items()}
+    account = result.ledger.as_json()
+    assert set(account["tensors"]) == {f"val_{short}" for short in PLACES}
+    assert account["classes"] == {"copied": 2, "updated": 2}
+    sizes = sum(file.stat().st_size for file in path.parent.iterdir())
+    assert account["between_nbytes"] == sizes - 4 * sum(numbers.values()) > 0
+    parameters = result.summary().as_json()["sections"][0]["rows"]
+    ((_, (changed, _, whole, _)),) = [row for row in parameters if row[0] == "parameters"]
+    assert (changed["value"], whole["value"]) == (numbers["q"] + numbers["k"], sum(numbers.values()))
+    assert "copied" in str(result).partition("between them")[2].splitlines()[0]
+
+
 def test_a_scaled_weight_gets_a_scaled_update(tmp_path: Path, base: Path) -> None:
     factor = np.float32(8**-0.5)
     path = graph_of(tmp_path / "in" / "g.onnx", [initializer("w", (WEIGHTS[PLACES["q"]] * factor).T)])
