@@ -16,8 +16,8 @@ class Progress:
     Attributes:
         done: So far: bytes of files, tokens of texts, or weights.
         total: Of the whole phase, in the same unit.
-        phase: ``reading``, ``comparing``, ``factorising``, ``writing``, ``syncing``, ``proving``, ``measuring``, ``evaluating``; of
-            shares that others compute, how many are done.
+        phase: ``reading``, ``comparing``, ``factorising``, ``writing``, ``syncing``, ``proving``, ``measuring``, ``evaluating`` with the
+            number of models; of shares that others compute, how many are done.
     """
 
     done: int

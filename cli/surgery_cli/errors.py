@@ -41,6 +41,7 @@ _OF_THE_SYSTEM = (  # and not of what was asked for
 _NO_PATH = (errno.ELOOP, errno.ENAMETOOLONG)
 _UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _ARGUMENT = re.compile(r"`(?P<name>\w+)=(?P<value>[^`]*)`")
+_LISTED = re.compile(r"'(\w+(?:,\w+)+)'")
 _PATH_LIMIT = 500  # characters; a path is worth showing whole
 
 
@@ -65,7 +66,7 @@ def fault_of(error: BaseException) -> Fault:
         case click.NoSuchOption():
             return Fault(USAGE, "UsageError", f"no such option '{show(error.option_name)}'", _for_option(error))
         case click.UsageError():
-            hint = f"see '{error.ctx.command_path} --help'" if error.ctx else None
+            hint = _for_list(error) or (f"see '{error.ctx.command_path} --help'" if error.ctx else None)
             return Fault(USAGE, "UsageError", _lowered(error.format_message()), hint)
         case click.ClickException():
             return Fault(USAGE, "UsageError", error.format_message())
@@ -94,6 +95,8 @@ def fault_of(error: BaseException) -> Fault:
 
 
 _RENAMED = {
+    "adapters": "--adapter",
+    "against_adapters": "--against-adapter",
     "output": "-o",
     "inputs": "--input",
     "as_lora": "--as lora",
@@ -111,6 +114,16 @@ def _option(argument: re.Match[str]) -> str:
     option = _RENAMED.get(argument["name"]) or f"--{argument['name'].replace('_', '-')}"
     value = argument["value"].strip('"')
     return option if value in ("", "True") else f"{option} {shlex.quote(value)}"
+
+
+def _for_list(error: click.UsageError) -> str | None:
+    """What to write for several values behind one option, with commas, where the option is given once for each."""
+    option = error.param if isinstance(error, click.BadParameter) else None
+    listed = _LISTED.search(error.message)
+    if not (isinstance(option, click.Option) and option.multiple and listed):
+        return None
+    several = " ".join(f"{option.opts[0]} {shlex.quote(value)}" for value in listed[1].split(",")[:3])
+    return f"the option may be repeated: {several}"
 
 
 def _for_option(error: click.NoSuchOption) -> str | None:

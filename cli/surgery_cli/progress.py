@@ -70,7 +70,9 @@ class _LinesOfProgress:
         if now - self._last < _SECONDS:
             return
         self._last, self._said = now, True
-        label = self._what if step.phase in ("writing", self._what) else f"{self._what}, {step.phase}"
+        label = self._what if step.phase == "writing" else f"{self._what}, {step.phase}"
+        if step.phase.startswith(self._what):
+            label = step.phase
         share = f" ({step.done / step.total:.0%})" if step.total else ""
         speed = f", {self._amount(round(step.done / (now - self._began)))}/s" if step.done else ""
         click.echo(f"{label}: {self._amount(step.done)} of {self._amount(step.total)}{share}{speed}", err=True)

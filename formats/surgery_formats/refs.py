@@ -115,7 +115,12 @@ def _exists(path: Path) -> bool:
 
 def _looks_local(repo: str) -> bool:
     """Whether `repo` looks like a misspelt path, which must not become a network request."""
-    return _exists(Path(repo.split("/")[0])) or repo.lower().endswith(".json") or holds_weights(repo.lower())
+    return _exists(Path(repo.split("/")[0])) or _ends_as_a_file(repo)
+
+
+def _ends_as_a_file(repo: str) -> bool:
+    """Whether it ends as a file of weights or a configuration does, and no repository."""
+    return repo.lower().endswith(".json") or holds_weights(repo.lower())
 
 
 def _hint(text: str, name: HubName | None) -> str | None:
@@ -123,10 +128,10 @@ def _hint(text: str, name: HubName | None) -> str | None:
         return f"write {_SCHEME}{show(address['repo'])} if you mean the hub"
     path = Path(text)
     try:
-        hint = closest(path.name, sorted(os.listdir(path.parent)))
+        hint = closest(path.name, sorted(os.listdir(path.parent)), within=str(path.parent))
     except (OSError, ValueError):
         hint = None
-    if hint is None and name is not None:
+    if hint is None and name is not None and not _ends_as_a_file(name.repo):
         return f"write {_SCHEME}{show(name.repo)} if you mean the hub"
     return hint
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -122,11 +123,21 @@ def without_local_paths(value: Any) -> Any:
     return local_name(value) if isinstance(value, str) else value
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return a "did you mean" hint for `name`, or None if nothing in `known` is close."""
+def closest(name: str, known: Iterable[str], *, within: str = "") -> str | None:
+    """Return a "did you mean" hint for `name`, or None if nothing in `known` is close.
+
+    Args:
+        name: What was given.
+        known: What there is.
+        within: The folder that both are names in, which the hint repeats.
+    """
     others = [other for other in known if other != name][:20_000]  # one of its own name may be there, and be unusable
     matches = difflib.get_close_matches(name, others, n=1, cutoff=0.6)
-    return f"did you mean '{show(matches[0])}'?" if matches else None
+    return (
+        f"did you mean '{show(os.path.join(within, matches[0]) if within != '.' else matches[0])}'?"
+        if matches
+        else None
+    )
 
 
 def numbered(number: int, noun: str) -> str:

@@ -37,6 +37,7 @@ _REMEDIES: dict[Remedy, str] = {
     "saved": "a LoRA of it, or leave it out",
     "drop": "leave it out, or merge it into the base",
 }
+_OF_PROMPTS = "bake it (surgery prompt bake)"  # no merge takes virtual tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,14 @@ class CheckResult:
         wrong = next((check.name for check in self.consumers if not check.honoured), None)
         if wrong is None or self.fixed is not None:
             return []
-        command = f"surgery check {shlex.quote(str(self.base))} {shlex.quote(str(self.adapter))} --for {wrong}"
+        both = f"{shlex.quote(str(self.base))} {shlex.quote(str(self.adapter))}"
+        if self.one and not any(fault.remedy for fault in self.consumers[0].faults):
+            if any(fault.what == "virtual tokens" for fault in self.consumers[0].faults):
+                return []
+            return [
+                Note(("next: ", Name(f"surgery merge {both} -o OUT", 2 * PATH), " makes a model that needs no adapter"))
+            ]
+        command = f"surgery check {both} --for {wrong}"
         then = " --fix OUT writes what it honours" if self.one else " shows what is wrong, and the remedy"
         return [Note(("next: ", Name(command, 2 * PATH), then))]
 
@@ -246,4 +254,6 @@ def _outcome(verdict: Verdict) -> Phrase:
 
 
 def _remedy(verdict: Verdict) -> str:
+    if verdict.what == "virtual tokens" and not verdict.remedy:
+        return "" if verdict.outcome == "honoured" else _OF_PROMPTS
     return "" if verdict.outcome == "honoured" else _REMEDIES[verdict.remedy]

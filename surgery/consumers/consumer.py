@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from surgery.consumers.facts import AdapterFacts
@@ -66,6 +66,10 @@ class Consumer(Protocol):
         """Name of the adapter format that it loads."""
 
     @property
+    def otherwise(self) -> str:
+        """Another that it loads, for what that has no names for; empty without one."""
+
+    @property
     def dialect(self) -> str:
         """The dialect of experts to write for it; empty where it needs none of its own."""
 
@@ -100,6 +104,13 @@ def _no_other(facts: AdapterFacts) -> bool:
     return False
 
 
+def _beyond(facts: AdapterFacts, verdicts: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
+    """The verdicts on all that was trained, if a program honours none of it in its own format either, in no form."""
+    trained = {part.name for part in facts.parts if part.update is not None or part.trait == "virtual tokens"}
+    found = tuple(one for one in verdicts if one.part in trained)
+    return () if any(one.outcome == "honoured" or one.remedy for one in found) else found
+
+
 @dataclass(frozen=True)
 class RuledConsumer:
     """A consumer whose rules are data.
@@ -113,6 +124,7 @@ class RuledConsumer:
         format: See `Consumer`.
         rules: What becomes of parts of each trait: a start of `surgery.consumers.starts`, and what differs. A plain LoRA
             is honoured.
+        otherwise: Another format that it loads, for what `format` has no names for; empty without one.
         reads: Formats of adapters that it loads; of others it refuses the whole file ...
         reads_too: ... but for those that this is true of.
         native: Formats of its own, of which nothing can be read that it does not load: what such a file holds acts as the
@@ -137,6 +149,7 @@ class RuledConsumer:
     sources: tuple[SourceRead, ...]
     rules: Mapping[Trait, TraitRule]
     format: str = "peft"
+    otherwise: str = ""
     reads: frozenset[str] = frozenset({"peft"})
     reads_too: Callable[[AdapterFacts], bool] = field(default=_no_other)
     native: frozenset[str] = frozenset()
@@ -158,6 +171,9 @@ class RuledConsumer:
             own = ((part, self.exceptions(part, facts, version) or honoured) for part in facts.parts)
             return tuple(Verdict(part.name, part.trait, rule.outcome, rule.why, rule.remedy) for part, rule in own)
         if facts.adapter.format not in self.reads and not self.reads_too(facts):
+            anew = replace(facts, adapter=replace(facts.adapter, format=self.format))
+            if beyond := _beyond(anew, self.judge(anew, version)):
+                return beyond
             why = f"it loads {', '.join(sorted(self.reads | self.native))}; this is {facts.adapter.format}"
             return (Verdict(facts.adapter.path.name, FORMAT, "refused", why, "rewrite"),)
         rules: dict[Trait, TraitRule] = {"LoRA": honoured, **self.rules}

@@ -21,10 +21,10 @@ from surgery.engine.proof import check_errors, compare, read_back, restricted
 from surgery.progress import Callback
 from surgery_formats.adapters.format import Entry, Format
 from surgery_formats.adapters.registry import format_named
-from surgery_formats.binding.sizes import slices_of
+from surgery_formats.binding.sizes import sized, slices_of
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.dtypes import DType
-from surgery_formats.errors import ProofError
+from surgery_formats.errors import FitError, ProofError
 from surgery_formats.files.output.several import several_outputs
 from surgery_formats.models.checkpoint import Checkpoint
 
@@ -69,9 +69,9 @@ def write_for(
         ProofError: what was written does something else, or is not honoured.
         OutputExistsError, ResourceError: see `surgery_formats.files`.
     """
-    target = format_named(consumer.format)
     original, left = placed(adapter, base, component)
     bound_facts(original, base)
+    target = _format_for(original, base, consumer, version)
     target = _in_its_dialect(target, original, base, consumer, version)
     made = fitted(original, base, consumer, version, target, consent)
     if made.rest is not None:
@@ -116,6 +116,28 @@ def _of_base(adapter: Adapter, name: str) -> Adapter:
     said = {"base_model_name_or_path": name, "revision": None}
     config = {key: said.get(key, value) for key, value in adapter.config.items()}
     return replace(adapter, base_name=name, base_id="", metadata=metadata, config=config)
+
+
+def _format_for(adapter: Adapter, base: Checkpoint, consumer: Consumer, version: tuple[int, ...]) -> Format:
+    """The consumer's format; the other one that it loads where that alone has names for all, which the consumer knows."""
+    target = format_named(consumer.format)
+    if not consumer.otherwise:
+        return target
+    seen = facts_of(replace(adapter, format=target.name), base)
+    unknown = any(verdict.remedy == "rewrite" for verdict in consumer.judge(seen, version))
+    if not unknown and _holds(target, adapter, base):
+        return target
+    other = format_named(consumer.otherwise)
+    return other if _holds(other, adapter, base) else target
+
+
+def _holds(target: Format, adapter: Adapter, base: Checkpoint) -> bool:
+    """Whether a format has a place for every update."""
+    try:
+        entries = target.render(sized(adapter, base), base).entries
+    except FitError:
+        return False
+    return all(entry.outcome != "dropped" for entry in entries)
 
 
 def _in_its_dialect(

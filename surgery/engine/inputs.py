@@ -65,6 +65,7 @@ Item = TypeVar("Item")
 
 _GRAPH = "model.onnx"
 _AN_ADAPTER = "an adapter where a full model was expected"
+_ITS_BASE = "its base belongs here"
 
 
 def open(reference: StrPath, *, alpha: float | None = None) -> Checkpoint | Adapter:
@@ -169,13 +170,16 @@ def as_path(value: StrPath, argument: str) -> Path:
     return local_path(value, argument)
 
 
-def as_checkpoint(value: CheckpointLike, argument: str = "base", *, graph: bool = False) -> Checkpoint:
+def as_checkpoint(
+    value: CheckpointLike, argument: str = "base", *, graph: bool = False, hint: str = _ITS_BASE
+) -> Checkpoint:
     """The model that `value` is or names.
 
     Args:
         value: A path, a name on the hub, or what was opened.
         argument: Its name, for messages.
         graph: Whether it may be an ONNX graph.
+        hint: What to do instead of naming an adapter.
 
     Raises:
         UsageError: neither.
@@ -192,14 +196,10 @@ def as_checkpoint(value: CheckpointLike, argument: str = "base", *, graph: bool 
             from surgery_formats.adapters.registry import format_at, is_adapter_file
 
             if all(is_adapter_file(name) for name in files) and format_at(path) is not None:  # pytorch_model_head.bin
-                raise FitError(
-                    _AN_ADAPTER,
-                    file=path,
-                    hint="its base belongs here; `surgery merge` makes a full model of the two",
-                )
+                raise FitError(_AN_ADAPTER, file=path, hint=hint)
         return open_checkpoint(path) if graph else _no_graph(open_checkpoint(path))
     if _is_adapter(value):
-        raise FitError(_AN_ADAPTER, file=getattr(value, "path", None))
+        raise FitError(_AN_ADAPTER, file=getattr(value, "path", None), hint=hint)
     raise wrong_type(value, argument, "a path or a Checkpoint")
 
 

@@ -13,6 +13,7 @@ from surgery_formats.adapters.format import Format
 from surgery_formats.canonical.adapter import Adapter
 from surgery_formats.files.remote.path import is_remote
 from surgery_formats.models.checkpoint import Checkpoint
+from surgery_formats.models.families.denoisers import denoiser_of
 from surgery_formats.models.layouts.parts import parts_of
 from surgery_formats.models.layouts.registry import indexes_of
 
@@ -115,6 +116,9 @@ def attaching(
         return ()
     if around := _OF_FOLDER.get(name):
         return around[0], path, around[1]
+    if name == "comfyui" and not _of_diffusion(adapter):
+        command = Name("surgery check BASE ", PATH), path, " --for comfyui"
+        return "ComfyUI loads LoRAs of diffusion models, and this is of none that is known: see ", *command
     if around := _OF_FILE.get(name):
         return around[0], path if target.single_file else Name(output / tensor_file, PATH), around[1]
     kinds = {update.kind for chain in adapter.updates.values() for update in chain}
@@ -126,6 +130,12 @@ def attaching(
         model = "model" if base is None else Name(base.path, PATH)
         return 'load it with MLX-LM: mlx_lm.load("', model, '", adapter_path="', path, '")'
     return ()
+
+
+def _of_diffusion(adapter: Adapter) -> bool:
+    """Whether an adapter names a part of a pipeline, or modules of a diffusion network."""
+    named = any(site.component for site in adapter.updates)
+    return named or denoiser_of(site.path.rpartition(".")[0] for site in adapter.updates) is not None
 
 
 def _model(adapter: Adapter, base: Checkpoint | None) -> tuple[str | Name, ...]:

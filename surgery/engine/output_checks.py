@@ -53,9 +53,13 @@ def check_output(
     if not moved and not any(_differs(tensor, checkpoint) for tensor in ledger.plan.weights):
         if all(weight == 0 for weight in weights):
             raise NothingChangedError("every adapter has the weight 0", hint="weights are written ADAPTER=0.7")
+        if ledger.measured and not any(measurement.update for measurement in ledger.measured.values()):
+            raise NothingChangedError(
+                "no weight of the base would change: the adapter looks untrained, its update of every weight is zero",
+                hint="a LoRA begins with B = 0; train it, or name the checkpoint that the training saved",
+            )
         raise NothingChangedError(
-            "no weight of the base would change",
-            hint="the adapter is all zeros, or its update is smaller than the stored type can hold",
+            "no weight of the base would change", hint="the update is smaller than the stored type can hold"
         )
     warnings = []
     if ledger.requantised:

@@ -45,11 +45,13 @@ class Evaluation:
         Raises:
             FitError: see `measure`.
         """
+        several = len(models) + (against is not None)
+        phase = "evaluating" if several == 1 else f"evaluating {several} models"
         whole = self.tokens if self.text.nbytes is None else self.text.nbytes
 
         def done(share: float) -> None:
             if progress is not None:
-                progress(Progress(round(whole * share), whole, "evaluating"))
+                progress(Progress(round(whole * share), whole, phase))
 
         return measure(models, against, self.text.ids, self.text.begin, self.windows, done)
 

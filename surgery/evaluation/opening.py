@@ -41,7 +41,9 @@ def open_predictor(
         return open_graph_predictor(graph, _files(adapters), device, threads)
     from surgery.evaluation.reference_predictor import open_reference_predictor
 
-    return open_reference_predictor(as_checkpoint(model, argument), adapters)
+    attached = "adapters" if argument == "model" else "against_adapters"
+    hint = f"its base belongs here, and the adapter is attached to it: `{attached}=`"
+    return open_reference_predictor(as_checkpoint(model, argument, hint=hint), adapters)
 
 
 def _graph(path: Path) -> Path | None:

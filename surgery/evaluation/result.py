@@ -140,5 +140,8 @@ def _better(nats: float, other: float) -> Phrase:
     """Where two places behind the point are zeros, the sign would be of noise."""
     share = 1 - nats / other if other else 0.0
     if abs(share) < 0.00005:
-        return "as many as the other, to 0.01%"
-    return (Value(abs(share), "share", 2), " fewer than the other" if share >= 0 else " more than the other")
+        return "as many for both, to 0.01%"
+    said = " fewer than the second needs: the first predicts the text better"
+    if share < 0:
+        said = " more than the second needs: the first predicts the text worse"
+    return Value(abs(share), "share", 2), said

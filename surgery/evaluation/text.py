@@ -21,6 +21,8 @@ from surgery_formats.files.text_file import read_text_file
 
 __all__ = ["EvaluationText", "check_same_vocabulary", "read_evaluation_text"]
 
+_OTHERWISE = "give token ids with `ids=`"
+
 
 @dataclass(frozen=True)
 class EvaluationText:
@@ -64,7 +66,7 @@ def read_evaluation_text(folder: Path, text: Path | None, ids: Path | None, limi
     else:
         assert text is not None
         assert data is not None
-        encoded = open_tokenizer(folder).encode(data.decode(), begins=False)
+        encoded = open_tokenizer(folder, otherwise=_OTHERWISE).encode(data.decode(), begins=False)
         tokens = np.array(encoded, np.int64)
         if not len(tokens):
             raise FitError("the tokenizer makes no token of the text", file=text, hint="give a text of its language")

@@ -10,13 +10,14 @@ from surgery.extraction.figures import AS_AUTO, ExtractRow, RankChoice
 from surgery.extraction.spectra import RoleSpectrum
 from surgery.reports.drawings import Lines, Mark
 from surgery.reports.layer_grid import layer_chart
-from surgery.reports.sections import Chart, Column, Table
-from surgery.reports.values import Phrase, Piece, Value
+from surgery.reports.sections import Chart, Column, Facts, Table
+from surgery.reports.values import Cell, Phrase, Piece, Value
 
-__all__ = ["extract_charts", "knee_of", "layers_of_choice", "rank_chart", "rank_note"]
+__all__ = ["extract_charts", "knee_of", "rank_advice", "rank_chart"]
 
 _LEAST_FALL = 0.01
 """Of the change: where all ranks together bring less, none is a reason to choose."""
+_NEARLY = 0.9  # of what the best rank recovers
 _OF = {"attention": "only attention", "mlp": "only MLP", AS_AUTO: "all, as auto"}
 _CHOICES = (
     Column("rank", "integer", says="directions that each matrix gets"),
@@ -26,17 +27,24 @@ _CHOICES = (
     Column("size", "bytes"),
 )  # fmt: skip
 
+_WORTH = (
+    Column("bits per byte", "fixed", 4, says="that BASE with such an adapter needs for the text: fewer are better"),
+    Column("recovered", "share", 1, says="of TUNED's gain on the text"),
+)
 
-def layers_of_choice(choice: RankChoice) -> str:
+
+def _layers_of(choice: RankChoice) -> str:
     """Which layers get factors, in words."""
     return _OF.get(choice.layers, choice.layers)
 
 
 def rank_chart(choices: Sequence[RankChoice]) -> Chart:
-    """What each rank leaves, over the rank and over the size of the adapter, with the knee and the choice of ``auto``."""
-    rows = tuple(
-        (choice.rank, layers_of_choice(choice), choice.residual, choice.parameters, choice.nbytes) for choice in choices
-    )
+    """What each rank leaves, over the rank and over the size of the adapter, with the knee and the choice of ``auto``.
+
+    Beside it what those that were measured on a text are worth there: a share of the gain, or bits where there was none.
+    """
+    measured = any(choice.score is not None for choice in choices)
+    rows = tuple(_choice(choice, measured=measured) for choice in choices)
     of_all = [choice for choice in choices if choice.layers == "all"]
     knee = knee_of([(choice.rank, choice.residual) for choice in of_all])
     auto = next((choice for choice in choices if choice.layers == AS_AUTO), None)
@@ -49,23 +57,43 @@ def rank_chart(choices: Sequence[RankChoice]) -> Chart:
     if auto is not None:
         ranks.append(Mark(f"auto: up to {auto.rank}", x=auto.rank))
         sizes.append(Mark("auto", x=float(auto.nbytes)))
-    drawings = (
+    drawings: tuple[Lines, ...] = (
         Lines(x=0, y=(2,), by=1, log_x=True, marks=tuple(ranks)),
         Lines(x=4, y=(2,), by=1, log_x=True, marks=tuple(sizes)),
     )
-    return Chart("Missing of the whole change, by rank and size", Table(_CHOICES, rows), drawings)
+    if not measured:
+        return Chart("Missing of the whole change, by rank and size", Table(_CHOICES, rows), drawings)
+    shown = (5,) if all(choice.recovered is None for choice in choices) else (6,)
+    drawings += Lines(x=0, y=shown, log_x=True), Lines(x=4, y=shown, log_x=True)
+    title = "Missing of the whole change, and recovered on the text, by rank and size"
+    return Chart(title, Table(_CHOICES + _WORTH, rows), drawings)
 
 
-def rank_note(choices: Sequence[RankChoice]) -> Phrase:
-    """What the chart marks, in words; nothing where it marks nothing."""
+def _choice(choice: RankChoice, *, measured: bool) -> tuple[Cell, ...]:
+    row = (choice.rank, _layers_of(choice), choice.residual, choice.parameters, choice.nbytes)
+    if not measured:
+        return row
+    return *row, None if choice.score is None else choice.score.bits_per_byte, choice.recovered
+
+
+def rank_advice(choices: Sequence[RankChoice]) -> Facts:
+    """Which rank to take: what the chart marks, and what neither of its marks says."""
     of_all = {choice.rank: choice for choice in choices if choice.layers == "all"}
     auto = next((choice for choice in choices if choice.layers == AS_AUTO), None)
-    said: list[Piece] = []
-    if (knee := knee_of([(rank, choice.residual) for rank, choice in of_all.items()])) is not None:
-        said += [f"the knee is at rank {knee} (", Value(of_all[knee].nbytes, "bytes"), "): more directions bring less"]
+    knee = knee_of([(rank, choice.residual) for rank, choice in of_all.items()])
+    bend: Phrase = f"there is no knee: none of ranks {min(of_all)} to {max(of_all)} stands out"
+    if knee is not None:
+        bend = f"the knee is at rank {knee} (", Value(of_all[knee].nbytes, "bytes"), "): more directions bring less"
+    own: Phrase = "what rank auto takes is not known: more directions may be above the noise than were looked at"
     if auto is not None:
-        said += ["; " if said else "", f"rank auto takes up to {auto.rank} (", Value(auto.nbytes, "bytes"), ")"]
-    return tuple(said)
+        own = f"rank auto takes up to {auto.rank} (", Value(auto.nbytes, "bytes"), ")"
+    worth: Phrase = "what a rank is worth may be far more than its missing part suggests: --eval TEXT measures it"
+    shares = {rank: choice.recovered for rank, choice in of_all.items() if choice.recovered is not None}
+    if shares and (best := max(shares.values())) > 0:
+        rank = min(rank for rank, share in shares.items() if share >= _NEARLY * best)
+        more = "more directions little more" if rank < max(shares) else "no smaller rank nearly as much"
+        worth = f"rank {rank} recovers ", Value(shares[rank], "share", 1), f" on the text, and {more}"
+    return Facts((("choice", bend), ("", own), ("", worth)))
 
 
 def knee_of(points: Sequence[tuple[int, float]]) -> int | None:

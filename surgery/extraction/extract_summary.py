@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from surgery.extraction.extract_charts import extract_charts, rank_chart, rank_note
+from surgery.extraction.extract_charts import extract_charts, rank_advice, rank_chart
 from surgery.extraction.figures import ExtractRow, Layers, RankChoice, layers_of
 from surgery.extraction.recovery import Recovery
 from surgery.extraction.recovery_table import recovery_sections
@@ -59,7 +59,7 @@ def extract_summary(
     """
     sections: list[Section] = [Facts(tuple(facts))]
     if recovery is not None:
-        sections += recovery_sections(recovery, table)
+        sections += recovery_sections(recovery)
     changed = [row for row in rows if row.energy or row.form]
     if changed:
         layers = layers_of(changed, apart=verbose)
@@ -67,9 +67,7 @@ def extract_summary(
         if len(layers) < len(changed):
             sections.append(Note("like-named layers are taken together", "omitted"))
     if table:
-        sections.append(rank_chart(table))
-        if note := rank_note(table):
-            sections.append(Note(note))
+        sections += [rank_chart(table), rank_advice(table)]
     sections += extract_charts(spectra, rows)
     if dry_run:
         sections.append(DRY_RUN)

@@ -3,14 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from surgery.extraction.extract_charts import layers_of_choice
-from surgery.extraction.figures import RankChoice
 from surgery.extraction.recovery import Recovery, TextScore
-from surgery.reports.drawings import Lines
 from surgery.reports.output import PATH
-from surgery.reports.sections import Chart, Column, Facts, Section, Table
+from surgery.reports.sections import Column, Facts, Section, Table
 from surgery.reports.values import Name, Phrase, Value
 from surgery_formats.text import numbered
 
@@ -22,12 +17,6 @@ _MODELS = (
     Column("recovered", "share", 1, says="share of what TUNED gains over BASE on the text"),
     Column("KL from TUNED", "number", 3, says="how far its predictions are from TUNED's, in nats per token: 0 is TUNED"),
     Column("same top token", "share", 1, says="tokens for which it expects the same next one most as TUNED"),
-)  # fmt: skip
-_RANKS = (
-    Column("rank", "integer", says="directions that each matrix gets"), Column("factors for"),
-    Column("missing of all", "share", says="of the change of all weights, what the adapter lacks (Frobenius norm)"),
-    Column("size", "bytes"), Column("bits per byte", "fixed", 4),
-    Column("recovered", "share", 1, says="of TUNED's gain on the text"),
 )  # fmt: skip
 
 
@@ -42,8 +31,8 @@ def recovery_rows(
     )
 
 
-def recovery_sections(recovery: Recovery, choices: Sequence[RankChoice]) -> list[Section]:
-    """The text, the three models on it, and LoRAs of other ranks where these were measured."""
+def recovery_sections(recovery: Recovery) -> list[Section]:
+    """The text, and the three models on it."""
     text = (
         Name(recovery.text, PATH),
         f" ({numbered(recovery.text_bytes, 'byte')}, {numbered(recovery.tokens, 'token')})",
@@ -54,13 +43,4 @@ def recovery_sections(recovery: Recovery, choices: Sequence[RankChoice]) -> list
         facts.append(("TUNED's gain", (gain, " bits per byte, where up to ", least, " may be chance")))
     sections: list[Section] = [Table(_MODELS, recovery_rows(recovery), "What the adapter does on the text")]
     sections.append(Facts(tuple(facts)))
-    measured = [(choice, choice.score) for choice in choices if choice.score is not None]
-    if measured:
-        rows = tuple(
-            (one.rank, layers_of_choice(one), one.residual, one.nbytes, score.bits_per_byte, one.recovered)
-            for one, score in measured
-        )
-        shown = (4,) if recovery.recovered is None else (5,)
-        drawings = Lines(x=0, y=shown, log_x=True), Lines(x=3, y=shown, log_x=True)
-        sections.append(Chart("Recovered on the text, by rank and size", Table(_RANKS, rows), drawings))
     return sections

@@ -68,5 +68,5 @@ def _doubts(located: Located, merged: bool) -> tuple[str, ...]:
     found = sum(sizes[weight.label] for weight in located.whole)
     if 2 * found >= sum(sizes.values()):
         return ()
-    why = "or without the adapters that were named" if merged else "or merged since"
-    return (f"less than half of the base is in the graph: was it made of another model, {why}?",)
+    why = "or without the adapters that were named?" if merged else "or merged since? --adapter names what was merged"
+    return (f"less than half of the base is in the graph: was it made of another model, {why}",)

@@ -33,7 +33,7 @@ def test_what_is_wrong_has_its_exit_code(run: Run) -> None:
 
 def test_models_that_are_the_same_are_not_told_apart_by_noise(run: Run) -> None:
     shown = run("eval", BASE, "--against", BASE, "--text", TEXT, "--limit", "300").stdout
-    assert "as many as the other, to 0.01%" in shown
+    assert "as many for both, to 0.01%" in shown
 
 
 def test_of_one_there_is_no_plural(run: Run, tmp_path: Path) -> None:

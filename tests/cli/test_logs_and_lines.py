@@ -93,6 +93,10 @@ def test_a_phase_with_the_name_of_the_work_is_not_said_twice(capsys: pytest.Capt
     seconds = iter([0.0, 10.0])
     progress._LinesOfProgress("evaluating", lambda: next(seconds))(Progress(1000, 2000, "evaluating"))
     assert capsys.readouterr().err == "evaluating: 1 kB of 2 kB (50%), 100 B/s\n"
+    for what, line in (("evaluating", "evaluating 3 models: "), ("extracting", "extracting, evaluating 3 models: ")):
+        clock = iter((0.0, 10.0))
+        progress._LinesOfProgress(what, lambda clock=clock: next(clock))(Progress(1000, 2000, "evaluating 3 models"))
+        assert capsys.readouterr().err.startswith(line)
 
 
 @pytest.mark.parametrize("settings", [Settings(quiet=True), Settings(json=True)])

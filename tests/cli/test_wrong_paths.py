@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from surgery_formats.files.places import names_in
 from tests.support.kit import ROOT, Run
 
-BASE, LORA, DORA = (f"{ROOT}/examples/{name}" for name in ("base", "lora", "dora"))
+BASE, LORA, DORA, PROMPT = (f"{ROOT}/examples/{name}" for name in ("base", "lora", "dora", "prompt"))
 
 
 @pytest.fixture
@@ -29,6 +29,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (file,) = (tmp_path / name).glob("*.safetensors")
         file.write_bytes(file.read_bytes()[:size])
     (tmp_path / "cut.gguf").write_bytes((ROOT / "tests/containers/golden/wide.gguf").read_bytes()[:30_000])
+    shutil.copytree(BASE, tmp_path / "no tokenizer", ignore=shutil.ignore_patterns("tokenizer.json"))
+    shutil.copytree(LORA, tmp_path / "untrained")
+    factors = load_file(tmp_path / "untrained" / "adapter_model.safetensors")
+    zeros = {name: np.zeros_like(value) for name, value in factors.items() if ".lora_B." in name}
+    save_file({**factors, **zeros}, tmp_path / "untrained" / "adapter_model.safetensors")
     (tmp_path / "short.yaml").write_text("merge:\n  base: x\n")
     (tmp_path / "file").write_text("")
     other = tmp_path / "other"
@@ -61,7 +66,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         (["inspect", "models"], "no weights here", "there are weights in models/base: name one"),
         (["inspect", "empty"], "no weights here", "expected model.safetensors"),
-        (["eval", LORA, "--text", "x"], "an adapter where a full model was expected", "its base belongs here"),
+        (
+            ["eval", PROMPT, "--text", "x"],
+            "an adapter where a full model was expected",
+            "is attached to it: --adapter\n",
+        ),
+        (["eval", BASE, "--against", LORA, "--text", "x"], "an adapter where", "attached to it: --against-adapter\n"),
+        (["merge", LORA, DORA], "an adapter where a full model was expected", "its base belongs here\n"),
+        (["merge", "models/bas", LORA], "no such file or folder", "did you mean 'models/base'?"),
+        (["report", LORA, "--base", BASE, "--tasks", "1,100"], "not a whole number", "repeated: --tasks 1 --tasks 100"),
+        (
+            ["eval", "no tokenizer", "--text", f"{BASE}/config.json"],
+            "no tokenizer.json",
+            "or give token ids with --ids",
+        ),
         (["combine", LORA, DORA, "--method", "ties", "--rank", "4"], "needs --density, the share of the values", ""),
     ],
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
@@ -74,6 +92,16 @@ def test_what_is_named_wrongly_is_told_with_what_to_name(
     told, _, hinted = done.stderr.partition("  hint: ")
     assert message in told
     assert hint in hinted
+
+
+def test_an_untrained_adapter_is_told_as_one(place: Path, run: Run) -> None:
+    done = run("merge", BASE, "untrained", "-o", "out")
+    assert "no weight of the base would change: the adapter looks untrained" in done.stderr
+    assert "a LoRA begins with B = 0" in done.stderr
+
+
+def test_the_path_of_a_file_of_weights_is_no_name_on_the_hub(place: Path, run: Run) -> None:
+    assert run("inspect", "nowhere/model.onnx").stderr == "error: nowhere/model.onnx: no such file or folder\n"
 
 
 @pytest.mark.parametrize(

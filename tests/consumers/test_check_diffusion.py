@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import surgery
 from tests.support.adapter_files import GOLDEN, assert_close, draw, merged, unet, write_base, write_peft
+from tests.support.bases import drawn, written
+from tests.support.kit import ROOT
 
 
 def test_ia3_is_the_kind_of_lycoris_that_comfyui_has_no_class_for(tmp_path: Path) -> None:
@@ -147,3 +149,42 @@ def test_pipelines_without_a_converter_find_nothing_in_kohyas_files(tmp_path: Pa
     file = _kohya(tmp_path / "a.safetensors", {"joint_blocks_0_x_block_attn_proj": (8, 8)})
     (check,) = surgery.check(base, file, consumer="diffusers").consumers
     assert [(fault.outcome, fault.remedy) for fault in check.faults] == [("ignored", "rewrite")]
+
+
+@pytest.mark.parametrize("form", ["peft", "comfyui"])
+def test_comfyui_has_no_place_for_a_language_model_by_itself_however_it_is_written(form: str, tmp_path: Path) -> None:
+    base, adapter = ROOT / "examples/base", ROOT / "examples/lora"
+    if form == "comfyui":
+        told = str(surgery.convert(adapter, "comfyui", output=tmp_path / "c.safetensors").summary())
+        assert "models/loras" not in told
+        assert "surgery check BASE" in told
+        adapter = tmp_path / "c.safetensors"
+    result = surgery.check(base, adapter, consumer="comfyui")
+    (check,) = result.consumers
+    assert {(one.outcome, one.remedy) for one in check.verdicts} == {("ignored", "")}
+    told = str(result.summary())
+    assert "--fix" not in told
+    assert f"surgery merge {base} {adapter} -o OUT" in told
+    for ask in (
+        lambda: surgery.check(base, adapter, consumer="comfyui", fix=tmp_path / "f.safetensors"),
+        lambda: surgery.convert(adapter, base=base, consumer="comfyui", output=tmp_path / "f.safetensors"),
+    ):
+        with pytest.raises(surgery.FitError, match="the base is a language model by itself"):
+            ask()
+
+
+def test_a_language_model_in_a_diffusion_model_gets_the_name_that_it_has_in_comfyui(tmp_path: Path) -> None:
+    base = written(drawn("z-image", np.float32), "ComfyUI", tmp_path)
+    module = "model.layers.0.self_attn.q_proj"
+    own = f"text_encoders.qwen3_4b.transformer.{module}"
+    save_file({**load_file(base), f"{own}.weight": draw(1, 6, 4)}, base)
+    factors = {"lora_A.weight": draw(2, 2, 4), "lora_B.weight": draw(3, 6, 2)}
+    adapter, kohya, fixed = (tmp_path / f"{name}.safetensors" for name in ("a", "kohya", "fixed"))
+    save_file({f"text_encoder.{module}.{leaf}": value for leaf, value in factors.items()}, adapter)
+    surgery.convert(adapter, "kohya", base=base, output=kohya)
+    (check,) = surgery.check(base, kohya, consumer="comfyui").consumers
+    assert (check.outcome, check.faults[0].remedy) == ("ignored", "rewrite")
+    for source in (adapter, kohya):
+        surgery.convert(source, base=base, consumer="comfyui", output=fixed, overwrite=True)
+        assert all(name.startswith(own) for name in load_file(fixed))
+        assert surgery.check(base, fixed, consumer="comfyui").honoured

@@ -191,7 +191,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, excerpt: Path) -> N
     for name in ("config.json", "model.safetensors"):
         os.link(BASE / name, bare / name)
     with pytest.raises(
-        NotFoundError, match=r"no tokenizer\.json beside the model; copy the model's, or give token ids"
+        NotFoundError, match=r"no tokenizer\.json beside the model; copy the model's, or give token ids with `ids=`"
     ):
         surgery.eval(bare, text=excerpt)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import surgery
-from surgery.extraction.extract_charts import knee_of
+from surgery.extraction.extract_charts import knee_of, rank_advice
 from surgery.extraction.spectra import role_spectra
 from surgery.reports.sections import Chart
 from surgery.reports.values import phrase_text
@@ -71,8 +72,17 @@ def test_the_sentence_counts_the_directions_that_there_are_and_says_where_more_m
 
 
 def test_the_table_says_in_words_what_the_page_marks(result):
-    text = result.summary().as_text()
-    assert "the knee is at rank 8 (224 kB): more directions bring less; rank auto takes up to 8 (224 kB)" in text
+    lines = [line.removeprefix("choice").strip() for line in result.summary().as_text().splitlines()]
+    first = lines.index("the knee is at rank 8 (224 kB): more directions bring less")
+    assert lines[first + 1] == "rank auto takes up to 8 (224 kB)"
+    assert lines[first + 2].endswith("--eval TEXT measures it")
+
+
+def test_the_table_says_too_what_cannot_be_told(result):
+    choices = [replace(choice, residual=0.9) for choice in result.table if choice.layers != "auto"]
+    bend, own, _ = (phrase_text(text) for _, text in rank_advice(choices).rows)
+    assert bend == "there is no knee: none of ranks 4 to 64 stands out"
+    assert own.startswith("what rank auto takes is not known")
 
 
 def test_auto_is_not_told_where_more_may_stand_out_of_the_noise():

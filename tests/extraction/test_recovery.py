@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 import surgery
 from examples.evaluate import load, nats
 from surgery.extraction.recovery import LEAST_GAIN, least_gain
+from surgery.reports.sections import Chart
 from surgery.verbs import extract_lora as verb
 from surgery_cli.group import surgery as command
 from surgery_formats.errors import FitError, InputError, NotFoundError, SurgeryError
@@ -104,7 +105,13 @@ def test_it_is_in_all_that_is_shown_and_written(extracted: surgery.ExtractResult
     assert str(text) in said
     page = check_page(summary.as_html())
     assert {share, bits} <= {cell.text for cell in page.all("td")}
-    assert "Recovered on the text, by rank and size" in summary.as_html()
+    (chart,) = [section for section in summary.sections if isinstance(section, Chart) and "by rank" in section.title]
+    assert chart.title == "Missing of the whole change, and recovered on the text, by rank and size"
+    assert [row[6] for row in chart.table.rows] == [choice.recovered for choice in extracted.table]
+    assert said.count("missing of all") == 1, "one table has both"
+    ranks = {choice.rank: choice.recovered or 0.0 for choice in extracted.table if choice.layers == "all"}
+    least = min(rank for rank, share in ranks.items() if share >= 0.9 * max(ranks.values()))
+    assert f"rank {least} recovers {ranks[least]:.1%} on the text" in said
     card = (folder_of(extracted) / "README.md").read_text()
     assert f"| base with this adapter | {bits} | {share} |" in card
     recorded = json.loads((folder_of(extracted) / "surgery_manifest.json").read_text())["recovery"]
@@ -200,7 +207,7 @@ def test_the_command_says_what_was_measured_and_where(text: Path, tmp_path: Path
     page = tmp_path / "page.html"
     quiet = CliRunner().invoke(command, [*words, "-q", "--html", str(page)])
     assert (quiet.exit_code, quiet.stderr) == (0, "")
-    assert "Recovered on the text" in page.read_text()
+    assert "recovered on the text, by rank" in page.read_text()
     as_json = json.loads(CliRunner().invoke(command, [*words, "--json"]).stdout)["result"]
     assert 0 < as_json["recovery"]["recovered"] < 1
     missing = CliRunner().invoke(command, [*words[:-1], str(tmp_path / "nix")])

@@ -122,9 +122,19 @@ def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
     plan = result.ledger.plan
     dropped = {account.tensor.name for account in plan.accounts if account.outcome == "dropped"}
     assert {"cos_cache", "sin_cache"} <= dropped
+    assert " 2 tensors that the exporter computed or added, such as tables of positions:" in str(result)
     manifest = json.loads((tmp_path / "out" / "surgery_manifest.json").read_text())
     assert manifest["ledger"]
     assert "/tmp" not in json.dumps(manifest)
+
+
+def test_what_is_dropped_is_told_by_kinds(tmp_path: Path) -> None:
+    surgery.export_onnx(ROOT / "examples" / "base", output=tmp_path / "graph")
+    graph = tmp_path / "graph" / "model.onnx"
+    said = str(surgery.convert(graph, to="safetensors", base=ROOT / "examples" / "base", dry_run=True))
+    told = "11 shapes, indices and scalars of the graph's nodes; 1 tensor that the exporter computed or added"
+    assert told in said
+    assert "57 moved (of another name or layout in the graph)" in said
 
 
 def test_a_dry_run_writes_nothing_and_an_output_is_not_overwritten(tmp_path: Path) -> None:

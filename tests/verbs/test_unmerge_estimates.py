@@ -49,6 +49,9 @@ class TestWithoutTheFile:
         for name, expected in result.exact.items():
             assert true[name] == pytest.approx(expected, abs=0.03), name
         assert result.same_files == {"model.safetensors": False}
+        said = str(result)
+        assert "so says its manifest" in said
+        assert "0 of 1 are the base's byte for byte, by the hashes in the manifest; the rest is near it" in said
         assert all(share == 1 for name, share in true.items() if name not in result.exact)
 
     def test_of_a_dequantised_base_the_expected_share_is_that_of_its_rounded_values(self, tmp_path: Path) -> None:
@@ -114,6 +117,7 @@ class TestWithoutTheFile:
         surgery.merge(base, (lora, 1000.0), output=tmp_path / "out")
         result = surgery.unmerge(tmp_path / "out", (lora, 1000.0), output=tmp_path / "back")
         assert result.same_files == {"model.safetensors": True}
+        assert "1 of 1 are the base's byte for byte, by the hashes in the manifest\n" in str(result)
         assert result.warnings == ()
         assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 

@@ -48,7 +48,7 @@ from surgery_formats.storage.quantised import is_quantised
 from surgery_formats.tensors.tensor import StoredTensor, as_bytes, matrix_of
 from surgery_formats.text import exact, show
 
-__all__ = ["Restoration", "check_adapters", "prove_base", "restoration"]
+__all__ = ["Restoration", "check_adapters", "described", "prove_base", "restoration"]
 
 _OTHER = "is not the model that this file was kept for"
 Restore = Callable[[Write, Callable[[], bool]], tuple[Measurement, ...]]
@@ -123,16 +123,27 @@ def check_adapters(recorded: Sequence[Mapping[str, Any]], given: Sequence[tuple[
         )
     for record, (adapter, weight), mine in zip(recorded, given, adapters_of(given), strict=True):
         if list(record["files"]) != mine["files"]:
-            named = f": '{show(str(record['name']))}'" if "name" in record else ""
+            own = ", ".join(each[:8] for each in mine["files"][:2])
             raise FitError(
-                f"another adapter was merged{named}", file=adapter.path, hint=f"{show(source, 200)} records it"
+                f"another adapter was merged: {described(record)}; this one has the content {own}",
+                file=adapter.path,
+                hint="name that one",
             )
         if float(record["weight"]) != weight:
             raise FitError(
                 f"was merged with the weight {exact(record['weight'])}, not {exact(weight)}",
                 file=adapter.path,
-                hint=f"write {show(adapter.path.name)}={exact(record['weight'])}",
+                hint=f"write {show(adapter.path, 200)}={exact(record['weight'])}",
             )
+
+
+def described(record: Mapping[str, Any]) -> str:
+    """``'style' with the weight 0.7 (content abfd65e8)``, or, of a manifest, which knows no names, ``a peft LORA ...``."""
+    name, kind, format_name = (record.get(key) for key in ("name", "kind", "format"))
+    files = ", ".join(show(each[:8], 8) for each in record["files"][:2])
+    what = f"'{show(str(name), 100)}'" if name else f"a {show(str(format_name), 40)} {show(str(kind), 40)}"
+    weight = "" if record["weight"] == 1 else f" with the weight {exact(record['weight'])}"
+    return f"{what}{weight} (content {files})"
 
 
 def prove_base(folder: OutputFolder, base_id: str) -> None:

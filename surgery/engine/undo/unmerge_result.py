@@ -154,13 +154,15 @@ class UnmergeResult:
                 of = f" of all values are expected to be exact, of codes ({self.of_codes.said}) as they round to elements"
             facts.append(("base", (Value(self.exact_share, "share"), of)))
         if self.evidence is not None:
-            shown = f"{self.evidence.share:.3f} of the update is there (+- {self.evidence.noise:.3f})"
+            shown = f"the weights: {self.evidence.share:.3f} of the update is there (+- {self.evidence.noise:.3f})"
             facts.append(
-                ("known by", "the manifest" if self.evidence.source == "manifest" else f"the weights: {shown}")
+                ("merged there", "so says " + ("its manifest" if self.evidence.source == "manifest" else shown))
             )
         if self.same_files:
             same = sum(self.same_files.values())
-            facts.append(("by its manifest", f"{same} of {len(self.same_files)} weight files are the base's"))
+            near = "" if same == len(self.same_files) else "; the rest is near it, as an estimate is"
+            told = f"{same} of {len(self.same_files)} are the base's byte for byte, by the hashes in the manifest{near}"
+            facts.append(("weight files", told))
         if self.output is not None:
             facts.append(("wrote", (Name(self.output, PATH), ": ", Value(self.nbytes, "bytes"), " of weights")))
         sections: list[Section] = [Facts(tuple(facts))]

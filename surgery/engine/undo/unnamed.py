@@ -13,12 +13,13 @@ from typing import Any
 from surgery.engine.nearby import nearby_inputs
 from surgery.engine.undo.belongs import recorded_inputs
 from surgery.engine.undo.record import adapters_of
+from surgery.engine.undo.restore import described
 from surgery.engine.undo.sidecar import open_sidecar
 from surgery_formats.adapters.registry import read_adapter
 from surgery_formats.errors import SurgeryError, UsageError
 from surgery_formats.files.output.manifest import MANIFEST
 from surgery_formats.models.side_files import BASE_ROUNDING
-from surgery_formats.text import exact, numbered, show
+from surgery_formats.text import exact, numbered
 
 __all__ = ["none_named"]
 
@@ -42,7 +43,7 @@ def none_named(model: Path, kept: Path | None) -> UsageError:
             hint="name them as they were merged, in their order: ADAPTER=WEIGHT",
         )
     found = _found(model, merged)
-    told = ", ".join(map(_described, merged))
+    told = ", ".join(map(described, merged))
     hint = "name them as they were merged, in their order: ADAPTER=WEIGHT"
     if len(found) == len(merged):
         named = " ".join(_argument(path, record) for path, record in zip(found, merged, strict=True))
@@ -73,15 +74,6 @@ def _is_record(record: object) -> bool:
         return False
     weight = record.get("weight")
     return isinstance(weight, int | float) and all(isinstance(each, str) for each in record["files"])
-
-
-def _described(record: Mapping[str, Any]) -> str:
-    """``'style' with the weight 0.7 (content abfd65e8)``, or, of a manifest, which knows no names, ``a peft LORA ...``."""
-    name, kind, format_name = (record.get(key) for key in ("name", "kind", "format"))
-    files = ", ".join(show(each[:8], 8) for each in record["files"][:2])
-    what = f"'{show(str(name), 100)}'" if name else f"a {show(str(format_name), 40)} {show(str(kind), 40)}"
-    weight = "" if record["weight"] == 1 else f" with the weight {exact(record['weight'])}"
-    return f"{what}{weight} (content {files})"
 
 
 def _found(model: Path, merged: Sequence[Mapping[str, Any]]) -> list[Path]:

@@ -100,8 +100,8 @@ class ExportResult:
         ]
         if contract.kind == "decoder":
             side = {"any": "left or right"}.get(contract.padding, contract.padding)
-            reach = f" tokens; rows of a batch are padded on the {side}"
-            facts.append(("reach", (Value(contract.max_length, "count"), reach)))
+            padded = f" tokens; rows of a batch are padded on the {side}"
+            facts.append(("context", ("up to ", Value(contract.max_length, "count"), padded)))
         facts += map(_adapter, contract.adapters)
         if self.value_range:
             facts.append(("range", self.value_range))

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.engine.ledger import Ledger
 from surgery.reports.result import elapsed, summarised
+from surgery_formats.text import numbered
 
 if TYPE_CHECKING:
     from surgery.reports.summary import Summary
     from surgery.reports.values import Phrase, Piece
 
 __all__ = ["RecoveryResult"]
+
+_MEANINGS = {"moved": "of another name or layout in the graph"}
+_FEW = 64  # whole numbers in a tensor that says a shape, an axis or an index
 
 
 @summarised
@@ -70,7 +75,8 @@ class RecoveryResult:
         facts: list[tuple[Phrase, Phrase]] = [
             ("graph", Name(plan.roots[0], PATH)),
             ("names", whose),
-            ("tensors", counted(self.ledger.classes)),
+            ("tensors", counted(self.ledger.classes, _MEANINGS)),
+            *self._dropped(),
         ]
         if self.output is None:
             size: tuple[Piece, ...] = (Value(plan.nbytes, "bytes"), " of weights")
@@ -84,3 +90,17 @@ class RecoveryResult:
         if self.output is None:
             sections.append(DRY_RUN)
         return Summary("Conversion", (*sections, *warning_notes(self.warnings)))
+
+    def _dropped(self) -> list[tuple[Phrase, Phrase]]:
+        """What of the graph is no weight, by kinds."""
+        dropped = [account.tensor for account in self.ledger.plan.accounts if account.outcome == "dropped"]
+        sizes = ((tensor, math.prod(tensor.shape)) for tensor in dropped)
+        numbers = sum(size == 1 or (size <= _FEW and not tensor.dtype.is_float) for tensor, size in sizes)
+        kinds = []
+        if numbers:
+            kinds.append(f"{numbers} shapes, indices and scalars of the graph's nodes")
+        if others := len(dropped) - numbers:
+            kinds.append(
+                f"{numbered(others, 'tensor')} that the exporter computed or added, such as tables of positions"
+            )
+        return [("dropped", "; ".join(kinds) + ": none is a weight of the base as it is")] if kinds else []

@@ -92,8 +92,12 @@ def _check_text(text: str) -> None:
         raise FitError("a text has half of a surrogate pair, which is no character") from error
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
+def open_tokenizer(folder: Path, *, otherwise: str = "give token ids") -> Tokenizer:
     """Open the tokenizer in `folder`.
+
+    Args:
+        folder: Of a model or a graph.
+        otherwise: What to do without a tokenizer, for messages.
 
     Raises:
         NotFoundError: no ``tokenizer.json``.
@@ -106,9 +110,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
         raise NotFoundError(
             f"no {NAME} beside the {'graph' if is_graph else 'model'}",
             file=folder,
-            hint=f"copy the {'base model' if is_graph else 'model'}'s, or give token ids",
+            hint=f"copy the {'base model' if is_graph else 'model'}'s, or {otherwise}",
         )
-    tokenizers = require("tokenizers", "texts", otherwise="give token ids")
+    tokenizers = require("tokenizers", "texts", otherwise=otherwise)
     source = open_file(file)
     if source.size > TOKENIZER_LIMIT:
         raise MalformedError(f"has {source.size} bytes (at most {TOKENIZER_LIMIT} are read)", file=file)

@@ -281,3 +281,4 @@ def test_another_base_is_doubted(tmp_path: Path) -> None:
     assert surgery.locate(path, base_of(tmp_path / "base", weights)).warnings == ()
     (warning,) = surgery.locate(path, base_of(tmp_path / "other", others)).warnings
     assert "another model" in warning
+    assert "--adapter names what was merged" in warning
