@@ -121,13 +121,14 @@ def counted(job: Callable[[], Any]) -> tuple[int, Counter[str]]:
             lines[f"{frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno}"] += 1
         return trace
 
+    before = [(room, room.gettrace(), room.getprofile()) for room in (sys, threading)]  # coverage's, where it counts
     for room in (threading, sys):
         room.setprofile(count)
         room.settrace(trace)
     try:
         job()
     finally:
-        for room in (sys, threading):
-            room.settrace(None)
-            room.setprofile(None)
+        for room, traced, profiled in before:
+            room.settrace(traced)
+            room.setprofile(profiled)
     return calls, lines
