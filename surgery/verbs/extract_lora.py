@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 __all__ = ["ExtractResult", "extract_lora"]
 
 _HELPFUL = 2  # threads beside a GPU: with more the proof takes longer, for they share one interpreter
+_MERGED = "the fine-tune belongs here; surgery merge makes a full model of an adapter and its base"
 
 
 @timed
@@ -277,7 +278,7 @@ def _both(
     if paths == [None, None]:
         if graph_of is not None:
             raise UsageError("`graph_of` names the checkpoint of graphs, and none was given")
-        yield as_checkpoint(base), as_checkpoint(tuned, "tuned")
+        yield as_checkpoint(base), as_checkpoint(tuned, "tuned", hint=_MERGED)
         return
     if paths[0] is not None and graph_of is None:
         raise UsageError(
@@ -288,7 +289,7 @@ def _both(
     names = as_checkpoint(base if graph_of is None else graph_of, "graph_of")
     beside = folder.absolute().parent if folder is not None and folder.absolute().parent.is_dir() else None
     with as_checkpoints(paths[0], paths[1], names, beside, workers) as (old, new):
-        yield old or as_checkpoint(base), new or as_checkpoint(tuned, "tuned")
+        yield old or as_checkpoint(base), new or as_checkpoint(tuned, "tuned", hint=_MERGED)
 
 
 def _evaluated(pair: CheckpointPair, text: Path) -> EvaluatedPair:
