@@ -16,7 +16,6 @@ from surgery.consumers.facts import AdapterFacts
 from surgery.consumers.part import AdapterPart
 from surgery.consumers.rules import TraitRule, honoured, ignored, refused
 from surgery.consumers.starts import NO_FOLDERS, lora_alone
-from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import Update, is_directed
 
 __all__ = ["DIFFUSERS"]
@@ -53,7 +52,7 @@ _OTHER_CHANGE = ignored(
 def _is_of_flux(facts: AdapterFacts) -> bool:
     """Whether it is a file of Flux with the modules' names alone that diffusers converts."""
     names = (tensor.name for tensor in facts.adapter.tensors)
-    return facts.adapter.format == "bare" and "Flux" in _family(facts) and any(map(_OF_FLUX.search, names))
+    return facts.adapter.format == "bare" and "Flux" in facts.denoiser and any(map(_OF_FLUX.search, names))
 
 
 def _of_dora(part: AdapterPart, update: Update, facts: AdapterFacts) -> TraitRule | None:
@@ -70,7 +69,7 @@ def _of_dora(part: AdapterPart, update: Update, facts: AdapterFacts) -> TraitRul
 def _of_file(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -> TraitRule | None:
     """By the network, and by the spelling of the file."""
     component, _, path = part.name.rpartition(":")
-    family = _family(facts)
+    family = facts.denoiser
     if component.startswith("text_encoder"):
         loaded = _ENCODERS.get(family, 2 if not family or family.startswith("Stable Diffusion") else 0)
         if component not in ("text_encoder", "text_encoder_2")[:loaded]:
@@ -86,15 +85,6 @@ def _of_file(part: AdapterPart, facts: AdapterFacts, version: tuple[int, ...]) -
     if not any(name in family for name in _CONVERTED):
         return _NOT_CONVERTED
     return _WITHOUT_PREFIX if family in ("Flux or HunyuanVideo", "Flux") and path.startswith(_OUTSIDE) else None
-
-
-def _family(facts: AdapterFacts) -> str:
-    """Of the denoiser, by the adapter's names or, where it is of a text encoder alone, by the base's."""
-    if facts.adapter.provenance.family:
-        return facts.adapter.provenance.family
-    networks = [component for name, component in facts.base.components.items() if name in (*COMPONENTS, "")]
-    found = denoiser_of(path.rpartition(".")[0] for network in networks for path in network.parameters)
-    return "" if found is None else found.name
 
 
 DIFFUSERS = RuledConsumer(

@@ -20,6 +20,7 @@ from surgery_formats.canonical.consumption import check_consumed
 from surgery_formats.models.checkpoint import Checkpoint
 from surgery_formats.models.component import Component
 from surgery_formats.models.eras import expert_counts
+from surgery_formats.models.families.denoisers import COMPONENTS, denoiser_of
 from surgery_formats.updates import Update
 
 __all__ = ["AdapterFacts", "bound_facts", "facts_of", "lacks_experts"]
@@ -68,6 +69,15 @@ class AdapterFacts:
         config = self.main.config
         nested = config.get("text_config")
         return str((nested if isinstance(nested, Mapping) else config).get("model_type", ""))
+
+    @cached_property
+    def denoiser(self) -> str:
+        """Family of the denoiser, by the adapter's names or, where it is of a text encoder alone, by the base's; or nothing."""
+        if self.adapter.provenance.family:
+            return self.adapter.provenance.family
+        networks = [component for name, component in self.base.components.items() if name in (*COMPONENTS, "")]
+        found = denoiser_of(path.rpartition(".")[0] for network in networks for path in network.parameters)
+        return "" if found is None else found.name
 
     @cached_property
     def incomplete_layers(self) -> frozenset[str]:

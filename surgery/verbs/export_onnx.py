@@ -298,8 +298,9 @@ class _ExportOutput:
         self.warnings += self._of_codes(placed.ledger)
         graphs, held = self.built.graphs, self.built.held
         if self.mode != "embed":
-            beside = (file.path.name for file in self.draft.files if file.path.name not in self._own)
-            held = self._own | {name: open_file(self.where / self.arrangement.path(name)) for name in beside}
+            own = self._own
+            beside = (file.path.name for file in self.draft.files if file.path.name not in own)
+            held = own | {name: open_file(self.where / self.arrangement.path(name)) for name in beside}
         self.warnings += issues_of_types(whole_graphs(self.draft), graphs.contract.dtype, held, self.seen, read=read)
         return ExportResult(
             self.where,
